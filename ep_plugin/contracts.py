@@ -1,0 +1,98 @@
+"""READ FIRST: the words, the records and the protocols everything else is written in.
+
+Shape legend, used in every comment of the package:
+
+    T  tokens on this rank          E  experts of the layer         K  choices per token (top-k)
+    H  hidden size                  e  experts on this rank         R  rows this rank received
+    F  FFN size of one expert       G  ranks a dispatcher talks to  N  rows this rank sends
+
+One token's path, for 2 ranks x 2 local experts and top-1; rank 0 holds tokens a b c, rank 1 d e:
+
+                          rank 0                    rank 1
+    hidden                a b c                     d e
+    router chooses        a->E2 b->E0 c->E3         d->E0 e->E2
+    permute (by expert)   b | a c                   d | e           (| divides destination ranks)
+    dispatch              b d                       a c e           (rank-major: rank 0's first)
+    expert-major rows     E0: b d   E1: -           E2: a e   E3: c
+    combine               a b c                     d e             (the way back, transposed)
+
+Read as matrices over all ranks, dispatch is a 0/1 matrix D and combine is its transpose; so the
+backward of each is the forward of the other. Probabilities are applied once, between the two, by
+the experts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each token of this rank goes."""
+
+    expert_ids: Tensor  # [T, K] int64, -1 = dropped
+    probs: Tensor  # [T, K] fp32 (fp64 when asked), gradient flows to the router
+    tokens_per_expert: Tensor  # [E] int64, choices of this rank that are not dropped
+    losses: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # name -> [] detached, no coefficient
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What a rank received for its own experts."""
+
+    rows: Tensor  # [R, H] expert-major
+    probs: Tensor  # [R]
+    tokens_per_expert: Tensor  # [e] int64
+    handle: Any  # the dispatcher's own; combine needs it
+
+
+@dataclass(frozen=True)
+class Pending[Result]:
+    """Communication under way; `wait` finishes it. Call it once."""
+
+    wait: Callable[[], Result]
+
+
+class Router(Protocol):
+    """Scores tokens against experts. Replicated on every rank."""
+
+    def __call__(self, hidden: Tensor) -> Routing:
+        """Route `hidden` [T, H]."""
+        ...
+
+
+class Dispatcher(Protocol):
+    """Carries rows to the ranks that host their experts, and back.
+
+    Every rank of the expert-parallel group must call both, in the same order, also with T = 0.
+    """
+
+    def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
+        """Send each token of `hidden` [T, H] to its experts. Dropped choices are not sent."""
+        ...
+
+    def start_combine(self, rows: Tensor, inbox: Dispatched) -> Pending[Tensor]:
+        """Bring `rows` [R, H] home and sum them per token: [T, H]. Tokens with no row get zeros."""
+        ...
+
+
+class GroupedGemm(Protocol):
+    """One matrix product per expert over consecutive blocks of rows."""
+
+    def __call__(self, rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """Multiply `rows` [R, a], expert-major, by `weight` [e, b, a] transposed: [R, b]."""
+        ...
+
+
+def dispatch(dispatcher: Dispatcher, hidden: Tensor, routing: Routing) -> Dispatched:
+    """Start and wait: the serial form of `Dispatcher.start_dispatch`."""
+    return dispatcher.start_dispatch(hidden, routing).wait()
+
+
+def combine(dispatcher: Dispatcher, rows: Tensor, inbox: Dispatched) -> Tensor:
+    """Start and wait: the serial form of `Dispatcher.start_combine`."""
+    return dispatcher.start_combine(rows, inbox).wait()

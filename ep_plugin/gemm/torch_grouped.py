@@ -1,0 +1,52 @@
+"""Grouped GEMM through torch's own grouped_mm: one kernel for all experts, no host sync.
+
+CUDA takes bf16; CPU takes fp32, bf16 and fp16. Operand rows start at 16-byte boundaries.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ep_plugin.config import ConfigError
+from ep_plugin.contracts import GroupedGemm
+
+ALIGNMENT = 16  # bytes
+
+
+def aligned(features: int, dtype: torch.dtype) -> bool:
+    """Whether rows of `features` elements of `dtype` start where grouped_mm wants them."""
+    return features * dtype.itemsize % ALIGNMENT == 0
+
+
+def torch_grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Multiply each expert's block of `rows` [R, a] by its `weight` [e, b, a]: [R, b]."""
+    ends = tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
+    product = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    return _Contiguous.apply(product)  # type: ignore[no-any-return]
+
+
+class _Contiguous(torch.autograd.Function):
+    """Identity whose backward gives grouped_mm the contiguous gradient it insists on."""
+
+    @staticmethod
+    def forward(ctx: object, product: Tensor) -> Tensor:
+        return product.view_as(product)
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous()
+
+
+def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGemm:
+    """Return the backend; raises ConfigError for sizes or a dtype grouped_mm has no kernel for."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"gemm 'torch_grouped' needs fp32, bf16 or fp16; got {dtype}; gemm 'loop' would do"
+        )
+    for name, features in (("in_features", in_features), ("out_features", out_features)):
+        if not aligned(features, dtype):
+            raise ConfigError(
+                f"gemm 'torch_grouped' needs {name} ({features}) to be a multiple of "
+                f"{ALIGNMENT // dtype.itemsize} in {dtype}; gemm 'loop' would do"
+            )
+    return torch_grouped_gemm

@@ -1,0 +1,157 @@
+"""Which ranks work together: rank grids as pure lists, then process groups made from them.
+
+Megatron lays ranks out on two grids over the same world, here for its default order, slowest axis
+first:
+
+    dense    [pp, dp, cp, tp]          experts    [pp, edp, ep, etp]
+
+A group is a line of a grid along one axis, or along several axes together. For 8 ranks, tp=2,
+ep=4, etp=1: the dense groups of tp are 01 23 45 67; the expert groups of ep are 0123 4567, of edp
+04 15 26 37.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from ep_plugin.config import ConfigError, ParallelConfig
+
+
+@dataclass(frozen=True)
+class RankGrid:
+    """Ranks 0 .. n-1 arranged on named axes, fastest axis first."""
+
+    sizes: dict[str, int]
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """Return every group along `axes` together; within a group the grid's order is kept.
+
+        Groups are listed in the order of their remaining coordinates, fastest axis first.
+        """
+        strides, stride = {}, 1
+        for axis, size in self.sizes.items():
+            strides[axis] = stride
+            stride *= size
+        inside = [axis for axis in self.sizes if axis in axes]
+        outside = [axis for axis in self.sizes if axis not in axes]
+        return [
+            [base + offset for offset in self._offsets(inside, strides)]
+            for base in self._offsets(outside, strides)
+        ]
+
+    def _offsets(self, axes: list[str], strides: dict[str, int]) -> list[int]:
+        # itertools.product varies its last argument fastest, so the axes go in slowest first.
+        steps = ([i * strides[axis] for i in range(self.sizes[axis])] for axis in reversed(axes))
+        return [sum(step) for step in itertools.product(*steps)]
+
+
+def dense_grid(parallel: ParallelConfig) -> RankGrid:
+    """Return the grid of the dense part: axes tp, cp, dp, pp."""
+    sizes = {"tp": parallel.tp, "cp": parallel.cp, "dp": parallel.dp, "pp": parallel.pp}
+    return RankGrid({axis: sizes[axis] for axis in parallel.order.split("-") if axis in sizes})
+
+
+def expert_grid(parallel: ParallelConfig) -> RankGrid:
+    """Return the grid of the experts: axes etp, ep, edp, pp.
+
+    Raises ConfigError when it would put a rank on another pipeline stage than the dense grid does.
+    """
+    names = {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}
+    sizes = {
+        "etp": parallel.expert_tp,
+        "ep": parallel.ep,
+        "edp": parallel.edp,
+        "pp": parallel.pp,
+    }
+    order = [names[axis] for axis in parallel.order.split("-") if axis in names]
+    grid = RankGrid({axis: sizes[axis] for axis in order})
+    if grid.groups("pp") != dense_grid(parallel).groups("pp"):
+        raise ConfigError(
+            f"order {parallel.order!r} gives experts other pipeline stages than the dense "
+            f"layers at pp={parallel.pp}, ep={parallel.ep}, etp={parallel.etp}; "
+            "tp-cp-ep-dp-pp would do"
+        )
+    return grid
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """This rank's process groups for the experts; None stands for a group of this rank alone.
+
+    `ep` hosts one copy of all experts; `etp` splits each expert's FFN dimension; `ep_etp` is both
+    together, the ranks a token can travel to (etp fastest); `edp` holds the same shard; `tp_cp`
+    shares one batch's tokens, for losses that count over it.
+    """
+
+    ep: dist.ProcessGroup | None = None
+    etp: dist.ProcessGroup | None = None
+    ep_etp: dist.ProcessGroup | None = None
+    edp: dist.ProcessGroup | None = None
+    tp_cp: dist.ProcessGroup | None = None
+
+    @property
+    def ep_size(self) -> int:
+        return group_size(self.ep)
+
+    @property
+    def ep_rank(self) -> int:
+        return group_rank(self.ep)
+
+    @property
+    def etp_size(self) -> int:
+        return group_size(self.etp)
+
+    @property
+    def etp_rank(self) -> int:
+        return group_rank(self.etp)
+
+    @property
+    def ep_etp_size(self) -> int:
+        return self.ep_size * self.etp_size
+
+    @property
+    def tp_cp_size(self) -> int:
+        return group_size(self.tp_cp)
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Return the number of ranks in `group`, 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: dist.ProcessGroup | None) -> int:
+    """Return this rank's place in `group`, 0 for None."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def create_expert_groups(parallel: ParallelConfig) -> ExpertGroups:
+    """Create the process groups of `parallel` on an initialised torch.distributed world.
+
+    Every rank must call it, in the same order as any other group creation. Raises ConfigError
+    when the world has another size than `parallel` says.
+    """
+    world = dist.get_world_size()
+    if world != parallel.world_size:
+        raise ConfigError(
+            f"world_size ({parallel.world_size}) must be the number of ranks started ({world}); "
+            f"world_size = {world} would do"
+        )
+    experts, dense = expert_grid(parallel), dense_grid(parallel)
+    return ExpertGroups(
+        ep=_own_group(experts.groups("ep")),
+        etp=_own_group(experts.groups("etp")),
+        ep_etp=_own_group(experts.groups("ep", "etp")),
+        edp=_own_group(experts.groups("edp")),
+        tp_cp=_own_group(dense.groups("tp", "cp")),
+    )
+
+
+def _own_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """Create every group of the list, on every rank in the same order; return this rank's."""
+    own = None
+    for ranks in groups:
+        group = dist.new_group(ranks)
+        if isinstance(group, dist.ProcessGroup):
+            own = group
+    return own

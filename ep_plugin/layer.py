@@ -1,0 +1,78 @@
+"""READ SECOND: the Mixture-of-Experts block, four verbs in a row."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ep_plugin.config import MoEConfig, check_experts_over_ranks
+from ep_plugin.contracts import Dispatcher, Router, combine, dispatch
+from ep_plugin.experts import Experts
+from ep_plugin.groups import ExpertGroups
+from ep_plugin.registry import resolve
+
+InitMethod = Callable[[Tensor], object]
+
+
+def init_normal(weight: Tensor) -> Tensor:
+    """Fill `weight` in place from N(0, 0.02)."""
+    return nn.init.normal_(weight, std=0.02)
+
+
+class MoELayer(nn.Module):
+    """Route, dispatch, experts, combine: a feed-forward block whose experts live on `groups.ep`.
+
+    Without `groups` all experts are on this rank. The router is replicated: give it the gradient
+    reduction of the dense parameters; experts are averaged over `groups.edp` alone. `init_method`
+    fills every weight (None leaves them uninitialised for the caller to fill).
+
+    Raises ConfigError when the experts do not divide over the ranks or an option's name is unknown.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        groups: ExpertGroups | None = None,
+        *,
+        init_method: InitMethod | None = init_normal,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        groups = groups if groups is not None else ExpertGroups()
+        check_experts_over_ranks(config.num_experts, groups.ep_size)
+        self.config = config
+        self.groups = groups
+        self.router: Router = resolve("router", config.router)(config, groups, device, dtype)
+        self.dispatcher: Dispatcher = resolve("dispatcher", pick_dispatcher(config, groups))(
+            config, groups
+        )
+        self.experts = Experts(config, groups, device=device, dtype=dtype)
+        if init_method is not None:
+            self.reset_parameters(init_method)
+
+    def reset_parameters(self, init_method: InitMethod) -> None:
+        """Fill each weight matrix with `init_method`, expert by expert, and biases with zeros."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+                continue
+            matrices = parameter.unbind(0) if parameter.dim() == 3 else (parameter,)
+            for matrix in matrices:
+                init_method(matrix.data)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return [..., H] for `hidden` [..., H]; every rank of the expert group must call it."""
+        tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
+        routing = self.router(tokens)
+        inbox = dispatch(self.dispatcher, tokens, routing)
+        rows = self.experts(inbox)
+        output = combine(self.dispatcher, rows, inbox)
+        return output.view_as(hidden)
+
+
+def pick_dispatcher(config: MoEConfig, groups: ExpertGroups) -> str:
+    """Return the dispatcher `auto` stands for: `local` on one rank, `alltoall` on several."""
+    if config.dispatcher != "auto":
+        return config.dispatcher
+    return "local" if groups.ep_etp_size == 1 else "alltoall"

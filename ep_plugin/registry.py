@@ -1,0 +1,40 @@
+"""A choice is a folder, an option is a file.
+
+`dispatcher/alltoall.py` is the option `alltoall` of the choice `dispatcher`; it exports
+`build(...)`. Names are listed from the folder without importing anything, so an option's
+dependencies are needed only by those who choose it. A name with a dot is the user's own module
+and is imported as it is.
+"""
+
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ep_plugin.config import BackendUnavailable, ConfigError
+
+
+def available(kind: str) -> tuple[str, ...]:
+    """Return the names of all options of `kind`, sorted; nothing is imported."""
+    folder = Path(__file__).parent / kind
+    names = (module.name for module in pkgutil.iter_modules([str(folder)]))
+    return tuple(sorted(name for name in names if not name.startswith("_")))
+
+
+def resolve(kind: str, name: str) -> Callable[..., Any]:
+    """Return the `build` function of option `name`.
+
+    Raises ConfigError for an unknown name, BackendUnavailable when the option's package is missing.
+    """
+    if "." not in name and name not in available(kind):
+        raise ConfigError(f"unknown {kind} {name!r}; choose from {', '.join(available(kind))}")
+    path = name if "." in name else f"ep_plugin.{kind}.{name}"
+    try:
+        build: Callable[..., Any] = import_module(path).build
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"{kind} {name!r} needs a package that is not here ({error}); install it as its README "
+            f"says, or choose from {', '.join(available(kind))}"
+        ) from error
+    return build

@@ -1,0 +1,37 @@
+"""Run a function on several gloo ranks inside a test."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Return what `function(*args)` returns on each rank; an exception on a rank fails the test.
+
+    `function` must be a module's own; results and arguments are pickled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(
+            _rank_main,
+            (world_size, folder, function, args),
+            nprocs=world_size,
+            start_method="spawn",
+        )
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _rank_main(
+    rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    torch.save(function(*args), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
