@@ -83,8 +83,7 @@ class Experts(nn.Module):
         self.num_local_experts = config.num_experts // groups.ep_size
         self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
-        # The etp ranks sum their outputs, so the bias of fc2 must count once.
-        self.adds_output_bias = groups.etp_rank == 0
+        self.etp_size = etp
         shard = ffn // etp
 
         def linear(in_features: int, out_features: int) -> GroupedLinear:
@@ -111,8 +110,8 @@ class Experts(nn.Module):
         hidden = (self._activate(hidden) * probs).to(inbox.rows.dtype)  # [R, F]
         output: Tensor = self.linear_fc2(hidden, tokens_per_expert)  # [R, H]
         if self.linear_fc2.bias is not None:
-            bias = self.linear_fc2.bias_rows(tokens_per_expert, num_rows) * probs
-            output = output + bias.to(output.dtype) * self.adds_output_bias
+            bias = self.linear_fc2.bias_rows(tokens_per_expert, num_rows)
+            output = output + (_ShareOfSum.apply(bias, self.etp_size) * probs).to(output.dtype)
         return output
 
     def _activate(self, hidden: Tensor) -> Tensor:
@@ -120,6 +119,21 @@ class Experts(nn.Module):
             return self.activation(hidden)
         gate, up = hidden.chunk(2, dim=-1)
         return self.activation(gate) * up
+
+
+class _ShareOfSum(torch.autograd.Function):
+    """1/n of a tensor that n ranks hold alike and whose outputs are summed.
+
+    The gradient is not divided: each rank gets the whole one, so the copies stay alike.
+    """
+
+    @staticmethod
+    def forward(ctx: object, whole: Tensor, num_ranks: int) -> Tensor:
+        return whole / num_ranks
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def auto_gemm(weight: Tensor) -> GroupedGemm:

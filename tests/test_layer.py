@@ -139,8 +139,6 @@ def check_rank(
         assert grad is not None, f"{what}: {name} has no gradient"
         if groups.edp is not None:
             dist.all_reduce(grad, group=groups.edp)
-        if name == "fc2_bias" and groups.etp is not None:
-            dist.all_reduce(grad, group=groups.etp)
         expected = shard(name, gradients[name], config, groups)
         assert_close(grad, expected, dtype, f"{what}: {name} gradient")
 

@@ -1,0 +1,15 @@
+"""The edge: Megatron builds our block where it would build its own. `install()` is the whole interface.
+
+Seams, each an attribute that Megatron looks up when it is called:
+
+    moe_module_specs.MoELayer             the class every MoE layer spec is made of
+    arguments.add_megatron_arguments      gains the --ep-* flags
+    arguments.validate_args               checks ours first; a mistake exits before any communication
+    MoEMetricsTracker.report              also writes the load of every expert
+
+Nothing is copied, no function is replaced by a rewrite, and `uninstall()` puts each attribute back.
+"""
+
+from ep_plugin.megatron.hooks import install, uninstall
+
+__all__ = ["install", "uninstall"]

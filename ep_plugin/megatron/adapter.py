@@ -1,0 +1,147 @@
+"""The module Megatron builds in place of the dense MLP: ours inside, Megatron's contract outside."""
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    get_default_pg_collection,
+)
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    sharded_state_dict_default,
+)
+from torch import Tensor
+
+from ep_plugin.config import ConfigError
+from ep_plugin.contracts import Routing
+from ep_plugin.layer import MoELayer
+from ep_plugin.megatron.groups import adopt_groups
+from ep_plugin.megatron.parameters import initialize_experts, initialize_router, set_tags
+from ep_plugin.megatron.settings import EdgeSettings, moe_config
+from ep_plugin.megatron.sharded_state import expert_sharded_state
+from ep_plugin.megatron.tracking import RoutingTracker
+
+
+class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
+    """`ep_plugin.MoELayer` with the names, groups, tags and checkpoint keys of Megatron's MoELayer.
+
+    It is a subclass because Megatron asks `isinstance(mlp, MoELayer)`; nothing else is inherited
+    but the fields of BaseMoELayer. `settings` and `tracker` are set by `install()` on the class
+    it installs.
+    """
+
+    settings = EdgeSettings()
+    tracker: RoutingTracker | None = None
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any = None,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        """Build the block. Raises ConfigError for Megatron settings that ours cannot honour."""
+        pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
+        BaseMoELayer.__init__(self, config, layer_number, pg_collection, is_mtp_layer)
+        groups = adopt_groups(pg_collection, config.pipeline_model_parallel_size)
+        layer = MoELayer(
+            moe_config(config, self.settings),
+            groups,
+            init_method=None,
+            device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
+            dtype=config.params_dtype,
+        )
+        # Kept outside the module tree: its children are registered here, under Megatron's names.
+        object.__setattr__(self, "layer", layer)
+        self.router, self.experts = layer.router, layer.experts
+        if config.perform_initialization:
+            initialize_router(layer.router, config)
+            initialize_experts(layer.experts, config, groups)
+        set_tags(layer.router, layer.experts, config, groups)
+        layer.router.attach_loss = self._attach_loss
+        layer.router.register_forward_hook(self._after_routing)
+        self.tp_cp_group, self.tp_dp_cp_group = pg_collection.tp_cp, pg_collection.tp_dp_cp
+        if self.use_shared_expert:
+            self.shared_experts = submodules.shared_experts(
+                config=config,
+                pg_collection=pg_collection,
+                gate=config.moe_shared_expert_gate,
+                name=f"{name}.shared_experts" if name is not None else None,
+            )
+        self.moe_layer_recompute = (
+            config.recompute_granularity == "selective" and "moe" in config.recompute_modules
+        )
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Take the 1-based number of the layer in the whole model."""
+        self.layer_number = layer_number
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Return ([S, B, H], no bias) for `hidden_states` [S, B, H]."""
+        if padding_mask is not None:
+            raise ConfigError(
+                "padding_mask is not supported by ep_plugin's MoE block; leave it None"
+            )
+        if self.moe_layer_recompute and self.training:
+            return tensor_parallel.checkpoint(self._compute, False, hidden_states), None
+        return self._compute(hidden_states), None
+
+    def _compute(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = self.layer(hidden_states)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        return output
+
+    def _attach_loss(self, carrier: Tensor, loss: Tensor) -> Tensor:
+        """Add `loss` [] with the scale of Megatron's main loss; `carrier` has a row per token."""
+        if self.config.calculate_per_token_loss:
+            # finalize_model_grads divides by the global number of tokens; undo it for this loss.
+            loss = loss * carrier.shape[0] * self.tp_cp_group.size()
+        attached: Tensor = MoEAuxLossAutoScaler.apply(carrier, loss)
+        return attached
+
+    def _after_routing(self, router: Any, inputs: Any, routing: Routing) -> None:
+        if self.tracker is None or not (self.training and torch.is_grad_enabled()):
+            return
+        self.tracker.record(self, routing)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the parameters under the keys of Megatron's own MoE layer."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state: dict[str, Any] = {}
+        for name, module in (("router", self.router), ("shared_experts", self.shared_experts)):
+            if module is not None:
+                state |= sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, self.attn_tp_group
+                )
+        state |= expert_sharded_state(
+            self.experts,
+            self.layer.groups,
+            self.config.num_moe_experts,
+            f"{prefix}experts.",
+            sharded_offsets,
+            metadata,
+        )
+        return state
+
+    def backward_dw(self, routed_experts: bool = True, shared_experts: bool = False) -> None:
+        """Do nothing: weight gradients are computed in the backward, not delayed."""
+
+    def set_for_recompute_pre_mlp_layernorm(self) -> None:
+        """Do nothing: needed for fp8 and fp4 alone, which `check_supported` refuses."""

@@ -1,0 +1,131 @@
+"""Putting our block where Megatron looks its own up, and taking it out again."""
+
+import functools
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from ep_plugin import __version__
+from ep_plugin.config import ConfigError
+from ep_plugin.megatron import cpu, touchpoints
+
+MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
+ARGUMENTS = "megatron.training.arguments"
+MOE_LOGGING = "megatron.core.transformer.moe.moe_logging"
+
+
+def install() -> None:
+    """Make Megatron build our block in every MoE layer, and switch CPU mode on where there is no GPU.
+
+    Call it before `pretrain`; a second call does nothing. Every touch point is verified first:
+    raises ConfigError, with nothing hooked, when the installed Megatron is not one we know.
+    """
+    if cpu.wanted():
+        cpu.enable()
+    specs = import_module(MODULE_SPECS)
+    if hasattr(specs.MoELayer, "ep_original"):
+        return
+    checked = touchpoints.verify()
+    layer_class = _make_layer_class(specs.MoELayer)
+    arguments = import_module(ARGUMENTS)
+    tracker_class = import_module(MOE_LOGGING).MoEMetricsTracker
+    specs.MoELayer = layer_class
+    _wrap(arguments, "add_megatron_arguments", _with_our_flags)
+    _wrap(arguments, "validate_args", functools.partial(_with_our_checks, layer_class))
+    _wrap(tracker_class, "report", functools.partial(_with_our_metrics, layer_class))
+    _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
+
+
+def uninstall() -> None:
+    """Put back every attribute that `install` replaced, CPU mode included; does nothing without it."""
+    specs = import_module(MODULE_SPECS)
+    if hasattr(specs.MoELayer, "ep_original"):
+        arguments = import_module(ARGUMENTS)
+        _unwrap(import_module(MOE_LOGGING).MoEMetricsTracker, "report")
+        _unwrap(arguments, "validate_args")
+        _unwrap(arguments, "add_megatron_arguments")
+        specs.MoELayer = specs.MoELayer.ep_original
+    cpu.disable()
+
+
+def _make_layer_class(original: type) -> Any:
+    """Return a fresh subclass of the adapter, so that settings of one install do not outlive it."""
+    adapter = import_module("ep_plugin.megatron.adapter")
+    tracking = import_module("ep_plugin.megatron.tracking")
+    fields = {"ep_original": original, "tracker": tracking.RoutingTracker()}
+    return type("MoELayer", (adapter.EPMoELayer,), fields)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace `owner.name` by `wrapper(original, ...)`, which remembers the original."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    replacement.ep_original = original  # type: ignore[attr-defined]
+    setattr(owner, name, replacement)
+
+
+def _unwrap(owner: Any, name: str) -> None:
+    setattr(owner, name, getattr(owner, name).ep_original)
+
+
+def _with_our_flags(original: Callable[..., Any], parser: Any) -> Any:
+    from ep_plugin.megatron.arguments import add_ep_arguments
+
+    return add_ep_arguments(original(parser))
+
+
+def _with_our_checks(
+    layer_class: Any, original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any
+) -> Any:
+    from ep_plugin.megatron.arguments import check_arguments, refuse, settings_from_args
+    from ep_plugin.megatron.settings import check_supported
+
+    try:
+        layer_class.settings = settings_from_args(args)
+        check_arguments(args)
+        validated = original(args, *rest, **kwargs)
+        if args.num_experts is not None:
+            check_supported(args)
+    except ConfigError as error:
+        refuse(error)
+    return validated
+
+
+def _with_our_metrics(
+    layer_class: Any,
+    original: Callable[..., Any],
+    tracker: Any,
+    loss_scale: float,
+    iteration: int,
+    writer: Any = None,
+    wandb_writer: Any = None,
+    *rest: Any,
+    num_layers: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    from megatron.training import get_args
+
+    text = original(
+        tracker,
+        loss_scale,
+        iteration,
+        writer,
+        wandb_writer,
+        *rest,
+        num_layers=num_layers,
+        **kwargs,
+    )
+    if iteration % get_args().tensorboard_log_interval == 0 and num_layers is not None:
+        layer_class.tracker.write(iteration, num_layers, writer, wandb_writer)
+    return text
+
+
+def _say(what: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        device = "CPU mode (gloo)" if cpu.wanted() else "GPU"
+        print(f"ep_plugin {__version__}: hosts Megatron's MoE layers; {what}; {device}", flush=True)

@@ -1,0 +1,90 @@
+"""Initial values and tags of the parameters, as Megatron gives them to its own experts.
+
+The tags decide which ranks average a gradient and whether the gradient norm counts it once: a
+missing one is silent. See `set_tags`.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import (
+    _initialize_affine_weight_cpu,
+    _initialize_affine_weight_gpu,
+)
+from torch import Tensor, nn
+
+from ep_plugin.experts import Experts, GroupedLinear
+from ep_plugin.groups import ExpertGroups
+
+
+def initialize_router(router: nn.Module, config: Any) -> None:
+    """Fill the router [E, H] in fp32 on the CPU's generator, the same on every rank."""
+    for _, parameter in sorted(router.named_parameters(), reverse=True):  # weight, then bias
+        values = torch.empty(parameter.shape, dtype=torch.float32)
+        config.init_method(values)
+        parameter.data.copy_(values)
+
+
+def initialize_experts(experts: Experts, config: Any, groups: ExpertGroups) -> None:
+    """Fill each expert's fc1 and fc2 in Megatron's order, so that equal seeds give equal experts."""
+    gated_stride = 2 if experts.gated else 1
+    for fc1, fc2 in zip(experts.linear_fc1.weight, experts.linear_fc2.weight, strict=True):
+        _initialize_matrix(fc1, 0, gated_stride, config.init_method, config, groups)
+        _initialize_matrix(fc2, 1, 1, config.output_layer_init_method, config, groups)
+    for linear in (experts.linear_fc1, experts.linear_fc2):
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
+def _initialize_matrix(
+    weight: Tensor, dim: int, stride: int, init_method: Any, config: Any, groups: ExpertGroups
+) -> None:
+    """Fill one expert's `weight` [out, in], sharded over etp along `dim`, with Megatron's own code."""
+    matrix = weight.detach()
+    if not config.use_cpu_initialization:
+        _initialize_affine_weight_gpu(matrix, init_method, dim, stride=stride, is_expert=True)
+        return
+    full = [
+        size * (groups.etp_size if axis == dim else 1) for axis, size in enumerate(matrix.shape)
+    ]
+    _initialize_affine_weight_cpu(
+        matrix,
+        *full,
+        matrix.shape[dim],
+        dim,
+        init_method,
+        stride=stride,
+        params_dtype=config.params_dtype,
+        rank=groups.etp_rank,
+        world_size=groups.etp_size,
+    )
+
+
+def set_tags(router: nn.Module, experts: Experts, config: Any, groups: ExpertGroups) -> None:
+    """Mark every parameter for Megatron's DDP, optimizer and gradient norm.
+
+    `allreduce = False`: averaged over expert-data-parallel ranks alone, in a buffer of its own.
+    `tensor_model_parallel = True`: every rank holds another shard, so each counts in the norm.
+    `sequence_parallel = True`: the gradient is summed over tensor-parallel ranks, which saw other
+    tokens.
+    """
+    for parameter in router.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    own_groups = groups.ep_size > 1 or groups.etp_size != config.tensor_model_parallel_size
+    for linear, dim in ((experts.linear_fc1, 1), (experts.linear_fc2, 2)):
+        for name, parameter in linear.named_parameters():
+            _tag(parameter, linear, name, dim, not own_groups)
+
+
+def _tag(
+    parameter: nn.Parameter, linear: GroupedLinear, name: str, dim: int, allreduce: bool
+) -> None:
+    sharded = name == "weight" or dim == 1  # the bias of fc2 is whole on every etp rank
+    tags = {
+        "allreduce": allreduce,
+        "tensor_model_parallel": sharded,
+        "partition_dim": dim if sharded else -1,
+        "partition_stride": 1,
+    }
+    for tag, value in tags.items():
+        setattr(parameter, tag, value)
