@@ -1,0 +1,128 @@
+"""Laws every dispatcher obeys: adjoint, conservation, layout. A new file is tested once it exists."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from routings import NUM_EXPERTS, NUM_RANKS, count, hard_cases
+from spawn import run_ranks
+from tolerance import assert_close
+from torch import Tensor
+
+from ep_plugin import ConfigError, ExpertGroups, MoEConfig, ParallelConfig, create_expert_groups
+from ep_plugin.contracts import Dispatched, Dispatcher, Routing, combine, dispatch
+from ep_plugin.registry import available, resolve
+
+H = 4
+CONFIG = MoEConfig(hidden_size=H, ffn_hidden_size=8, num_experts=NUM_EXPERTS)
+DEGREES = {"local": [(1, 1)], "alltoall": [(2, 1), (4, 1), (2, 2), (1, 4)]}  # name -> (ep, etp)
+
+
+def origin(rank: int, num_tokens: int) -> Tensor:
+    """Rows that say where they come from: [T, H], columns rank and token."""
+    rows = torch.zeros(num_tokens, H, dtype=torch.float64)
+    rows[:, 0], rows[:, 1] = rank, torch.arange(num_tokens)
+    return rows
+
+
+def routing_of(ids: Tensor, rank: int) -> Routing:
+    """Probabilities encode (rank, token, choice) as well."""
+    tokens, topk = ids.shape
+    probs = 1000.0 * rank + torch.arange(tokens * topk, dtype=torch.float64).view(tokens, topk)
+    return Routing(ids, probs, count(ids))
+
+
+def expected_rows(ids: list[Tensor], sources: list[int], expert: int) -> list[tuple[int, ...]]:
+    """(rank, token, choice) of every row of `expert`, from each source rank in order."""
+    return [
+        (rank, token, choice)
+        for rank in sources
+        for token, chosen in enumerate(ids[rank].tolist())
+        for choice, chosen_expert in enumerate(chosen)
+        if chosen_expert == expert
+    ]
+
+
+def check_layout(inbox: Dispatched, ids: list[Tensor], groups: ExpertGroups) -> None:
+    """Each expert's rows are contiguous, in source order, and each row is what its origin says."""
+    sources = [dist.get_rank()]
+    if groups.ep_etp is not None:
+        sources = dist.get_process_group_ranks(groups.ep_etp)
+    local = NUM_EXPERTS // groups.ep_size
+    start = 0
+    for i in range(local):
+        expected = expected_rows(ids, sources, groups.ep_rank * local + i)
+        assert int(inbox.tokens_per_expert[i]) == len(expected)
+        block = slice(start, start + len(expected))
+        topk = ids[0].shape[1]
+        found = [
+            (int(row[0]), int(row[1]), int(prob) - 1000 * int(row[0]) - int(row[1]) * topk)
+            for row, prob in zip(inbox.rows[block], inbox.probs[block], strict=True)
+        ]
+        assert found == expected
+        start += len(expected)
+    assert start == inbox.rows.shape[0] == inbox.probs.shape[0]
+
+
+def check_adjoint(dispatcher: Dispatcher, routing: Routing, rank: int) -> None:
+    """Summed over ranks <dispatch(x), y> = <x, combine(y)>, and each is the other's backward."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = random(routing.expert_ids.shape[0], H).requires_grad_()
+    inbox = dispatch(dispatcher, x, routing)
+    y = random(*inbox.rows.shape).requires_grad_()
+    combined = combine(dispatcher, y, inbox)
+    products = torch.stack([(inbox.rows * y).sum(), (x * combined).sum()]).detach()
+    dist.all_reduce(products)
+    assert_close(products[0], products[1], torch.float64, "adjoint")
+    backward_of_dispatch = torch.autograd.grad(inbox.rows, x, y.detach(), retain_graph=True)[0]
+    assert_close(backward_of_dispatch, combined, torch.float64, "backward of dispatch")
+    backward_of_combine = torch.autograd.grad(combined, y, x.detach())[0]
+    assert_close(backward_of_combine, inbox.rows, torch.float64, "backward of combine")
+
+
+def check_conservation(inbox: Dispatched, ids: list[Tensor], groups: ExpertGroups) -> None:
+    """Rows received over all ranks = rows kept by all routers, once per etp rank."""
+    received = torch.tensor(inbox.rows.shape[0])
+    dist.all_reduce(received)
+    kept = sum(int((rank_ids >= 0).sum()) for rank_ids in ids)
+    assert int(received) == kept * groups.etp_size
+
+
+def check_dispatcher(name: str) -> int:
+    checked = 0
+    rank = dist.get_rank()
+    for ep, etp in DEGREES[name]:
+        groups = create_expert_groups(ParallelConfig(world_size=NUM_RANKS, ep=ep, etp=etp))
+        dispatcher = resolve("dispatcher", name)(CONFIG, groups)
+        for ids in hard_cases().values():
+            routing = routing_of(ids[rank], rank)
+            inbox = dispatch(dispatcher, origin(rank, len(ids[rank])), routing)
+            check_layout(inbox, ids, groups)
+            check_conservation(inbox, ids, groups)
+            check_adjoint(dispatcher, routing, rank)
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("name", available("dispatcher"))
+def test_laws(name: str) -> None:
+    cases = len(DEGREES[name]) * len(hard_cases())
+    assert run_ranks(NUM_RANKS, check_dispatcher, name) == [cases] * NUM_RANKS
+
+
+def test_the_drawn_example() -> None:
+    """The table in contracts.py, rank 0's permutation: b | a c."""
+    ids = torch.tensor([[2], [0], [3]])
+    routing = Routing(ids, torch.ones(3, 1), count(ids))
+    dispatcher = resolve("dispatcher", "local")(CONFIG, ExpertGroups())
+    inbox = dispatch(dispatcher, torch.tensor([[1.0], [2.0], [3.0]]), routing)
+    assert inbox.rows.flatten().tolist() == [2.0, 1.0, 3.0]
+    assert inbox.tokens_per_expert.tolist() == [1, 0, 1, 1]
+
+
+def test_alltoall_without_groups_is_refused() -> None:
+    with pytest.raises(ConfigError, match="dispatcher 'local' would do"):
+        resolve("dispatcher", "alltoall")(CONFIG, ExpertGroups())

@@ -1,0 +1,81 @@
+"""Rank grids against hand-computed answers; process groups on real ranks."""
+
+import pytest
+import torch.distributed as dist
+from spawn import run_ranks
+
+from ep_plugin import ConfigError, ParallelConfig, create_expert_groups
+from ep_plugin.groups import ExpertGroups, RankGrid, dense_grid, expert_grid
+
+
+def test_documented_example() -> None:
+    parallel = ParallelConfig(world_size=8, tp=2, ep=4, etp=1)
+    assert dense_grid(parallel).groups("tp") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert expert_grid(parallel).groups("ep") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert expert_grid(parallel).groups("edp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_several_axes_keep_the_order_of_the_grid() -> None:
+    grid = RankGrid({"a": 2, "b": 2, "c": 2})
+    assert grid.groups("c", "a") == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert grid.groups("a", "b", "c") == [list(range(8))]
+    assert grid.groups() == [[rank] for rank in range(8)]
+
+
+def test_expert_tensor_parallel_defaults_to_tensor_parallel() -> None:
+    parallel = ParallelConfig(world_size=8, tp=2, ep=2)
+    assert (parallel.etp, parallel.edp, parallel.dp) == (2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"world_size": 8, "ep": 3},
+            r"ep\*etp\*pp \(3\*1\*1\) must divide world_size \(8\); ep = 2 with etp = 1 would do",
+        ),
+        (
+            {"world_size": 6, "tp": 2, "ep": 2},
+            r"ep\*etp\*pp \(2\*2\*1\) must divide world_size \(6\); ep = 1 with etp = 2 would do",
+        ),
+        (
+            {"world_size": 6, "tp": 4},
+            r"tp\*cp\*pp \(4\) must divide world_size \(6\); world_size = 4 would do",
+        ),
+        ({"world_size": 4, "ep": 0}, "ep must be at least 1; got 0"),
+        ({"world_size": 4, "order": "tp-ep"}, "order must name each of tp, cp, ep, dp, pp once"),
+    ],
+)
+def test_impossible_layouts_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_an_order_that_moves_pipeline_stages_is_refused() -> None:
+    parallel = ParallelConfig(world_size=8, tp=2, pp=2, ep=4, etp=1, order="pp-tp-cp-ep-dp")
+    assert expert_grid(parallel).groups("pp") == dense_grid(parallel).groups("pp")
+    parallel = ParallelConfig(world_size=8, tp=2, pp=2, ep=4, etp=1, order="tp-pp-cp-ep-dp")
+    with pytest.raises(ConfigError, match="other pipeline stages"):
+        expert_grid(parallel)
+
+
+def group_ranks() -> dict[str, list[int] | None]:
+    groups = create_expert_groups(ParallelConfig(world_size=4, ep=2, etp=2))
+    names = ("ep", "etp", "ep_etp", "edp", "tp_cp")
+    assert (groups.ep_size, groups.etp_size, groups.ep_etp_size) == (2, 2, 4)
+    with pytest.raises(ConfigError, match=r"must be the number of ranks started \(4\)"):
+        create_expert_groups(ParallelConfig(world_size=8))
+    return {name: dist.get_process_group_ranks(getattr(groups, name)) for name in names}
+
+
+def test_every_rank_is_in_its_groups() -> None:
+    results = run_ranks(4, group_ranks)
+    assert [result["etp"] for result in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [result["ep"] for result in results] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [result["ep_etp"] for result in results] == [[0, 1, 2, 3]] * 4
+    assert [result["edp"] for result in results] == [[0], [1], [2], [3]]
+
+
+def test_no_groups_means_one_rank() -> None:
+    groups = ExpertGroups()
+    assert (groups.ep_size, groups.ep_rank, groups.etp_size, groups.ep_etp_size) == (1, 0, 1, 1)

@@ -1,0 +1,38 @@
+"""Options are the files of a folder; unknown and unavailable names say what to use instead."""
+
+import sys
+import types
+
+import pytest
+
+from ep_plugin.config import BackendUnavailable, ConfigError
+from ep_plugin.registry import available, resolve
+
+
+def test_options_are_the_files_of_the_folder() -> None:
+    assert set(available("dispatcher")) >= {"alltoall", "local"}
+    assert not [name for name in available("dispatcher") if name.startswith("_")]
+
+
+@pytest.mark.parametrize("kind", ["router", "dispatcher", "gemm"])
+def test_every_option_builds(kind: str) -> None:
+    for name in available(kind):
+        assert callable(resolve(kind, name))
+
+
+def test_unknown_name_lists_the_legal_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown gemm 'fast'; choose from loop, torch_grouped"):
+        resolve("gemm", "fast")
+
+
+def test_a_dotted_name_is_the_users_own_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("users.router")
+    module.build = lambda: "built"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "users", types.ModuleType("users"))
+    monkeypatch.setitem(sys.modules, "users.router", module)
+    assert resolve("router", "users.router")() == "built"
+
+
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(BackendUnavailable, match="No module named 'no_such_package'"):
+        resolve("router", "no_such_package.router")
