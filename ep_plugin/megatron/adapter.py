@@ -22,7 +22,7 @@ from ep_plugin.layer import MoELayer
 from ep_plugin.megatron.groups import adopt_groups
 from ep_plugin.megatron.parameters import initialize_experts, initialize_router, set_tags
 from ep_plugin.megatron.settings import EdgeSettings, moe_config
-from ep_plugin.megatron.sharded_state import expert_sharded_state
+from ep_plugin.megatron.sharded_state import EXTRA_STATE, expert_sharded_state
 from ep_plugin.megatron.tracking import RoutingTracker
 
 
@@ -74,6 +74,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
                 gate=config.moe_shared_expert_gate,
                 name=f"{name}.shared_experts" if name is not None else None,
             )
+        self.register_load_state_dict_pre_hook(_drop_extra_states)
         self.moe_layer_recompute = (
             config.recompute_granularity == "selective" and "moe" in config.recompute_modules
         )
@@ -145,3 +146,11 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
 
     def set_for_recompute_pre_mlp_layernorm(self) -> None:
         """Do nothing: needed for fp8 and fp4 alone, which `check_supported` refuses."""
+
+
+def _drop_extra_states(
+    module: EPMoELayer, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Forget what `expert_sharded_state` saves for Megatron's sake alone."""
+    for key in [k for k in state_dict if k.startswith(f"{prefix}experts.") and EXTRA_STATE in k]:
+        del state_dict[key]

@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 from ep_plugin.experts import Experts
 from ep_plugin.groups import ExpertGroups, group_rank
 
+EXTRA_STATE = "_extra_state"
 Offset = tuple[int, int, int]  # (axis, index along it, number of pieces)
 
 
@@ -66,10 +72,13 @@ def expert_sharded_state(
     prefix: str,
     sharded_offsets: tuple[Offset, ...],
     metadata: dict[str, Any],
-) -> dict[str, ShardedTensorFactory]:
-    """Return a factory for each expert parameter, keyed by its name under `prefix`."""
+) -> dict[str, ShardedTensorFactory | ShardedObject]:
+    """Return a factory for each expert parameter, keyed by its name under `prefix`.
+
+    With them go the empty `_extra_state` objects that Megatron's own linear layers insist on finding.
+    """
     singleton = bool(metadata.get("singleton_local_shards", False))
-    state = {}
+    state: dict[str, ShardedTensorFactory | ShardedObject] = {}
     for name, parameter in experts.named_parameters():
         is_fc1, is_weight = "linear_fc1" in name, name.endswith("weight")
         layout = _Layout(
@@ -82,12 +91,29 @@ def expert_sharded_state(
         )
         # (PP, TP, DP) copy of the piece: only a whole fc2 bias is repeated over etp.
         etp_copy = groups.etp_rank if layout.shard_dim is None else 0
+        if is_weight:
+            state |= _extra_states(layout, prefix, name.removesuffix("weight") + EXTRA_STATE)
         state[f"{prefix}{name}"] = ShardedTensorFactory(
             key=f"{prefix}experts.{name}",
             data=parameter,
             build_fn=_Build(layout),
             merge_fn=_Merge(layout.halves),
             replica_id=(0, etp_copy, group_rank(groups.edp)),
+        )
+    return state
+
+
+def _extra_states(layout: _Layout, prefix: str, name: str) -> dict[str, ShardedObject]:
+    """Return one empty object for each local expert of a linear map."""
+    groups, state = layout.groups, {}
+    num_local = layout.num_experts // groups.ep_size
+    for expert in range(groups.ep_rank * num_local, (groups.ep_rank + 1) * num_local):
+        offsets = list(layout.layer_offsets)
+        if not layout.singleton:
+            offsets.append((len(offsets), expert, layout.num_experts))
+        key = f"{prefix}experts.{expert}.{name}" if layout.singleton else f"{prefix}experts.{name}"
+        state[f"{prefix}{name}.{expert}"] = make_sharded_object_for_checkpoint(
+            None, key, offsets, replica_id=(0, groups.etp_rank, group_rank(groups.edp))
         )
     return state
 

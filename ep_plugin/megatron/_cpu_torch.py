@@ -1,0 +1,250 @@
+"""The CPU meaning of torch's CUDA words: the table that `cpu.py` applies and takes back."""
+
+import contextlib
+import inspect
+import os
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+MEMORY = 8 << 30  # bytes; what the pretended device reports
+
+
+def to_cpu(device: Any) -> Any:
+    """Return the CPU for a CUDA device, however it is written; anything else as it is."""
+    if isinstance(device, bool):
+        return device
+    if isinstance(device, int):
+        return CPU
+    if isinstance(device, str) and device.startswith("cuda"):
+        return CPU
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return CPU
+    return device
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Turns CUDA devices in the arguments of torch functions into the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None:
+            kwargs["device"] = to_cpu(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        name = getattr(func, "__name__", "")
+        if name == "to" and len(args) > 1:
+            args = (args[0], *(to_cpu(a) if _names_device(a) else a for a in args[1:]))
+        if name == "type" and len(args) == 1:
+            return func(*args).replace(
+                "torch.", "torch.cuda."
+            )  # Megatron compares with CUDA's name
+        return func(*args, **kwargs)
+
+
+def _names_device(value: Any) -> bool:
+    return isinstance(value, str | torch.device) or type(value) is int
+
+
+class Stream:
+    """A stream of a device that finishes each call before the next begins."""
+
+    cuda_stream = 0
+    device = CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event if event is not None else Event()
+        event.record()
+        return event
+
+    def query(self) -> bool:
+        return True
+
+    def is_capturing(self) -> bool:
+        return False
+
+
+class Event:
+    """A point in time on the host's clock."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds = time.perf_counter()
+
+    def record(self, *stream: Any) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, *stream: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, later: "Event") -> float:
+        """Milliseconds from this event to `later`."""
+        return (later.seconds - self.seconds) * 1e3
+
+
+class Generators(dict[int, torch.Generator]):
+    """torch.cuda.default_generators: the CPU's generator under every index."""
+
+    def __missing__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+
+def call_now(function: Callable[..., Any], **kwargs: Any) -> None:
+    """torch.cuda._lazy_call without a device to wait for."""
+    function()
+
+
+@contextlib.contextmanager
+def device_context(device: Any = None) -> Iterator[None]:
+    """torch.cuda.device: there is nothing to switch."""
+    yield
+
+
+# TorchDynamo keeps a table of functions by identity, so every replacement is a function of its own.
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _nothing() -> Callable[..., Any]:
+    return _constant(None)
+
+
+def _same() -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: self
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+def _get_rng_state(*device: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def _set_rng_state(state: torch.Tensor, *device: Any, **kwargs: Any) -> None:
+    torch.default_generator.set_state(state)
+
+
+def _num_devices() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _gloo(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Force backend gloo and drop what only NCCL takes."""
+    signature = inspect.signature(original)
+
+    def with_gloo(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        for name in ("device_id", "pg_options"):
+            bound.arguments.pop(name, None)
+        bound.arguments["backend"] = "gloo"
+        return original(*bound.args, **bound.kwargs)
+
+    return with_gloo
+
+
+def _with_list_splits(original: Callable[..., Any]) -> Callable[..., Any]:
+    """gloo wants the splits of an all-to-all as lists; Megatron also passes tensors."""
+
+    def all_to_all_single(
+        output: Any,
+        input: Any,  # torch's own name
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        splits = [
+            sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+            for sizes in (output_split_sizes, input_split_sizes)
+        ]
+        return original(output, input, *splits, group=group, async_op=async_op)
+
+    return all_to_all_single
+
+
+def replacements() -> list[tuple[Any, str, Any]]:
+    """Return (owner, attribute, replacement) for torch, in the order to apply them."""
+    cuda: dict[str, Any] = {
+        "is_available": _constant(True),
+        "is_initialized": _constant(True),
+        "is_bf16_supported": _constant(True),
+        "device_count": _num_devices,
+        "current_device": _constant(0),
+        "set_device": _nothing(),
+        "synchronize": _nothing(),
+        "empty_cache": _nothing(),
+        "init": _nothing(),
+        "_lazy_init": _nothing(),
+        "_lazy_call": call_now,
+        "get_device_name": _constant("cpu"),
+        "get_device_capability": _constant((8, 0)),
+        "get_device_properties": _constant(
+            types.SimpleNamespace(
+                name="cpu", major=8, minor=0, multi_processor_count=1, total_memory=MEMORY
+            )
+        ),
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": lambda *device, **kwargs: Stream(),
+        "default_stream": lambda *device, **kwargs: Stream(),
+        "set_stream": _nothing(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "device": device_context,
+        "is_current_stream_capturing": _constant(False),
+        "manual_seed": _seed,
+        "manual_seed_all": _nothing(),  # torch.manual_seed calls it after seeding the CPU
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "default_generators": Generators(),
+        "memory_stats": lambda *device, **kwargs: {},
+        "mem_get_info": _constant((MEMORY, MEMORY)),
+        "reset_peak_memory_stats": _nothing(),
+    }
+    for counter in ("allocated", "reserved"):
+        cuda[f"memory_{counter}"] = cuda[f"max_memory_{counter}"] = _constant(0)
+    for kind in ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Byte"):
+        cuda[f"{kind}Tensor"] = getattr(torch, f"{kind}Tensor")
+    return [
+        *((torch.cuda, name, value) for name, value in cuda.items()),
+        (torch.cuda.random, "get_rng_state", _get_rng_state),
+        (torch.cuda.random, "set_rng_state", _set_rng_state),
+        (torch.cuda.nvtx, "range_push", _nothing()),
+        (torch.cuda.nvtx, "range_pop", _nothing()),
+        (torch.accelerator, "is_available", _constant(False)),
+        (torch.accelerator, "current_device_index", _constant(0)),
+        (torch.accelerator, "current_stream", lambda *device, **kwargs: Stream()),
+        (torch.Tensor, "cuda", _same()),
+        (torch.Tensor, "pin_memory", _same()),
+        (torch.Tensor, "record_stream", _nothing()),
+        (torch.nn.Module, "cuda", _same()),
+        (dist, "init_process_group", _gloo(dist.init_process_group)),
+        (dist, "new_group", _gloo(dist.new_group)),
+        (dist, "all_to_all_single", _with_list_splits(dist.all_to_all_single)),
+    ]

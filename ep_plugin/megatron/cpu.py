@@ -1,0 +1,195 @@
+"""Megatron's unmodified training loop on CPU with gloo.
+
+Megatron speaks of CUDA everywhere: `.cuda()`, `device="cuda"`, streams, events, memory
+statistics, NCCL. In CPU mode each such word gets its CPU meaning, in two ways:
+
+* a table of attributes (torch.cuda.*, torch.distributed.*, a few of Megatron's) that are replaced;
+* a TorchFunctionMode that turns CUDA devices in the arguments of torch functions into the CPU.
+
+`enable` is called only where there is no GPU or `EP_PLUGIN_DEVICE=cpu` asks for it, and `disable`
+puts every attribute back; a run on GPUs never enters this file's replacements. One generator
+serves as both the CPU's and the GPU's: Megatron saves and restores the state it forks from, which
+is all it needs.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ep_plugin.config import ConfigError
+from ep_plugin.megatron import _cpu_torch as words
+
+_LEGAL = ("cpu", "cuda")
+_INHERITED = object()  # the attribute was found on a base class
+
+
+class CpuMode:
+    """What `enable` changed, newest last, so that it can be put back."""
+
+    def __init__(self) -> None:
+        self.replaced: list[tuple[Any, str, Any]] = []
+        self.environment: dict[str, str | None] = {}
+        self.mode = words.CudaMeansCpu()
+        self.active = False
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        self.replaced.append((owner, name, owner.__dict__.get(name, _INHERITED)))
+        setattr(owner, name, value)
+
+    def set_environment(self, name: str, value: str) -> None:
+        self.environment[name] = os.environ.get(name)
+        os.environ.setdefault(name, value)
+
+
+_cpu_mode = CpuMode()  # the one piece of state: what is replaced in this process
+
+
+def wanted() -> bool:
+    """Whether this process runs on the CPU: EP_PLUGIN_DEVICE says so, or there is no GPU.
+
+    Raises ConfigError for another value, and for `cuda` where there is no GPU.
+    """
+    asked = os.environ.get("EP_PLUGIN_DEVICE")
+    if asked is not None and asked not in _LEGAL:
+        raise ConfigError(f"EP_PLUGIN_DEVICE must be one of {', '.join(_LEGAL)}; got {asked!r}")
+    if _cpu_mode.active:
+        return True
+    has_gpu = torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        raise ConfigError("EP_PLUGIN_DEVICE = 'cuda' needs a GPU and torch sees none; cpu would do")
+    return asked == "cpu" or not has_gpu
+
+
+def enable() -> None:
+    """Switch CPU mode on; a second call does nothing. Megatron may be imported before or after."""
+    mode = _cpu_mode
+    if mode.active:
+        return
+    mode.active = True
+    mode.set_environment(
+        "TORCHDYNAMO_DISABLE", "1"
+    )  # compiling for the CPU costs more than it gives
+    mode.set_environment("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with TP or CP
+    for owner, name, value in words.replacements():
+        mode.replace(owner, name, value)
+    mode.mode.__enter__()
+    for owner, name, value in _megatron_replacements():
+        mode.replace(owner, name, value)
+
+
+def disable() -> None:
+    """Put everything back; does nothing when CPU mode is off."""
+    mode = _cpu_mode
+    if not mode.active:
+        return
+    mode.mode.__exit__(None, None, None)
+    while mode.replaced:
+        owner, name, value = mode.replaced.pop()
+        if value is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+    for name, value in mode.environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+    mode.environment.clear()
+    mode.active = False
+
+
+# Megatron flags that need a GPU or a package for GPUs -> the value CPU mode gives them, and why.
+_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "transformer_impl": ("local", "--transformer-impl local"),
+    "distributed_backend": ("gloo", "--distributed-backend gloo"),
+    "gradient_accumulation_fusion": (False, "--no-gradient-accumulation-fusion"),
+    "masked_softmax_fusion": (False, "--no-masked-softmax-fusion"),
+    "apply_rope_fusion": (False, "--no-rope-fusion"),
+    "persist_layer_norm": (False, "--no-persist-layer-norm"),
+    "no_persist_layer_norm": (True, "--no-persist-layer-norm"),
+}
+
+
+def _megatron_replacements() -> list[tuple[Any, str, Any]]:
+    """Return (owner, attribute, replacement) inside Megatron; imports what it replaces in."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    table = [
+        (random, "_lazy_call", words.call_now),
+        (random, "device_ctx_manager", words.device_context),
+        (norm, "__new__", _norm_with_mark(norm.__new__)),
+        (
+            optimizer.DistributedOptimizer,
+            "state_dict",
+            _with_adam_state(optimizer.DistributedOptimizer.state_dict),
+        ),
+    ]
+    if importlib.util.find_spec("megatron.training") is not None:
+        arguments = importlib.import_module("megatron.training.arguments")
+        table.append((arguments, "validate_args", _with_cpu_arguments(arguments.validate_args)))
+    return table
+
+
+def _with_cpu_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Give flags that only a GPU can honour their CPU value, and say which in one line."""
+
+    @functools.wraps(original)
+    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        changed = []
+        for name, (value, flag) in _ARGUMENTS.items():
+            if getattr(args, name, value) != value:
+                setattr(args, name, value)
+                changed.append(flag)
+        if os.environ.get("RANK", "0") == "0":
+            listed = " ".join(dict.fromkeys(changed)) or "no flag changed"
+            print(f"ep_plugin: CPU mode (gloo, no GPU used): {listed}", flush=True)
+        return original(args, *rest, **kwargs)
+
+    return validate_args
+
+
+def _norm_with_mark(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch's norms work with sequence parallelism: they lack a mark on their parameters.
+
+    With the mark, Megatron sums their gradients over the tensor-parallel ranks, which hold other
+    tokens.
+    """
+
+    def __new__(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        sequence_parallel = config.sequence_parallel
+        config.sequence_parallel = False
+        try:
+            norm = original(cls, config, *args, **kwargs)
+        finally:
+            config.sequence_parallel = sequence_parallel
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = sequence_parallel
+        return norm
+
+    return __new__
+
+
+def _with_adam_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Give torch's Adam its state before a checkpoint is loaded into it.
+
+    The distributed optimizer reads the step from that state, which Apex's and TE's Adam keep
+    elsewhere.
+    """
+
+    @functools.wraps(original)
+    def state_dict(self: Any) -> Any:
+        if not self.optimizer.state and isinstance(self.optimizer, torch.optim.Adam):
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data),
+                    }
+        return original(self)
+
+    return state_dict

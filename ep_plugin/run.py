@@ -1,0 +1,67 @@
+"""Run a Megatron script with the plugin, without editing it.
+
+    torchrun --nproc-per-node 2 -m ep_plugin.run pretrain_gpt.py --num-experts 8 ...
+
+Alone, without torchrun, the script runs as the only rank.
+"""
+
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+from ep_plugin.config import ConfigError
+
+USAGE = """usage: [torchrun ...] python -m ep_plugin.run SCRIPT [ARGS ...]
+
+Runs SCRIPT as `python SCRIPT ARGS ...` would, after ep_plugin.megatron.install().
+
+examples:
+  torchrun --nproc-per-node 8 -m ep_plugin.run pretrain_gpt.py --num-experts 8 \\
+      --moe-router-topk 2 --expert-model-parallel-size 8 ...
+  EP_PLUGIN_DEVICE=cpu python -m ep_plugin.run pretrain_gpt.py ...      one rank, on the CPU
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the script in `argv`; a ConfigError is one line on rank 0 and exit code 2 on every rank."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    try:
+        run_script(argv[0], argv[1:])
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ep_plugin.run: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def run_script(script: str, arguments: list[str]) -> None:
+    """Install the plugin and run `script` as __main__. Raises ConfigError when there is no such file."""
+    if not Path(script).is_file():
+        raise ConfigError(
+            f"SCRIPT must be a Python file; got {script!r}, which does not exist here"
+        )
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).resolve().parent)
+    if "RANK" not in os.environ:
+        _be_the_only_rank()
+    from ep_plugin.megatron import install
+
+    install()
+    runpy.run_path(script, run_name="__main__")
+
+
+def _be_the_only_rank() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        os.environ[name] = str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
