@@ -12,7 +12,6 @@ from ep_plugin.megatron import cpu, touchpoints, wheel
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
-DATASETS = "megatron.core.datasets.utils"
 MOE_LOGGING = "megatron.core.transformer.moe.moe_logging"
 
 
@@ -35,9 +34,7 @@ def install() -> None:
     _wrap(arguments, "add_megatron_arguments", _with_our_flags)
     _wrap(arguments, "validate_args", functools.partial(_with_our_checks, layer_class))
     _wrap(tracker_class, "report", functools.partial(_with_our_metrics, layer_class))
-    datasets = import_module(DATASETS)
-    if wheel.skips_compilation(datasets):
-        _wrap(datasets, "compile_helpers", wheel.leave_alone)
+    wheel.without_compilation()
     _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
 
 
@@ -49,9 +46,7 @@ def uninstall() -> None:
         _unwrap(import_module(MOE_LOGGING).MoEMetricsTracker, "report")
         _unwrap(arguments, "validate_args")
         _unwrap(arguments, "add_megatron_arguments")
-        datasets = import_module(DATASETS)
-        if hasattr(datasets.compile_helpers, "ep_original"):
-            _unwrap(datasets, "compile_helpers")
+        wheel.with_compilation()
         specs.MoELayer = specs.MoELayer.ep_original
     cpu.disable()
 
