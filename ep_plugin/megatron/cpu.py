@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ep_plugin.config import ConfigError
+from ep_plugin.megatron import _cpu_adam as torch_adam
 from ep_plugin.megatron import _cpu_torch as words
 
 _LEGAL = ("cpu", "cuda")
@@ -122,12 +123,8 @@ def _megatron_replacements() -> list[tuple[Any, str, Any]]:
         (random, "_lazy_call", words.call_now),
         (random, "device_ctx_manager", words.device_context),
         (norm, "__new__", _norm_with_mark(norm.__new__)),
-        (
-            optimizer.DistributedOptimizer,
-            "state_dict",
-            _with_adam_state(optimizer.DistributedOptimizer.state_dict),
-        ),
     ]
+    table += torch_adam.replacements(optimizer.DistributedOptimizer)
     if importlib.util.find_spec("megatron.training") is not None:
         arguments = importlib.import_module("megatron.training.arguments")
         table.append((arguments, "validate_args", _with_cpu_arguments(arguments.validate_args)))
@@ -171,25 +168,3 @@ def _norm_with_mark(original: Callable[..., Any]) -> Callable[..., Any]:
         return norm
 
     return __new__
-
-
-def _with_adam_state(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give torch's Adam its state before a checkpoint is loaded into it.
-
-    The distributed optimizer reads the step from that state, which Apex's and TE's Adam keep
-    elsewhere.
-    """
-
-    @functools.wraps(original)
-    def state_dict(self: Any) -> Any:
-        if not self.optimizer.state and isinstance(self.optimizer, torch.optim.Adam):
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    self.optimizer.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter.data),
-                        "exp_avg_sq": torch.zeros_like(parameter.data),
-                    }
-        return original(self)
-
-    return state_dict

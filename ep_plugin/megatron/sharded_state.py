@@ -75,7 +75,8 @@ def expert_sharded_state(
 ) -> dict[str, ShardedTensorFactory | ShardedObject]:
     """Return a factory for each expert parameter, keyed by its name under `prefix`.
 
-    With them go the empty `_extra_state` objects that Megatron's own linear layers insist on finding.
+    With them go the empty `_extra_state` objects that Megatron's own linear layers insist on
+    finding.
     """
     singleton = bool(metadata.get("singleton_local_shards", False))
     state: dict[str, ShardedTensorFactory | ShardedObject] = {}

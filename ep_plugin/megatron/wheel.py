@@ -1,7 +1,7 @@
 """A correction for Megatron installed from its wheel, on any device.
 
-The wheel ships `helpers_cpp` compiled but not the Makefile it was made with; `compile_helpers` runs `make`
-all the same and exits the process when that fails.
+The wheel ships `helpers_cpp` compiled but not the Makefile it was made with; `compile_helpers`
+runs `make` all the same and exits the process when that fails.
 """
 
 import importlib

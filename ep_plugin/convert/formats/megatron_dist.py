@@ -1,0 +1,159 @@
+"""Megatron's `torch_dist` checkpoints, read and written by one process without a process group.
+
+A checkpoint folder holds `latest_checkpointed_iteration.txt` and `iter_NNNNNNN/`, which holds
+
+    metadata.json      {"sharded_backend": "torch_dist", ...}
+    .metadata          pickle: each tensor's global shape; each chunk's file, offset and length
+    __R_T.distcp       the chunks, one after the other, each a `torch.save` of its own
+    common.pt          run arguments and counters; newer: the object `common_state/shard_0_1`
+
+Blocks whose layers are alike are stored with the layers stacked on a leading axis:
+
+    stored   decoder.layers.mlp.linear_fc2.weight                   [L, H, F]
+    listed   decoder.layers.0.mlp.linear_fc2.weight ... L - 1       [H, F] each
+
+Objects carry their place in the name: `decoder.layers.X/shard_{layer}_{L}` is listed as
+`decoder.layers.{layer}.X/shard_0_1`. What is written is never stacked, and says so in its
+`content_metadata` (`non_homogeneous_layers`): such a checkpoint loads whichever layers are MoE
+layers and however `--moe-layer-freq` is spelled.
+"""
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ep_plugin.config import ConfigError
+from ep_plugin.convert.formats._dcp_reader import DAMAGE, Reader
+from ep_plugin.convert.formats._dcp_writer import Writer
+from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
+from ep_plugin.convert.stream import NewObject, NewTensor, Source
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMMON_STATE = "common_state/shard_0_1"
+CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_HINT = "save the dense model with --ckpt-format torch_dist"
+
+
+def open_checkpoint(path: Path) -> Source:
+    """Open the checkpoint at `path`: the folder with the tracker file, or an iteration's own.
+
+    Raises ConfigError when it is missing, of another format, or incomplete. Reads no tensor.
+    """
+    folder = _iteration_folder(path)
+    _check_name(folder)
+    _check_backend(folder)
+    reader = Reader(folder)
+    common_in_file = (folder / "common.pt").is_file()
+    if not common_in_file and COMMON_STATE not in reader.objects:
+        raise ConfigError(
+            f"{folder} has no run arguments (neither common.pt nor {COMMON_STATE}); "
+            "give a checkpoint that Megatron itself saved"
+        )
+    if common_in_file:
+        common = _load_common((folder / "common.pt").read_bytes(), folder)
+    else:
+        common = _load_common(reader.read_object(COMMON_STATE), folder)[0]
+    return Source(
+        folder=folder,
+        common=common,
+        common_in_file=common_in_file,
+        tensors=reader.tensors,
+        objects=frozenset(reader.objects) - {COMMON_STATE},
+        read_tensor=reader.read_tensor,
+        read_object=reader.read_object,
+    )
+
+
+def write_checkpoint(
+    root: Path,
+    source: Source,
+    common: dict[str, Any],
+    content: Iterable[NewTensor | NewObject],
+    on_bytes: Callable[[int], object],
+) -> None:
+    """Write `content` under `root`, in the same iteration and the same style as `source`.
+
+    `common` replaces the source's; `on_bytes` is called with each region's number of bytes.
+    """
+    folder = root / source.folder.name
+    folder.mkdir(parents=True)
+    common = {**common, "content_metadata": _content_metadata(source.common)}
+    with Writer(folder, on_bytes) as writer:
+        for entry in content:
+            writer.add(entry)
+        if not source.common_in_file:
+            writer.add(NewObject(COMMON_STATE, lambda: _saved([common])))
+    if source.common_in_file:
+        (folder / "common.pt").write_bytes(_saved(common))
+    (folder / "metadata.json").write_text(json.dumps(CONFIG))
+    iteration = source.folder.name.removeprefix("iter_")
+    (root / TRACKER).write_text(iteration if iteration == "release" else str(int(iteration)))
+
+
+def _content_metadata(common: dict[str, Any]) -> dict[str, Any]:
+    return {**(common.get("content_metadata") or {}), "non_homogeneous_layers": True}
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, pickle_module=OpaquePickle)
+    return buffer.getvalue()
+
+
+def _iteration_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ConfigError(f"checkpoint {path} is not a folder; give the folder that --save named")
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        if (path / ".metadata").is_file() or (path / "metadata.json").is_file():
+            return path
+        raise ConfigError(
+            f"{path} is not a checkpoint: it has neither {TRACKER} nor metadata.json; "
+            "give the folder that --save named"
+        )
+    word = tracker.read_text(errors="replace").strip()
+    if word != "release" and not word.isdecimal():
+        raise ConfigError(f"{tracker} must hold an iteration number or 'release'; got {word!r}")
+    folder = path / (word if word == "release" else f"iter_{int(word):07d}")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{tracker} names {folder.name}, which {path} does not have; "
+            "give one of its iteration folders instead"
+        )
+    return folder
+
+
+def _check_backend(folder: Path) -> None:
+    config = folder / "metadata.json"
+    if not config.is_file():
+        raise ConfigError(f"{folder} has no metadata.json, so it is not torch_dist; {_HINT}")
+    try:
+        backend = json.loads(config.read_text())["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{config} names no sharded_backend; {_HINT}") from error
+    if backend != CONFIG["sharded_backend"]:
+        raise ConfigError(f"{folder} is a {backend!r} checkpoint, not torch_dist; {_HINT}")
+
+
+def _load_common(content: bytes, folder: Path) -> Any:
+    try:
+        return torch.load(
+            io.BytesIO(content), map_location="cpu", pickle_module=OpaquePickle, weights_only=False
+        )
+    except DAMAGE as error:
+        raise ConfigError(
+            f"the run arguments in {folder} cannot be read ({error}); copy the checkpoint again"
+        ) from error
+
+
+def _check_name(folder: Path) -> None:
+    if folder.name != "release" and not re.fullmatch(r"iter_\d{7,}", folder.name):
+        raise ConfigError(
+            f"{folder} is not named as Megatron names an iteration's folder; "
+            "iter_ and the iteration in seven digits would do"
+        )

@@ -1,0 +1,65 @@
+"""What travels between a format and the conversion: names, shapes, and one tensor at a time.
+
+A format (`formats/`) lists a checkpoint's tensors and objects under per-layer names, reads any one
+of them, and writes regions of new ones. The conversion (`upcycle.py`) decides what the new ones
+are. Neither holds more than the tensor it is working on.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's global shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint. Names have their layer in them (`decoder.layers.3.mlp...`)."""
+
+    folder: Path  # of the iteration, named iter_NNNNNNN or release
+    common: dict[str, Any]  # run arguments under "args", iteration, content_metadata, ...
+    common_in_file: bool  # True: kept as common.pt, as older releases do
+    tensors: dict[str, TensorInfo]
+    objects: frozenset[str]
+    read_tensor: Callable[[str], Tensor]
+    read_object: Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Part of a new tensor: where it begins and its values."""
+
+    offsets: tuple[int, ...]
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to write; `regions` computes it piece by piece, when it is written."""
+
+    name: str
+    info: TensorInfo
+    regions: Callable[[], Iterator[Region]]
+
+
+@dataclass(frozen=True)
+class NewObject:
+    """Bytes to write as they are."""
+
+    name: str
+    content: Callable[[], bytes]

@@ -1,0 +1,228 @@
+"""Does the converted model compute what the dense one computed? Asked of Megatron itself.
+
+Both models are built from the run arguments in their checkpoints, in float32 on the CPU, in this
+process alone (a gloo group of one rank), loaded through Megatron's own distributed checkpointing,
+and given the same random tokens. One model is in memory at a time.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+from megatron.training.arguments import core_transformer_config_from_args
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+from ep_plugin.megatron import cpu, install, uninstall
+
+MAX_SEQUENCE = 256
+TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random router goes unseen
+
+# One rank, float32, no fused kernel, no dropout: what both models are built with.
+_PLAIN: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "tp_comm_overlap": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "delay_wgrad_compute": False,
+    "params_dtype": torch.float32,
+    "bf16": False,
+    "fp16": False,
+    "fp8": None,
+    "fp4": None,
+    "fp32_residual_connection": False,
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "perform_initialization": False,
+    "cpu_offloading": False,
+    "cuda_graph_impl": "none",
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "apply_rope_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+    "moe_token_dispatcher_type": "alltoall",
+}
+
+
+@dataclass
+class _Trace:
+    """What one model computed."""
+
+    logits: Tensor  # [B, S, V] fp32
+    layers: list[Tensor] = field(default_factory=list)  # of [S, B, H] fp32
+    experts_used: dict[int, int] = field(default_factory=dict)  # layer -> number of experts
+
+
+def compare(dense: Path, moe: Path, seed: int) -> dict[str, Any]:
+    """Compare the models in two iteration folders on the same random tokens.
+
+    Returns the report that `parity.json` keeps: per layer and for the logits the largest absolute
+    difference, float32, and of every MoE layer how many experts the tokens reached. Must be called
+    in a process without a process group.
+    """
+    with _one_rank(seed):
+        args = dist_checkpointing.load_common_state_dict(str(moe))["args"]
+        tokens = _random_tokens(args, seed)
+        old = _trace(dense, tokens)
+        new = _trace(moe, tokens)
+    layers = [
+        {
+            "layer": layer,
+            "moe": layer in new.experts_used,
+            "experts_used": new.experts_used.get(layer),
+            "max_abs_diff": _max_abs(before - after),
+            "max_abs": _max_abs(before),
+        }
+        for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True))
+    ]
+    return {
+        "logits_max_abs_diff": _max_abs(old.logits - new.logits),
+        "logits_max_abs": _max_abs(old.logits),
+        "layers": layers,
+        "tokens": tokens.numel(),
+        "sequence_length": tokens.shape[1],
+        "seed": seed,
+        "dtype": "float32",
+    }
+
+
+@contextmanager
+def _one_rank(seed: int) -> Iterator[None]:
+    """Provide CPU mode, our block and Megatron's groups on one rank; then take them down."""
+    try:
+        cpu.enable()
+        install()
+        torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        try:
+            parallel_state.initialize_model_parallel()
+            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+    finally:
+        uninstall()
+        cpu.disable()
+
+
+def _random_tokens(args: argparse.Namespace, seed: int) -> Tensor:
+    """Return token ids [B, S] int64, enough of them to reach every expert."""
+    length = min(args.seq_length, args.max_position_embeddings, MAX_SEQUENCE)
+    wanted = max(2 * length, TOKENS_PER_EXPERT * args.num_experts)
+    batch = -(-wanted // length)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(args.padded_vocab_size, (batch, length), generator=generator)
+
+
+@torch.no_grad()
+def _trace(folder: Path, tokens: Tensor) -> _Trace:
+    """Build and load the model of one checkpoint and run it on `tokens` [B, S]."""
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    fused_norm_kept = common["args"].transformer_impl == "local"
+    model = _build(_plain(common["args"])).eval()
+    _load(model, folder, common.get("content_metadata") or {}, fused_norm_kept)
+    trace = _Trace(torch.empty(0))
+    for number, layer in enumerate(model.decoder.layers):
+        layer.register_forward_hook(lambda _, __, output: trace.layers.append(output[0]))
+        if hasattr(layer.mlp, "router"):
+            layer.mlp.router.register_forward_hook(_record_experts(trace, number))
+    length = tokens.shape[1]
+    masked = torch.ones(length, length, dtype=torch.bool).triu(1)  # True: not to be seen
+    positions = torch.arange(length).expand_as(tokens)
+    trace.logits = model(tokens, positions, masked[None, None])
+    return trace
+
+
+def _plain(args: argparse.Namespace) -> argparse.Namespace:
+    args = copy.copy(args)
+    vars(args).update(_PLAIN)
+    return args
+
+
+def _build(args: argparse.Namespace) -> Any:
+    config = core_transformer_config_from_args(args)
+    if args.num_experts:
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=args.normalization
+        )
+    else:
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+            normalization=args.normalization,
+        )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+    )
+
+
+def _load(model: Any, folder: Path, metadata: dict[str, Any], fused_norm_kept: bool) -> None:
+    """Load the weights; raises Megatron's CheckpointingException when a parameter has no tensor."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+    if not fused_norm_kept:
+        _unfuse_norm(model, state)
+    loaded = dist_checkpointing.load({"model": state}, str(folder))
+    model.load_state_dict(loaded["model"])
+
+
+def _unfuse_norm(model: Any, state: dict[str, Any]) -> None:
+    """Name an MoE layer's norm as Transformer Engine does; the local layer keeps the fused name."""
+    for number, layer in enumerate(model.decoder.layers):
+        if not hasattr(layer.mlp, "router"):
+            continue
+        for kind in ("weight", "bias"):
+            tensor = state.get(f"decoder.layers.{number}.pre_mlp_layernorm.{kind}")
+            if tensor is not None:
+                tensor.key = f"decoder.layers.{number}.pre_mlp_layernorm.{kind}"
+
+
+def _record_experts(trace: _Trace, layer: int) -> Any:
+    def hook(_: Any, __: Any, routing: Any) -> None:
+        trace.experts_used[layer] = int((routing.tokens_per_expert > 0).sum())
+
+    return hook
+
+
+def _max_abs(values: Tensor) -> float:
+    return float(values.abs().max())

@@ -1,0 +1,52 @@
+"""Reading Megatron's TensorBoard folders."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ep_plugin.config import ConfigError
+
+TRAIN, VALIDATION = "lm loss", "lm loss validation"
+BALANCE = "load_balancing_loss"
+SHARE = re.compile(r"ep/tokens_per_expert/layer_(\d+)/expert_(\d+)")
+
+Series = list[tuple[int, float]]  # (iteration, value), sorted
+
+
+@dataclass(frozen=True)
+class Run:
+    """The scalars of one TensorBoard folder, by tag."""
+
+    scalars: dict[str, Series]
+
+    def series(self, tag: str) -> Series:
+        """Return the values of `tag`, empty when the run has none."""
+        return self.scalars.get(tag, [])
+
+    def shares(self) -> dict[int, dict[int, Series]]:
+        """Return layer -> expert -> share of the layer's rows (0..1) over the iterations."""
+        found: dict[int, dict[int, Series]] = {}
+        for tag, series in self.scalars.items():
+            match = SHARE.fullmatch(tag)
+            if match:
+                found.setdefault(int(match[1]), {})[int(match[2])] = series
+        return {layer: dict(sorted(experts.items())) for layer, experts in sorted(found.items())}
+
+
+def read_run(folder: Path) -> Run:
+    """Read every event file of `folder`; raises ConfigError when it holds no scalar.
+
+    Where a resumed run wrote an iteration again, the later value counts.
+    """
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    if not tags:
+        raise ConfigError(
+            f"a run must hold TensorBoard scalars; {str(folder)!r} has none; the folder given to "
+            "--tensorboard-dir would do"
+        )
+    latest = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+    return Run({tag: sorted(values.items()) for tag, values in latest.items()})

@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# The whole way on one machine: data, dense pretraining, conversion, expert-parallel pretraining, report.
+#
+#   ./recipes/quickstart.sh
+#
+# Without a GPU it runs on the CPU with gloo; with GPUs it uses NCCL, bf16 and one rank per GPU.
+# A second run picks up what is there. Every setting can be overridden from the environment:
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+RUN_DIR="${RUN_DIR:-runs/quickstart}"       # checkpoints, logs, report
+DATA_DIR="${DATA_DIR:-data/quickstart}"     # tokenizer and tokens
+DATA_INPUT="${DATA_INPUT:-}"                # folder or file; empty: Python's standard library
+RANKS="${RANKS:-}"                          # empty: as many as GPUs, else 2
+EXPERTS="${EXPERTS:-8}"                     # experts per layer
+TOPK="${TOPK:-2}"                           # experts per token
+EP="${EP:-}"                                # expert-parallel ranks; empty: as many as ranks
+VOCAB="${VOCAB:-4096}"                      # tokens in the vocabulary
+LAYERS="${LAYERS:-4}"
+HIDDEN="${HIDDEN:-128}"
+FFN="${FFN:-384}"
+HEADS="${HEADS:-4}"
+SEQ="${SEQ:-256}"
+MICRO_BATCH="${MICRO_BATCH:-8}"
+GLOBAL_BATCH="${GLOBAL_BATCH:-16}"
+LR="${LR:-3e-3}"
+DENSE_ITERS="${DENSE_ITERS:-200}"           # iterations of dense pretraining
+MOE_ITERS="${MOE_ITERS:-200}"               # iterations after the conversion
+EVAL_INTERVAL="${EVAL_INTERVAL:-50}"
+EVAL_ITERS="${EVAL_ITERS:-8}"               # batches in each validation
+SPLIT="${SPLIT:-98,1,1}"                    # training, validation, test
+EP_PYTHON="${EP_PYTHON:-}"                  # interpreter to use instead of searching for one
+
+source recipes/_setup.sh
+started=$SECONDS
+setup_project || exit $?
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONWARNINGS=ignore
+mkdir -p "$RUN_DIR/logs"
+
+gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+if [[ "${EP_PLUGIN_DEVICE:-}" == cpu ]]; then gpus=0; fi
+if ((gpus > 0)); then device="cuda"; else device="cpu"; fi
+RANKS="${RANKS:-$((gpus > 0 ? gpus : 2))}"
+EP="${EP:-$RANKS}"
+
+step() {
+    # step NAME OUTPUT COMMAND...: run it with a log; stop with the log's last lines when it fails.
+    local name="$1" output="$2" log="$RUN_DIR/logs/$1.log" code=0
+    shift 2
+    echo "$name -> $output (log: $log)"
+    python recipes/_measure.py "$RUN_DIR/logs/$name.usage.json" "$@" >"$log" 2>&1 || code=$?
+    if ((code != 0)); then
+        echo "error: step $name failed with exit code $code; the end of $log:" >&2
+        tail -n 20 "$log" >&2
+        exit "$code"
+    fi
+    grep -E '^ep_plugin' "$log" | sed 's/^/    /' || true
+}
+
+train() {
+    # train NAME OUTPUT FLAGS...: Megatron's loop over recipes/pretrain_gpt.py, with the plugin.
+    local name="$1" output="$2"
+    shift 2
+    step "$name" "$output" torchrun --standalone --nproc-per-node "$RANKS" \
+        -m ep_plugin.run recipes/pretrain_gpt.py "${MODEL[@]}" "$@"
+}
+
+MODEL=(
+    --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN"
+    --num-attention-heads "$HEADS" --seq-length "$SEQ" --max-position-embeddings "$SEQ"
+    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH"
+    --lr "$LR" --min-lr 1e-4 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0
+    --adam-beta2 0.95 --init-method-std 0.02 --seed 1234
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$DATA_DIR/tokenizer.model"
+    --data-path "$DATA_DIR/corpus" --split "$SPLIT" --num-workers 1
+    --data-cache-path "$RUN_DIR/cache"
+    --log-interval 5 --tensorboard-log-interval 5 --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS"
+    --ckpt-format torch_dist --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
+    --no-masked-softmax-fusion --no-gradient-accumulation-fusion
+)
+if ((gpus > 0)); then MODEL+=(--bf16); fi
+EXPERT_PARALLEL=(
+    --num-experts "$EXPERTS" --moe-router-topk "$TOPK" --moe-aux-loss-coeff 1e-2
+    --moe-router-dtype fp32 --expert-model-parallel-size "$EP" --expert-tensor-parallel-size 1
+)
+half=$((MOE_ITERS / 2))
+dense="$RUN_DIR/dense" converted="$RUN_DIR/converted" moe="$RUN_DIR/moe"
+
+reached() {
+    # reached FOLDER ITERATION: whether a checkpoint of that iteration is there.
+    [[ "$(cat "$1/latest_checkpointed_iteration.txt" 2>/dev/null || echo -1)" -ge "$2" ]]
+}
+
+step data "$DATA_DIR" python recipes/prepare_data.py ${DATA_INPUT:+"$DATA_INPUT"} \
+    --output "$DATA_DIR" --vocab-size "$VOCAB"
+
+if reached "$dense" "$DENSE_ITERS"; then
+    echo "dense -> $dense is there"
+else
+    train dense "$dense" --train-iters "$DENSE_ITERS" --lr-decay-iters "$((2 * DENSE_ITERS))" \
+        --save "$dense" --load "$dense" --save-interval "$DENSE_ITERS" \
+        --tensorboard-dir "$RUN_DIR/tensorboard/dense"
+fi
+
+if reached "$converted" "$DENSE_ITERS"; then
+    echo "convert -> $converted is there"
+else
+    step convert "$converted" ep-plugin convert --from "$dense" --to "$converted" \
+        --num-experts "$EXPERTS" --topk "$TOPK"
+    tail -n 25 "$RUN_DIR/logs/convert.log" | sed 's/^/    /'
+fi
+
+evaluate() {
+    # evaluate NAME FLAGS...: validation alone, from the first validation sample on.
+    local name="$1"
+    shift
+    if [[ ! -f "$RUN_DIR/logs/$name.usage.json" ]]; then
+        train "$name" "$RUN_DIR/tensorboard/$name" --train-iters "$MOE_ITERS" --finetune --skip-train \
+            --tensorboard-dir "$RUN_DIR/tensorboard/$name" "$@"
+    fi
+}
+evaluate evaluate-dense --load "$dense"
+evaluate evaluate-converted --load "$converted" "${EXPERT_PARALLEL[@]}"
+
+schedule=(--train-iters "$MOE_ITERS" --tensorboard-dir "$RUN_DIR/tensorboard/moe"
+    --save "$moe" --save-interval "$half")
+if ! reached "$moe" "$half"; then
+    train moe "$moe" "${EXPERT_PARALLEL[@]}" "${schedule[@]}" --exit-interval "$half" \
+        --load "$converted" --finetune
+fi
+if reached "$moe" "$MOE_ITERS"; then
+    echo "resume -> $moe is there"
+else
+    train resume "$moe" "${EXPERT_PARALLEL[@]}" "${schedule[@]}" --load "$moe"
+fi
+
+step report "$RUN_DIR/report.html" ep-plugin report --run "$RUN_DIR" --device "$device" \
+    --ranks "$RANKS" --ep "$EP" --experts "$EXPERTS" --topk "$TOPK" \
+    --resumed-at-iteration "$half"
+cat "$RUN_DIR/summary.json"
+echo "done in $((SECONDS - started)) s: open $RUN_DIR/report.html"

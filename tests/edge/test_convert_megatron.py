@@ -1,0 +1,191 @@
+"""Conversion against Megatron itself: a dense checkpoint it saved, models it builds, a loop it
+runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ep_plugin.cli import main
+from ep_plugin.convert import upcycle
+from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
+from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, TensorInfo
+
+pytestmark = pytest.mark.megatron
+pytest.importorskip("megatron.training", reason="needs megatron-core with megatron.training")
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "recipes" / "pretrain_gpt.py"
+STOCK = ROOT / "tests" / "edge" / "stock_run.py"
+E = 4
+LAYERS = "[0,1,1]"
+MODEL = (
+    "--transformer-impl local --num-layers 3 --hidden-size 32 --ffn-hidden-size 64 "
+    "--num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --swiglu "
+    "--normalization RMSNorm --position-embedding-type rope --no-rope-fusion "
+    "--no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
+    "--disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --use-cpu-initialization"
+)
+RUN = (
+    "--micro-batch-size 2 --global-batch-size 4 --train-iters 3 --lr 1e-2 "
+    "--lr-decay-style constant --mock-data --tokenizer-type NullTokenizer --vocab-size 127 "
+    "--eval-iters 0 --eval-interval 100 --log-interval 1 "
+    "--distributed-backend gloo --ckpt-format torch_dist --seed 11"
+)
+
+
+def pretrain(ranks: int, launcher: list[str], *flags: str) -> dict[int, float]:
+    """Run Megatron's loop; returns the loss of each iteration."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [
+        "--nproc-per-node",
+        str(ranks),
+        *launcher,
+        str(SCRIPT),
+        *f"{MODEL} {RUN}".split(),
+        *flags,
+    ]
+    environment = os.environ | {"EP_PLUGIN_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)
+    return {int(iteration): float(loss) for iteration, loss in lines}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
+    """A dense model after two of its three iterations, and the loss of each."""
+    folder = tmp_path_factory.mktemp("dense")
+    save = ["--save", str(folder), "--save-interval", "2"]
+    losses = pretrain(1, ["-m", "ep_plugin.run"], *save)
+    assert sorted(losses) == [1, 2, 3]
+    assert losses[3] < losses[1]
+    return folder / "iter_0000002", losses
+
+
+@pytest.fixture(scope="module")
+def moe(dense: tuple[Path, dict[int, float]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with experts in two of its three layers."""
+    target = tmp_path_factory.mktemp("moe") / "converted"
+    assert convert(dense[0], target, "--layers", LAYERS) == 0
+    return target
+
+
+def convert(source: Path, target: Path, *flags: str) -> int:
+    paths = ["--from", str(source), "--to", str(target)]
+    return main(["convert", *paths, "--num-experts", str(E), "--topk", "2", *flags])
+
+
+def test_parity(moe: Path) -> None:
+    """Logits and every layer agree, every expert was asked, and the report is kept."""
+    report = json.loads((moe / "parity.json").read_text())
+    assert report["passed"]
+    assert report["logits_max_abs_diff"] < 1e-5 < report["logits_max_abs"]
+    assert [row["moe"] for row in report["layers"]] == [False, True, True]
+    assert [row["experts_used"] for row in report["layers"]] == [None, E, E]
+    for row in report["layers"]:
+        assert row["max_abs_diff"] < 1e-5 < row["max_abs"]
+    assert report["layers"][0]["max_abs_diff"] == 0
+    assert not torch.distributed.is_initialized()
+
+
+def test_corrupted_expert_fails_parity(
+    dense: tuple[Path, dict[int, float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One expert of one layer scaled: exit code 1, and no output is left."""
+    copied = upcycle._copied
+
+    def corrupted(source: Source, name: str, num_experts: int | None) -> Iterator[Region]:
+        for region in copied(source, name, num_experts):
+            broken = name == "decoder.layers.2.mlp.linear_fc2.weight" and region.offsets[0] == 3
+            yield Region(region.offsets, region.values * 3 if broken else region.values)
+
+    monkeypatch.setattr(upcycle, "_copied", corrupted)
+    assert convert(dense[0], tmp_path / "moe") == 1
+    captured = capsys.readouterr()
+    assert re.search(
+        r"parity failed: logits differ by .*, more than --parity-tolerance 1.0e-04", captured.err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def rewrite(dense: Path, target: Path, key_per_expert: bool, **changes: Any) -> Source:
+    """Save the dense checkpoint again, unstacked, with other run arguments; returns the old one.
+
+    key_per_expert: as `singleton_local_shards` does, with SwiGLU's halves under their own names.
+    """
+    source = open_checkpoint(dense)
+    vars(source.common["args"]).update(changes)
+    source.common["content_metadata"]["singleton_local_shards"] = key_per_expert
+    content: list[NewTensor | NewObject] = []
+    for name, info in source.tensors.items():
+        if name.startswith("optimizer"):
+            continue
+        values = source.read_tensor(name)
+        parts = {name: values}
+        if key_per_expert and name.endswith("mlp.linear_fc1.weight"):
+            parts = dict(zip((f"{name}_w", f"{name}_v"), values.chunk(2), strict=True))
+        for key, part in parts.items():
+            region = Region((0,) * part.dim(), part.clone())
+            shape = TensorInfo(tuple(part.shape), info.dtype)
+            content.append(NewTensor(key, shape, partial(iter, [region])))
+    content += [NewObject(name, partial(source.read_object, name)) for name in source.objects]
+    write_checkpoint(target, source, source.common, content, lambda _: None)
+    return source
+
+
+def test_transformer_engine_names(dense: tuple[Path, dict[int, float]], tmp_path: Path) -> None:
+    """A checkpoint under Transformer Engine's names loads and agrees as well."""
+    rewrite(dense[0], tmp_path / "dense", False, transformer_impl="transformer_engine")
+    assert convert(tmp_path / "dense", tmp_path / "moe", "--layers", LAYERS) == 0
+    names = open_checkpoint(tmp_path / "moe").tensors
+    assert "decoder.layers.1.pre_mlp_layernorm.weight" in names
+    assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" not in names
+    report = json.loads((tmp_path / "moe" / "parity.json").read_text())
+    assert report["logits_max_abs_diff"] < 1e-5
+
+
+def test_a_name_per_expert(dense: tuple[Path, dict[int, float]], tmp_path: Path) -> None:
+    """A source saved with singleton_local_shards gives such a checkpoint, and Megatron loads it."""
+    source = rewrite(dense[0], tmp_path / "dense", True)
+    assert convert(tmp_path / "dense", tmp_path / "moe", "--layers", LAYERS) == 0
+    new = open_checkpoint(tmp_path / "moe")
+    layer = "decoder.layers.2.mlp."
+    gate, value = source.read_tensor(f"{layer}linear_fc1.weight").chunk(2)
+    for expert in range(E):
+        fc1 = f"{layer}experts.experts.{expert}.linear_fc1.weight"
+        assert torch.equal(new.read_tensor(f"{fc1}_w"), gate)
+        assert torch.equal(new.read_tensor(f"{fc1}_v"), value)
+    report = json.loads((tmp_path / "moe" / "parity.json").read_text())
+    assert report["logits_max_abs_diff"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("ep", "launcher"),
+    [(1, [str(STOCK)]), (2, ["-m", "ep_plugin.run"])],
+    ids=["ep=1 Megatron's own MoE", "ep=2 ours"],
+)
+def test_continues_with_the_dense_loss(
+    dense: tuple[Path, dict[int, float]], moe: Path, ep: int, launcher: list[str]
+) -> None:
+    """On the next batch the loss is the dense run's, and no name is missing or left over."""
+    flags: list[Any] = ["--load", moe, "--no-load-optim", "--no-load-rng"]
+    flags += ["--dist-ckpt-strictness", "raise_all", "--exit-on-missing-checkpoint"]
+    flags += ["--num-experts", E, "--moe-router-topk", 2, "--moe-layer-freq", LAYERS]
+    flags += ["--moe-token-dispatcher-type", "alltoall", "--expert-model-parallel-size", ep]
+    losses = pretrain(ep, launcher, *map(str, flags))
+    assert list(losses) == [3]
+    assert losses[3] == pytest.approx(dense[1][3], rel=1e-5)
