@@ -1,0 +1,51 @@
+"""Run Megatron's own training loop on gloo ranks and read what it logged."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from ep_plugin.report.events import Run, read_run
+
+ROOT = Path(__file__).parents[2]
+OURS = ("-m", "ep_plugin.run")
+STOCK = (str(ROOT / "tests" / "edge" / "stock_run.py"),)
+SCRIPT = str(ROOT / "recipes" / "pretrain_gpt.py")
+MODEL = shlex.split(
+    """
+    --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 2
+    --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size
+    8 --position-embedding-type rope --swiglu --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --lr 3e-3 --min-lr 1e-4
+    --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --seed 7 --num-workers 0
+    --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1 --eval-interval 1000
+    --ckpt-format torch_dist
+    """
+)
+MOE = shlex.split(
+    """
+    --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-aux-loss-coeff 1e-2
+    --moe-z-loss-coeff 1e-3 --moe-token-dispatcher-type alltoall
+    """
+)
+
+
+def launch(ranks: int, runner: tuple[str, ...], *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run the loop and return the finished process, whatever its exit code."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *command, *runner, SCRIPT, *MODEL, *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def train(ranks: int, runner: tuple[str, ...], folder: Path, *flags: str) -> Run:
+    """Run the loop, which must succeed, and return its TensorBoard scalars."""
+    done = launch(ranks, runner, "--tensorboard-dir", str(folder), *flags)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return read_run(folder)

@@ -1,0 +1,145 @@
+"""Our block and Megatron's own: same seed, data and flags, in Megatron's training loop."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loop import MODEL, MOE, OURS, STOCK, launch, train
+
+from ep_plugin.config import ConfigError
+from ep_plugin.megatron.arguments import add_ep_arguments, check_arguments, settings_from_args
+from ep_plugin.megatron.settings import check_supported
+from ep_plugin.report.events import Run
+
+pytestmark = pytest.mark.megatron
+TAGS = ("lm loss", "load_balancing_loss", "z_loss", "grad-norm")
+RELATIVE = 1e-5  # the project's bound for agreement over 20 iterations
+
+
+def assert_agree(ours: Run, theirs: Run, iterations: list[int]) -> None:
+    """Every tag has the same values at `iterations`, to RELATIVE."""
+    for tag in TAGS:
+        pairs = zip(ours.series(tag), theirs.series(tag), strict=True)
+        seen = []
+        for (iteration, value), (their_iteration, expected) in pairs:
+            assert iteration == their_iteration
+            assert value == pytest.approx(expected, rel=RELATIVE), f"{tag} at {iteration}"
+            seen.append(iteration)
+        assert seen == iterations, tag
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, ()),
+        (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer")),
+        (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel",
+             "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")),
+        (2, ("--pipeline-model-parallel-size", "2", "--moe-layer-freq", "[0,1]")),
+    ],
+    ids=["ep=1", "ep=2", "tp=2 ep=2 etp=1", "pp=2 mixed layers"],
+)  # fmt: skip
+def test_twenty_iterations_agree(tmp_path: Path, ranks: int, flags: tuple[str, ...]) -> None:
+    run = ("--train-iters", "20", *MOE, *flags)
+    ours = train(ranks, OURS, tmp_path / "ours", *run)
+    theirs = train(ranks, STOCK, tmp_path / "theirs", *run)
+    assert_agree(ours, theirs, list(range(1, 21)))
+    losses = [value for _, value in ours.series("lm loss")]
+    assert losses[-1] < losses[0] - 0.1  # it trains
+
+
+def test_checkpoints_load_in_each_other(tmp_path: Path) -> None:
+    """Saved by either at iteration 4, continued by the other: the uninterrupted run's figures."""
+    flags = (
+        *("--train-iters", "8", *MOE, "--expert-model-parallel-size", "2"),
+        *("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"),
+        *("--save-interval", "4"),
+    )
+    for saver, loader in ((OURS, STOCK), (STOCK, OURS)):
+        folder = tmp_path / saver[-1].replace("/", "-")
+        saved = str(folder / "checkpoint")
+        whole = train(2, saver, folder / "whole", *flags, "--save", saved)
+        resumed = train(2, loader, folder / "resumed", *flags, "--load", saved, "--ckpt-step", "4")
+        # Megatron's log averages lm loss over all iterations since a resume, so the last one is read
+        # from the validation that follows it.
+        for tag in ("grad-norm", "lm loss validation"):
+            expected = [(i, v) for i, v in whole.series(tag) if i > 4]
+            found = resumed.series(tag)
+            assert [i for i, _ in found] == [i for i, _ in expected]
+            assert [v for _, v in found] == pytest.approx([v for _, v in expected], rel=RELATIVE)
+
+
+def test_every_expert_is_in_the_log(tmp_path: Path) -> None:
+    """Shares of each layer's rows sum to 1, at every logging interval."""
+    flags = ("--train-iters", "2", *MOE, "--expert-model-parallel-size", "2")
+    shares = train(2, OURS, tmp_path, *flags).shares()
+    assert sorted(shares) == [1, 2]
+    for experts in shares.values():
+        assert sorted(experts) == [0, 1, 2, 3]
+        for step in range(2):
+            assert sum(series[step][1] for series in experts.values()) == pytest.approx(1)
+
+
+MISTAKES = {
+    "experts over ranks": (
+        ("--num-experts", "3", "--expert-model-parallel-size", "2"),
+        "num_experts (3) must be divisible by ep (2); ep = 1 would do",
+    ),
+    "ranks": (
+        ("--num-experts", "4", "--expert-model-parallel-size", "4"),
+        "ep*etp*pp (4*1*1) must divide world_size (2); ep = 2 with etp = 1 would do",
+    ),
+    "top-k": (
+        ("--num-experts", "4", "--moe-router-topk", "5"),
+        "topk (5) must be at most num_experts (4); topk = 4 would do",
+    ),
+    "pattern": (
+        ("--num-experts", "4", "--moe-layer-freq", "[0,1,1]"),
+        "--moe-layer-freq must have one entry per layer, --num-layers (2); got 3 entries",
+    ),
+    "flag value": (
+        ("--num-experts", "4", "--ep-dispatcher", "fastest"),
+        "--ep-dispatcher must be one of auto, alltoall, local; got 'fastest'",
+    ),
+    "unsupported setting": (
+        ("--num-experts", "4", "--moe-expert-capacity-factor", "1.0"),
+        "moe_expert_capacity_factor = 1.0 is not supported",
+    ),
+}
+
+
+def parse(*flags: str) -> Any:
+    """Parse flags as a script with the plugin would, up to the plugin's own checks."""
+    from megatron.training import arguments
+
+    parser = add_ep_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser()))
+    args = parser.parse_args([*MODEL, *flags])
+    args.world_size = 2
+    return args
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence(mistake: str) -> None:
+    flags, message = MISTAKES[mistake]
+    args = parse(*flags)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_everything(args)
+
+
+def check_everything(args: Any) -> None:
+    settings_from_args(args)
+    check_arguments(args)
+    check_supported(args)
+
+
+def test_a_mistake_stops_every_rank_with_code_2_and_writes_nothing(tmp_path: Path) -> None:
+    flags, message = MISTAKES["experts over ranks"]
+    saved = tmp_path / "saved"
+    done = launch(2, OURS, "--train-iters", "1", "--save", str(saved), *flags)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ep_plugin: error:")]
+    assert len(lines) == 1, done.stderr[-2000:]
+    assert message in lines[0]
+    assert "exitcode  : 2" in done.stderr
+    assert not saved.exists()
