@@ -1,7 +1,7 @@
 """Expert parallelism for an existing LLM training stack.
 
-`contracts.py` defines the words, `layer.py` the path of a token; `megatron/` is the edge to Megatron.
-Importing this package imports nothing heavy: public names load on first use.
+`contracts.py` defines the words, `layer.py` the path of a token; `megatron/` is the edge to
+Megatron. Importing this package imports nothing heavy: public names load on first use.
 """
 
 from importlib import import_module

@@ -58,7 +58,13 @@ class Pending[Result]:
 
 
 class Router(Protocol):
-    """Scores tokens against experts. Replicated on every rank."""
+    """Scores tokens against experts. Replicated on every rank; an nn.Module.
+
+    `attach_loss(carrier, loss)` returns `carrier` such that the backward also gets the gradient of
+    `loss` []; a training loop replaces it to scale auxiliary losses as it scales its own.
+    """
+
+    attach_loss: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, hidden: Tensor) -> Routing:
         """Route `hidden` [T, H]."""

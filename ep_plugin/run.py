@@ -25,7 +25,7 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    """Run the script in `argv`; a ConfigError is one line on rank 0 and exit code 2 on every rank."""
+    """Run the script in `argv`; a ConfigError is one line on rank 0 and code 2 on every rank."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 
 def run_script(script: str, arguments: list[str]) -> None:
-    """Install the plugin and run `script` as __main__. Raises ConfigError when there is no such file."""
+    """Install the plugin and run `script` as __main__; raises ConfigError without such a file."""
     if not Path(script).is_file():
         raise ConfigError(
             f"SCRIPT must be a Python file; got {script!r}, which does not exist here"

@@ -1,11 +1,10 @@
 """Run a command and write what it used: python _measure.py USAGE.json COMMAND ARGS ...
 
-Peak memory is the largest sum, over the command's process group tree, of each process's resident set,
-sampled four times a second; shared pages count once per process, so it is an upper bound.
+Peak memory is the largest sum over the command and its descendants, sampled twice a second, of each
+process's resident memory; a page that several processes share counts in equal parts (PSS).
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,23 +12,29 @@ from pathlib import Path
 
 
 def resident_bytes(root: int) -> int:
-    """Return the summed resident set of process `root` and all its descendants; 0 without /proc."""
+    """Return the summed resident memory of process `root` and its descendants; 0 without /proc."""
     children: dict[int, list[int]] = {}
-    resident: dict[int, int] = {}
-    page = os.sysconf("SC_PAGE_SIZE")
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            resident[int(folder.name)] = int(fields[21]) * page
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue  # the process ended while we looked
-        children.setdefault(int(fields[1]), []).append(int(folder.name))
+        children.setdefault(parent, []).append(int(folder.name))
     total, queue = 0, [root]
     while queue:
         process = queue.pop()
-        total += resident.get(process, 0)
+        total += proportional_set_bytes(process)
         queue += children.get(process, [])
     return total
+
+
+def proportional_set_bytes(process: int) -> int:
+    """Return the process's PSS; 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def main(usage: Path, command: list[str]) -> int:
@@ -38,7 +43,7 @@ def main(usage: Path, command: list[str]) -> int:
     with subprocess.Popen(command) as process:
         while process.poll() is None:
             peak = max(peak, resident_bytes(process.pid))
-            time.sleep(0.25)
+            time.sleep(0.5)
     if process.returncode == 0:
         seconds = time.monotonic() - started
         usage.write_text(json.dumps({"seconds": round(seconds, 1), "peak_rss_bytes": peak}) + "\n")

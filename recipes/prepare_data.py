@@ -94,7 +94,7 @@ def prepare(inputs: list[Path], output: Path, vocab_size: int, json_key: str) ->
 
 
 def list_files(inputs: list[Path]) -> list[Path]:
-    """Return every text file under `inputs`, sorted; raises ConfigError for one that is not there."""
+    """Return every text file under `inputs`, sorted; raises ConfigError for a missing input."""
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
@@ -135,7 +135,7 @@ def read_all(files: list[Path], json_key: str) -> list[str]:
         documents += [text for text in read_file(path, json_key) if text.strip()]
     if not documents:
         raise ConfigError(
-            f"INPUT must hold text; {len(files)} file(s) with suffix {', '.join(SUFFIXES)} were read "
+            f"INPUT must hold text; {len(files)} file(s) ({', '.join(SUFFIXES)}) were read "
             "and none had any; without INPUT Python's standard library is taken"
         )
     return documents
@@ -161,7 +161,7 @@ def read_file(path: Path, json_key: str) -> Iterator[str]:
 
 
 def train_tokenizer(documents: list[str], folder: Path, vocab_size: int) -> None:
-    """Train a byte-pair tokenizer and write tokenizer.model; raises ConfigError for too little text."""
+    """Train a byte-pair tokenizer, tokenizer.model; raises ConfigError for too little text."""
     lines = [line for text in documents for line in text.splitlines() if line.strip()]
     step = max(1, len(lines) // TRAINING_SENTENCES)
     print(f"training the tokenizer on {len(lines[::step]):,} of {len(lines):,} lines", flush=True)

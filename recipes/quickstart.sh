@@ -74,7 +74,7 @@ MODEL=(
     --lr "$LR" --min-lr 1e-4 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0
     --adam-beta2 0.95 --init-method-std 0.02 --seed 1234
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$DATA_DIR/tokenizer.model"
-    --data-path "$DATA_DIR/corpus" --split "$SPLIT" --num-workers 1
+    --data-path "$DATA_DIR/corpus" --split "$SPLIT" --num-workers 0
     --data-cache-path "$RUN_DIR/cache"
     --log-interval 5 --tensorboard-log-interval 5 --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS"
     --ckpt-format torch_dist --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
@@ -85,7 +85,7 @@ EXPERT_PARALLEL=(
     --num-experts "$EXPERTS" --moe-router-topk "$TOPK" --moe-aux-loss-coeff 1e-2
     --moe-router-dtype fp32 --expert-model-parallel-size "$EP" --expert-tensor-parallel-size 1
 )
-half=$((MOE_ITERS / 2))
+half=$((DENSE_ITERS + MOE_ITERS / 2)) total=$((DENSE_ITERS + MOE_ITERS))
 dense="$RUN_DIR/dense" converted="$RUN_DIR/converted" moe="$RUN_DIR/moe"
 
 reached() {
@@ -117,24 +117,26 @@ evaluate() {
     local name="$1"
     shift
     if [[ ! -f "$RUN_DIR/logs/$name.usage.json" ]]; then
-        train "$name" "$RUN_DIR/tensorboard/$name" --train-iters "$MOE_ITERS" --finetune --skip-train \
-            --tensorboard-dir "$RUN_DIR/tensorboard/$name" "$@"
+        train "$name" "$RUN_DIR/logs/$name.log" --train-iters "$total" --finetune --skip-train "$@"
     fi
 }
 evaluate evaluate-dense --load "$dense"
 evaluate evaluate-converted --load "$converted" "${EXPERT_PARALLEL[@]}"
 
-schedule=(--train-iters "$MOE_ITERS" --tensorboard-dir "$RUN_DIR/tensorboard/moe"
-    --save "$moe" --save-interval "$half")
+# The converted checkpoint holds the iteration and the place in the data, but no optimizer.
+schedule=(--train-iters "$total" --lr-decay-iters "$MOE_ITERS"
+    --tensorboard-dir "$RUN_DIR/tensorboard/moe" --save "$moe" --save-interval "$total")
 if ! reached "$moe" "$half"; then
     train moe "$moe" "${EXPERT_PARALLEL[@]}" "${schedule[@]}" --exit-interval "$half" \
-        --load "$converted" --finetune
+        --load "$converted" --no-load-optim --no-load-rng
 fi
-if reached "$moe" "$MOE_ITERS"; then
+if reached "$moe" "$total"; then
     echo "resume -> $moe is there"
 else
     train resume "$moe" "${EXPERT_PARALLEL[@]}" "${schedule[@]}" --load "$moe"
 fi
+
+evaluate evaluate-moe --load "$moe" "${EXPERT_PARALLEL[@]}"
 
 step report "$RUN_DIR/report.html" ep-plugin report --run "$RUN_DIR" --device "$device" \
     --ranks "$RANKS" --ep "$EP" --experts "$EXPERTS" --topk "$TOPK" \

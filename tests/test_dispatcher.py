@@ -1,4 +1,4 @@
-"""Laws every dispatcher obeys: adjoint, conservation, layout. A new file is tested once it exists."""
+"""Laws every dispatcher obeys: adjoint, conservation, layout. A new file is tested at once."""
 
 import pytest
 import torch

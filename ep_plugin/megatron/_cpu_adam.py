@@ -1,9 +1,10 @@
 """Checkpoints of the distributed optimizer over torch's Adam.
 
-Apex's and Transformer Engine's Adam keep one step per parameter group; torch's keeps a step tensor per
-parameter, which the distributed optimizer handles wrongly when it loads: it asks for the step before
-there is any state, gives all parameters one shared tensor, so that each update counts it up for all,
-and saves it as if it were as large as the parameter. Without those packages, a resumed run differs.
+Apex's and Transformer Engine's Adam keep one step per parameter group; torch's keeps a step
+tensor per parameter, which the distributed optimizer handles wrongly when it loads: it asks for
+the step before there is any state, gives all parameters one shared tensor, so that each update
+counts it up for all, and saves it as if it were as large as the parameter. Without those
+packages, a resumed run differs.
 """
 
 import functools
@@ -18,7 +19,12 @@ GET, SET = "_get_main_param_and_optimizer_states", "_set_main_param_and_optimize
 
 def replacements(optimizer: type) -> list[tuple[Any, str, Any]]:
     """Return (owner, attribute, replacement) for the class DistributedOptimizer."""
-    wrappers = {STATE: _with_state, LOAD: _with_own_steps, GET: _without_step, SET: _set_all_but_step}
+    wrappers = {
+        STATE: _with_state,
+        LOAD: _with_own_steps,
+        GET: _without_step,
+        SET: _set_all_but_step,
+    }
     return [(optimizer, name, wrap(getattr(optimizer, name))) for name, wrap in wrappers.items()]
 
 

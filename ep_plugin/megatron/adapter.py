@@ -1,4 +1,4 @@
-"""The module Megatron builds in place of the dense MLP: ours inside, Megatron's contract outside."""
+"""What Megatron builds in place of the dense MLP: ours inside, Megatron's contract outside."""
 
 from typing import Any
 
@@ -54,18 +54,19 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
             moe_config(config, self.settings),
             groups,
             init_method=None,
-            device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
+            device=_device(config),
             dtype=config.params_dtype,
         )
         # Kept outside the module tree: its children are registered here, under Megatron's names.
         object.__setattr__(self, "layer", layer)
-        self.router, self.experts = layer.router, layer.experts
+        router: Any = layer.router
+        self.router, self.experts = router, layer.experts
         if config.perform_initialization:
-            initialize_router(layer.router, config)
+            initialize_router(router, config)
             initialize_experts(layer.experts, config, groups)
-        set_tags(layer.router, layer.experts, config, groups)
-        layer.router.attach_loss = self._attach_loss
-        layer.router.register_forward_hook(self._after_routing)
+        set_tags(router, layer.experts, config, groups)
+        router.attach_loss = self._attach_loss
+        router.register_forward_hook(self._after_routing)
         self.tp_cp_group, self.tp_dp_cp_group = pg_collection.tp_cp, pg_collection.tp_dp_cp
         if self.use_shared_expert:
             self.shared_experts = submodules.shared_experts(
@@ -146,6 +147,12 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
 
     def set_for_recompute_pre_mlp_layernorm(self) -> None:
         """Do nothing: needed for fp8 and fp4 alone, which `check_supported` refuses."""
+
+
+def _device(config: Any) -> torch.device:
+    if config.use_cpu_initialization:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _drop_extra_states(

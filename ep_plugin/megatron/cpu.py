@@ -78,7 +78,7 @@ def enable() -> None:
     mode.set_environment("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with TP or CP
     for owner, name, value in words.replacements():
         mode.replace(owner, name, value)
-    mode.mode.__enter__()
+    mode.mode.__enter__()  # type: ignore[no-untyped-call]
     for owner, name, value in _megatron_replacements():
         mode.replace(owner, name, value)
 
@@ -88,7 +88,7 @@ def disable() -> None:
     mode = _cpu_mode
     if not mode.active:
         return
-    mode.mode.__exit__(None, None, None)
+    mode.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
     while mode.replaced:
         owner, name, value = mode.replaced.pop()
         if value is _INHERITED:

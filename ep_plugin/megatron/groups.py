@@ -1,4 +1,4 @@
-"""Our expert groups beside Megatron's: the groups Megatron built are adopted where the ranks agree."""
+"""Our expert groups beside Megatron's: those it built are adopted where the ranks agree."""
 
 from typing import Any
 

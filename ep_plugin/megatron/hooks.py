@@ -8,7 +8,7 @@ from typing import Any
 
 from ep_plugin import __version__
 from ep_plugin.config import ConfigError
-from ep_plugin.megatron import cpu, touchpoints, wheel
+from ep_plugin.megatron import apex, cpu, touchpoints, wheel
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
@@ -16,16 +16,19 @@ MOE_LOGGING = "megatron.core.transformer.moe.moe_logging"
 
 
 def install() -> None:
-    """Make Megatron build our block in every MoE layer, and switch CPU mode on where there is no GPU.
+    """Make Megatron build our block in every MoE layer, with CPU mode where there is no GPU.
 
     Call it before `pretrain`; a second call does nothing. Every touch point is verified first:
     raises ConfigError, with nothing hooked, when the installed Megatron is not one we know.
     """
     if cpu.wanted():
         cpu.enable()
-    specs = import_module(MODULE_SPECS)
+    specs: Any = import_module(MODULE_SPECS)
     if hasattr(specs.MoELayer, "ep_original"):
         return
+    foreign = apex.foreign_apex()
+    if foreign is not None:
+        raise ConfigError(foreign)
     checked = touchpoints.verify()
     layer_class = _make_layer_class(specs.MoELayer)
     arguments = import_module(ARGUMENTS)
@@ -39,8 +42,8 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put back every attribute that `install` replaced, CPU mode included; does nothing without it."""
-    specs = import_module(MODULE_SPECS)
+    """Put back every attribute that `install` replaced, CPU mode included, if it did."""
+    specs: Any = import_module(MODULE_SPECS)
     if hasattr(specs.MoELayer, "ep_original"):
         arguments = import_module(ARGUMENTS)
         _unwrap(import_module(MOE_LOGGING).MoEMetricsTracker, "report")

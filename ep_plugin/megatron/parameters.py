@@ -26,7 +26,7 @@ def initialize_router(router: nn.Module, config: Any) -> None:
 
 
 def initialize_experts(experts: Experts, config: Any, groups: ExpertGroups) -> None:
-    """Fill each expert's fc1 and fc2 in Megatron's order, so that equal seeds give equal experts."""
+    """Fill each expert's fc1 and fc2 in Megatron's order: equal seeds give equal experts."""
     gated_stride = 2 if experts.gated else 1
     for fc1, fc2 in zip(experts.linear_fc1.weight, experts.linear_fc2.weight, strict=True):
         _initialize_matrix(fc1, 0, gated_stride, config.init_method, config, groups)
@@ -39,7 +39,7 @@ def initialize_experts(experts: Experts, config: Any, groups: ExpertGroups) -> N
 def _initialize_matrix(
     weight: Tensor, dim: int, stride: int, init_method: Any, config: Any, groups: ExpertGroups
 ) -> None:
-    """Fill one expert's `weight` [out, in], sharded over etp along `dim`, with Megatron's own code."""
+    """Fill one expert's `weight` [out, in], sharded over etp along `dim`, as Megatron does."""
     matrix = weight.detach()
     if not config.use_cpu_initialization:
         _initialize_affine_weight_gpu(matrix, init_method, dim, stride=stride, is_expert=True)

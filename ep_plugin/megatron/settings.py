@@ -60,7 +60,7 @@ _ACTIVATIONS: dict[tuple[Any, bool], Activation] = {
 
 
 def check_supported(config: Any) -> None:
-    """Raise ConfigError for the first setting of a TransformerConfig that the plugin cannot honour."""
+    """Raise ConfigError for the first setting of a TransformerConfig that we cannot honour."""
     for field, (legal, instead) in _LEGAL.items():
         value = getattr(config, field, legal[0])
         if isinstance(value, list) and len(value) == 1:

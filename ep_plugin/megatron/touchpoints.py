@@ -1,40 +1,45 @@
 """What the plugin relies on in Megatron, verified by signature before anything is hooked."""
 
+import dataclasses
 import importlib
 import inspect
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ep_plugin.config import ConfigError
 
+_UNUSABLE = (ImportError, OSError, RuntimeError)  # the latter two: a library under it does not load
 
-@dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True)
 class Touchpoint:
-    """A symbol, `module:attribute.attribute`, and the parameters that must be in its signature."""
+    """A symbol, `module:attribute.attribute`, and what must be true of it."""
 
     path: str
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()  # parameters in its signature; of a dataclass also fields
+    base: str | None = None  # path of a class that it must derive from
 
 
 def installed_version() -> str:
     """Return megatron.core's version, such as 0.19.2; raises ConfigError when there is none."""
     try:
         version: str = importlib.import_module("megatron.core").__version__
-    except ImportError as error:
+    except _UNUSABLE as error:
         raise ConfigError(
-            f"Megatron is not installed ({error}); pip install 'ep-plugin[megatron]' would do"
+            f"Megatron cannot be imported ({error}); pip install 'ep-plugin[megatron]' would do"
         ) from error
     return version
 
 
 def supported() -> dict[str, str]:
     """Return the releases with a table: "0.19" -> the table's module."""
-    names = sorted(path.stem for path in (Path(__file__).parent / "versions").glob("core_*.py"))
+    files = (Path(__file__).parent / "versions").glob("core_*.py")
+    releases = sorted(tuple(map(int, file.stem.split("_")[1:])) for file in files)
     return {
-        name.removeprefix("core_").replace("_", "."): f"ep_plugin.megatron.versions.{name}"
-        for name in names
+        ".".join(map(str, release)): "ep_plugin.megatron.versions.core_"
+        + "_".join(map(str, release))
+        for release in releases
     }
 
 
@@ -45,7 +50,7 @@ def table_for(version: str) -> tuple[Touchpoint, ...]:
     if release is None or release.group() not in tables:
         raise ConfigError(
             f"megatron-core {version} has no touch-point table; supported are {', '.join(tables)}; "
-            f"pip install 'megatron-core=={max(tables)}.*' would do"
+            f"pip install 'megatron-core[training]=={list(tables)[-1]}.*' would do"
         )
     table: tuple[Touchpoint, ...] = importlib.import_module(tables[release.group()]).TOUCHPOINTS
     return table
@@ -57,17 +62,26 @@ def problems(table: tuple[Touchpoint, ...]) -> list[str]:
 
 
 def _problem(touchpoint: Touchpoint) -> str | None:
+    path = touchpoint.path
     try:
-        symbol = _find(touchpoint.path)
-    except (ImportError, AttributeError) as error:
-        return f"{touchpoint.path} is not there ({error})"
-    if not touchpoint.needs:
-        return None
-    parameters = inspect.signature(symbol).parameters
-    missing = [name for name in touchpoint.needs if name not in parameters]
+        symbol = _find(path)
+        base = _find(touchpoint.base) if touchpoint.base else object
+        names = _parameters(symbol) if touchpoint.needs else []
+    except (*_UNUSABLE, AttributeError) as error:
+        return f"{path} is not there ({error})"
+    except (TypeError, ValueError) as error:
+        return f"{path} has no signature ({error})"
+    missing = [name for name in touchpoint.needs if name not in names]
     if missing:
-        return f"{touchpoint.path} has no parameter {', '.join(missing)}; it has {', '.join(parameters)}"
+        return f"{path} has no parameter {', '.join(missing)}; it has {', '.join(names)}"
+    if base is not object and not issubclass(symbol, base):
+        return f"{path} does not derive from {touchpoint.base}"
     return None
+
+
+def _parameters(symbol: Any) -> list[str]:
+    fields = dataclasses.fields(symbol) if dataclasses.is_dataclass(symbol) else ()
+    return [*inspect.signature(symbol).parameters, *(field.name for field in fields)]
 
 
 def _find(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""Losses and loads of the routers, written at Megatron's own logging interval by its own writers."""
+"""Losses and loads of the routers, written when and where Megatron writes its own."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class RoutingTracker:
         self._rows: dict[int, Tensor] = {}  # layer number -> [E] int64
 
     def record(self, layer: Any, routing: Routing) -> None:
-        """Take the routing of one micro-batch in `layer`, an EPMoELayer. Nothing is communicated."""
+        """Take one micro-batch's routing in `layer`, an EPMoELayer. Nothing is communicated."""
         config = layer.config
         for name, loss in routing.losses.items():
             groups = (

@@ -12,11 +12,11 @@ EXAMPLES = """examples:
   ep-plugin report --run runs/quickstart
   ep-plugin report --run runs/quickstart --json
 
-A run folder holds tensorboard/{dense,evaluate-dense,evaluate-converted,moe}, logs/*.usage.json and the
-converted checkpoint's parity.json, as recipes/quickstart.sh leaves them. Written into it:
+A run folder holds tensorboard/dense and tensorboard/moe, logs/*.usage.json, logs/evaluate-*.log and
+converted/parity.json, as recipes/quickstart.sh leaves them. Written into it:
 report.html, loss.png, balance.png, experts.png, summary.json.
 """
-RUNS = ("dense", "evaluate-dense", "evaluate-converted", "moe")
+RUNS = ("dense", "moe")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     runs = {name: read_run(args.run / "tensorboard" / name) for name in RUNS}
     noted = ("experts", "topk", "ep", "ranks", "device", "resumed_at_iteration")
     facts = {
-        **summary.measured(args.run, runs),
+        **summary.measured(args.run),
         **{name: getattr(args, name) for name in noted},
     }
     pictures = _draw(args.run, runs, figures)

@@ -27,24 +27,24 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def loss_figure(dense: Run, moe: Run) -> Figure:
-    """Draw training and validation losses on one axis; the MoE starts where the dense run ended."""
+    """Draw training and validation losses; the MoE goes on where the dense run ended."""
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    offset = dense.series(TRAIN)[-1][0]
-    for run, shift, color, name in (
-        (dense, 0, DENSE_COLOR, "dense"),
-        (moe, offset, MOE_COLOR, "Mixture-of-Experts"),
+    end = dense.series(TRAIN)[-1][0]
+    for run, color, name in (
+        (dense, DENSE_COLOR, "dense"),
+        (moe, MOE_COLOR, "Mixture-of-Experts"),
     ):
-        iterations, losses = _columns(run.series(TRAIN), shift)
+        iterations, losses = _columns(run.series(TRAIN))
         axes.plot(
             iterations, losses, color=color, linewidth=1.2, alpha=0.6, label=f"{name}, training"
         )
-        iterations, losses = _columns(run.series(VALIDATION), shift)
+        iterations, losses = _columns(run.series(VALIDATION))
         axes.plot(iterations, losses, "o-", color=color, markersize=4, label=f"{name}, validation")
-    axes.axvline(offset, color="#9ca3af", linestyle="--", linewidth=1)
+    axes.axvline(end, color="#9ca3af", linestyle="--", linewidth=1)
     axes.annotate(
         "converted",
-        (offset, 1),
+        (end, 1),
         xycoords=("data", "axes fraction"),
         xytext=(4, -12),
         textcoords="offset points",
@@ -59,14 +59,14 @@ def balance_figure(moe: Run) -> Figure:
     """Draw the load-balancing loss; 1 is perfect balance."""
     figure = new_figure(8, 2.6)
     axes = figure.subplots()
-    axes.plot(*_columns(moe.series(BALANCE), 0), color=MOE_COLOR, linewidth=1.2)
+    axes.plot(*_columns(moe.series(BALANCE)), color=MOE_COLOR, linewidth=1.2)
     axes.axhline(1, color="#9ca3af", linestyle="--", linewidth=1)
-    axes.set(xlabel="iteration after conversion", ylabel="load-balancing loss")
+    axes.set(xlabel="iteration", ylabel="load-balancing loss")
     return figure
 
 
 def experts_figure(moe: Run) -> Figure:
-    """Draw each layer's share of rows per expert over time, one map per layer, one scale for all."""
+    """Draw each expert's share of rows over time, one map per layer, one scale for all."""
     shares = moe.shares()
     columns = min(2, len(shares))
     rows = math.ceil(len(shares) / columns)
@@ -90,7 +90,7 @@ def experts_figure(moe: Run) -> Figure:
         axes.grid(visible=False)
     for axes in panels[len(shares) :]:
         axes.set_visible(False)
-    figure.supxlabel("iteration after conversion", fontsize=10)
+    figure.supxlabel("iteration", fontsize=10)
     figure.supylabel("expert", fontsize=10)
     even = 1 / len(next(iter(shares.values())))
     bar = figure.colorbar(image, ax=list(panels), label="share of the layer's rows", shrink=0.8)
@@ -98,5 +98,5 @@ def experts_figure(moe: Run) -> Figure:
     return figure
 
 
-def _columns(series: Series, shift: int) -> tuple[list[int], list[float]]:
-    return [iteration + shift for iteration, _ in series], [value for _, value in series]
+def _columns(series: Series) -> tuple[list[int], list[float]]:
+    return [iteration for iteration, _ in series], [value for _, value in series]

@@ -1,4 +1,4 @@
-"""Run a script with CPU mode but without our block: Megatron's own Mixture-of-Experts as the peer."""
+"""Run a script with CPU mode but without our block: Megatron's own is the peer."""
 
 import runpy
 import sys

@@ -62,8 +62,8 @@ def test_checkpoints_load_in_each_other(tmp_path: Path) -> None:
         saved = str(folder / "checkpoint")
         whole = train(2, saver, folder / "whole", *flags, "--save", saved)
         resumed = train(2, loader, folder / "resumed", *flags, "--load", saved, "--ckpt-step", "4")
-        # Megatron's log averages lm loss over all iterations since a resume, so the last one is read
-        # from the validation that follows it.
+        # Megatron's log averages lm loss over all iterations since a resume; the validation that
+        # follows them does not.
         for tag in ("grad-norm", "lm loss validation"):
             expected = [(i, v) for i, v in whole.series(tag) if i > 4]
             found = resumed.series(tag)

@@ -1,0 +1,130 @@
+"""The command line: help, flags, exit codes, and one line for a user's mistake."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ep_plugin import __version__
+from ep_plugin.cli import COMMANDS, build_parser, main
+
+# Changing a command's flags changes what users' scripts rely on: change this list with it.
+FLAGS = {
+    "apply": "SCRIPT --check --diff --revert",
+    "convert": (
+        "--dry-run --from --json --layers --num-experts --parity-tolerance --seed --skip-parity "
+        "--to --topk"
+    ),
+    "doctor": "--json",
+    "report": "--device --ep --experts --json --ranks --resumed-at-iteration --run --topk",
+}
+
+
+def command_parser(command: str) -> argparse.ArgumentParser:
+    parser = build_parser(command)
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    found: argparse.ArgumentParser = commands.choices[command]
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_the_ones_listed(command: str) -> None:
+    actions = command_parser(command)._actions
+    names = {
+        action.option_strings[-1] if action.option_strings else action.metavar for action in actions
+    }
+    assert names - {"--help"} == set(FLAGS[command].split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_flag_and_examples(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main([command, "--help"])
+    assert exited.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in FLAGS[command].split())
+    assert re.search(rf"^examples:\n  ep-plugin {command}\b", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_use_flags_that_exist(command: str) -> None:
+    epilog = command_parser(command).epilog
+    assert epilog is not None
+    examples = re.findall(rf"^  (ep-plugin {command} .*(?:\\\n.*)*)", epilog, re.MULTILINE)
+    used = set(re.findall(r" (--[\w-]+)", " ".join(examples)))
+    assert used <= set(FLAGS[command].split())
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["--help"])
+    assert exited.value.code == 0
+    shown = capsys.readouterr().out
+    for command, (_, summary) in COMMANDS.items():
+        assert command in shown
+        assert summary.split()[0] in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["apply"], ["doctor", "--fast"]])
+def test_a_wrong_command_line_is_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    assert exited.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: ep-plugin")
+
+
+MISTAKES = {
+    "apply": (["no_such_script.py"], "no_such_script.py: cannot be read"),
+    "convert": (
+        ["--from", "no_such_folder", "--to", "moe", "--num-experts", "8", "--topk", "9"],
+        r"--topk \(9\) must be at most --num-experts \(8\); --topk 8 would do",
+    ),
+    "report": (["--run", "no_such_folder"], "--run must hold .*'no_such_folder'.* would do"),
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, sentence = MISTAKES[command]
+    assert main([command, *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(rf"ep-plugin {command}: error: {sentence}.*\n", said.err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_installed_command_and_module_are_the_same() -> None:
+    scripts = Path(sys.executable).parent
+    for command in ([str(scripts / "ep-plugin")], [sys.executable, "-m", "ep_plugin.cli"]):
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert result.stdout == f"{__version__}\n"
+
+
+def test_run_as_a_module_says_how_and_refuses_a_missing_script(tmp_path: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ep_plugin.run", *arguments]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+
+    shown = call("--help")
+    assert shown.returncode == 0
+    assert "examples:" in shown.stdout
+    refused = call("missing.py")
+    assert refused.returncode == 2
+    assert re.fullmatch(r"ep_plugin\.run: error: .*'missing\.py'.*\n", refused.stderr)
