@@ -15,9 +15,9 @@ NO_EDIT = "`python -m ep_plugin.run SCRIPT` needs no edit"
 
 
 def parse(text: str) -> ast.Module:
-    """Return the script as a tree."""
+    """Return the script as a tree; a byte order mark that a reader left in the text is skipped."""
     try:
-        return ast.parse(text)
+        return ast.parse(text.removeprefix("\ufeff"))
     except SyntaxError as error:
         raise ConfigError(f"line {error.lineno}: {error.msg}; valid Python would do") from error
 

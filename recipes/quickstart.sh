@@ -24,9 +24,9 @@ SEQ="${SEQ:-256}"
 MICRO_BATCH="${MICRO_BATCH:-8}"
 GLOBAL_BATCH="${GLOBAL_BATCH:-16}"
 LR="${LR:-3e-3}"
-DENSE_ITERS="${DENSE_ITERS:-200}"           # iterations of dense pretraining
-MOE_ITERS="${MOE_ITERS:-200}"               # iterations after the conversion
-EVAL_INTERVAL="${EVAL_INTERVAL:-50}"
+DENSE_ITERS="${DENSE_ITERS:-160}"           # iterations of dense pretraining
+MOE_ITERS="${MOE_ITERS:-160}"               # iterations after the conversion
+EVAL_INTERVAL="${EVAL_INTERVAL:-40}"
 EVAL_ITERS="${EVAL_ITERS:-8}"               # batches in each validation
 SPLIT="${SPLIT:-98,1,1}"                    # training, validation, test
 EP_PYTHON="${EP_PYTHON:-}"                  # interpreter to use instead of searching for one
@@ -78,7 +78,8 @@ MODEL=(
     --data-cache-path "$RUN_DIR/cache"
     --log-interval 5 --tensorboard-log-interval 5 --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS"
     --ckpt-format torch_dist --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
-    --no-masked-softmax-fusion --no-gradient-accumulation-fusion
+    --transformer-impl local --no-masked-softmax-fusion --no-gradient-accumulation-fusion
+    --no-persist-layer-norm --no-rope-fusion # what needs no Transformer Engine and no apex
 )
 if ((gpus > 0)); then MODEL+=(--bf16); fi
 EXPERT_PARALLEL=(

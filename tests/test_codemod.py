@@ -62,6 +62,13 @@ def test_mixed_endings_stay_and_new_lines_end_as_the_guard(pair: str, header_end
     assert revert(applied) == mixed
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_byte_order_mark_left_in_the_text_stays(pair: str) -> None:
+    before, after = ("\ufeff" + text for text in PAIRS[pair])
+    assert apply(before) == after
+    assert revert(after) == before
+
+
 def test_a_formatters_blank_line_is_understood() -> None:
     formatted = apply(SCRIPT).replace("ep_plugin.megatron\n", "ep_plugin.megatron\n\n", 1)
     assert apply(formatted) == formatted

@@ -10,6 +10,21 @@ Seams, each an attribute that Megatron looks up when it is called:
 Nothing is copied, no function is replaced by a rewrite, and `uninstall()` puts each attribute back.
 """
 
-from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.config import ConfigError
+from ep_plugin.megatron import hooks
+from ep_plugin.megatron.arguments import refuse
 
 __all__ = ["install", "uninstall"]
+
+uninstall = hooks.uninstall
+
+
+def install() -> None:
+    """Install the plugin into Megatron; call it before `pretrain`. A second call does nothing.
+
+    A Megatron we do not know is one sentence on rank 0 and exit code 2 on every rank.
+    """
+    try:
+        hooks.install()
+    except ConfigError as error:
+        refuse(error)

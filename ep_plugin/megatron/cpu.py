@@ -66,15 +66,21 @@ def wanted() -> bool:
     return asked == "cpu" or not has_gpu
 
 
+def active() -> bool:
+    """Whether CPU mode is on."""
+    return _cpu_mode.active
+
+
 def enable() -> None:
     """Switch CPU mode on; a second call does nothing. Megatron may be imported before or after."""
     mode = _cpu_mode
     if mode.active:
         return
     mode.active = True
-    mode.set_environment(
-        "TORCHDYNAMO_DISABLE", "1"
-    )  # compiling for the CPU costs more than it gives
+    # Compiling for the CPU costs more than it gives. The variable counts where torch.compile is
+    # first used later, the stance where Megatron was imported before.
+    mode.set_environment("TORCHDYNAMO_DISABLE", "1")
+    torch.compiler.set_stance("force_eager")
     mode.set_environment("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with TP or CP
     for owner, name, value in words.replacements():
         mode.replace(owner, name, value)
@@ -99,6 +105,7 @@ def disable() -> None:
         if value is None:
             os.environ.pop(name, None)
     mode.environment.clear()
+    torch.compiler.set_stance("default")
     mode.active = False
 
 

@@ -18,18 +18,23 @@ MOE_LOGGING = "megatron.core.transformer.moe.moe_logging"
 def install() -> None:
     """Make Megatron build our block in every MoE layer, with CPU mode where there is no GPU.
 
-    Call it before `pretrain`; a second call does nothing. Every touch point is verified first:
-    raises ConfigError, with nothing hooked, when the installed Megatron is not one we know.
+    A second call does nothing. Every touch point is verified first: raises ConfigError, with
+    nothing changed, when the installed Megatron is not one we know.
     """
+    foreign = apex.foreign_apex()
+    if foreign is not None:
+        raise ConfigError(foreign)
+    touchpoints.table_for(touchpoints.installed_version())
     if cpu.wanted():
         cpu.enable()
     specs: Any = import_module(MODULE_SPECS)
     if hasattr(specs.MoELayer, "ep_original"):
         return
-    foreign = apex.foreign_apex()
-    if foreign is not None:
-        raise ConfigError(foreign)
-    checked = touchpoints.verify()
+    try:
+        checked = touchpoints.verify()
+    except ConfigError:
+        cpu.disable()
+        raise
     layer_class = _make_layer_class(specs.MoELayer)
     arguments = import_module(ARGUMENTS)
     tracker_class = import_module(MOE_LOGGING).MoEMetricsTracker

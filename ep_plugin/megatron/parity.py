@@ -24,7 +24,8 @@ from megatron.training.arguments import core_transformer_config_from_args
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from ep_plugin.megatron import cpu, install, uninstall
+from ep_plugin.megatron import cpu
+from ep_plugin.megatron.hooks import install, uninstall
 
 MAX_SEQUENCE = 256
 TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random router goes unseen

@@ -3,12 +3,15 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ep_plugin import megatron as edge
 from ep_plugin.config import ConfigError
-from ep_plugin.megatron import cpu, hooks, install, touchpoints, uninstall
+from ep_plugin.megatron import cpu, hooks, touchpoints
+from ep_plugin.megatron.hooks import install, uninstall
 
 pytestmark = pytest.mark.megatron
 SEAMS = (
@@ -49,16 +52,33 @@ def test_install_twice_and_uninstall_restores(capsys: pytest.CaptureFixture[str]
     uninstall()
 
 
-def test_a_mismatch_is_refused_with_nothing_hooked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mismatch_is_refused_with_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     before = seams()
     table = (touchpoints.Touchpoint("megatron.core.transformer.mlp:MLP.gone"),)
     monkeypatch.setattr(hooks.touchpoints, "table_for", lambda version: table)
-    try:
-        with pytest.raises(ConfigError, match=r"MLP\.gone is not there"):
-            install()
-    finally:
-        cpu.disable()
+    with pytest.raises(ConfigError, match=r"MLP\.gone is not there"):
+        install()
     assert all(a is b for a, b in zip(seams(), before, strict=True))
+    assert not cpu.active()
+
+
+def test_an_unknown_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks.touchpoints, "installed_version", lambda: "0.15.3")
+    message = r"megatron-core 0\.15\.3 has no touch-point table; supported are 0\.19"
+    with pytest.raises(ConfigError, match=message):
+        install()
+    assert not cpu.active()
+    with pytest.raises(SystemExit, match="2"):  # what a script with the plugin applied does
+        edge.install()
+
+
+def test_a_foreign_apex_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="is not NVIDIA's"):
+        install()
+    assert not cpu.active()
 
 
 def test_importing_the_package_hooks_nothing() -> None:
