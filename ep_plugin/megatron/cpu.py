@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from ep_plugin.config import ConfigError
-from ep_plugin.megatron import _cpu_adam as torch_adam
 from ep_plugin.megatron import _cpu_torch as words
 
 _LEGAL = ("cpu", "cuda")
@@ -125,13 +124,11 @@ def _megatron_replacements() -> list[tuple[Any, str, Any]]:
     """Return (owner, attribute, replacement) inside Megatron; imports what it replaces in."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
-    optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     table = [
         (random, "_lazy_call", words.call_now),
         (random, "device_ctx_manager", words.device_context),
         (norm, "__new__", _norm_with_mark(norm.__new__)),
     ]
-    table += torch_adam.replacements(optimizer.DistributedOptimizer)
     if importlib.util.find_spec("megatron.training") is not None:
         arguments = importlib.import_module("megatron.training.arguments")
         table.append((arguments, "validate_args", _with_cpu_arguments(arguments.validate_args)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ep_plugin import __version__
 from ep_plugin.config import ConfigError
-from ep_plugin.megatron import apex, cpu, touchpoints, wheel
+from ep_plugin.megatron import apex, cpu, torch_adam, touchpoints, wheel
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
@@ -43,6 +43,7 @@ def install() -> None:
     _wrap(arguments, "validate_args", functools.partial(_with_our_checks, layer_class))
     _wrap(tracker_class, "report", functools.partial(_with_our_metrics, layer_class))
     wheel.without_compilation()
+    torch_adam.correct()
     _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
 
 
@@ -55,6 +56,7 @@ def uninstall() -> None:
         _unwrap(arguments, "validate_args")
         _unwrap(arguments, "add_megatron_arguments")
         wheel.with_compilation()
+        torch_adam.uncorrect()
         specs.MoELayer = specs.MoELayer.ep_original
     cpu.disable()
 

@@ -4,13 +4,14 @@ import runpy
 import sys
 from pathlib import Path
 
-from ep_plugin.megatron import cpu
+from ep_plugin.megatron import cpu, torch_adam
 from ep_plugin.megatron.wheel import without_compilation
 
 if __name__ == "__main__":
     if cpu.wanted():
         cpu.enable()
     without_compilation()
+    torch_adam.correct()
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

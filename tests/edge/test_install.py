@@ -20,6 +20,7 @@ SEAMS = (
     "megatron.training.arguments:validate_args",
     "megatron.core.transformer.moe.moe_logging:MoEMetricsTracker.report",
     "megatron.core.datasets.utils:compile_helpers",
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
 )
 
 

@@ -115,4 +115,5 @@ TOUCHPOINTS = (
     Touchpoint(f"{_OPTIMIZER}._get_main_param_and_optimizer_states", ("model_param",)),
     Touchpoint(f"{_OPTIMIZER}._set_main_param_and_optimizer_states", ("model_param", "tensors")),
     Touchpoint("megatron.core.datasets.utils:compile_helpers"),
+    Touchpoint("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE"),
 )

@@ -8,30 +8,48 @@ packages, a resumed run differs.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 STATE, LOAD = "state_dict", "load_state_dict"
 GET, SET = "_get_main_param_and_optimizer_states", "_set_main_param_and_optimizer_states"
 
 
-def replacements(optimizer: type) -> list[tuple[Any, str, Any]]:
-    """Return (owner, attribute, replacement) for the class DistributedOptimizer."""
+def correct() -> None:
+    """Correct the distributed optimizer where it runs over torch's Adam; else do nothing."""
+    distributed = importlib.import_module(OPTIMIZER)
+    optimizer = distributed.DistributedOptimizer
+    if distributed.HAVE_APEX_OR_TE or hasattr(optimizer.state_dict, "ep_original"):
+        return
     wrappers = {
         STATE: _with_state,
         LOAD: _with_own_steps,
         GET: _without_step,
         SET: _set_all_but_step,
     }
-    return [(optimizer, name, wrap(getattr(optimizer, name))) for name, wrap in wrappers.items()]
+    for name, wrap in wrappers.items():
+        original = getattr(optimizer, name)
+        corrected = functools.wraps(original)(wrap(original))
+        corrected.ep_original = original  # type: ignore[attr-defined]
+        setattr(optimizer, name, corrected)
+
+
+def uncorrect() -> None:
+    """Take `correct` back; does nothing without it."""
+    optimizer = importlib.import_module(OPTIMIZER).DistributedOptimizer
+    for name in (STATE, LOAD, GET, SET):
+        original = getattr(getattr(optimizer, name), "ep_original", None)
+        if original is not None:
+            setattr(optimizer, name, original)
 
 
 def _with_state(original: Callable[..., Any]) -> Callable[..., Any]:
     """Give a fresh Adam its zero state before its step is read."""
 
-    @functools.wraps(original)
     def state_dict(self: Any) -> Any:
         if not self.optimizer.state and isinstance(self.optimizer, torch.optim.Adam):
             for group in self.optimizer.param_groups:
@@ -49,7 +67,6 @@ def _with_state(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_own_steps(original: Callable[..., Any]) -> Callable[..., Any]:
     """Give each parameter a step tensor of its own after loading."""
 
-    @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: Any) -> Any:
         result = original(self, state_dict)
         if isinstance(self.optimizer, torch.optim.Adam):
@@ -63,7 +80,6 @@ def _with_own_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 def _without_step(original: Callable[..., Any]) -> Callable[..., Any]:
     """Leave the step out of the tensors that are saved with a parameter's size."""
 
-    @functools.wraps(original)
     def get_states(self: Any, model_param: Any) -> Any:
         return {name: t for name, t in original(self, model_param).items() if name != "step"}
 
@@ -73,7 +89,6 @@ def _without_step(original: Callable[..., Any]) -> Callable[..., Any]:
 def _set_all_but_step(original: Callable[..., Any]) -> Callable[..., Any]:
     """Copy a checkpoint's tensors into the state; the step came with the parameter groups."""
 
-    @functools.wraps(original)
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
         with torch.no_grad():  # an fp32 main parameter is a leaf, and is written in place
             return original(self, model_param, {**tensors, "step": None})
