@@ -131,8 +131,18 @@ def _megatron_replacements() -> list[tuple[Any, str, Any]]:
     ]
     if importlib.util.find_spec("megatron.training") is not None:
         arguments = importlib.import_module("megatron.training.arguments")
-        table.append((arguments, "validate_args", _with_cpu_arguments(arguments.validate_args)))
+        training = importlib.import_module("megatron.training.training")
+        table += [
+            (arguments, "validate_args", _with_cpu_arguments(arguments.validate_args)),
+            # Its warm-up draws numbers, how many depends on TP; here that would move the generator
+            # which initial weights come from.
+            (training, "set_jit_fusion_options", _no_warm_up),
+        ]
     return table
+
+
+def _no_warm_up(tp_size: int | None = None) -> None:
+    """Stand in for set_jit_fusion_options: nothing is compiled in CPU mode."""
 
 
 def _with_cpu_arguments(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -116,4 +116,5 @@ TOUCHPOINTS = (
     Touchpoint(f"{_OPTIMIZER}._set_main_param_and_optimizer_states", ("model_param", "tensors")),
     Touchpoint("megatron.core.datasets.utils:compile_helpers"),
     Touchpoint("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE"),
+    Touchpoint("megatron.training.training:set_jit_fusion_options", ("tp_size",)),
 )
