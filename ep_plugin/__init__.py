@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ep_plugin.config import ConfigError, MoEConfig, ParallelConfig
+    from ep_plugin.config import ConfigError, MoEConfig, RoutingConfig
     from ep_plugin.groups import ExpertGroups, create_expert_groups
     from ep_plugin.layer import MoELayer
+    from ep_plugin.parallel import ParallelConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,13 +20,15 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "ParallelConfig",
+    "RoutingConfig",
     "create_expert_groups",
 ]
 
 _HOME = {
     "ConfigError": "config",
     "MoEConfig": "config",
-    "ParallelConfig": "config",
+    "RoutingConfig": "config",
+    "ParallelConfig": "parallel",
     "ExpertGroups": "groups",
     "create_expert_groups": "groups",
     "MoELayer": "layer",

@@ -4,12 +4,21 @@ A mistake of the user's is a `ConfigError`: found before any communication, on e
 with the rule, the names, the values and a legal alternative in its message.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
-Normalize = Literal["topk", "none"]
-RouterDtype = Literal["fp32", "fp64"]
+ScoreFunction = Literal["softmax", "sigmoid"]
+Normalize = Literal["before_drop", "after_drop", "none"]
+RouterDtype = Literal["fp32", "fp64", "model"]
+Noise = Literal["none", "rsample"]
+SecondExpert = Literal["all", "sampling", "random", "threshold"]
+DropPolicy = Literal["none", "position", "rank_position", "probs", "random", "bpr"]
+CapacityRounding = Literal["floor", "round", "ceil", "floor_x4"]
+AuxLossCounts = Literal["topk", "top1"]
+AuxLossScope = Literal["micro_batch", "sequence", "global", "group"]
+AuxLossLayers = Literal["sum", "mean"]
+SharedExpert = Literal["sum", "learned"]
 
 
 class ConfigError(ValueError):
@@ -32,6 +41,163 @@ def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """How tokens choose experts; every field is an axis of its own, and a flag `--ep-FIELD`.
+
+    The defaults are Megatron's: softmax, top-2 with weights that sum to 1, nothing dropped.
+    Raises ConfigError when the settings contradict each other.
+    """
+
+    topk: int = 2
+    # scores and weights
+    score_function: ScoreFunction = "softmax"
+    normalize: Normalize = "before_drop"  # divide a token's weights by their sum: when, or not
+    scaling_factor: float = 1.0  # of the weights (DeepSeek-V3, arXiv:2412.19437, has 2.5)
+    router_dtype: RouterDtype = "fp32"  # of the logits; all that follows is fp32 at least
+    router_bias: bool = False
+    # exploration
+    jitter_eps: float = 0.0  # input times U[1-eps, 1+eps], training (arXiv:2101.03961, app. C)
+    noise: Noise = "none"  # rsample: Gumbel noise on the logits picks, in training (DeepSpeed-MoE)
+    second_expert: SecondExpert = "all"  # sampling: drawn; random, threshold: may be left out
+    second_threshold: float = 0.2  # random keeps with g2/threshold, threshold when g2 exceeds it
+    # limits on the choice
+    num_groups: int | None = None  # groups of experts; a token chooses inside `group_topk` of them
+    group_topk: int | None = None
+    expert_bias: bool = False  # added to the scores for the choice alone (arXiv:2408.15664)
+    bias_update_rate: float = 1e-3
+    # capacity: tokens an expert takes from one routing group
+    capacity_factor: float | None = None  # in training; None: nothing is dropped
+    eval_capacity_factor: float | None = None  # in evaluation; None: nothing is dropped
+    min_capacity: int = 0
+    capacity_rounding: CapacityRounding = "ceil"
+    capacity_counts_topk: bool = True  # capacity = factor * S * K / E, else factor * S / E
+    drop_policy: DropPolicy = "none"  # who goes when an expert is full
+    group_tokens: int | None = None  # tokens of a routing group; None: all of the rank's
+    # losses
+    aux_loss_coeff: float = 0.0  # Switch Transformer, eq. 4; 1 when balanced, before this factor
+    aux_loss_counts: AuxLossCounts = "topk"  # which choices count
+    aux_loss_scope: AuxLossScope = "micro_batch"  # over which tokens
+    aux_loss_layers: AuxLossLayers = "sum"  # mean: divided by the number of MoE layers
+    z_loss_coeff: float = 0.0  # ST-MoE, arXiv:2202.08906, eq. 5
+    # expert choice looks at later tokens: wrong for a causal model
+    force_expert_choice: bool = False
+
+    def __post_init__(self) -> None:
+        for name, legal in _CHOICES.items():
+            check_choice(name, getattr(self, name), legal)
+        self._check_ranges()
+        self._check_capacity()
+        if self.topk == 1 and self.normalize != "none" and not self._has_losses:
+            raise ConfigError(
+                f"topk (1) with normalize ({self.normalize}) leaves the router no gradient: one "
+                "weight divided by itself is 1; normalize = none would do"
+            )
+        if self.second_expert != "all" and self.topk != 2:
+            raise ConfigError(
+                f"second_expert ({self.second_expert}) needs topk 2; got topk = {self.topk}; "
+                "second_expert = all would do"
+            )
+        if self.noise != "none" and (self.expert_bias or self.num_groups is not None):
+            raise ConfigError(
+                f"noise ({self.noise}) ranks by logits, expert_bias ({self.expert_bias}) and "
+                f"num_groups ({self.num_groups}) by scores; noise = none would do"
+            )
+        if (self.num_groups is None) != (self.group_topk is None):
+            raise ConfigError(
+                f"num_groups ({self.num_groups}) and group_topk ({self.group_topk}) must be set "
+                "together; both None would do"
+            )
+
+    def _check_ranges(self) -> None:
+        for name in ("topk", "num_groups", "group_topk", "group_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1; got {value}")
+        for name in ("scaling_factor", "capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be positive; got {value}; 1.0 would do")
+        for name in ("aux_loss_coeff", "z_loss_coeff", "min_capacity", "bias_update_rate"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative; got {getattr(self, name)}")
+        if not 0 <= self.jitter_eps < 1:
+            raise ConfigError(f"jitter_eps must be in [0, 1); got {self.jitter_eps}; 0.01 would do")
+        if not 0 < self.second_threshold <= 1:
+            raise ConfigError(
+                f"second_threshold must be in (0, 1]; got {self.second_threshold}; 0.2 would do"
+            )
+
+    def _check_capacity(self) -> None:
+        given = {
+            name: getattr(self, name)
+            for name in ("capacity_factor", "eval_capacity_factor")
+            if getattr(self, name) is not None
+        }
+        if given and self.drop_policy == "none" and not self.force_expert_choice:
+            name, value = next(iter(given.items()))
+            raise ConfigError(
+                f"{name} ({value}) needs a drop_policy, and drop_policy is none (dropless); "
+                "drop_policy = probs would do"
+            )
+        if self.drop_policy != "none" and not given:
+            raise ConfigError(
+                f"drop_policy ({self.drop_policy}) needs capacity_factor or eval_capacity_factor, "
+                "and both are None (dropless); capacity_factor = 1.25 would do"
+            )
+        if self.aux_loss_scope == "group" and self.group_tokens is None:
+            raise ConfigError(
+                "aux_loss_scope (group) needs group_tokens, the tokens of a routing group; "
+                "aux_loss_scope = micro_batch would do"
+            )
+
+    @property
+    def _has_losses(self) -> bool:
+        return self.aux_loss_coeff > 0 or self.z_loss_coeff > 0
+
+    def check_experts(self, num_experts: int) -> None:
+        """Raise ConfigError when a layer of `num_experts` cannot be routed this way."""
+        if self.topk > num_experts:
+            raise ConfigError(
+                f"topk ({self.topk}) must be at most num_experts ({num_experts}); "
+                f"topk = {num_experts} would do"
+            )
+        if self.num_groups is None or self.group_topk is None:
+            return
+        if num_experts % self.num_groups:
+            raise ConfigError(
+                f"num_groups ({self.num_groups}) must divide num_experts ({num_experts}); "
+                f"num_groups = {largest_divisor(num_experts, self.num_groups)} would do"
+            )
+        if self.group_topk > self.num_groups:
+            raise ConfigError(
+                f"group_topk ({self.group_topk}) must be at most num_groups ({self.num_groups}); "
+                f"group_topk = {self.num_groups} would do"
+            )
+        if self.topk % self.group_topk or self.topk > num_experts // self.num_groups * (
+            self.group_topk
+        ):
+            raise ConfigError(
+                f"topk ({self.topk}) must be a multiple of group_topk ({self.group_topk}), at most "
+                f"{num_experts // self.num_groups} experts in each group; "
+                f"topk = {self.group_topk} would do"
+            )
+
+
+_CHOICES = {
+    "score_function": get_args(ScoreFunction),
+    "normalize": get_args(Normalize),
+    "router_dtype": get_args(RouterDtype),
+    "noise": get_args(Noise),
+    "second_expert": get_args(SecondExpert),
+    "capacity_rounding": get_args(CapacityRounding),
+    "drop_policy": get_args(DropPolicy),
+    "aux_loss_counts": get_args(AuxLossCounts),
+    "aux_loss_scope": get_args(AuxLossScope),
+    "aux_loss_layers": get_args(AuxLossLayers),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """One Mixture-of-Experts block.
 
@@ -41,102 +207,32 @@ class MoEConfig:
     hidden_size: int
     ffn_hidden_size: int  # of one expert
     num_experts: int
-    topk: int = 2
     activation: Activation = "swiglu"
-    bias: bool = False  # in the experts and in the router
-    normalize: Normalize = "topk"  # "topk": chosen probs sum to 1; "none": softmax over all experts
-    router_dtype: RouterDtype = "fp32"
-    aux_loss_coeff: float = 0.0  # Switch Transformer, eq. 4
-    z_loss_coeff: float = 0.0  # ST-MoE, eq. 5
+    bias: bool = False  # in the experts
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    # a module given as the layer's shared expert: added, or weighed against the routed experts by
+    # a learned softmax of two (DeepSpeed-MoE's residual expert)
+    shared_expert: SharedExpert = "sum"
+    num_moe_layers: int = 1  # of the model, for aux_loss_layers = mean
     router: str = "topk"
     dispatcher: str = "auto"
     gemm: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "ffn_hidden_size", "num_experts", "topk"):
+        for name in ("hidden_size", "ffn_hidden_size", "num_experts", "num_moe_layers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.topk > self.num_experts:
-            raise ConfigError(
-                f"topk ({self.topk}) must be at most num_experts ({self.num_experts}); "
-                f"topk = {self.num_experts} would do"
-            )
         check_choice("activation", self.activation, get_args(Activation))
-        check_choice("normalize", self.normalize, get_args(Normalize))
-        check_choice("router_dtype", self.router_dtype, get_args(RouterDtype))
-        for name in ("aux_loss_coeff", "z_loss_coeff"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative; got {getattr(self, name)}")
+        check_choice("shared_expert", self.shared_expert, get_args(SharedExpert))
+        self.routing.check_experts(self.num_experts)
+        if self.router == "expert_choice" and not self.routing.force_expert_choice:
+            raise ConfigError(
+                "router (expert_choice) lets later tokens decide where earlier ones go, so a "
+                "causal model would see its future; router = topk would do, or "
+                "force_expert_choice = True for a model that is not causal"
+            )
 
     @property
     def gated(self) -> bool:
         """Whether the activation has a gate half, so that fc1 has 2 * ffn_hidden_size outputs."""
         return self.activation in ("swiglu", "geglu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How `world_size` ranks are laid out; `order` lists the axes fastest first, as Megatron does.
-
-    tp, cp, dp, pp lay out the dense part (dp follows from the rest); etp, ep, edp lay out the
-    experts over the same ranks (edp follows). Raises ConfigError when a degree does not divide.
-    """
-
-    world_size: int
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    ep: int = 1
-    etp: int | None = None  # None: as tp, Megatron's default
-    order: str = "tp-cp-ep-dp-pp"
-
-    def __post_init__(self) -> None:
-        if self.etp is None:
-            object.__setattr__(self, "etp", self.tp)
-        for name in ("world_size", "tp", "pp", "cp", "ep", "etp"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if sorted(self.order.split("-")) != ["cp", "dp", "ep", "pp", "tp"]:
-            raise ConfigError(
-                f"order must name each of tp, cp, ep, dp, pp once; got {self.order!r}; "
-                "tp-cp-ep-dp-pp would do"
-            )
-        self._check_product("tp*cp*pp", self.tp * self.cp * self.pp)
-        if self.world_size % (self.ep * self.expert_tp * self.pp):
-            per_stage = self.world_size // self.pp
-            etp = largest_divisor(per_stage, self.expert_tp)
-            ep = largest_divisor(per_stage // etp, self.ep)
-            raise ConfigError(
-                f"ep*etp*pp ({self.ep}*{self.etp}*{self.pp}) must divide world_size "
-                f"({self.world_size}); ep = {ep} with etp = {etp} would do"
-                + ("" if self.etp != self.tp else " (etp defaults to tp)")
-            )
-
-    def _check_product(self, name: str, product: int) -> None:
-        if self.world_size % product:
-            raise ConfigError(
-                f"{name} ({product}) must divide world_size ({self.world_size}); "
-                f"world_size = {product} would do"
-            )
-
-    @property
-    def expert_tp(self) -> int:
-        assert self.etp is not None
-        return self.etp
-
-    @property
-    def dp(self) -> int:
-        return self.world_size // (self.tp * self.cp * self.pp)
-
-    @property
-    def edp(self) -> int:
-        return self.world_size // (self.ep * self.expert_tp * self.pp)
-
-
-def check_experts_over_ranks(num_experts: int, ep: int) -> None:
-    """Raise ConfigError unless every expert-parallel rank gets the same number of experts."""
-    if num_experts % ep:
-        raise ConfigError(
-            f"num_experts ({num_experts}) must be divisible by ep ({ep}); "
-            f"ep = {largest_divisor(num_experts, ep)} would do"
-        )

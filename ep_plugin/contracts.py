@@ -33,11 +33,10 @@ class Routing:
     """Where each token of this rank goes."""
 
     expert_ids: Tensor  # [T, K] int64, -1 = dropped
-    probs: Tensor  # [T, K] fp32 (fp64 when asked), gradient flows to the router
+    probs: Tensor  # [T, K] fp32 (fp64 when asked), 0 = dropped; gradient flows to the router
     tokens_per_expert: Tensor  # [E] int64, choices of this rank that are not dropped
-    losses: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # name -> [] detached, no coefficient
+    losses: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, detached, no coefficient
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, sums over tokens
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Router(Protocol):
 
     attach_loss: Callable[[Tensor, Tensor], Tensor]
 
-    def __call__(self, hidden: Tensor) -> Routing:
-        """Route `hidden` [T, H]."""
+    def __call__(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
+        """Route `hidden` [T, H]; token t is of sequence t % num_sequences."""
         ...
 
 

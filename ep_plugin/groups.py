@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from ep_plugin.config import ConfigError, ParallelConfig
+from ep_plugin.config import ConfigError
+from ep_plugin.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ExpertGroups:
 
     `ep` hosts one copy of all experts; `etp` splits each expert's FFN dimension; `ep_etp` is both
     together, the ranks a token can travel to (etp fastest); `edp` holds the same shard; `tp_cp`
-    shares one batch's tokens, for losses that count over it.
+    shares one batch's tokens, and `tp_dp_cp` all batches of a step, for losses that count over it.
     """
 
     ep: dist.ProcessGroup | None = None
@@ -89,6 +90,7 @@ class ExpertGroups:
     ep_etp: dist.ProcessGroup | None = None
     edp: dist.ProcessGroup | None = None
     tp_cp: dist.ProcessGroup | None = None
+    tp_dp_cp: dist.ProcessGroup | None = None
 
     @property
     def ep_size(self) -> int:
@@ -144,6 +146,7 @@ def create_expert_groups(parallel: ParallelConfig) -> ExpertGroups:
         ep_etp=_own_group(experts.groups("ep", "etp")),
         edp=_own_group(experts.groups("edp")),
         tp_cp=_own_group(dense.groups("tp", "cp")),
+        tp_dp_cp=_own_group(dense.groups("tp", "dp", "cp")),
     )
 
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ep_plugin.config import MoEConfig, check_experts_over_ranks
+from ep_plugin.config import ConfigError, MoEConfig
 from ep_plugin.contracts import Dispatcher, Router, combine, dispatch
 from ep_plugin.experts import Experts
 from ep_plugin.groups import ExpertGroups
+from ep_plugin.parallel import check_experts_over_ranks
 from ep_plugin.registry import resolve
 
 InitMethod = Callable[[Tensor], object]
@@ -24,7 +25,8 @@ class MoELayer(nn.Module):
 
     Without `groups` all experts are on this rank. The router is replicated: give it the gradient
     reduction of the dense parameters; experts are averaged over `groups.edp` alone. `init_method`
-    fills every weight (None leaves them uninitialised for the caller to fill).
+    fills every weight (None leaves them uninitialised for the caller to fill). `shared_expert`, a
+    module of the caller's, sees every token; `config.shared_expert` says how its output is merged.
 
     Raises ConfigError when the experts do not divide over the ranks or an option's name is unknown.
     """
@@ -34,6 +36,7 @@ class MoELayer(nn.Module):
         config: MoEConfig,
         groups: ExpertGroups | None = None,
         *,
+        shared_expert: Callable[[Tensor], Tensor] | None = None,
         init_method: InitMethod | None = init_normal,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -48,12 +51,19 @@ class MoELayer(nn.Module):
             config, groups
         )
         self.experts = Experts(config, groups, device=device, dtype=dtype)
+        self.shared_expert = shared_expert
+        self.coefficient = _coefficient(config, shared_expert, device, dtype)
         if init_method is not None:
             self.reset_parameters(init_method)
 
     def reset_parameters(self, init_method: InitMethod) -> None:
-        """Fill each weight matrix with `init_method`, expert by expert, and biases with zeros."""
+        """Fill each weight matrix with `init_method`, expert by expert, and biases with zeros.
+
+        A shared expert is left as it is.
+        """
         for name, parameter in self.named_parameters():
+            if name.startswith("shared_expert."):
+                continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
                 continue
@@ -62,13 +72,45 @@ class MoELayer(nn.Module):
                 init_method(matrix.data)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return [..., H] for `hidden` [..., H]; every rank of the expert group must call it."""
+        """Return [S, B, H] for `hidden` [S, B, H], or [T, H], one sequence, for [T, H].
+
+        Every rank of the expert group must call it. Sequences matter to routing alone: losses per
+        sequence, and who comes first when an expert is full.
+        """
+        num_sequences = hidden.shape[-2] if hidden.dim() > 2 else 1
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
-        routing = self.router(tokens)
+        routing = self.router(tokens, num_sequences)
         inbox = dispatch(self.dispatcher, tokens, routing)
         rows = self.experts(inbox)
-        output = combine(self.dispatcher, rows, inbox)
-        return output.view_as(hidden)
+        output = combine(self.dispatcher, rows, inbox).view_as(hidden)
+        if self.shared_expert is not None:
+            output = self._merge(output, self.shared_expert(hidden), hidden)
+        return output
+
+    def _merge(self, routed: Tensor, shared: Tensor, hidden: Tensor) -> Tensor:
+        """Add the two, or weigh them as DeepSpeed-MoE's residual expert (arXiv:2201.05596, 4.1)."""
+        if self.coefficient is None:
+            return routed + shared
+        logits: Tensor = self.coefficient(hidden)
+        parts = logits.float().softmax(dim=-1).to(routed.dtype)  # [..., 2]
+        return routed * parts[..., :1] + shared * parts[..., 1:]
+
+
+def _coefficient(
+    config: MoEConfig,
+    shared_expert: Callable[[Tensor], Tensor] | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Linear | None:
+    """Return the learned coefficient [2, H] with its bias, where the configuration asks for it."""
+    if config.shared_expert == "sum":
+        return None
+    if shared_expert is None:
+        raise ConfigError(
+            "shared_expert = learned weighs the routed experts against a shared one, and there is "
+            "none; shared_expert = sum would do"
+        )
+    return nn.Linear(config.hidden_size, 2, device=device, dtype=dtype)
 
 
 def pick_dispatcher(config: MoEConfig, groups: ExpertGroups) -> str:

@@ -12,13 +12,24 @@ from spawn import run_ranks
 from tolerance import assert_close
 from torch import Tensor, nn
 
-from ep_plugin import ExpertGroups, MoEConfig, MoELayer, ParallelConfig, create_expert_groups
+from ep_plugin import (
+    ExpertGroups,
+    MoEConfig,
+    MoELayer,
+    ParallelConfig,
+    RoutingConfig,
+    create_expert_groups,
+)
 from ep_plugin.config import ConfigError
 from ep_plugin.contracts import Routing
 
 H, F = 16, 16
 BASE = MoEConfig(
-    hidden_size=H, ffn_hidden_size=F, num_experts=NUM_EXPERTS, bias=True, router_dtype="fp64"
+    hidden_size=H,
+    ffn_hidden_size=F,
+    num_experts=NUM_EXPERTS,
+    bias=True,
+    routing=RoutingConfig(router_dtype="fp64", router_bias=True),
 )
 LAYOUTS = {
     "ep=1": ParallelConfig(world_size=NUM_RANKS, ep=1),
@@ -37,7 +48,7 @@ class ScriptedRouter(nn.Module):
         self.weight = nn.Parameter(weight.clone())
         self.ids = ids
 
-    def forward(self, hidden: Tensor) -> Routing:
+    def forward(self, hidden: Tensor, num_sequences: int) -> Routing:
         probs = (hidden @ self.weight.T).softmax(-1).gather(1, self.ids.clamp(min=0))
         return Routing(self.ids, probs, count(self.ids))
 

@@ -21,16 +21,17 @@ class Row(NamedTuple):
 
 TABLE = {
     # the core: torch and nothing else
-    "": Row("config groups layer"),
+    "": Row("config parallel groups layer"),
     "contracts": Row("", "torch"),
     "config": Row(),
+    "parallel": Row("config"),
     "registry": Row("config"),
-    "groups": Row("config", "torch"),
+    "groups": Row("config parallel", "torch"),
     "router": Row("contracts config groups", "torch"),
     "dispatcher": Row("contracts config groups", "torch"),
     "gemm": Row("contracts config", "torch"),
     "experts": Row("contracts config registry groups", "torch"),
-    "layer": Row("contracts config registry groups experts", "torch"),
+    "layer": Row("contracts config parallel registry groups experts", "torch"),
     # beside the core
     "convert": Row("config registry", "torch tqdm"),
     "report": Row("config", "matplotlib tensorboard"),
@@ -41,7 +42,9 @@ TABLE = {
     "cli": Row("config"),
     "run": Row("config"),
     # the edge: the only folder that imports Megatron
-    "megatron": Row("config contracts groups registry router experts layer", "torch megatron"),
+    "megatron": Row(
+        "config parallel contracts groups registry router experts layer", "torch megatron"
+    ),
 }
 # These reach the edge, from inside a function, when they are asked to.
 REACH_THE_EDGE = {"run", "doctor", "convert.command"}

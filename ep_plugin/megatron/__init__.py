@@ -5,6 +5,7 @@ Seams, each an attribute that Megatron looks up when it is called:
     moe_module_specs.MoELayer             the class every MoE layer spec is made of
     arguments.add_megatron_arguments      gains the --ep-* flags
     arguments.validate_args               checks ours first; a mistake exits there and then
+    TransformerConfig.__post_init__       sets the activation of --ep-dense-activation
     MoEMetricsTracker.report              also writes the load of every expert
 
 Nothing is copied, no function is replaced by a rewrite, and `uninstall()` puts each attribute back.

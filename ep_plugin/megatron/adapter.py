@@ -1,5 +1,6 @@
 """What Megatron builds in place of the dense MLP: ours inside, Megatron's contract outside."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ep_plugin.config import ConfigError
 from ep_plugin.contracts import Routing
 from ep_plugin.layer import MoELayer
 from ep_plugin.megatron.groups import adopt_groups
-from ep_plugin.megatron.parameters import initialize_experts, initialize_router, set_tags
+from ep_plugin.megatron.parameters import initialize_experts, initialize_replicated, set_tags
 from ep_plugin.megatron.settings import EdgeSettings, moe_config
 from ep_plugin.megatron.sharded_state import EXTRA_STATE, expert_sharded_state
 from ep_plugin.megatron.tracking import RoutingTracker
@@ -49,10 +50,23 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         """Build the block. Raises ConfigError for Megatron settings that ours cannot honour."""
         pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
         BaseMoELayer.__init__(self, config, layer_number, pg_collection, is_mtp_layer)
+        self.tp_cp_group, self.tp_dp_cp_group = pg_collection.tp_cp, pg_collection.tp_dp_cp
+        self.moe_layer_recompute = (
+            config.recompute_granularity == "selective" and "moe" in config.recompute_modules
+        )
+        self._is_built = False
+        self._build = partial(self._build_block, submodules, pg_collection, name)
+        if layer_number is not None or self.settings.experts_per_layer is None:
+            self._build()
+
+    def _build_block(self, submodules: Any, pg_collection: Any, name: str | None) -> None:
+        """Make the block and its parameters; layers may differ in experts, by their number."""
+        config = self.config
         groups = adopt_groups(pg_collection, config.pipeline_model_parallel_size)
         layer = MoELayer(
-            moe_config(config, self.settings),
+            moe_config(config, self.settings, self.layer_number),
             groups,
+            shared_expert=self._shared if self.use_shared_expert else None,
             init_method=None,
             device=_device(config),
             dtype=config.params_dtype,
@@ -60,14 +74,16 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         # Kept outside the module tree: its children are registered here, under Megatron's names.
         object.__setattr__(self, "layer", layer)
         router: Any = layer.router
-        self.router, self.experts = router, layer.experts
+        self.router, self.experts, self.coefficient = router, layer.experts, layer.coefficient
+        replicated = [part for part in (router, layer.coefficient) if part is not None]
         if config.perform_initialization:
-            initialize_router(router, config)
+            for part in replicated:
+                initialize_replicated(part, config)
             initialize_experts(layer.experts, config, groups)
-        set_tags(router, layer.experts, config, groups)
+        set_tags(replicated, layer.experts, config, groups)
         router.attach_loss = self._attach_loss
+        router.collect_metrics = self.settings.metrics
         router.register_forward_hook(self._after_routing)
-        self.tp_cp_group, self.tp_dp_cp_group = pg_collection.tp_cp, pg_collection.tp_dp_cp
         if self.use_shared_expert:
             self.shared_experts = submodules.shared_experts(
                 config=config,
@@ -76,13 +92,13 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
                 name=f"{name}.shared_experts" if name is not None else None,
             )
         self.register_load_state_dict_pre_hook(_drop_extra_states)
-        self.moe_layer_recompute = (
-            config.recompute_granularity == "selective" and "moe" in config.recompute_modules
-        )
+        self._is_built = True
 
     def set_layer_number(self, layer_number: int) -> None:
         """Take the 1-based number of the layer in the whole model."""
         self.layer_number = layer_number
+        if not self._is_built:
+            self._build()
 
     def forward(
         self,
@@ -101,8 +117,11 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
 
     def _compute(self, hidden_states: Tensor) -> Tensor:
         output: Tensor = self.layer(hidden_states)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_states)
+        return output
+
+    def _shared(self, hidden_states: Tensor) -> Tensor:
+        assert self.shared_experts is not None
+        output: Tensor = self.shared_experts(hidden_states)
         return output
 
     def _attach_loss(self, carrier: Tensor, loss: Tensor) -> Tensor:
@@ -127,7 +146,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         """Return the parameters under the keys of Megatron's own MoE layer."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state: dict[str, Any] = {}
-        for name, module in (("router", self.router), ("shared_experts", self.shared_experts)):
+        for name in ("router", "coefficient", "shared_experts"):
+            module = getattr(self, name)
             if module is not None:
                 state |= sharded_state_dict_default(
                     module, f"{prefix}{name}.", sharded_offsets, metadata, self.attn_tp_group
@@ -135,7 +155,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         state |= expert_sharded_state(
             self.experts,
             self.layer.groups,
-            self.config.num_moe_experts,
+            self.layer.config.num_experts,
             f"{prefix}experts.",
             sharded_offsets,
             metadata,

@@ -1,48 +1,63 @@
-"""Megatron's arguments: our `--ep-*` flags, and every check that needs no communication."""
+"""Megatron's arguments: what ours mean, and every check that needs no communication."""
 
-import argparse
 import os
 import sys
+from dataclasses import fields
 from typing import Any, NoReturn
 
-from ep_plugin.config import ConfigError, MoEConfig, ParallelConfig, check_experts_over_ranks
-from ep_plugin.megatron.settings import EdgeSettings
+from ep_plugin.config import ConfigError, MoEConfig, RoutingConfig
+from ep_plugin.megatron.flags import BLOCK, KINDS, ROUTING, automatic
+from ep_plugin.megatron.settings import (
+    SCOPES,
+    EdgeSettings,
+    check_supported,
+    moe_pattern,
+    routing_config,
+)
+from ep_plugin.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.registry import available, resolve
 
 
-def add_ep_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the plugin's flags in a group of their own."""
-    group = parser.add_argument_group("expert parallelism (ep_plugin)")
-    for kind, default, summary in (
-        ("router", "topk", "which experts a token goes to"),
-        ("dispatcher", "auto", "how rows reach their experts"),
-        ("gemm", "auto", "the grouped matrix product under the experts"),
-    ):
-        choices = ", ".join((*_automatic(kind), *available(kind)))
-        group.add_argument(
-            f"--ep-{kind}", default=default, help=f"{summary}: {choices}, or a module of your own"
-        )
-    return parser
-
-
-def _automatic(kind: str) -> tuple[str, ...]:
-    return () if kind == "router" else ("auto",)
-
-
 def settings_from_args(args: Any) -> EdgeSettings:
-    """Return the `--ep-*` settings; raises ConfigError for a name that is no option."""
-    chosen = EdgeSettings(args.ep_router, args.ep_dispatcher, args.ep_gemm)
-    for kind, name in chosen._asdict().items():
-        if name in _automatic(kind):
-            continue
-        if "." not in name and name not in available(kind):
-            legal = ", ".join((*_automatic(kind), *available(kind)))
-            raise ConfigError(f"--ep-{kind} must be one of {legal}; got {name!r}")
-        resolve(kind, name)
-    return chosen
+    """Return the `--ep-*` settings; raises ConfigError for a name that is no option.
+
+    What Megatron acts on itself is written into its arguments: the type of the load-balancing loss
+    (it starts a global one anew after each step) and pre-softmax (it refuses top-1 without).
+    """
+    chosen = {kind: getattr(args, f"ep_{kind}") for kind, _, _ in KINDS}
+    for kind, name in chosen.items():
+        _check_option(kind, name)
+    names = [f.name for f in fields(RoutingConfig) if ROUTING[f.name][0] is None]
+    routing = {name: getattr(args, f"ep_{name}") for name in names}
+    routing = {name: value for name, value in routing.items() if value is not None}
+    if "aux_loss_scope" in routing:
+        args.moe_router_load_balancing_type = SCOPES[routing["aux_loss_scope"]]
+    if routing.get("normalize") in ("none", "after_drop"):
+        args.moe_router_pre_softmax = True
+    elif "normalize" in routing and args.moe_router_pre_softmax:
+        raise ConfigError(
+            f"--ep-normalize ({routing['normalize']}) and --moe-router-pre-softmax contradict each "
+            "other; leave one of them out"
+        )
+    return EdgeSettings(
+        **chosen,
+        routing=routing,
+        experts_per_layer=args.ep_experts_per_layer,
+        metrics=bool(args.tensorboard_dir or args.wandb_project),
+        **{name: getattr(args, f"ep_{name}") for name in BLOCK},
+    )
 
 
-def check_arguments(args: Any) -> None:
+def _check_option(kind: str, name: str) -> None:
+    if name in automatic(kind):
+        return
+    if "." not in name and name not in available(kind):
+        legal = ", ".join((*automatic(kind), *available(kind)))
+        raise ConfigError(f"--ep-{kind} must be one of {legal}; got {name!r}")
+    resolve(kind, name)
+
+
+def check_arguments(args: Any, settings: EdgeSettings) -> None:
     """Raise ConfigError for a layout or a pattern that cannot work, before Megatron looks at it."""
     parallel = ParallelConfig(
         world_size=args.world_size,
@@ -60,10 +75,6 @@ def check_arguments(args: Any) -> None:
                 f"--num-experts {parallel.ep} would do"
             )
         return
-    check_experts_over_ranks(args.num_experts, parallel.ep)
-    MoEConfig(
-        hidden_size=1, ffn_hidden_size=1, num_experts=args.num_experts, topk=args.moe_router_topk
-    )
     pattern = args.moe_layer_freq
     if isinstance(pattern, list) and len(pattern) != args.num_layers:
         example = ([0, 1] * args.num_layers)[: args.num_layers]
@@ -71,6 +82,43 @@ def check_arguments(args: Any) -> None:
             f"--moe-layer-freq must have one entry per layer, --num-layers ({args.num_layers}); "
             f"got {len(pattern)} entries: {pattern}; {example} would do"
         )
+    check_supported(args)
+    routing = routing_config(args, settings)
+    for num_experts in _experts(args, settings):
+        check_experts_over_ranks(num_experts, parallel.ep)
+        MoEConfig(
+            hidden_size=1,
+            ffn_hidden_size=1,
+            num_experts=num_experts,
+            routing=routing,
+            router=settings.router,
+        )
+    if settings.shared_expert == "learned" and not args.moe_shared_expert_intermediate_size:
+        raise ConfigError(
+            "--ep-shared-expert learned weighs a shared expert, and there is none; "
+            "--moe-shared-expert-intermediate-size SIZE would do"
+        )
+
+
+def _experts(args: Any, settings: EdgeSettings) -> tuple[int, ...]:
+    """Return the numbers of experts that layers have."""
+    per_layer = settings.experts_per_layer
+    if per_layer is None:
+        return (args.num_experts,)
+    num_moe_layers = sum(moe_pattern(args))
+    if not isinstance(args.moe_layer_freq, list):
+        raise ConfigError(
+            f"--ep-experts-per-layer needs --moe-layer-freq as a list, so that Megatron saves each "
+            f"layer under its own name; got {args.moe_layer_freq}; "
+            f"--moe-layer-freq '{[1] * args.num_layers}' would do"
+        )
+    if len(per_layer) != num_moe_layers or max(per_layer) != args.num_experts:
+        raise ConfigError(
+            f"--ep-experts-per-layer must have one entry per MoE layer ({num_moe_layers}) with "
+            f"--num-experts ({args.num_experts}) the largest; got {per_layer}; "
+            f"{args.num_experts}*{num_moe_layers} would do"
+        )
+    return per_layer
 
 
 def refuse(error: ConfigError) -> NoReturn:

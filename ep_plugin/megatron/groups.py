@@ -4,8 +4,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ep_plugin.config import ConfigError, ParallelConfig
+from ep_plugin.config import ConfigError
 from ep_plugin.groups import ExpertGroups, RankGrid, dense_grid, expert_grid
+from ep_plugin.parallel import ParallelConfig
 
 ORDERS = ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp")  # Megatron's default, and --use-tp-pp-dp-mapping
 
@@ -33,6 +34,7 @@ def adopt_groups(pg_collection: Any, pipeline_size: int) -> ExpertGroups:
         ep_etp=_several(pg_collection.tp_ep),
         edp=_several(pg_collection.expt_dp),
         tp_cp=_several(pg_collection.tp_cp),
+        tp_dp_cp=_several(pg_collection.tp_dp_cp),
     )
 
 
@@ -49,6 +51,7 @@ def _mismatch(pg_collection: Any, parallel: ParallelConfig, order: str) -> str |
         ("tp_ep", experts, ("etp", "ep")),
         ("expt_dp", experts, ("edp",)),
         ("tp_cp", dense, ("tp", "cp")),
+        ("tp_dp_cp", dense, ("tp", "dp", "cp")),
     ]
     rank = dist.get_rank()
     for name, grid, axes in expected:

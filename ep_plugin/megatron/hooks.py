@@ -12,6 +12,7 @@ from ep_plugin.megatron import apex, cpu, torch_adam, touchpoints, wheel
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
+TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config"
 MOE_LOGGING = "megatron.core.transformer.moe.moe_logging"
 
 
@@ -42,6 +43,8 @@ def install() -> None:
     _wrap(arguments, "add_megatron_arguments", _with_our_flags)
     _wrap(arguments, "validate_args", functools.partial(_with_our_checks, layer_class))
     _wrap(tracker_class, "report", functools.partial(_with_our_metrics, layer_class))
+    config_class = import_module(TRANSFORMER_CONFIG).TransformerConfig
+    _wrap(config_class, "__post_init__", functools.partial(_with_our_activation, layer_class))
     wheel.without_compilation()
     torch_adam.correct()
     _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
@@ -53,6 +56,7 @@ def uninstall() -> None:
     if hasattr(specs.MoELayer, "ep_original"):
         arguments = import_module(ARGUMENTS)
         _unwrap(import_module(MOE_LOGGING).MoEMetricsTracker, "report")
+        _unwrap(import_module(TRANSFORMER_CONFIG).TransformerConfig, "__post_init__")
         _unwrap(arguments, "validate_args")
         _unwrap(arguments, "add_megatron_arguments")
         wheel.with_compilation()
@@ -86,7 +90,7 @@ def _unwrap(owner: Any, name: str) -> None:
 
 
 def _with_our_flags(original: Callable[..., Any], parser: Any) -> Any:
-    from ep_plugin.megatron.arguments import add_ep_arguments
+    from ep_plugin.megatron.flags import add_ep_arguments
 
     return add_ep_arguments(original(parser))
 
@@ -99,13 +103,24 @@ def _with_our_checks(
 
     try:
         layer_class.settings = settings_from_args(args)
-        check_arguments(args)
+        check_arguments(args, layer_class.settings)
         validated = original(args, *rest, **kwargs)
         if args.num_experts is not None:
             check_supported(args)
     except ConfigError as error:
         refuse(error)
     return validated
+
+
+def _with_our_activation(layer_class: Any, original: Callable[..., Any], config: Any) -> None:
+    """Give the dense blocks the activation of `--ep-dense-activation`."""
+    from ep_plugin.megatron.settings import ACTIVATIONS
+
+    wanted = layer_class.settings.dense_activation
+    if wanted is not None:
+        config.activation_func, config.gated_linear_unit = ACTIVATIONS[wanted]
+        config.bias_activation_fusion = False  # fused kernels exist for Megatron's own pairs alone
+    original(config)
 
 
 def _with_our_metrics(

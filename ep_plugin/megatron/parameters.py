@@ -17,9 +17,9 @@ from ep_plugin.experts import Experts, GroupedLinear
 from ep_plugin.groups import ExpertGroups
 
 
-def initialize_router(router: nn.Module, config: Any) -> None:
-    """Fill the router [E, H] in fp32 on the CPU's generator, the same on every rank."""
-    for _, parameter in sorted(router.named_parameters(), reverse=True):  # weight, then bias
+def initialize_replicated(module: nn.Module, config: Any) -> None:
+    """Fill a router [E, H] in fp32 on the CPU's generator, the same on every rank."""
+    for _, parameter in sorted(module.named_parameters(), reverse=True):  # weight, then bias
         values = torch.empty(parameter.shape, dtype=torch.float32)
         config.init_method(values)
         parameter.data.copy_(values)
@@ -60,7 +60,9 @@ def _initialize_matrix(
     )
 
 
-def set_tags(router: nn.Module, experts: Experts, config: Any, groups: ExpertGroups) -> None:
+def set_tags(
+    replicated: list[nn.Module], experts: Experts, config: Any, groups: ExpertGroups
+) -> None:
     """Mark every parameter for Megatron's DDP, optimizer and gradient norm.
 
     `allreduce = False`: averaged over expert-data-parallel ranks alone, in a buffer of its own.
@@ -68,8 +70,9 @@ def set_tags(router: nn.Module, experts: Experts, config: Any, groups: ExpertGro
     `sequence_parallel = True`: the gradient is summed over tensor-parallel ranks, which saw other
     tokens.
     """
-    for parameter in router.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    for module in replicated:
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     own_groups = groups.ep_size > 1 or groups.etp_size != config.tensor_model_parallel_size
     for linear, dim in ((experts.linear_fc1, 1), (experts.linear_fc2, 2)):
         for name, parameter in linear.named_parameters():

@@ -4,34 +4,42 @@ A Megatron setting the plugin cannot honour is an error with its name and what t
 never changed behind the user's back.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn.functional as F
 
-from ep_plugin.config import Activation, ConfigError, MoEConfig
+from ep_plugin.config import Activation, ConfigError, MoEConfig, RoutingConfig, SharedExpert
 
 
-class EdgeSettings(NamedTuple):
-    """The `--ep-*` flags."""
+@dataclass(frozen=True)
+class EdgeSettings:
+    """What the `--ep-*` flags say; None where a flag was not given."""
 
     router: str = "topk"
     dispatcher: str = "auto"
     gemm: str = "auto"
+    routing: dict[str, Any] = field(default_factory=dict)  # fields of RoutingConfig
+    dense_activation: Activation | None = None
+    expert_activation: Activation | None = None
+    experts_per_layer: tuple[int, ...] | None = None
+    shared_expert: SharedExpert | None = None
+    metrics: bool = False  # whether somebody reads the routers' metrics
 
 
 # TransformerConfig field -> (legal values, the flag's name and what to write instead)
 _LEGAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "moe_router_load_balancing_type": (
-        ("aux_loss", "none"),
-        "--moe-router-load-balancing-type aux_loss or none",
+        ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+        "--moe-router-load-balancing-type aux_loss, seq_aux_loss, global_aux_loss or none, one",
     ),
-    "moe_router_score_function": (("softmax",), "--moe-router-score-function softmax"),
-    "moe_router_num_groups": ((None,), "no --moe-router-num-groups"),
-    "moe_router_topk_scaling_factor": ((None, 1.0), "no --moe-router-topk-scaling-factor"),
-    "moe_router_enable_expert_bias": ((False,), "no --moe-router-enable-expert-bias"),
+    "moe_router_score_function": (
+        ("softmax", "sigmoid"),
+        "--moe-router-score-function softmax or sigmoid",
+    ),
     "moe_router_force_load_balancing": ((False,), "no --moe-router-force-load-balancing"),
-    "moe_expert_capacity_factor": ((None,), "no --moe-expert-capacity-factor"),
-    "moe_input_jitter_eps": ((None,), "no --moe-input-jitter-eps"),
+    "moe_router_force_biased": ((None,), "no --moe-router-force-biased"),
+    "moe_pad_expert_input_to_capacity": ((False,), "no --moe-pad-expert-input-to-capacity"),
     "moe_apply_probs_on_input": ((False,), "no --moe-apply-probs-on-input"),
     "moe_latent_size": ((None,), "no --moe-latent-size"),
     "moe_token_dispatcher_type": (
@@ -51,56 +59,122 @@ _LEGAL: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
 }
 
-_ACTIVATIONS: dict[tuple[Any, bool], Activation] = {
-    (F.silu, True): "swiglu",
-    (F.gelu, True): "geglu",
-    (F.gelu, False): "gelu",
-    (F.relu, False): "relu",
+ACTIVATIONS: dict[Activation, tuple[Any, bool]] = {  # -> (activation_func, gated_linear_unit)
+    "swiglu": (F.silu, True),
+    "geglu": (F.gelu, True),
+    "gelu": (F.gelu, False),
+    "relu": (F.relu, False),
+}
+SCOPES = {
+    "micro_batch": "aux_loss",
+    "group": "aux_loss",
+    "sequence": "seq_aux_loss",
+    "global": "global_aux_loss",
 }
 
 
 def check_supported(config: Any) -> None:
     """Raise ConfigError for the first setting of a TransformerConfig that we cannot honour."""
-    for field, (legal, instead) in _LEGAL.items():
-        value = getattr(config, field, legal[0])
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
+    for name, (legal, instead) in _LEGAL.items():
+        value = _one(getattr(config, name, legal[0]))
         if value not in legal:
             raise ConfigError(
-                f"{field} = {value!r} is not supported by ep_plugin's MoE block; use {instead}"
+                f"{name} = {value!r} is not supported by ep_plugin's MoE block; use {instead}"
             )
 
 
-def moe_config(config: Any, settings: EdgeSettings) -> MoEConfig:
+def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
+    """Return the routing that a TransformerConfig, or Megatron's arguments, and our flags ask for.
+
+    Raises ConfigError for settings that contradict each other.
+    """
+    softmax = config.moe_router_score_function == "softmax"
+    if softmax and config.moe_router_num_groups and not config.moe_router_pre_softmax:
+        raise ConfigError(
+            f"moe_router_num_groups ({config.moe_router_num_groups}) with softmax needs "
+            "--moe-router-pre-softmax: without it Megatron ranks groups by sums of raw logits"
+        )
+    normalized = not config.moe_router_pre_softmax if softmax else config.moe_router_topk > 1
+    balancing = _one(config.moe_router_load_balancing_type)
+    scopes = {value: scope for scope, value in SCOPES.items() if scope != "group"}
+    values = {
+        "topk": config.moe_router_topk,
+        "score_function": config.moe_router_score_function,
+        "normalize": "before_drop" if normalized else "none",
+        "scaling_factor": config.moe_router_topk_scaling_factor or 1.0,
+        "router_dtype": config.moe_router_dtype or "fp32",
+        "router_bias": config.add_bias_linear,
+        "jitter_eps": config.moe_input_jitter_eps or 0.0,
+        "num_groups": config.moe_router_num_groups,
+        "group_topk": config.moe_router_group_topk,
+        "expert_bias": config.moe_router_enable_expert_bias,
+        "bias_update_rate": config.moe_router_bias_update_rate,
+        "aux_loss_coeff": 0.0 if balancing == "none" else float(_one(config.moe_aux_loss_coeff)),
+        "aux_loss_scope": scopes.get(balancing, "micro_batch"),
+        "z_loss_coeff": config.moe_z_loss_coeff or 0.0,
+        **_capacity(config, settings.routing),
+    }
+    return RoutingConfig(**(values | settings.routing))
+
+
+def _capacity(config: Any, ours: dict[str, Any]) -> dict[str, Any]:
+    """Return what Megatron's own capacity flags ask for, in training."""
+    factor = config.moe_expert_capacity_factor
+    if factor is None or factor < 0:  # Megatron reads a negative one as none
+        return {}
+    given = ours.get("capacity_factor", factor)
+    if given != factor:
+        raise ConfigError(
+            f"--ep-capacity-factor ({given}) and --moe-expert-capacity-factor ({factor}) "
+            "contradict each other; give one of them"
+        )
+    return {"capacity_factor": factor, "drop_policy": config.moe_token_drop_policy}
+
+
+def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = None) -> MoEConfig:
     """Return our configuration of one block for a Megatron TransformerConfig.
 
-    Raises ConfigError for settings that have no counterpart.
+    `layer_number` counts from 1; it is needed when layers differ in experts. Raises ConfigError
+    for settings that have no counterpart.
     """
     check_supported(config)
-    activation = _ACTIVATIONS.get((config.activation_func, config.gated_linear_unit))
-    if activation is None:
-        raise ConfigError(
-            f"activation {config.activation_func} with gated_linear_unit = "
-            f"{config.gated_linear_unit} is not supported; --swiglu would do"
-        )
-    aux_loss = config.moe_router_load_balancing_type in ("aux_loss", ["aux_loss"])
-    coefficient = config.moe_aux_loss_coeff
+    pattern = moe_pattern(config)
+    num_experts = config.num_moe_experts
+    if settings.experts_per_layer is not None and layer_number is not None:
+        num_experts = settings.experts_per_layer[sum(pattern[: layer_number - 1])]
     return MoEConfig(
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.moe_ffn_hidden_size or config.ffn_hidden_size,
-        num_experts=config.num_moe_experts,
-        topk=config.moe_router_topk,
-        activation=activation,
+        num_experts=num_experts,
+        activation=settings.expert_activation or _activation(config),
         bias=config.add_bias_linear,
-        normalize="none" if config.moe_router_pre_softmax else "topk",
-        router_dtype="fp64" if config.moe_router_dtype == "fp64" else "fp32",
-        aux_loss_coeff=_one(coefficient) if aux_loss else 0.0,
-        z_loss_coeff=config.moe_z_loss_coeff or 0.0,
+        routing=routing_config(config, settings),
+        shared_expert=settings.shared_expert or "sum",
+        num_moe_layers=max(sum(pattern), 1),
         router=settings.router,
         dispatcher=settings.dispatcher,
         gemm=settings.gemm,
     )
 
 
-def _one(value: float | list[float]) -> float:
-    return float(value[0] if isinstance(value, list) else value)
+def moe_pattern(config: Any) -> list[int]:
+    """Return 1 for each MoE layer of the model and 0 for each dense one, first to last."""
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return [int(layer % frequency == 0) for layer in range(config.num_layers)]
+    return list(frequency)
+
+
+def _activation(config: Any) -> Activation:
+    wanted = (config.activation_func, config.gated_linear_unit)
+    for name, pair in ACTIVATIONS.items():
+        if pair == wanted:
+            return name
+    raise ConfigError(
+        f"activation {config.activation_func} with gated_linear_unit = {config.gated_linear_unit} "
+        f"is not one the experts have; --ep-expert-activation {', '.join(ACTIVATIONS)} would do"
+    )
+
+
+def _one(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

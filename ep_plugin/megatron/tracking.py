@@ -1,4 +1,4 @@
-"""Losses and loads of the routers, written when and where Megatron writes its own."""
+"""Losses, loads and decisions of the routers, written when and where Megatron writes its own."""
 
 from typing import Any
 
@@ -9,59 +9,113 @@ from torch import Tensor
 
 from ep_plugin.contracts import Routing
 
+# Sums over tokens that routers report, and the name of each divided by the number of tokens.
+MEANS = {
+    "confidence": "router_confidence",
+    "entropy": "router_entropy",
+    "first": "dispatched_first",
+    "second": "dispatched_second",
+    "none": "dispatched_none",
+}
+SUMS = ("tokens", "choices", "dropped", *MEANS)
+
 
 class RoutingTracker:
     """Collects what routers report between two logs.
 
-    Losses go to Megatron's metrics tracker. Rows per expert are summed here and written as
-    `ep/tokens_per_expert/layer_L/expert_E`, the expert's share (0..1) of its layer's rows since
-    the last log; L counts from 1 as Megatron does, E from 0.
+    Losses go to Megatron's metrics tracker. The rest is summed here and written under `ep/`, for
+    each layer L, counted from 1 as Megatron does, over all ranks since the last log:
+
+        tokens_per_expert/layer_L/expert_E  the expert's share (0..1) of its layer's rows
+        max_over_mean/layer_L               the fullest expert's rows over the average's
+        dropped_fraction/layer_L            choices that no expert had room for (0..1)
+        router_confidence/layer_L           mean score of the first choice
+        router_entropy/layer_L              mean entropy of the scores, in nats
+        dispatched_{first,second,none}/layer_L  tokens (0..1) whose first, second or no choice
+                                            was sent
     """
 
     def __init__(self) -> None:
         self._rows: dict[int, Tensor] = {}  # layer number -> [E] int64
+        self._sums: dict[int, Tensor] = {}  # layer number -> [len(SUMS)] float64
 
     def record(self, layer: Any, routing: Routing) -> None:
         """Take one micro-batch's routing in `layer`, an EPMoELayer. Nothing is communicated."""
-        config = layer.config
         for name, loss in routing.losses.items():
             groups = (
-                {"reduce_group": layer.tp_cp_group}
-                if name == "load_balancing_loss"
-                else {"avg_group": layer.tp_dp_cp_group}
+                {"avg_group": layer.tp_dp_cp_group}
+                if name == "z_loss"
+                else {"reduce_group": layer.tp_cp_group}
             )
             get_moe_metrics_tracker().record(
-                name, loss, layer.layer_number, config.num_layers, **groups
+                name, loss, layer.layer_number, layer.config.num_layers, **groups
             )
-        rows = routing.tokens_per_expert
-        number = layer.layer_number
-        self._rows[number] = self._rows[number] + rows if number in self._rows else rows.clone()
+        _accumulate(self._rows, layer.layer_number, routing.tokens_per_expert)
+        if routing.metrics:
+            sums = torch.stack([routing.metrics[name].double() for name in SUMS])
+            _accumulate(self._sums, layer.layer_number, sums)
 
     def write(self, iteration: int, num_layers: int, writer: Any, wandb_writer: Any) -> None:
-        """Sum over all ranks, write the shares, start anew. Every rank must call it together."""
-        device = torch.cuda.current_device()
-        num_experts = torch.zeros((), dtype=torch.int64, device=device)
-        if self._rows:
-            num_experts.fill_(len(next(iter(self._rows.values()))))
-        dist.all_reduce(num_experts, op=dist.ReduceOp.MAX)  # stages without MoE layers do not know
-        rows = torch.zeros(num_layers, int(num_experts), dtype=torch.int64, device=device)
-        for number, counts in self._rows.items():
-            rows[number - 1] = counts
-        self._rows = {}
-        dist.all_reduce(rows)
-        scalars = _shares(rows)
+        """Sum over all ranks, write, start anew. Every rank must call it together."""
+        rows, sums = self._gather(num_layers)
+        scalars = _loads(rows) | _decisions(sums)
         if writer is not None:
-            for name, share in scalars.items():
-                writer.add_scalar(name, share, iteration)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, iteration)
         if wandb_writer is not None:
             wandb_writer.log(scalars, iteration)
 
+    def _gather(self, num_layers: int) -> tuple[Tensor, Tensor]:
+        """Return rows [layers, E] and sums [layers, len(SUMS)] of all ranks; forget our own.
 
-def _shares(rows: Tensor) -> dict[str, float]:
-    """Return each expert's share of its layer, for layers that had rows; `rows` [layers, E]."""
-    return {
-        f"ep/tokens_per_expert/layer_{layer}/expert_{expert}": count / sum(counts)
-        for layer, counts in enumerate(rows.tolist(), start=1)
-        if sum(counts)
-        for expert, count in enumerate(counts)
-    }
+        A layer with fewer experts than another has -1 where it has none.
+        """
+        device = torch.cuda.current_device()
+        width = max((len(rows) for rows in self._rows.values()), default=0)
+        size = torch.tensor(width, device=device)
+        dist.all_reduce(size, op=dist.ReduceOp.MAX)  # stages without MoE layers do not know
+        rows = torch.zeros(num_layers, int(size), dtype=torch.int64, device=device)
+        experts = torch.zeros(num_layers, dtype=torch.int64, device=device)
+        sums = torch.zeros(num_layers, len(SUMS), dtype=torch.float64, device=device)
+        for number, counts in self._rows.items():
+            rows[number - 1, : len(counts)] = counts
+            experts[number - 1] = len(counts)
+        for number, values in self._sums.items():
+            sums[number - 1] = values
+        self._rows, self._sums = {}, {}
+        dist.all_reduce(rows)
+        dist.all_reduce(experts, op=dist.ReduceOp.MAX)
+        dist.all_reduce(sums)
+        absent = torch.arange(rows.shape[1], device=device) >= experts.unsqueeze(1)
+        return rows.masked_fill(absent, -1), sums
+
+
+def _accumulate(store: dict[int, Tensor], number: int, values: Tensor) -> None:
+    store[number] = store[number] + values if number in store else values.clone()
+
+
+def _loads(rows: Tensor) -> dict[str, float]:
+    """Return each expert's share of its layer and the layer's imbalance, where there were rows."""
+    scalars = {}
+    for layer, row in enumerate(rows.tolist(), start=1):
+        counts = [count for count in row if count >= 0]
+        total = sum(counts)
+        if not total:
+            continue
+        scalars[f"ep/max_over_mean/layer_{layer}"] = max(counts) * len(counts) / total
+        for expert, count in enumerate(counts):
+            scalars[f"ep/tokens_per_expert/layer_{layer}/expert_{expert}"] = count / total
+    return scalars
+
+
+def _decisions(sums: Tensor) -> dict[str, float]:
+    """Return the means of each layer that had tokens; `sums` [layers, len(SUMS)]."""
+    scalars = {}
+    for layer, values in enumerate(sums.tolist(), start=1):
+        named = dict(zip(SUMS, values, strict=True))
+        if not named["tokens"]:
+            continue
+        scalars[f"ep/dropped_fraction/layer_{layer}"] = named["dropped"] / max(named["choices"], 1)
+        for name, title in MEANS.items():
+            scalars[f"ep/{title}/layer_{layer}"] = named[name] / named["tokens"]
+    return scalars

@@ -1,27 +1,37 @@
-"""Top-k softmax router: each token goes to its k best experts.
+"""Each token goes to its k best experts: logits, choice, capacity, weights, losses.
 
-Logits, softmax and losses are computed in fp32 (or fp64) whatever the model's dtype is, as Switch
-Transformer (arXiv:2101.03961, section 2.4) asks.
+Every published gate that lets tokens choose is a setting of this one (`RoutingConfig`, and
+`presets/` for the systems). Nothing here waits for the device.
 """
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from ep_plugin.config import MoEConfig
 from ep_plugin.contracts import Routing
 from ep_plugin.groups import ExpertGroups
-from ep_plugin.router._losses import add_loss, load_balancing_loss, z_loss
+from ep_plugin.router import _random
+from ep_plugin.router._capacity import keep, place_by_sequence
+from ep_plugin.router._choose import Choice, choose, weigh
+from ep_plugin.router._gate import Gate
+from ep_plugin.router._losses import NAMES, load_balancing_loss, make_pools, z_loss
+from ep_plugin.router._metrics import metrics
 
 
-class TopKRouter(nn.Module):
-    """A linear gate [E, H], replicated on every rank, and the choice of the k best experts.
+class TopKRouter(Gate):
+    """The gate, and the choice of the k best experts.
 
-    `attach_loss(carrier, loss)` returns `carrier` such that the backward also gets the gradient
-    of `loss` [] ; replace it to scale auxiliary losses as your training loop scales its own.
+    With `expert_bias` it has the buffers `expert_bias` [E] fp32, saved, and
+    `local_tokens_per_expert` [E] fp32, what was sent since the last update.
     """
+
+    expert_bias: Tensor | None
+    local_tokens_per_expert: Tensor | None
+    global_tokens_per_expert: Tensor | None
 
     def __init__(
         self,
@@ -30,59 +40,145 @@ class TopKRouter(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.groups = groups
-        self.compute_dtype = torch.float64 if config.router_dtype == "fp64" else torch.float32
-        shape = (config.num_experts, config.hidden_size)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # [E, H]
-        self.bias = (
-            nn.Parameter(torch.empty(config.num_experts, device=device, dtype=dtype))
-            if config.bias
-            else None
-        )
-        self.attach_loss: Callable[[Tensor, Tensor], Tensor] = add_loss
+        super().__init__(config, groups, device, dtype)
+        self.collect_metrics = False
+        self._add_buffer("expert_bias", self.routing.expert_bias, device, saved=True)
+        self._add_buffer("local_tokens_per_expert", self.routing.expert_bias, device)
+        is_global = self.routing.aux_loss_coeff > 0 and self.routing.aux_loss_scope == "global"
+        self._add_buffer("global_tokens_per_expert", is_global, device)
 
-    def forward(self, hidden: Tensor) -> Routing:
-        """Route `hidden` [T, H]. In training all ranks of `groups.tp_cp` must call it together."""
+    def _add_buffer(
+        self, name: str, wanted: bool, device: torch.device | str | None, saved: bool = False
+    ) -> None:
+        zeros = torch.zeros(self.config.num_experts, dtype=torch.float32, device=device)
+        self.register_buffer(name, zeros if wanted else None, persistent=saved)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep buffers in fp32 when the model is cast: a bias moves by less than bf16 can hold."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def forward(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
+        """Route `hidden` [T, H]; token t is of sequence t % num_sequences.
+
+        In training all ranks of `groups.tp_cp` (for a global loss of `tp_dp_cp`) must call it
+        together.
+        """
+        logits = self.logits(hidden)  # [T, E]
+        choice = choose(logits, self.routing, self.expert_bias, self.training)
+        place = place_by_sequence(len(hidden), num_sequences, hidden.device)  # [T]
+        expert_ids, probs = self._drop(choice, place)
         losses: dict[str, Tensor] = {}
-        logits = self._logits(hidden)
-        if self._wants(self.config.z_loss_coeff):
-            losses["z_loss"] = z_loss(logits)
-            share = self.config.z_loss_coeff / self.groups.tp_cp_size
-            logits = self.attach_loss(logits, losses["z_loss"] * share)
-        probs, expert_ids = self._choose(logits)
-        tokens_per_expert = self._count(expert_ids)  # [E]
-        if self._wants(self.config.aux_loss_coeff):
-            name = "load_balancing_loss"
-            losses[name] = load_balancing_loss(logits, tokens_per_expert, self.groups.tp_cp)
-            probs = self.attach_loss(probs, losses[name] * self.config.aux_loss_coeff)
+        if self.wants_losses():
+            losses = self._losses(logits, choice, place, num_sequences)
+            probs = self._attach(probs, losses)
+        tokens_per_expert = self._count(expert_ids)
+        if self.local_tokens_per_expert is not None and torch.is_grad_enabled():
+            self.local_tokens_per_expert += tokens_per_expert
         detached = {name: loss.detach() for name, loss in losses.items()}
-        return Routing(expert_ids, probs, tokens_per_expert, detached)
+        seen = metrics(choice, expert_ids) if self.collect_metrics else {}
+        return Routing(expert_ids, probs, tokens_per_expert, detached, seen)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        weight = self.weight.to(self.compute_dtype)
-        return F.linear(hidden.to(self.compute_dtype), weight, bias)  # [T, E]
+    def _drop(self, choice: Choice, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Return expert ids [T, K] and probs [T, K] of what fits, -1 and 0 for the rest."""
+        routing, expert_ids = self.routing, choice.expert_ids
+        factor = routing.capacity_factor if self.training else routing.eval_capacity_factor
+        weights = weigh(choice.scores, torch.ones_like(expert_ids), routing, "before_drop")
+        if factor is not None:
+            with torch.no_grad():
+                shape = tuple(weights.shape)
+                draws = _random.uniform(shape, weights) if routing.drop_policy == "random" else None
+                fits = keep(
+                    *(expert_ids, weights, choice.scores[:, 0], draws, place),
+                    *(factor, self.config.num_experts, routing),
+                )
+                expert_ids = expert_ids.masked_fill(~fits, -1)
+        sent = expert_ids >= 0
+        weights = weigh(weights, sent, routing, "after_drop")
+        return expert_ids, (weights * routing.scaling_factor).masked_fill(~sent, 0.0)
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return probs [T, K] and expert ids [T, K]."""
-        if self.config.normalize == "none":
-            chosen = logits.softmax(dim=-1).topk(self.config.topk, dim=-1)
-            return chosen.values, chosen.indices
-        # The softmax of the k chosen logits equals the chosen probs divided by their sum.
-        chosen = logits.topk(self.config.topk, dim=-1)
-        return chosen.values.softmax(dim=-1), chosen.indices
+    def _losses(
+        self, logits: Tensor, choice: Choice, place: Tensor, num_sequences: int
+    ) -> dict[str, Tensor]:
+        losses = {}
+        if self.routing.z_loss_coeff > 0:
+            losses["z_loss"] = z_loss(logits)
+        if self.routing.aux_loss_coeff > 0:
+            name = NAMES[self.routing.aux_loss_scope]
+            losses[name] = self._balancing_loss(choice, place, num_sequences)
+        return losses
+
+    def _balancing_loss(self, choice: Choice, place: Tensor, num_sequences: int) -> Tensor:
+        routing = self.routing
+        pools = make_pools(len(place), num_sequences, place, routing, self.groups)
+        parts = choice.all_scores
+        if routing.score_function == "sigmoid":
+            parts = parts / parts.sum(dim=1, keepdim=True).clamp(min=torch.finfo(parts.dtype).tiny)
+        counts = pools.count(self._counted(choice), self.config.num_experts)  # [P, E + 1]
+        of_step = self._accumulate(counts[:, :-1]) if routing.aux_loss_scope == "global" else None
+        if pools.group is not None:
+            dist.all_reduce(counts, group=pools.group)
+        per_expert = counts[:, :-1] if of_step is None else of_step
+        return load_balancing_loss(pools.sum(parts), counts[:, -1], per_expert, pools, self.groups)
+
+    def _counted(self, choice: Choice) -> Tensor:
+        """Return the expert ids [T, 1 or K] that the balancing loss counts, before any drop."""
+        routing, expert_ids = self.routing, choice.expert_ids
+        if routing.expert_bias or routing.num_groups is not None:
+            # DeepSeek-V3 (arXiv:2412.19437, eq. 18) counts by affinity, without bias or groups.
+            expert_ids = choice.all_scores.topk(routing.topk, dim=1).indices
+        return expert_ids[:, :1] if routing.aux_loss_counts == "top1" else expert_ids
+
+    def _accumulate(self, per_expert: Tensor) -> Tensor:
+        """Add this micro-batch's counts [1, E], summed over all ranks; return the step's so far."""
+        counts = per_expert.float()
+        if self.groups.tp_dp_cp is not None:
+            dist.all_reduce(counts, group=self.groups.tp_dp_cp)
+        assert self.global_tokens_per_expert is not None
+        self.global_tokens_per_expert += counts[0]
+        return self.global_tokens_per_expert.unsqueeze(0).clone()
+
+    def reset_global_aux_loss_tracker(self) -> None:
+        """Forget the counts of a global loss; call it when an optimizer step is done."""
+        if self.global_tokens_per_expert is not None:
+            self.global_tokens_per_expert.zero_()
+
+    def _attach(self, probs: Tensor, losses: dict[str, Tensor]) -> Tensor:
+        for name, loss in losses.items():
+            if name == "z_loss":
+                share = self.routing.z_loss_coeff / self.groups.tp_cp_size
+            else:
+                share = self.routing.aux_loss_coeff
+                if self.routing.aux_loss_layers == "mean":
+                    share /= self.config.num_moe_layers
+            probs = self.attach_loss(probs, loss * share)
+        return probs
 
     def _count(self, expert_ids: Tensor) -> Tensor:
-        # torch.bincount would wait for the device to learn its own length.
-        counts = expert_ids.new_zeros(self.config.num_experts)
-        return counts.scatter_add(0, expert_ids.flatten(), torch.ones_like(expert_ids).flatten())
+        """Return the choices of each expert [E]; torch.bincount would wait for the device."""
+        num_experts = self.config.num_experts
+        ids = torch.where(expert_ids >= 0, expert_ids, num_experts).flatten()
+        return ids.new_zeros(num_experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:-1]
 
-    def _wants(self, coefficient: float) -> bool:
-        # Evaluation and the first pass of activation recomputation have no backward to add a loss
-        # to.
-        return coefficient > 0 and self.training and torch.is_grad_enabled()
+    @torch.no_grad()
+    def update_expert_bias(self) -> None:
+        """Move each bias by `bias_update_rate` towards the mean load; call it after each step.
+
+        arXiv:2408.15664, algorithm 1. All ranks of `groups.tp_dp_cp` must call it. Megatron moves
+        the buffers by itself and does not need this.
+        """
+        assert self.expert_bias is not None
+        assert self.local_tokens_per_expert is not None
+        load = self.local_tokens_per_expert
+        if self.groups.tp_dp_cp is not None:
+            dist.all_reduce(load, group=self.groups.tp_dp_cp)
+        self.expert_bias += self.routing.bias_update_rate * torch.sign(load.mean() - load)
+        load.zero_()
 
 
 def build(

@@ -9,7 +9,8 @@ import pytest
 from loop import MODEL, MOE, OURS, STOCK, launch, train
 
 from ep_plugin.config import ConfigError
-from ep_plugin.megatron.arguments import add_ep_arguments, check_arguments, settings_from_args
+from ep_plugin.megatron.arguments import check_arguments, settings_from_args
+from ep_plugin.megatron.flags import add_ep_arguments
 from ep_plugin.megatron.settings import check_supported
 from ep_plugin.report.events import Run
 
@@ -18,9 +19,11 @@ TAGS = ("lm loss", "load_balancing_loss", "z_loss", "grad-norm")
 RELATIVE = 1e-5  # the project's bound for agreement over 20 iterations
 
 
-def assert_agree(ours: Run, theirs: Run, iterations: list[int]) -> None:
+def assert_agree(
+    ours: Run, theirs: Run, iterations: list[int], tags: tuple[str, ...] = TAGS
+) -> None:
     """Every tag has the same values at `iterations`, to RELATIVE."""
-    for tag in TAGS:
+    for tag in tags:
         pairs = zip(ours.series(tag), theirs.series(tag), strict=True)
         seen = []
         for (iteration, value), (their_iteration, expected) in pairs:
@@ -48,6 +51,41 @@ def test_twenty_iterations_agree(tmp_path: Path, ranks: int, flags: tuple[str, .
     assert_agree(ours, theirs, list(range(1, 21)))
     losses = [value for _, value in ours.series("lm loss")]
     assert losses[-1] < losses[0] - 0.1  # it trains
+
+
+GATES = {  # ranks, the name of the balancing loss, flags
+    "sigmoid with groups, bias and a loss per sequence": (
+        *(2, "seq_load_balancing_loss"),
+        "--num-experts 8 --moe-router-topk 4 --moe-router-score-function sigmoid "
+        "--moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk-scaling-factor 2.5 "
+        "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2 "
+        "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-2 "
+        "--expert-model-parallel-size 2",
+    ),
+    "top-1 before softmax with a global loss": (
+        *(2, "global_load_balancing_loss"),
+        "--num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax "
+        "--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 1e-2 "
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+        "--expert-tensor-parallel-size 1",
+    ),
+    "capacity by probability, and a gated shared expert": (
+        *(2, "load_balancing_loss"),
+        "--num-experts 4 --moe-router-topk 2 --moe-expert-capacity-factor 0.7 "
+        "--moe-token-drop-policy probs --moe-aux-loss-coeff 1e-2 "
+        "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate "
+        "--expert-model-parallel-size 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_megatron_s_own_gates_agree(tmp_path: Path, gate: str) -> None:
+    ranks, loss, flags = GATES[gate]
+    run = (*("--train-iters", "10", "--moe-token-dispatcher-type", "alltoall"), *flags.split())
+    ours = train(ranks, OURS, tmp_path / "ours", *run)
+    theirs = train(ranks, STOCK, tmp_path / "theirs", *run)
+    assert_agree(ours, theirs, list(range(1, 11)), ("lm loss", loss, "grad-norm"))
 
 
 def test_checkpoints_load_in_each_other(tmp_path: Path) -> None:
@@ -104,8 +142,52 @@ MISTAKES = {
         "--ep-dispatcher must be one of auto, alltoall, local; got 'fastest'",
     ),
     "unsupported setting": (
-        ("--num-experts", "4", "--moe-expert-capacity-factor", "1.0"),
-        "moe_expert_capacity_factor = 1.0 is not supported",
+        ("--num-experts", "4", "--moe-pad-expert-input-to-capacity"),
+        "moe_pad_expert_input_to_capacity = True is not supported",
+    ),
+    "two capacities": (
+        (
+            *("--num-experts", "4", "--moe-expert-capacity-factor", "1.0"),
+            *("--ep-capacity-factor", "2"),
+        ),
+        "--ep-capacity-factor (2.0) and --moe-expert-capacity-factor (1.0) contradict each other",
+    ),
+    "capacity without a policy": (
+        ("--num-experts", "4", "--ep-capacity-factor", "1.25"),
+        "capacity_factor (1.25) needs a drop_policy, and drop_policy is none (dropless)",
+    ),
+    "normalised and pre-softmax": (
+        ("--num-experts", "4", "--ep-normalize", "before_drop", "--moe-router-pre-softmax"),
+        "--ep-normalize (before_drop) and --moe-router-pre-softmax contradict each other",
+    ),
+    "groups of raw logits": (
+        ("--num-experts", "4", "--ep-num-groups", "2", "--ep-group-topk", "1"),
+        "moe_router_num_groups (2) with softmax needs --moe-router-pre-softmax",
+    ),
+    "expert choice": (
+        (
+            *("--num-experts", "4", "--ep-router", "expert_choice"),
+            *("--ep-capacity-factor", "2", "--ep-drop-policy", "probs"),
+        ),
+        "a causal model would see its future; router = topk would do",
+    ),
+    "a pyramid that is too short": (
+        (
+            *("--num-experts", "4", "--moe-layer-freq", "[1,1]"),
+            *("--ep-experts-per-layer", "4"),
+        ),
+        "must have one entry per MoE layer (2) with --num-experts (4) the largest; got (4,); 4*2",
+    ),
+    "a pyramid over ranks": (
+        (
+            *("--num-experts", "4", "--moe-layer-freq", "[1,1]"),
+            *("--ep-experts-per-layer", "3,4", "--expert-model-parallel-size", "2"),
+        ),
+        "num_experts (3) must be divisible by ep (2); ep = 1 would do",
+    ),
+    "a residual of nothing": (
+        ("--num-experts", "4", "--ep-shared-expert", "learned"),
+        "--moe-shared-expert-intermediate-size SIZE would do",
     ),
 }
 
@@ -129,8 +211,7 @@ def test_mistakes_are_one_sentence(mistake: str) -> None:
 
 
 def check_everything(args: Any) -> None:
-    settings_from_args(args)
-    check_arguments(args)
+    check_arguments(args, settings_from_args(args))
     check_supported(args)
 
 
@@ -143,3 +224,12 @@ def test_a_mistake_stops_every_rank_with_code_2_and_writes_nothing(tmp_path: Pat
     assert message in lines[0]
     assert "exitcode  : 2" in done.stderr
     assert not saved.exists()
+
+
+def test_a_global_loss_is_as_strong_on_two_batches_as_on_one(tmp_path: Path) -> None:
+    """Megatron divides it by the data-parallel ranks once more: twice ours at two ranks agrees."""
+    run = (*("--train-iters", "4"), *MOE, "--moe-router-load-balancing-type", "global_aux_loss")
+    run = (*run, "--expert-model-parallel-size", "2")
+    ours = train(2, OURS, tmp_path / "ours", *run, "--moe-aux-loss-coeff", "0.5")
+    theirs = train(2, STOCK, tmp_path / "theirs", *run, "--moe-aux-loss-coeff", "1.0")
+    assert_agree(ours, theirs, list(range(1, 5)), ("lm loss", "grad-norm"))

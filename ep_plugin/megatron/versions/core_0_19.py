@@ -6,6 +6,7 @@ _MOE = "megatron.core.transformer.moe"
 _GPT = "megatron.core.models.gpt"
 _TENSOR_PARALLEL = "megatron.core.tensor_parallel"
 _CHECKPOINTING = "megatron.core.dist_checkpointing"
+_CONFIG = "megatron.core.transformer.transformer_config"
 _UTILS = "megatron.core.transformer.utils"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _ARGUMENTS = "megatron.training.arguments"
@@ -51,6 +52,7 @@ TOUCHPOINTS = (
     Touchpoint(f"{_ARGUMENTS}:validate_args", ("args", "defaults")),
     Touchpoint(f"{_ARGUMENTS}:parse_and_validate_args", ("extra_args_provider", "args_defaults")),
     Touchpoint(f"{_ARGUMENTS}:core_transformer_config_from_args", ("args",)),
+    Touchpoint(f"{_CONFIG}:TransformerConfig.__post_init__"),
     # initial values and recomputation
     Touchpoint(
         f"{_TENSOR_PARALLEL}.layers:_initialize_affine_weight_cpu",

@@ -1,0 +1,91 @@
+"""Which experts a token chooses, and with what weight: the plain-torch twin of the fused kernel."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ep_plugin.config import RoutingConfig
+from ep_plugin.router import _random
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What every token chose, before capacity."""
+
+    expert_ids: Tensor  # [T, K] int64, best first; -1 = left out by the second-expert policy
+    scores: Tensor  # [T, K] score of each choice, without bias or noise; has a gradient
+    all_scores: Tensor  # [T, E] softmax or sigmoid of the logits; has a gradient
+
+
+def choose(
+    logits: Tensor, routing: RoutingConfig, expert_bias: Tensor | None, training: bool
+) -> Choice:
+    """Return the choices for `logits` [T, E]; `expert_bias` [E] moves the choice alone."""
+    softmax = routing.score_function == "softmax"
+    scores = logits.softmax(dim=-1) if softmax else logits.sigmoid()
+    with torch.no_grad():
+        ranking = scores if expert_bias is None else scores + expert_bias
+        if routing.num_groups is not None:
+            ranking = _inside_best_groups(ranking, routing)
+        elif expert_bias is None:
+            ranking = logits  # the same order, and no ties where scores saturate
+        if routing.noise == "rsample" and training:
+            ranking = logits + _random.gumbel(tuple(logits.shape), logits)
+        expert_ids = ranking.topk(routing.topk, dim=-1).indices  # [T, K]
+        if routing.second_expert == "sampling":
+            expert_ids[:, 1] = _sample_second(logits, expert_ids[:, 0])
+    chosen = scores.gather(1, expert_ids)
+    with torch.no_grad():
+        expert_ids = _leave_out_second(expert_ids, chosen, routing)
+    return Choice(expert_ids, chosen, scores)
+
+
+def _inside_best_groups(scores: Tensor, routing: RoutingConfig) -> Tensor:
+    """Return `scores` [T, E] with those outside the best `group_topk` groups at minus infinity.
+
+    A group's score is the sum of its K / group_topk best experts (DeepSeek-V3, arXiv:2412.19437,
+    section 2.1.2, where that is 2).
+    """
+    assert routing.num_groups is not None
+    assert routing.group_topk is not None
+    num_groups = routing.num_groups
+    in_groups = scores.view(len(scores), num_groups, scores.shape[1] // num_groups)
+    best = in_groups.topk(routing.topk // routing.group_topk, dim=-1).values.sum(dim=-1)
+    chosen = best.topk(routing.group_topk, dim=-1).indices  # [T, group_topk]
+    outside = torch.ones_like(best, dtype=torch.bool).scatter(1, chosen, False)
+    return in_groups.masked_fill(outside.unsqueeze(-1), NEVER).view_as(scores)
+
+
+def _sample_second(logits: Tensor, first: Tensor) -> Tensor:
+    """Return a draw [T] from the softmax of `logits` [T, E] without the `first` [T] expert."""
+    noisy = logits + _random.gumbel(tuple(logits.shape), logits)
+    return noisy.scatter(1, first.unsqueeze(1), NEVER).argmax(dim=-1)
+
+
+def _leave_out_second(expert_ids: Tensor, chosen: Tensor, routing: RoutingConfig) -> Tensor:
+    """Return `expert_ids` [T, K] with the second at -1 where the policy leaves it out.
+
+    random: kept with probability g2 / threshold (GShard, arXiv:2006.16668, algorithm 1, where
+    the threshold is 1/2); threshold: kept when g2 exceeds it. g2 is the second's part of both.
+    """
+    if routing.second_expert not in ("random", "threshold"):
+        return expert_ids
+    second = chosen[:, 1] / chosen.sum(dim=1).clamp(min=torch.finfo(chosen.dtype).tiny)
+    if routing.second_expert == "random":
+        draws = _random.uniform((len(second),), second)
+        kept = draws * routing.second_threshold < second
+    else:
+        kept = second > routing.second_threshold
+    left = expert_ids[:, 1].masked_fill(~kept, -1)
+    return torch.stack([expert_ids[:, 0], left], dim=1)
+
+
+def weigh(scores: Tensor, sent: Tensor, routing: RoutingConfig, when: str) -> Tensor:
+    """Return `scores` [T, K] divided by their sum over `sent` [T, K] when the setting says so."""
+    if routing.normalize != when:
+        return scores
+    total = (scores * sent).sum(dim=1, keepdim=True)
+    return scores / total.clamp(min=torch.finfo(scores.dtype).tiny)

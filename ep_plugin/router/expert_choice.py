@@ -1,0 +1,69 @@
+"""Expert choice (arXiv:2202.09368): each expert takes the tokens it scores best.
+
+Load is even and no loss is needed, but a token's fate depends on the others of its group, later
+ones too: for encoders alone. `MoEConfig` refuses it unless forced.
+"""
+
+import torch
+from torch import Tensor
+
+from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.contracts import Routing
+from ep_plugin.groups import ExpertGroups
+from ep_plugin.router._capacity import capacity, place_by_sequence
+from ep_plugin.router._gate import Gate
+
+
+class ExpertChoiceRouter(Gate):
+    """Experts choose tokens; column e of the routing is expert e, so K = E.
+
+    Each takes its best `capacity_factor * S / E` of the S tokens of a routing group (rounded as
+    `capacity_rounding` says), weighted by the softmax over experts (section 3.1).
+    """
+
+    def forward(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
+        """Route `hidden` [T, H]; token t is of sequence t % num_sequences."""
+        scores = self.logits(hidden).softmax(dim=-1)  # [T, E]
+        num_tokens, num_experts = scores.shape
+        with torch.no_grad():
+            taken = torch.zeros_like(scores, dtype=torch.bool)
+            place = place_by_sequence(num_tokens, num_sequences, hidden.device)
+            listed = place.argsort()  # token at each place
+            step = self.routing.group_tokens or max(num_tokens, 1)
+            for start in range(0, num_tokens, step):
+                tokens = listed[start : start + step]
+                best = scores[tokens].topk(self._take(len(tokens)), dim=0).indices  # [C, E]
+                taken.scatter_(0, tokens[best], True)
+        experts = torch.arange(num_experts, device=scores.device).expand(num_tokens, -1)
+        expert_ids = torch.where(taken, experts, -1)
+        return Routing(expert_ids, scores * taken, taken.sum(dim=0))
+
+    def _take(self, num_tokens: int) -> int:
+        routing = self.routing
+        factor = routing.capacity_factor
+        if not self.training and routing.eval_capacity_factor is not None:
+            factor = routing.eval_capacity_factor
+        assert factor is not None
+        return capacity(num_tokens, self.config.num_experts, 1, factor, routing)
+
+
+def build(
+    config: MoEConfig,
+    groups: ExpertGroups,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> ExpertChoiceRouter:
+    """Return the router for `config`; raises ConfigError for settings it has no use for."""
+    routing = config.routing
+    if routing.capacity_factor is None:
+        raise ConfigError(
+            "router (expert_choice) needs capacity_factor, the experts of an average token; got "
+            "None; 2.0 would do"
+        )
+    if routing.aux_loss_coeff > 0 or routing.drop_policy != "none":
+        raise ConfigError(
+            f"router (expert_choice) fills every expert alike: aux_loss_coeff "
+            f"({routing.aux_loss_coeff}) and drop_policy ({routing.drop_policy}) have no meaning; "
+            "aux_loss_coeff = 0 with drop_policy = none would do"
+        )
+    return ExpertChoiceRouter(config, groups, device, dtype)
