@@ -19,6 +19,8 @@ AuxLossCounts = Literal["topk", "top1"]
 AuxLossScope = Literal["micro_batch", "sequence", "global", "group"]
 AuxLossLayers = Literal["sum", "mean"]
 SharedExpert = Literal["sum", "learned"]
+Fp8 = Literal["off", "rowwise"]
+Save = Literal["bf16", "fp8", "recompute"]
 
 
 class ConfigError(ValueError):
@@ -214,6 +216,8 @@ class MoEConfig:
     # a learned softmax of two (DeepSpeed-MoE's residual expert)
     shared_expert: SharedExpert = "sum"
     num_moe_layers: int = 1  # of the model, for aux_loss_layers = mean
+    fp8: Fp8 = "off"  # recipe of the experts' products
+    save: Save = "bf16"  # how the experts' pre-activations are kept for the backward
     router: str = "topk"
     dispatcher: str = "auto"
     gemm: str = "auto"
@@ -224,6 +228,12 @@ class MoEConfig:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         check_choice("activation", self.activation, get_args(Activation))
         check_choice("shared_expert", self.shared_expert, get_args(SharedExpert))
+        check_choice("fp8", self.fp8, get_args(Fp8))
+        check_choice("save", self.save, get_args(Save))
+        if self.fp8 != "off" and self.bias:
+            raise ConfigError(
+                f"fp8 ({self.fp8}) needs experts without bias; bias = False or fp8 = off would do"
+            )
         self.routing.check_experts(self.num_experts)
         if self.router == "expert_choice" and not self.routing.force_expert_choice:
             raise ConfigError(

@@ -3,17 +3,18 @@
 Shape legend, used in every comment of the package:
 
     T  tokens on this rank          E  experts of the layer         K  choices per token (top-k)
-    H  hidden size                  e  experts on this rank         R  rows this rank received
-    F  FFN size of one expert       G  ranks a dispatcher talks to  N  rows this rank sends
+    H  hidden size                  e  experts on this rank         R  rows of the experts
+    F  FFN size of one expert       G  ranks a dispatcher talks to  N  tokens this rank received
+                                    C  choices of each of them      P  tokens this rank sends
 
 One token's path, for 2 ranks x 2 local experts and top-1; rank 0 holds tokens a b c, rank 1 d e:
 
                           rank 0                    rank 1
     hidden                a b c                     d e
     router chooses        a->E2 b->E0 c->E3         d->E0 e->E2
-    permute (by expert)   b | a c                   d | e           (| divides destination ranks)
-    dispatch              b d                       a c e           (rank-major: rank 0's first)
-    expert-major rows     E0: b d   E1: -           E2: a e   E3: c
+    sort by rank          b | a c                   d | e           (| divides destination ranks)
+    dispatch              b d                       a c e           (rank 0's first)
+    experts               E0: b d   E1: -           E2: a e   E3: c (sorted by expert, and back)
     combine               a b c                     d e             (the way back, transposed)
 
 Read as matrices over all ranks, dispatch is a 0/1 matrix D and combine is its transpose; so the
@@ -41,10 +42,11 @@ class Routing:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What a rank received for its own experts."""
+    """What a rank received for its own experts: tokens, and which of its experts each is for."""
 
-    rows: Tensor  # [R, H] expert-major
-    probs: Tensor  # [R]
+    tokens: Tensor  # [N, H]
+    expert_ids: Tensor  # [N, C] int64, local experts 0 .. e-1, -1 = none
+    probs: Tensor  # [N, C]
     tokens_per_expert: Tensor  # [e] int64
     handle: Any  # the dispatcher's own; combine needs it
 
@@ -71,7 +73,7 @@ class Router(Protocol):
 
 
 class Dispatcher(Protocol):
-    """Carries rows to the ranks that host their experts, and back.
+    """Carries tokens to the ranks that host their experts, and back.
 
     Every rank of the expert-parallel group must call both, in the same order, also with T = 0.
     """
@@ -80,16 +82,28 @@ class Dispatcher(Protocol):
         """Send each token of `hidden` [T, H] to its experts. Dropped choices are not sent."""
         ...
 
-    def start_combine(self, rows: Tensor, inbox: Dispatched) -> Pending[Tensor]:
-        """Bring `rows` [R, H] home and sum them per token: [T, H]. Tokens with no row get zeros."""
+    def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
+        """Bring `outbox` [N, H] home and sum per token: [T, H]. Tokens sent nowhere get zeros."""
         ...
 
 
 class GroupedGemm(Protocol):
-    """One matrix product per expert over consecutive blocks of rows."""
+    """One matrix product per expert over consecutive blocks of rows, and its two gradients.
 
-    def __call__(self, rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    `ends` [e] int32 are the rows at which each expert's block ends. Rows behind the last one are
+    neither read nor written.
+    """
+
+    def forward(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """Multiply `rows` [R, a], expert-major, by `weight` [e, b, a] transposed: [R, b]."""
+        ...
+
+    def dgrad(self, grads: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """Return the gradient of the rows, `grads` [R, b] times `weight` [e, b, a]: [R, a]."""
+        ...
+
+    def wgrad(self, grads: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+        """Return the gradient of the weight, `grads` [R, b] transposed times `rows`: [e, b, a]."""
         ...
 
 
@@ -98,6 +112,6 @@ def dispatch(dispatcher: Dispatcher, hidden: Tensor, routing: Routing) -> Dispat
     return dispatcher.start_dispatch(hidden, routing).wait()
 
 
-def combine(dispatcher: Dispatcher, rows: Tensor, inbox: Dispatched) -> Tensor:
+def combine(dispatcher: Dispatcher, outbox: Tensor, inbox: Dispatched) -> Tensor:
     """Start and wait: the serial form of `Dispatcher.start_combine`."""
-    return dispatcher.start_combine(rows, inbox).wait()
+    return dispatcher.start_combine(outbox, inbox).wait()

@@ -1,6 +1,7 @@
-"""The experts of one rank: fc1, activation times probability, fc2, on expert-major rows."""
+"""The experts of one rank: fc1, activation times probability, fc2, on rows sorted by expert."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,18 +9,17 @@ from torch import Tensor, nn
 
 from ep_plugin.config import ConfigError, MoEConfig, largest_divisor
 from ep_plugin.contracts import Dispatched, GroupedGemm
+from ep_plugin.fp8 import rowwise
+from ep_plugin.fused_experts import FusedExperts, Job, Weights8, quantize_weights
 from ep_plugin.groups import ExpertGroups
+from ep_plugin.kernels import select
+from ep_plugin.permute import permute, plan_rows, unpermute
 from ep_plugin.registry import resolve
-
-
-def _gelu(hidden: Tensor) -> Tensor:
-    return F.gelu(hidden)
-
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
-    "geglu": _gelu,
-    "gelu": _gelu,
+    "geglu": F.gelu,
+    "gelu": F.gelu,
     "relu": F.relu,
 }
 
@@ -43,20 +43,18 @@ class GroupedLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype)) if bias else None
         )
-        # `auto` is settled per call, since a layer may be built on the CPU and moved.
         self.gemm: GroupedGemm | None = None
         if gemm != "auto":
             self.gemm = resolve("gemm", gemm)(in_features, out_features, self.weight.dtype)
 
-    def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Map `rows` [R, in], without the bias: [R, out]."""
-        gemm = self.gemm or auto_gemm(self.weight)
-        return gemm(rows, self.weight, tokens_per_expert)
+    def pick_gemm(self) -> GroupedGemm:
+        """Return the backend; `auto` is settled per call, since a layer may be moved."""
+        return self.gemm or auto_gemm(self.weight)
 
-    def bias_rows(self, tokens_per_expert: Tensor, num_rows: int) -> Tensor:
-        """Return the bias of each row's expert: [R, out]."""
-        assert self.bias is not None
-        return self.bias.repeat_interleave(tokens_per_expert, dim=0, output_size=num_rows)
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Map `rows` [R, in], without the bias: [R, out]; `ends` [e] as in `GroupedGemm`."""
+        product: Tensor = _GroupedProduct.apply(rows, self.weight, ends, self.pick_gemm())
+        return product
 
 
 class Experts(nn.Module):
@@ -83,6 +81,13 @@ class Experts(nn.Module):
         self.num_local_experts = config.num_experts // groups.ep_size
         self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
+        self.config = config
+        self.fp8 = config.fp8 != "off"
+        # A training loop that says when weights changed sets the first to False, and the second
+        # to True before a step's first micro-batch; then weights are quantised once a step.
+        self.weights_change_every_call = True
+        self.is_first_microbatch = True
+        self._kept_weights8: Weights8 | None = None
         self.etp_size = etp
         shard = ffn // etp
 
@@ -97,28 +102,75 @@ class Experts(nn.Module):
                 dtype,
             )
 
+        if self.fp8:
+            rowwise.check(config.hidden_size, shard, torch.empty(0, device=device).device)
         self.linear_fc1 = linear(config.hidden_size, shard * (2 if config.gated else 1))
         self.linear_fc2 = linear(shard, config.hidden_size)
 
     def forward(self, inbox: Dispatched) -> Tensor:
-        """Return [R, H], each row times its probability; with etp a summand of it."""
-        tokens_per_expert, num_rows = inbox.tokens_per_expert, inbox.rows.shape[0]
-        probs = inbox.probs.unsqueeze(1)  # [R, 1]
-        hidden = self.linear_fc1(inbox.rows, tokens_per_expert)  # [R, F or 2F]
-        if self.linear_fc1.bias is not None:
-            hidden = hidden + self.linear_fc1.bias_rows(tokens_per_expert, num_rows)
-        hidden = (self._activate(hidden) * probs).to(inbox.rows.dtype)  # [R, F]
-        output: Tensor = self.linear_fc2(hidden, tokens_per_expert)  # [R, H]
-        if self.linear_fc2.bias is not None:
-            bias = self.linear_fc2.bias_rows(tokens_per_expert, num_rows)
-            output = output + (_ShareOfSum.apply(bias, self.etp_size) * probs).to(output.dtype)
-        return output
+        """Return [N, H]: for each token the sum over its choices; with etp a summand of it."""
+        ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        if fc1.bias is None and (self.fp8 or inbox.tokens.is_cuda):
+            ops = select(inbox.tokens)
+            order, place = ops.sort_choices(inbox.expert_ids, ends)
+            weights = self._weights8() if self.fp8 else None
+            config, gemm = self.config, fc1.pick_gemm()
+            job = Job(order, place, ends, config.activation, config.save, ops, gemm, weights)
+            output: Tensor = FusedExperts.apply(
+                inbox.tokens, inbox.probs, fc1.weight, fc2.weight, job
+            )
+            return output
+        plan = plan_rows(inbox.expert_ids, self.num_local_experts)
+        probs = inbox.probs.flatten()[plan.order].unsqueeze(1)  # [R, 1]
+        expert = torch.searchsorted(ends, torch.arange(len(probs), device=ends.device), right=True)
+        expert = expert.clamp(max=self.num_local_experts - 1)  # [R]; rows of absent choices: any
+        hidden = fc1(permute(inbox.tokens, plan), ends)  # [R, F or 2F]
+        if fc1.bias is not None:
+            hidden = hidden + fc1.bias[expert]
+        hidden = (self._activate(hidden) * probs).to(inbox.tokens.dtype)  # [R, F]
+        rows = fc2(hidden, ends)  # [R, H]
+        if fc2.bias is not None:
+            bias = _ShareOfSum.apply(fc2.bias[expert], self.etp_size)
+            rows = rows + (bias * probs).to(rows.dtype)
+        return unpermute(rows, plan)
+
+    def _weights8(self) -> Weights8:
+        """Return the weights in e4m3, quantised anew when they may have changed."""
+        if self._kept_weights8 is None or self.is_first_microbatch:
+            with torch.no_grad():
+                weights = quantize_weights(self.linear_fc1.weight, self.linear_fc2.weight)
+            self._kept_weights8 = weights
+            self.is_first_microbatch = self.weights_change_every_call
+        return self._kept_weights8
 
     def _activate(self, hidden: Tensor) -> Tensor:
         if not self.gated:
             return self.activation(hidden)
         gate, up = hidden.chunk(2, dim=-1)
         return self.activation(gate) * up
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """rows [R, a] @ weight [e, b, a] transposed, by a backend's three products."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, gemm: GroupedGemm) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends)
+        ctx.gemm = gemm
+        return _without_absent(gemm.forward(rows, weight, ends), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weight, ends = ctx.saved_tensors
+        d_rows = _without_absent(ctx.gemm.dgrad(grads[0], weight, ends), ends)
+        return d_rows, ctx.gemm.wgrad(grads[0], rows, ends), None, None
+
+
+def _without_absent(rows: Tensor, ends: Tensor) -> Tensor:
+    """Return `rows` with zeros behind the last expert's, where a backend writes nothing."""
+    absent = torch.arange(len(rows), device=ends.device) >= ends[-1]
+    return rows.masked_fill(absent.unsqueeze(1), 0)
 
 
 class _ShareOfSum(torch.autograd.Function):

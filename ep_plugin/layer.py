@@ -81,8 +81,8 @@ class MoELayer(nn.Module):
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
         routing = self.router(tokens, num_sequences)
         inbox = dispatch(self.dispatcher, tokens, routing)
-        rows = self.experts(inbox)
-        output = combine(self.dispatcher, rows, inbox).view_as(hidden)
+        outbox = self.experts(inbox)
+        output = combine(self.dispatcher, outbox, inbox).view_as(hidden)
         if self.shared_expert is not None:
             output = self._merge(output, self.shared_expert(hidden), hidden)
         return output

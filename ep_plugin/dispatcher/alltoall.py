@@ -1,15 +1,13 @@
 """Dispatch by one uneven all-to-all through torch.distributed (NCCL, gloo).
 
-Rows leave sorted by destination rank and arrive rank-major; a second permutation makes them
-expert-major. For 2 ranks x 2 local experts, seen by rank 0 (experts 0 and 1), r:i = row from rank
-r for expert i:
+A token leaves once for each of its choices, sorted by destination. For 2 ranks x 2 local experts,
+seen by rank 0 (experts 0 and 1), r:i = token from rank r for expert i:
 
     sent        0:0 0:1 | 0:2 0:3
-    received    0:0 0:1 | 1:0 1:1          (rank-major)
-    inbox       0:0 1:0   0:1 1:1          (expert-major)
+    received    0:0 0:1 | 1:0 1:1
 
-With expert tensor parallelism every rank of the destination's etp group gets the row; each
-computes its slice of the FFN, and combine sums the slices because it is the transpose of
+With expert tensor parallelism every rank of the destination's etp group gets the token;
+each computes its slice of the FFN, and combine sums the slices because it is the transpose of
 dispatch.
 
 Host syncs: one per dispatch, to read how many rows each rank sends and receives.
@@ -24,8 +22,8 @@ from torch import Tensor
 
 from ep_plugin.config import ConfigError, MoEConfig
 from ep_plugin.contracts import Dispatched, Pending, Routing
-from ep_plugin.dispatcher._permute import expert_order, permute, unpermute
 from ep_plugin.groups import ExpertGroups
+from ep_plugin.permute import RowPlan, permute, plan_rows, unpermute
 
 
 class _Splits(NamedTuple):
@@ -34,11 +32,8 @@ class _Splits(NamedTuple):
 
 
 class _Handle(NamedTuple):
-    slots: Tensor  # [N] which of a token's copies each sent row is: (token, choice, etp rank)
-    to_experts: Tensor  # [R] rank-major position of each expert-major row
+    plan: RowPlan  # of the rows sent: one for each choice and etp rank
     splits: _Splits
-    num_tokens: int
-    copies: int
 
 
 class AllToAllDispatcher:
@@ -52,63 +47,60 @@ class AllToAllDispatcher:
         self.num_experts = num_experts
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
-        num_tokens, topk = routing.expert_ids.shape
-        sent, received = self._exchange_counts(routing.tokens_per_expert)  # [ep, e], [G, e], host
-        splits = _Splits(
-            sent.sum(1).repeat_interleave(self.etp_size).tolist(), received.sum(1).tolist()
-        )
-        order = expert_order(routing.expert_ids, self.num_experts)[: int(sent.sum())]
-        slots = self._copy_for_etp(order, sent.sum(1).tolist())  # [N]
-        copies = topk * self.etp_size  # of each token, dropped ones included
-        rows, finish_rows = _exchange(permute(hidden, slots, copies), splits, self.group)
-        sent_probs = routing.probs.flatten()[slots // self.etp_size]
-        probs, finish_probs = _exchange(sent_probs, splits, self.group)
-        to_experts = _rank_major_to_expert_major(received).to(hidden.device)  # [R]
-        handle = _Handle(slots, to_experts, splits, num_tokens, copies)
-        tokens_per_expert = received.sum(0).to(hidden.device)  # [e]
+        counts = self._exchange_counts(routing.tokens_per_expert)  # [2, G, e]
+        on_host = counts.sum(2).tolist()  # the host sync
+        splits = _Splits(*on_host)
+        plan = plan_rows(self._destinations(routing.expert_ids), counts[0].numel())
+        plan = plan.first(sum(splits.sent))
+        tokens, finish_tokens = _exchange(permute(hidden, plan), splits, self.group)
+        copies = routing.probs.repeat_interleave(self.etp_size, dim=1)  # [T, K * etp]
+        probs, finish_probs = _exchange(copies.flatten()[plan.order], splits, self.group)
+        received = counts[1]
+        local = torch.arange(received.shape[1], device=hidden.device).repeat(len(received))
+        expert_ids = local.repeat_interleave(received.flatten(), output_size=len(tokens))  # [N]
 
         def wait() -> Dispatched:
-            finish_rows()
+            finish_tokens()
             finish_probs()
-            return Dispatched(rows[to_experts], probs[to_experts], tokens_per_expert, handle)
+            return Dispatched(
+                tokens,
+                expert_ids.unsqueeze(1),
+                probs.unsqueeze(1),
+                received.sum(0),
+                _Handle(plan, splits),
+            )
 
         return Pending(wait)
 
-    def start_combine(self, rows: Tensor, inbox: Dispatched) -> Pending[Tensor]:
+    def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         handle: _Handle = inbox.handle
-        rank_major = torch.zeros_like(rows).index_copy(0, handle.to_experts, rows)  # [R, H]
         back = _Splits(sent=handle.splits.received, received=handle.splits.sent)
-        returned, finish = _exchange(rank_major, back, self.group)  # [N, H]
+        returned, finish = _exchange(outbox, back, self.group)  # [P, H]
 
         def wait() -> Tensor:
             finish()
-            return unpermute(returned, handle.slots, handle.num_tokens, handle.copies)
+            return unpermute(returned, handle.plan)
 
         return Pending(wait)
 
-    def _exchange_counts(self, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor]:
-        """Return on the host the rows sent [ep, e] and received [G, e], per expert."""
+    def _exchange_counts(self, tokens_per_expert: Tensor) -> Tensor:
+        """Return the rows sent and received [2, G, e], per expert of each rank of the group."""
         sent = tokens_per_expert.view(self.ep_size, -1)
         to_ranks = sent.repeat_interleave(self.etp_size, dim=0).contiguous()  # [G, e]
         received = torch.empty_like(to_ranks)
         dist.all_to_all_single(received, to_ranks, group=self.group)
-        on_host = torch.cat([sent, received]).cpu()  # the host sync
-        return on_host[: self.ep_size], on_host[self.ep_size :]
+        return torch.stack([to_ranks, received])
 
-    def _copy_for_etp(self, order: Tensor, sent_per_ep_rank: list[int]) -> Tensor:
-        """Repeat each expert-parallel rank's block of `order` for every rank of its etp group."""
-        if self.etp_size == 1:
-            return order
-        blocks = torch.split(order, sent_per_ep_rank)
-        copies = [block * self.etp_size + i for block in blocks for i in range(self.etp_size)]
-        return torch.cat(copies)
+    def _destinations(self, expert_ids: Tensor) -> Tensor:
+        """Return [T, K * etp]: for each copy of a choice its rank of the group, then its expert.
 
-
-def _rank_major_to_expert_major(received: Tensor) -> Tensor:
-    """Return the rank-major position [R] of each expert-major row; `received` [G, e] are counts."""
-    ranks, experts = received.shape
-    expert_of_row = torch.arange(experts).repeat(ranks).repeat_interleave(received.flatten())
-    return expert_of_row.argsort(stable=True)
+        As one number, rank * e + expert; -1 for dropped choices. Ranks count etp fastest.
+        """
+        per_rank = self.num_experts // self.ep_size
+        copy = torch.arange(self.etp_size, device=expert_ids.device)
+        rank = (expert_ids // per_rank).unsqueeze(2) * self.etp_size + copy  # [T, K, etp]
+        numbers = rank * per_rank + (expert_ids % per_rank).unsqueeze(2)
+        return numbers.where(expert_ids.unsqueeze(2) >= 0, -1).flatten(1)
 
 
 class _Exchange(torch.autograd.Function):

@@ -18,23 +18,17 @@ def aligned(features: int, dtype: torch.dtype) -> bool:
     return features * dtype.itemsize % ALIGNMENT == 0
 
 
-def torch_grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Multiply each expert's block of `rows` [R, a] by its `weight` [e, b, a]: [R, b]."""
-    ends = tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
-    product = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    return _Contiguous.apply(product)  # type: ignore[no-any-return]
+class TorchGroupedGemm:
+    """torch.nn.functional.grouped_mm in all three directions."""
 
+    def forward(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
-class _Contiguous(torch.autograd.Function):
-    """Identity whose backward gives grouped_mm the contiguous gradient it insists on."""
+    def dgrad(self, grads: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(grads.contiguous(), weight, offs=ends)
 
-    @staticmethod
-    def forward(ctx: object, product: Tensor) -> Tensor:
-        return product.view_as(product)
-
-    @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> Tensor:
-        return grads[0].contiguous()
+    def wgrad(self, grads: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(grads.contiguous().T, rows, offs=ends)
 
 
 def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGemm:
@@ -49,4 +43,4 @@ def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGem
                 f"gemm 'torch_grouped' needs {name} ({features}) to be a multiple of "
                 f"{ALIGNMENT // dtype.itemsize} in {dtype}; gemm 'loop' would do"
             )
-    return torch_grouped_gemm
+    return TorchGroupedGemm()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ep_plugin.config import Activation, ConfigError, RoutingConfig, SharedExpert
+from ep_plugin.config import Activation, ConfigError, Fp8, RoutingConfig, Save, SharedExpert
 from ep_plugin.registry import available
 
 # field -> (Megatron's argument, or None when it has none; help)
@@ -47,6 +47,8 @@ ROUTING: dict[str, tuple[str | None, str]] = {
 BLOCK: dict[str, tuple[Any, str]] = {  # name -> (type, help)
     "dense_activation": (Activation, "of the dense feed-forward blocks"),
     "expert_activation": (Activation, "of the experts; default as the dense blocks"),
+    "fp8": (Fp8, "recipe of the experts' products; weights and sums stay as they are"),
+    "save": (Save, "how the experts' pre-activations are kept for the backward"),
     "shared_expert": (SharedExpert, "add the shared expert, or weigh it by a learned softmax"),
 }
 KINDS = (

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ep_plugin.config import Activation, ConfigError, MoEConfig, RoutingConfig, SharedExpert
+from ep_plugin.config import (
+    Activation,
+    ConfigError,
+    Fp8,
+    MoEConfig,
+    RoutingConfig,
+    Save,
+    SharedExpert,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,8 @@ class EdgeSettings:
     expert_activation: Activation | None = None
     experts_per_layer: tuple[int, ...] | None = None
     shared_expert: SharedExpert | None = None
+    fp8: Fp8 | None = None
+    save: Save | None = None
     metrics: bool = False  # whether somebody reads the routers' metrics
 
 
@@ -51,7 +61,7 @@ _LEGAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "moe_enable_routing_replay": ((False,), "no --moe-enable-routing-replay"),
     "moe_mlp_glu_interleave_size": ((None,), "no --moe-mlp-glu-interleave-size"),
     "activation_func_clamp_value": ((None,), "no --activation-func-clamp-value"),
-    "fp8": ((None,), "no --fp8-format"),
+    "fp8": ((None,), "no --fp8-format; --ep-fp8 rowwise computes the experts in FP8"),
     "fp4": ((None,), "no --fp4-format"),
     "transformer_impl": (
         ("local", "transformer_engine"),
@@ -150,6 +160,8 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         bias=config.add_bias_linear,
         routing=routing_config(config, settings),
         shared_expert=settings.shared_expert or "sum",
+        fp8=settings.fp8 or "off",
+        save=settings.save or "bf16",
         num_moe_layers=max(sum(pattern), 1),
         router=settings.router,
         dispatcher=settings.dispatcher,

@@ -1,0 +1,65 @@
+"""FP8 by rows: e4m3 values with one power of two for each row, in plain torch.
+
+A row's scale is the smallest power of two that brings its largest value to at most 448, the largest
+e4m3 number. Powers of two cost no precision (they move the exponent), and they let the same bytes
+serve both products that read a tensor: along the row in forward and data gradient, and along the
+column, over all rows of an expert, in the weight gradient. There every row is moved to the largest
+scale among its expert's rows, which only shifts exponents: nothing is rounded twice, but for values
+that fall below the smallest normal number.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+
+
+@dataclass(frozen=True)
+class Rows8:
+    """A matrix in e4m3: value = data * scale of its row."""
+
+    data: Tensor  # [R, X] e4m3
+    scale: Tensor  # [R] fp32, powers of two
+
+
+@dataclass(frozen=True)
+class Weight8:
+    """A matrix for each expert in e4m3: value = data * scale of its row."""
+
+    data: Tensor  # [e, b, a] e4m3
+    scale: Tensor  # [e, b] fp32, powers of two
+
+
+@dataclass(frozen=True)
+class Columns8:
+    """Rows of all experts, transposed, in e4m3: value = data * scale of the column's expert.
+
+    Each expert's columns are padded with zeros to a multiple of 16.
+    """
+
+    data: Tensor  # [X, P] e4m3
+    scale: Tensor  # [e, X] fp32, powers of two; the same for every feature of an expert
+
+
+def power_of_two_scale(largest: Tensor) -> Tensor:
+    """Return the smallest power of two s with largest / s <= 448; 1 where `largest` is 0."""
+    mantissa, exponent = torch.frexp(largest.float() / LARGEST)  # in [0.5, 1) * 2^exponent
+    exponent = exponent - (mantissa == 0.5).int()
+    scale = torch.ldexp(torch.ones_like(mantissa), exponent.clamp(-126, 127))
+    return torch.where(largest > 0, scale, 1.0)
+
+
+def quantize_rows(matrix: Tensor) -> Rows8:
+    """Return `matrix` [R, X] in e4m3, each row with its own scale."""
+    wide = matrix.float()
+    largest = wide.abs().amax(dim=1) if matrix.shape[1] else wide.new_zeros(len(wide))
+    scale = power_of_two_scale(largest)
+    return Rows8((wide / scale.unsqueeze(1)).to(E4M3), scale)
+
+
+def dequantize_rows(rows: Rows8) -> Tensor:
+    """Return [R, X] fp32."""
+    return rows.data.float() * rows.scale.unsqueeze(1)

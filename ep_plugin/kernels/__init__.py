@@ -1,0 +1,11 @@
+"""Fused kernels in Triton, for CUDA tensors, beside plain-torch twins that run anywhere."""
+
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor
+
+
+def select(tensor: Tensor) -> ModuleType:
+    """Return `kernels.experts` for a CUDA tensor, else its twin, which has the same functions."""
+    return import_module(f"ep_plugin.kernels.{'experts' if tensor.is_cuda else 'experts_torch'}")

@@ -1,0 +1,160 @@
+"""Plain-torch twins of `kernels.experts`: the same functions, the same rounding, any device.
+
+Where the kernels leave rows behind the last expert's as they are, the twins hold zeros.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ep_plugin.e4m3 import E4M3, Columns8, Rows8, Weight8, dequantize_rows, quantize_rows
+from ep_plugin.permute import plan_rows
+
+__all__ = ["quantize_rows"]  # as it is in e4m3
+TILE, ALIGN = 128, 16
+GATED = ("swiglu", "geglu")
+
+
+def _inside(num_rows: int, ends: Tensor) -> Tensor:
+    """Whether each row belongs to an expert: [R, 1] bool."""
+    return (torch.arange(num_rows, device=ends.device) < ends[-1]).unsqueeze(1)
+
+
+def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the flat choice of each row [R] and the row of each choice [N, C], int32.
+
+    A stable counting sort of `expert_ids` [N, C]; absent choices, -1, come last. `ends` [e] int32
+    is the row behind each expert's last.
+    """
+    plan = plan_rows(expert_ids, len(ends))
+    return plan.order.int(), plan.place.int()
+
+
+def spread_rows(tokens: Tensor, place: Tensor, ends: Tensor) -> Tensor:
+    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X]."""
+    num_tokens, choices = place.shape
+    rows = tokens.new_empty(num_tokens * choices, tokens.shape[1])
+    rows[place.flatten()] = tokens.repeat_interleave(choices, dim=0)
+    return rows.masked_fill(~_inside(len(rows), ends), 0)
+
+
+def spread_rows8(tokens: Rows8, place: Tensor, ends: Tensor) -> Rows8:
+    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X]."""
+    data = spread_rows(tokens.data.view(torch.uint8), place, ends).view(E4M3)
+    return Rows8(data, spread_rows(tokens.scale.unsqueeze(1), place, ends).squeeze(1))
+
+
+def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
+    """Return the sums in fp32 of each token's rows [R, X], absent choices left out: [N, X]."""
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    chosen = wide[place].masked_fill((place >= ends[-1]).unsqueeze(-1), 0)  # [N, C, X]
+    return chosen.sum(dim=1).to(rows.dtype)
+
+
+def _slopes(hidden: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the activation [R, F] of `hidden` and its slopes with respect to gate and up."""
+    wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+    gate, up = wide.chunk(2, dim=1) if activation in GATED else (wide, wide)
+    if activation == "swiglu":
+        sigma = gate.sigmoid()
+        return gate * sigma * up, up * sigma * (1 + gate * (1 - sigma)), gate * sigma
+    if activation == "relu":
+        return gate.relu(), (gate > 0).to(gate.dtype), gate
+    cdf = 0.5 * (1 + torch.erf(gate * 0.7071067811865476))
+    slope = cdf + gate * 0.3989422804014327 * torch.exp(-0.5 * gate * gate)
+    if activation == "gelu":
+        return F.gelu(gate), slope, gate
+    return gate * cdf * up, up * slope, gate * cdf
+
+
+def activate(
+    hidden: Tensor, probs: Tensor, order: Tensor, ends: Tensor, activation: str, fp8: bool
+) -> Tensor | Rows8:
+    """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
+
+    In e4m3 when asked.
+    """
+    value = _slopes(hidden, activation)[0]
+    row_probs = probs.flatten()[order].unsqueeze(1).to(value.dtype)
+    out = (value * row_probs).to(hidden.dtype)
+    out = out.masked_fill(~_inside(len(out), ends), 0)
+    return quantize_rows(out) if fp8 else out
+
+
+def activate_backward(
+    grads: Tensor,
+    hidden: Tensor | Rows8,
+    probs: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    activation: str,
+    fp8: bool,
+) -> tuple[Tensor | Rows8, Tensor | Rows8, Tensor]:
+    """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
+
+    `grads` [R, F] are the activation's. The first two are in e4m3 when asked.
+    """
+    absent = ~_inside(len(grads), ends)
+    kept = dequantize_rows(hidden) if isinstance(hidden, Rows8) else hidden
+    value, gate_slope, up_slope = _slopes(kept, activation)
+    wide = grads.to(value.dtype)
+    weights = probs.flatten()[order].unsqueeze(1).to(value.dtype)
+    d_rows = (wide * value).sum(dim=1).masked_fill(absent.squeeze(1), 0)
+    d_probs = torch.empty_like(d_rows).index_copy(0, order.long(), d_rows).view(probs.shape)
+    slopes = (gate_slope, up_slope) if activation in GATED else (gate_slope,)
+    d_hidden = torch.cat([wide * weights * slope for slope in slopes], dim=1).to(grads.dtype)
+    d_hidden = d_hidden.masked_fill(absent, 0)
+    out = (value * weights).to(grads.dtype).masked_fill(absent, 0)
+    if fp8:
+        return quantize_rows(d_hidden), quantize_rows(out), d_probs
+    return d_hidden, out, d_probs
+
+
+def pad_columns(num_rows: int, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the row of each column [P] or -1, its expert [P], and the padded ends [e], int32.
+
+    Each expert's rows are padded to a multiple of ALIGN columns; P is enough for any counts.
+    """
+    num_experts = len(ends)
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    padded = (counts + ALIGN - 1) // ALIGN * ALIGN
+    padded_ends = padded.cumsum(0, dtype=torch.int32)
+    size = -(-(num_rows + num_experts * (ALIGN - 1)) // TILE) * TILE
+    column = torch.arange(size, dtype=torch.int32, device=ends.device)
+    bucket = torch.searchsorted(padded_ends, column, right=True)
+    expert = bucket.where(bucket < num_experts, 0)
+    row = column - (padded_ends - padded)[expert] + (ends - counts)[expert]
+    there = (bucket < num_experts) & (row < ends[expert])
+    return row.where(there, -1).int(), expert.int(), padded_ends
+
+
+def transpose_rows(
+    rows: Rows8, columns: tuple[Tensor, Tensor, Tensor], order: Tensor, ends: Tensor, choices: int
+) -> Columns8:
+    """Return `rows` transposed and padded as `columns` says, an expert's largest scale for all.
+
+    `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
+    """
+    row_of, expert_of, _ = columns
+    there = row_of >= 0
+    source = row_of.clamp(min=0).long()
+    source = order[source] // choices if choices else source
+    scale = torch.where(there, rows.scale[source], 0.0)  # [P]
+    largest = scale.new_zeros(len(ends)).scatter_reduce(0, expert_of.long(), scale, "amax")
+    largest = torch.where(largest > 0, largest, 1.0)
+    ratio = scale / largest[expert_of]
+    moved = (rows.data.float()[source] * ratio.unsqueeze(1)).masked_fill(~there.unsqueeze(1), 0)
+    data = moved.to(E4M3).T.contiguous()
+    return Columns8(data, largest.unsqueeze(1).repeat(1, rows.data.shape[1]))
+
+
+def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
+    """Return `weight` [e, b, a] in e4m3 and its transpose [e, a, b], one scale for each expert."""
+    num_experts, num_rows, width = weight.shape
+    rows = quantize_rows(weight.reshape(-1, width))
+    scale = rows.scale.view(num_experts, num_rows)
+    data = rows.data.view(weight.shape)
+    largest = scale.amax(dim=1)
+    moved = data.float() * (scale / largest.unsqueeze(1)).unsqueeze(2)
+    transposed = moved.transpose(1, 2).contiguous().to(E4M3)
+    return Weight8(data, scale), Weight8(transposed, largest.unsqueeze(1).repeat(1, width))

@@ -1,0 +1,87 @@
+"""Sorting the choices of this rank's tokens by expert, and summing them back: plain torch.
+
+For two choices of 3 tokens a b c that chose (E1 E0) (E0 -) (E2 E0), `-` meaning none:
+
+    choice, flat [N*C]     0:aE1 1:aE0 2:bE0 3:b- 4:cE2 5:cE0
+    order                  1 2 5 0 4 | 3                        (stable; absent choices go last)
+    rows                   a b c a c | b                        E0: a b c   E1: a   E2: c
+    place                  3 0 1 - 4 2                          row of each choice
+
+Nothing waits for the device: there is a row for every choice, and those behind the last expert's
+belong to absent ones and hold zeros here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Where each choice's row is, expert-major. R = N * C."""
+
+    order: Tensor  # [R] flat choice of each row
+    place: Tensor  # [N, C] row of each choice
+    present: Tensor  # [N, C] bool
+
+    def first(self, num_rows: int) -> "RowPlan":
+        """Return the plan without the rows behind the first `num_rows`, all of absent choices."""
+        return RowPlan(self.order[:num_rows], self.place * self.present, self.present)
+
+
+def plan_rows(expert_ids: Tensor, num_experts: int) -> RowPlan:
+    """Return the plan for `expert_ids` [N, C], local experts or -1 for an absent choice."""
+    flat = expert_ids.flatten()
+    order = flat.where(flat >= 0, num_experts).argsort(stable=True)  # [R]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return RowPlan(order, place.view_as(expert_ids), expert_ids >= 0)
+
+
+def permute(tokens: Tensor, plan: RowPlan) -> Tensor:
+    """Return the token of `tokens` [N, H] of each row: [R, H]."""
+    result: Tensor = _Permute.apply(tokens, plan)
+    return result
+
+
+def unpermute(rows: Tensor, plan: RowPlan) -> Tensor:
+    """Sum the rows [R, H] of each token's present choices: [N, H], the transpose of `permute`."""
+    result: Tensor = _Unpermute.apply(rows, plan)
+    return result
+
+
+def _gather(tokens: Tensor, plan: RowPlan) -> Tensor:
+    rows = tokens[plan.order // max(plan.place.shape[1], 1)]
+    return rows.masked_fill(~plan.present.flatten()[plan.order].unsqueeze(1), 0)
+
+
+def _sum(rows: Tensor, plan: RowPlan) -> Tensor:
+    # Each choice's row is read, in the order of choices: no additions race.
+    if not len(rows):
+        return rows.new_zeros(len(plan.place), rows.shape[1])
+    chosen = rows[plan.place].masked_fill(~plan.present.unsqueeze(-1), 0)  # [N, C, H]
+    return chosen.sum(dim=1)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, plan: RowPlan) -> Tensor:
+        ctx.plan = plan
+        return _gather(tokens, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum(grads[0], ctx.plan), None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: RowPlan) -> Tensor:
+        ctx.plan = plan
+        return _sum(rows, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather(grads[0], ctx.plan), None

@@ -1,0 +1,184 @@
+"""The fused experts: against the float64 oracle, and in FP8 against an ideal quantiser."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import reference
+import torch
+from tolerance import assert_close, error
+from torch import Tensor
+
+from ep_plugin import ConfigError, MoEConfig
+from ep_plugin.contracts import Dispatched
+from ep_plugin.experts import Experts
+from ep_plugin.fused_experts import FusedExperts, Job
+from ep_plugin.groups import ExpertGroups
+from ep_plugin.kernels import experts_torch as ops
+
+N, C, E, H, F = 40, 2, 4, 64, 48
+CONFIG = MoEConfig(hidden_size=H, ffn_hidden_size=F, num_experts=E)
+
+
+def make_inbox(generator: torch.Generator, dtype: torch.dtype, outliers: bool) -> Dispatched:
+    """Tokens with choices, some absent, and one expert without any; the leaf tensors want grads."""
+    scores = torch.rand(N, E - 1, generator=generator)
+    ids = scores.topk(C, dim=1).indices
+    ids[torch.rand(N, C, generator=generator) < 0.2] = -1
+    tokens = torch.randn(N, H, generator=generator, dtype=torch.float64)
+    if outliers:  # heavy tails: some features and tokens are hundreds of times larger
+        tokens *= torch.randn(1, H, generator=generator).exp() ** 2
+        tokens *= torch.randn(N, 1, generator=generator).exp()
+    probs = torch.rand(N, C, generator=generator, dtype=torch.float64).masked_fill(ids < 0, 0)
+    counts = torch.bincount(ids[ids >= 0], minlength=E)
+    leaves = (tokens.to(dtype).requires_grad_(), probs.to(dtype).requires_grad_())
+    return Dispatched(leaves[0], ids, leaves[1], counts, None)
+
+
+def make_experts(config: MoEConfig, dtype: torch.dtype, generator: torch.Generator) -> Experts:
+    experts = Experts(config, ExpertGroups(), dtype=dtype)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            values = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+            parameter.copy_(values.bfloat16())
+    return experts
+
+
+def fused(experts: Experts, inbox: Dispatched, save: Any) -> Tensor:
+    """The fused path without FP8, on the twins."""
+    ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)
+    order, place = ops.sort_choices(inbox.expert_ids, ends)
+    gemm = experts.linear_fc1.pick_gemm()
+    job = Job(order, place, ends, experts.config.activation, save, ops, gemm, None)
+    weights = (experts.linear_fc1.weight, experts.linear_fc2.weight)
+    output: Tensor = FusedExperts.apply(inbox.tokens, inbox.probs, *weights, job)
+    return output
+
+
+def gradients(output: Tensor, inbox: Dispatched, experts: Experts, seed: Tensor) -> list[Tensor]:
+    leaves = (inbox.tokens, inbox.probs, *experts.parameters())
+    return [output, *torch.autograd.grad(output, leaves, seed.to(output.dtype))]
+
+
+def oracle(inbox: Dispatched, experts: Experts, seed: Tensor) -> list[Tensor]:
+    """Output and gradients in float64, token by token."""
+    tokens, probs, fc1, fc2 = (
+        leaf.detach().double().requires_grad_()
+        for leaf in (inbox.tokens, inbox.probs, *experts.parameters())
+    )
+    zeros = {"fc1_bias": fc1.new_zeros(fc1.shape[:2]), "fc2_bias": fc2.new_zeros(fc2.shape[:2])}
+    weights = {"fc1": fc1, "fc2": fc2, **zeros}
+    output = reference.moe(tokens, inbox.expert_ids, probs, weights, experts.config.activation)
+    return [output, *torch.autograd.grad(output, (tokens, probs, fc1, fc2), seed.double())]
+
+
+NAMES = ("output", "token gradient", "probability gradient", "fc1 gradient", "fc2 gradient")
+
+
+@pytest.mark.parametrize("save", ["bf16", "recompute"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu"])
+def test_the_fused_function_equals_the_oracle(activation: Any, save: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    experts = make_experts(replace(CONFIG, activation=activation), torch.float64, generator)
+    inbox = make_inbox(generator, torch.float64, outliers=True)
+    seed = torch.randn(N, H, generator=generator, dtype=torch.float64)
+    found = gradients(fused(experts, inbox, save), inbox, experts, seed)
+    for name, x, y in zip(NAMES, found, oracle(inbox, experts, seed), strict=True):
+        assert_close(x, y, torch.float32, name)  # sums of rows and of squares are kept in fp32
+
+
+def rounded(matrix: Tensor, dim: int | None) -> Tensor:
+    """Round once to e4m3 with a power of two per line along `dim`, or one for the whole matrix."""
+    dims = (dim,) if dim is not None else tuple(range(matrix.dim()))
+    largest = matrix.abs().amax(dim=dims, keepdim=True).clamp(min=1e-30)
+    scale = torch.exp2(torch.ceil(torch.log2(largest / 448)))
+    return (matrix / scale).float().to(torch.float8_e4m3fn).double() * scale
+
+
+def ideal(inbox: Dispatched, experts: Experts, seed: Tensor) -> list[Tensor]:
+    """Output and gradients with every operand of a product rounded once, and exact products."""
+    fc1, fc2 = (parameter.detach().double() for parameter in experts.parameters())
+    tokens, probs = inbox.tokens.detach().double(), inbox.probs.detach().double()
+    output, d_tokens = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    d_probs, d_fc1, d_fc2 = (torch.zeros_like(t) for t in (probs, fc1, fc2))
+    for e in range(E):
+        token, choice = (inbox.expert_ids == e).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        x, p, d_y = tokens[token], probs[token, choice].unsqueeze(1), seed.double()[token]
+        h = rounded(x, 1) @ rounded(fc1[e], 1).T
+        h.requires_grad_()
+        value = torch.nn.functional.silu(h[:, :F]) * h[:, F:]
+        a = (value * p).detach()
+        output.index_add_(0, token, rounded(a, 1) @ rounded(fc2[e], 1).T)
+        d_a = rounded(d_y, 1) @ rounded(fc2[e], None)
+        d_probs[token, choice] = (d_a * value.detach()).sum(1)
+        d_h = torch.autograd.grad(value, h, d_a * p)[0]
+        d_tokens.index_add_(0, token, rounded(d_h, 1) @ rounded(fc1[e], None))
+        d_fc1[e] = rounded(d_h, None).T @ rounded(x, None)
+        d_fc2[e] = rounded(d_y, None).T @ rounded(a, None)
+    return [output, d_tokens, d_probs, d_fc1, d_fc2]
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_fp8_is_as_good_as_an_ideal_quantiser(outliers: bool) -> None:
+    """Errors against float64 at most 1.05 times those of rounding every operand just once."""
+    ours, best = torch.zeros(len(NAMES)), torch.zeros(len(NAMES))
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        experts = make_experts(replace(CONFIG, fp8="rowwise"), torch.bfloat16, generator)
+        inbox = make_inbox(generator, torch.bfloat16, outliers)
+        cotangent = torch.randn(N, H, generator=generator).bfloat16()
+        exact = oracle(inbox, experts, cotangent)
+        found = gradients(experts(inbox), inbox, experts, cotangent)
+        reached = ideal(inbox, experts, cotangent)
+        ours += torch.tensor([error(x, y) ** 0.5 for x, y in zip(found, exact, strict=True)])
+        best += torch.tensor([error(x, y) ** 0.5 for x, y in zip(reached, exact, strict=True)])
+    for name, x, y in zip(NAMES, ours.tolist(), best.tolist(), strict=True):
+        assert x <= 1.05 * y, f"{name}: {x / 8:.4f}, ideal {y / 8:.4f}"
+        assert x > 0.2 * y, f"{name}: FP8 was not used"
+
+
+@pytest.mark.parametrize(("save", "bound"), [("recompute", 1e-12), ("fp8", 0.05)])
+def test_saving_less_changes_gradients_alone(save: Any, bound: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    kept = make_experts(replace(CONFIG, fp8="rowwise"), torch.bfloat16, generator)
+    less = Experts(replace(CONFIG, fp8="rowwise", save=save), ExpertGroups(), dtype=torch.bfloat16)
+    less.load_state_dict(kept.state_dict())
+    inbox = make_inbox(generator, torch.bfloat16, outliers=False)
+    seed = torch.randn(N, H, generator=generator)
+    expected = gradients(kept(inbox), inbox, kept, seed)
+    found = gradients(less(inbox), inbox, less, seed)
+    assert torch.equal(found[0], expected[0])
+    for name, x, y in zip(NAMES, found, expected, strict=True):
+        assert error(x, y) ** 0.5 <= bound, name
+
+
+def test_weights_are_quantised_when_told() -> None:
+    """Once per call on its own; once per first micro-batch when the training loop says so."""
+    generator = torch.Generator().manual_seed(3)
+    experts = make_experts(replace(CONFIG, fp8="rowwise"), torch.bfloat16, generator)
+    inbox = make_inbox(generator, torch.bfloat16, outliers=False)
+    before = experts(inbox)
+    with torch.no_grad():
+        experts.linear_fc1.weight.mul_(2)
+    changed = experts(inbox)
+    assert not torch.equal(before, changed)
+    experts.weights_change_every_call = False
+    experts(inbox)
+    with torch.no_grad():
+        experts.linear_fc1.weight.mul_(2)
+    assert torch.equal(experts(inbox), changed)
+    experts.is_first_microbatch = True
+    assert not torch.equal(experts(inbox), changed)
+
+
+def test_fp8_refuses_biases() -> None:
+    with pytest.raises(ConfigError, match="bias = False or fp8 = off would do"):
+        replace(CONFIG, bias=True, fp8="rowwise")
+
+
+def test_fp8_refuses_sizes_it_has_no_product_for() -> None:
+    config = replace(CONFIG, ffn_hidden_size=40, fp8="rowwise")
+    with pytest.raises(ConfigError, match=r"ffn_hidden_size on each rank \(40\).*48 or fp8 = off"):
+        Experts(config, ExpertGroups())
