@@ -12,6 +12,7 @@ COMMANDS = {
     "apply": ("ep_plugin.codemod", "add the plugin to a Megatron pretrain script, or take it out"),
     "convert": ("ep_plugin.convert.command", "turn a dense checkpoint into a Mixture-of-Experts"),
     "doctor": ("ep_plugin.doctor", "say what is installed and whether Megatron matches"),
+    "presets": ("ep_plugin.presets._command", "list published systems, or print one's arguments"),
     "report": ("ep_plugin.report.command", "draw what happened in runs, as HTML and PNG"),
 }
 

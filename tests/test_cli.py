@@ -20,6 +20,7 @@ FLAGS = {
         "--to --topk"
     ),
     "doctor": "--json",
+    "presets": "NAME --json",
     "report": "--device --ep --experts --json --ranks --resumed-at-iteration --run --topk",
 }
 

@@ -9,7 +9,15 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent / "ep_plugin"
-OPTION_FOLDERS = ("router", "dispatcher", "gemm", "convert.families", "convert.formats")
+OPTION_FOLDERS = (
+    "router",
+    "dispatcher",
+    "gemm",
+    "presets",
+    "fp8",
+    "convert.families",
+    "convert.formats",
+)
 
 
 class Row(NamedTuple):
@@ -40,6 +48,7 @@ TABLE = {
     # beside the core
     "convert": Row("config registry", "torch tqdm"),
     "report": Row("config", "matplotlib tensorboard"),
+    "presets": Row("config registry"),
     # commands
     "pretrain_script": Row("config"),
     "codemod": Row("config pretrain_script"),
@@ -48,7 +57,7 @@ TABLE = {
     "run": Row("config"),
     # the edge: the only folder that imports Megatron
     "megatron": Row(
-        "config parallel contracts groups registry router experts layer", "torch megatron"
+        "config parallel contracts groups registry router experts layer presets", "torch megatron"
     ),
 }
 # These reach the edge, from inside a function, when they are asked to.
@@ -157,7 +166,7 @@ def test_options_do_not_know_each_other_and_helpers_are_private(name: str) -> No
             assert is_helper or target == name, f"{name} imports the option {target}"
 
 
-LIGHT = ("", ".config", ".registry", ".codemod", ".cli", ".doctor", ".run")
+LIGHT = ("", ".config", ".presets", ".registry", ".codemod", ".cli", ".doctor", ".run")
 
 
 @pytest.mark.parametrize("module", [f"ep_plugin{name}" for name in LIGHT])

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
 from megatron.core.transformer.moe.moe_utils import (
@@ -85,12 +86,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         router.collect_metrics = self.settings.metrics
         router.register_forward_hook(self._after_routing)
         if self.use_shared_expert:
-            self.shared_experts = submodules.shared_experts(
-                config=config,
-                pg_collection=pg_collection,
-                gate=config.moe_shared_expert_gate,
-                name=f"{name}.shared_experts" if name is not None else None,
-            )
+            self.shared_experts = _build_shared(config, submodules, pg_collection, name)
         self.register_load_state_dict_pre_hook(_drop_extra_states)
         self._is_built = True
 
@@ -121,8 +117,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
 
     def _shared(self, hidden_states: Tensor) -> Tensor:
         assert self.shared_experts is not None
-        output: Tensor = self.shared_experts(hidden_states)
-        return output
+        output: Tensor | tuple[Tensor, Tensor] = self.shared_experts(hidden_states)
+        return output if isinstance(output, Tensor) else output[0] + output[1]  # and its bias
 
     def _attach_loss(self, carrier: Tensor, loss: Tensor) -> Tensor:
         """Add `loss` [] with the scale of Megatron's main loss; `carrier` has a row per token."""
@@ -167,6 +163,28 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
 
     def set_for_recompute_pre_mlp_layernorm(self) -> None:
         """Do nothing: needed for fp8 and fp4 alone, which `check_supported` refuses."""
+
+
+def _build_shared(config: Any, submodules: Any, pg_collection: Any, name: str | None) -> Any:
+    """Return Megatron's shared expert; with biases, which that refuses, Megatron's dense block."""
+    if not config.add_bias_linear:
+        return submodules.shared_experts(
+            config=config,
+            pg_collection=pg_collection,
+            gate=config.moe_shared_expert_gate,
+            name=f"{name}.shared_experts" if name is not None else None,
+        )
+    if config.moe_shared_expert_gate:
+        raise ConfigError(
+            "--moe-shared-expert-gate needs linear layers without bias; --disable-bias-linear or "
+            "--ep-shared-expert learned would do"
+        )
+    return MLP(
+        config=config,
+        submodules=submodules.shared_experts.keywords["submodules"],
+        ffn_hidden_size=config.moe_shared_expert_intermediate_size,
+        tp_group=pg_collection.tp,
+    )
 
 
 def _device(config: Any) -> torch.device:

@@ -12,18 +12,23 @@ ROOT = Path(__file__).parents[2]
 OURS = ("-m", "ep_plugin.run")
 STOCK = (str(ROOT / "tests" / "edge" / "stock_run.py"),)
 SCRIPT = str(ROOT / "recipes" / "pretrain_gpt.py")
-MODEL = shlex.split(
+SHAPE = shlex.split(
     """
     --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 2
-    --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size
-    8 --position-embedding-type rope --swiglu --disable-bias-linear
-    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope --swiglu
+    --disable-bias-linear --untie-embeddings-and-output-weights
+    """
+)
+RUN = shlex.split(
+    """
+    --micro-batch-size 2 --global-batch-size 8 --attention-dropout 0 --hidden-dropout 0
     --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --lr 3e-3 --min-lr 1e-4
     --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --seed 7 --num-workers 0
     --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1 --eval-interval 1000
     --ckpt-format torch_dist
     """
 )
+MODEL = [*SHAPE, *RUN]
 MOE = shlex.split(
     """
     --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-aux-loss-coeff 1e-2
@@ -34,9 +39,16 @@ MOE = shlex.split(
 
 def launch(ranks: int, runner: tuple[str, ...], *flags: str) -> subprocess.CompletedProcess[str]:
     """Run the loop and return the finished process, whatever its exit code."""
+    return launch_with(ranks, runner, *SHAPE, *flags)
+
+
+def launch_with(
+    ranks: int, runner: tuple[str, ...], *flags: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the loop with a model of the caller's."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(
-        [sys.executable, *command, *runner, SCRIPT, *MODEL, *flags],
+        [sys.executable, *command, *runner, SCRIPT, *RUN, *flags],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -28,6 +28,10 @@ TOUCHPOINTS = (
         ("config", "layer_number", "pg_collection", "is_mtp_layer"),
     ),
     Touchpoint(f"{_MOE}.moe_layer:MoELayer.forward", ("hidden_states", "padding_mask")),
+    Touchpoint(
+        "megatron.core.transformer.mlp:MLP.__init__",
+        ("config", "submodules", "ffn_hidden_size", "tp_group"),
+    ),
     # process groups
     Touchpoint(f"{_MOE}.moe_utils:get_default_pg_collection"),
     Touchpoint(

@@ -1,0 +1,29 @@
+"""Published systems by name: one file per system, each with its routing explained.
+
+A file exports `PRESETS`; a new file is picked up as it is.
+"""
+
+import difflib
+from importlib import import_module
+
+from ep_plugin.config import ConfigError
+from ep_plugin.presets._arguments import megatron_arguments
+from ep_plugin.presets._model import Preset, active_params, total_params
+from ep_plugin.registry import available
+
+__all__ = ["Preset", "active_params", "load", "megatron_arguments", "presets", "total_params"]
+
+
+def presets() -> dict[str, Preset]:
+    """Return every preset by its name, system by system."""
+    modules = (import_module(f"ep_plugin.presets.{name}") for name in available("presets"))
+    return {preset.name: preset for module in modules for preset in module.PRESETS}
+
+
+def load(name: str) -> Preset:
+    """Return a preset; raises ConfigError, with names close to it, for one that does not exist."""
+    known = presets()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3) or list(known)
+        raise ConfigError(f"unknown preset {name!r}; {', '.join(close)} would do")
+    return known[name]

@@ -1,0 +1,136 @@
+"""What a preset holds, and how its parameters are counted."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ep_plugin.config import Activation, RoutingConfig, SharedExpert
+
+Positions = Literal["rope", "learned", "relative", "relative_per_layer"]
+RELATIVE_BUCKETS = 32  # T5's table of relative positions: one value per bucket and head
+GATED = ("swiglu", "geglu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+
+    q_rank: int
+    kv_rank: int
+    nope_dim: int  # of each head's query and key, without position
+    rope_dim: int  # the part with position; one key for all heads
+    value_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A published architecture, as far as its parameters go."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    vocab: int
+    experts: tuple[int, ...]  # of each decoder layer, 0 = dense
+    encoder_experts: tuple[int, ...] = ()  # of each encoder layer, where there is one
+    kv_heads: int | None = None  # None: as many as heads
+    dense_ffn: int
+    dense_activation: Activation = "swiglu"
+    expert_ffn: int
+    expert_activation: Activation = "swiglu"
+    shared_ffn: int = 0  # beside the routed experts of each MoE layer
+    shared_expert: SharedExpert = "sum"
+    tied: bool = False  # one matrix for embedding and output
+    positions: Positions = "rope"
+    max_positions: int = 0  # learned ones
+    biases: bool = False
+    layer_norm: bool = False  # with a bias; else RMS norm
+    qk_norm: bool = False
+    latent: LatentAttention | None = None
+    rotary_base: int = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A published system: its model, its routing, and where both come from."""
+
+    name: str
+    system: str
+    source: str
+    model: Model
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    router: str = "topk"
+    seq_length: int
+    init_std: float | None = None
+    note: str = ""
+
+
+def total_params(preset: Preset) -> int:
+    """Return all parameters of the published model: embeddings, routers and norms too."""
+    return _count(preset, None)
+
+
+def active_params(preset: Preset) -> int:
+    """Return the parameters one token meets: all but the experts it is not sent to."""
+    return _count(preset, preset.routing.topk)
+
+
+def _count(preset: Preset, chosen: int | None) -> int:
+    """Count with all experts (None) or with `chosen` of each layer."""
+    model = preset.model
+    stacks = [(model.experts, bool(model.encoder_experts))]  # its decoder reads the encoder
+    if model.encoder_experts:
+        stacks.append((model.encoder_experts, False))
+    total = model.vocab * model.hidden * (1 if model.tied else 2)
+    if model.positions == "learned":
+        total += model.max_positions * model.hidden
+    if preset.routing.expert_bias:
+        total += sum(model.experts)  # one value each, not trained by gradients
+    for stack, cross in stacks:
+        total += sum(_layer(model, experts, chosen, cross) for experts in stack)
+        total += _norm(model)
+        if model.positions == "relative":
+            total += RELATIVE_BUCKETS * model.heads
+    return total
+
+
+def _layer(model: Model, experts: int, chosen: int | None, cross: bool) -> int:
+    attention = _latent(model, model.latent) if model.latent else _attention(model)
+    blocks = 2 if cross else 1
+    total = blocks * (attention + _norm(model)) + _norm(model)
+    if model.positions == "relative_per_layer":
+        total += RELATIVE_BUCKETS * model.heads
+    if not experts:
+        return total + _ffn(model, model.dense_ffn, model.dense_activation)
+    one = _ffn(model, model.expert_ffn, model.expert_activation)
+    total += one * (experts if chosen is None else min(chosen, experts)) + experts * model.hidden
+    if model.shared_ffn:
+        total += _ffn(model, model.shared_ffn, model.dense_activation)
+        if model.shared_expert == "learned":
+            total += 2 * model.hidden + 2
+    return total
+
+
+def _attention(model: Model) -> int:
+    width, kv_width = model.heads * model.head_dim, (model.kv_heads or model.heads) * model.head_dim
+    total = model.hidden * (2 * width + 2 * kv_width)
+    if model.biases:
+        total += width + 2 * kv_width + model.hidden
+    return total + (2 * model.head_dim if model.qk_norm else 0)
+
+
+def _latent(model: Model, latent: LatentAttention) -> int:
+    query = model.heads * (latent.nope_dim + latent.rope_dim)
+    key_value = model.heads * (latent.nope_dim + latent.value_dim)
+    down = model.hidden * (latent.q_rank + latent.kv_rank + latent.rope_dim)
+    up = latent.q_rank * query + latent.kv_rank * key_value
+    output = model.heads * latent.value_dim * model.hidden
+    return down + up + output + latent.q_rank + latent.kv_rank  # two norms between
+
+
+def _ffn(model: Model, size: int, activation: Activation) -> int:
+    rows = size * (2 if activation in GATED else 1)
+    biases = rows + model.hidden if model.biases else 0
+    return model.hidden * (rows + size) + biases
+
+
+def _norm(model: Model) -> int:
+    return model.hidden * (2 if model.layer_norm else 1)

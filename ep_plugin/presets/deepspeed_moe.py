@@ -1,0 +1,118 @@
+"""DeepSpeed-MoE (arXiv:2201.05596, ICML 2022): one expert per token, random token selection.
+
+Top-1 with the probability itself as weight; an expert takes its fair share of the rank's tokens,
+rounded up, at least 4, and when more want it a random draw decides, so that late tokens do as well
+as early ones. MoE in the second layer of each pair of a GPT-2. Every expert of a layer starts from
+the same values there and from its own here.
+
+PR-MoE is a pyramid with a residual: later layers have more experts, and each token's dense
+feed-forward block is weighed against its expert by a learned softmax of two. (The paper adds the
+two; the code weighs them, as here. `--ep-shared-expert sum` is the paper's.) MoS is a student of
+PR-MoE with 21 of 24 layers; its staged distillation is not part of this plugin.
+
+With top-2 the second expert is drawn from the softmax without the first, in evaluation too, and
+weights are divided by the sum of those that were not dropped. Table 6 prints 30 and 40 layers for
+the two largest models but one; only swapped do they give its sizes, as here.
+"""
+
+from dataclasses import replace
+
+from ep_plugin.config import RoutingConfig
+from ep_plugin.presets._model import Model, Preset
+
+ROUTING = RoutingConfig(
+    topk=1,
+    normalize="none",
+    capacity_factor=1.0,
+    eval_capacity_factor=1.0,
+    min_capacity=4,
+    drop_policy="random",
+    aux_loss_coeff=0.01,
+    aux_loss_counts="top1",
+)
+TOP2 = replace(
+    ROUTING,
+    topk=2,
+    normalize="after_drop",
+    second_expert="sampling",
+    drop_policy="rank_position",
+)
+INFERENCE = replace(ROUTING, min_capacity=1, drop_policy="position")
+MOS = "the student's model; its staged distillation is not part of the plugin"
+
+
+def _model(layers: int, hidden: int, heads: int, counts: tuple[int, ...], residual: bool) -> Model:
+    """Return a GPT-2 whose second layer of each pair has the next of `counts` experts."""
+    upcoming = iter(counts)
+    experts = tuple(next(upcoming) if layer % 2 else 0 for layer in range(layers))
+    return Model(
+        hidden=hidden,
+        heads=heads,
+        head_dim=hidden // heads,
+        vocab=50_304,
+        experts=experts,
+        dense_ffn=4 * hidden,
+        dense_activation="gelu",
+        expert_ffn=4 * hidden,
+        expert_activation="gelu",
+        shared_ffn=4 * hidden if residual else 0,
+        shared_expert="learned" if residual else "sum",
+        tied=True,
+        positions="learned",
+        max_positions=2048,
+        biases=True,
+        layer_norm=True,
+    )
+
+
+def _preset(
+    name: str, table: str, model: Model, routing: RoutingConfig = ROUTING, note: str = ""
+) -> Preset:
+    return Preset(
+        name=name,
+        system="DeepSpeed-MoE",
+        source=f"arXiv:2201.05596, {table}",
+        model=model,
+        routing=routing,
+        seq_length=2048,
+        init_std=0.014,
+        note=note,
+    )
+
+
+def _nano(name: str, like: str, counts: tuple[int, ...], residual: bool, layers: int = 4) -> Preset:
+    model = _model(layers, 64, 4, counts, residual)
+    return Preset(
+        name=name,
+        system="DeepSpeed-MoE",
+        source=f"the routing of {like} at a size for tests",
+        model=replace(model, vocab=256, max_positions=64),
+        routing=ROUTING,
+        seq_length=64,
+    )
+
+
+PRESETS = (
+    _preset("ds-125m-moe64", "section 3", _model(12, 768, 12, (64,) * 6, False)),
+    _preset("ds-350m-moe128", "table 2", _model(24, 1024, 16, (128,) * 12, False)),
+    _preset("ds-1.3b-moe128", "table 2", _model(24, 2048, 16, (128,) * 12, False)),
+    _preset("ds-350m-prmoe-32-64", "table 4", _model(24, 1024, 16, (32,) * 10 + (64,) * 2, True)),
+    _preset("ds-1.3b-prmoe-64-128", "table 4", _model(24, 2048, 16, (64,) * 10 + (128,) * 2, True)),
+    _preset(
+        *("ds-350m-mos-l21", "table 5", _model(21, 1024, 16, (32,) * 8 + (64,) * 2, True)),
+        note=MOS,
+    ),
+    _preset(
+        *("ds-1.3b-mos-l21", "table 5", _model(21, 2048, 16, (64,) * 8 + (128,) * 2, True)),
+        note=MOS,
+    ),
+    _preset("ds-top2", "section 3", _model(24, 1024, 16, (128,) * 12, False), TOP2),
+    _preset("ds-infer-52b", "table 6", _model(24, 2048, 16, (128,) * 12, False), INFERENCE),
+    _preset("ds-infer-107b", "table 6", _model(16, 3584, 28, (128,) * 8, False), INFERENCE),
+    _preset("ds-infer-349b", "table 6", _model(40, 4096, 32, (128,) * 20, False), INFERENCE),
+    _preset("ds-infer-1t", "table 6", _model(30, 8192, 64, (128,) * 15, False), INFERENCE),
+    _preset("ds-infer-2t", "table 6", _model(58, 8192, 64, (128,) * 29, False), INFERENCE),
+    _nano("dsmoe-nano", "ds-350m-moe128", (8, 8), False),
+    _nano("prmoe-nano", "ds-350m-prmoe-32-64", (4, 8), True),
+    _nano("mos-nano", "ds-350m-mos-l21", (8,), True, layers=3),
+)

@@ -1,0 +1,65 @@
+"""Mixtral (arXiv:2401.04088): top-2 of 8 experts in every layer, nothing dropped.
+
+Weights are the softmax of the two chosen logits, which equals both probabilities divided by their
+sum. The balancing loss counts both choices; its published coefficient is 0.02.
+"""
+
+from dataclasses import replace
+
+from ep_plugin.config import RoutingConfig
+from ep_plugin.presets._model import Model, Preset
+
+ROUTING = RoutingConfig(topk=2, aux_loss_coeff=0.02)
+MODEL = Model(
+    hidden=4096,
+    heads=32,
+    head_dim=128,
+    kv_heads=8,
+    vocab=32_000,
+    experts=(8,) * 32,
+    dense_ffn=14336,
+    expert_ffn=14336,
+    rotary_base=1_000_000,
+)
+LARGE = replace(
+    MODEL,
+    hidden=6144,
+    heads=48,
+    vocab=32_768,
+    experts=(8,) * 56,
+    dense_ffn=16384,
+    expert_ffn=16384,
+)
+
+
+def _preset(name: str, model: Model, source: str, seq_length: int) -> Preset:
+    return Preset(
+        name=name,
+        system="Mixtral",
+        source=source,
+        model=model,
+        routing=ROUTING,
+        seq_length=seq_length,
+    )
+
+
+PRESETS = (
+    _preset("mixtral-8x7b", MODEL, "arXiv:2401.04088, table 1", 32_768),
+    _preset("mixtral-8x22b", LARGE, "the published configuration of 8x22B v0.3", 65_536),
+    _preset(
+        "mixtral-nano",
+        replace(
+            MODEL,
+            hidden=64,
+            heads=4,
+            head_dim=16,
+            kv_heads=2,
+            vocab=256,
+            experts=(8,) * 4,
+            dense_ffn=256,
+            expert_ffn=256,
+        ),
+        "the routing of mixtral-8x7b at a size for tests",
+        64,
+    ),
+)
