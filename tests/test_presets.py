@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,9 +48,9 @@ TABLE = {
     "qwen3-235b-a22b": ("235.1", "22.2"),
 }
 PUBLISHED = {  # preset -> the paper's total in billions
-    "switch-base-128": 7.41, "switch-large-128": 26.3, "switch-xxl-128": 395, "switch-c-2048": 1571,
+    "switch-base-128": 7.41, "switch-large-128": 26, "switch-xxl-128": 395, "switch-c-2048": 1571,
     "glam-0.1b-64e": 1.9, "glam-1.7b-64e": 27, "glam-1.7b-128e": 53, "glam-1.7b-256e": 105,
-    "glam-8b-64e": 143, "glam-137b-dense": 137, "glam-64b-64e": 1162,
+    "glam-8b-64e": 143, "glam-137b-dense": 137,
     "ds-350m-moe128": 13, "ds-1.3b-moe128": 52, "ds-1.3b-prmoe-64-128": 31,
     "ds-350m-mos-l21": 3.5, "ds-1.3b-mos-l21": 27, "ds-infer-107b": 107.7, "ds-infer-349b": 349,
     "ds-infer-1t": 1046.9, "ds-infer-2t": 2024, "st-moe-32b": 269, "deepseek-v3": 671,
@@ -57,6 +59,7 @@ PUBLISHED = {  # preset -> the paper's total in billions
 MISPRINTED = {  # preset -> (printed total in billions, what the printed shape gives)
     "glam-1.7b-32e": (20, "table 4's shape has 13.96B"),
     "ds-350m-prmoe-32-64": (4, "printed with one digit; 4.117B"),
+    "glam-64b-64e": (1200, "printed with two digits, 1.2T; 96.6B active is exact"),
     "gshard-600b": (600, "618B in experts alone"),
 }
 
@@ -97,6 +100,75 @@ def test_totals_printed_as_integers_are_exact() -> None:
 
 def with_model(preset: Preset, model: Model) -> Preset:
     return replace(preset, model=model)
+
+
+def with_experts(like: str, **changes: Any) -> Preset:
+    """A row of a paper's table that is no preset: `like` with other shapes."""
+    preset = load(like)
+    return with_model(preset, replace(preset.model, **changes))
+
+
+def glam(layers: int, hidden: int, ffn: int, heads: int, head_dim: int, **changes: Any) -> Preset:
+    shape = {"hidden": hidden, "dense_ffn": ffn, "heads": heads, "head_dim": head_dim}
+    return with_experts("glam-137b-dense", experts=(0,) * layers, **shape, **changes)
+
+
+GEGLU = {"dense_ffn": 2816, "expert_ffn": 2816}
+GEGLU |= {"dense_activation": "geglu", "expert_activation": "geglu"}
+SWITCH = {  # experts of Switch-Base -> (total, the paper's in billions, tables 6, 7 and 9)
+    0: (222_903_552, 0.223),
+    16: (1_072_397_568, 1.1),
+    32: (1_978_514_688, 2.0),
+    64: (3_790_748_928, 3.8),
+    256: (14_664_154_368, 14.7),
+}
+ROWS = {  # a row that is no preset -> (preset, total in billions)
+    "GLaM 0.1B": (glam(12, 768, 3072, 12, 64), "0.1378"),
+    "GLaM 0.1B, vocabulary 256,000": (glam(12, 768, 3072, 12, 64, vocab=256_000), "0.3099"),
+    "GLaM 1.7B": (glam(24, 2048, 8192, 16, 128), "1.676"),
+    "GLaM 8B": (glam(32, 4096, 16384, 32, 128), "8.721"),
+    "GLaM 64B/64E, vocabulary 32,000": (with_experts("glam-64b-64e", vocab=32_000), "1159.9"),
+    "Switch-Large, GEGLU": (with_experts("switch-large-128", **GEGLU), "27.12"),
+    "Switch-XXL, the 64 experts printed": (
+        with_experts("switch-xxl-128", experts=(0, 64) * 12, encoder_experts=(0, 64) * 12),
+        "201.4",
+    ),
+    "DeepSpeed-MoE table 6, 24B with the 40 layers printed": (
+        with_experts("ds-infer-1t", experts=(0, 128) * 20),
+        "1396",
+    ),
+    "DeepSpeed-MoE table 6, 8B with the 30 layers printed": (
+        with_experts("ds-infer-349b", experts=(0, 128) * 15),
+        "262.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("experts", SWITCH)
+def test_switch_base_with_other_numbers_of_experts(experts: int) -> None:
+    every_second = (0, experts) * 6
+    row = with_experts("switch-base-128", experts=every_second, encoder_experts=every_second)
+    total, published = SWITCH[experts]
+    assert total_params(row) == total
+    assert total / 1e9 == pytest.approx(published, rel=0.03)  # printed with two digits
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_are_no_presets(name: str) -> None:
+    preset, text = ROWS[name]
+    digits = len(text.partition(".")[2])
+    assert f"{total_params(preset) / 1e9:.{digits}f}" == text
+
+
+def test_deepspeed_parameters_outside_experts_and_embeddings() -> None:
+    """805M, the size of 1.3B+MoE-128 that every GPU holds at inference, by its tutorial."""
+    preset = load("ds-1.3b-moe128")
+    model = preset.model
+    one = 2 * model.hidden * model.expert_ffn + model.expert_ffn + model.hidden
+    routers = sum(model.experts) * model.hidden
+    embeddings = (model.vocab + model.max_positions) * model.hidden
+    held = active_params(preset) - 12 * one - routers - embeddings
+    assert held / 1e6 == pytest.approx(805, abs=1)  # with 0.5M of biases and norms
 
 
 def test_gshards_experts_alone() -> None:
@@ -199,8 +271,9 @@ def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["presets", "mixtral-8x7b"]) == 0
     text = capsys.readouterr().out
     assert "--num-experts 8 \\\n" in text
-    words = [w for line in text.splitlines() if line[0] != "#" for w in line.rstrip(" \\").split()]
-    assert words == megatron_arguments(load("mixtral-8x7b"))
+    assert shlex.split(text.replace("\\\n", " "), comments=True) == megatron_arguments(
+        load("mixtral-8x7b")
+    )
     assert main(["presets"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in presets())

@@ -28,6 +28,8 @@ def megatron_arguments(preset: Preset) -> list[str]:
     Vocabulary, data, optimizer and layout are left to the user.
     """
     arguments = [*_shape(preset.model, preset.seq_length)]
+    arguments += ["--attention-dropout", str(preset.dropout)]
+    arguments += ["--hidden-dropout", str(preset.dropout)]
     if preset.init_std is not None:
         arguments += ["--init-method-std", str(preset.init_std)]
     if any(preset.model.experts):
@@ -62,6 +64,8 @@ def _shape(model: Model, seq_length: int) -> list[str]:
         arguments += ["--position-embedding-type", "rope", "--rotary-base", str(model.rotary_base)]
     if not model.layer_norm:
         arguments += ["--normalization", "RMSNorm"]
+    if model.norm_epsilon != 1e-5:  # Megatron's default
+        arguments += ["--norm-epsilon", str(model.norm_epsilon)]
     if model.qk_norm or model.latent is not None:
         arguments += ["--qk-layernorm"]
     if not model.biases:

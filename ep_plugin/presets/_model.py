@@ -43,6 +43,7 @@ class Model:
     max_positions: int = 0  # learned ones
     biases: bool = False
     layer_norm: bool = False  # with a bias; else RMS norm
+    norm_epsilon: float = 1e-5
     qk_norm: bool = False
     latent: LatentAttention | None = None
     rotary_base: int = 10_000
@@ -60,6 +61,7 @@ class Preset:
     router: str = "topk"
     seq_length: int
     init_std: float | None = None
+    dropout: float = 0.0
     note: str = ""
 
 

@@ -32,6 +32,7 @@ MODEL = Model(
     dense_ffn=18432,
     expert_ffn=2048,
     shared_ffn=2048,
+    norm_epsilon=1e-6,
     latent=LatentAttention(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128),
 )
 

@@ -66,7 +66,12 @@ def _model(layers: int, hidden: int, heads: int, counts: tuple[int, ...], residu
 
 
 def _preset(
-    name: str, table: str, model: Model, routing: RoutingConfig = ROUTING, note: str = ""
+    name: str,
+    table: str,
+    model: Model,
+    routing: RoutingConfig = ROUTING,
+    note: str = "",
+    init_std: float | None = 0.014,
 ) -> Preset:
     return Preset(
         name=name,
@@ -75,9 +80,16 @@ def _preset(
         model=model,
         routing=routing,
         seq_length=2048,
-        init_std=0.014,
+        init_std=init_std,
+        dropout=0.1,  # Megatron's default, which its scripts keep
         note=note,
     )
+
+
+def _inference(name: str, layers: int, hidden: int, heads: int) -> Preset:
+    """Return one of table 6; its heads (dimension 128) and initial values are not published."""
+    model = _model(layers, hidden, heads, (128,) * (layers // 2), False)
+    return _preset(name, "table 6", model, INFERENCE, init_std=None)
 
 
 def _nano(name: str, like: str, counts: tuple[int, ...], residual: bool, layers: int = 4) -> Preset:
@@ -107,11 +119,11 @@ PRESETS = (
         note=MOS,
     ),
     _preset("ds-top2", "section 3", _model(24, 1024, 16, (128,) * 12, False), TOP2),
-    _preset("ds-infer-52b", "table 6", _model(24, 2048, 16, (128,) * 12, False), INFERENCE),
-    _preset("ds-infer-107b", "table 6", _model(16, 3584, 28, (128,) * 8, False), INFERENCE),
-    _preset("ds-infer-349b", "table 6", _model(40, 4096, 32, (128,) * 20, False), INFERENCE),
-    _preset("ds-infer-1t", "table 6", _model(30, 8192, 64, (128,) * 15, False), INFERENCE),
-    _preset("ds-infer-2t", "table 6", _model(58, 8192, 64, (128,) * 29, False), INFERENCE),
+    _inference("ds-infer-52b", 24, 2048, 16),
+    _inference("ds-infer-107b", 16, 3584, 28),
+    _inference("ds-infer-349b", 40, 4096, 32),
+    _inference("ds-infer-1t", 30, 8192, 64),
+    _inference("ds-infer-2t", 58, 8192, 64),
     _nano("dsmoe-nano", "ds-350m-moe128", (8, 8), False),
     _nano("prmoe-nano", "ds-350m-prmoe-32-64", (4, 8), True),
     _nano("mos-nano", "ds-350m-mos-l21", (8,), True, layers=3),

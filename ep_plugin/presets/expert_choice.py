@@ -25,6 +25,7 @@ MODEL = Model(
     expert_activation="relu",
     tied=True,
     positions="relative_per_layer",
+    norm_epsilon=1e-6,
 )
 
 PRESETS = (

@@ -43,6 +43,7 @@ def _model(layers: int, hidden: int, ffn: int, heads: int, head_dim: int, expert
         expert_activation="relu",
         tied=True,
         positions="relative_per_layer",
+        norm_epsilon=1e-6,
     )
 
 

@@ -3,8 +3,11 @@
 Weights are g1 / (g1 + g2) and g2 / (g1 + g2); the second choice is sent with probability
 min(1, 2 * g2) (algorithm 1), and one that is not takes no room. An expert takes 2 * S / E tokens
 of a group. Algorithm 1 counts overflow too and divides its loss by E instead of multiplying; this
-is the form of the public code, 1 when balanced. The 600B of table 1 are 618B by its
-shape.
+is the form of the public code, 1 when balanced. The 600B of table 1 are 618B by its shape.
+
+Table 1 counts encoder and decoder layers together. Not published, and assumed here: a vocabulary of
+64,000, sequences of 1,024 tokens, no biases, T5's relative positions; together under 0.2 % of the
+parameters.
 """
 
 from dataclasses import replace
@@ -37,6 +40,7 @@ MODEL = Model(
     expert_activation="relu",
     tied=True,
     positions="relative",
+    norm_epsilon=1e-6,
 )
 
 PRESETS = (
@@ -47,7 +51,7 @@ PRESETS = (
         model=MODEL,
         routing=ROUTING,
         seq_length=1024,
-        note="published as encoder and decoder; the arguments are its decoder",
+        note="published as encoder and decoder; the arguments are its decoder, positions rotary",
     ),
     Preset(
         name="gshard-nano",

@@ -1,7 +1,8 @@
 """Mixtral (arXiv:2401.04088): top-2 of 8 experts in every layer, nothing dropped.
 
 Weights are the softmax of the two chosen logits, which equals both probabilities divided by their
-sum. The balancing loss counts both choices; its published coefficient is 0.02.
+sum. The balancing loss counts both choices; 0.02 is the coefficient of the published configuration,
+meant for fine-tuning: the one of pretraining is not published.
 """
 
 from dataclasses import replace

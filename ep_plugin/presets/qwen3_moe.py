@@ -22,6 +22,7 @@ SMALL = Model(
     expert_ffn=768,
     qk_norm=True,
     rotary_base=1_000_000,
+    norm_epsilon=1e-6,
 )
 LARGE = replace(SMALL, hidden=4096, heads=64, experts=(128,) * 94, dense_ffn=12288, expert_ffn=1536)
 

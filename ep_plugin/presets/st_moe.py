@@ -1,10 +1,14 @@
 """ST-MoE (arXiv:2202.08906): top-2 of 64 experts in every fourth layer, with a router z-loss.
 
 The z-loss (eq. 5), 1e-3 times the mean of logsumexp(logits)^2, keeps logits small enough for bf16.
-Capacity is 1.25 times a fair share of both choices in training and 2.0 in evaluation; first choices
-go first. Each sparse block has one more dense feed-forward block, a shared expert here.
-The public code does not multiply capacity by the number of choices, and so needs twice the factor:
-`--ep-capacity-counts-topk off` with it.
+An expert takes 1.25 * S / E of the 4096 tokens of a group in training and 2 * S / E in evaluation,
+whatever the number of choices: 0.63 and once a fair share of two. First choices go first. Each
+sparse block has one more dense feed-forward block after it, a shared expert beside it here.
+
+Sources disagree. Weights are divided by their sum in Mesh TensorFlow's top-2, as here, and not in
+T5X: `--ep-normalize none`. T5X's loss is 2 when balanced, twice the one here:
+`--ep-aux-loss-coeff 0.02`. Its jitter is off. A capacity of 1.25 times both choices:
+`--ep-capacity-counts-topk on`.
 """
 
 from dataclasses import replace
@@ -18,7 +22,9 @@ ROUTING = RoutingConfig(
     eval_capacity_factor=2.0,
     min_capacity=4,
     capacity_rounding="round",
+    capacity_counts_topk=False,
     drop_policy="rank_position",
+    group_tokens=4096,
     aux_loss_coeff=0.01,
     z_loss_coeff=1e-3,
 )
@@ -36,6 +42,7 @@ MODEL = Model(
     expert_activation="geglu",
     shared_ffn=20480,
     positions="relative",
+    norm_epsilon=1e-6,
 )
 
 PRESETS = (
@@ -46,7 +53,8 @@ PRESETS = (
         model=MODEL,
         routing=ROUTING,
         seq_length=512,
-        note="published as encoder and decoder; the arguments are its decoder",
+        note="published as encoder and decoder; the arguments are its decoder, with rotary "
+        "positions and the extra dense block of a sparse layer beside its experts, not after them",
     ),
     Preset(
         name="st-moe-nano",
@@ -65,7 +73,7 @@ PRESETS = (
             shared_ffn=256,
             positions="rope",
         ),
-        routing=ROUTING,
+        routing=replace(ROUTING, group_tokens=64),
         seq_length=64,
     ),
 )

@@ -45,6 +45,7 @@ BASE = Model(
     expert_activation="relu",
     tied=True,
     positions="relative",
+    norm_epsilon=1e-6,
 )
 LARGE = replace(
     BASE,
@@ -85,6 +86,7 @@ NANO = Model(
     expert_ffn=256,
     expert_activation="relu",
     tied=True,
+    norm_epsilon=1e-6,
 )
 NOTE = "published as encoder and decoder with relative positions; the arguments are its decoder"
 

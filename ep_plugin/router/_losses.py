@@ -95,6 +95,7 @@ def load_balancing_loss(
     ranks. So the result is this rank's part: its sum over `groups.tp_cp` is the loss, and
     gradients summed over that group are right.
     """
+    counts = counts.to(score_sums.dtype)
     fractions = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)  # [P, E]
     mean_scores = score_sums / tokens.clamp(min=1).unsqueeze(1)  # [P, E]
     loss = score_sums.shape[1] * (fractions * mean_scores).sum(dim=1).mean()

@@ -32,7 +32,8 @@ class ExpertChoiceRouter(Gate):
             step = self.routing.group_tokens or max(num_tokens, 1)
             for start in range(0, num_tokens, step):
                 tokens = listed[start : start + step]
-                best = scores[tokens].topk(self._take(len(tokens)), dim=0).indices  # [C, E]
+                ranked = scores[tokens].sort(dim=0, descending=True, stable=True).indices
+                best = ranked[: self._take(len(tokens))]  # [C, E]; of equals the earlier token
                 taken.scatter_(0, tokens[best], True)
         experts = torch.arange(num_experts, device=scores.device).expand(num_tokens, -1)
         expert_ids = torch.where(taken, experts, -1)
