@@ -1,28 +1,103 @@
-"""Which experts a token chooses, and with what weight: the plain-torch twin of the fused kernel."""
+"""Which experts a token chooses, and with what weight."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ep_plugin.config import RoutingConfig
 from ep_plugin.router import _random
+from ep_plugin.router._losses import Pools
 
 NEVER = float("-inf")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What every token chose, before capacity."""
+class Choice(Protocol):
+    """What every token chose, before capacity, and what losses and metrics sum over tokens."""
 
-    expert_ids: Tensor  # [T, K] int64, best first; -1 = left out by the second-expert policy
-    scores: Tensor  # [T, K] score of each choice, without bias or noise; has a gradient
-    all_scores: Tensor  # [T, E] softmax or sigmoid of the logits; has a gradient
+    @property
+    def expert_ids(self) -> Tensor:
+        """[T, K] int64, best first; -1 = left out by the second-expert policy."""
+        ...
+
+    @property
+    def weights(self) -> Tensor:
+        """[T, K] scores without bias or noise, divided by their sum if before_drop."""
+        ...
+
+    @property
+    def first_scores(self) -> Tensor:
+        """[T] score of the first choice, before any division."""
+        ...
+
+    @property
+    def sent(self) -> Tensor | None:
+        """[E] int64 choices of each expert, where they are counted already."""
+        ...
+
+    @property
+    def own_loss(self) -> Tensor | None:
+        """[] balancing loss over this rank's tokens, where it is known already."""
+        ...
+
+    def score_sums(self, pools: Pools) -> Tensor:
+        """Return the sums [P, E] of scores, of each token's parts of 1; they have a gradient."""
+        ...
+
+    def counts(self, pools: Pools) -> Tensor:
+        """Return [P, E + 1] int64: choices that the balancing loss counts, then tokens."""
+        ...
+
+    def z_loss(self) -> Tensor:
+        """Return the mean of logsumexp(logits)^2 [] (ST-MoE, arXiv:2202.08906, eq. 5)."""
+        ...
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Return entropy [] in nats and largest score [], each summed over tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainChoice:
+    """The twin of `FusedChoice`, in plain torch: every policy, any device and dtype."""
+
+    expert_ids: Tensor
+    weights: Tensor
+    first_scores: Tensor
+    logits: Tensor  # [T, E]
+    scores: Tensor  # [T, E] softmax or sigmoid
+    routing: RoutingConfig
+    sent: None = None
+    own_loss: None = None
+
+    def score_sums(self, pools: Pools) -> Tensor:
+        return pools.sum(self._parts())
+
+    def counts(self, pools: Pools) -> Tensor:
+        routing, expert_ids = self.routing, self.expert_ids
+        if routing.expert_bias or routing.num_groups is not None:
+            # DeepSeek-V3 (arXiv:2412.19437, eq. 18) counts by affinity, without bias or groups.
+            expert_ids = self.scores.topk(routing.topk, dim=1).indices
+        counted = expert_ids[:, :1] if routing.aux_loss_counts == "top1" else expert_ids
+        return pools.count(counted, self.scores.shape[1])
+
+    def z_loss(self) -> Tensor:
+        return self.logits.logsumexp(dim=-1).square().sum() / max(self.logits.shape[0], 1)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        return torch.special.entr(self._parts()).sum(), self.scores.amax(dim=1).sum()
+
+    def _parts(self) -> Tensor:
+        if self.routing.score_function == "softmax":
+            return self.scores
+        tiny = torch.finfo(self.scores.dtype).tiny
+        return self.scores / self.scores.sum(dim=1, keepdim=True).clamp(min=tiny)
 
 
 def choose(
     logits: Tensor, routing: RoutingConfig, expert_bias: Tensor | None, training: bool
-) -> Choice:
+) -> PlainChoice:
     """Return the choices for `logits` [T, E]; `expert_bias` [E] moves the choice alone."""
     softmax = routing.score_function == "softmax"
     scores = logits.softmax(dim=-1) if softmax else logits.sigmoid()
@@ -40,7 +115,8 @@ def choose(
     chosen = scores.gather(1, expert_ids)
     with torch.no_grad():
         expert_ids = _leave_out_second(expert_ids, chosen, routing)
-    return Choice(expert_ids, chosen, scores)
+    weights = weigh(chosen, torch.ones_like(expert_ids), routing, "before_drop")
+    return PlainChoice(expert_ids, weights, chosen[:, 0], logits, scores, routing)
 
 
 def _inside_best_groups(scores: Tensor, routing: RoutingConfig) -> Tensor:

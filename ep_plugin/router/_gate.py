@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ep_plugin.config import MoEConfig
 from ep_plugin.groups import ExpertGroups
+from ep_plugin.kernels.gate import fits as gate_fits
+from ep_plugin.kernels.gate import gate_logits
 from ep_plugin.router import _random
 from ep_plugin.router._losses import add_loss
 
@@ -45,14 +47,20 @@ class Gate(nn.Module):
         Switch Transformer (arXiv:2101.03961, section 2.4) casts the input before the product;
         `router_dtype` model casts the product.
         """
+        plain = self.bias is None and self.routing.router_dtype == "fp32" and not self._jitters()
+        if plain and gate_fits(hidden, self.weight):
+            return gate_logits(hidden, self.weight)
         dtype = _DTYPES.get(self.routing.router_dtype, hidden.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         logits = F.linear(self._jitter(hidden).to(dtype), self.weight.to(dtype), bias)
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def _jitters(self) -> bool:
+        return self.training and self.routing.jitter_eps > 0
+
     def _jitter(self, hidden: Tensor) -> Tensor:
         eps = self.routing.jitter_eps
-        if not (eps and self.training):
+        if not self._jitters():
             return hidden
         # In fp32: bf16 has five values in 1 +- 0.01.
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()

@@ -72,14 +72,23 @@ class Pools:
 
 
 def make_pools(
-    num_tokens: int, num_sequences: int, place: Tensor, routing: RoutingConfig, groups: ExpertGroups
+    tokens: Tensor,
+    num_sequences: int,
+    place: Tensor | None,
+    routing: RoutingConfig,
+    groups: ExpertGroups,
 ) -> Pools:
-    """Return the pools of `aux_loss_scope`; `place` [T] lists tokens sequence by sequence."""
+    """Return the pools of `aux_loss_scope` for `tokens` [T, ...].
+
+    `place` [T] lists tokens sequence by sequence; routing groups need it.
+    """
+    num_tokens = len(tokens)
     if routing.aux_loss_scope == "sequence":
-        token = torch.arange(num_tokens, device=place.device)
+        token = torch.arange(num_tokens, device=tokens.device)
         return Pools(num_sequences, token % num_sequences, groups.tp_cp)
     if routing.aux_loss_scope == "group":
         assert routing.group_tokens is not None
+        assert place is not None
         num_pools = max(1, -(-num_tokens // routing.group_tokens))
         return Pools(num_pools, place // routing.group_tokens, None)
     return Pools(1, None, groups.tp_cp)
@@ -101,8 +110,3 @@ def load_balancing_loss(
     loss = score_sums.shape[1] * (fractions * mean_scores).sum(dim=1).mean()
     alone = pools.group is None
     return loss / group_size(groups.tp_cp) if alone else loss
-
-
-def z_loss(logits: Tensor) -> Tensor:
-    """Return the mean over tokens of logsumexp(logits)^2 [] (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    return logits.logsumexp(dim=-1).square().sum() / max(logits.shape[0], 1)

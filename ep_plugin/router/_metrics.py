@@ -20,14 +20,14 @@ def metrics(choice: Choice, expert_ids: Tensor) -> dict[str, Tensor]:
     """
     sent = expert_ids >= 0  # [T, K]
     wanted = choice.expert_ids >= 0
-    parts = choice.all_scores / choice.all_scores.sum(dim=1, keepdim=True)
+    entropy, confidence = choice.sums()
     columns = sent.sum(dim=0)  # [K]
     return {
         "tokens": torch.full_like(columns[0], len(sent)),
         "choices": wanted.sum(),
         "dropped": (wanted & ~sent).sum(),
-        "confidence": choice.all_scores.amax(dim=1).sum(),
-        "entropy": torch.special.entr(parts).sum(),
+        "confidence": confidence,
+        "entropy": entropy,
         "first": columns[0],
         "second": columns[1] if len(columns) > 1 else torch.zeros_like(columns[0]),
         "none": (~sent.any(dim=1)).sum(),

@@ -18,7 +18,7 @@ from ep_plugin.router import _random
 from ep_plugin.router._capacity import keep, place_by_sequence
 from ep_plugin.router._choose import Choice, choose, weigh
 from ep_plugin.router._gate import Gate
-from ep_plugin.router._losses import NAMES, load_balancing_loss, make_pools, z_loss
+from ep_plugin.router._losses import NAMES, load_balancing_loss, make_pools
 from ep_plugin.router._metrics import metrics
 
 
@@ -69,70 +69,83 @@ class TopKRouter(Gate):
         In training all ranks of `groups.tp_cp` (for a global loss of `tp_dp_cp`) must call it
         together.
         """
-        logits = self.logits(hidden)  # [T, E]
-        choice = choose(logits, self.routing, self.expert_bias, self.training)
-        place = place_by_sequence(len(hidden), num_sequences, hidden.device)  # [T]
-        expert_ids, probs = self._drop(choice, place)
+        choice = self._choose(self.logits(hidden))
+        expert_ids, probs = self._drop(choice, num_sequences)
         losses: dict[str, Tensor] = {}
         if self.wants_losses():
-            losses = self._losses(logits, choice, place, num_sequences)
+            losses = self._losses(choice, num_sequences)
             probs = self._attach(probs, losses)
-        tokens_per_expert = self._count(expert_ids)
+        all_sent = not self._may_leave_out()
+        tokens_per_expert = (
+            choice.sent if all_sent and choice.sent is not None else self._count(expert_ids)
+        )
         if self.local_tokens_per_expert is not None and torch.is_grad_enabled():
             self.local_tokens_per_expert += tokens_per_expert
         detached = {name: loss.detach() for name, loss in losses.items()}
         seen = metrics(choice, expert_ids) if self.collect_metrics else {}
         return Routing(expert_ids, probs, tokens_per_expert, detached, seen)
 
-    def _drop(self, choice: Choice, place: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits: Tensor) -> Choice:
+        if logits.is_cuda:
+            from ep_plugin.router import _fused  # it needs Triton, which the CPU does not
+
+            if _fused.fits(logits, self.routing, self.training):
+                return _fused.choose(logits, self.routing, self.expert_bias)
+        return choose(logits, self.routing, self.expert_bias, self.training)
+
+    def _drop(self, choice: Choice, num_sequences: int) -> tuple[Tensor, Tensor]:
         """Return expert ids [T, K] and probs [T, K] of what fits, -1 and 0 for the rest."""
-        routing, expert_ids = self.routing, choice.expert_ids
-        factor = routing.capacity_factor if self.training else routing.eval_capacity_factor
-        weights = weigh(choice.scores, torch.ones_like(expert_ids), routing, "before_drop")
+        routing, expert_ids, weights = self.routing, choice.expert_ids, choice.weights
+        factor = self._capacity_factor()
         if factor is not None:
             with torch.no_grad():
                 shape = tuple(weights.shape)
                 draws = _random.uniform(shape, weights) if routing.drop_policy == "random" else None
+                place = place_by_sequence(shape[0], num_sequences, weights.device)  # [T]
                 fits = keep(
-                    *(expert_ids, weights, choice.scores[:, 0], draws, place),
+                    *(expert_ids, weights, choice.first_scores, draws, place),
                     *(factor, self.config.num_experts, routing),
                 )
                 expert_ids = expert_ids.masked_fill(~fits, -1)
-        sent = expert_ids >= 0
-        weights = weigh(weights, sent, routing, "after_drop")
-        return expert_ids, (weights * routing.scaling_factor).masked_fill(~sent, 0.0)
+        if self._may_leave_out() or routing.normalize == "after_drop":
+            sent = expert_ids >= 0
+            weights = weigh(weights, sent, routing, "after_drop").masked_fill(~sent, 0.0)
+        scale = routing.scaling_factor
+        return expert_ids, weights if scale == 1 else weights * scale
 
-    def _losses(
-        self, logits: Tensor, choice: Choice, place: Tensor, num_sequences: int
-    ) -> dict[str, Tensor]:
+    def _capacity_factor(self) -> float | None:
+        routing = self.routing
+        return routing.capacity_factor if self.training else routing.eval_capacity_factor
+
+    def _may_leave_out(self) -> bool:
+        by_policy = self.routing.second_expert in ("random", "threshold")
+        return by_policy or self._capacity_factor() is not None
+
+    def _losses(self, choice: Choice, num_sequences: int) -> dict[str, Tensor]:
         losses = {}
         if self.routing.z_loss_coeff > 0:
-            losses["z_loss"] = z_loss(logits)
+            losses["z_loss"] = choice.z_loss()
         if self.routing.aux_loss_coeff > 0:
             name = NAMES[self.routing.aux_loss_scope]
-            losses[name] = self._balancing_loss(choice, place, num_sequences)
+            losses[name] = self._balancing_loss(choice, num_sequences)
         return losses
 
-    def _balancing_loss(self, choice: Choice, place: Tensor, num_sequences: int) -> Tensor:
-        routing = self.routing
-        pools = make_pools(len(place), num_sequences, place, routing, self.groups)
-        parts = choice.all_scores
-        if routing.score_function == "sigmoid":
-            parts = parts / parts.sum(dim=1, keepdim=True).clamp(min=torch.finfo(parts.dtype).tiny)
-        counts = pools.count(self._counted(choice), self.config.num_experts)  # [P, E + 1]
+    def _balancing_loss(self, choice: Choice, num_sequences: int) -> Tensor:
+        routing, tokens = self.routing, choice.weights
+        shared = self.groups.tp_cp is not None or routing.aux_loss_scope == "global"
+        if choice.own_loss is not None and not shared:
+            return choice.own_loss
+        place = None
+        if routing.aux_loss_scope == "group":
+            place = place_by_sequence(len(tokens), num_sequences, tokens.device)  # [T]
+        pools = make_pools(tokens, num_sequences, place, routing, self.groups)
+        counts = choice.counts(pools)  # [P, E + 1]
         of_step = self._accumulate(counts[:, :-1]) if routing.aux_loss_scope == "global" else None
         if pools.group is not None:
             dist.all_reduce(counts, group=pools.group)
         per_expert = counts[:, :-1] if of_step is None else of_step
-        return load_balancing_loss(pools.sum(parts), counts[:, -1], per_expert, pools, self.groups)
-
-    def _counted(self, choice: Choice) -> Tensor:
-        """Return the expert ids [T, 1 or K] that the balancing loss counts, before any drop."""
-        routing, expert_ids = self.routing, choice.expert_ids
-        if routing.expert_bias or routing.num_groups is not None:
-            # DeepSeek-V3 (arXiv:2412.19437, eq. 18) counts by affinity, without bias or groups.
-            expert_ids = choice.all_scores.topk(routing.topk, dim=1).indices
-        return expert_ids[:, :1] if routing.aux_loss_counts == "top1" else expert_ids
+        sums = choice.score_sums(pools)
+        return load_balancing_loss(sums, counts[:, -1], per_expert, pools, self.groups)
 
     def _accumulate(self, per_expert: Tensor) -> Tensor:
         """Add this micro-batch's counts [1, E], summed over all ranks; return the step's so far."""
