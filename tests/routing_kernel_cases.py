@@ -86,9 +86,10 @@ def check_gate() -> None:
         exact = gradients(doubles[0] @ doubles[1].T, *doubles, seed)
         found = gradients(gate_logits(hidden, weight), hidden, weight, seed)
         plain = gradients(hidden.float() @ weight.float().T, hidden, weight, seed)
-        for x, y, z in zip(found, plain, exact, strict=True):
-            print(dtype, f"error {error(x, z) ** 0.5:.2e}, torch fp32 {error(y, z) ** 0.5:.2e}")
-            assert error(x, z) ** 0.5 <= 2 * error(y, z) ** 0.5 + 1e-7, dtype
+        for name, x, y, z in zip(("logits", "tokens", "weight"), found, plain, exact, strict=True):
+            ours, fp32 = error(x, z) ** 0.5, error(y, z) ** 0.5
+            print(f"{dtype} {name}: error {ours:.2e}, torch fp32 {fp32:.2e}")
+            assert ours <= (2 * fp32 if name == "logits" else 1.1 * fp32 + 1e-6), (dtype, name)
 
 
 def check_all(device: str) -> None:

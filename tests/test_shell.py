@@ -32,9 +32,10 @@ def source_setup(tmp_path: Path, call: str, **extra: str) -> subprocess.Complete
     """Run `call` after sourcing _setup.sh where no Python but those of the test can be found."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
-    for name in ("cksum", "sh"):
+    for name in ("cat", "chmod", "cksum", "cp", "mkdir", "sh"):
         found = shutil.which(name)
         assert found is not None
+        (tools / name).unlink(missing_ok=True)
         (tools / name).symlink_to(found)
     environment = {"PATH": f"{tmp_path / 'bin'}:{tools}", "HOME": str(tmp_path), **extra}
     bash = shutil.which("bash")
@@ -65,21 +66,44 @@ def test_no_python_is_one_sentence_and_code_2(tmp_path: Path) -> None:
     executable(tmp_path / "bin" / "python3", "exit 1")
     done = source_setup(tmp_path, "setup_project || exit $?")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Python >= 3.12 is needed and none was found")
+    assert done.stderr.startswith("error: Python >= 3.12 with its venv module")
+    assert "is needed and none was found" in done.stderr
+    assert "EP_PYTHON=/path/to/python3.12" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / ".venv").exists()
+
+
+def test_an_install_that_failed_is_tried_again(tmp_path: Path) -> None:
+    """The environment's Python notes each pip call; installing the project fails the first time."""
+    (tmp_path / "pyproject.toml").touch()
+    made = executable(
+        tmp_path / "made",
+        """case "$*" in
+        *--editable*) echo install >>calls; if [ ! -f works ]; then exit 3; fi ;;
+        esac""",
+    )
+    executable(
+        tmp_path / "bin" / "python3",
+        f"""case "$*" in
+        *venv*--clear*) echo venv >>calls; mkdir -p .venv/bin && cp {made} .venv/bin/python ;;
+        *--version) echo Python 3.12 ;;
+        esac""",
+    )
+    call = "setup_project || exit $?"
+    extra = {"EP_PYTHON": "python3"}
+    assert source_setup(tmp_path, call, **extra).returncode == 3
+    assert not (tmp_path / ".venv" / "ep_plugin.stamp").exists()
+    (tmp_path / "works").touch()
+    for _ in range(2):  # the second time there is nothing to do
+        assert source_setup(tmp_path, call, **extra).returncode == 0
+    assert (tmp_path / "calls").read_text().split() == ["venv", "install", "install"]
 
 
 def test_a_named_python_is_the_only_candidate(tmp_path: Path) -> None:
     done = source_setup(tmp_path, "find_python", EP_PYTHON=str(tmp_path / "none"))
     assert done.returncode == 1
-    done = source_setup_again(tmp_path, EP_PYTHON=sys.executable)
+    done = source_setup(tmp_path, "find_python", EP_PYTHON=sys.executable)
     assert done.stdout.strip() == sys.executable
-
-
-def source_setup_again(tmp_path: Path, **extra: str) -> subprocess.CompletedProcess[str]:
-    shutil.rmtree(tmp_path / "tools")
-    return source_setup(tmp_path, "find_python", **extra)
 
 
 def test_every_setting_at_the_top_of_the_quickstart_is_used() -> None:

@@ -17,14 +17,15 @@ from torch import Tensor
 from ep_plugin.config import RoutingConfig
 
 MAX_EXPERTS, MAX_TOPK = 1024, 16
+PROGRAMS = 264  # two for each multiprocessor; each leaves one row of sums
+HELD = 2048  # logits in a program's registers
+WARPS = 8  # of a program
 
 
 @triton.jit
-def _best(values, column, WIDTH: tl.constexpr):
+def _best(values):
     """Return the largest value of each row and its column, the lowest of equal ones."""
-    largest = tl.max(values, axis=1)
-    where = tl.min(tl.where(values == largest[:, None], column, WIDTH), axis=1)
-    return largest, where
+    return tl.max(values, axis=1, return_indices=True, return_indices_tie_break_left=True)
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def _inside_best_groups(
     group = tl.broadcast_to(tl.arange(0, NUM_GROUPS)[None, :], (BLOCK, NUM_GROUPS))
     chosen = tl.zeros((BLOCK, NUM_GROUPS), tl.int32)
     for _ in tl.static_range(GROUP_TOPK):
-        _, where = _best(score, group, NUM_GROUPS)
+        _, where = _best(score)
         chosen = tl.where(group == where[:, None], 1, chosen)
         score = tl.where(group == where[:, None], float("-inf"), score)
     kept = tl.where(chosen[:, :, None] > 0, grouped, float("-inf"))
@@ -54,81 +55,98 @@ def _inside_best_groups(
 
 @triton.jit
 def _route_kernel(
-    logits, bias, ids, weights, totals, normalizers, counts, partials, num_tokens, EXPERTS,
+    logits, bias, ids, weights, totals, normalizers, counts, partials, num_tokens, EXPERTS, TILES,
     K: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALIZE: tl.constexpr,
     COUNT_TOP1: tl.constexpr, COUNT_PLAIN: tl.constexpr,
     NUM_GROUPS: tl.constexpr, GROUP_TOPK: tl.constexpr, EACH: tl.constexpr,
-    BLOCK: tl.constexpr, E: tl.constexpr,
+    BLOCK: tl.constexpr, E: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.arange(0, E)
-    column = tl.broadcast_to(expert[None, :], (BLOCK, E))
-    real = token < num_tokens
-    there = real[:, None] & (expert < EXPERTS)[None, :]
-    cell = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
-    logit = tl.load(logits + cell, mask=there, other=float("-inf"))
-    top = tl.max(logit, axis=1)
-    top = tl.where(real, top, 0.0)
-    exponential = tl.where(there, tl.exp(logit - top[:, None]), 0.0)
-    total = tl.where(real, tl.sum(exponential, axis=1), 1.0)
-    lse = top + tl.log(total)
-    if SIGMOID:
-        score = tl.where(there, tl.sigmoid(logit), 0.0)
-        whole = tl.where(real, tl.sum(score, axis=1), 1.0)
-    else:
-        score = exponential / total[:, None]
-        whole = tl.where(real, 1.0, 1.0)
-    tl.store(totals + token, lse, mask=real)
-    tl.store(normalizers + token, whole, mask=real)
-    part = tl.where(there, score / whole[:, None], 0.0)
-    row = partials + tl.program_id(0).to(tl.int64) * (EXPERTS + 3)
-    tl.store(row + expert, tl.sum(part, axis=0), mask=expert < EXPERTS)
-    tl.store(row + EXPERTS, tl.sum(tl.where(real, lse * lse, 0.0)))
-    logs = tl.log(tl.where(part > 0, part, 1.0))
-    tl.store(row + EXPERTS + 1, -tl.sum(tl.sum(part * logs, axis=1)))
-    tl.store(row + EXPERTS + 2, tl.sum(tl.where(real, tl.max(score, axis=1), 0.0)))
-
-    ranking = score if SIGMOID else logit  # the same order, and no ties where scores saturate
-    if BIASED:
-        ranking = score + tl.load(bias + expert, mask=expert < EXPERTS, other=0.0)[None, :]
-    if NUM_GROUPS > 0:
-        if not BIASED:
-            ranking = score
-        ranking = _inside_best_groups(ranking, BLOCK, E, NUM_GROUPS, GROUP_TOPK, EACH)
-    ranking = tl.where((expert < EXPERTS)[None, :], ranking, float("-inf"))
-    chosen_sum = tl.zeros((BLOCK,), tl.float32)
-    chosen = tl.zeros((BLOCK, E), tl.int32)
-    plain = tl.zeros((BLOCK, E), tl.int32)
-    for k in tl.static_range(K):
-        _, where = _best(ranking, column, E)
-        mine = column == where[:, None]
-        ranking = tl.where(mine, float("-inf"), ranking)
-        chosen = tl.where(mine & there, 1, chosen)
-        value = tl.sum(tl.where(mine, score, 0.0), axis=1)
-        chosen_sum += value
-        tl.store(ids + token.to(tl.int64) * K + k, where.to(tl.int64), mask=real)
-        tl.store(weights + token.to(tl.int64) * K + k, value, mask=real)
-        if k == 0 and COUNT_TOP1 and not COUNT_PLAIN:
-            plain = chosen
-    if not COUNT_TOP1 and not COUNT_PLAIN:
-        plain = chosen
-    if COUNT_PLAIN:
-        left = tl.where(there, score, float("-inf"))
-        for k in tl.static_range(K):
-            if k == 0 or not COUNT_TOP1:
-                _, where = _best(left, column, E)
-                mine = column == where[:, None]
-                left = tl.where(mine, float("-inf"), left)
-                plain = tl.where(mine & there, 1, plain)
     inside = expert < EXPERTS
-    tl.atomic_add(counts + expert, tl.sum(chosen, axis=0).to(tl.int64), mask=inside)
-    tl.atomic_add(counts + EXPERTS + expert, tl.sum(plain, axis=0).to(tl.int64), mask=inside)
-    if NORMALIZE:
-        tl.debug_barrier()
+    column = tl.broadcast_to(expert[None, :], (BLOCK, E))
+    choice = tl.arange(0, KEPT)
+    sums = tl.zeros((E,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    entropies = tl.zeros((BLOCK,), tl.float32)
+    confidences = tl.zeros((BLOCK,), tl.float32)
+    sent = tl.zeros((E,), tl.int32)
+    counted = tl.zeros((E,), tl.int32)
+    for tile in range(TILES):
+        token = (tl.program_id(0) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        real = token < num_tokens
+        there = real[:, None] & inside[None, :]
+        cell = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
+        logit = tl.load(logits + cell, mask=there, other=float("-inf"))
+        top = tl.where(real, tl.max(logit, axis=1), 0.0)
+        exponential = tl.where(there, tl.exp(logit - top[:, None]), 0.0)
+        total = tl.where(real, tl.sum(exponential, axis=1), 1.0)
+        lse = top + tl.log(total)
+        if SIGMOID:
+            score = tl.where(there, tl.sigmoid(logit), 0.0)
+            whole = tl.where(real, tl.sum(score, axis=1), 1.0)
+            part = score / whole[:, None]
+        else:
+            score = exponential / total[:, None]
+            whole = tl.where(real, 1.0, 1.0)
+            part = score
+        tl.store(totals + token, lse, mask=real)
+        tl.store(normalizers + token, whole, mask=real)
+        sums += tl.sum(part, axis=0)
+        squares += tl.where(real, lse * lse, 0.0)
+        entropies -= tl.sum(part * tl.log(tl.where(part > 0, part, 1.0)), axis=1)
+
+        ranking = score if SIGMOID else logit  # the same order, and no ties where scores saturate
+        if BIASED:
+            ranking = score + tl.load(bias + expert, mask=inside, other=0.0)[None, :]
+        if NUM_GROUPS > 0:
+            if not BIASED:
+                ranking = score
+            ranking = _inside_best_groups(ranking, BLOCK, E, NUM_GROUPS, GROUP_TOPK, EACH)
+        ranking = tl.where(inside[None, :], ranking, float("-inf"))
+        chosen = tl.zeros((BLOCK, E), tl.int32)
+        values = tl.zeros((BLOCK, KEPT), tl.float32)
         for k in tl.static_range(K):
-            at = weights + token.to(tl.int64) * K + k
-            value = tl.load(at, mask=real, other=0.0)
-            tl.store(at, value / tl.maximum(chosen_sum, 1.1754944e-38), mask=real)
+            largest, where = _best(ranking)
+            mine = column == where[:, None]
+            ranking = tl.where(mine, float("-inf"), ranking)
+            chosen = tl.where(mine & there, 1, chosen)
+            if BIASED:
+                value = tl.sum(tl.where(mine, score, 0.0), axis=1)
+            elif SIGMOID or NUM_GROUPS > 0:
+                value = largest
+            else:
+                value = tl.exp(largest - lse)
+            values = tl.where(choice[None, :] == k, value[:, None], values)
+            tl.store(ids + token.to(tl.int64) * K + k, where.to(tl.int64), mask=real)
+            if k == 0:
+                if COUNT_TOP1 and not COUNT_PLAIN:
+                    counted += tl.sum(chosen, axis=0)
+                if not BIASED and NUM_GROUPS == 0:
+                    confidences += tl.where(real, value, 0.0)
+        if BIASED or NUM_GROUPS > 0:
+            confidences += tl.where(real, tl.max(score, axis=1), 0.0)
+        sent += tl.sum(chosen, axis=0)
+        if NORMALIZE:
+            values = values / tl.maximum(tl.sum(values, axis=1), 1.1754944e-38)[:, None]
+        at = weights + token.to(tl.int64)[:, None] * K + choice[None, :]
+        tl.store(at, values, mask=real[:, None] & (choice < K)[None, :])
+        if COUNT_PLAIN:
+            left = tl.where(there, score, float("-inf"))
+            for k in tl.static_range(K):
+                if k == 0 or not COUNT_TOP1:
+                    _, where = _best(left)
+                    mine = column == where[:, None]
+                    left = tl.where(mine, float("-inf"), left)
+                    counted += tl.sum(tl.where(mine & there, 1, 0), axis=0)
+    if not COUNT_TOP1 and not COUNT_PLAIN:
+        counted = sent
+    row = partials + tl.program_id(0).to(tl.int64) * (EXPERTS + 3)
+    tl.store(row + expert, sums, mask=inside)
+    tl.store(row + EXPERTS, tl.sum(squares))
+    tl.store(row + EXPERTS + 1, tl.sum(entropies))
+    tl.store(row + EXPERTS + 2, tl.sum(confidences))
+    tl.atomic_add(counts + expert, sent.to(tl.int64), mask=inside)
+    tl.atomic_add(counts + EXPERTS + expert, counted.to(tl.int64), mask=inside)
 
 
 @triton.jit
@@ -229,8 +247,9 @@ class _Route(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         (num_tokens, experts), device = logits.shape, logits.device
         width = triton.next_power_of_2(experts)
-        block = max(1, min(16, 4096 // width))
-        num_blocks = triton.cdiv(num_tokens, block)
+        block = max(1, min(16, HELD // width))  # tokens held at a time, in few registers
+        tiles = triton.cdiv(triton.cdiv(num_tokens, block), PROGRAMS)  # of each program
+        num_blocks = triton.cdiv(num_tokens, block * max(tiles, 1))
         ids = torch.empty(num_tokens, routing.topk, dtype=torch.int64, device=device)
         weights = torch.empty(num_tokens, routing.topk, dtype=torch.float32, device=device)
         per_token = torch.empty(2, num_tokens, dtype=torch.float32, device=device)
@@ -247,7 +266,9 @@ class _Route(torch.autograd.Function):
         if num_tokens:
             _route_kernel[(num_blocks,)](
                 *(logits, counts if bias is None else bias, ids, weights, *per_token, counts),
-                *(partials, num_tokens, experts),
+                *(partials, num_tokens, experts, tiles),
+                KEPT=triton.next_power_of_2(routing.topk),
+                num_warps=WARPS,
                 BIASED=bias is not None,
                 COUNT_TOP1=routing.aux_loss_counts == "top1",
                 COUNT_PLAIN=bias is not None or routing.num_groups is not None,
@@ -256,16 +277,17 @@ class _Route(torch.autograd.Function):
                 EACH=routing.topk // (routing.group_topk or 1),
                 **settings,
             )
-        sums, losses = partials.new_zeros(experts + 3), partials.new_zeros(2)
+        results = partials.new_empty if num_tokens else partials.new_zeros
+        sums, losses = results(experts + 3), results(2)
         if num_tokens:
             _finish_kernel[(1,)](
                 *(partials, counts, sums, losses, num_blocks, num_tokens, experts),
-                BLOCK=max(1, 8192 // triton.next_power_of_2(experts + 3)),
+                BLOCK=max(1, 16384 // triton.next_power_of_2(experts + 3)),
                 E=triton.next_power_of_2(experts + 3),
-                num_warps=8,
+                num_warps=16,
             )
         ctx.save_for_backward(logits, ids, counts, per_token)
-        ctx.settings, ctx.num_blocks = settings, num_blocks
+        ctx.settings = settings
         ctx.mark_non_differentiable(ids, counts)
         ctx.set_materialize_grads(False)
         return weights, sums, losses, ids, counts
@@ -283,7 +305,7 @@ class _Route(torch.autograd.Function):
         if d_losses is None:
             d_losses = torch.zeros(2, dtype=torch.float32, device=logits.device)
         if num_tokens:
-            _route_backward_kernel[(ctx.num_blocks,)](
+            _route_backward_kernel[(triton.cdiv(num_tokens, ctx.settings["BLOCK"]),)](
                 *(logits, ids, counts, *per_token, d_weights.contiguous(), d_sums.contiguous()),
                 *(d_losses.contiguous(), d_logits, num_tokens, experts),
                 **ctx.settings,

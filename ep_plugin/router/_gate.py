@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from ep_plugin.config import MoEConfig
 from ep_plugin.groups import ExpertGroups
-from ep_plugin.kernels.gate import fits as gate_fits
-from ep_plugin.kernels.gate import gate_logits
 from ep_plugin.router import _random
 from ep_plugin.router._losses import add_loss
 
@@ -48,8 +46,11 @@ class Gate(nn.Module):
         `router_dtype` model casts the product.
         """
         plain = self.bias is None and self.routing.router_dtype == "fp32" and not self._jitters()
-        if plain and gate_fits(hidden, self.weight):
-            return gate_logits(hidden, self.weight)
+        if plain and hidden.is_cuda:
+            from ep_plugin.kernels import gate  # it needs Triton, which the CPU does not
+
+            if gate.fits(hidden, self.weight):
+                return gate.gate_logits(hidden, self.weight)
         dtype = _DTYPES.get(self.routing.router_dtype, hidden.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         logits = F.linear(self._jitter(hidden).to(dtype), self.weight.to(dtype), bias)

@@ -26,4 +26,3 @@ def test_virtual_stages_train_as_whole_stages(tmp_path: Path) -> None:
         expected = dict(whole.scalars[tag][1:])
         assert list(expected) == [2, 3]
         assert dict(virtual.scalars[tag]) == pytest.approx(expected, rel=1e-6)
-        print(tag, expected, virtual.scalars[tag])
