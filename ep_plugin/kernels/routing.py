@@ -20,6 +20,7 @@ MAX_EXPERTS, MAX_TOPK = 1024, 16
 PROGRAMS = 264  # two for each multiprocessor; each leaves one row of sums
 HELD = 2048  # logits in a program's registers
 WARPS = 8  # of a program
+ADDED, ADDERS = 32768, 4  # sums read at a time by the program that adds them up, and its warps
 
 
 @triton.jit
@@ -282,9 +283,9 @@ class _Route(torch.autograd.Function):
         if num_tokens:
             _finish_kernel[(1,)](
                 *(partials, counts, sums, losses, num_blocks, num_tokens, experts),
-                BLOCK=max(1, 16384 // triton.next_power_of_2(experts + 3)),
+                BLOCK=max(1, ADDED // triton.next_power_of_2(experts + 3)),
                 E=triton.next_power_of_2(experts + 3),
-                num_warps=16,
+                num_warps=ADDERS,
             )
         ctx.save_for_backward(logits, ids, counts, per_token)
         ctx.settings = settings
