@@ -13,7 +13,7 @@ Nothing is copied, no function is replaced by a rewrite, and `uninstall()` puts 
 
 from ep_plugin.config import ConfigError
 from ep_plugin.megatron import hooks
-from ep_plugin.megatron.arguments import refuse
+from ep_plugin.megatron.refusal import refuse
 
 __all__ = ["install", "uninstall"]
 

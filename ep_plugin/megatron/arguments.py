@@ -1,9 +1,7 @@
 """Megatron's arguments: what ours mean, and every check that needs no communication."""
 
-import os
-import sys
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
 from ep_plugin.config import ConfigError, MoEConfig, RoutingConfig
 from ep_plugin.megatron.flags import BLOCK, KINDS, ROUTING, automatic
@@ -119,10 +117,3 @@ def _experts(args: Any, settings: EdgeSettings) -> tuple[int, ...]:
             f"{args.num_experts}*{num_moe_layers} would do"
         )
     return per_layer
-
-
-def refuse(error: ConfigError) -> NoReturn:
-    """Print the error once for all ranks and exit with code 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"ep_plugin: error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)

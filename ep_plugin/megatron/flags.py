@@ -152,7 +152,7 @@ def with_preset(arguments: list[str]) -> list[str]:
     name = finder.parse_known_args(arguments)[0].ep_preset
     if name is None:
         return arguments
-    from ep_plugin.megatron.arguments import refuse
+    from ep_plugin.megatron.refusal import refuse
     from ep_plugin.presets import load, megatron_arguments
 
     try:

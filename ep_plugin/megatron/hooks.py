@@ -98,7 +98,8 @@ def _with_our_flags(original: Callable[..., Any], parser: Any) -> Any:
 def _with_our_checks(
     layer_class: Any, original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any
 ) -> Any:
-    from ep_plugin.megatron.arguments import check_arguments, refuse, settings_from_args
+    from ep_plugin.megatron.arguments import check_arguments, settings_from_args
+    from ep_plugin.megatron.refusal import refuse
     from ep_plugin.megatron.settings import check_supported
 
     try:
