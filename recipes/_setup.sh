@@ -1,24 +1,29 @@
 # Sourced by quickstart.sh and tests/run.sh: finds a Python >= 3.12, makes .venv, installs the project.
 # EP_PYTHON names an interpreter to use instead of searching.
 
+usable() {
+    # usable PYTHON: whether it starts, is new enough and can make environments.
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1
+}
+
 find_python() {
-    # Prints the first interpreter that starts and is new enough; a pyenv shim can exist and fail.
-    local root candidate
+    # Prints the first usable interpreter; a pyenv shim can exist and fail.
+    local home="${HOME:-}" root candidate
     local candidates=()
     if [[ -n "${EP_PYTHON:-}" ]]; then
         candidates=("$EP_PYTHON")
     else
         candidates=(python3.12 python3.13 python3.14 python3 python)
-        for root in "${PYENV_ROOT:-$HOME/.pyenv}/versions" "$HOME/miniconda3/envs" \
-            "$HOME/anaconda3/envs" "$HOME/miniforge3/envs" /opt/conda/envs; do
-            for candidate in "$root"/*/bin/python; do
+        for root in "${PYENV_ROOT:-$home/.pyenv}/versions" "$home/.pyenv/versions" \
+            {"$home",/opt}/{conda,miniconda3,anaconda3,miniforge3,mambaforge}{,/envs} \
+            "$home/.conda/envs" "${CONDA_PREFIX:-/opt/conda}"; do
+            for candidate in "$root/bin/python" "$root"/*/bin/python; do
                 candidates+=("$candidate")
             done
         done
     fi
     for candidate in "${candidates[@]}"; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' \
-            >/dev/null 2>&1; then
+        if usable "$candidate"; then
             command -v "$candidate"
             return 0
         fi
@@ -28,21 +33,24 @@ find_python() {
 
 setup_project() {
     # Leaves an environment in .venv with the project and its extras; does nothing when it is there.
-    local python stamp
+    # Each failure is returned by name: under `setup_project || ...` bash ignores set -e in here.
+    local python stamp made=no
     stamp="$(cksum <pyproject.toml)"
-    if [[ -f .venv/ep_plugin.stamp && "$(<.venv/ep_plugin.stamp)" == "$stamp" ]]; then
+    if usable .venv/bin/python; then made=yes; fi
+    if [[ "$made" == yes && "$(cat .venv/ep_plugin.stamp 2>/dev/null)" == "$stamp" ]]; then
         return 0
     fi
     if ! python="$(find_python)"; then
-        echo "error: Python >= 3.12 is needed and none was found on PATH, in pyenv or in conda;" \
-            "install one, or name it: EP_PYTHON=/path/to/python3.12 $0" >&2
+        echo "error: Python >= 3.12 with its venv module (Debian and Ubuntu: python3-venv) is" \
+            "needed and none was found on PATH, in pyenv or in conda; install one, or name it:" \
+            "EP_PYTHON=/path/to/python3.12 $0" >&2
         return 2
     fi
     echo "setup: $("$python" --version) at $python -> .venv (the first time takes minutes)"
-    if [[ ! -x .venv/bin/python ]] || ! .venv/bin/python -c '' 2>/dev/null; then
-        "$python" -m venv --clear .venv
+    if [[ "$made" == no ]]; then
+        "$python" -m venv --clear .venv || return
     fi
-    .venv/bin/python -m pip install --quiet --upgrade pip
-    .venv/bin/python -m pip install --quiet --editable '.[megatron,report,dev]'
+    .venv/bin/python -m pip install --quiet --upgrade pip || return
+    .venv/bin/python -m pip install --quiet --editable '.[megatron,report,dev]' || return
     echo "$stamp" >.venv/ep_plugin.stamp
 }

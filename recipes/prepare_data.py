@@ -3,13 +3,16 @@
 import argparse
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import sys
 import sysconfig
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import sentencepiece
@@ -29,7 +32,8 @@ then, in Megatron:
 """
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".json")  # taken from folders
 TRAINING_SENTENCES = 60_000  # lines the tokenizer is trained on
-MAX_LINE = 4192  # bytes; SentencePiece skips longer lines in training
+MAX_LINE = 4192  # characters; the tokenizer is trained on longer lines in pieces
+MIN_DOCUMENTS = 1000  # Megatron splits by document and waits forever on a split that has none
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,60 +41,51 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "input",
-        nargs="*",
-        type=Path,
-        help="folders, text files or JSONL; default: Python's library",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("data/quickstart"), help="folder to make"
-    )
+    what = "folders, text files or JSONL; default: Python's library"
+    parser.add_argument("input", nargs="*", type=Path, help=what)
+    folder = Path("data/quickstart")
+    parser.add_argument("--output", type=Path, default=folder, help="folder to make")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens (default 4096)")
     parser.add_argument("--json-key", default="text", help="the text's key in JSONL (default text)")
     args = parser.parse_args(argv)
+    inputs = args.input or [Path(sysconfig.get_path("stdlib"))]  # real text on every machine
     try:
-        prepare(args.input or [standard_library()], args.output, args.vocab_size, args.json_key)
+        prepare(inputs, args.output, args.vocab_size, args.json_key)
     except ConfigError as error:
         print(f"prepare_data.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def standard_library() -> Path:
-    """Return the folder of the running Python's standard library, real text on every machine."""
-    return Path(sysconfig.get_path("stdlib"))
-
-
 def prepare(inputs: list[Path], output: Path, vocab_size: int, json_key: str) -> None:
     """Write tokenizer.model, corpus.bin, corpus.idx and manifest.json into `output`.
 
-    The folder is written beside and renamed last. Raises ConfigError for input without text, and
-    for an output folder that holds something else.
+    Everything is written beside and renamed last. Raises ConfigError for input without text, for a
+    vocabulary that does not fit it and for an output folder that holds something else.
     """
+    if vocab_size < 1:
+        raise ConfigError(f"--vocab-size must be at least 1; got {vocab_size}; 4096 would do")
     files = list_files(inputs)
     wanted = {"files": fingerprint(files), "vocab_size": vocab_size, "json_key": json_key}
     if is_complete(output, wanted):
         print(f"{output} is complete: nothing to do")
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    documents = read_all(files, json_key)
+    nearest = next(folder for folder in output.absolute().parents if folder.is_dir())
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=nearest))
     try:
-        documents = read_all(files, json_key)
         train_tokenizer(documents, staging, vocab_size)
-        counts = write_tokens(documents, staging)
+        counts = write_tokens(enough_documents(documents), staging)
         manifest = {**wanted, **counts}
         (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         if output.exists():
             output.rmdir()  # is_complete made sure that it is empty
         staging.chmod(0o755)  # mkdtemp keeps folders to their owner
+        output.parent.mkdir(parents=True, exist_ok=True)
         staging.rename(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    print(
-        f"{output}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-        f"vocabulary {vocab_size}"
-    )
+    print(f"{output}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 
 def list_files(inputs: list[Path]) -> list[Path]:
@@ -99,7 +94,7 @@ def list_files(inputs: list[Path]) -> list[Path]:
     for path in inputs:
         if path.is_dir():
             found = (p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-            files += sorted(p for p in found if "site-packages" not in p.parts)
+            files += sorted(p for p in found if "site-packages" not in p.relative_to(path).parts)
         elif path.is_file():
             files.append(path)
         else:
@@ -108,9 +103,9 @@ def list_files(inputs: list[Path]) -> list[Path]:
 
 
 def fingerprint(files: list[Path]) -> str:
-    """Return a hash of the files' names and sizes."""
-    listed = "\n".join(f"{path} {path.stat().st_size}" for path in files)
-    return hashlib.sha256(listed.encode()).hexdigest()
+    """Return a hash of the files' contents in their order, wherever they lie."""
+    listed = [f"{p.suffix} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
 
 
 def is_complete(output: Path, wanted: dict[str, object]) -> bool:
@@ -129,40 +124,72 @@ def is_complete(output: Path, wanted: dict[str, object]) -> bool:
 
 
 def read_all(files: list[Path], json_key: str) -> list[str]:
-    """Return the documents; raises ConfigError when there is no text in any file."""
+    """Return the documents; raises ConfigError when the files hold next to no text."""
     documents = []
     for path in tqdm(files, desc="reading", unit="file", disable=None):
         documents += [text for text in read_file(path, json_key) if text.strip()]
-    if not documents:
+    characters = sum(map(len, documents))
+    if characters < MIN_DOCUMENTS:
         raise ConfigError(
-            f"INPUT must hold text; {len(files)} file(s) ({', '.join(SUFFIXES)}) were read "
-            "and none had any; without INPUT Python's standard library is taken"
+            f"INPUT must hold text, at least {MIN_DOCUMENTS} characters; {len(files)} file(s) "
+            f"({', '.join(SUFFIXES)}) held {characters}; without INPUT Python's standard library "
+            "is taken"
         )
     return documents
 
 
-def read_file(path: Path, json_key: str) -> Iterator[str]:
-    """Yield the documents of one file: each line of JSONL, else the whole text.
+def enough_documents(documents: list[str]) -> list[str]:
+    """Return `documents`, cut into at least MIN_DOCUMENTS parts, at line ends if lines allow it."""
+    if len(documents) >= MIN_DOCUMENTS:
+        return documents
+    size = sum(map(len, documents)) // MIN_DOCUMENTS  # characters
+    parts: list[str] = []
+    for text in documents:
+        start = 0
+        while start < len(text):
+            end = text.rfind("\n", start, start + size) + 1 or start + size
+            parts.append(text[start:end])
+            start = end
+    print(f"{len(documents):,} documents cut into {len(parts):,}, so that each split has some")
+    return parts
 
-    Raises ConfigError, with the line, for JSONL that has no such key.
+
+def read_file(path: Path, json_key: str) -> Iterator[str]:
+    """Yield the documents of one file: each line of JSONL but blank ones, else the whole text.
+
+    Raises ConfigError, with the line, for JSONL that has no text under that key.
     """
     if path.suffix != ".jsonl":
         yield path.read_text(encoding="utf-8", errors="ignore")
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)[json_key]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"each line of {path} must be JSON with the key {json_key!r}; "
-                    f"line {number} is not ({error}); --json-key names another key"
-                ) from error
+            if line.strip():
+                yield read_line(line, json_key, f"line {number} of {path}")
+
+
+def read_line(line: bytes, json_key: str, name: str) -> str:
+    """Return the text in one line of JSONL; raises ConfigError, with its `name`, without one."""
+    try:
+        text = json.loads(line)[json_key]
+        if isinstance(text, str):
+            text.encode()  # fails for half of a surrogate pair, which JSON can hold
+            return text
+        found = f"{type(text).__name__} under that key"
+    except KeyError:
+        found = "no such key"
+    except (ValueError, TypeError) as error:
+        found = str(error)
+    raise ConfigError(
+        f"each line must be a JSON object with text under the key {json_key!r}; {name} is not "
+        f"({found}); --json-key names another key"
+    )
 
 
 def train_tokenizer(documents: list[str], folder: Path, vocab_size: int) -> None:
     """Train a byte-pair tokenizer, tokenizer.model; raises ConfigError for too little text."""
-    lines = [line for text in documents for line in text.splitlines() if line.strip()]
+    whole = (line for text in documents for line in text.splitlines() if line.strip())
+    lines = [line[i : i + MAX_LINE] for line in whole for i in range(0, len(line), MAX_LINE)]
     step = max(1, len(lines) // TRAINING_SENTENCES)
     print(f"training the tokenizer on {len(lines[::step]):,} of {len(lines):,} lines", flush=True)
     try:
@@ -177,21 +204,34 @@ def train_tokenizer(documents: list[str], folder: Path, vocab_size: int) -> None
             allow_whitespace_only_pieces=True,
             add_dummy_prefix=False,
             user_defined_symbols=["\n"],
-            max_sentence_length=MAX_LINE,
+            max_sentence_length=4 * MAX_LINE,  # bytes
             num_threads=os.cpu_count() or 1,
             minloglevel=2,
         )
     except RuntimeError as error:
+        limit = re.search(r"(?:value <=|\d vs) (\d+)", str(error))
         raise ConfigError(
-            f"--vocab-size ({vocab_size}) does not fit the text: {error}; a smaller one would do"
+            f"--vocab-size ({vocab_size}) does not fit the text; "
+            + (f"{limit[1]} would do" if limit else f"SentencePiece says: {error}")
         ) from error
     (folder / "tokenizer.vocab").unlink()
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back warnings: on import Megatron and torch name each GPU package that is not there."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def write_tokens(documents: list[str], folder: Path) -> dict[str, int]:
     """Write corpus.bin and corpus.idx, each document closed by the end-of-sentence token."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron names each GPU package that is not there
+    with quiet():
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     tokenizer = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))

@@ -13,7 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -48,7 +48,7 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
     """Run the model on one micro-batch; return the losses [B, S] and how to sum them."""
-    batch = get_batch(data_iterator, getattr(model, "vp_stage", None))
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     loss_mask = batch.pop("loss_mask")
     losses = model(
         batch["tokens"],

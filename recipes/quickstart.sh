@@ -14,15 +14,15 @@ DATA_INPUT="${DATA_INPUT:-}"                # folder or file; empty: Python's st
 RANKS="${RANKS:-}"                          # empty: as many as GPUs, else 2
 EXPERTS="${EXPERTS:-8}"                     # experts per layer
 TOPK="${TOPK:-2}"                           # experts per token
-EP="${EP:-}"                                # expert-parallel ranks; empty: as many as ranks
+EP="${EP:-}"                                # expert-parallel ranks; empty: gcd(RANKS, EXPERTS)
 VOCAB="${VOCAB:-4096}"                      # tokens in the vocabulary
 LAYERS="${LAYERS:-4}"
 HIDDEN="${HIDDEN:-128}"
 FFN="${FFN:-384}"
 HEADS="${HEADS:-4}"
 SEQ="${SEQ:-256}"
-MICRO_BATCH="${MICRO_BATCH:-8}"
-GLOBAL_BATCH="${GLOBAL_BATCH:-16}"
+MICRO_BATCH="${MICRO_BATCH:-8}"             # samples per rank at once
+GLOBAL_BATCH="${GLOBAL_BATCH:-}"            # samples per iteration; empty: 16 or the next that fits
 LR="${LR:-3e-3}"
 DENSE_ITERS="${DENSE_ITERS:-160}"           # iterations of dense pretraining
 MOE_ITERS="${MOE_ITERS:-160}"               # iterations after the conversion
@@ -35,23 +35,61 @@ source recipes/_setup.sh
 started=$SECONDS
 setup_project || exit $?
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONWARNINGS=ignore
-mkdir -p "$RUN_DIR/logs"
+
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+settle_sizes() {
+    # Sets EP and GLOBAL_BATCH where they are empty; refuses sizes that only a later step would.
+    local name gcd rest batch
+    for name in RANKS EXPERTS TOPK MICRO_BATCH EP GLOBAL_BATCH; do
+        [[ "${!name:-1}" =~ ^[1-9][0-9]*$ ]] || refuse "$name must be a whole number from 1 on;" \
+            "got '${!name}'; without it the default is taken"
+    done
+    gcd=$RANKS rest=$EXPERTS
+    while ((rest > 0)); do
+        read -r gcd rest <<<"$rest $((gcd % rest))"
+    done
+    EP="${EP:-$gcd}"
+    ((gcd % EP == 0)) || refuse "EP must divide RANKS and EXPERTS; got EP=$EP, RANKS=$RANKS," \
+        "EXPERTS=$EXPERTS; EP=$gcd would do"
+    ((TOPK <= EXPERTS)) || refuse "TOPK must be at most EXPERTS; got TOPK=$TOPK," \
+        "EXPERTS=$EXPERTS; TOPK=$EXPERTS would do"
+    batch=$((MICRO_BATCH * RANKS))
+    GLOBAL_BATCH="${GLOBAL_BATCH:-$(((15 + batch) / batch * batch))}"
+    ((GLOBAL_BATCH % batch == 0)) || refuse "GLOBAL_BATCH must be a multiple of" \
+        "MICRO_BATCH x RANKS; got GLOBAL_BATCH=$GLOBAL_BATCH," \
+        "MICRO_BATCH=$MICRO_BATCH, RANKS=$RANKS;" \
+        "GLOBAL_BATCH=$(((GLOBAL_BATCH + batch - 1) / batch * batch)) would do"
+}
 
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 if [[ "${EP_PLUGIN_DEVICE:-}" == cpu ]]; then gpus=0; fi
 if ((gpus > 0)); then device="cuda"; else device="cpu"; fi
 RANKS="${RANKS:-$((gpus > 0 ? gpus : 2))}"
-EP="${EP:-$RANKS}"
+settle_sizes
+mkdir -p "$RUN_DIR/logs"
+
+why() {
+    # why LOG: the first error with the lines around it, or else the last lines. Torchrun's own
+    # report, which names no cause but a signal, begins where it stops the other ranks.
+    local torchrun='torch/distributed/elastic/.*(closing signal|failed \(exitcode)'
+    local raised='^(\[rank[0-9]+\]: ?)?[A-Za-z_.]*(Error|Exception|Interrupt|StopIteration)(:|$)'
+    grep -E -m 1 -B 12 -A 3 "$raised|(^|: )error: " <(sed -E "\\#$torchrun#,\$d" "$1") ||
+        tail -n 20 "$1"
+}
 
 step() {
-    # step NAME OUTPUT COMMAND...: run it with a log; stop with the log's last lines when it fails.
+    # step NAME OUTPUT COMMAND...: run it with a log; stop with what went wrong when it fails.
     local name="$1" output="$2" log="$RUN_DIR/logs/$1.log" code=0
     shift 2
     echo "$name -> $output (log: $log)"
     python recipes/_measure.py "$RUN_DIR/logs/$name.usage.json" "$@" >"$log" 2>&1 || code=$?
     if ((code != 0)); then
-        echo "error: step $name failed with exit code $code; the end of $log:" >&2
-        tail -n 20 "$log" >&2
+        echo "error: step $name failed with exit code $code; from $log:" >&2
+        why "$log" >&2
         exit "$code"
     fi
     grep -E '^ep_plugin' "$log" | sed 's/^/    /' || true

@@ -117,18 +117,135 @@ def test_every_setting_at_the_top_of_the_quickstart_is_used() -> None:
         )
 
 
-def test_a_failing_step_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    """The real step function, with a command that fails."""
+def quickstart(tmp_path: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run the real quickstart in a folder whose .venv holds a Python that only notes its calls."""
+    project = tmp_path / "project"
+    (project / "recipes").mkdir(parents=True)
+    for name in ("quickstart.sh", "_setup.sh"):
+        shutil.copy(ROOT / "recipes" / name, project / "recipes")
+    (project / "pyproject.toml").touch()
+    python = """case "$*" in *device_count*) echo 0 ;; *_measure*) echo "$*" >>calls ;; esac"""
+    executable(project / ".venv" / "bin" / "python", python)
+    stamp = subprocess.run(["cksum"], input="", capture_output=True, text=True, check=True).stdout
+    (project / ".venv" / "ep_plugin.stamp").write_text(stamp)
+    (project / "run").mkdir()
+    (project / "run" / "summary.json").touch()
+    return subprocess.run(
+        [str(project / "recipes" / "quickstart.sh")],
+        env={"PATH": os.environ["PATH"], "RUN_DIR": "run", **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "micro", "batch", "ep"),
+    [
+        ({}, 8, 16, 2),  # without a GPU: two ranks
+        ({"RANKS": "1"}, 8, 16, 1),
+        ({"RANKS": "2"}, 8, 16, 2),
+        ({"RANKS": "3"}, 8, 24, 1),
+        ({"RANKS": "4"}, 8, 32, 4),
+        ({"RANKS": "6"}, 8, 48, 2),
+        ({"RANKS": "16"}, 8, 128, 8),
+        ({"RANKS": "4", "MICRO_BATCH": "1"}, 1, 16, 4),
+        ({"RANKS": "4", "GLOBAL_BATCH": "96", "EP": "2"}, 8, 96, 2),
+    ],
+)
+def test_quickstart_sizes_fit_any_number_of_ranks(
+    tmp_path: Path, settings: dict[str, str], micro: int, batch: int, ep: int
+) -> None:
+    done = quickstart(tmp_path, **settings)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "project" / "calls").read_text().splitlines()
+    trained = [call for call in calls if "pretrain_gpt.py" in call]
+    assert len(trained) == 6
+    for call in trained:
+        assert f"--nproc-per-node {settings.get('RANKS', '2')} " in call
+        assert f"--micro-batch-size {micro} --global-batch-size {batch} " in call
+        assert ("--num-experts" in call) == (f"--expert-model-parallel-size {ep} " in call)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"RANKS": "4", "GLOBAL_BATCH": "16"},
+            "GLOBAL_BATCH must be a multiple of MICRO_BATCH x RANKS; got GLOBAL_BATCH=16, "
+            "MICRO_BATCH=8, RANKS=4; GLOBAL_BATCH=32 would do",
+        ),
+        (
+            {"RANKS": "4", "EP": "3"},
+            "EP must divide RANKS and EXPERTS; got EP=3, RANKS=4, EXPERTS=8; EP=4 would do",
+        ),
+        (
+            {"EXPERTS": "4", "TOPK": "5"},
+            "TOPK must be at most EXPERTS; got TOPK=5, EXPERTS=4; TOPK=4 would do",
+        ),
+        (
+            {"RANKS": "0"},
+            "RANKS must be a whole number from 1 on; got '0'; without it the default is taken",
+        ),
+        (
+            {"MICRO_BATCH": "many"},
+            "MICRO_BATCH must be a whole number from 1 on; got 'many'; without it the default "
+            "is taken",
+        ),
+    ],
+)
+def test_quickstart_refuses_contradicting_sizes_first(
+    tmp_path: Path, settings: dict[str, str], message: str
+) -> None:
+    done = quickstart(tmp_path, **settings)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+    assert not (tmp_path / "project" / "calls").exists()
+    assert not (tmp_path / "project" / "run" / "logs").exists()
+
+
+TORCHRUN = """\
+W0101 00:00:00.1 9 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 5 closing signal SIGTERM
+E0101 00:00:00.2 9 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) local_rank: 1 (pid: 6)
+Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+rank      : 1 (local_rank: 1)
+traceback : Signal 9 (SIGKILL) received by PID 6
+"""  # noqa: E501
+SECOND = "[rank0]: Traceback:\n" + "[rank0]:   a frame\n" * 30 + "[rank0]: OSError: peer closed\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "shown"),
+    [
+        ("".join(f"{i}\n" for i in range(30)), [str(i) for i in range(10, 30)]),
+        ("start\nep_plugin: error: the rule\n" + TORCHRUN, ["start", "ep_plugin: error: the rule"]),
+        (
+            "Traceback:\n  a line\ntorch.OutOfMemoryError: 7 GiB\n" + SECOND + TORCHRUN,
+            ["Traceback:", "  a line", "torch.OutOfMemoryError: 7 GiB", *SECOND.splitlines()[:3]],
+        ),
+        (
+            "[rank1]: Traceback:\n[rank1]: AssertionError\n" + TORCHRUN,
+            ["[rank1]: Traceback:", "[rank1]: AssertionError"],
+        ),
+        ("killed\n" + TORCHRUN, ["killed", *TORCHRUN.splitlines()]),
+    ],
+    ids=["no error", "a sentence", "two tracebacks", "prefixed", "a signal"],
+)
+def test_a_failing_step_shows_what_went_wrong(tmp_path: Path, log: str, shown: list[str]) -> None:
+    """The real step function, with a command that writes a log and fails."""
+    (tmp_path / "written").write_text(log)
     text = (ROOT / "recipes" / "quickstart.sh").read_text()
-    function = text[text.index("step() {") : text.index("train() {")]
-    command = f"cd {ROOT}; RUN_DIR={tmp_path}; mkdir -p {tmp_path}/logs; {function}\n"
-    command += "step broken nowhere sh -c 'seq 1 30; exit 7'"
+    functions = text[text.index("why() {") : text.index("train() {")]
+    command = f"set -euo pipefail; cd {ROOT}; RUN_DIR={tmp_path}; mkdir {tmp_path}/logs\n"
+    command += f"{functions}\nstep broken nowhere sh -c 'cat {tmp_path}/written; exit 7'"
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-c", command], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 7
     lines = done.stderr.splitlines()
-    assert lines[0].startswith("error: step broken failed with exit code 7")
-    assert lines[1:] == [str(number) for number in range(11, 31)]
+    assert lines[0] == (
+        f"error: step broken failed with exit code 7; from {tmp_path}/logs/broken.log:"
+    )
+    assert lines[1:] == shown
     assert not (tmp_path / "logs" / "broken.usage.json").exists()
