@@ -4,6 +4,7 @@ A mistake of the user's is a `ConfigError`: found before any communication, on e
 with the rule, the names, the values and a legal alternative in its message.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -111,22 +112,33 @@ class RoutingConfig:
             )
 
     def _check_ranges(self) -> None:
-        for name in ("topk", "num_groups", "group_topk", "group_tokens"):
+        for name, (smallest, legal) in _COUNTS.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1; got {value}")
+            if value is not None and (not isinstance(value, int) or value < smallest):
+                raise ConfigError(
+                    f"{name} must be an integer of at least {smallest}; got {value}; "
+                    f"{legal} would do"
+                )
         for name in ("scaling_factor", "capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} must be positive; got {value}; 1.0 would do")
-        for name in ("aux_loss_coeff", "z_loss_coeff", "min_capacity", "bias_update_rate"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative; got {getattr(self, name)}")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(
+                    f"{name} must be positive and finite; got {value}; {name} = 1.0 would do"
+                )
+        for name in ("aux_loss_coeff", "z_loss_coeff", "bias_update_rate"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(
+                    f"{name} must be finite and not negative; got {value}; {name} = 0.0 would do"
+                )
         if not 0 <= self.jitter_eps < 1:
-            raise ConfigError(f"jitter_eps must be in [0, 1); got {self.jitter_eps}; 0.01 would do")
+            raise ConfigError(
+                f"jitter_eps must be in [0, 1); got {self.jitter_eps}; jitter_eps = 0.01 would do"
+            )
         if not 0 < self.second_threshold <= 1:
             raise ConfigError(
-                f"second_threshold must be in (0, 1]; got {self.second_threshold}; 0.2 would do"
+                f"second_threshold must be in (0, 1]; got {self.second_threshold}; "
+                "second_threshold = 0.2 would do"
             )
 
     def _check_capacity(self) -> None:
@@ -159,32 +171,39 @@ class RoutingConfig:
     def check_experts(self, num_experts: int) -> None:
         """Raise ConfigError when a layer of `num_experts` cannot be routed this way."""
         if self.topk > num_experts:
+            legal = f"topk = {num_experts}" + (" with normalize = none" if num_experts == 1 else "")
             raise ConfigError(
-                f"topk ({self.topk}) must be at most num_experts ({num_experts}); "
-                f"topk = {num_experts} would do"
+                f"topk ({self.topk}) must be at most num_experts ({num_experts}); {legal} would do"
             )
         if self.num_groups is None or self.group_topk is None:
             return
+        ungrouped = f"{_UNGROUPED} would do"
         if num_experts % self.num_groups:
             raise ConfigError(
                 f"num_groups ({self.num_groups}) must divide num_experts ({num_experts}); "
-                f"num_groups = {largest_divisor(num_experts, self.num_groups)} would do"
+                f"{ungrouped}"
             )
         if self.group_topk > self.num_groups:
             raise ConfigError(
                 f"group_topk ({self.group_topk}) must be at most num_groups ({self.num_groups}); "
-                f"group_topk = {self.num_groups} would do"
+                f"{ungrouped}"
             )
-        if self.topk % self.group_topk or self.topk > num_experts // self.num_groups * (
-            self.group_topk
-        ):
+        per_group = num_experts // self.num_groups
+        if self.topk % self.group_topk or self.topk > per_group * self.group_topk:
             raise ConfigError(
                 f"topk ({self.topk}) must be a multiple of group_topk ({self.group_topk}), at most "
-                f"{num_experts // self.num_groups} experts in each group; "
-                f"topk = {self.group_topk} would do"
+                f"{per_group} experts in each group; {ungrouped}"
             )
 
 
+_UNGROUPED = "num_groups = None with group_topk = None"
+_COUNTS = {  # the smallest that is legal, and an alternative
+    "topk": (1, "topk = 2"),
+    "num_groups": (1, _UNGROUPED),
+    "group_topk": (1, _UNGROUPED),
+    "group_tokens": (1, "group_tokens = None"),
+    "min_capacity": (0, "min_capacity = 0"),
+}
 _CHOICES = {
     "score_function": get_args(ScoreFunction),
     "normalize": get_args(Normalize),

@@ -2,6 +2,7 @@
 
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tolerance import error
@@ -24,14 +25,25 @@ CASES: list[tuple[int, int, dict[str, Any]]] = [  # tokens, experts, settings
     (33, 16, {"topk": 4, "score_function": "sigmoid", "aux_loss_counts": "top1"}),
     (33, 12, {"topk": 3, "expert_bias": True, "normalize": "after_drop"}),
     (33, 16, {"topk": 4, "num_groups": 4, "group_topk": 2, "normalize": "none"}),
+    (9, 1000, {"topk": 16, "score_function": "sigmoid"}),
 ]
+EXTREME: tuple[dict[str, Any], ...] = (
+    {},
+    {"score_function": "sigmoid"},
+    {"score_function": "sigmoid", "expert_bias": True},
+    {"num_groups": 4, "group_topk": 2},
+)
 POOL = Pools(1, None, None)
 
 
 def check(tokens: int, experts: int, settings: dict[str, Any], device: str) -> None:
+    """Random logits."""
+    check_logits(torch.randn(tokens, experts, device=device) * 2, settings)
+
+
+def check_logits(logits: Tensor, settings: dict[str, Any]) -> None:
     """Choices and counts are equal, sums and gradients to fp32's last digits."""
-    routing = RoutingConfig(**settings)
-    logits = torch.randn(tokens, experts, device=device) * 2
+    routing, (tokens, experts), device = RoutingConfig(**settings), logits.shape, logits.device
     bias = torch.rand(experts, device=device) if routing.expert_bias else None
     leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
     found = kernel.route(leaf, routing, bias)
@@ -72,6 +84,56 @@ def check_ties(device: str) -> None:
     assert found.expert_ids.tolist() == [[0, 1, 2]] * 5
 
 
+def check_programs_with_several_tiles(device: str) -> None:
+    """Also when a program takes several blocks of tokens, the last ragged; repeats are equal."""
+    with patch.object(kernel, "PROGRAMS", 2):
+        check(75, 12, {"topk": 3}, device)
+        logits = torch.randn(75, 12, device=device)
+        first, again = (kernel.route(logits, RoutingConfig(), None) for _ in range(2))
+        assert torch.equal(first.score_sums, again.score_sums)
+        assert torch.equal(first.balancing_loss, again.balancing_loss)
+
+
+def check_one_expert(device: str) -> None:
+    """All tokens to one expert."""
+    logits = torch.randn(40, 8, device=device)
+    logits[:, 5] += 50
+    check_logits(logits, {"topk": 2})
+
+
+def check_saturated_sigmoid(device: str) -> None:
+    """Scores that round to 1, or to 0, are ranked by their logits, and give no NaN."""
+    routing = RoutingConfig(topk=3, score_function="sigmoid")
+    logits = 20 + torch.randperm(60, device=device).view(5, 12).float()
+    for shift in (0, -100, -800):
+        leaf = (logits + shift).requires_grad_()
+        found = kernel.route(leaf, routing, None)
+        assert torch.equal(found.expert_ids, logits.topk(3).indices), shift
+        (slope,) = torch.autograd.grad(found.weights.sum() + found.score_sums.sum(), leaf)
+        for values in (found.weights, slope):
+            assert values.isfinite().all(), shift
+
+
+def check_not_finite(device: str) -> None:
+    """Whatever the logits: K experts that exist, none twice, counted as sent; NaN is not hidden."""
+    logits = torch.randn(4, 12, device=device)
+    logits[0] = torch.nan
+    logits[1, 4] = torch.nan
+    logits[2, 1:] = -torch.inf
+    for settings in EXTREME:
+        routing = RoutingConfig(topk=4, **settings)
+        bias = torch.zeros(12, device=device) if routing.expert_bias else None
+        wide = torch.nn.functional.pad(logits, (0, 4)) if routing.num_groups else logits
+        found = kernel.route(wide, routing, bias)
+        ids = found.expert_ids
+        assert ((ids >= 0) & (ids < wide.shape[1])).all(), settings
+        assert all(len(set(row)) == 4 for row in ids.tolist()), (settings, ids)
+        assert torch.equal(found.sent, torch.bincount(ids.flatten(), minlength=wide.shape[1]))
+        assert found.weights[0].isnan().all(), settings
+        assert found.weights[2:].isfinite().all(), settings
+        assert found.z_sum.isnan(), settings
+
+
 def check_gate() -> None:
     """Errors against float64 at most those of torch's own fp32 product, forward and backward."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -97,6 +159,10 @@ def check_all(device: str) -> None:
     for case in CASES:
         check(*case, device)
     check_ties(device)
+    check_programs_with_several_tiles(device)
+    check_one_expert(device)
+    check_saturated_sigmoid(device)
+    check_not_finite(device)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A logit row per token; token t is of sequence t % B, at position t // B. Randomn
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,6 +15,8 @@ Array = np.ndarray
 
 @dataclass
 class Result:
+    chosen: list[list[int]]  # per token and choice, before any is left out or dropped
+    counted: list[list[int]]  # per token, the choices that the balancing loss counts
     ids: list[list[int]]  # per token and choice, -1 = not sent
     probs: list[list[float]]
     losses: dict[str, float] = field(default_factory=dict)
@@ -52,9 +54,10 @@ def choose(
         picks = best(ranking, routing.topk)
         if routing.second_expert == "sampling":
             noisy = [
-                -math.inf if e == picks[0] else logits[t][e] + draws["second"][t][e]
+                -math.inf if e == picks[0] or ranking[e] == -math.inf
+                else logits[t][e] + draws["second"][t][e]
                 for e in range(len(ranking))
-            ]
+            ]  # fmt: skip
             picks[1] = best(noisy, 1)[0]
         chosen.append(picks)
     return chosen
@@ -109,7 +112,7 @@ def drop(
     group = group_of(len(ids), num_sequences, routing)
 
     def priority(t: int, k: int) -> tuple[float, ...]:
-        return {
+        return {  # random: the least draws stay, as uniform a subset as the largest
             "position": (place[t],),
             "rank_position": (k, place[t]),
             "probs": (-weights[t][k], place[t]),
@@ -125,6 +128,15 @@ def drop(
                      if ids[t][k] == e]  # fmt: skip
             for _, t, k in sorted(queue)[room:]:
                 ids[t][k] = -1
+
+
+def pools_of(num_tokens: int, num_sequences: int, routing: RoutingConfig) -> list[int]:
+    """Which pool of the balancing loss each token is in."""
+    if routing.aux_loss_scope == "sequence":
+        return [t % num_sequences for t in range(num_tokens)]
+    if routing.aux_loss_scope == "group":
+        return group_of(num_tokens, num_sequences, routing)
+    return [0] * num_tokens
 
 
 def balancing_loss(
@@ -163,6 +175,7 @@ def route(
     scores = exact if scores is None else scores
     assert np.allclose(scores, exact, rtol=1e-13, atol=0)
     ids = choose(logits, scores, routing, bias, draws)
+    chosen = [list(picks) for picks in ids]
     raw = [[scores[t][e] for e in picks] for t, picks in enumerate(ids)]
     weights = [list(row) for row in raw]
     if routing.normalize == "before_drop":
@@ -191,13 +204,29 @@ def route(
         ])  # fmt: skip
     losses = {}
     if training:
-        pools = {
-            "micro_batch": [0] * num_tokens,
-            "global": [0] * num_tokens,
-            "sequence": [t % num_sequences for t in range(num_tokens)],
-            "group": group_of(num_tokens, num_sequences, routing),
-        }[routing.aux_loss_scope]
+        pools = pools_of(num_tokens, num_sequences, routing)
         parts = scores / scores.sum(axis=1, keepdims=True)
         losses["aux"] = balancing_loss(parts, counted, pools, routing)
         losses["z"] = float(np.mean(np.log(np.exp(logits).sum(axis=1)) ** 2))
-    return Result(ids, probs, losses)
+    return Result(chosen, counted, ids, probs, losses)
+
+
+def expert_choice(
+    scores: Array, routing: RoutingConfig, factor: float, num_sequences: int
+) -> list[list[int]]:
+    """Expert ids [T][E] for `scores` [T, E]: column e is e where expert e takes the token, or -1.
+
+    Each expert takes its best tokens of each routing group, the earlier of equals.
+    """
+    num_tokens, num_experts = scores.shape
+    place = places(num_tokens, num_sequences)
+    group = group_of(num_tokens, num_sequences, routing)
+    ids = [[-1] * num_experts for _ in range(num_tokens)]
+    for g in set(group):
+        members = [t for t in range(num_tokens) if group[t] == g]
+        by_one = replace(routing, capacity_counts_topk=False)
+        room = capacity(len(members), num_experts, factor, by_one)
+        for e in range(num_experts):
+            for t in sorted(members, key=lambda t: (-scores[t][e], place[t]))[:room]:
+                ids[t][e] = e
+    return ids

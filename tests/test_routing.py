@@ -3,8 +3,8 @@
 import math
 import random
 import re
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -46,6 +46,11 @@ def make_router(routing: RoutingConfig, experts: int, kind: type = TopKRouter, *
     with torch.no_grad():
         router.weight.copy_(torch.eye(experts))
     return router
+
+
+def grad_of(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def nonzero(routing: Routing) -> dict[tuple[int, int], float]:
@@ -117,43 +122,58 @@ def test_golden_vector_of_expert_choice() -> None:
     }  # fmt: skip
 
 
-def random_case(rng: random.Random, fixed: dict[str, Any]) -> tuple[RoutingConfig, Any, int]:
+def random_case(
+    rng: random.Random, fixed: dict[str, Any], repeats: bool = True
+) -> tuple[RoutingConfig, Any, int]:
     """A random setting with `fixed` fields, logits [T, E] and the number of sequences.
 
-    In half of the cases tokens repeat, so that policies meet ties; there are none inside a row.
+    With `repeats` tokens repeat in half of the cases, so that policies meet ties; there are none
+    inside a row, where the order of torch.topk is unspecified.
     """
-    experts, num_sequences = rng.choice([2, 3, 4, 6, 8]), rng.choice([1, 2, 3])
-    tokens = num_sequences * rng.randint(1, 12)
+    experts, num_sequences = rng.choice([2, 3, 4, 5, 6, 8, 9]), rng.choice([1, 2, 3])
+    tokens = num_sequences * rng.randint(1, 40 // num_sequences)
     topk = fixed.get("topk", rng.randint(1, min(4, experts)))
-    policy = fixed.get("drop_policy", "none")
     settings: dict[str, Any] = {
         "topk": topk,
         "score_function": rng.choice(["softmax", "sigmoid"]),
         "normalize": rng.choice(["before_drop", "after_drop", "none"]),
         "scaling_factor": rng.choice([1.0, 2.5]),
+        "router_bias": rng.random() < 0.3,
+        "jitter_eps": rng.choice([0.0, 0.0, 0.1]),
         "group_tokens": rng.choice([None, 4, 7]),
         "min_capacity": rng.choice([0, 1, 4]),
         "capacity_rounding": rng.choice(["floor", "round", "ceil", "floor_x4"]),
         "capacity_counts_topk": rng.choice([True, False]),
-        "aux_loss_coeff": 0.01,
+        "aux_loss_coeff": 0.3,
         "aux_loss_counts": rng.choice(["topk", "top1"]),
         "aux_loss_scope": rng.choice(["micro_batch", "sequence", "global", "group"]),
-        "z_loss_coeff": 0.01,
+        "aux_loss_layers": rng.choice(["sum", "mean"]),
+        "z_loss_coeff": 0.2,
     }
-    if policy != "none":
-        settings["capacity_factor"] = rng.choice([0.3, 0.5, 1.0, 1.25, 2.5])
+    if fixed.get("drop_policy", "none") != "none":
+        settings["capacity_factor"] = rng.uniform(0.3, 2.5)
         settings["eval_capacity_factor"] = rng.choice([None, 1.0])
     if rng.random() < 0.3 and not fixed.get("second_expert") and not fixed.get("noise"):
         settings["expert_bias"] = True
-    if experts in (4, 8) and topk == 2 and rng.random() < 0.5 and "noise" not in fixed:
-        settings |= {"num_groups": experts // 2, "group_topk": rng.choice([1, 2])}
+    if rng.random() < 0.4 and "noise" not in fixed:
+        settings |= rng.choice(group_limits(experts, topk))
     settings |= fixed
     if settings["aux_loss_scope"] == "group" and settings["group_tokens"] is None:
         settings["group_tokens"] = 5
     logits = np.random.randn(tokens, experts) * 2
-    if rng.random() < 0.5:
+    if repeats and rng.random() < 0.5:
         logits = logits[np.random.randint(0, tokens, tokens)]
-    return RoutingConfig(router_dtype="fp64", **settings), logits, num_sequences
+    return RoutingConfig(**settings), logits, num_sequences
+
+
+def group_limits(experts: int, topk: int) -> list[dict[str, int]]:
+    """Every legal pair of num_groups and group_topk."""
+    return [
+        {"num_groups": groups, "group_topk": kept}
+        for groups in range(1, experts + 1)
+        for kept in range(1, groups + 1)
+        if experts % groups == 0 and topk % kept == 0 and topk <= experts // groups * kept
+    ]
 
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -177,10 +197,96 @@ class Recorder:
         def draw(shape: tuple[int, ...], like: Tensor) -> Tensor:
             before = len(self.drawn)
             values: Tensor = original(shape, like)
-            self.drawn[before:] = [values.numpy()]  # in place of what it was made of
+            self.drawn[before:] = [values.double().numpy()]  # in place of what it was made of
             return values
 
         return draw
+
+    def named(self, routing: RoutingConfig, training: bool) -> dict[str, np.ndarray]:
+        """What was drawn, by what it was for; fails when the router drew more or less."""
+        factor = routing.capacity_factor if training else routing.eval_capacity_factor
+        wanted = {
+            "jitter": training and routing.jitter_eps > 0,
+            "rsample": training and routing.noise == "rsample",
+            "second": routing.second_expert in ("sampling", "random"),
+            "random": factor is not None and routing.drop_policy == "random",
+        }
+        return dict(zip([name for name in wanted if wanted[name]], self.drawn, strict=True))
+
+
+@dataclass
+class Case:
+    """One setting, routed by the router and by the reference."""
+
+    routing: RoutingConfig
+    router: Any
+    hidden: Tensor  # [T, E], the router's input
+    jitter: Tensor  # [T, E] factors of it
+    num_sequences: int
+    training: bool
+    found: Routing
+    expected: reference.Result
+
+
+def run_case(
+    rng: random.Random,
+    fixed: dict[str, Any],
+    recorder: Recorder,
+    dtype: Literal["fp64", "fp32"],
+    training: bool,
+) -> Case:
+    """Route a random case both ways, the reference with the draws that the router made."""
+    exact = dtype == "fp64"
+    routing, logits, num_sequences = random_case(rng, fixed, repeats=exact)
+    routing = replace(routing, router_dtype=dtype)
+    experts = logits.shape[1]
+    router = make_router(routing, experts, num_moe_layers=3)
+    bias = np.zeros(experts)
+    with torch.no_grad():
+        if routing.router_bias:
+            router.bias.copy_(torch.tensor(np.random.randn(experts).astype(np.float32)))
+        if routing.expert_bias:
+            router.expert_bias.copy_(torch.tensor(np.random.rand(experts) / 7))
+            bias = router.expert_bias.double().numpy()
+    hidden = torch.tensor(logits if exact else logits.astype(np.float32)).requires_grad_()
+    recorder.drawn.clear()
+    found = router.train(training)(hidden, num_sequences)
+    draws = recorder.named(routing, training)
+    jitter = torch.ones(1, dtype=torch.float64)
+    if "jitter" in draws:
+        eps = routing.jitter_eps
+        jitter = 1 - eps + 2 * eps * torch.tensor(draws["jitter"])
+    seen = hidden.detach().double() * jitter
+    seen = seen if router.bias is None else seen + router.bias.detach()
+    scores = seen.softmax(1) if routing.score_function == "softmax" else seen.sigmoid()
+    expected = reference.route(
+        *(seen.numpy(), routing),
+        num_sequences=num_sequences,
+        training=training,
+        bias=bias,
+        draws=draws,
+        scores=scores.numpy(),
+    )
+    return Case(routing, router, hidden, jitter, num_sequences, training, found, expected)
+
+
+def check_case(case: Case, tolerance: float) -> None:
+    """Masks are the same; weights, which are of order 1, and losses are within `tolerance`."""
+    routing, found, expected = case.routing, case.found, case.expected
+    assert found.expert_ids.tolist() == expected.ids, routing
+    sent = [e for picks in expected.ids for e in picks if e >= 0]
+    assert found.tokens_per_expert.tolist() == [
+        sent.count(e) for e in range(len(found.tokens_per_expert))
+    ]
+    weights = torch.tensor(expected.probs, dtype=torch.float64)
+    assert torch.allclose(found.probs.double(), weights, rtol=tolerance, atol=tolerance), routing
+    if not case.training:
+        assert not found.losses
+        return
+    losses = {LOSS[routing.aux_loss_scope]: expected.losses["aux"], "z_loss": expected.losses["z"]}
+    assert found.losses.keys() == losses.keys()
+    for name, value in losses.items():
+        assert float(found.losses[name]) == pytest.approx(value, rel=tolerance), (name, routing)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -190,61 +296,109 @@ def test_a_thousand_random_cases(policy: str, monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(1)
     dropped = 0
     for _ in range(1000):
-        routing, logits, num_sequences = random_case(rng, POLICIES[policy])
-        router = make_router(routing, logits.shape[1])
-        bias = np.zeros(logits.shape[1])
-        if routing.expert_bias:
-            bias = np.random.rand(logits.shape[1]) / 7
-            router.expert_bias.copy_(torch.tensor(bias))
-            bias = router.expert_bias.double().numpy()
-        training = rng.random() < 0.8
-        router.train(training)
-        recorder.drawn.clear()
-        found = router(torch.tensor(logits), num_sequences)
-        names = []
-        if routing.noise == "rsample" and training:
-            names.append("rsample")
-        if routing.second_expert in ("sampling", "random"):
-            names.append("second")
-        factor = routing.capacity_factor if training else routing.eval_capacity_factor
-        if routing.drop_policy == "random" and factor is not None:
-            names.append("random")
-        draws = dict(zip(names, recorder.drawn, strict=True))
-        scores = torch.tensor(logits)
-        scores = scores.softmax(1) if routing.score_function == "softmax" else scores.sigmoid()
-        expected = reference.route(
-            *(logits, routing),
-            num_sequences=num_sequences,
-            training=training,
-            bias=bias,
-            draws=draws,
-            scores=scores.numpy(),
-        )
-        assert found.expert_ids.tolist() == expected.ids, routing
-        weights = torch.tensor(expected.probs, dtype=torch.float64)
-        assert torch.allclose(found.probs, weights, rtol=1e-9, atol=1e-12), routing
-        if training:
-            aux = float(found.losses[LOSS[routing.aux_loss_scope]])
-            assert aux == pytest.approx(expected.losses["aux"], rel=1e-9), routing
-            assert float(found.losses["z_loss"]) == pytest.approx(expected.losses["z"], rel=1e-9)
-        else:
-            assert not found.losses
-        dropped += int((found.expert_ids < 0).sum())
+        case = run_case(rng, POLICIES[policy], recorder, "fp64", training=rng.random() < 0.8)
+        check_case(case, 1e-12)
+        dropped += int((case.found.expert_ids < 0).sum())
     assert (dropped > 500) == (policy != "drop none")
 
 
-def test_fp32_chooses_alike() -> None:
-    """Masks equal and weights to 1e-6 for what fp64 and fp32 logits say alike."""
-    rng = random.Random(5)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_fp32_chooses_alike(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, recorder = random.Random(policy), Recorder(monkeypatch)
+    np.random.seed(2)
+    torch.manual_seed(2)
     for _ in range(200):
-        routing, logits, num_sequences = random_case(rng, {"drop_policy": "rank_position"})
-        routing = replace(routing, expert_bias=False)
-        exact = make_router(routing, logits.shape[1])(torch.tensor(logits), num_sequences)
-        router = make_router(replace(routing, router_dtype="fp32"), logits.shape[1])
-        found = router(torch.tensor(logits), num_sequences)
-        assert found.probs.dtype == torch.float32
-        assert torch.equal(found.expert_ids, exact.expert_ids)
-        assert torch.allclose(found.probs.double(), exact.probs, rtol=1e-6, atol=1e-6)
+        case = run_case(rng, POLICIES[policy], recorder, "fp32", training=rng.random() < 0.8)
+        assert case.found.probs.dtype == torch.float32
+        check_case(case, 1e-6)
+
+
+def training_loss(case: Case, weight: Tensor, hidden: Tensor, cotangent: Tensor) -> Tensor:
+    """What the backward differentiates, given what was chosen: a formula of plain torch."""
+    routing, expected = case.routing, case.expected
+    logits = hidden * case.jitter @ weight.T
+    if case.router.bias is not None:
+        logits = logits + case.router.bias.detach()
+    scores = logits.softmax(1) if routing.score_function == "softmax" else logits.sigmoid()
+    sent = torch.tensor(expected.ids) >= 0
+    weights = scores.gather(1, torch.tensor(expected.chosen))
+    if routing.normalize == "before_drop":
+        weights = weights / weights.sum(1, keepdim=True)
+    weights = torch.where(sent, weights, 0.0)
+    if routing.normalize == "after_drop":
+        weights = weights / (weights.sum(1, keepdim=True) + ~sent.any(1, keepdim=True))
+    total = (weights * routing.scaling_factor * cotangent).sum()
+    layers = 3 if routing.aux_loss_layers == "mean" else 1
+    pools = reference.pools_of(len(hidden), case.num_sequences, routing)
+    aux = balancing_loss(scores, expected.counted, pools)
+    total = total + routing.aux_loss_coeff / layers * aux
+    return total + routing.z_loss_coeff * logits.exp().sum(1).log().square().mean()
+
+
+def balancing_loss(scores: Tensor, counted: list[list[int]], pools: list[int]) -> Tensor:
+    """Mean over pools of E * sum_e f_e P_e [], differentiable in `scores` [T, E]."""
+    losses, experts = [], scores.shape[1]
+    for pool in sorted(set(pools)):
+        members = [t for t in range(len(scores)) if pools[t] == pool]
+        chosen = torch.tensor([e for t in members for e in counted[t]])
+        fractions = torch.bincount(chosen, minlength=experts).double() / len(chosen)
+        parts = scores[members] / scores[members].sum(1, keepdim=True)
+        losses.append(experts * (fractions * parts.mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_are_those_of_the_formula(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, recorder = random.Random(policy), Recorder(monkeypatch)
+    np.random.seed(3)
+    torch.manual_seed(3)
+    for _ in range(60):
+        case = run_case(rng, POLICIES[policy], recorder, "fp64", training=True)
+        cotangent = torch.randn(case.found.probs.shape, dtype=torch.float64)
+        (case.found.probs * cotangent).sum().backward()
+        weight = case.router.weight.detach().clone().requires_grad_()
+        hidden = case.hidden.detach().clone().requires_grad_()
+        training_loss(case, weight, hidden, cotangent).backward()
+        for found, leaf in ((case.router.weight, weight), (case.hidden, hidden)):
+            assert grad_of(leaf).abs().max() > 1e-3
+            bound = 1e-12 * float(grad_of(leaf).abs().max())
+            assert float((grad_of(found) - grad_of(leaf)).abs().max()) <= bound, case.routing
+
+
+def test_expert_choice_takes_the_best_of_each_group() -> None:
+    rng = random.Random(6)
+    np.random.seed(4)
+    for _ in range(300):
+        routing, logits, num_sequences = random_case(rng, {"topk": 2, "jitter_eps": 0.0})
+        given = RoutingConfig(
+            router_dtype="fp64",
+            force_expert_choice=True,
+            capacity_factor=rng.uniform(0.3, 2.5),
+            eval_capacity_factor=rng.choice([None, 1.0]),
+            group_tokens=routing.group_tokens,
+            capacity_rounding=routing.capacity_rounding,
+            min_capacity=routing.min_capacity,
+        )
+        experts, training = logits.shape[1], rng.random() < 0.8
+        router = make_router(given, experts, ExpertChoiceRouter, router="expert_choice")
+        found = router.train(training)(torch.tensor(logits), num_sequences)
+        factor = given.capacity_factor
+        if not training and given.eval_capacity_factor is not None:
+            factor = given.eval_capacity_factor
+        assert factor is not None
+        scores = torch.tensor(logits).softmax(1)
+        ids = reference.expert_choice(scores.numpy(), given, factor, num_sequences)
+        assert found.expert_ids.tolist() == ids, given
+        taken = torch.tensor(ids) >= 0
+        assert torch.allclose(found.probs, scores * taken, rtol=1e-12, atol=0)
+        assert torch.equal(found.tokens_per_expert, taken.sum(0))
+
+
+def test_a_sampled_second_stays_inside_the_groups() -> None:
+    routing = RoutingConfig(second_expert="sampling", num_groups=4, group_topk=1)
+    torch.manual_seed(0)
+    ids = make_router(routing, 8)(torch.randn(200, 8)).expert_ids
+    assert torch.equal(ids[:, 0] // 2, ids[:, 1] // 2)
 
 
 def test_capacity_as_each_system_writes_it() -> None:
@@ -278,6 +432,15 @@ def test_capacity_of_the_published_example() -> None:
         for rounding in ("floor", "round", "ceil", "floor_x4")
     }  # fmt: skip
     assert found == {"floor": 26, "round": 26, "ceil": 27, "floor_x4": 28}
+
+
+def test_factor_2_of_glam_is_factor_1_of_two_choices() -> None:
+    """GShard and GLaM count tokens, DeepSpeed and Megatron choices; bare factors mislead."""
+    tokens = RoutingConfig(capacity_counts_topk=False)
+    for num_tokens in range(1, 500):
+        assert capacity(num_tokens, 64, 2, 2.0, tokens) == capacity(
+            *(num_tokens, 64, 2, 1.0), RoutingConfig()
+        )
 
 
 RTS = RoutingConfig(topk=1, normalize="none", router_dtype="fp64", capacity_factor=1.0,
@@ -330,10 +493,10 @@ def test_jitter_is_fp32_noise_in_training_alone() -> None:
     router = make_router(RoutingConfig(jitter_eps=0.01, aux_loss_coeff=0.0), 64)
     hidden = torch.ones(4, 64, dtype=torch.bfloat16)
     torch.manual_seed(0)
-    jittered = router.logits(hidden)
+    jittered = router.logits(hidden).detach()
     assert jittered.unique().numel() > 200  # bf16 has five values in 1 +- 0.01
     assert float((jittered - 1).abs().max()) <= 0.01
-    assert float((router.eval().logits(hidden) - 1).abs().max()) == 0
+    assert torch.equal(router.eval().logits(hidden).detach(), torch.ones(4, 64))
 
 
 def test_expert_bias_moves_towards_even_load() -> None:
@@ -355,8 +518,8 @@ def test_a_global_loss_accumulates_over_micro_batches() -> None:
     router(first)
     loss = router(second).losses["global_load_balancing_loss"]
     ids = torch.cat([first.topk(2).indices, second.topk(2).indices])
-    fractions = torch.bincount(ids.flatten(), minlength=3) / ids.numel()
-    assert_close(loss, 3 * (fractions * second.softmax(1).mean(0)).sum(), torch.float32)
+    fractions = torch.bincount(ids.flatten(), minlength=3).double() / ids.numel()
+    assert_close(loss, 3 * (fractions * second.softmax(1).mean(0)).sum(), torch.float64)
     router.reset_global_aux_loss_tracker()
     again = router(second).losses["global_load_balancing_loss"]
     alone = make_router(routing, 3)(second).losses["global_load_balancing_loss"]
@@ -380,8 +543,8 @@ DROPPING = MoEConfig(
 )
 
 
-def run_layer(ep: int) -> tuple[list[Tensor], int]:
-    """Output, input gradient and router gradient of this rank, with experts over `ep` ranks."""
+def run_layer(ep: int) -> dict[str, Tensor]:
+    """Output, gradients, losses and drops of this rank, with experts over `ep` ranks."""
     groups = create_expert_groups(ParallelConfig(world_size=4, ep=ep))
     layer = MoELayer(DROPPING, groups, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -394,73 +557,215 @@ def run_layer(ep: int) -> tuple[list[Tensor], int]:
     hidden = torch.randn(T, 1, H, generator=own, dtype=torch.float64).requires_grad_()
     output = layer(hidden)
     (output * torch.arange(H)).sum().backward()
-    dropped = int((layer.router(hidden.detach()[:, 0]).expert_ids < 0).sum())
     router: Any = layer.router
-    return [output.detach(), hidden.grad, router.weight.grad], dropped  # type: ignore[list-item]
+    routing: Routing = router(hidden.detach()[:, 0])
+    return {
+        "output": output.detach(),
+        "hidden gradient": grad_of(hidden),
+        "router gradient": grad_of(router.weight),
+        "dropped": (routing.expert_ids < 0).sum(),
+        **routing.losses,
+    }
 
 
-def run_degrees() -> list[tuple[list[Tensor], int]]:
-    return [run_layer(ep) for ep in (1, 2, 4)]
+POOLED = ("micro_batch", "sequence", "group", "global")
 
 
-def test_ep_changes_nothing_with_the_same_routing_groups() -> None:
-    for one, *others in run_ranks(4, run_degrees):
-        assert one[1] > 0  # tokens were dropped
+def pooled_routing(scope: str) -> RoutingConfig:
+    return RoutingConfig(
+        router_dtype="fp64",
+        aux_loss_coeff=0.3,
+        z_loss_coeff=0.2,
+        aux_loss_scope=scope,  # type: ignore[arg-type]
+        group_tokens=4 if scope == "group" else None,
+    )
+
+
+def rank_logits(rank: int) -> Tensor:
+    """[6, 3] of two sequences."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(6, 3, generator=generator, dtype=torch.float64)
+
+
+def run_pooled(scope: str) -> tuple[Tensor, Tensor]:
+    """Balancing loss [] and router gradient of this rank; ranks 0 1 and 2 3 share tokens."""
+    groups = create_expert_groups(ParallelConfig(world_size=4, tp=2, ep=2, etp=1))
+    config = MoEConfig(
+        hidden_size=3, ffn_hidden_size=4, num_experts=3, routing=pooled_routing(scope)
+    )
+    router = TopKRouter(config, groups, dtype=torch.float64)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(3))
+    routing = router(rank_logits(dist.get_rank()), 2)
+    (routing.probs * 0).sum().backward()
+    return routing.losses[LOSS[scope]], grad_of(router.weight)
+
+
+def run_rank() -> tuple[list[dict[str, Tensor]], dict[str, tuple[Tensor, Tensor]]]:
+    return [run_layer(ep) for ep in (1, 2, 4)], {scope: run_pooled(scope) for scope in POOLED}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[Any]:
+    """What `run_rank` returns on each of four ranks."""
+    return run_ranks(4, run_rank)
+
+
+def test_ep_changes_nothing_with_the_same_routing_groups(ranks: list[Any]) -> None:
+    for (one, *others), _ in ranks:
+        assert one["dropped"] > 0
         for other in others:
-            assert other[1] == one[1]
-            for x, y in zip(other[0], one[0], strict=True):
-                assert_close(x, y, torch.float64)
+            assert other.keys() == one.keys()
+            for name in one:
+                bound = 1e-12 * float(one[name].abs().max())
+                assert float((other[name] - one[name]).abs().max()) <= bound, name
 
 
-CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
-    "top-1 divided by itself": (
-        {"topk": 1}, "normalize = none would do", {"topk": 1, "normalize": "none"}),
-    "capacity, dropless": (
-        {"capacity_factor": 1.25}, "drop_policy = probs would do",
-        {"capacity_factor": 1.25, "drop_policy": "probs"}),
-    "policy, no capacity": (
-        {"drop_policy": "random"}, "capacity_factor = 1.25 would do",
-        {"drop_policy": "random", "capacity_factor": 1.25}),
-    "second of one": (
-        {"topk": 1, "normalize": "none", "second_expert": "random"},
-        "second_expert = all would do", {"topk": 1, "normalize": "none"}),
-    "groups without a choice": ({"num_groups": 2}, "both None would do", {}),
-    "loss per group of none": (
-        {"aux_loss_scope": "group"}, "aux_loss_scope = micro_batch would do", {}),
-    "noise over a bias": (
-        {"noise": "rsample", "expert_bias": True}, "noise = none would do", {"expert_bias": True}),
-    "no such score": ({"score_function": "tanh"}, "must be one of softmax, sigmoid", {}),
-    "a negative factor": ({"scaling_factor": -1.0}, "1.0 would do", {"scaling_factor": 1.0}),
-    "jitter above one": ({"jitter_eps": 1.5}, "0.01 would do", {"jitter_eps": 0.01}),
-    "threshold of zero": ({"second_threshold": 0.0}, "0.2 would do", {"second_threshold": 0.2}),
-}  # fmt: skip
+@pytest.mark.parametrize("scope", POOLED)
+def test_losses_are_over_all_ranks_that_share_tokens(ranks: list[Any], scope: str) -> None:
+    """The parts of ranks that share a batch add up to its loss, and their gradients with them."""
+    everyone = torch.cat([rank_logits(rank) for rank in range(4)]).topk(2).indices.tolist()
+    for pair in ((0, 1), (2, 3)):
+        hidden = torch.cat([rank_logits(rank) for rank in pair])
+        weight = torch.eye(3, dtype=torch.float64).requires_grad_()
+        logits = hidden @ weight.T
+        scores, counted = logits.softmax(1), hidden.topk(2).indices.tolist()
+        if scope == "global":  # choices of all ranks, scores of the pair
+            counts = torch.bincount(torch.tensor(everyone).flatten(), minlength=3).double()
+            aux = 3 * (counts / 48 * scores.mean(0)).sum()
+        elif scope == "group":  # groups do not span ranks
+            parts = [reference.pools_of(6, 2, pooled_routing(scope)) for _ in pair]
+            aux = balancing_loss(scores, counted, parts[0] + [pool + 9 for pool in parts[1]])
+        else:
+            aux = balancing_loss(scores, counted, reference.pools_of(12, 2, pooled_routing(scope)))
+        (0.3 * aux + 0.2 * logits.logsumexp(1).square().mean()).backward()
+        found = [ranks[rank][1][scope] for rank in pair]
+        assert float(found[0][0] + found[1][0]) == pytest.approx(float(aux.detach()), rel=1e-12)
+        error = (found[0][1] + found[1][1] - grad_of(weight)).abs().max()
+        assert float(error) <= 1e-12 * float(grad_of(weight).abs().max())
 
 
-@pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_contradictions_are_refused_with_a_way_out(case: str) -> None:
-    settings, message, alternative = CONTRADICTIONS[case]
-    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
-        RoutingConfig(**settings)
-    assert any(str(value) in str(raised.value) for value in settings.values())
-    RoutingConfig(**alternative)
+def configure(settings: dict[str, Any]) -> MoEConfig:
+    """A layer of 8 experts with `settings`, of the layer or its routing."""
+    layer = {"hidden_size": 8, "ffn_hidden_size": 8, "num_experts": 8}
+    names = {field.name for field in fields(MoEConfig)}
+    layer |= {name: value for name, value in settings.items() if name in names}
+    rest = {name: value for name, value in settings.items() if name not in names}
+    return MoEConfig(**layer, routing=RoutingConfig(**rest))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_groups": 3, "group_topk": 1}, "num_groups (3) must divide num_experts (8)"),
-        ({"num_groups": 4, "group_topk": 5}, "group_topk (5) must be at most num_groups (4)"),
-        ({"num_groups": 4, "group_topk": 2, "topk": 3}, "topk (3) must be a multiple of"),
-        ({"topk": 9}, "topk (9) must be at most num_experts (8); topk = 8 would do"),
-    ],
-)  # fmt: skip
-def test_routing_that_does_not_fit_the_experts_is_refused(
-    settings: dict[str, Any], message: str
+TOP1_RAW = {"topk": 1, "normalize": "none"}
+UNGROUPED = {"num_groups": None, "group_topk": None}
+# Settings that are refused, and the alternative that the message must name.
+CONTRADICTIONS = [
+    ({"topk": 1}, {"normalize": "none"}),
+    ({"topk": 1, "normalize": "after_drop"}, {"normalize": "none"}),
+    ({"capacity_factor": 1.25}, {"drop_policy": "probs"}),
+    ({"eval_capacity_factor": 2.0}, {"drop_policy": "probs"}),
+    ({"drop_policy": "random"}, {"capacity_factor": 1.25}),
+    ({"topk": 3, "second_expert": "sampling"}, {"second_expert": "all"}),
+    ({**TOP1_RAW, "second_expert": "random"}, {"second_expert": "all"}),
+    ({"aux_loss_scope": "group"}, {"aux_loss_scope": "micro_batch"}),
+    ({"noise": "rsample", "expert_bias": True}, {"noise": "none"}),
+    ({"noise": "rsample", "num_groups": 4, "group_topk": 2}, {"noise": "none"}),
+    ({"topk": 9}, {"topk": 8}),
+    ({"topk": 2, "num_experts": 1}, {"topk": 1, "normalize": "none"}),
+    ({"num_groups": 3, "group_topk": 1}, UNGROUPED),
+    ({"num_groups": 3, "group_topk": 3, "topk": 3}, UNGROUPED),
+    ({"num_groups": 4, "group_topk": 5}, UNGROUPED),
+    ({"num_groups": 4, "group_topk": 2, "topk": 3}, UNGROUPED),
+    ({"num_groups": 4, "group_topk": 3, "topk": 2}, UNGROUPED),
+    ({"num_groups": 4, "group_topk": 2, "topk": 6}, UNGROUPED),
+    ({"num_groups": 8, "group_topk": 1, "topk": 2}, UNGROUPED),
+    ({"router": "expert_choice"}, {"router": "topk"}),
+    ({"router": "expert_choice"}, {"force_expert_choice": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "alternative"), CONTRADICTIONS)
+def test_contradictions_are_refused_with_a_way_out(
+    settings: dict[str, Any], alternative: dict[str, Any]
 ) -> None:
+    with pytest.raises(ConfigError) as raised:
+        configure(settings)
+    message = str(raised.value)
+    named = [name for name, value in settings.items() if f"{name} ({value})" in message]
+    assert named or all(name in message for name in settings)
+    for name, value in alternative.items():
+        assert f"{name} = {value} " in message
+    configure(settings | alternative)
+
+
+# Settings of which the first is out of range, the rule that the message states, the alternative.
+OUT_OF_RANGE: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"topk": 0}, "must be an integer of at least 1", {"topk": 2}),
+    ({"topk": 1.5}, "must be an integer of at least 1", {"topk": 2}),
+    ({"num_groups": 0, "group_topk": 1}, "must be an integer of at least 1", UNGROUPED),
+    ({"group_topk": 0, "num_groups": 4}, "must be an integer of at least 1", UNGROUPED),
+    ({"group_tokens": 0}, "must be an integer of at least 1", {"group_tokens": None}),
+    ({"min_capacity": -1}, "must be an integer of at least 0", {"min_capacity": 0}),
+    ({"scaling_factor": -1.0}, "must be positive and finite", {"scaling_factor": 1.0}),
+    ({"scaling_factor": math.inf}, "must be positive and finite", {"scaling_factor": 1.0}),
+    ({"capacity_factor": 0.0, "drop_policy": "probs"}, "must be positive and finite",
+     {"capacity_factor": 1.0}),
+    ({"eval_capacity_factor": math.nan, "drop_policy": "probs"}, "must be positive and finite",
+     {"eval_capacity_factor": 1.0}),
+    ({"aux_loss_coeff": -0.1}, "must be finite and not negative", {"aux_loss_coeff": 0.0}),
+    ({"aux_loss_coeff": math.nan}, "must be finite and not negative", {"aux_loss_coeff": 0.0}),
+    ({"z_loss_coeff": math.inf}, "must be finite and not negative", {"z_loss_coeff": 0.0}),
+    ({"bias_update_rate": -1.0}, "must be finite and not negative", {"bias_update_rate": 0.0}),
+    ({"jitter_eps": 1.5}, "must be in [0, 1)", {"jitter_eps": 0.01}),
+    ({"second_threshold": 0.0}, "must be in (0, 1]", {"second_threshold": 0.2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "rule", "legal"), OUT_OF_RANGE)
+def test_values_out_of_range_are_refused(
+    settings: dict[str, Any], rule: str, legal: dict[str, Any]
+) -> None:
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ConfigError) as raised:
+        configure(settings)
+    message = str(raised.value)
+    assert message.startswith(f"{name} {rule}; got {value}; ")
+    assert all(f"{key} = {choice}" in message for key, choice in legal.items())
+    configure(settings | legal)
+
+
+CHOICES = {
+    "score_function": ("softmax", "sigmoid"),
+    "normalize": ("before_drop", "after_drop", "none"),
+    "router_dtype": ("fp32", "fp64", "model"),
+    "noise": ("none", "rsample"),
+    "second_expert": ("all", "sampling", "random", "threshold"),
+    "capacity_rounding": ("floor", "round", "ceil", "floor_x4"),
+    "drop_policy": ("none", "position", "rank_position", "probs", "random", "bpr"),
+    "aux_loss_counts": ("topk", "top1"),
+    "aux_loss_scope": ("micro_batch", "sequence", "global", "group"),
+    "aux_loss_layers": ("sum", "mean"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_names_of_no_choice_are_refused(name: str) -> None:
+    legal = ", ".join(CHOICES[name])
+    with pytest.raises(ConfigError, match=f"{name} must be one of {legal}; got 'tanh'"):
+        configure({name: "tanh"})
+    for value in CHOICES[name]:
+        drops = name == "drop_policy" and value != "none"
+        configure({"group_tokens": 4, "capacity_factor": 1.0 if drops else None, name: value})
+
+
+@pytest.mark.parametrize("given", [{"num_groups": 2}, {"group_topk": 2}])
+def test_groups_without_a_choice_are_refused(given: dict[str, int]) -> None:
+    values = {"num_groups": None, "group_topk": None, **given}
+    message = (
+        f"num_groups ({values['num_groups']}) and group_topk ({values['group_topk']}) must be set "
+        "together; both None would do"
+    )
     with pytest.raises(ConfigError, match=re.escape(message)):
-        MoEConfig(
-            hidden_size=8, ffn_hidden_size=8, num_experts=8, routing=RoutingConfig(**settings)
-        )
+        configure(given)
+    configure({"num_groups": None, "group_topk": None})
 
 
 def test_expert_choice_is_refused_unless_forced() -> None:
@@ -471,3 +776,26 @@ def test_expert_choice_is_refused_unless_forced() -> None:
     config["routing"] = forced  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="needs capacity_factor"):
         MoELayer(MoEConfig(**config))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"z_loss_coeff": 1e-3},
+        {"score_function": "sigmoid"},
+        {"scaling_factor": 2.5},
+        {"expert_bias": True},
+        {"num_groups": 4, "group_topk": 2},
+        {"second_expert": "random"},
+        {"noise": "rsample"},
+        {"aux_loss_coeff": 0.01},
+    ],
+)
+def test_expert_choice_refuses_what_it_has_no_use_for(setting: dict[str, object]) -> None:
+    given = {"router": "expert_choice", "capacity_factor": 1.0, "force_expert_choice": True}
+    MoELayer(configure(given))
+    name, value = next(iter(setting.items()))
+    with pytest.raises(
+        ConfigError, match=rf"expert_choice.*{name} \({value}\).*{name} = .* would do"
+    ):
+        MoELayer(configure(given | setting))

@@ -84,7 +84,7 @@ def _route_kernel(
         lse = top + tl.log(total)
         if SIGMOID:
             score = tl.where(there, tl.sigmoid(logit), 0.0)
-            whole = tl.where(real, tl.sum(score, axis=1), 1.0)
+            whole = tl.where(real, tl.maximum(tl.sum(score, axis=1), 1.1754944e-38), 1.0)
             part = score / whole[:, None]
         else:
             score = exponential / total[:, None]
@@ -96,14 +96,19 @@ def _route_kernel(
         squares += tl.where(real, lse * lse, 0.0)
         entropies -= tl.sum(part * tl.log(tl.where(part > 0, part, 1.0)), axis=1)
 
-        ranking = score if SIGMOID else logit  # the same order, and no ties where scores saturate
-        if BIASED:
-            ranking = score + tl.load(bias + expert, mask=inside, other=0.0)[None, :]
-        if NUM_GROUPS > 0:
-            if not BIASED:
-                ranking = score
-            ranking = _inside_best_groups(ranking, BLOCK, E, NUM_GROUPS, GROUP_TOPK, EACH)
-        ranking = tl.where(inside[None, :], ranking, float("-inf"))
+        ranking = logit  # the same order as scores, and no ties where they saturate
+        if BIASED or NUM_GROUPS > 0:
+            ranking = score
+            if BIASED:
+                ranking += tl.load(bias + expert, mask=inside, other=0.0)[None, :]
+            if NUM_GROUPS > 0:
+                ranking = tl.where(ranking == ranking, ranking, -1.0e30)
+                ranking = _inside_best_groups(ranking, BLOCK, E, NUM_GROUPS, GROUP_TOPK, EACH)
+            ranking = tl.where(inside[None, :], ranking, float("-inf"))
+        # What is chosen goes to minus infinity: nothing else may be there, or be NaN, lest a token
+        # has an expert twice.
+        lowest = tl.where(inside, -3.0e38, float("-inf"))[None, :]
+        ranking = tl.where(ranking > -3.0e38, ranking, lowest)
         chosen = tl.zeros((BLOCK, E), tl.int32)
         values = tl.zeros((BLOCK, KEPT), tl.float32)
         for k in tl.static_range(K):
@@ -113,10 +118,13 @@ def _route_kernel(
             chosen = tl.where(mine & there, 1, chosen)
             if BIASED:
                 value = tl.sum(tl.where(mine, score, 0.0), axis=1)
-            elif SIGMOID or NUM_GROUPS > 0:
+            elif NUM_GROUPS > 0:
                 value = largest
+            elif SIGMOID:
+                value = tl.sigmoid(largest)
             else:
                 value = tl.exp(largest - lse)
+            value = tl.where(lse == lse, value, lse)  # NaN where a logit of the token is
             values = tl.where(choice[None, :] == k, value[:, None], values)
             tl.store(ids + token.to(tl.int64) * K + k, where.to(tl.int64), mask=real)
             if k == 0:
@@ -132,7 +140,7 @@ def _route_kernel(
         at = weights + token.to(tl.int64)[:, None] * K + choice[None, :]
         tl.store(at, values, mask=real[:, None] & (choice < K)[None, :])
         if COUNT_PLAIN:
-            left = tl.where(there, score, float("-inf"))
+            left = tl.where(there & (score == score), score, float("-inf"))
             for k in tl.static_range(K):
                 if k == 0 or not COUNT_TOP1:
                     _, where = _best(left)

@@ -111,7 +111,8 @@ def choose(
             ranking = logits + _random.gumbel(tuple(logits.shape), logits)
         expert_ids = ranking.topk(routing.topk, dim=-1).indices  # [T, K]
         if routing.second_expert == "sampling":
-            expert_ids[:, 1] = _sample_second(logits, expert_ids[:, 0])
+            allowed = logits.masked_fill(ranking == NEVER, NEVER)
+            expert_ids[:, 1] = _sample_second(allowed, expert_ids[:, 0])
     chosen = scores.gather(1, expert_ids)
     with torch.no_grad():
         expert_ids = _leave_out_second(expert_ids, chosen, routing)

@@ -7,11 +7,24 @@ ones too: for encoders alone. `MoEConfig` refuses it unless forced.
 import torch
 from torch import Tensor
 
-from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.config import ConfigError, MoEConfig, RoutingConfig
 from ep_plugin.contracts import Routing
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.router._capacity import capacity, place_by_sequence
 from ep_plugin.router._gate import Gate
+
+# What a router of tokens has and this one has not: setting -> why.
+UNUSED = {
+    "drop_policy": "fills every expert alike",
+    "aux_loss_coeff": "fills every expert alike",
+    "z_loss_coeff": "adds no loss",
+    "score_function": "weighs by the softmax over experts",
+    "scaling_factor": "weighs by the softmax over experts",
+    "expert_bias": "lets experts choose",
+    "num_groups": "lets experts choose",
+    "second_expert": "lets experts choose",
+    "noise": "lets experts choose",
+}
 
 
 class ExpertChoiceRouter(Gate):
@@ -61,10 +74,12 @@ def build(
             "router (expert_choice) needs capacity_factor, the experts of an average token; got "
             "None; 2.0 would do"
         )
-    if routing.aux_loss_coeff > 0 or routing.drop_policy != "none":
-        raise ConfigError(
-            f"router (expert_choice) fills every expert alike: aux_loss_coeff "
-            f"({routing.aux_loss_coeff}) and drop_policy ({routing.drop_policy}) have no meaning; "
-            "aux_loss_coeff = 0 with drop_policy = none would do"
-        )
+    default = RoutingConfig()
+    for name, reason in UNUSED.items():
+        value, legal = getattr(routing, name), getattr(default, name)
+        if value != legal:
+            raise ConfigError(
+                f"router (expert_choice) {reason}: {name} ({value}) has no meaning; "
+                f"{name} = {legal} would do"
+            )
     return ExpertChoiceRouter(config, groups, device, dtype)
