@@ -71,7 +71,12 @@ def prepare(inputs: list[Path], output: Path, vocab_size: int, json_key: str) ->
         print(f"{output} is complete: nothing to do")
         return
     documents = read_all(files, json_key)
-    nearest = next(folder for folder in output.absolute().parents if folder.is_dir())
+    nearest = next(folder for folder in output.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise ConfigError(
+            f"--output must lie in a folder; {str(nearest)!r} is a file; --output {nearest}-data "
+            "would do"
+        )
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=nearest))
     try:
         train_tokenizer(documents, staging, vocab_size)

@@ -178,3 +178,12 @@ def test_another_output_is_not_overwritten(
     assert script.main([str(folder), "--output", str(output)]) == 2
     assert "holds something else" in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["precious"]
+
+
+def test_an_output_inside_a_file_is_refused(
+    script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert script.main([str(folder), "--output", str(tmp_path / "file" / "data")]) == 2
+    assert "--output must lie in a folder; " in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"

@@ -122,3 +122,15 @@ def test_a_folder_that_is_no_run_is_refused(
     assert main(["report", "--run", str(run)]) == 2
     assert "has no validation loss" in capsys.readouterr().err
     assert not (run / "summary.json").exists()
+
+
+def test_a_run_too_short_to_have_logged_a_loss_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (run / "tensorboard" / "dense").iterdir():
+        path.unlink()
+    with SummaryWriter(str(run / "tensorboard" / "dense")) as writer:
+        writer.add_scalar(VALIDATION, 5.5, 3)
+    assert main(["report", "--run", str(run)]) == 2
+    assert "a run must have logged 'lm loss' to TensorBoard" in capsys.readouterr().err
+    assert not (run / "report.html").exists()

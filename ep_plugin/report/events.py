@@ -36,17 +36,17 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read every event file of `folder`; raises ConfigError when it holds no scalar.
+    """Read every event file of `folder`; raises ConfigError without a training loss.
 
     Where a resumed run wrote an iteration again, the later value counts.
     """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
-    if not tags:
+    if TRAIN not in tags:
         raise ConfigError(
-            f"a run must hold TensorBoard scalars; {str(folder)!r} has none; the folder given to "
-            "--tensorboard-dir would do"
+            f"a run must have logged {TRAIN!r} to TensorBoard; {str(folder)!r} holds {tags}; a run "
+            "longer than its --log-interval would do"
         )
     latest = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
     return Run({tag: sorted(values.items()) for tag, values in latest.items()})
