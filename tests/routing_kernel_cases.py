@@ -11,7 +11,7 @@ from torch import Tensor
 from ep_plugin.config import RoutingConfig
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.kernels import routing as kernel
-from ep_plugin.kernels.gate import gate_logits
+from ep_plugin.kernels.gate import gate_logits, split, split_torch
 from ep_plugin.router._choose import PlainChoice, choose
 from ep_plugin.router._losses import Pools, load_balancing_loss
 
@@ -136,6 +136,9 @@ def check_not_finite(device: str) -> None:
 
 def check_gate() -> None:
     """Errors against float64 at most those of torch's own fp32 product, forward and backward."""
+    for dim in (0, 1):
+        matrix = torch.randn(75, 50, device="cuda")
+        assert torch.equal(split(matrix, dim), split_torch(matrix, dim))
     for dtype in (torch.bfloat16, torch.float32):
         hidden = torch.randn(512, 1024, device="cuda").bfloat16().requires_grad_()
         weight = (torch.randn(96, 1024, device="cuda") / 32).to(dtype).requires_grad_()

@@ -2,7 +2,7 @@
 
 A product of two bf16 numbers is exact in fp32, and an fp32 number is the sum of three bf16 numbers.
 So each fp32 operand goes in as three bf16 parts. Tensor cores cut the sums they keep: the forward,
-where logits decide, adds every 64 products outside of them, in fp32.
+where logits decide, adds every 64 products of the first part outside of them, in fp32.
 """
 
 from typing import Any
@@ -16,13 +16,14 @@ from torch import Tensor
 @triton.jit
 def _product_kernel(
     left, right, out, one, ROWS, COLUMNS, DEPTH,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     depth = tl.arange(0, BLOCK_D)
     unit = tl.load(one)  # 1, but the compiler does not know, so it cannot add in the tensor core
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    rest = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # small: what the tensor core cuts is smaller
     for start in range(0, DEPTH, BLOCK_D):
         at = start + depth
         a = tl.load(
@@ -30,54 +31,76 @@ def _product_kernel(
             mask=(row < ROWS)[:, None] & (at < DEPTH)[None, :],
             other=0.0,
         )
-        b = tl.load(
-            right + column.to(tl.int64)[None, :] * DEPTH + at[:, None],
-            mask=(column < COLUMNS)[None, :] & (at < DEPTH)[:, None],
-            other=0.0,
-        )
-        total += tl.dot(a, b) * unit
+        there = (column < COLUMNS)[None, :] & (at < DEPTH)[:, None]
+        source = right + column.to(tl.int64)[None, :] * DEPTH + at[:, None]
+        total += tl.dot(a, tl.load(source, mask=there, other=0.0)) * unit
+        for part in tl.static_range(1, PARTS):
+            smaller = tl.load(source + part * COLUMNS * DEPTH, mask=there, other=0.0)
+            rest = tl.dot(a, smaller, rest)
     target = out + row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
-    tl.store(target, total, mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :])
+    tl.store(target, total + rest, mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :])
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left` [R, D] times `right` [C, D] transposed, both bf16: [R, C] fp32."""
-    (num_rows, depth), num_columns = left.shape, len(right)
+def product(left: Tensor, right: Tensor, parts: int) -> Tensor:
+    """Return `left` [R, D] times the transposed sum of `right`'s blocks, [parts * C, D] in all.
+
+    Both are bf16, the result [R, C] fp32; blocks behind the first are small beside it.
+    """
+    (num_rows, depth), num_columns = left.shape, len(right) // parts
     out = torch.empty(num_rows, num_columns, dtype=torch.float32, device=left.device)
     if out.numel():
         one = torch.ones(1, dtype=torch.float32, device=left.device)
         grid = (triton.cdiv(num_rows, 128), triton.cdiv(num_columns, 128))
         _product_kernel[grid](
             *(left.contiguous(), right.contiguous(), out, one, num_rows, num_columns, depth),
+            PARTS=parts,
             BLOCK_R=128,
             BLOCK_C=128,
             BLOCK_D=64,
             num_warps=8,
-            num_stages=4,
+            num_stages=4 if parts == 1 else 3,  # of 32 KiB and of 64 KiB
         )
     return out
 
 
-def split(matrix: Tensor, dim: int) -> Tensor:
-    """Return the three bf16 parts of an fp32 `matrix`, side by side along `dim`, largest first.
+@triton.jit
+def _split_kernel(matrix, parts, SIZE, COLUMNS, ROW_STRIDE, PART_STRIDE, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rest = tl.load(matrix + at, mask=at < SIZE, other=0.0)
+    target = parts + at // COLUMNS * ROW_STRIDE + at % COLUMNS
+    for part in tl.static_range(3):
+        value = rest.to(tl.bfloat16)
+        tl.store(target + part * PART_STRIDE, value, mask=at < SIZE)
+        rest -= value.to(tl.float32)
 
-    A bf16 matrix is its own only part.
+
+def split(matrix: Tensor, dim: int) -> Tensor:
+    """Return the three bf16 parts of an fp32 `matrix` [R, C], side by side along `dim`.
+
+    The largest is first. A bf16 matrix is its own only part.
     """
     if matrix.dtype == torch.bfloat16:
         return matrix
+    if not matrix.is_cuda:
+        return split_torch(matrix, dim)
+    rows, columns = matrix.shape
+    shape = (3 * rows, columns) if dim == 0 else (rows, 3 * columns)
+    parts = torch.empty(shape, dtype=torch.bfloat16, device=matrix.device)
+    strides = (columns, rows * columns) if dim == 0 else (3 * columns, columns)
+    if matrix.numel():
+        _split_kernel[(triton.cdiv(matrix.numel(), 1024),)](
+            matrix.contiguous(), parts, matrix.numel(), columns, *strides, BLOCK=1024
+        )
+    return parts
+
+
+def split_torch(matrix: Tensor, dim: int) -> Tensor:
+    """Return what `split` does, in plain torch."""
     first = matrix.bfloat16()
     rest = matrix - first.float()
     second = rest.bfloat16()
     third = (rest - second.float()).bfloat16()
     return torch.cat([first, second, third], dim=dim)
-
-
-def _fold(summands: Tensor, parts: int, dim: int) -> Tensor:
-    """Return the sum of the `parts` blocks of `summands` along `dim`."""
-    if parts == 1:
-        return summands
-    blocks = summands.chunk(parts, dim=dim)
-    return blocks[0] + (blocks[1] + blocks[2])
 
 
 class GateLogits(torch.autograd.Function):
@@ -87,7 +110,7 @@ class GateLogits(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         parts = split(weight, 0)
-        return _fold(product(hidden, parts), len(parts) // len(weight), 1)
+        return product(hidden, parts, len(parts) // len(weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +122,8 @@ class GateLogits(torch.autograd.Function):
         # The gradient of tokens is rounded to bf16, so 16 bits of each operand are enough for it.
         d_hidden = torch.cat([first, second, first], 1) @ torch.cat([high, high, low])  # [T, H]
         d_parts = torch.mm(parts.T, hidden, out_dtype=torch.float32)  # [3E, H]
-        return d_hidden, _fold(d_parts, 3, 0).to(weight.dtype)
+        large, middle, small = d_parts.chunk(3)
+        return d_hidden, (large + (middle + small)).to(weight.dtype)
 
 
 def fits(hidden: Tensor, weight: Tensor) -> bool:
