@@ -177,22 +177,21 @@ class RoutingConfig:
             )
         if self.num_groups is None or self.group_topk is None:
             return
-        ungrouped = f"{_UNGROUPED} would do"
         if num_experts % self.num_groups:
             raise ConfigError(
                 f"num_groups ({self.num_groups}) must divide num_experts ({num_experts}); "
-                f"{ungrouped}"
+                f"{_UNGROUPED} would do"
             )
         if self.group_topk > self.num_groups:
             raise ConfigError(
                 f"group_topk ({self.group_topk}) must be at most num_groups ({self.num_groups}); "
-                f"{ungrouped}"
+                f"{_UNGROUPED} would do"
             )
         per_group = num_experts // self.num_groups
         if self.topk % self.group_topk or self.topk > per_group * self.group_topk:
             raise ConfigError(
                 f"topk ({self.topk}) must be a multiple of group_topk ({self.group_topk}), at most "
-                f"{per_group} experts in each group; {ungrouped}"
+                f"{per_group} experts in each group; {_UNGROUPED} would do"
             )
 
 

@@ -2,8 +2,7 @@
 
 import math
 import random
-import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +15,6 @@ from tolerance import assert_close
 from torch import Tensor
 
 from ep_plugin import (
-    ConfigError,
     ExpertGroups,
     MoEConfig,
     MoELayer,
@@ -289,11 +287,18 @@ def check_case(case: Case, tolerance: float) -> None:
         assert float(found.losses[name]) == pytest.approx(value, rel=tolerance), (name, routing)
 
 
+def seeded(
+    policy: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[random.Random, Recorder]:
+    """What `run_case` draws settings from, and what records the router's draws."""
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return random.Random(policy), Recorder(monkeypatch)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_thousand_random_cases(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng, recorder = random.Random(policy), Recorder(monkeypatch)
-    np.random.seed(1)
-    torch.manual_seed(1)
+    rng, recorder = seeded(policy, 1, monkeypatch)
     dropped = 0
     for _ in range(1000):
         case = run_case(rng, POLICIES[policy], recorder, "fp64", training=rng.random() < 0.8)
@@ -304,9 +309,7 @@ def test_a_thousand_random_cases(policy: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_fp32_chooses_alike(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng, recorder = random.Random(policy), Recorder(monkeypatch)
-    np.random.seed(2)
-    torch.manual_seed(2)
+    rng, recorder = seeded(policy, 2, monkeypatch)
     for _ in range(200):
         case = run_case(rng, POLICIES[policy], recorder, "fp32", training=rng.random() < 0.8)
         assert case.found.probs.dtype == torch.float32
@@ -349,9 +352,7 @@ def balancing_loss(scores: Tensor, counted: list[list[int]], pools: list[int]) -
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gradients_are_those_of_the_formula(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng, recorder = random.Random(policy), Recorder(monkeypatch)
-    np.random.seed(3)
-    torch.manual_seed(3)
+    rng, recorder = seeded(policy, 3, monkeypatch)
     for _ in range(60):
         case = run_case(rng, POLICIES[policy], recorder, "fp64", training=True)
         cotangent = torch.randn(case.found.probs.shape, dtype=torch.float64)
@@ -643,159 +644,3 @@ def test_losses_are_over_all_ranks_that_share_tokens(ranks: list[Any], scope: st
         assert float(found[0][0] + found[1][0]) == pytest.approx(float(aux.detach()), rel=1e-12)
         error = (found[0][1] + found[1][1] - grad_of(weight)).abs().max()
         assert float(error) <= 1e-12 * float(grad_of(weight).abs().max())
-
-
-def configure(settings: dict[str, Any]) -> MoEConfig:
-    """A layer of 8 experts with `settings`, of the layer or its routing."""
-    layer = {"hidden_size": 8, "ffn_hidden_size": 8, "num_experts": 8}
-    names = {field.name for field in fields(MoEConfig)}
-    layer |= {name: value for name, value in settings.items() if name in names}
-    rest = {name: value for name, value in settings.items() if name not in names}
-    return MoEConfig(**layer, routing=RoutingConfig(**rest))  # type: ignore[arg-type]
-
-
-TOP1_RAW = {"topk": 1, "normalize": "none"}
-UNGROUPED = {"num_groups": None, "group_topk": None}
-# Settings that are refused, and the alternative that the message must name.
-CONTRADICTIONS = [
-    ({"topk": 1}, {"normalize": "none"}),
-    ({"topk": 1, "normalize": "after_drop"}, {"normalize": "none"}),
-    ({"capacity_factor": 1.25}, {"drop_policy": "probs"}),
-    ({"eval_capacity_factor": 2.0}, {"drop_policy": "probs"}),
-    ({"drop_policy": "random"}, {"capacity_factor": 1.25}),
-    ({"topk": 3, "second_expert": "sampling"}, {"second_expert": "all"}),
-    ({**TOP1_RAW, "second_expert": "random"}, {"second_expert": "all"}),
-    ({"aux_loss_scope": "group"}, {"aux_loss_scope": "micro_batch"}),
-    ({"noise": "rsample", "expert_bias": True}, {"noise": "none"}),
-    ({"noise": "rsample", "num_groups": 4, "group_topk": 2}, {"noise": "none"}),
-    ({"topk": 9}, {"topk": 8}),
-    ({"topk": 2, "num_experts": 1}, {"topk": 1, "normalize": "none"}),
-    ({"num_groups": 3, "group_topk": 1}, UNGROUPED),
-    ({"num_groups": 3, "group_topk": 3, "topk": 3}, UNGROUPED),
-    ({"num_groups": 4, "group_topk": 5}, UNGROUPED),
-    ({"num_groups": 4, "group_topk": 2, "topk": 3}, UNGROUPED),
-    ({"num_groups": 4, "group_topk": 3, "topk": 2}, UNGROUPED),
-    ({"num_groups": 4, "group_topk": 2, "topk": 6}, UNGROUPED),
-    ({"num_groups": 8, "group_topk": 1, "topk": 2}, UNGROUPED),
-    ({"router": "expert_choice"}, {"router": "topk"}),
-    ({"router": "expert_choice"}, {"force_expert_choice": True}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("settings", "alternative"), CONTRADICTIONS)
-def test_contradictions_are_refused_with_a_way_out(
-    settings: dict[str, Any], alternative: dict[str, Any]
-) -> None:
-    with pytest.raises(ConfigError) as raised:
-        configure(settings)
-    message = str(raised.value)
-    named = [name for name, value in settings.items() if f"{name} ({value})" in message]
-    assert named or all(name in message for name in settings)
-    for name, value in alternative.items():
-        assert f"{name} = {value} " in message
-    configure(settings | alternative)
-
-
-# Settings of which the first is out of range, the rule that the message states, the alternative.
-OUT_OF_RANGE: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
-    ({"topk": 0}, "must be an integer of at least 1", {"topk": 2}),
-    ({"topk": 1.5}, "must be an integer of at least 1", {"topk": 2}),
-    ({"num_groups": 0, "group_topk": 1}, "must be an integer of at least 1", UNGROUPED),
-    ({"group_topk": 0, "num_groups": 4}, "must be an integer of at least 1", UNGROUPED),
-    ({"group_tokens": 0}, "must be an integer of at least 1", {"group_tokens": None}),
-    ({"min_capacity": -1}, "must be an integer of at least 0", {"min_capacity": 0}),
-    ({"scaling_factor": -1.0}, "must be positive and finite", {"scaling_factor": 1.0}),
-    ({"scaling_factor": math.inf}, "must be positive and finite", {"scaling_factor": 1.0}),
-    ({"capacity_factor": 0.0, "drop_policy": "probs"}, "must be positive and finite",
-     {"capacity_factor": 1.0}),
-    ({"eval_capacity_factor": math.nan, "drop_policy": "probs"}, "must be positive and finite",
-     {"eval_capacity_factor": 1.0}),
-    ({"aux_loss_coeff": -0.1}, "must be finite and not negative", {"aux_loss_coeff": 0.0}),
-    ({"aux_loss_coeff": math.nan}, "must be finite and not negative", {"aux_loss_coeff": 0.0}),
-    ({"z_loss_coeff": math.inf}, "must be finite and not negative", {"z_loss_coeff": 0.0}),
-    ({"bias_update_rate": -1.0}, "must be finite and not negative", {"bias_update_rate": 0.0}),
-    ({"jitter_eps": 1.5}, "must be in [0, 1)", {"jitter_eps": 0.01}),
-    ({"second_threshold": 0.0}, "must be in (0, 1]", {"second_threshold": 0.2}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("settings", "rule", "legal"), OUT_OF_RANGE)
-def test_values_out_of_range_are_refused(
-    settings: dict[str, Any], rule: str, legal: dict[str, Any]
-) -> None:
-    name, value = next(iter(settings.items()))
-    with pytest.raises(ConfigError) as raised:
-        configure(settings)
-    message = str(raised.value)
-    assert message.startswith(f"{name} {rule}; got {value}; ")
-    assert all(f"{key} = {choice}" in message for key, choice in legal.items())
-    configure(settings | legal)
-
-
-CHOICES = {
-    "score_function": ("softmax", "sigmoid"),
-    "normalize": ("before_drop", "after_drop", "none"),
-    "router_dtype": ("fp32", "fp64", "model"),
-    "noise": ("none", "rsample"),
-    "second_expert": ("all", "sampling", "random", "threshold"),
-    "capacity_rounding": ("floor", "round", "ceil", "floor_x4"),
-    "drop_policy": ("none", "position", "rank_position", "probs", "random", "bpr"),
-    "aux_loss_counts": ("topk", "top1"),
-    "aux_loss_scope": ("micro_batch", "sequence", "global", "group"),
-    "aux_loss_layers": ("sum", "mean"),
-}
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_names_of_no_choice_are_refused(name: str) -> None:
-    legal = ", ".join(CHOICES[name])
-    with pytest.raises(ConfigError, match=f"{name} must be one of {legal}; got 'tanh'"):
-        configure({name: "tanh"})
-    for value in CHOICES[name]:
-        drops = name == "drop_policy" and value != "none"
-        configure({"group_tokens": 4, "capacity_factor": 1.0 if drops else None, name: value})
-
-
-@pytest.mark.parametrize("given", [{"num_groups": 2}, {"group_topk": 2}])
-def test_groups_without_a_choice_are_refused(given: dict[str, int]) -> None:
-    values = {"num_groups": None, "group_topk": None, **given}
-    message = (
-        f"num_groups ({values['num_groups']}) and group_topk ({values['group_topk']}) must be set "
-        "together; both None would do"
-    )
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        configure(given)
-    configure({"num_groups": None, "group_topk": None})
-
-
-def test_expert_choice_is_refused_unless_forced() -> None:
-    config = {"hidden_size": 8, "ffn_hidden_size": 8, "num_experts": 8, "router": "expert_choice"}
-    with pytest.raises(ConfigError, match="a causal model would see its future; router = topk"):
-        MoEConfig(**config)  # type: ignore[arg-type]
-    forced = RoutingConfig(force_expert_choice=True)
-    config["routing"] = forced  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="needs capacity_factor"):
-        MoELayer(MoEConfig(**config))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"z_loss_coeff": 1e-3},
-        {"score_function": "sigmoid"},
-        {"scaling_factor": 2.5},
-        {"expert_bias": True},
-        {"num_groups": 4, "group_topk": 2},
-        {"second_expert": "random"},
-        {"noise": "rsample"},
-        {"aux_loss_coeff": 0.01},
-    ],
-)
-def test_expert_choice_refuses_what_it_has_no_use_for(setting: dict[str, object]) -> None:
-    given = {"router": "expert_choice", "capacity_factor": 1.0, "force_expert_choice": True}
-    MoELayer(configure(given))
-    name, value = next(iter(setting.items()))
-    with pytest.raises(
-        ConfigError, match=rf"expert_choice.*{name} \({value}\).*{name} = .* would do"
-    ):
-        MoELayer(configure(given | setting))

@@ -81,8 +81,6 @@ def split(matrix: Tensor, dim: int) -> Tensor:
     """
     if matrix.dtype == torch.bfloat16:
         return matrix
-    if not matrix.is_cuda:
-        return split_torch(matrix, dim)
     rows, columns = matrix.shape
     shape = (3 * rows, columns) if dim == 0 else (rows, 3 * columns)
     parts = torch.empty(shape, dtype=torch.bfloat16, device=matrix.device)
@@ -95,7 +93,7 @@ def split(matrix: Tensor, dim: int) -> Tensor:
 
 
 def split_torch(matrix: Tensor, dim: int) -> Tensor:
-    """Return what `split` does, in plain torch."""
+    """Return the parts of an fp32 `matrix`; the twin of `split`, in plain torch."""
     first = matrix.bfloat16()
     rest = matrix - first.float()
     second = rest.bfloat16()

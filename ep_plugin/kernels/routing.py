@@ -20,6 +20,7 @@ MAX_EXPERTS, MAX_TOPK = 1024, 16
 PROGRAMS = 264  # two for each multiprocessor; each leaves one row of sums
 HELD = 2048  # logits in a program's registers
 WARPS = 8  # of a program
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # divisors are at least this
 ADDED, ADDERS = 32768, 4  # sums read at a time by the program that adds them up, and its warps
 
 
@@ -84,7 +85,7 @@ def _route_kernel(
         lse = top + tl.log(total)
         if SIGMOID:
             score = tl.where(there, tl.sigmoid(logit), 0.0)
-            whole = tl.where(real, tl.maximum(tl.sum(score, axis=1), 1.1754944e-38), 1.0)
+            whole = tl.where(real, tl.maximum(tl.sum(score, axis=1), TINY), 1.0)
             part = score / whole[:, None]
         else:
             score = exponential / total[:, None]
@@ -136,7 +137,7 @@ def _route_kernel(
             confidences += tl.where(real, tl.max(score, axis=1), 0.0)
         sent += tl.sum(chosen, axis=0)
         if NORMALIZE:
-            values = values / tl.maximum(tl.sum(values, axis=1), 1.1754944e-38)[:, None]
+            values = values / tl.maximum(tl.sum(values, axis=1), TINY)[:, None]
         at = weights + token.to(tl.int64)[:, None] * K + choice[None, :]
         tl.store(at, values, mask=real[:, None] & (choice < K)[None, :])
         if COUNT_PLAIN:
@@ -213,7 +214,7 @@ def _route_backward_kernel(
         direct += tl.where(mine, grad[:, None], 0.0)
         chosen += tl.where(mine, 1.0, 0.0)
     if NORMALIZE:
-        by = tl.maximum(chosen_sum, 1.1754944e-38)[:, None]
+        by = tl.maximum(chosen_sum, TINY)[:, None]
         direct = direct / by - chosen * (inner[:, None] / by) / by
     # Through the sums over tokens of scores (of their parts of 1, with sigmoid).
     of_sums = tl.load(d_sums + expert, mask=expert < EXPERTS, other=0.0)
