@@ -10,12 +10,14 @@ import statistics
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
 from ep_plugin import ExpertGroups, MoEConfig, RoutingConfig
 from ep_plugin.kernels.gate import gate_logits
+from ep_plugin.router._choose import Choice, choose
 from ep_plugin.router.topk import TopKRouter
 
 REPEATS = 50
@@ -51,9 +53,10 @@ def microseconds(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seen.items()}
 
 
-def router_variants(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+def router_variants(args: argparse.Namespace, **capacity: Any) -> dict[str, Callable[[], object]]:
     """From logits to routing, forward and with the backward: the kernel and its twin."""
-    routing = RoutingConfig(topk=args.topk, aux_loss_coeff=0.01, z_loss_coeff=1e-3)
+    routing = RoutingConfig(topk=args.topk, aux_loss_coeff=0.01, z_loss_coeff=1e-3, **capacity)
+    suffix = f", capacity {capacity['drop_policy']}" if capacity else ""
     config = MoEConfig(
         hidden_size=args.experts, ffn_hidden_size=1, num_experts=args.experts, routing=routing
     )
@@ -65,9 +68,7 @@ def router_variants(args: argparse.Namespace) -> dict[str, Callable[[], object]]
             return hidden
 
     class Plain(FromLogits):
-        def _choose(self, logits: torch.Tensor) -> object:
-            from ep_plugin.router._choose import choose
-
+        def _choose(self, logits: torch.Tensor, num_sequences: int) -> Choice:
             return choose(logits, self.routing, self.expert_bias, self.training)
 
     def forward(router: TopKRouter) -> Callable[[], object]:
@@ -78,8 +79,8 @@ def router_variants(args: argparse.Namespace) -> dict[str, Callable[[], object]]
 
     routers = {"ep_plugin": FromLogits, "torch": Plain}
     made = {name: kind(config, ExpertGroups(), device="cuda") for name, kind in routers.items()}
-    return {f"routing forward {name}": forward(router) for name, router in made.items()} | {
-        f"routing forward+backward {name}": both(router) for name, router in made.items()
+    return {f"routing forward {name}{suffix}": forward(router) for name, router in made.items()} | {
+        f"routing forward+backward {name}{suffix}": both(router) for name, router in made.items()
     }
 
 
@@ -103,7 +104,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    times = microseconds(router_variants(args) | gate_variants(args))
+    variants = router_variants(args)
+    for policy in ("position", "probs"):
+        variants |= router_variants(args, capacity_factor=1.0, drop_policy=policy)
+    times = microseconds(variants | gate_variants(args))
     for name, value in times.items():
         print(f"{value:9.1f} us  {name}")
     record = {

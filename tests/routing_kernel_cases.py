@@ -1,6 +1,7 @@
 """The fused routing kernel beside its twin; run with TRITON_INTERPRET=1 on the CPU."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +13,8 @@ from ep_plugin.config import RoutingConfig
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.kernels import routing as kernel
 from ep_plugin.kernels.gate import gate_logits, split, split_torch
+from ep_plugin.router import _fused
+from ep_plugin.router._capacity import keep, place_by_sequence
 from ep_plugin.router._choose import PlainChoice, choose
 from ep_plugin.router._losses import Pools, load_balancing_loss
 
@@ -33,6 +36,7 @@ EXTREME: tuple[dict[str, Any], ...] = (
     {"score_function": "sigmoid", "expert_bias": True},
     {"num_groups": 4, "group_topk": 2},
 )
+POLICIES = ("position", "rank_position", "probs", "random", "bpr")
 POOL = Pools(1, None, None)
 
 
@@ -134,6 +138,59 @@ def check_not_finite(device: str) -> None:
         assert found.z_sum.isnan(), settings
 
 
+def check_capacity(device: str) -> None:
+    """Who finds room is who the twin lets in, given the kernel's own weights; all policies."""
+    for index, policy in enumerate(POLICIES * 4):
+        settings = ({}, {"topk": 3}, {"topk": 4, **V3}, {"normalize": "none", "topk": 1})[
+            index // 5
+        ]
+        sequences, group_tokens = (1, None) if index % 2 else (3, 7)
+        routing = RoutingConfig(
+            **{**settings, "aux_loss_coeff": 0.01},
+            drop_policy=policy,
+            capacity_factor=(0.6, 1.0, 0.02, 50.0)[index % 4],
+            capacity_rounding="floor",
+            group_tokens=group_tokens,
+        )
+        check_room(torch.randn(36, 16, device=device).round(decimals=1), routing, sequences)
+    torch.manual_seed(1)
+    crowded = torch.randn(150, 8, device=device)
+    crowded[:, 3] += 9
+    with patch.object(kernel, "SERVED", 16):  # a queue longer than what is looked at at a time
+        check_room(crowded, RoutingConfig(drop_policy="probs", capacity_factor=1.0), 2)
+        check_room(crowded * torch.nan, RoutingConfig(drop_policy="bpr", capacity_factor=1.0), 2)
+
+
+def check_room(logits: Tensor, routing: RoutingConfig, sequences: int) -> None:
+    """What is sent, its weights, their gradients, and the counts."""
+    bias = torch.rand(logits.shape[1], device=logits.device) if routing.expert_bias else None
+    leaf, other = (logits.clone().requires_grad_() for _ in range(2))
+    torch.manual_seed(2)
+    choice = _fused.choose(leaf, routing, bias, routing.capacity_factor, sequences)
+    torch.manual_seed(2)
+    draws = torch.rand(choice.weights.shape, device=logits.device)
+    free = kernel.route(other, routing, bias)
+    assert torch.equal(choice.expert_ids, free.expert_ids)
+    place = place_by_sequence(len(logits), sequences, logits.device)
+    factor, experts = routing.capacity_factor, logits.shape[1]
+    first = kernel.route(logits, replace(routing, normalize="none"), bias).weights[:, 0]
+    assert factor is not None
+    weights = free.weights.detach()
+    room = keep(free.expert_ids, weights, first, draws, place, factor, experts, routing)
+    assert torch.equal(choice.sent_ids, free.expert_ids.masked_fill(~room, -1)), routing
+    sent = torch.bincount(free.expert_ids[room], minlength=experts)
+    assert torch.equal(choice.sent, sent)
+    expected = free.weights.masked_fill(~room, 0)
+    assert torch.equal(choice.weights.nan_to_num(7), expected.nan_to_num(7))
+    seed = torch.randn_like(expected)
+    for x, y in ((choice.routed.balancing_loss, free.balancing_loss), (choice.weights, expected)):
+        slopes = [
+            torch.autograd.grad((value * seed).sum(), of, retain_graph=True)[0].nan_to_num(7)
+            for value, of in ((x, leaf), (y, other))
+        ]
+        assert torch.equal(*slopes), routing
+
+
 def check_gate() -> None:
     """Errors against float64 at most those of torch's own fp32 product, forward and backward."""
     for dim in (0, 1):
@@ -166,6 +223,7 @@ def check_all(device: str) -> None:
     check_one_expert(device)
     check_saturated_sigmoid(device)
     check_not_finite(device)
+    check_capacity(device)
 
 
 if __name__ == "__main__":

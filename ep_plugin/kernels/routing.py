@@ -1,9 +1,10 @@
-"""From logits to choices in one pass, and its backward in another.
+"""From logits to choices in two launches, and their backward in one.
 
-The plain-torch twin is `router._choose.PlainChoice`, over all tokens of the rank. One program holds
-a block of tokens with all their experts in registers: scores, the K best (of equal ones the lower
-expert), their weights, and what losses and metrics sum over tokens. Sums over tokens are added in a
-fixed order, so repeats are equal to the bit; counts are integers.
+The plain-torch twins are `router._choose.PlainChoice`, over all tokens of the rank, and
+`router._capacity.keep`. The first kernel holds a few tokens with all their experts in the registers
+of one warp: scores, the K best (of equal ones the lower expert), their weights, and what losses and
+metrics sum over tokens. The second adds the sums up and, with a capacity, drops choices. Sums over
+tokens are added in a fixed order, so repeats are equal to the bit; counts are integers.
 """
 
 from dataclasses import dataclass
@@ -15,19 +16,44 @@ import triton.language as tl
 from torch import Tensor
 
 from ep_plugin.config import RoutingConfig
+from ep_plugin.kernels.capacity import (
+    MAX_TOKENS,
+    POLICIES,
+    SERVED,
+    Capacity,
+    place_of,
+    queue_key,
+    serve,
+)
 
 MAX_EXPERTS, MAX_TOPK = 1024, 16
-PROGRAMS = 264  # two for each multiprocessor; each leaves one row of sums
-HELD = 2048  # logits in a program's registers
-WARPS = 8  # of a program
+PROGRAMS = 2112  # 16 for each multiprocessor; each leaves one row of sums
+HELD = 256  # logits in a program's registers; one warp, so that no step waits for another
+HELD_BACKWARD = 512
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # divisors are at least this
-ADDED, ADDERS = 32768, 4  # sums read at a time by the program that adds them up, and its warps
+NOBODY = tl.constexpr(-(2**31))  # below the rank of any logit
+COLUMNS, ADDED = 16, 1024  # sums, and their parts, read at a time by a program that adds them up
 
 
 @triton.jit
 def _best(values):
     """Return the largest value of each row and its column, the lowest of equal ones."""
     return tl.max(values, axis=1, return_indices=True, return_indices_tie_break_left=True)
+
+
+@triton.jit
+def _ordered(value):
+    """Integers ordered as the numbers are; NaN is below minus infinity, zeros are equal."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(value == value, ordered, NOBODY + 1)
+
+
+@triton.jit
+def _number(ordered):
+    """What `_ordered` was given."""
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -57,22 +83,22 @@ def _inside_best_groups(
 
 @triton.jit
 def _route_kernel(
-    logits, bias, ids, weights, totals, normalizers, counts, partials, num_tokens, EXPERTS, TILES,
+    logits, bias, draws, ids, sent_ids, weights, totals, normalizers, chosen, counted, partials,
+    keys, waiting, num_tokens, num_sequences, EXPERTS, TILES, room, place_bits,
     K: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALIZE: tl.constexpr,
-    COUNT_TOP1: tl.constexpr, COUNT_PLAIN: tl.constexpr,
+    COUNT_TOP1: tl.constexpr, COUNT_PLAIN: tl.constexpr, POLICY: tl.constexpr,
     NUM_GROUPS: tl.constexpr, GROUP_TOPK: tl.constexpr, EACH: tl.constexpr,
-    BLOCK: tl.constexpr, E: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     expert = tl.arange(0, E)
     inside = expert < EXPERTS
     column = tl.broadcast_to(expert[None, :], (BLOCK, E))
-    choice = tl.arange(0, KEPT)
     sums = tl.zeros((E,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
     entropies = tl.zeros((BLOCK,), tl.float32)
     confidences = tl.zeros((BLOCK,), tl.float32)
-    sent = tl.zeros((E,), tl.int32)
-    counted = tl.zeros((E,), tl.int32)
+    chosen_here = tl.zeros((E,), tl.int32)
+    counted_here = tl.zeros((E,), tl.int32)
     for tile in range(TILES):
         token = (tl.program_id(0) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         real = token < num_tokens
@@ -87,12 +113,11 @@ def _route_kernel(
             score = tl.where(there, tl.sigmoid(logit), 0.0)
             whole = tl.where(real, tl.maximum(tl.sum(score, axis=1), TINY), 1.0)
             part = score / whole[:, None]
+            tl.store(normalizers + token, whole, mask=real)
         else:
             score = exponential / total[:, None]
-            whole = tl.where(real, 1.0, 1.0)
             part = score
         tl.store(totals + token, lse, mask=real)
-        tl.store(normalizers + token, whole, mask=real)
         sums += tl.sum(part, axis=0)
         squares += tl.where(real, lse * lse, 0.0)
         entropies -= tl.sum(part * tl.log(tl.where(part > 0, part, 1.0)), axis=1)
@@ -105,86 +130,127 @@ def _route_kernel(
             if NUM_GROUPS > 0:
                 ranking = tl.where(ranking == ranking, ranking, -1.0e30)
                 ranking = _inside_best_groups(ranking, BLOCK, E, NUM_GROUPS, GROUP_TOPK, EACH)
-            ranking = tl.where(inside[None, :], ranking, float("-inf"))
-        # What is chosen goes to minus infinity: nothing else may be there, or be NaN, lest a token
-        # has an expert twice.
-        lowest = tl.where(inside, -3.0e38, float("-inf"))[None, :]
-        ranking = tl.where(ranking > -3.0e38, ranking, lowest)
-        chosen = tl.zeros((BLOCK, E), tl.int32)
-        values = tl.zeros((BLOCK, KEPT), tl.float32)
+        # Who is chosen becomes NOBODY, and only they are: no token has an expert twice.
+        order = tl.where(inside[None, :], _ordered(ranking), NOBODY)
+        wheres = ()
+        values = ()
+        together = tl.zeros((BLOCK,), tl.float32)
+        first_value = together
         for k in tl.static_range(K):
-            largest, where = _best(ranking)
+            largest = tl.max(order, axis=1)
+            where = tl.min(tl.where(order == largest[:, None], column, E), axis=1)
             mine = column == where[:, None]
-            ranking = tl.where(mine, float("-inf"), ranking)
-            chosen = tl.where(mine & there, 1, chosen)
-            if BIASED:
+            order = tl.where(mine, NOBODY, order)
+            if BIASED or NUM_GROUPS > 0:
                 value = tl.sum(tl.where(mine, score, 0.0), axis=1)
-            elif NUM_GROUPS > 0:
-                value = largest
             elif SIGMOID:
-                value = tl.sigmoid(largest)
+                value = tl.sigmoid(_number(largest))
             else:
-                value = tl.exp(largest - lse)
+                value = tl.exp(_number(largest) - lse)
             value = tl.where(lse == lse, value, lse)  # NaN where a logit of the token is
-            values = tl.where(choice[None, :] == k, value[:, None], values)
-            tl.store(ids + token.to(tl.int64) * K + k, where.to(tl.int64), mask=real)
+            wheres = wheres + (where,)  # type: ignore[assignment]  # noqa: RUF005
+            values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
+            together += value
             if k == 0:
-                if COUNT_TOP1 and not COUNT_PLAIN:
-                    counted += tl.sum(chosen, axis=0)
-                if not BIASED and NUM_GROUPS == 0:
-                    confidences += tl.where(real, value, 0.0)
+                first_value = value
+            if k == 0 and COUNT_TOP1 and not COUNT_PLAIN:
+                counted_here += tl.sum((mine & there).to(tl.int32), axis=0)
+        chosen_here += tl.sum(((order == NOBODY) & there).to(tl.int32), axis=0)
         if BIASED or NUM_GROUPS > 0:
             confidences += tl.where(real, tl.max(score, axis=1), 0.0)
-        sent += tl.sum(chosen, axis=0)
+        else:
+            confidences += tl.where(real, first_value, 0.0)
+        divisor = tl.where(real, 1.0, 1.0)
         if NORMALIZE:
-            values = values / tl.maximum(tl.sum(values, axis=1), TINY)[:, None]
-        at = weights + token.to(tl.int64)[:, None] * K + choice[None, :]
-        tl.store(at, values, mask=real[:, None] & (choice < K)[None, :])
+            divisor = tl.maximum(together, TINY)
+        for k in tl.static_range(K):
+            at = token.to(tl.int64) * K + k
+            weight = values[k] / divisor
+            tl.store(ids + at, wheres[k].to(tl.int64), mask=real)
+            tl.store(weights + at, weight, mask=real)
+            if POLICY > 0:
+                tl.store(sent_ids + at, wheres[k].to(tl.int64), mask=real)
+        if POLICY > 0:
+            place = place_of(token, num_tokens, num_sequences)
+            first_queue = place // room * EXPERTS
+            slots = ()
+            for k in tl.static_range(K):  # all are asked for before the first is needed
+                at = waiting + first_queue + wheres[k]
+                slot = tl.atomic_add(at, 1, mask=real, sem="relaxed")
+                slots = slots + (slot,)  # type: ignore[assignment]  # noqa: RUF005
+            for k in tl.static_range(K):
+                weight = values[k] / divisor
+                draw = weight
+                if POLICY == 4:
+                    at = token.to(tl.int64) * K + k
+                    draw = tl.load(draws + at, mask=real, other=0.0)
+                key = queue_key(place, k, weight, first_value, draw, place_bits, POLICY)
+                queue = (first_queue + wheres[k]).to(tl.int64)
+                at = keys + queue * room + slots[k]
+                tl.store(at, key, mask=real)
         if COUNT_PLAIN:
-            left = tl.where(there & (score == score), score, float("-inf"))
+            left = tl.where(inside[None, :], _ordered(score), NOBODY)
             for k in tl.static_range(K):
                 if k == 0 or not COUNT_TOP1:
-                    _, where = _best(left)
-                    mine = column == where[:, None]
-                    left = tl.where(mine, float("-inf"), left)
-                    counted += tl.sum(tl.where(mine & there, 1, 0), axis=0)
-    if not COUNT_TOP1 and not COUNT_PLAIN:
-        counted = sent
+                    largest = tl.max(left, axis=1)
+                    where = tl.min(tl.where(left == largest[:, None], column, E), axis=1)
+                    left = tl.where(column == where[:, None], NOBODY, left)
+            counted_here += tl.sum(((left == NOBODY) & there).to(tl.int32), axis=0)
     row = partials + tl.program_id(0).to(tl.int64) * (EXPERTS + 3)
     tl.store(row + expert, sums, mask=inside)
     tl.store(row + EXPERTS, tl.sum(squares))
     tl.store(row + EXPERTS + 1, tl.sum(entropies))
     tl.store(row + EXPERTS + 2, tl.sum(confidences))
-    tl.atomic_add(counts + expert, sent.to(tl.int64), mask=inside)
-    tl.atomic_add(counts + EXPERTS + expert, counted.to(tl.int64), mask=inside)
+    there = inside & (chosen_here > 0)
+    tl.atomic_add(chosen + expert, chosen_here.to(tl.int64), mask=there, sem="relaxed")
+    if COUNT_TOP1 or COUNT_PLAIN:
+        there = inside & (counted_here > 0)
+        tl.atomic_add(counted + expert, counted_here.to(tl.int64), mask=there, sem="relaxed")
 
 
 @triton.jit
 def _finish_kernel(
-    partials, counts, sums, losses, num_blocks, num_tokens, EXPERTS, BLOCK: tl.constexpr,
-    E: tl.constexpr,
+    partials, counted, sums, losses, arrived, keys, waiting, sent, sent_ids, weights, num_rows,
+    num_tokens, num_sequences, EXPERTS, ADDERS, GROUPS, room, limit, last_limit, place_bits,
+    key_bits,
+    K: tl.constexpr, COLUMNS: tl.constexpr, ADDED: tl.constexpr, E: tl.constexpr,
+    SERVED: tl.constexpr,
 ):  # fmt: skip
-    """Add the blocks' sums in order; one program. Losses: balancing, z, of this rank's tokens."""
-    column = tl.arange(0, E)
+    """Add the programs' sums in order, a few columns each; programs behind those serve queues.
+
+    The last to have added computes the losses, balancing and z, of this rank's tokens.
+    """
+    if tl.program_id(0) >= ADDERS:
+        serve(
+            tl.program_id(0) - ADDERS, keys, waiting, sent_ids, weights, sent, num_tokens,
+            num_sequences, EXPERTS, GROUPS, room, limit, last_limit, place_bits, key_bits, K,
+            SERVED,
+        )  # fmt: skip
+        return
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < EXPERTS + 3
-    total = tl.zeros((E,), tl.float32)
-    for start in range(0, num_blocks, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        there = (block < num_blocks)[:, None] & inside[None, :]
-        at = partials + block.to(tl.int64)[:, None] * (EXPERTS + 3) + column[None, :]
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, num_rows, ADDED):
+        row = start + tl.arange(0, ADDED)
+        at = partials + row.to(tl.int64)[:, None] * (EXPERTS + 3) + column[None, :]
+        there = (row < num_rows)[:, None] & inside[None, :]
         total += tl.sum(tl.load(at, mask=there, other=0.0), axis=0)
     tl.store(sums + column, total, mask=inside)
-    counted = tl.load(counts + EXPERTS + column, mask=column < EXPERTS, other=0).to(tl.float32)
-    choices = tl.maximum(tl.sum(counted), 1.0)
-    balancing = tl.sum(counted * total) * EXPERTS / choices / num_tokens
-    tl.store(losses, balancing)
-    tl.store(losses + 1, tl.sum(tl.where(column == EXPERTS, total, 0.0)) / num_tokens)
+    tl.debug_barrier()  # all of the program's sums are there before it says so
+    if tl.atomic_add(arrived, 1) == ADDERS - 1:
+        expert = tl.arange(0, E)
+        exists = expert < EXPERTS
+        number = tl.load(counted + expert, mask=exists, other=0).to(tl.float32)
+        score = tl.load(sums + expert, mask=exists, other=0.0)
+        choices = tl.maximum(tl.sum(number), 1.0)
+        tl.store(losses, tl.sum(number * score) * EXPERTS / choices / num_tokens)
+        tl.store(losses + 1, tl.load(sums + EXPERTS) / num_tokens)
 
 
 @triton.jit
 def _route_backward_kernel(
-    logits, ids, counts, totals, normalizers, d_weights, d_sums, d_losses, d_logits, num_tokens,
-    EXPERTS,
+    logits, ids, sent_ids, counted, totals, normalizers, d_weights, d_sums, d_losses, d_logits,
+    num_tokens, EXPERTS,
     K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +273,8 @@ def _route_backward_kernel(
     for k in tl.static_range(K):
         at = token.to(tl.int64) * K + k
         mine = tl.load(ids + at, mask=real, other=-1)[:, None] == expert[None, :]
-        grad = tl.load(d_weights + at, mask=real, other=0.0)
+        sent = tl.load(sent_ids + at, mask=real, other=-1) >= 0  # the others' weights are zeros
+        grad = tl.load(d_weights + at, mask=sent, other=0.0)
         value = tl.sum(tl.where(mine, score, 0.0), axis=1)
         chosen_sum += value
         inner += grad * value
@@ -218,9 +285,9 @@ def _route_backward_kernel(
         direct = direct / by - chosen * (inner[:, None] / by) / by
     # Through the sums over tokens of scores (of their parts of 1, with sigmoid).
     of_sums = tl.load(d_sums + expert, mask=expert < EXPERTS, other=0.0)
-    counted = tl.load(counts + EXPERTS + expert, mask=expert < EXPERTS, other=0).to(tl.float32)
-    share = EXPERTS / tl.maximum(tl.sum(counted), 1.0) / num_tokens
-    of_sums = (of_sums + tl.load(d_losses) * share * counted)[None, :]
+    number = tl.load(counted + expert, mask=expert < EXPERTS, other=0).to(tl.float32)
+    share = EXPERTS / tl.maximum(tl.sum(number), 1.0) / num_tokens
+    of_sums = (of_sums + tl.load(d_losses) * share * number)[None, :]
     if SIGMOID:
         whole = tl.load(normalizers + token, mask=real, other=1.0)[:, None]
         mean = tl.sum(score / whole * of_sums, axis=1)[:, None]
@@ -239,10 +306,11 @@ class Routed:
     """What `route` returns; the losses, `weights`, `score_sums` and `z_sum` have gradients."""
 
     expert_ids: Tensor  # [T, K] int64, best first
-    weights: Tensor  # [T, K] fp32, divided by their sum when the setting is before_drop
+    sent_ids: Tensor  # [T, K] int64, -1 for choices that found no room
+    weights: Tensor  # [T, K] fp32, divided by their sum if before_drop, then 0 where not sent
     score_sums: Tensor  # [1, E] fp32, over tokens
     z_sum: Tensor  # [] fp32, sum over tokens of logsumexp^2
-    sent: Tensor  # [E] int64, choices
+    sent: Tensor  # [E] int64, choices that found room
     counted: Tensor  # [E] int64, the choices that the balancing loss counts
     entropy: Tensor  # [] fp32, summed over tokens
     confidence: Tensor  # [] fp32, sum over tokens of the largest score
@@ -253,60 +321,83 @@ class Routed:
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, bias: Tensor | None, routing: RoutingConfig
+        ctx: Any,
+        logits: Tensor,
+        bias: Tensor | None,
+        routing: RoutingConfig,
+        capacity: Capacity | None,
     ) -> tuple[Tensor, ...]:
-        (num_tokens, experts), device = logits.shape, logits.device
+        (num_tokens, experts), topk, device = logits.shape, routing.topk, logits.device
         width = triton.next_power_of_2(experts)
-        block = max(1, min(16, HELD // width))  # tokens held at a time, in few registers
-        tiles = triton.cdiv(triton.cdiv(num_tokens, block), PROGRAMS)  # of each program
-        num_blocks = triton.cdiv(num_tokens, block * max(tiles, 1))
-        ids = torch.empty(num_tokens, routing.topk, dtype=torch.int64, device=device)
-        weights = torch.empty(num_tokens, routing.topk, dtype=torch.float32, device=device)
-        per_token = torch.empty(2, num_tokens, dtype=torch.float32, device=device)
-        counts = torch.zeros(2, experts, dtype=torch.int64, device=device)
-        partials = torch.empty(num_blocks, experts + 3, dtype=torch.float32, device=device)
+        block = max(1, min(16, HELD // width))  # tokens held at a time
+        tiles = max(1, triton.cdiv(triton.cdiv(num_tokens, block), PROGRAMS))  # of each program
+        num_rows = triton.cdiv(num_tokens, block * tiles)
         logits = logits.contiguous()
+        ids = torch.empty(num_tokens, topk, dtype=torch.int64, device=device)
+        sent_ids = ids if capacity is None else torch.empty_like(ids)
+        weights = torch.empty(num_tokens, topk, dtype=torch.float32, device=device)
+        per_token = torch.empty(2, num_tokens, dtype=torch.float32, device=device)
+        queues = 0 if capacity is None else capacity.num_groups(num_tokens)
+        zeros = torch.zeros(4 + queues, experts, dtype=torch.int64, device=device)
+        *counts, arrived = zeros[:4]
+        plain = bias is not None or routing.num_groups is not None
+        top1 = routing.aux_loss_counts == "top1"
+        counted = counts[1] if plain or top1 else counts[0]
+        sent = counts[0] if capacity is None else counts[2]
+        partials = torch.empty(num_rows, experts + 3, dtype=torch.float32, device=device)
+        results = partials.new_empty if num_tokens else partials.new_zeros
+        sums, losses = results(experts + 3), results(2)
+        rules = (1, 1, 0, 0, 0, 0)  # not read without a capacity, nor are the tensors
+        keys, waiting, draws = ids, counts[0], logits
+        if capacity is not None:
+            rules, waiting = capacity.rules(num_tokens), zeros[4:]
+            keys = torch.empty(queues, experts, rules[1], dtype=torch.int64, device=device)
+            draws = logits if capacity.draws is None else capacity.draws
+        sequences, room, limit, last_limit, place_bits, key_bits = rules
         settings = {
-            "K": routing.topk,
+            "K": topk,
             "SIGMOID": routing.score_function == "sigmoid",
             "NORMALIZE": routing.normalize == "before_drop",
             "BLOCK": block,
             "E": width,
+            "num_warps": 1,
         }
         if num_tokens:
-            _route_kernel[(num_blocks,)](
-                *(logits, counts if bias is None else bias, ids, weights, *per_token, counts),
-                *(partials, num_tokens, experts, tiles),
-                KEPT=triton.next_power_of_2(routing.topk),
-                num_warps=WARPS,
+            _route_kernel[(num_rows,)](
+                *(logits, counts[0] if bias is None else bias, draws, ids, sent_ids, weights),
+                *(*per_token, counts[0], counted, partials, keys, waiting),
+                *(num_tokens, sequences, experts, tiles, room, place_bits),
                 BIASED=bias is not None,
-                COUNT_TOP1=routing.aux_loss_counts == "top1",
-                COUNT_PLAIN=bias is not None or routing.num_groups is not None,
+                COUNT_TOP1=top1,
+                COUNT_PLAIN=plain,
+                POLICY=0 if capacity is None else POLICIES[capacity.policy][0],
                 NUM_GROUPS=routing.num_groups or 0,
                 GROUP_TOPK=routing.group_topk or 1,
-                EACH=routing.topk // (routing.group_topk or 1),
+                EACH=topk // (routing.group_topk or 1),
                 **settings,
             )
-        results = partials.new_empty if num_tokens else partials.new_zeros
-        sums, losses = results(experts + 3), results(2)
-        if num_tokens:
-            _finish_kernel[(1,)](
-                *(partials, counts, sums, losses, num_blocks, num_tokens, experts),
-                BLOCK=max(1, ADDED // triton.next_power_of_2(experts + 3)),
-                E=triton.next_power_of_2(experts + 3),
-                num_warps=ADDERS,
+            adders = triton.cdiv(experts + 3, COLUMNS)
+            _finish_kernel[(adders + queues * experts,)](
+                *(partials, counted, sums, losses, arrived, keys, waiting, sent, sent_ids),
+                *(weights, num_rows, num_tokens, sequences, experts, adders, queues, room),
+                *(limit, last_limit, place_bits, key_bits),
+                K=topk,
+                COLUMNS=COLUMNS,
+                ADDED=ADDED,
+                E=width,
+                SERVED=SERVED,
             )
-        ctx.save_for_backward(logits, ids, counts, per_token)
+        ctx.save_for_backward(logits, ids, sent_ids, counted, per_token)
         ctx.settings = settings
-        ctx.mark_non_differentiable(ids, counts)
+        ctx.mark_non_differentiable(ids, sent_ids, sent, counted)
         ctx.set_materialize_grads(False)
-        return weights, sums, losses, ids, counts
+        return weights, sums, losses, ids, sent_ids, sent, counted
 
     @staticmethod
     def backward(
         ctx: Any, d_weights: Tensor | None, d_sums: Tensor | None, d_losses: Tensor | None, *_: Any
-    ) -> tuple[Tensor, None, None]:
-        logits, ids, counts, per_token = ctx.saved_tensors
+    ) -> tuple[Tensor, None, None, None]:
+        logits, ids, sent_ids, counted, per_token = ctx.saved_tensors
         (num_tokens, experts), d_logits = logits.shape, torch.empty_like(logits)
         if d_weights is None:
             d_weights = torch.zeros(ids.shape, dtype=torch.float32, device=logits.device)
@@ -315,12 +406,13 @@ class _Route(torch.autograd.Function):
         if d_losses is None:
             d_losses = torch.zeros(2, dtype=torch.float32, device=logits.device)
         if num_tokens:
-            _route_backward_kernel[(triton.cdiv(num_tokens, ctx.settings["BLOCK"]),)](
-                *(logits, ids, counts, *per_token, d_weights.contiguous(), d_sums.contiguous()),
-                *(d_losses.contiguous(), d_logits, num_tokens, experts),
-                **ctx.settings,
+            block = max(1, min(16, HELD_BACKWARD // ctx.settings["E"]))
+            _route_backward_kernel[(triton.cdiv(num_tokens, block),)](
+                *(logits, ids, sent_ids, counted, *per_token, d_weights.contiguous()),
+                *(d_sums.contiguous(), d_losses.contiguous(), d_logits, num_tokens, experts),
+                **{**ctx.settings, "BLOCK": block},
             )
-        return d_logits, None, None
+        return d_logits, None, None, None
 
 
 def fits(logits: Tensor, routing: RoutingConfig, training: bool) -> bool:
@@ -332,6 +424,7 @@ def fits(logits: Tensor, routing: RoutingConfig, training: bool) -> bool:
     return (
         logits.is_cuda
         and logits.dtype == torch.float32
+        and len(logits) <= MAX_TOKENS
         and experts <= MAX_EXPERTS
         and routing.topk <= MAX_TOPK
         and routing.second_expert == "all"
@@ -341,17 +434,25 @@ def fits(logits: Tensor, routing: RoutingConfig, training: bool) -> bool:
     )
 
 
-def route(logits: Tensor, routing: RoutingConfig, expert_bias: Tensor | None) -> Routed:
-    """Return the choices for `logits` [T, E] fp32; see `fits`."""
+def route(
+    logits: Tensor,
+    routing: RoutingConfig,
+    expert_bias: Tensor | None,
+    capacity: Capacity | None = None,
+) -> Routed:
+    """Return the choices for `logits` [T, E] fp32, those with room marked; see `fits`."""
     experts = logits.shape[1]
-    weights, sums, losses, ids, counts = _Route.apply(logits, expert_bias, routing)
+    weights, sums, losses, ids, sent_ids, sent, counted = _Route.apply(
+        logits, expert_bias, routing, capacity
+    )
     return Routed(
         ids,
+        sent_ids,
         weights,
         sums[:experts].unsqueeze(0),
         sums[experts],
-        counts[0],
-        counts[1],
+        sent,
+        counted,
         sums[experts + 1].detach(),
         sums[experts + 2].detach(),
         losses[0],

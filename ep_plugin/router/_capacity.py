@@ -30,6 +30,19 @@ def capacity(
     return min(max(rounded, routing.min_capacity), num_tokens)
 
 
+def limits(
+    num_tokens: int, num_experts: int, factor: float, routing: RoutingConfig
+) -> tuple[int, int, int]:
+    """Return the tokens of a routing group, an expert's capacity in it, and in the last group."""
+    group_tokens = min(routing.group_tokens or num_tokens, num_tokens) or 1
+    last_tokens = num_tokens - (math.ceil(num_tokens / group_tokens) - 1) * group_tokens
+    first, last = (
+        capacity(tokens, num_experts, routing.topk, factor, routing)
+        for tokens in (group_tokens, last_tokens)
+    )
+    return group_tokens, first, last
+
+
 def place_by_sequence(num_tokens: int, num_sequences: int, device: torch.device) -> Tensor:
     """Return each token's place [T] when tokens are listed sequence by sequence.
 
@@ -59,15 +72,10 @@ def keep(
     Nothing waits for the device.
     """
     num_tokens, topk = expert_ids.shape
-    group_tokens = min(routing.group_tokens or num_tokens, num_tokens) or 1
+    group_tokens, first, last = limits(num_tokens, num_experts, factor, routing)
     num_groups = math.ceil(num_tokens / group_tokens)
     group = (place // group_tokens).unsqueeze(1).expand(-1, topk).flatten()  # [T*K]
-    last_tokens = num_tokens - (num_groups - 1) * group_tokens
-    limit = torch.where(
-        group == num_groups - 1,
-        capacity(last_tokens, num_experts, topk, factor, routing),
-        capacity(group_tokens, num_experts, topk, factor, routing),
-    )
+    limit = torch.where(group == num_groups - 1, last, first)
     ids = expert_ids.flatten()
     absent = num_groups * num_experts  # a bucket beside those of the experts
     bucket = torch.where(ids >= 0, group * num_experts + ids, absent)  # [T*K]

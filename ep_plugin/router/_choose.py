@@ -32,8 +32,16 @@ class Choice(Protocol):
         ...
 
     @property
+    def sent_ids(self) -> Tensor | None:
+        """[T, K] int64 as `expert_ids`, -1 = no room, where capacity is taken into account already.
+
+        Then `weights` are 0 there.
+        """
+        ...
+
+    @property
     def sent(self) -> Tensor | None:
-        """[E] int64 choices of each expert, where they are counted already."""
+        """[E] int64 choices with room at each expert, where they are counted already."""
         ...
 
     @property
@@ -68,6 +76,7 @@ class PlainChoice:
     logits: Tensor  # [T, E]
     scores: Tensor  # [T, E] softmax or sigmoid
     routing: RoutingConfig
+    sent_ids: None = None
     sent: None = None
     own_loss: None = None
 
@@ -116,7 +125,7 @@ def choose(
     chosen = scores.gather(1, expert_ids)
     with torch.no_grad():
         expert_ids = _leave_out_second(expert_ids, chosen, routing)
-    weights = weigh(chosen, torch.ones_like(expert_ids), routing, "before_drop")
+    weights = weigh(chosen) if routing.normalize == "before_drop" else chosen
     return PlainChoice(expert_ids, weights, chosen[:, 0], logits, scores, routing)
 
 
@@ -160,9 +169,7 @@ def _leave_out_second(expert_ids: Tensor, chosen: Tensor, routing: RoutingConfig
     return torch.stack([expert_ids[:, 0], left], dim=1)
 
 
-def weigh(scores: Tensor, sent: Tensor, routing: RoutingConfig, when: str) -> Tensor:
-    """Return `scores` [T, K] divided by their sum over `sent` [T, K] when the setting says so."""
-    if routing.normalize != when:
-        return scores
-    total = (scores * sent).sum(dim=1, keepdim=True)
-    return scores / total.clamp(min=torch.finfo(scores.dtype).tiny)
+def weigh(weights: Tensor) -> Tensor:
+    """Return `weights` [T, K] divided by their sum."""
+    total = weights.sum(dim=1, keepdim=True)
+    return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from ep_plugin.config import RoutingConfig
 from ep_plugin.kernels import routing as kernel
+from ep_plugin.kernels.capacity import Capacity
+from ep_plugin.router import _random
+from ep_plugin.router._capacity import limits
 from ep_plugin.router._losses import Pools
 
-
-def fits(logits: Tensor, routing: RoutingConfig, training: bool) -> bool:
-    """Whether the kernel does this routing; `PlainChoice` does all."""
-    # bpr ranks by the scores before their division, which the kernel does not return.
-    return kernel.fits(logits, routing, training) and routing.drop_policy != "bpr"
+fits = kernel.fits
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,10 @@ class FusedChoice:
     @property
     def first_scores(self) -> Tensor:
         return self.routed.weights[:, 0]
+
+    @property
+    def sent_ids(self) -> Tensor:
+        return self.routed.sent_ids
 
     @property
     def sent(self) -> Tensor:
@@ -58,6 +61,27 @@ class FusedChoice:
         return self.routed.entropy, self.routed.confidence
 
 
-def choose(logits: Tensor, routing: RoutingConfig, expert_bias: Tensor | None) -> FusedChoice:
-    """Return the choices for `logits` [T, E]; `expert_bias` [E] moves the choice alone."""
-    return FusedChoice(kernel.route(logits, routing, expert_bias))
+def choose(
+    logits: Tensor,
+    routing: RoutingConfig,
+    expert_bias: Tensor | None,
+    factor: float | None,
+    num_sequences: int,
+) -> FusedChoice:
+    """Return the choices for `logits` [T, E], those without room at capacity `factor` marked.
+
+    `expert_bias` [E] moves the choice alone; None for `factor` drops nothing.
+    """
+    room = None if factor is None else _capacity(logits, routing, factor, num_sequences)
+    return FusedChoice(kernel.route(logits, routing, expert_bias, room))
+
+
+def _capacity(
+    logits: Tensor, routing: RoutingConfig, factor: float, num_sequences: int
+) -> Capacity:
+    num_tokens, num_experts = logits.shape
+    draws = None
+    if routing.drop_policy == "random":
+        draws = _random.uniform((num_tokens, routing.topk), logits)
+    group_tokens, limit, last = limits(num_tokens, num_experts, factor, routing)
+    return Capacity(group_tokens, limit, last, num_sequences, routing.drop_policy, draws)

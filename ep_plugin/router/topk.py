@@ -69,49 +69,54 @@ class TopKRouter(Gate):
         In training all ranks of `groups.tp_cp` (for a global loss of `tp_dp_cp`) must call it
         together.
         """
-        choice = self._choose(self.logits(hidden))
+        choice = self._choose(self.logits(hidden), num_sequences)
         expert_ids, probs = self._drop(choice, num_sequences)
         losses: dict[str, Tensor] = {}
         if self.wants_losses():
             losses = self._losses(choice, num_sequences)
             probs = self._attach(probs, losses)
-        all_sent = not self._may_leave_out()
-        tokens_per_expert = (
-            choice.sent if all_sent and choice.sent is not None else self._count(expert_ids)
-        )
+        tokens_per_expert = self._count(expert_ids) if choice.sent is None else choice.sent
         if self.local_tokens_per_expert is not None and torch.is_grad_enabled():
             self.local_tokens_per_expert += tokens_per_expert
         detached = {name: loss.detach() for name, loss in losses.items()}
         seen = metrics(choice, expert_ids) if self.collect_metrics else {}
         return Routing(expert_ids, probs, tokens_per_expert, detached, seen)
 
-    def _choose(self, logits: Tensor) -> Choice:
+    def _choose(self, logits: Tensor, num_sequences: int) -> Choice:
+        routing, bias = self.routing, self.expert_bias
         if logits.is_cuda:
             from ep_plugin.router import _fused  # it needs Triton, which the CPU does not
 
-            if _fused.fits(logits, self.routing, self.training):
-                return _fused.choose(logits, self.routing, self.expert_bias)
-        return choose(logits, self.routing, self.expert_bias, self.training)
+            if _fused.fits(logits, routing, self.training):
+                return _fused.choose(logits, routing, bias, self._capacity_factor(), num_sequences)
+        return choose(logits, routing, bias, self.training)
 
     def _drop(self, choice: Choice, num_sequences: int) -> tuple[Tensor, Tensor]:
         """Return expert ids [T, K] and probs [T, K] of what fits, -1 and 0 for the rest."""
-        routing, expert_ids, weights = self.routing, choice.expert_ids, choice.weights
-        factor = self._capacity_factor()
-        if factor is not None:
-            with torch.no_grad():
-                shape = tuple(weights.shape)
-                draws = _random.uniform(shape, weights) if routing.drop_policy == "random" else None
-                place = place_by_sequence(shape[0], num_sequences, weights.device)  # [T]
-                fits = keep(
-                    *(expert_ids, weights, choice.first_scores, draws, place),
-                    *(factor, self.config.num_experts, routing),
-                )
-                expert_ids = expert_ids.masked_fill(~fits, -1)
-        if self._may_leave_out() or routing.normalize == "after_drop":
-            sent = expert_ids >= 0
-            weights = weigh(weights, sent, routing, "after_drop").masked_fill(~sent, 0.0)
+        routing, weights, expert_ids = self.routing, choice.weights, choice.sent_ids
+        if expert_ids is None:
+            expert_ids = self._sent_ids(choice, num_sequences)
+            if self._may_leave_out():
+                weights = weights.masked_fill(expert_ids < 0, 0.0)
+        if routing.normalize == "after_drop":
+            weights = weigh(weights)
         scale = routing.scaling_factor
         return expert_ids, weights if scale == 1 else weights * scale
+
+    @torch.no_grad()
+    def _sent_ids(self, choice: Choice, num_sequences: int) -> Tensor:
+        """Return the expert ids [T, K], -1 for those without room."""
+        factor, weights, routing = self._capacity_factor(), choice.weights, self.routing
+        if factor is None:
+            return choice.expert_ids
+        shape = tuple(weights.shape)
+        draws = _random.uniform(shape, weights) if routing.drop_policy == "random" else None
+        place = place_by_sequence(shape[0], num_sequences, weights.device)  # [T]
+        fits = keep(
+            *(choice.expert_ids, weights, choice.first_scores, draws, place),
+            *(factor, self.config.num_experts, routing),
+        )
+        return choice.expert_ids.masked_fill(~fits, -1)
 
     def _capacity_factor(self) -> float | None:
         routing = self.routing
