@@ -43,6 +43,16 @@ def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(legal)}; got {value!r}")
 
 
+def _check_counts(config: object, counts: dict[str, tuple[int, str]]) -> None:
+    """Raise ConfigError unless each field that is set is an integer of at least its smallest."""
+    for name, (smallest, legal) in counts.items():
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or value < smallest):
+            raise ConfigError(
+                f"{name} must be an integer of at least {smallest}; got {value}; {legal} would do"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
     """How tokens choose experts; every field is an axis of its own, and a flag `--ep-FIELD`.
@@ -112,13 +122,7 @@ class RoutingConfig:
             )
 
     def _check_ranges(self) -> None:
-        for name, (smallest, legal) in _COUNTS.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < smallest):
-                raise ConfigError(
-                    f"{name} must be an integer of at least {smallest}; got {value}; "
-                    f"{legal} would do"
-                )
+        _check_counts(self, _COUNTS)
         for name in ("scaling_factor", "capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -203,6 +207,12 @@ _COUNTS = {  # the smallest that is legal, and an alternative
     "group_tokens": (1, "group_tokens = None"),
     "min_capacity": (0, "min_capacity = 0"),
 }
+_SIZES = {
+    "hidden_size": (1, "hidden_size = 1024"),
+    "ffn_hidden_size": (1, "ffn_hidden_size = 2048"),
+    "num_experts": (1, "num_experts = 8"),
+    "num_moe_layers": (1, "num_moe_layers = 1"),
+}
 _CHOICES = {
     "score_function": get_args(ScoreFunction),
     "normalize": get_args(Normalize),
@@ -241,9 +251,7 @@ class MoEConfig:
     gemm: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "ffn_hidden_size", "num_experts", "num_moe_layers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        _check_counts(self, _SIZES)
         check_choice("activation", self.activation, get_args(Activation))
         check_choice("shared_expert", self.shared_expert, get_args(SharedExpert))
         check_choice("fp8", self.fp8, get_args(Fp8))

@@ -26,7 +26,9 @@ class ParallelConfig:
             object.__setattr__(self, "etp", self.tp)
         for name in ("world_size", "tp", "pp", "cp", "ep", "etp"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+                raise ConfigError(
+                    f"{name} must be at least 1; got {getattr(self, name)}; {name} = 1 would do"
+                )
         if sorted(self.order.split("-")) != ["cp", "dp", "ep", "pp", "tp"]:
             raise ConfigError(
                 f"order must name each of tp, cp, ep, dp, pp once; got {self.order!r}; "

@@ -42,6 +42,9 @@ CONTRADICTIONS = [
     ({"num_groups": 4, "group_topk": 3, "topk": 2}, UNGROUPED),
     ({"num_groups": 4, "group_topk": 2, "topk": 6}, UNGROUPED),
     ({"num_groups": 8, "group_topk": 1, "topk": 2}, UNGROUPED),
+    ({"hidden_size": 0}, {"hidden_size": 1024}),
+    ({"num_experts": 2.5}, {"num_experts": 8}),
+    ({"num_moe_layers": -1}, {"num_moe_layers": 1}),
     ({"router": "expert_choice"}, {"router": "topk"}),
     ({"router": "expert_choice"}, {"force_expert_choice": True}),
 ]  # fmt: skip
