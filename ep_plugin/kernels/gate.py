@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ep_plugin.kernels._launch import jit
 
-@triton.jit
+
+@jit
 def _product_kernel(
     left, right, out, one, ROWS, COLUMNS, DEPTH,
     PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -63,7 +65,7 @@ def product(left: Tensor, right: Tensor, parts: int) -> Tensor:
     return out
 
 
-@triton.jit
+@jit
 def _split_kernel(matrix, parts, SIZE, COLUMNS, ROW_STRIDE, PART_STRIDE, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rest = tl.load(matrix + at, mask=at < SIZE, other=0.0)
@@ -113,15 +115,18 @@ class GateLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         hidden, weight = ctx.saved_tensors
-        parts = split(grads[0], 1)  # [T, 3E]
-        first, second, _ = parts.chunk(3, dim=1)
-        high = weight.bfloat16()
-        low = (weight - high).bfloat16()
+        parts, experts = split(grads[0], 1), len(weight)  # [T, 3E]
         # The gradient of tokens is rounded to bf16, so 16 bits of each operand are enough for it.
-        d_hidden = torch.cat([first, second, first], 1) @ torch.cat([high, high, low])  # [T, H]
+        if weight.dtype == torch.bfloat16:
+            d_hidden = parts[:, : 2 * experts] @ weight.repeat(2, 1)  # [T, H]
+        else:
+            first, second, _ = parts.chunk(3, dim=1)
+            high = weight.bfloat16()
+            low = (weight - high).bfloat16()
+            d_hidden = torch.cat([first, second, first], 1) @ torch.cat([high, high, low])
         d_parts = torch.mm(parts.T, hidden, out_dtype=torch.float32)  # [3E, H]
         large, middle, small = d_parts.chunk(3)
-        return d_hidden, (large + (middle + small)).to(weight.dtype)
+        return d_hidden, middle.add_(small).add_(large).to(weight.dtype)
 
 
 def fits(hidden: Tensor, weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ep_plugin.config import RoutingConfig
+from ep_plugin.kernels._launch import jit
 from ep_plugin.kernels.capacity import (
     MAX_TOKENS,
     POLICIES,
@@ -81,7 +82,7 @@ def _inside_best_groups(
     return tl.reshape(kept, (BLOCK, E))
 
 
-@triton.jit
+@jit
 def _route_kernel(
     logits, bias, draws, ids, sent_ids, weights, totals, normalizers, chosen, counted, partials,
     keys, waiting, num_tokens, num_sequences, EXPERTS, TILES, room, place_bits,
@@ -208,7 +209,7 @@ def _route_kernel(
         tl.atomic_add(counted + expert, counted_here.to(tl.int64), mask=there, sem="relaxed")
 
 
-@triton.jit
+@jit
 def _finish_kernel(
     partials, counted, sums, losses, arrived, keys, waiting, sent, sent_ids, weights, num_rows,
     num_tokens, num_sequences, EXPERTS, ADDERS, GROUPS, room, limit, last_limit, place_bits,
@@ -247,12 +248,12 @@ def _finish_kernel(
         tl.store(losses + 1, tl.load(sums + EXPERTS) / num_tokens)
 
 
-@triton.jit
+@jit
 def _route_backward_kernel(
-    logits, ids, sent_ids, counted, totals, normalizers, d_weights, d_sums, d_losses, d_logits,
-    num_tokens, EXPERTS,
-    K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK: tl.constexpr, E: tl.constexpr,
+    logits, ids, sent_ids, counted, totals, normalizers, d_weights, d_sums, d_balancing, d_z,
+    d_logits, num_tokens, EXPERTS,
+    K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr,
+    BALANCING: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.arange(0, E)
@@ -284,10 +285,18 @@ def _route_backward_kernel(
         by = tl.maximum(chosen_sum, TINY)[:, None]
         direct = direct / by - chosen * (inner[:, None] / by) / by
     # Through the sums over tokens of scores (of their parts of 1, with sigmoid).
-    of_sums = tl.load(d_sums + expert, mask=expert < EXPERTS, other=0.0)
-    number = tl.load(counted + expert, mask=expert < EXPERTS, other=0).to(tl.float32)
-    share = EXPERTS / tl.maximum(tl.sum(number), 1.0) / num_tokens
-    of_sums = (of_sums + tl.load(d_losses) * share * number)[None, :]
+    of_sums = tl.zeros((E,), tl.float32)
+    of_z = 0.0
+    if SUMS:
+        of_sums += tl.load(d_sums + expert, mask=expert < EXPERTS, other=0.0)
+        of_z += tl.load(d_sums + EXPERTS)
+    if BALANCING:
+        number = tl.load(counted + expert, mask=expert < EXPERTS, other=0).to(tl.float32)
+        share = EXPERTS / tl.maximum(tl.sum(number), 1.0) / num_tokens
+        of_sums += tl.load(d_balancing) * share * number
+    if Z:
+        of_z += tl.load(d_z) / num_tokens
+    of_sums = of_sums[None, :]
     if SIGMOID:
         whole = tl.load(normalizers + token, mask=real, other=1.0)[:, None]
         mean = tl.sum(score / whole * of_sums, axis=1)[:, None]
@@ -296,8 +305,7 @@ def _route_backward_kernel(
     else:
         direct += of_sums
         result = score * (direct - tl.sum(score * direct, axis=1)[:, None])
-    d_z = tl.load(d_sums + EXPERTS) + tl.load(d_losses + 1) / num_tokens
-    result += d_z * 2.0 * lse[:, None] * probability
+    result += of_z * 2.0 * lse[:, None] * probability
     tl.store(d_logits + cell, result, mask=there)
 
 
@@ -391,25 +399,24 @@ class _Route(torch.autograd.Function):
         ctx.settings = settings
         ctx.mark_non_differentiable(ids, sent_ids, sent, counted)
         ctx.set_materialize_grads(False)
-        return weights, sums, losses, ids, sent_ids, sent, counted
+        return weights, sums, losses[0], losses[1], ids, sent_ids, sent, counted
 
     @staticmethod
-    def backward(
-        ctx: Any, d_weights: Tensor | None, d_sums: Tensor | None, d_losses: Tensor | None, *_: Any
-    ) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
         logits, ids, sent_ids, counted, per_token = ctx.saved_tensors
         (num_tokens, experts), d_logits = logits.shape, torch.empty_like(logits)
+        d_weights, d_sums, d_balancing, d_z = grads[:4]
         if d_weights is None:
             d_weights = torch.zeros(ids.shape, dtype=torch.float32, device=logits.device)
-        if d_sums is None:
-            d_sums = torch.zeros(experts + 3, dtype=torch.float32, device=logits.device)
-        if d_losses is None:
-            d_losses = torch.zeros(2, dtype=torch.float32, device=logits.device)
         if num_tokens:
             block = max(1, min(16, HELD_BACKWARD // ctx.settings["E"]))
+            optional = [logits if g is None else g.contiguous() for g in (d_sums, d_balancing, d_z)]
             _route_backward_kernel[(triton.cdiv(num_tokens, block),)](
-                *(logits, ids, sent_ids, counted, *per_token, d_weights.contiguous()),
-                *(d_sums.contiguous(), d_losses.contiguous(), d_logits, num_tokens, experts),
+                *(logits, ids, sent_ids, counted, *per_token, d_weights.contiguous(), *optional),
+                *(d_logits, num_tokens, experts),
+                SUMS=d_sums is not None,
+                BALANCING=d_balancing is not None,
+                Z=d_z is not None,
                 **{**ctx.settings, "BLOCK": block},
             )
         return d_logits, None, None, None
@@ -442,7 +449,7 @@ def route(
 ) -> Routed:
     """Return the choices for `logits` [T, E] fp32, those with room marked; see `fits`."""
     experts = logits.shape[1]
-    weights, sums, losses, ids, sent_ids, sent, counted = _Route.apply(
+    weights, sums, balancing, z, ids, sent_ids, sent, counted = _Route.apply(
         logits, expert_bias, routing, capacity
     )
     return Routed(
@@ -455,6 +462,6 @@ def route(
         counted,
         sums[experts + 1].detach(),
         sums[experts + 2].detach(),
-        losses[0],
-        losses[1],
+        balancing,
+        z,
     )
