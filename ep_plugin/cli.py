@@ -10,6 +10,7 @@ from ep_plugin.config import ConfigError
 # command -> (module with add_arguments(parser) and run(args) -> int, one line of help)
 COMMANDS = {
     "apply": ("ep_plugin.codemod", "add the plugin to a Megatron pretrain script, or take it out"),
+    "bench": ("ep_plugin.bench.command", "time the layer, its products and kernels beside peers"),
     "convert": ("ep_plugin.convert.command", "turn a dense checkpoint into a Mixture-of-Experts"),
     "doctor": ("ep_plugin.doctor", "say what is installed and whether Megatron matches"),
     "presets": ("ep_plugin.presets._command", "list published systems, or print one's arguments"),

@@ -15,6 +15,10 @@ from ep_plugin.cli import COMMANDS, build_parser, main
 # Changing a command's flags changes what users' scripts rely on: change this list with it.
 FLAGS = {
     "apply": "SCRIPT --check --diff --revert",
+    "bench": (
+        "BENCH --backends --cuda-graph --json --output --plot --precision --repeats --resume "
+        "--routing --shapes --warm"
+    ),
     "convert": (
         "--dry-run --from --json --layers --num-experts --parity-tolerance --seed --skip-parity "
         "--to --topk"
@@ -84,6 +88,7 @@ def test_a_wrong_command_line_is_exit_code_2(
 
 MISTAKES = {
     "apply": (["no_such_script.py"], "no_such_script.py: cannot be read"),
+    "bench": (["layer", "--shapes", "huge"], "--shapes must be among dsv3, .*; got 'huge'"),
     "convert": (
         ["--from", "no_such_folder", "--to", "moe", "--num-experts", "8", "--topk", "9"],
         r"--topk \(9\) must be at most --num-experts \(8\); --topk 8 would do",

@@ -17,6 +17,7 @@ OPTION_FOLDERS = (
     "fp8",
     "convert.families",
     "convert.formats",
+    "bench.peers",
 )
 
 
@@ -49,6 +50,11 @@ TABLE = {
     "convert": Row("config registry", "torch tqdm"),
     "report": Row("config", "matplotlib tensorboard"),
     "presets": Row("config registry"),
+    "bench": Row(
+        "config registry groups kernels fp8 router layer",
+        # its peers, beside what it draws with
+        "torch tqdm matplotlib megatron transformer_engine sonicmoe liger_kernel deep_gemm",
+    ),
     # commands
     "pretrain_script": Row("config"),
     "codemod": Row("config pretrain_script"),

@@ -1,0 +1,129 @@
+"""`ep-plugin bench`: time the layer, its products or its kernels beside their peers."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ep_plugin.bench import gemm, kernels, layer
+from ep_plugin.bench.case import ROUTINGS, require_cuda
+from ep_plugin.bench.contest import Contest
+from ep_plugin.bench.floors import PRECISIONS
+from ep_plugin.bench.measure import Protocol, default_device
+from ep_plugin.bench.rows import Row, merge, read, table, write
+from ep_plugin.bench.shapes import MODELS, TINY, Shape, pick
+from ep_plugin.config import BackendUnavailable, ConfigError, check_choice
+
+EXAMPLES = """examples:
+  ep-plugin bench layer --output benchmarks/results/layer_h100.json --plot layer_h100.png
+  ep-plugin bench layer --shapes q3-30b --routing balanced zipf one_empty half
+  ep-plugin bench layer --shapes mixtral --backends ep_plugin torch --cuda-graph
+  ep-plugin bench gemm --precision fp8 --output benchmarks/results/gemm_h100.json --resume
+  ep-plugin bench kernels --shapes tiny --repeats 5 --warm 1 --json
+
+layer    router to combine, forward and backward, quantisation included; that of the weights is
+         counted at 1/8 (eight micro-batches an optimizer step) and given in full beside it
+gemm     each grouped product of fc1 and fc2 alone, operands already quantised
+kernels  each memory-bound step alone, against this device's copy bandwidth
+
+Random data in three sets taken in turn; all backends in turn in one process; medians. Weights,
+tokens and gradients are the same for every backend, and tokens are made such that each backend's
+own router sends them to the same experts. Floors are those of one H100. Peers that cannot run are
+named with the reason. Shapes: dsv3 q3-235b q3-30b-ep8 q3-30b mixtral tiny; without a GPU tiny is
+the default, and ratios to torch are printed in place of times.
+"""
+BENCHES: dict[str, Callable[[Contest, Shape, str], list[Row]]] = {
+    "layer": layer.measure,
+    "gemm": gemm.measure,
+    "kernels": kernels.measure,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("bench", metavar="BENCH", help=", ".join(BENCHES))
+    for name, summary in (
+        ("shapes", "sizes (default: all models; without a GPU tiny)"),
+        ("backends", "ep_plugin or peers; one asked for by name runs, or the command fails"),
+        ("precision", f"{', '.join(PRECISIONS)} (default: both)"),
+        ("routing", f"{', '.join(ROUTINGS)} (default: balanced)"),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help=summary)
+    for name, default, summary in (("repeats", 100, "timed"), ("warm", 20, "before they are")):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"rounds {summary} (default: {default})"
+        )
+    for name, summary in (
+        ("cuda-graph", "layer: steps as CUDA graphs where a backend allows it"),
+        ("resume", "keep the rows of --output and measure the others"),
+        ("json", "print the rows on stdout"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", help=summary)
+    for name, summary in (("output", "JSON; equal rows are replaced"), ("plot", "PNG")):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"where to: {summary}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write; raises ConfigError for unknown names and unreadable files."""
+    _check(args)
+    plot = _load_plot() if args.plot is not None else None  # before minutes of measuring
+    device = default_device()
+    if args.cuda_graph:
+        require_cuda("--cuda-graph", device)
+    shapes = pick(args.shapes) or list(MODELS if device.type == "cuda" else [TINY])
+    kept = read(args.output) if args.output is not None else []
+    contest = Contest(
+        Protocol(device, args.warm, args.repeats, hide_launch=args.bench != "layer"),
+        tuple(args.precision) or PRECISIONS,
+        tuple(args.backends),
+        args.cuda_graph,
+        [row for row in kept if row.get("bench") == args.bench] if args.resume else [],
+    )
+    rows = _measure(args, contest, shapes, kept)
+    for line in contest.absentees():
+        print(f"not measured: {line}", file=sys.stderr if args.json else sys.stdout)
+    print(json.dumps(rows) if args.json else table(rows))
+    if plot is not None:
+        plot.draw(rows).savefig(args.plot, dpi=144)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_choice("BENCH", args.bench, tuple(BENCHES))
+    for name, legal in (("precision", PRECISIONS), ("routing", ROUTINGS)):
+        for value in getattr(args, name):
+            check_choice(f"--{name}", value, legal)
+    for name, least in (("repeats", 1), ("warm", 0)):
+        value = getattr(args, name)
+        if value < least:
+            raise ConfigError(f"--{name} must be at least {least}; got {value}; {least} would do")
+    if args.resume and args.output is None:
+        raise ConfigError("--resume needs --output, whose rows it keeps; --output FILE would do")
+    if args.cuda_graph and args.bench != "layer":
+        raise ConfigError(f"--cuda-graph is for layer; got {args.bench}; bench layer would do")
+
+
+def _measure(
+    args: argparse.Namespace, contest: Contest, shapes: list[Shape], kept: list[Row]
+) -> list[Row]:
+    """Return the rows of this run and those it resumed; write them as they come."""
+    rows = contest.kept
+    for shape in shapes:
+        for routing in args.routing or ["balanced"]:
+            made = BENCHES[args.bench](contest, shape, routing)
+            rows, kept = merge(rows, made), merge(kept, made)
+            if args.output is not None:
+                write(args.output, kept)
+    return rows
+
+
+def _load_plot() -> Any:
+    try:
+        return import_module("ep_plugin.bench.plot")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"--plot needs matplotlib ({error}); pip install 'ep-plugin[report]' would do"
+        ) from error

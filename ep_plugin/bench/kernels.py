@@ -1,0 +1,166 @@
+"""Each memory-bound step of the experts alone, and the choice of experts, by their bytes.
+
+Bytes are those of a step's inputs and results, each counted once. Its floor is what a copy of that
+many bytes takes on this device, measured in the same run.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_plugin.bench.case import SETS, Case, make_case
+from ep_plugin.bench.contest import OURS, Contest
+from ep_plugin.bench.measure import copy_bandwidth
+from ep_plugin.bench.rows import Row, make_row
+from ep_plugin.bench.shapes import Shape
+from ep_plugin.config import MoEConfig, RoutingConfig
+from ep_plugin.groups import ExpertGroups
+from ep_plugin.kernels import select
+from ep_plugin.router.topk import TopKRouter
+
+Arguments = tuple[Any, ...]
+Step = tuple[Callable[..., Any], list[Arguments]]  # and its arguments, for each set
+SWIGLU = "swiglu"
+
+
+def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
+    """Return a row for each kernel that is not measured yet."""
+    case = make_case(shape, routing, contest.protocol.device)
+    precisions = [precision for _, precision in contest.entries((OURS,))]
+    steps = {
+        (op, precision): step
+        for (op, precision), step in _steps(case).items()
+        if precision in precisions
+        and not contest.has(
+            bench="kernels",
+            shape=shape.name,
+            op=op,
+            routing=routing,
+            backend=OURS,
+            precision=precision,
+        )
+    }
+    if not steps:
+        return []
+    bandwidth = copy_bandwidth(contest.protocol)
+    times, gpu = contest.protocol.interleave(
+        {" ".join(name): _call(step) for name, step in steps.items()},
+        f"kernels {shape.name} {routing}",
+    )
+    rows = []
+    for (op, precision), (function, arguments) in steps.items():
+        moved = num_bytes(arguments[0]) + num_bytes(function(*arguments[0]))
+        time = times[f"{op} {precision}"]
+        row = make_row(case.device, time, bench="kernels", shape=shape.name, op=op)
+        row |= {"backend": OURS, "precision": precision, "routing": routing, "gpu": gpu}
+        row |= {"floor_ms": round(1e3 * moved / bandwidth, 6)}
+        rows.append(row | {"gbps": round(moved / time.median / 1e6, 3)})
+    return rows
+
+
+def _call(step: Step) -> Callable[[int], object]:
+    function, arguments = step
+    return lambda index: function(*arguments[index])
+
+
+def num_bytes(value: object) -> int:
+    """Return the bytes of all tensors in `value`, a tensor, a record or a sequence of them."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, tuple | list):
+        return sum(num_bytes(part) for part in value)
+    if is_dataclass(value):
+        return sum(num_bytes(getattr(value, field.name)) for field in fields(value))
+    return 0
+
+
+def _steps(case: Case) -> dict[tuple[str, str], Step]:
+    """Return name and precision -> kernel and arguments."""
+    sets = [_arguments(case, index) for index in range(SETS)]
+    ops = select(case.router)
+    functions = {
+        "route": _route(case),
+        "sort": ops.sort_choices,
+        "spread": ops.spread_rows,
+        "spread rows8": ops.spread_rows8,
+        "quantise": ops.quantize_rows,
+        "activate": ops.activate,
+        "activate_backward": ops.activate_backward,
+        "transpose_rows": ops.transpose_rows,
+        "sum_rows": ops.sum_rows,
+        "quantize_weight": ops.quantize_weight,
+    }
+    return {
+        (op, precision): (functions[op.partition(",")[0]], [s[op, precision] for s in sets])
+        for op, precision in sets[0]
+    }
+
+
+def _arguments(case: Case, index: int) -> dict[tuple[str, str], Arguments]:
+    """Return the arguments of each kernel on one set, as a step of the layer has them."""
+    shape, ops, choices, ends = (
+        case.shape,
+        select(case.router),
+        case.choices[index],
+        case.ends(index),
+    )
+    order, place = ops.sort_choices(choices, ends)
+    tokens, hidden = case.tokens[index].detach(), _normal(case, index, 2 * shape.ffn)
+    probs = torch.rand(choices.shape, device=case.device)
+    grads, tokens8 = _normal(case, index, shape.ffn), ops.quantize_rows(tokens)
+    hidden8, padded = ops.quantize_rows(hidden), ops.pad_columns(shape.rows, ends)
+    logits = tokens.float() @ case.router.float().T
+    rows = (probs, order, ends, SWIGLU)
+    return {
+        ("route", "bf16"): (logits,),
+        ("sort", "bf16"): (choices, ends),
+        ("spread", "bf16"): (tokens, place, ends),
+        ("spread rows8", "fp8"): (tokens8, place, ends),
+        ("quantise, tokens", "fp8"): (tokens,),
+        ("quantise, pre-activations", "fp8"): (hidden,),
+        ("activate", "bf16"): (hidden, *rows, False),
+        ("activate", "fp8"): (hidden, *rows, True),
+        ("activate_backward", "bf16"): (grads, hidden, *rows, False),
+        ("activate_backward", "fp8"): (grads, hidden, *rows, True),
+        ("activate_backward, kept in fp8", "fp8"): (grads, hidden8, *rows, True),
+        ("transpose_rows, tokens", "fp8"): (tokens8, padded, order, ends, shape.topk),
+        ("transpose_rows, pre-activations", "fp8"): (hidden8, padded, order, ends, 0),
+        ("sum_rows", "bf16"): (_normal(case, index, shape.hidden), place, ends),
+        ("quantize_weight, fc1", "fp8"): (case.fc1,),
+        ("quantize_weight, fc2", "fp8"): (case.fc2,),
+    }
+
+
+def _normal(case: Case, index: int, width: int) -> Tensor:
+    generator = torch.Generator(case.device).manual_seed(index)
+    values = torch.empty(case.shape.rows, width, dtype=torch.bfloat16, device=case.device)
+    return values.normal_(generator=generator)
+
+
+class _FromLogits(TopKRouter):
+    """A router whose input are the logits, so that the gate's product is not timed."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def _route(case: Case) -> Callable[[Tensor], Tensor]:
+    """Return the choice of experts, from logits [T, e] to probabilities [T, K], with balancing."""
+    experts = case.shape.experts
+    config = MoEConfig(
+        hidden_size=experts,
+        ffn_hidden_size=1,
+        num_experts=experts,
+        routing=RoutingConfig(topk=case.shape.topk, aux_loss_coeff=0.01),
+    )
+    router = _FromLogits(config, ExpertGroups(), device=case.device)
+
+    @torch.no_grad()
+    def route(logits: Tensor) -> Tensor:
+        probs: Tensor = router(logits).probs
+        return probs
+
+    return route

@@ -1,0 +1,55 @@
+"""The layer of this package as a contender, in each recipe and each way of keeping."""
+
+from typing import get_args
+
+from ep_plugin.bench.case import Case, Contender
+from ep_plugin.bench.floors import Precision
+from ep_plugin.config import Fp8, MoEConfig, RoutingConfig, Save
+from ep_plugin.layer import MoELayer
+
+SAVES: tuple[Save, ...] = ("bf16", "fp8")
+AUX_LOSS = 0.01  # its cost is part of a training step; Megatron's layer has it too
+
+
+def build(case: Case, precision: Precision) -> list[Contender]:
+    """Return one contender for each recipe of this precision and each way of keeping.
+
+    Raises ConfigError where a recipe has no product for the shape or the device.
+    """
+    recipes: list[Fp8] = [r for r in get_args(Fp8) if (r == "off") == (precision == "bf16")]
+    return [_contender(case, precision, recipe, save) for recipe in recipes for save in SAVES]
+
+
+def _contender(case: Case, precision: Precision, recipe: Fp8, save: Save) -> Contender:
+    shape = case.shape
+    config = MoEConfig(
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_experts=shape.experts,
+        routing=RoutingConfig(topk=shape.topk, aux_loss_coeff=AUX_LOSS),
+        fp8=recipe,
+        save=save,
+    )
+    layer = MoELayer(config, init_method=None, device=case.device, dtype=case.router.dtype)
+    weights = {
+        "router.weight": case.router,
+        "experts.linear_fc1.weight": case.fc1,
+        "experts.linear_fc2.weight": case.fc2,
+    }
+    layer.load_state_dict(weights, assign=True)
+    experts = layer.experts
+    experts.weights_change_every_call = False
+
+    def quantize() -> object:
+        experts.is_first_microbatch = True
+        return experts._weights8()
+
+    suffixes = ([recipe] if recipe != "off" else []) + ([f"save_{save}"] if save != "bf16" else [])
+    return Contender(
+        "+".join(["ep_plugin", *suffixes]),
+        precision,
+        layer,
+        list(layer.parameters()),
+        quantize=quantize if recipe != "off" else None,
+        capturable=True,
+    )

@@ -1,0 +1,75 @@
+"""Rows as a picture: a panel for each shape, a bar for each backend, a mark at each floor."""
+
+import math
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ep_plugin.bench.contest import OURS
+from ep_plugin.bench.rows import Row
+
+OUR_COLOR, PEER_COLOR, FLOOR_COLOR = "#0f766e", "#9ca3af", "#b91c1c"
+BAR_INCHES = 0.24
+
+
+def draw(rows: list[Row]) -> Figure:
+    """Return the figure; rows of one shape and routing share a panel, the fastest on top."""
+    matplotlib.rcParams.update({"font.size": 9, "legend.frameon": False})
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(f"{row['shape']}, {row['routing']}", []).append(row)
+    columns = min(2, max(1, len(panels)))
+    lines = max(1, math.ceil(len(panels) / columns))
+    tallest = max(map(len, panels.values()), default=1)
+    size = (6.5 * columns, lines * (BAR_INCHES * tallest + 1.0) + 0.7)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel, (title, members) in zip(axes, panels.items(), strict=False):
+        _panel(panel, title, members, tallest)
+    for panel in axes[len(panels) :]:
+        panel.set_visible(False)
+    bench, device = (rows[0]["bench"], rows[0]["device"]) if rows else ("nothing measured", "")
+    figure.suptitle(f"ep-plugin bench {bench}, {device}", fontsize=11)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _panel(axes: Axes, title: str, rows: list[Row], slots: int) -> None:
+    ordered = sorted(rows, key=lambda row: (str(row["op"]), row["ms"]))
+    for place, row in enumerate(ordered):
+        ours, fp8 = row["backend"].startswith(OURS), row["precision"] == "fp8"
+        axes.barh(
+            place,
+            row["ms"],
+            height=0.72,
+            color=OUR_COLOR if ours else PEER_COLOR,
+            alpha=1.0 if fp8 else 0.65,
+        )
+        axes.plot([row["floor_ms"]] * 2, [place - 0.42, place + 0.42], color=FLOOR_COLOR, lw=1.8)
+        axes.annotate(
+            f"{row['ms']:.3g}", (row["ms"], place), xytext=(4, 0), textcoords="offset points",
+            va="center", fontsize=8, fontweight="bold" if ours else "normal",
+        )  # fmt: skip
+    axes.set_yticks(range(len(ordered)), [_label(row) for row in ordered], fontsize=8)
+    axes.set_ylim(slots - 0.4, -0.6)
+    axes.set_xlim(0, 1.12 * max(max(row["ms"], row["floor_ms"]) for row in ordered))
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("ms")
+    axes.grid(axis="x", color="#e5e7eb")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label(row: Row) -> str:
+    graph = "graph" if row["graph"] else None
+    return " ".join(filter(None, (row["op"], row["backend"], row["precision"], graph)))
+
+
+def _legend() -> list[Any]:
+    return [
+        matplotlib.patches.Patch(color=OUR_COLOR, label="ep_plugin (lighter: bf16)"),
+        matplotlib.patches.Patch(color=PEER_COLOR, label="peer (lighter: bf16)"),
+        matplotlib.lines.Line2D([], [], color=FLOOR_COLOR, lw=1.8, label="floor"),
+    ]

@@ -1,0 +1,105 @@
+"""Operands of one linear map's three grouped products, and the products of this package."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_plugin.bench.case import SETS, Case
+from ep_plugin.bench.floors import Direction, Precision
+from ep_plugin.config import BackendUnavailable
+from ep_plugin.fp8 import rowwise
+from ep_plugin.kernels import select
+from ep_plugin.registry import available, resolve
+
+
+@dataclass(frozen=True)
+class Problem:
+    """rows [R, a], gradients [R, b] and weight [e, b, a] in bf16, expert-major."""
+
+    linear: str
+    rows: tuple[Tensor, ...]  # one of each set
+    grads: tuple[Tensor, ...]
+    weight: Tensor
+    ends: tuple[Tensor, ...]  # [e] int32, row behind each expert's last
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the three products, its operands ready."""
+
+    backend: str
+    precision: Precision
+    direction: Direction
+    run: Callable[[int], Tensor]  # index of a set -> [R, b], [R, a] or [e, b, a]
+
+
+def make_problem(case: Case, linear: str) -> Problem:
+    """Return random operands with this case's weight and counts."""
+    inputs, outputs = case.shape.linears[linear]
+    generator = torch.Generator(case.device).manual_seed(1)
+
+    def normal(width: int) -> Tensor:
+        values = torch.empty(case.shape.rows, width, dtype=torch.bfloat16, device=case.device)
+        return values.normal_(generator=generator)
+
+    return Problem(
+        linear,
+        tuple(normal(inputs) for _ in range(SETS)),
+        tuple(normal(outputs) for _ in range(SETS)),
+        getattr(case, linear),
+        tuple(case.ends(index) for index in range(SETS)),
+    )
+
+
+def build(problem: Problem, precision: Precision) -> list[Product]:
+    """Return every grouped GEMM of `ep_plugin/gemm`, or every recipe of `ep_plugin/fp8`.
+
+    Raises BackendUnavailable for a recipe whose operands are not made here.
+    """
+    if precision == "bf16":
+        return [p for name in available("gemm") for p in _backend(problem, name)]
+    missing = set(available("fp8")) - set(RECIPES)
+    if missing:
+        raise BackendUnavailable(
+            f"fp8 {', '.join(missing)} has no operands in ep_plugin/bench/products.py; "
+            "--precision bf16 would do"
+        )
+    return [product for recipe in RECIPES.values() for product in recipe(problem)]
+
+
+def _backend(problem: Problem, name: str) -> list[Product]:
+    rows, grads, weight, ends = problem.rows, problem.grads, problem.weight, problem.ends
+    _, outputs, inputs = weight.shape
+    gemm: Any = resolve("gemm", name)(inputs, outputs, weight.dtype)
+    runs: dict[Direction, Callable[[int], Tensor]] = {
+        "forward": lambda i: gemm.forward(rows[i], weight, ends[i]),
+        "dgrad": lambda i: gemm.dgrad(grads[i], weight, ends[i]),
+        "wgrad": lambda i: gemm.wgrad(grads[i], rows[i], ends[i]),
+    }
+    return [Product(f"ep_plugin+{name}", "bf16", d, run) for d, run in runs.items()]
+
+
+def _rowwise(problem: Problem) -> list[Product]:
+    """Products of values with one power of two for each row; see `ep_plugin.fp8.rowwise`."""
+    ops, ends = select(problem.weight), problem.ends
+    straight, transposed = ops.quantize_weight(problem.weight)
+    rows = [ops.quantize_rows(matrix) for matrix in problem.rows]
+    grads = [ops.quantize_rows(matrix) for matrix in problem.grads]
+    order = torch.arange(len(problem.rows[0]), dtype=torch.int32, device=ends[0].device)
+    padded = [ops.pad_columns(len(order), end) for end in ends]
+    left, right = (
+        [ops.transpose_rows(m, *(padded[i], order, ends[i], 0)) for i, m in enumerate(matrices)]
+        for matrices in (grads, rows)
+    )
+    runs: dict[Direction, Callable[[int], Tensor]] = {
+        "forward": lambda i: rowwise.multiply(rows[i], straight, ends[i]),
+        "dgrad": lambda i: rowwise.multiply(grads[i], transposed, ends[i]),
+        "wgrad": lambda i: rowwise.multiply_columns(left[i], right[i], padded[i][2]),
+    }
+    return [Product("ep_plugin+rowwise", "fp8", d, run) for d, run in runs.items()]
+
+
+RECIPES: dict[str, Callable[[Problem], list[Product]]] = {"rowwise": _rowwise}

@@ -1,0 +1,130 @@
+"""Figures as rows: made, kept in a file, printed as a table."""
+
+import json
+import platform
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ep_plugin.bench.measure import Timing
+from ep_plugin.config import ConfigError
+
+Row = dict[str, Any]
+IDENTITY = (*("bench", "shape", "op", "backend", "precision", "routing", "ep", "graph", "device"),)
+EMPTY: Row = {
+    **dict.fromkeys(("bench", "shape", "op", "backend", "precision", "routing")),
+    **{"ep": 1, "graph": False},
+    **dict.fromkeys(("ms", "p10_ms", "p90_ms", "fwd_ms", "weight_quant_ms", "floor_ms")),
+    **dict.fromkeys(("saved_mib", "tflops", "gbps", "error", "grad_error", "gpu")),
+}
+PACKAGES = (
+    *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),
+    *("sonic-moe", "quack-kernels", "liger-kernel", "sgl-deep-gemm", "deep-gemm"),
+)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """Return the version of each package that plays a part and is installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def make_row(device: torch.device, time: Timing, **fields: Any) -> Row:
+    """Return a row with every key; what has no meaning for its bench is None."""
+    unknown = set(fields) - set(EMPTY) - {"largest_share", "dims"}
+    assert not unknown, unknown
+    figures = {"ms": time.median, "p10_ms": time.p10, "p90_ms": time.p90} | fields
+    return {
+        **EMPTY,
+        **{k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()},
+        "device": device_name(device),
+        "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """Return what tells a row from every other."""
+    return tuple(row.get(name) for name in IDENTITY)
+
+
+def read(path: Path) -> list[Row]:
+    """Return the rows of a file, none if there is no file; raises ConfigError for other content."""
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{path}: is no list of rows ({error}); another --output would do"
+        ) from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{path}: is no list of rows; another --output would do")
+    return rows
+
+
+def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """Return old rows and new ones; a new one takes the place of the old one it repeats."""
+    return list(
+        ({identity(row): row for row in old} | {identity(row): row for row in new}).values()
+    )
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Write rows, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n" if rows else "[]\n")
+
+
+def table(rows: list[Row]) -> str:
+    """Return rows as text, a floor beside every figure; on the CPU as ratios to torch's bf16."""
+    lines, heading = [], None
+    base = {_group(row): row["ms"] for row in rows if _is_base(row)}
+    for row in sorted(rows, key=lambda row: str(_group(row))):
+        floor = "copy here" if row["bench"] == "kernels" else "one H100"
+        title = f"{row['bench']} {row['shape']}, {row['routing']}, {row['device']}; floor: {floor}"
+        if title != heading:
+            lines += ["", title]
+            heading = title
+        lines.append(_line(row, base.get(_group(row))))
+    return "\n".join(lines[1:])
+
+
+def _group(row: Row) -> tuple[Any, ...]:
+    return (row["bench"], row["shape"], row["routing"], row["device"], row["op"])
+
+
+def _is_base(row: Row) -> bool:
+    return bool(row["backend"] == "torch" and row["precision"] == "bf16")
+
+
+def _line(row: Row, base: float | None) -> str:
+    name = " ".join(filter(None, (row["op"], row["backend"], row["precision"])))
+    ratio = f"{row['ms'] / base:8.2f} x torch" if base else " " * 16
+    if row["bench"] == "kernels":
+        ratio = f"{row['ms'] / row['floor_ms']:8.2f} x copy "
+    if row["device"] == "cpu":
+        return f"  {name:46}{ratio}   floor {row['floor_ms']:.3g} ms"
+    parts = [f"  {name:46}{row['ms']:9.3f} ms   floor {row['floor_ms']:8.3f}"]
+    parts.append(f"({row['p10_ms']:.3f} .. {row['p90_ms']:.3f}){ratio}")
+    for field, unit in (("fwd_ms", "ms forward"), ("tflops", "TFLOPS"), ("gbps", "GB/s")):
+        if row[field] is not None:
+            parts.append(f"{row[field]:8.2f} {unit}")
+    if row["saved_mib"] is not None:
+        parts.append(f"{row['saved_mib']:7.0f} MiB kept")
+    return " ".join(parts) + ("  graph" if row["graph"] else "")
