@@ -1,4 +1,7 @@
-"""Rows as a picture: a panel for each shape, a bar for each backend, a mark at each floor."""
+"""Rows as a picture: a panel for each shape, a bar for each backend, a mark at each floor.
+
+Where bars do the same work, a line through the panel shows the fastest peer.
+"""
 
 import math
 from typing import Any
@@ -6,11 +9,14 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from ep_plugin.bench.contest import OURS
 from ep_plugin.bench.rows import Row
 
-OUR_COLOR, PEER_COLOR, FLOOR_COLOR = "#0f766e", "#9ca3af", "#b91c1c"
+OUR_COLOR, PEER_COLOR = "#0f766e", "#9ca3af"
+FLOOR_COLOR, GOAL_COLOR = "#b91c1c", "#1d4ed8"
 BAR_INCHES = 0.24
 
 
@@ -32,7 +38,7 @@ def draw(rows: list[Row]) -> Figure:
         panel.set_visible(False)
     bench, device = (rows[0]["bench"], rows[0]["device"]) if rows else ("nothing measured", "")
     figure.suptitle(f"ep-plugin bench {bench}, {device}", fontsize=11)
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=3)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -52,6 +58,9 @@ def _panel(axes: Axes, title: str, rows: list[Row], slots: int) -> None:
             f"{row['ms']:.3g}", (row["ms"], place), xytext=(4, 0), textcoords="offset points",
             va="center", fontsize=8, fontweight="bold" if ours else "normal",
         )  # fmt: skip
+    best = min((row["ms"] for row in rows if not row["backend"].startswith(OURS)), default=None)
+    if best is not None and len({row["op"] for row in rows}) == 1:
+        axes.axvline(best, color=GOAL_COLOR, linestyle=":", lw=1.5)
     axes.set_yticks(range(len(ordered)), [_label(row) for row in ordered], fontsize=8)
     axes.set_ylim(slots - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max(max(row["ms"], row["floor_ms"]) for row in ordered))
@@ -69,7 +78,8 @@ def _label(row: Row) -> str:
 
 def _legend() -> list[Any]:
     return [
-        matplotlib.patches.Patch(color=OUR_COLOR, label="ep_plugin (lighter: bf16)"),
-        matplotlib.patches.Patch(color=PEER_COLOR, label="peer (lighter: bf16)"),
-        matplotlib.lines.Line2D([], [], color=FLOOR_COLOR, lw=1.8, label="floor"),
+        Patch(color=OUR_COLOR, label="ep_plugin (lighter: bf16)"),
+        Patch(color=PEER_COLOR, label="peer (lighter: bf16)"),
+        Line2D([], [], color=FLOOR_COLOR, lw=1.8, label="floor"),
+        Line2D([], [], color=GOAL_COLOR, lw=1.5, linestyle=":", label="fastest peer"),
     ]

@@ -40,7 +40,8 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    found["torch"] = torch.__version__  # with the CUDA it is built for
+    return found
 
 
 def make_row(device: torch.device, time: Timing, **fields: Any) -> Row:
