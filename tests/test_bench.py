@@ -150,6 +150,11 @@ def test_a_peer_that_needs_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) ->
     assert "not measured: torch (fp8): torch fp8 needs a CUDA device" in capsys.readouterr().out
 
 
+def test_a_peer_without_a_precision_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "gemm", *FAST, "--precision", "fp8"]) == 0
+    assert "not measured: grouped_mm (fp8): it has no fp8\n" in capsys.readouterr().out
+
+
 def test_a_peer_that_breaks_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ep_plugin.bench.floors import Precision
 from ep_plugin.bench.measure import Protocol
-from ep_plugin.bench.rows import Row, device_name, identity
+from ep_plugin.bench.rows import EMPTY, Row, device_name, identity
 from ep_plugin.config import BackendUnavailable, ConfigError
 
 OURS = "ep_plugin"
@@ -66,10 +66,11 @@ class Contest:
             if name in self.backends:
                 raise
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-            first_line = next(iter(str(error).splitlines()), "")
-            self._note(name, precision, kind + first_line)
+            first_line = str(error).partition("\n")[0]
+            self.note(name, precision, kind + first_line)
 
-    def _note(self, name: str, precision: Precision, reason: str) -> None:
+    def note(self, name: str, precision: Precision, reason: str) -> None:
+        """Remember why a backend has no row; once for all shapes."""
         precisions = self.absent.setdefault((name, reason), [])
         if precision not in precisions:
             precisions.append(precision)
@@ -80,8 +81,5 @@ class Contest:
 
     def has(self, **fields: object) -> bool:
         """Whether a row of such an identity was measured before, on this device."""
-        graphs = (True, False) if self.cuda_graph else (False,)
-        device = device_name(self.protocol.device)
-        made = {"op": None, "ep": 1, "device": device, **fields}
-        known = {identity(row) for row in self.kept}
-        return any(identity({**made, "graph": graph}) in known for graph in graphs)
+        row = {**EMPTY, "device": device_name(self.protocol.device), **fields}
+        return identity(row) in {identity(other) for other in self.kept}

@@ -54,6 +54,8 @@ def _products(contest: Contest, problem: Problem) -> list[Product]:
             for product in made:
                 product.run(0)
             found += made
+            if not made:
+                contest.note(name, precision, f"it has no {precision}")
     return found
 
 

@@ -33,6 +33,7 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
             routing=routing,
             backend=contender.backend,
             precision=contender.precision,
+            graph=contest.cuda_graph and contender.capturable,
         )
     ]
     if not found:
@@ -62,6 +63,8 @@ def _contenders(contest: Contest, case: Case) -> list[Contender]:
             for contender in made:
                 _train(case, contender)(0)
             found += made
+            if not made:
+                contest.note(name, precision, f"it has no {precision}")
     return found
 
 
