@@ -25,7 +25,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class GroupedLinear(nn.Module):
-    """One linear map per local expert: weight [e, out, in], bias [e, out] or None."""
+    """One linear map per local expert: weight [e, out, in], bias [e, out] or None.
+
+    Call it before its parameters are read: a training loop's forward pre-hooks run there, and
+    Megatron's wait in theirs until updated parameters have been gathered.
+    """
 
     def __init__(
         self,
@@ -51,7 +55,11 @@ class GroupedLinear(nn.Module):
         """Return the backend; `auto` is settled per call, since a layer may be moved."""
         return self.gemm or auto_gemm(self.weight)
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+    def forward(self) -> Tensor:
+        """Return the weight [e, out, in]."""
+        return self.weight
+
+    def multiply(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Map `rows` [R, in], without the bias: [R, out]; `ends` [e] as in `GroupedGemm`."""
         product: Tensor = _GroupedProduct.apply(rows, self.weight, ends, self.pick_gemm())
         return product
@@ -111,6 +119,7 @@ class Experts(nn.Module):
         """Return [N, H]: for each token the sum over its choices; with etp a summand of it."""
         ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
         fc1, fc2 = self.linear_fc1, self.linear_fc2
+        fc1_weight, fc2_weight = fc1(), fc2()
         if fc1.bias is None and (self.fp8 or inbox.tokens.is_cuda):
             ops = select(inbox.tokens)
             order, place = ops.sort_choices(inbox.expert_ids, ends)
@@ -118,18 +127,18 @@ class Experts(nn.Module):
             config, gemm = self.config, fc1.pick_gemm()
             job = Job(order, place, ends, config.activation, config.save, ops, gemm, weights)
             output: Tensor = FusedExperts.apply(
-                inbox.tokens, inbox.probs, fc1.weight, fc2.weight, job
+                inbox.tokens, inbox.probs, fc1_weight, fc2_weight, job
             )
             return output
         plan = plan_rows(inbox.expert_ids, self.num_local_experts)
         probs = inbox.probs.flatten()[plan.order].unsqueeze(1)  # [R, 1]
         expert = torch.searchsorted(ends, torch.arange(len(probs), device=ends.device), right=True)
         expert = expert.clamp(max=self.num_local_experts - 1)  # [R]; rows of absent choices: any
-        hidden = fc1(permute(inbox.tokens, plan), ends)  # [R, F or 2F]
+        hidden = fc1.multiply(permute(inbox.tokens, plan), ends)  # [R, F or 2F]
         if fc1.bias is not None:
             hidden = hidden + fc1.bias[expert]
         hidden = (self._activate(hidden) * probs).to(inbox.tokens.dtype)  # [R, F]
-        rows = fc2(hidden, ends)  # [R, H]
+        rows = fc2.multiply(hidden, ends)  # [R, H]
         if fc2.bias is not None:
             bias = _ShareOfSum.apply(fc2.bias[expert], self.etp_size)
             rows = rows + (bias * probs).to(rows.dtype)

@@ -14,6 +14,7 @@ MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
 TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config"
 MOE_LOGGING = "megatron.core.transformer.moe.moe_logging"
+MODULE = "megatron.core.transformer.module"
 
 
 def install() -> None:
@@ -45,6 +46,8 @@ def install() -> None:
     _wrap(tracker_class, "report", functools.partial(_with_our_metrics, layer_class))
     config_class = import_module(TRANSFORMER_CONFIG).TransformerConfig
     _wrap(config_class, "__post_init__", functools.partial(_with_our_activation, layer_class))
+    module_class = import_module(MODULE).MegatronModule
+    _wrap(module_class, "set_is_first_microbatch", _with_our_weights)
     wheel.without_compilation()
     torch_adam.correct()
     _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
@@ -57,6 +60,7 @@ def uninstall() -> None:
         arguments = import_module(ARGUMENTS)
         _unwrap(import_module(MOE_LOGGING).MoEMetricsTracker, "report")
         _unwrap(import_module(TRANSFORMER_CONFIG).TransformerConfig, "__post_init__")
+        _unwrap(import_module(MODULE).MegatronModule, "set_is_first_microbatch")
         _unwrap(arguments, "validate_args")
         _unwrap(arguments, "add_megatron_arguments")
         wheel.with_compilation()
@@ -122,6 +126,19 @@ def _with_our_activation(layer_class: Any, original: Callable[..., Any], config:
         config.activation_func, config.gated_linear_unit = ACTIVATIONS[wanted]
         config.bias_activation_fusion = False  # fused kernels exist for Megatron's own pairs alone
     original(config)
+
+
+def _with_our_weights(original: Callable[..., Any], module: Any) -> None:
+    """Pass on to our experts that a step begins: weights in e4m3 are made anew, once a step.
+
+    Megatron's schedules call it; under a loop that does not, experts quantise at every call.
+    """
+    from ep_plugin.experts import Experts
+
+    original(module)
+    for part in module.modules():
+        if isinstance(part, Experts):
+            part.weights_change_every_call, part.is_first_microbatch = False, True
 
 
 def _with_our_metrics(

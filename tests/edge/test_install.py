@@ -19,6 +19,7 @@ SEAMS = (
     "megatron.training.arguments:add_megatron_arguments",
     "megatron.training.arguments:validate_args",
     "megatron.core.transformer.moe.moe_logging:MoEMetricsTracker.report",
+    "megatron.core.transformer.module:MegatronModule.set_is_first_microbatch",
     "megatron.core.datasets.utils:compile_helpers",
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
 )

@@ -57,6 +57,7 @@ TOUCHPOINTS = (
     Touchpoint(f"{_ARGUMENTS}:parse_and_validate_args", ("extra_args_provider", "args_defaults")),
     Touchpoint(f"{_ARGUMENTS}:core_transformer_config_from_args", ("args",)),
     Touchpoint(f"{_CONFIG}:TransformerConfig.__post_init__"),
+    Touchpoint("megatron.core.transformer.module:MegatronModule.set_is_first_microbatch"),
     # initial values and recomputation
     Touchpoint(
         f"{_TENSOR_PARALLEL}.layers:_initialize_affine_weight_cpu",

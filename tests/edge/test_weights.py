@@ -1,0 +1,59 @@
+"""The experts' weights are current whenever they are read, however Megatron brings them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loop import MOE, OURS, train
+
+from ep_plugin.config import MoEConfig
+from ep_plugin.layer import MoELayer
+from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.report.events import Run
+
+pytestmark = pytest.mark.megatron
+FP8 = ("--ep-fp8", "rowwise", "--train-iters", "6")
+SHARDED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--ddp-bucket-size", "2000")
+
+
+def losses(run: Run) -> list[float]:
+    return [value for _, value in run.scalars["lm loss"]]
+
+
+def test_gathering_under_the_forward_changes_nothing(tmp_path: Path) -> None:
+    """Data parallel ranks gather updated weights late: the fused experts wait for them."""
+    plain = train(2, OURS, tmp_path / "plain", *MOE, *FP8, *SHARDED)
+    late = train(2, OURS, tmp_path / "late", *MOE, *FP8, *SHARDED, "--overlap-param-gather")
+    assert losses(late) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def test_weights_are_quantised_once_a_step_under_megatron_s_schedules(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ep_plugin import experts
+
+    made: list[Any] = []
+    real = experts.quantize_weights
+    monkeypatch.setattr(experts, "quantize_weights", lambda *w: made.append(w) or real(*w))
+    layer = MoELayer(MoEConfig(hidden_size=32, ffn_hidden_size=32, num_experts=4, fp8="rowwise"))
+    tokens = torch.randn(8, 32)
+    layer(tokens)
+    layer(tokens)
+    assert len(made) == 2  # nobody says when a step begins
+    try:
+        install()
+        from megatron.core.transformer.module import MegatronModule
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        model = MegatronModule(
+            TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2)
+        )
+        model.layer = layer
+        for _ in range(2):
+            model.set_is_first_microbatch()
+            layer(tokens)
+            layer(tokens)
+    finally:
+        uninstall()
+    assert len(made) == 4
