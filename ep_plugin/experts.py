@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ep_plugin.autotune import AutoGemm
 from ep_plugin.config import ConfigError, MoEConfig, largest_divisor
 from ep_plugin.contracts import Dispatched, GroupedGemm
 from ep_plugin.fp8 import rowwise
@@ -47,13 +48,14 @@ class GroupedLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype)) if bias else None
         )
-        self.gemm: GroupedGemm | None = None
+        self.gemm: GroupedGemm | AutoGemm = AutoGemm()
         if gemm != "auto":
             self.gemm = resolve("gemm", gemm)(in_features, out_features, self.weight.dtype)
 
-    def pick_gemm(self) -> GroupedGemm:
-        """Return the backend; `auto` is settled per call, since a layer may be moved."""
-        return self.gemm or auto_gemm(self.weight)
+    def pick_gemm(self, num_rows: int) -> GroupedGemm:
+        """Return the backend; `auto` is settled at the first rows, since a layer may be moved."""
+        auto = self.gemm
+        return auto.pick(self.weight, num_rows) if isinstance(auto, AutoGemm) else auto
 
     def forward(self) -> Tensor:
         """Return the weight [e, out, in]."""
@@ -61,7 +63,7 @@ class GroupedLinear(nn.Module):
 
     def multiply(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Map `rows` [R, in], without the bias: [R, out]; `ends` [e] as in `GroupedGemm`."""
-        product: Tensor = _GroupedProduct.apply(rows, self.weight, ends, self.pick_gemm())
+        product: Tensor = _GroupedProduct.apply(rows, self.weight, ends, self.pick_gemm(len(rows)))
         return product
 
 
@@ -124,7 +126,7 @@ class Experts(nn.Module):
             ops = select(inbox.tokens)
             order, place = ops.sort_choices(inbox.expert_ids, ends)
             weights = self._weights8() if self.fp8 else None
-            config, gemm = self.config, fc1.pick_gemm()
+            config, gemm = self.config, fc1.pick_gemm(0 if self.fp8 else len(order))
             job = Job(order, place, ends, config.activation, config.save, ops, gemm, weights)
             output: Tensor = FusedExperts.apply(
                 inbox.tokens, inbox.probs, fc1_weight, fc2_weight, job
@@ -195,17 +197,3 @@ class _ShareOfSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
-
-
-def auto_gemm(weight: Tensor) -> GroupedGemm:
-    """Return the backend `auto` stands for: `torch_grouped` for bf16 on CUDA, else `loop`."""
-    _, out_features, in_features = weight.shape
-    grouped = (
-        weight.is_cuda
-        and weight.dtype == torch.bfloat16
-        and in_features % 8 == 0
-        and out_features % 8 == 0
-    )
-    name = "torch_grouped" if grouped else "loop"
-    backend: GroupedGemm = resolve("gemm", name)(in_features, out_features, weight.dtype)
-    return backend

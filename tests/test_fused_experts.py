@@ -48,7 +48,7 @@ def fused(experts: Experts, inbox: Dispatched, save: Any) -> Tensor:
     """The fused path without FP8, on the twins."""
     ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)
     order, place = ops.sort_choices(inbox.expert_ids, ends)
-    gemm = experts.linear_fc1.pick_gemm()
+    gemm = experts.linear_fc1.pick_gemm(len(order))
     job = Job(order, place, ends, experts.config.activation, save, ops, gemm, None)
     weights = (experts.linear_fc1.weight, experts.linear_fc2.weight)
     output: Tensor = FusedExperts.apply(inbox.tokens, inbox.probs, *weights, job)

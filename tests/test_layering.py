@@ -38,13 +38,16 @@ TABLE = {
     "groups": Row("config parallel", "torch"),
     "router": Row("contracts config groups kernels", "torch"),
     "dispatcher": Row("contracts config groups permute", "torch"),
-    "gemm": Row("contracts config", "torch"),
+    "gemm": Row("contracts config", "torch transformer_engine deep_gemm"),
+    "autotune": Row("contracts config registry", "torch"),
     "e4m3": Row("", "torch"),
     "permute": Row("", "torch"),
     "kernels": Row("config e4m3 permute", "torch triton"),
     "fp8": Row("config e4m3", "torch"),
     "fused_experts": Row("contracts config e4m3 fp8 kernels", "torch"),
-    "experts": Row("contracts config registry groups permute kernels fp8 fused_experts", "torch"),
+    "experts": Row(
+        "contracts config registry autotune groups permute kernels fp8 fused_experts", "torch"
+    ),
     "layer": Row("contracts config parallel registry groups experts", "torch"),
     # beside the core
     "convert": Row("config registry", "torch tqdm"),

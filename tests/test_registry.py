@@ -2,6 +2,7 @@
 
 import sys
 import types
+from importlib.util import find_spec
 
 import pytest
 
@@ -14,14 +15,23 @@ def test_options_are_the_files_of_the_folder() -> None:
     assert not [name for name in available("dispatcher") if name.startswith("_")]
 
 
-@pytest.mark.parametrize("kind", ["router", "dispatcher", "gemm"])
-def test_every_option_builds(kind: str) -> None:
-    for name in available(kind):
+OPTIONS = [(kind, name) for kind in ("router", "dispatcher", "gemm") for name in available(kind)]
+OPTIONAL = {"te": "transformer_engine", "deepgemm": "deep_gemm"}  # and the package each needs
+
+
+@pytest.mark.parametrize(("kind", "name"), OPTIONS)
+def test_every_option_builds_or_names_its_package(kind: str, name: str) -> None:
+    if find_spec(OPTIONAL.get(name, "torch")) is None:
+        with pytest.raises(BackendUnavailable, match=OPTIONAL[name]):
+            resolve(kind, name)
+    else:
         assert callable(resolve(kind, name))
 
 
 def test_unknown_name_lists_the_legal_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown gemm 'fast'; choose from loop, torch_grouped"):
+    with pytest.raises(
+        ConfigError, match="unknown gemm 'fast'; choose from deepgemm, loop, te, torch_grouped"
+    ):
         resolve("gemm", "fast")
 
 

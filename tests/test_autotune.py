@@ -1,0 +1,174 @@
+"""`auto` measures once, keeps the times in a file, and takes the fastest backend."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from ep_plugin import autotune
+from ep_plugin.autotune import AutoGemm, _times, candidates, choose
+from ep_plugin.contracts import GroupedGemm
+from ep_plugin.gemm.loop import LoopGemm
+from ep_plugin.gemm.torch_grouped import TorchGroupedGemm
+
+FAST, SLOW = LoopGemm(), TorchGroupedGemm()
+MILLISECONDS = {id(FAST): 1.5, id(SLOW): 3.0}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EP_PLUGIN_CACHE", str(tmp_path / "new" / "folder"))
+    return _times.path()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.INFO, logger="ep_plugin.autotune"):
+        yield caplog
+
+
+def backends() -> dict[str, GroupedGemm]:
+    return {"slow": SLOW, "fast": FAST}
+
+
+def clock(gemm: GroupedGemm) -> float:
+    return MILLISECONDS[id(gemm)]
+
+
+def never(*_: object) -> float:
+    raise AssertionError("measured")
+
+
+def test_the_fastest_is_taken_kept_and_named(cache: Path, log: pytest.LogCaptureFixture) -> None:
+    assert choose("8 experts", backends, clock, "slow") == "fast"
+    assert json.loads(cache.read_text()) == {"8 experts": {"slow": 3.0, "fast": 1.5}}
+    (line,) = log.messages
+    assert line.startswith("gemm auto: fast for 8 experts (slow 3.000 ms, fast 1.500 ms; measured")
+
+
+def test_what_is_in_the_file_is_not_measured(cache: Path, log: pytest.LogCaptureFixture) -> None:
+    _times.write(cache, "key", {"a": 2.0, "b": 1.0})
+    assert choose("key", never, never, "a") == "b"
+    assert log.messages == [f"gemm auto: b for key (a 2.000 ms, b 1.000 ms; {cache})"]
+    assert choose("other key", backends, clock, "slow") == "fast"
+    assert set(_times.read(cache)) == {"key", "other key"}
+
+
+BROKEN = ("", '{"key": {"a"', "[1]", '{"key": 3}', '{"key": {"a": "x"}}', '{"key": {"a": [1]}}')
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_file_is_ignored_and_written_anew(
+    cache: Path, log: pytest.LogCaptureFixture, text: str
+) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(text)
+    assert choose("key", backends, clock, "slow") == "fast"
+    assert json.loads(cache.read_text()) == {"key": {"slow": 3.0, "fast": 1.5}}
+    assert f"{cache} is ignored" in log.messages[0]
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    cache: Path, log: pytest.LogCaptureFixture
+) -> None:
+    cache.parent.parent.mkdir(exist_ok=True)
+    cache.parent.write_text("a file where the folder should be")
+    assert choose("key", backends, clock, "slow") == "fast"
+    assert "times are not kept" in log.text
+
+
+def test_the_file_is_in_the_home_folder_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EP_PLUGIN_CACHE")
+    assert _times.path() == Path.home() / ".cache" / "ep_plugin" / "gemm.json"
+
+
+def test_a_single_backend_is_taken_unmeasured(cache: Path) -> None:
+    assert choose("key", lambda: {"slow": SLOW}, never, "other") == "slow"
+    assert not cache.exists()
+
+
+def failing(gemms: list[GroupedGemm]) -> Callable[[GroupedGemm], float]:
+    def time(gemm: GroupedGemm) -> float:
+        if gemm in gemms:
+            raise RuntimeError("out of memory")
+        return clock(gemm)
+
+    return time
+
+
+def test_a_backend_that_fails_is_left_out_and_tried_again(
+    cache: Path, log: pytest.LogCaptureFixture
+) -> None:
+    assert choose("key", backends, failing([FAST]), "fast") == "slow"
+    assert "fast fails and is left out (out of memory)" in log.text
+    assert not cache.exists()
+    assert choose("key", backends, failing([FAST, SLOW]), "default") == "default"
+
+
+def _write_often(file: Path, rank: int) -> None:
+    for index in range(20):
+        _times.write(file, f"{rank}", {"loop": float(index)})
+
+
+def test_ranks_that_write_at_once_leave_a_whole_file(cache: Path) -> None:
+    context = get_context("spawn")
+    ranks = [context.Process(target=_write_often, args=(cache, rank)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    while any(rank.is_alive() for rank in ranks):
+        if cache.exists():
+            json.loads(cache.read_text())
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    kept = json.loads(cache.read_text())
+    assert {"loop": 19.0} in kept.values()
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_on_the_cpu_it_is_the_loop_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def settle(weight: torch.Tensor, num_rows: int) -> GroupedGemm:
+        calls.append((weight.dtype, num_rows))
+        return real(weight, num_rows)
+
+    real = autotune.settle
+    monkeypatch.setattr(autotune, "settle", settle)
+    auto, weight = AutoGemm(), torch.empty(2, 16, 8)
+    assert isinstance(auto.pick(weight, 0), LoopGemm)
+    picked = [auto.pick(weight, rows) for rows in (5, 9)]
+    assert picked[0] is picked[1]
+    assert isinstance(picked[0], LoopGemm)
+    auto.pick(weight.bfloat16(), 7)
+    assert calls == [(torch.float32, 5), (torch.bfloat16, 7)]
+
+
+def test_candidates_take_the_sizes() -> None:
+    assert {"loop", "torch_grouped"} <= set(candidates(torch.empty(2, 16, 8)))
+    assert "torch_grouped" not in candidates(torch.empty(2, 16, 7))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_it_measures_and_then_reads(log: pytest.LogCaptureFixture) -> None:
+    weight = torch.randn(4, 256, 128, device="cuda", dtype=torch.bfloat16)
+    state = torch.cuda.get_rng_state()
+    first, second = AutoGemm().pick(weight, 1000), AutoGemm().pick(weight, 1024)
+    assert type(first) is type(second)
+    assert "1024 rows" in log.messages[0]
+    assert "measured in" in log.messages[0]
+    assert str(_times.path()) in log.messages[1]
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_nothing_is_measured_while_a_graph_is_captured(cache: Path) -> None:
+    weight = torch.randn(4, 256, 128, device="cuda", dtype=torch.bfloat16)
+    auto, graph = AutoGemm(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert isinstance(auto.pick(weight, 1000), TorchGroupedGemm)
+    assert not cache.exists()
