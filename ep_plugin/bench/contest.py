@@ -59,7 +59,7 @@ class Contest:
 
         Of this package's own errors only ConfigError is noted.
         """
-        failures = (ConfigError,) if name == OURS else FAILURES
+        failures = (ConfigError,) if name.startswith(OURS) else FAILURES
         try:
             yield
         except failures as error:

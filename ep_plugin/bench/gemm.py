@@ -1,11 +1,13 @@
 """Each grouped product of a layer's linear maps alone, operands already quantised."""
 
+from functools import partial
+
 from torch import Tensor
 
 from ep_plugin.bench import products
 from ep_plugin.bench.case import make_case, relative_error
 from ep_plugin.bench.contest import OURS, Contest, peer
-from ep_plugin.bench.floors import product_floor
+from ep_plugin.bench.floors import Precision, product_floor
 from ep_plugin.bench.measure import Timing
 from ep_plugin.bench.products import Problem, Product
 from ep_plugin.bench.rows import Row, make_row
@@ -48,15 +50,24 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
 def _products(contest: Contest, problem: Problem) -> list[Product]:
     found: list[Product] = []
     for name, precision in contest.entries((OURS, *PEERS)):
-        with contest.attempt(name, precision):
-            build = products.build if name == OURS else peer(name)
-            made: list[Product] = build(problem, precision)
-            for product in made:
-                product.run(0)
-            found += made
-            if not made:
-                contest.note(name, precision, f"it has no {precision}")
+        if name == OURS:
+            makers = {f"{OURS}+{n}": make for n, make in products.makers(precision).items()}
+        else:
+            makers = {name: partial(_of_peer, name, precision)}
+        for backend, make in makers.items():
+            with contest.attempt(backend, precision):
+                made = make(problem)
+                for product in made:
+                    product.run(0)
+                found += made
+                if not made:
+                    contest.note(backend, precision, f"it has no {precision}")
     return found
+
+
+def _of_peer(name: str, precision: Precision, problem: Problem) -> list[Product]:
+    made: list[Product] = peer(name)(problem, precision)
+    return made
 
 
 def _row(shape: Shape, problem: Problem, product: Product, time: Timing, error: float) -> Row:

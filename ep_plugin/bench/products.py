@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,23 +55,24 @@ def make_problem(case: Case, linear: str) -> Problem:
     )
 
 
-def build(problem: Problem, precision: Precision) -> list[Product]:
-    """Return every grouped GEMM of `ep_plugin/gemm`, or every recipe of `ep_plugin/fp8`.
+Maker = Callable[[Problem], list[Product]]
 
-    Raises BackendUnavailable for a recipe whose operands are not made here.
+
+def makers(precision: Precision) -> dict[str, Maker]:
+    """Return what makes the products of each option of `ep_plugin/gemm`, or of `ep_plugin/fp8`.
+
+    A maker raises BackendUnavailable where the option's package is missing.
     """
     if precision == "bf16":
-        return [p for name in available("gemm") for p in _backend(problem, name)]
-    missing = set(available("fp8")) - set(RECIPES)
-    if missing:
-        raise BackendUnavailable(
-            f"fp8 {', '.join(missing)} has no operands in ep_plugin/bench/products.py; "
-            "--precision bf16 would do"
-        )
-    return [product for recipe in RECIPES.values() for product in recipe(problem)]
+        return {name: partial(_backend, name) for name in available("gemm")}
+    return {name: RECIPES.get(name, partial(_unknown, name)) for name in available("fp8")}
 
 
-def _backend(problem: Problem, name: str) -> list[Product]:
+def _unknown(name: str, problem: Problem) -> list[Product]:
+    raise BackendUnavailable(f"fp8 {name} has no operands in ep_plugin/bench/products.py")
+
+
+def _backend(name: str, problem: Problem) -> list[Product]:
     rows, grads, weight, ends = problem.rows, problem.grads, problem.weight, problem.ends
     _, outputs, inputs = weight.shape
     gemm: Any = resolve("gemm", name)(inputs, outputs, weight.dtype)
@@ -102,4 +104,4 @@ def _rowwise(problem: Problem) -> list[Product]:
     return [Product("ep_plugin+rowwise", "fp8", d, run) for d, run in runs.items()]
 
 
-RECIPES: dict[str, Callable[[Problem], list[Product]]] = {"rowwise": _rowwise}
+RECIPES: dict[str, Maker] = {"rowwise": _rowwise}
