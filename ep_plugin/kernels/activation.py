@@ -1,0 +1,177 @@
+"""The activation times the probability, its backward, and both in e4m3 where asked.
+
+One program handles one row; rows behind the last expert's are not touched.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ep_plugin.e4m3 import E4M3, Rows8
+from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels.quantize import power_of_two_scale, warps
+
+ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3}
+GATED = ("swiglu", "geglu")
+
+
+@triton.jit
+def _erf_gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _erf_gelu_slope(x):
+    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def _activate(gate, up, ACT: tl.constexpr):
+    """Activation of one row, and its slopes with respect to gate and up."""
+    if ACT == 0:
+        sigma = tl.sigmoid(gate)
+        return gate * sigma * up, up * sigma * (1.0 + gate * (1.0 - sigma)), gate * sigma
+    if ACT == 1:
+        value = _erf_gelu(gate)
+        return value * up, up * _erf_gelu_slope(gate), value
+    if ACT == 2:
+        return _erf_gelu(gate), _erf_gelu_slope(gate), gate
+    return tl.maximum(gate, 0.0), (gate > 0).to(tl.float32), gate
+
+
+@jit
+def _activate_kernel(
+    hidden, probs, order, ends, num_experts, out, scales, WIDTH,
+    ACT: tl.constexpr, IS_GATED: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(ends + num_experts - 1):
+        return
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    base = hidden + row * WIDTH * (2 if IS_GATED else 1)
+    gate = tl.load(base + column, mask=inside, other=0.0).to(tl.float32)
+    up = gate
+    if IS_GATED:
+        up = tl.load(base + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    value, _, _ = _activate(gate, up, ACT)
+    value = value * tl.load(probs + tl.load(order + row)).to(tl.float32)
+    value = value.to(hidden.dtype.element_ty).to(tl.float32)  # what bf16 would have carried
+    if FP8:
+        scale = power_of_two_scale(tl.max(tl.abs(value)))
+        tl.store(scales + row, scale)
+        value = value / scale
+    tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+def activate(
+    hidden: Tensor, probs: Tensor, order: Tensor, ends: Tensor, activation: str, fp8: bool
+) -> Tensor | Rows8:
+    """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
+
+    In e4m3 when asked.
+    """
+    gated = activation in GATED
+    num_rows, width = len(hidden), hidden.shape[1] // (2 if gated else 1)
+    out = hidden.new_empty(num_rows, width, dtype=E4M3 if fp8 else hidden.dtype)
+    scale = torch.empty(num_rows if fp8 else 1, dtype=torch.float32, device=hidden.device)
+    if out.numel():
+        block = triton.next_power_of_2(width)
+        _activate_kernel[(num_rows,)](
+            *(hidden, probs, order, ends, len(ends), out, scale, width),
+            ACT=ACTIVATIONS[activation],
+            IS_GATED=gated,
+            FP8=fp8,
+            BLOCK=block,
+            num_warps=warps(block),
+        )
+    return Rows8(out, scale) if fp8 else out
+
+
+@jit
+def _activate_backward_kernel(
+    grads, hidden, hidden_scales, probs, order, ends, num_experts, d_hidden, d_scales, out,
+    out_scales, d_probs, WIDTH,
+    ACT: tl.constexpr, IS_GATED: tl.constexpr, FP8: tl.constexpr, HIDDEN8: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    flat = tl.load(order + row)
+    if row >= tl.load(ends + num_experts - 1):
+        tl.store(d_probs + flat, 0.0)
+        return
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    factor = 2 if IS_GATED else 1
+    base = hidden + row * WIDTH * factor
+    gate = tl.load(base + column, mask=inside, other=0.0).to(tl.float32)
+    up = gate
+    if IS_GATED:
+        up = tl.load(base + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    if HIDDEN8:
+        hidden_scale = tl.load(hidden_scales + row)
+        gate *= hidden_scale
+        up *= hidden_scale
+    grad = tl.load(grads + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    prob = tl.load(probs + flat).to(tl.float32)
+    value, gate_slope, up_slope = _activate(gate, up, ACT)
+    tl.store(d_probs + flat, tl.sum(tl.where(inside, grad * value, 0.0)))
+    value = (value * prob).to(grads.dtype.element_ty).to(tl.float32)
+    d_gate = (grad * prob * gate_slope).to(grads.dtype.element_ty).to(tl.float32)
+    d_up = (grad * prob * up_slope).to(grads.dtype.element_ty).to(tl.float32)
+    if FP8:
+        scale = power_of_two_scale(tl.max(tl.abs(value)))
+        tl.store(out_scales + row, scale)
+        value = value / scale
+        largest = tl.max(tl.abs(d_gate))
+        if IS_GATED:
+            largest = tl.maximum(largest, tl.max(tl.abs(d_up)))
+        scale = power_of_two_scale(largest)
+        tl.store(d_scales + row, scale)
+        d_gate = d_gate / scale
+        d_up = d_up / scale
+    tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
+    target = d_hidden + row * WIDTH * factor + column
+    tl.store(target, d_gate.to(d_hidden.dtype.element_ty), mask=inside)
+    if IS_GATED:
+        tl.store(target + WIDTH, d_up.to(d_hidden.dtype.element_ty), mask=inside)
+
+
+def activate_backward(
+    grads: Tensor,
+    hidden: Tensor | Rows8,
+    probs: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    activation: str,
+    fp8: bool,
+) -> tuple[Tensor | Rows8, Tensor | Rows8, Tensor]:
+    """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
+
+    `grads` [R, F] are the activation's. The first two are in e4m3 when asked.
+    """
+    gated = activation in GATED
+    num_rows, width = grads.shape
+    kept = hidden.data if isinstance(hidden, Rows8) else hidden
+    dtype = E4M3 if fp8 else grads.dtype
+    d_hidden, out = torch.empty_like(kept, dtype=dtype), torch.empty_like(grads, dtype=dtype)
+    scales = torch.empty(2, num_rows if fp8 else 1, dtype=torch.float32, device=grads.device)
+    d_probs = torch.empty(probs.shape, dtype=torch.float32, device=grads.device)
+    if grads.numel():
+        block = triton.next_power_of_2(width)
+        _activate_backward_kernel[(num_rows,)](
+            *(grads, kept, hidden.scale if isinstance(hidden, Rows8) else scales),
+            *(probs, order, ends, len(ends)),
+            *(d_hidden, scales[0], out, scales[1], d_probs, width),
+            ACT=ACTIVATIONS[activation],
+            IS_GATED=gated,
+            FP8=fp8,
+            HIDDEN8=isinstance(hidden, Rows8),
+            BLOCK=block,
+            num_warps=warps(block),
+        )
+    if fp8:
+        return Rows8(d_hidden, scales[0]), Rows8(out, scales[1]), d_probs
+    return d_hidden, out, d_probs

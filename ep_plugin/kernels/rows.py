@@ -1,0 +1,165 @@
+"""Where each row of the experts comes from: sorting choices, spreading tokens, summing rows.
+
+One program handles one token, or one block of choices. Rows behind the last expert's are not
+touched.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ep_plugin.e4m3 import Rows8
+from ep_plugin.kernels._launch import jit
+
+
+@jit
+def _count_kernel(
+    expert_ids, counts, num_choices, NUM_EXPERTS, BLOCK: tl.constexpr, E: tl.constexpr
+):
+    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(expert_ids + choice, mask=choice < num_choices, other=-1).to(tl.int32)
+    bucket = tl.where(expert < 0, NUM_EXPERTS, expert)
+    bucket = tl.where(choice < num_choices, bucket, -1)
+    column = tl.arange(0, E)
+    hits = (bucket[:, None] == column[None, :]).to(tl.int32)
+    row = tl.program_id(0) * (NUM_EXPERTS + 1)
+    tl.store(counts + row + column, tl.sum(hits, axis=0), mask=column <= NUM_EXPERTS)
+
+
+@jit
+def _scan_kernel(counts, num_blocks, NUM_EXPERTS, BLOCK: tl.constexpr):
+    """Replace the counts of one bucket, block after block, by the sums of those before."""
+    cell = tl.arange(0, BLOCK) * (NUM_EXPERTS + 1) + tl.program_id(0)
+    inside = tl.arange(0, BLOCK) < num_blocks
+    values = tl.load(counts + cell, mask=inside, other=0)
+    tl.store(counts + cell, tl.cumsum(values, axis=0) - values, mask=inside)
+
+
+@jit
+def _place_kernel(
+    expert_ids, before, ends, order, place, num_choices, NUM_EXPERTS, BLOCK: tl.constexpr
+):
+    slot = tl.arange(0, BLOCK)
+    choice = tl.program_id(0) * BLOCK + slot
+    inside = choice < num_choices
+    expert = tl.load(expert_ids + choice, mask=inside, other=-1).to(tl.int32)
+    bucket = tl.where(expert < 0, NUM_EXPERTS, expert)
+    same = (bucket[:, None] == bucket[None, :]) & (slot[None, :] < slot[:, None])
+    earlier = tl.sum(same.to(tl.int32), axis=1)  # in this block
+    start = tl.load(ends + bucket - 1, mask=bucket > 0, other=0)
+    cell = tl.program_id(0) * (NUM_EXPERTS + 1) + bucket
+    row = start + tl.load(before + cell, mask=inside, other=0) + earlier
+    tl.store(order + row, choice, mask=inside)
+    tl.store(place + choice, row, mask=inside)
+
+
+def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the flat choice of each row [R] and the row of each choice [N, C], int32.
+
+    A stable counting sort of `expert_ids` [N, C]; absent choices, -1, come last. `ends` [e] int32
+    is the row behind each expert's last.
+    """
+    num_choices, num_experts = expert_ids.numel(), len(ends)
+    order = torch.empty(num_choices, dtype=torch.int32, device=expert_ids.device)
+    place = torch.empty(expert_ids.shape, dtype=torch.int32, device=expert_ids.device)
+    if num_choices:
+        block = 128
+        num_blocks = triton.cdiv(num_choices, block)
+        counts = order.new_empty(num_blocks, num_experts + 1)
+        ids = expert_ids.contiguous()
+        buckets = triton.next_power_of_2(num_experts + 1)
+        _count_kernel[(num_blocks,)](
+            *(ids, counts, num_choices, num_experts), BLOCK=block, E=buckets
+        )
+        _scan_kernel[(num_experts + 1,)](
+            *(counts, num_blocks, num_experts), BLOCK=triton.next_power_of_2(num_blocks)
+        )
+        _place_kernel[(num_blocks,)](
+            *(ids, counts, ends, order, place, num_choices, num_experts), BLOCK=block
+        )
+    return order, place
+
+
+@jit
+def _spread_kernel(
+    source, scales, place, ends, out, out_scales, num_experts, WIDTH,
+    CHOICES: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Token by token: each is read once, although it goes to several rows.
+    last = tl.load(ends + num_experts - 1)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    values = tl.load(source + token * WIDTH + column, mask=inside)
+    if SCALED:
+        scale = tl.load(scales + token)
+    for choice in tl.static_range(CHOICES):
+        row = tl.load(place + token * CHOICES + choice).to(tl.int64)
+        if row < last:
+            tl.store(out + row * WIDTH + column, values, mask=inside)
+            if SCALED:
+                tl.store(out_scales + row, scale)
+
+
+def _spread(tokens: Tensor, scales: Tensor | None, place: Tensor, ends: Tensor) -> Rows8:
+    (num_tokens, choices), width = place.shape, tokens.shape[1]
+    out = tokens.new_empty(num_tokens * choices, width)
+    out_scales = torch.empty(
+        len(out) if scales is not None else 1, dtype=torch.float32, device=out.device
+    )
+    if out.numel():
+        # Bytes are moved, so any dtype may be; eight at a time where rows allow it.
+        unit = torch.int64 if width * tokens.element_size() % 8 == 0 else torch.uint8
+        moved, target = tokens.view(unit), out.view(unit)
+        block = triton.next_power_of_2(moved.shape[1])
+        _spread_kernel[(num_tokens,)](
+            *(moved, out_scales if scales is None else scales, place, ends, target, out_scales),
+            *(len(ends), moved.shape[1]),
+            CHOICES=choices,
+            SCALED=scales is not None,
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 256)),
+        )
+    return Rows8(out, out_scales)
+
+
+def spread_rows(tokens: Tensor, place: Tensor, ends: Tensor) -> Tensor:
+    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X]."""
+    return _spread(tokens, None, place, ends).data
+
+
+def spread_rows8(tokens: Rows8, place: Tensor, ends: Tensor) -> Rows8:
+    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X]."""
+    return _spread(tokens.data, tokens.scale, place, ends)
+
+
+@jit
+def _sum_kernel(
+    rows, place, ends, out, num_experts, WIDTH, CHOICES: tl.constexpr, BLOCK: tl.constexpr
+):
+    last = tl.load(ends + num_experts - 1)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for choice in tl.static_range(CHOICES):
+        row = tl.load(place + token * CHOICES + choice).to(tl.int64)
+        values = tl.load(rows + row * WIDTH + column, mask=inside & (row < last), other=0.0)
+        total += values.to(tl.float32)
+    tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
+    """Return the sums in fp32 of each token's rows [R, X], absent choices left out: [N, X]."""
+    (num_tokens, choices), width = place.shape, rows.shape[1]
+    out = rows.new_empty(num_tokens, width)
+    if out.numel():
+        block = min(1024, triton.next_power_of_2(width))
+        grid = (num_tokens, triton.cdiv(width, block))
+        _sum_kernel[grid](
+            *(rows, place, ends, out, len(ends), width),
+            CHOICES=choices,
+            BLOCK=block,
+        )
+    return out
