@@ -20,7 +20,8 @@ AuxLossCounts = Literal["topk", "top1"]
 AuxLossScope = Literal["micro_batch", "sequence", "global", "group"]
 AuxLossLayers = Literal["sum", "mean"]
 SharedExpert = Literal["sum", "learned"]
-Fp8 = Literal["off", "rowwise"]
+Fp8 = Literal["off", "rowwise", "blockwise"]
+Fp8Wgrad = Literal["fp8", "bf16"]
 Save = Literal["bf16", "fp8", "recompute"]
 
 
@@ -245,6 +246,7 @@ class MoEConfig:
     shared_expert: SharedExpert = "sum"
     num_moe_layers: int = 1  # of the model, for aux_loss_layers = mean
     fp8: Fp8 = "off"  # recipe of the experts' products
+    fp8_wgrad: Fp8Wgrad = "fp8"  # of their weight gradients, where fp8 is not off
     save: Save = "bf16"  # how the experts' pre-activations are kept for the backward
     router: str = "topk"
     dispatcher: str = "auto"
@@ -255,6 +257,7 @@ class MoEConfig:
         check_choice("activation", self.activation, get_args(Activation))
         check_choice("shared_expert", self.shared_expert, get_args(SharedExpert))
         check_choice("fp8", self.fp8, get_args(Fp8))
+        check_choice("fp8_wgrad", self.fp8_wgrad, get_args(Fp8Wgrad))
         check_choice("save", self.save, get_args(Save))
         if self.fp8 != "off" and self.bias:
             raise ConfigError(

@@ -1,11 +1,14 @@
-"""FP8 by rows: e4m3 values with one power of two for each row, in plain torch.
+"""FP8 by rows and by blocks: e4m3 values with powers of two as scales, in plain torch.
 
-A row's scale is the smallest power of two that brings its largest value to at most 448, the largest
-e4m3 number. Powers of two cost no precision (they move the exponent), and they let the same bytes
-serve both products that read a tensor: along the row in forward and data gradient, and along the
-column, over all rows of an expert, in the weight gradient. There every row is moved to the largest
-scale among its expert's rows, which only shifts exponents: nothing is rounded twice, but for values
-that fall below the smallest normal number.
+By rows there is one scale for each row. A row's scale is the smallest power of two that brings its
+largest value to at most 448, the largest e4m3 number. Powers of two cost no precision (they move
+the exponent), and they let the same bytes serve both products that read a tensor: along the row in
+forward and data gradient, and along the column, over all rows of an expert, in the weight gradient.
+There every row is moved to the largest scale among its expert's rows, which only shifts exponents:
+nothing is rounded twice, but for values that fall below the smallest normal number.
+
+By blocks there is one for each 128 values that a product sums over. An e4m3 value times a power of
+two is also a bf16 value (unless it is smaller than 2^-133), so rounding to blocks gives bf16.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
+BLOCK = 128  # values that share a scale, by blocks
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,14 @@ class Columns8:
 
     data: Tensor  # [X, P] e4m3
     scale: Tensor  # [e, X] fp32, powers of two; the same for every feature of an expert
+
+
+@dataclass(frozen=True)
+class Blocks8:
+    """A matrix in e4m3: value = data * scale of its 128 columns."""
+
+    data: Tensor  # [R, X] e4m3
+    scale: Tensor  # [R, X / 128] fp32, powers of two
 
 
 def power_of_two_scale(largest: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ep_plugin.autotune import AutoGemm
 from ep_plugin.config import ConfigError, MoEConfig, largest_divisor
 from ep_plugin.contracts import Dispatched, GroupedGemm
-from ep_plugin.fp8 import rowwise
-from ep_plugin.fused_experts import FusedExperts, Job, Weights8, quantize_weights
+from ep_plugin.fp8 import blockwise, rowwise
+from ep_plugin.fused_experts import Bf16, FusedExperts, Recipe
 from ep_plugin.groups import ExpertGroups
-from ep_plugin.kernels import select
+from ep_plugin.kernels import Rows, plan
 from ep_plugin.permute import permute, plan_rows, unpermute
 from ep_plugin.registry import resolve
 
@@ -22,6 +22,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "geglu": F.gelu,
     "gelu": F.gelu,
     "relu": F.relu,
+}
+
+FP8: dict[str, tuple[Any, Any]] = {  # module with check and prepare, and the recipe
+    "rowwise": (rowwise, rowwise.Rowwise),
+    "blockwise": (blockwise, blockwise.Blockwise),
 }
 
 
@@ -97,7 +102,7 @@ class Experts(nn.Module):
         # to True before a step's first micro-batch; then weights are quantised once a step.
         self.weights_change_every_call = True
         self.is_first_microbatch = True
-        self._kept_weights8: Weights8 | None = None
+        self._weights8: Any = None
         self.etp_size = etp
         shard = ffn // etp
 
@@ -113,30 +118,28 @@ class Experts(nn.Module):
             )
 
         if self.fp8:
-            rowwise.check(config.hidden_size, shard, torch.empty(0, device=device).device)
+            check = FP8[config.fp8][0].check
+            check(config.hidden_size, shard, torch.empty(0, device=device).device)
         self.linear_fc1 = linear(config.hidden_size, shard * (2 if config.gated else 1))
         self.linear_fc2 = linear(shard, config.hidden_size)
 
     def forward(self, inbox: Dispatched) -> Tensor:
         """Return [N, H]: for each token the sum over its choices; with etp a summand of it."""
-        ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         fc1_weight, fc2_weight = fc1(), fc2()
         if fc1.bias is None and (self.fp8 or inbox.tokens.is_cuda):
-            ops = select(inbox.tokens)
-            order, place = ops.sort_choices(inbox.expert_ids, ends)
-            weights = self._weights8() if self.fp8 else None
-            config, gemm = self.config, fc1.pick_gemm(0 if self.fp8 else len(order))
-            job = Job(order, place, ends, config.activation, config.save, ops, gemm, weights)
+            planned = plan(inbox.expert_ids, inbox.tokens_per_expert, self.config.activation)
             output: Tensor = FusedExperts.apply(
-                inbox.tokens, inbox.probs, fc1_weight, fc2_weight, job
+                *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
+                *(self._recipe(planned), self.config.save),
             )
             return output
-        plan = plan_rows(inbox.expert_ids, self.num_local_experts)
-        probs = inbox.probs.flatten()[plan.order].unsqueeze(1)  # [R, 1]
+        ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
+        moves = plan_rows(inbox.expert_ids, self.num_local_experts)
+        probs = inbox.probs.flatten()[moves.order].unsqueeze(1)  # [R, 1]
         expert = torch.searchsorted(ends, torch.arange(len(probs), device=ends.device), right=True)
         expert = expert.clamp(max=self.num_local_experts - 1)  # [R]; rows of absent choices: any
-        hidden = fc1.multiply(permute(inbox.tokens, plan), ends)  # [R, F or 2F]
+        hidden = fc1.multiply(permute(inbox.tokens, moves), ends)  # [R, F or 2F]
         if fc1.bias is not None:
             hidden = hidden + fc1.bias[expert]
         hidden = (self._activate(hidden) * probs).to(inbox.tokens.dtype)  # [R, F]
@@ -144,16 +147,25 @@ class Experts(nn.Module):
         if fc2.bias is not None:
             bias = _ShareOfSum.apply(fc2.bias[expert], self.etp_size)
             rows = rows + (bias * probs).to(rows.dtype)
-        return unpermute(rows, plan)
+        return unpermute(rows, moves)
 
-    def _weights8(self) -> Weights8:
-        """Return the weights in e4m3, quantised anew when they may have changed."""
-        if self._kept_weights8 is None or self.is_first_microbatch:
+    def _recipe(self, rows: Rows) -> Recipe:
+        bf16_wgrad = self.config.fp8_wgrad == "bf16"
+        in_bf16 = not self.fp8 or bf16_wgrad or self.config.fp8 == "blockwise"
+        gemm = self.linear_fc1.pick_gemm(len(rows.order) if in_bf16 else 0)
+        if not self.fp8:
+            return Bf16(rows, gemm)
+        recipe: Recipe = FP8[self.config.fp8][1](rows, gemm, self.weights8(), not bf16_wgrad)
+        return recipe
+
+    def weights8(self) -> Any:
+        """Return the weights as the FP8 recipe reads them, made anew when they may have changed."""
+        if self._weights8 is None or self.is_first_microbatch:
             with torch.no_grad():
-                weights = quantize_weights(self.linear_fc1.weight, self.linear_fc2.weight)
-            self._kept_weights8 = weights
+                prepare = FP8[self.config.fp8][0].prepare
+                self._weights8 = prepare(self.linear_fc1.weight, self.linear_fc2.weight)
             self.is_first_microbatch = self.weights_change_every_call
-        return self._kept_weights8
+        return self._weights8
 
     def _activate(self, hidden: Tensor) -> Tensor:
         if not self.gated:

@@ -7,77 +7,81 @@ pre-activations; rows are made again, and the activation is computed again on th
     backward    gradients -> rows -> fc2 -> slopes and activation -> fc1 -> sum per token
                 and both weight gradients
 
-Rows behind the last expert's, of absent choices, are neither read nor written. No host syncs.
+In which precision the six products are is a `Recipe`: `Bf16` here, the others in `fp8/`. Rows
+behind the last expert's, of absent choices, are neither read nor written. No host syncs.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ep_plugin.config import Save
 from ep_plugin.contracts import GroupedGemm
-from ep_plugin.e4m3 import Columns8, Rows8, Weight8
-from ep_plugin.fp8.rowwise import multiply, multiply_columns
-from ep_plugin.kernels import select
+from ep_plugin.kernels import Rows
+
+Grads = tuple[Tensor, Tensor, Tensor, Tensor]  # of tokens, probs, fc1, fc2
 
 
-@dataclass(frozen=True)
-class Weights8:
-    """Both weights in e4m3, in the layouts of forward and of data gradient."""
+class Recipe(Protocol):
+    """How the products of the experts are computed, for the rows of one call.
 
-    fc1: Weight8  # [e, 2F or F, H]
-    fc1_transposed: Weight8  # [e, H, 2F or F]
-    fc2: Weight8  # [e, H, F]
-    fc2_transposed: Weight8  # [e, F, H]
-
-
-def quantize_weights(fc1: Tensor, fc2: Tensor) -> Weights8:
-    """Return both weights [e, out, in] in e4m3; once per optimizer step is enough."""
-    ops = select(fc1)
-    return Weights8(*ops.quantize_weight(fc1), *ops.quantize_weight(fc2))
-
-
-@dataclass(frozen=True)
-class Job:
-    """What does not change between forward and backward."""
-
-    order: Tensor  # [R] int32 flat choice of each row
-    place: Tensor  # [N, C] int32 row of each choice
-    ends: Tensor  # [e] int32 row behind each expert's last
-    activation: str
-    save: Save  # how pre-activations are kept for the backward
-    ops: Any  # kernels.experts, or its twin
-    gemm: GroupedGemm  # bf16 products
-    weights: Weights8 | None  # FP8 products where given
+    What is kept is a tensor or a record of tensors. Weights are [e, out, in], hidden [R, F or 2F].
+    """
 
     def keep(self, tokens: Tensor) -> Any:
-        """Return `tokens` [N, H] as the products read them: in e4m3 with FP8."""
-        return tokens if self.weights is None else self.ops.quantize_rows(tokens)
+        """Return `tokens` [N, H] as they are kept for the backward."""
+        ...
 
-    def spread(self, tokens: Any) -> Any:
-        """Return the token of each row, of a tensor or of Rows8."""
-        spread = self.ops.spread_rows8 if isinstance(tokens, Rows8) else self.ops.spread_rows
-        return spread(tokens, self.place, self.ends)
+    def first(self, kept: Any, fc1: Tensor) -> Tensor:
+        """Return the pre-activations."""
+        ...
 
-    def sum(self, rows: Tensor) -> Tensor:
-        """Return the sum over each token's rows."""
-        summed: Tensor = self.ops.sum_rows(rows, self.place, self.ends)
-        return summed
+    def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
+        """Return the sum [N, H] over each token's outputs."""
+        ...
 
-    def hidden(self, kept: Any, fc1: Tensor) -> Tensor:
-        """Return the pre-activations [R, F or 2F]."""
-        rows = self.spread(kept)
-        if self.weights is None:
-            return self.gemm.forward(rows, fc1, self.ends)
-        return multiply(rows, self.weights.fc1, self.ends)
+    def narrow(self, hidden: Tensor) -> Any:
+        """Return `hidden` in e4m3, as save = fp8 keeps it."""
+        ...
 
-    def columns(self, rows: Rows8, padded: Any, are_tokens: bool) -> Columns8:
-        """Return an operand of a weight gradient, from rows or from tokens."""
-        choices = self.place.shape[1] if are_tokens else 0
-        columns: Columns8 = self.ops.transpose_rows(rows, padded, self.order, self.ends, choices)
-        return columns
+    def backward(
+        self, grads: Tensor, kept: Any, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
+    ) -> Grads:
+        """Return all gradients for those of the output, `grads` [N, H]."""
+        ...
+
+
+class Bf16:
+    """Products of the tensors as they are: bf16, or whatever their dtype is."""
+
+    def __init__(self, rows: Rows, gemm: GroupedGemm) -> None:
+        self.rows, self.gemm = rows, gemm
+
+    def keep(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def first(self, kept: Tensor, fc1: Tensor) -> Tensor:
+        return self.gemm.forward(self.rows.spread(kept), fc1, self.rows.ends)
+
+    def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
+        active = self.rows.activate(hidden, probs)
+        return self.rows.sum(self.gemm.forward(active, fc2, self.rows.ends))
+
+    def narrow(self, hidden: Tensor) -> Any:
+        return self.rows.ops.quantize_rows(hidden)
+
+    def backward(
+        self, grads: Tensor, kept: Tensor, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
+    ) -> Grads:
+        rows, gemm, ends = self.rows, self.gemm, self.rows.ends
+        d_rows = rows.spread(grads)
+        d_active = gemm.dgrad(d_rows, fc2, ends)
+        d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs)
+        d_fc2 = gemm.wgrad(d_rows, active, ends)
+        del d_rows, d_active, active
+        d_tokens = rows.sum(gemm.dgrad(d_hidden, fc1, ends))
+        return d_tokens, d_probs, gemm.wgrad(d_hidden, rows.spread(kept), ends), d_fc2
 
 
 class FusedExperts(torch.autograd.Function):
@@ -85,76 +89,49 @@ class FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor, job: Job
+        ctx: Any,
+        tokens: Tensor,
+        probs: Tensor,
+        fc1: Tensor,
+        fc2: Tensor,
+        recipe: Recipe,
+        save: Save,
     ) -> Tensor:
-        probs, fp8 = probs.contiguous(), job.weights is not None
-        kept = job.keep(tokens)
-        hidden = job.hidden(kept, fc1)
-        active = job.ops.activate(hidden, probs, job.order, job.ends, job.activation, fp8)
-        if job.weights is None:
-            output = job.gemm.forward(active, fc2, job.ends)
-        else:
-            output = multiply(active, job.weights.fc2, job.ends)
-        saved = {"bf16": [hidden], "fp8": [], "recompute": []}[job.save]
-        if job.save == "fp8":
-            saved = _parts(job.ops.quantize_rows(hidden))
-        ctx.job = job
-        ctx.save_for_backward(probs, fc1, fc2, *_parts(kept), *saved)
-        return job.sum(output).to(tokens.dtype)
+        probs, kept = probs.contiguous(), recipe.keep(tokens)
+        hidden = recipe.first(kept, fc1)
+        output = recipe.second(hidden, probs, fc2)
+        held: Any = hidden if save == "bf16" else None
+        if save == "fp8":
+            held = recipe.narrow(hidden)
+        ctx.recipe, ctx.kinds = recipe, (type(kept), type(held))
+        ctx.num_kept = len(_parts(kept))
+        ctx.save_for_backward(probs, fc1, fc2, *_parts(kept), *_parts(held))
+        return output.to(tokens.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        job: Job = ctx.job
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+        recipe: Recipe = ctx.recipe
         probs, fc1, fc2, *parts = ctx.saved_tensors
-        kept: Any = parts[0] if job.weights is None else Rows8(*parts[:2])
-        hidden: Any = parts[-1]
-        if job.save == "fp8":
-            hidden = Rows8(*parts[-2:])
-        elif job.save == "recompute":
-            hidden = job.hidden(kept, fc1)
-        incoming = job.keep(grads[0].contiguous())
-        backward = _bf16_backward if job.weights is None else _fp8_backward
-        d_tokens, d_probs, d_fc1, d_fc2 = backward(job, incoming, kept, hidden, probs, fc1, fc2)
-        return d_tokens, d_probs.to(probs.dtype), d_fc1.to(fc1.dtype), d_fc2.to(fc2.dtype), None
+        kept = _whole(ctx.kinds[0], parts[: ctx.num_kept])
+        hidden = _whole(ctx.kinds[1], parts[ctx.num_kept :])
+        if hidden is None:
+            hidden = recipe.first(kept, fc1)
+        d_tokens, d_probs, d_fc1, d_fc2 = recipe.backward(
+            grads[0].contiguous(), kept, hidden, probs, fc1, fc2
+        )
+        weights = d_fc1.to(fc1.dtype), d_fc2.to(fc2.dtype)
+        return d_tokens, d_probs.to(probs.dtype), *weights, None, None
 
 
 def _parts(value: Any) -> list[Tensor]:
-    return [value.data, value.scale] if isinstance(value, Rows8) else [value]
+    """Return the tensors of a tensor, of a record of tensors, or of nothing."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, Tensor) else list(vars(value).values())
 
 
-Grads = tuple[Tensor, Tensor, Tensor, Tensor]  # of tokens, probs, fc1, fc2
-
-
-def _bf16_backward(
-    job: Job, incoming: Tensor, kept: Tensor, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
-) -> Grads:
-    d_rows = job.spread(incoming)
-    d_active = job.gemm.dgrad(d_rows, fc2, job.ends)
-    d_hidden, active, d_probs = job.ops.activate_backward(
-        d_active, hidden, probs, job.order, job.ends, job.activation, False
-    )
-    d_fc2 = job.gemm.wgrad(d_rows, active, job.ends)
-    del d_rows, d_active, active
-    d_tokens = job.sum(job.gemm.dgrad(d_hidden, fc1, job.ends))
-    return d_tokens, d_probs, job.gemm.wgrad(d_hidden, job.spread(kept), job.ends), d_fc2
-
-
-def _fp8_backward(
-    job: Job, incoming: Rows8, kept: Rows8, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
-) -> Grads:
-    assert job.weights is not None
-    d_active = multiply(job.spread(incoming), job.weights.fc2_transposed, job.ends)
-    d_hidden, active, d_probs = job.ops.activate_backward(
-        d_active, hidden, probs, job.order, job.ends, job.activation, True
-    )
-    del d_active
-    d_tokens = job.sum(multiply(d_hidden, job.weights.fc1_transposed, job.ends))
-    padded = job.ops.pad_columns(len(job.order), job.ends)
-    ends = padded[2]
-    d_fc2 = multiply_columns(
-        job.columns(incoming, padded, True), job.columns(active, padded, False), ends
-    )
-    d_fc1 = multiply_columns(
-        job.columns(d_hidden, padded, False), job.columns(kept, padded, True), ends
-    )
-    return d_tokens, d_probs, d_fc1, d_fc2
+def _whole(kind: Any, parts: list[Tensor]) -> Any:
+    """Return what `_parts` was given."""
+    if kind is type(None):
+        return None
+    return parts[0] if issubclass(kind, Tensor) else kind(*parts)

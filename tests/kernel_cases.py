@@ -99,6 +99,29 @@ def check_rounding(width: int, device: str) -> None:
         assert_near(found8.data, expected8.data, 3, "quantize_weight")
 
 
+def check_blocks(tokens: int, experts: int, choices: int, width: int, device: str) -> None:
+    """Rounding by blocks, along rows, along an expert's rows, and of weights."""
+    _, ends = random_choices(tokens, experts, choices, device)
+    rows, count = int(ends[-1]), tokens * choices
+    matrix = torch.randn(count, width, device=device).bfloat16()
+    matrix *= torch.logspace(-3, 3, count, device=device).unsqueeze(1)
+    narrow = [module.quantize_blocks(matrix) for module in (kernels, twins)]
+    assert_same([narrow[0].scale], [narrow[1].scale], "scale of blocks")
+    assert_near(narrow[0].data, narrow[1].data, count, "quantize_blocks")
+    wide = [module.dequantize_blocks(narrow[1]) for module in (kernels, twins)]
+    assert_same(wide[:1], wide[1:], "dequantize_blocks")
+    weight = torch.randn(experts, 2 * width, width, device=device).bfloat16()
+    pairs = {
+        "round_rows": [module.round_rows(matrix, ends)[:rows] for module in (kernels, twins)],
+        "round_columns": [module.round_columns(matrix, ends)[:rows] for module in (kernels, twins)],
+        "round_weight": [module.round_weight(weight) for module in (kernels, twins)],
+    }
+    for name, (found, expected) in pairs.items():
+        largest = expected.float().abs().amax() if expected.numel() else 0.0
+        limit = STEP[torch.float8_e4m3fn] * expected.float().abs() + largest * 2**-18
+        assert bool(((found.float() - expected.float()).abs() <= limit).all()), name
+
+
 def check_activations(width: int, device: str) -> None:
     ids, ends = random_choices(11, 4, 3, device)
     order, _ = twins.sort_choices(ids, ends)
@@ -127,6 +150,8 @@ def check_all(device: str) -> None:
     torch.manual_seed(0)
     for tokens, experts, choices, width in ((13, 4, 3, 48), (200, 16, 2, 40), (1, 5, 1, 16)):
         check_moves(tokens, experts, choices, width, device)
+    for tokens, width in ((30, 128), (200, 384)):
+        check_blocks(tokens, 3, 2, width, device)
     for width in (16, 200):
         check_rounding(width, device)
         check_activations(width, device)

@@ -279,7 +279,7 @@ def test_weights_are_quantised_once_for_all_steps() -> None:
     kept = contender.quantize()
     contender.forward(case.tokens[0])
     layer = contender.forward
-    assert layer.experts._kept_weights8 is kept  # type: ignore[attr-defined]
+    assert layer.experts._weights8 is kept  # type: ignore[attr-defined]
     assert contender.quantize() is not kept
 
 

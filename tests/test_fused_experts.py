@@ -12,24 +12,27 @@ from torch import Tensor
 from ep_plugin import ConfigError, MoEConfig
 from ep_plugin.contracts import Dispatched
 from ep_plugin.experts import Experts
-from ep_plugin.fused_experts import FusedExperts, Job
+from ep_plugin.fused_experts import Bf16, FusedExperts
 from ep_plugin.groups import ExpertGroups
-from ep_plugin.kernels import experts_torch as ops
+from ep_plugin.kernels import plan
 
 N, C, E, H, F = 40, 2, 4, 64, 48
 CONFIG = MoEConfig(hidden_size=H, ffn_hidden_size=F, num_experts=E)
 
 
-def make_inbox(generator: torch.Generator, dtype: torch.dtype, outliers: bool) -> Dispatched:
+def make_inbox(
+    generator: torch.Generator, dtype: torch.dtype, outliers: bool, count: int = N, width: int = H
+) -> Dispatched:
     """Tokens with choices, some absent, and one expert without any; the leaf tensors want grads."""
-    scores = torch.rand(N, E - 1, generator=generator)
+    scores = torch.rand(count, E - 1, generator=generator)
     ids = scores.topk(C, dim=1).indices
-    ids[torch.rand(N, C, generator=generator) < 0.2] = -1
-    tokens = torch.randn(N, H, generator=generator, dtype=torch.float64)
+    ids[torch.rand(count, C, generator=generator) < 0.2] = -1
+    tokens = torch.randn(count, width, generator=generator, dtype=torch.float64)
     if outliers:  # heavy tails: some features and tokens are hundreds of times larger
-        tokens *= torch.randn(1, H, generator=generator).exp() ** 2
-        tokens *= torch.randn(N, 1, generator=generator).exp()
-    probs = torch.rand(N, C, generator=generator, dtype=torch.float64).masked_fill(ids < 0, 0)
+        tokens *= torch.randn(1, width, generator=generator).exp() ** 2
+        tokens *= torch.randn(count, 1, generator=generator).exp()
+    probs = torch.rand(count, C, generator=generator, dtype=torch.float64)
+    probs = probs.masked_fill(ids < 0, 0)
     counts = torch.bincount(ids[ids >= 0], minlength=E)
     leaves = (tokens.to(dtype).requires_grad_(), probs.to(dtype).requires_grad_())
     return Dispatched(leaves[0], ids, leaves[1], counts, None)
@@ -46,12 +49,10 @@ def make_experts(config: MoEConfig, dtype: torch.dtype, generator: torch.Generat
 
 def fused(experts: Experts, inbox: Dispatched, save: Any) -> Tensor:
     """The fused path without FP8, on the twins."""
-    ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)
-    order, place = ops.sort_choices(inbox.expert_ids, ends)
-    gemm = experts.linear_fc1.pick_gemm(len(order))
-    job = Job(order, place, ends, experts.config.activation, save, ops, gemm, None)
+    rows = plan(inbox.expert_ids, inbox.tokens_per_expert, experts.config.activation)
+    recipe = Bf16(rows, experts.linear_fc1.pick_gemm(len(rows.order)))
     weights = (experts.linear_fc1.weight, experts.linear_fc2.weight)
-    output: Tensor = FusedExperts.apply(inbox.tokens, inbox.probs, *weights, job)
+    output: Tensor = FusedExperts.apply(inbox.tokens, inbox.probs, *weights, recipe, save)
     return output
 
 
@@ -87,66 +88,97 @@ def test_the_fused_function_equals_the_oracle(activation: Any, save: str) -> Non
         assert_close(x, y, torch.float32, name)  # sums of rows and of squares are kept in fp32
 
 
-def rounded(matrix: Tensor, dim: int | None) -> Tensor:
-    """Round once to e4m3 with a power of two per line along `dim`, or one for the whole matrix."""
-    dims = (dim,) if dim is not None else tuple(range(matrix.dim()))
-    largest = matrix.abs().amax(dim=dims, keepdim=True).clamp(min=1e-30)
-    scale = torch.exp2(torch.ceil(torch.log2(largest / 448)))
-    return (matrix / scale).float().to(torch.float8_e4m3fn).double() * scale
+def rounded(matrix: Tensor, lines: tuple[int, int]) -> Tensor:
+    """Round once to e4m3 with a power of two for each block of so many rows and columns."""
+    result = torch.empty_like(matrix)
+    for i in range(0, matrix.shape[0], lines[0]):
+        for j in range(0, matrix.shape[1], lines[1]):
+            block = matrix[i : i + lines[0], j : j + lines[1]]
+            scale = torch.exp2(torch.ceil(torch.log2(block.abs().amax().clamp(min=1e-30) / 448)))
+            small = (block / scale).float().to(torch.float8_e4m3fn).double()
+            result[i : i + lines[0], j : j + lines[1]] = small * scale
+    return result
+
+
+ALL = 10**6
+# Rows and columns that share a scale: of rows, of weights in forward, in data gradient, and of
+# operands of weight gradients.
+LINES: dict[str, list[tuple[int, int]]] = {
+    "rowwise": [(1, ALL), (1, ALL), (ALL, ALL), (ALL, ALL)],
+    "blockwise": [(1, 128), (128, 128), (128, 128), (128, 1)],
+}
 
 
 def ideal(inbox: Dispatched, experts: Experts, seed: Tensor) -> list[Tensor]:
     """Output and gradients with every operand of a product rounded once, and exact products."""
+    config = experts.config
+    of_rows, forward, dgrad, wgrad = LINES[config.fp8]
     fc1, fc2 = (parameter.detach().double() for parameter in experts.parameters())
     tokens, probs = inbox.tokens.detach().double(), inbox.probs.detach().double()
     output, d_tokens = torch.zeros_like(tokens), torch.zeros_like(tokens)
     d_probs, d_fc1, d_fc2 = (torch.zeros_like(t) for t in (probs, fc1, fc2))
+
+    def column(matrix: Tensor) -> Tensor:
+        return rounded(matrix, wgrad) if config.fp8_wgrad == "fp8" else matrix
+
     for e in range(E):
         token, choice = (inbox.expert_ids == e).nonzero(as_tuple=True)
         if not len(token):
             continue
         x, p, d_y = tokens[token], probs[token, choice].unsqueeze(1), seed.double()[token]
-        h = rounded(x, 1) @ rounded(fc1[e], 1).T
+        h = rounded(x, of_rows) @ rounded(fc1[e], forward).T
         h.requires_grad_()
-        value = torch.nn.functional.silu(h[:, :F]) * h[:, F:]
+        width = h.shape[1] // 2
+        value = torch.nn.functional.silu(h[:, :width]) * h[:, width:]
         a = (value * p).detach()
-        output.index_add_(0, token, rounded(a, 1) @ rounded(fc2[e], 1).T)
-        d_a = rounded(d_y, 1) @ rounded(fc2[e], None)
+        output.index_add_(0, token, rounded(a, of_rows) @ rounded(fc2[e], forward).T)
+        d_a = rounded(d_y, of_rows) @ rounded(fc2[e], dgrad)
         d_probs[token, choice] = (d_a * value.detach()).sum(1)
         d_h = torch.autograd.grad(value, h, d_a * p)[0]
-        d_tokens.index_add_(0, token, rounded(d_h, 1) @ rounded(fc1[e], None))
-        d_fc1[e] = rounded(d_h, None).T @ rounded(x, None)
-        d_fc2[e] = rounded(d_y, None).T @ rounded(a, None)
+        d_tokens.index_add_(0, token, rounded(d_h, of_rows) @ rounded(fc1[e], dgrad))
+        d_fc1[e] = column(d_h).T @ column(x)
+        d_fc2[e] = column(d_y).T @ column(a)
     return [output, d_tokens, d_probs, d_fc1, d_fc2]
 
 
+SIZES = {"rowwise": (N, H, F, 8), "blockwise": (300, 256, 128, 2)}  # tokens, sizes, repeats
+
+
+@pytest.mark.parametrize("wgrad", ["fp8", "bf16"])
 @pytest.mark.parametrize("outliers", [False, True])
-def test_fp8_is_as_good_as_an_ideal_quantiser(outliers: bool) -> None:
+@pytest.mark.parametrize("fp8", LINES)
+def test_fp8_is_as_good_as_an_ideal_quantiser(fp8: Any, outliers: bool, wgrad: Any) -> None:
     """Errors against float64 at most 1.05 times those of rounding every operand just once."""
     ours, best = torch.zeros(len(NAMES)), torch.zeros(len(NAMES))
-    for seed in range(8):
+    count, width, ffn, repeats = SIZES[fp8]
+    config = MoEConfig(hidden_size=width, ffn_hidden_size=ffn, num_experts=E)
+    config = replace(config, fp8=fp8, fp8_wgrad=wgrad)
+    for seed in range(repeats):
         generator = torch.Generator().manual_seed(seed)
-        experts = make_experts(replace(CONFIG, fp8="rowwise"), torch.bfloat16, generator)
-        inbox = make_inbox(generator, torch.bfloat16, outliers)
-        cotangent = torch.randn(N, H, generator=generator).bfloat16()
+        experts = make_experts(config, torch.bfloat16, generator)
+        inbox = make_inbox(generator, torch.bfloat16, outliers, count, width)
+        cotangent = torch.randn(count, width, generator=generator).bfloat16()
         exact = oracle(inbox, experts, cotangent)
         found = gradients(experts(inbox), inbox, experts, cotangent)
         reached = ideal(inbox, experts, cotangent)
         ours += torch.tensor([error(x, y) ** 0.5 for x, y in zip(found, exact, strict=True)])
         best += torch.tensor([error(x, y) ** 0.5 for x, y in zip(reached, exact, strict=True)])
     for name, x, y in zip(NAMES, ours.tolist(), best.tolist(), strict=True):
-        assert x <= 1.05 * y, f"{name}: {x / 8:.4f}, ideal {y / 8:.4f}"
+        assert x <= 1.05 * y, f"{name}: {x / repeats:.4f}, ideal {y / repeats:.4f}"
         assert x > 0.2 * y, f"{name}: FP8 was not used"
 
 
+@pytest.mark.parametrize("fp8", LINES)
 @pytest.mark.parametrize(("save", "bound"), [("recompute", 1e-12), ("fp8", 0.05)])
-def test_saving_less_changes_gradients_alone(save: Any, bound: float) -> None:
+def test_saving_less_changes_gradients_alone(save: Any, bound: float, fp8: Any) -> None:
     generator = torch.Generator().manual_seed(2)
-    kept = make_experts(replace(CONFIG, fp8="rowwise"), torch.bfloat16, generator)
-    less = Experts(replace(CONFIG, fp8="rowwise", save=save), ExpertGroups(), dtype=torch.bfloat16)
+    count, width, ffn, _ = SIZES[fp8]
+    config = MoEConfig(hidden_size=width, ffn_hidden_size=ffn, num_experts=E, fp8=fp8)
+    kept = make_experts(config, torch.bfloat16, generator)
+    less = Experts(replace(config, save=save), ExpertGroups(), dtype=torch.bfloat16)
     less.load_state_dict(kept.state_dict())
-    inbox = make_inbox(generator, torch.bfloat16, outliers=False)
-    seed = torch.randn(N, H, generator=generator)
+    inbox = make_inbox(generator, torch.bfloat16, False, count, width)
+    seed = torch.randn(count, width, generator=generator)
     expected = gradients(kept(inbox), inbox, kept, seed)
     found = gradients(less(inbox), inbox, less, seed)
     assert torch.equal(found[0], expected[0])
@@ -179,6 +211,8 @@ def test_fp8_refuses_biases() -> None:
 
 
 def test_fp8_refuses_sizes_it_has_no_product_for() -> None:
-    config = replace(CONFIG, ffn_hidden_size=40, fp8="rowwise")
-    with pytest.raises(ConfigError, match=r"ffn_hidden_size on each rank \(40\).*48 or fp8 = off"):
-        Experts(config, ExpertGroups())
+    for fp8, legal in (("rowwise", 48), ("blockwise", 128)):
+        config = replace(CONFIG, hidden_size=128, ffn_hidden_size=40, fp8=fp8)  # type: ignore[arg-type]
+        message = rf"ffn_hidden_size on each rank \(40\).*{legal} or fp8 = off"
+        with pytest.raises(ConfigError, match=message):
+            Experts(config, ExpertGroups())

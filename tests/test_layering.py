@@ -43,8 +43,8 @@ TABLE = {
     "e4m3": Row("", "torch"),
     "permute": Row("", "torch"),
     "kernels": Row("config e4m3 permute", "torch triton"),
-    "fp8": Row("config e4m3", "torch"),
-    "fused_experts": Row("contracts config e4m3 fp8 kernels", "torch"),
+    "fp8": Row("contracts config e4m3 kernels", "torch"),
+    "fused_experts": Row("contracts config kernels", "torch"),
     "experts": Row(
         "contracts config registry autotune groups permute kernels fp8 fused_experts", "torch"
     ),
@@ -54,7 +54,7 @@ TABLE = {
     "report": Row("config", "matplotlib tensorboard"),
     "presets": Row("config registry"),
     "bench": Row(
-        "config registry groups kernels fp8 router layer",
+        "autotune config e4m3 registry groups kernels fp8 router layer",
         # its peers, beside what it draws with
         "torch tqdm matplotlib megatron transformer_engine sonicmoe liger_kernel deep_gemm",
     ),

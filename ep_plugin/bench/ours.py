@@ -42,7 +42,7 @@ def _contender(case: Case, precision: Precision, recipe: Fp8, save: Save) -> Con
 
     def quantize() -> object:
         experts.is_first_microbatch = True
-        return experts._weights8()
+        return experts.weights8()
 
     suffixes = ([recipe] if recipe != "off" else []) + ([f"save_{save}"] if save != "bf16" else [])
     return Contender(

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ep_plugin import autotune
 from ep_plugin.bench.case import SETS, Case
 from ep_plugin.bench.floors import Direction, Precision
-from ep_plugin.config import BackendUnavailable
+from ep_plugin.config import BackendUnavailable, ConfigError
+from ep_plugin.e4m3 import BLOCK
 from ep_plugin.fp8 import rowwise
 from ep_plugin.kernels import select
 from ep_plugin.registry import available, resolve
@@ -104,4 +106,27 @@ def _rowwise(problem: Problem) -> list[Product]:
     return [Product("ep_plugin+rowwise", "fp8", d, run) for d, run in runs.items()]
 
 
-RECIPES: dict[str, Maker] = {"rowwise": _rowwise}
+def _blockwise(problem: Problem) -> list[Product]:
+    """bf16 products of operands rounded by blocks; see `ep_plugin.fp8.blockwise`."""
+    ops, ends, (_, outputs, inputs) = select(problem.weight), problem.ends, problem.weight.shape
+    if inputs % BLOCK or outputs % BLOCK:
+        raise ConfigError(f"fp8 blockwise needs multiples of {BLOCK}, not {inputs}, {outputs}")
+    weight = ops.round_weight(problem.weight)
+    rows, grads = (
+        [ops.dequantize_blocks(ops.quantize_blocks(matrix)) for matrix in matrices]
+        for matrices in (problem.rows, problem.grads)
+    )
+    left, right = (
+        [ops.round_columns(matrix, ends[i]) for i, matrix in enumerate(matrices)]
+        for matrices in (problem.grads, problem.rows)
+    )
+    gemm = autotune.AutoGemm().pick(weight, len(rows[0]))
+    runs: dict[Direction, Callable[[int], Tensor]] = {
+        "forward": lambda i: gemm.forward(rows[i], weight, ends[i]),
+        "dgrad": lambda i: gemm.dgrad(grads[i], weight, ends[i]),
+        "wgrad": lambda i: gemm.wgrad(left[i], right[i], ends[i]),
+    }
+    return [Product("ep_plugin+blockwise", "fp8", d, run) for d, run in runs.items()]
+
+
+RECIPES: dict[str, Maker] = {"rowwise": _rowwise, "blockwise": _blockwise}

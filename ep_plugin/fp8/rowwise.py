@@ -5,28 +5,98 @@ per row in forward; transposed weights, and both sides of a weight gradient, one
 CPU the same values are multiplied in fp32.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
+from ep_plugin.contracts import GroupedGemm
 from ep_plugin.e4m3 import Columns8, Rows8, Weight8
+from ep_plugin.fp8._check import check_device, check_sizes
+from ep_plugin.kernels import Rows, select
 
 MULTIPLE = 16  # of every dimension: the product reads 16 bytes at a time
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Both weights in e4m3, in the layouts of forward and of data gradient."""
+
+    fc1: Weight8  # [e, 2F or F, H]
+    fc1_transposed: Weight8  # [e, H, 2F or F]
+    fc2: Weight8  # [e, H, F]
+    fc2_transposed: Weight8  # [e, F, H]
+
+
 def check(hidden_size: int, ffn_hidden_size: int, device: torch.device) -> None:
     """Raise ConfigError when this recipe has no product for the sizes or the device."""
-    for name, size in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
-        if size % MULTIPLE:
-            raise ConfigError(
-                f"fp8 (rowwise) needs {name} on each rank ({size}) to be a multiple of {MULTIPLE}; "
-                f"{-(-size // MULTIPLE) * MULTIPLE} or fp8 = off would do"
-            )
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        raise ConfigError(
-            f"fp8 (rowwise) needs a GPU of compute capability 9.0 (H100) or newer; this is "
-            f"{torch.cuda.get_device_name(device)}; fp8 = off would do"
+    check_sizes("rowwise", MULTIPLE, hidden_size, ffn_hidden_size)
+    check_device("rowwise", device)
+
+
+def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
+    """Return both weights [e, out, in] in e4m3; once per optimizer step is enough."""
+    ops = select(fc1)
+    return Weights(*ops.quantize_weight(fc1), *ops.quantize_weight(fc2))
+
+
+class Rowwise:
+    """The `Recipe` of `fused_experts`; weight gradients in bf16 keep the tokens in bf16."""
+
+    def __init__(self, rows: Rows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
+        self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
+
+    def keep(self, tokens: Tensor) -> Any:
+        return self._quantize(tokens) if self.wgrad8 else tokens
+
+    def first(self, kept: Any, fc1: Tensor) -> Tensor:
+        kept = kept if self.wgrad8 else self._quantize(kept)
+        return multiply(self._spread(kept), self.weights.fc1, self.rows.ends)
+
+    def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
+        active = self.rows.activate(hidden, probs, fp8=True)
+        return self.rows.sum(multiply(active, self.weights.fc2, self.rows.ends))
+
+    def narrow(self, hidden: Tensor) -> Rows8:
+        return self._quantize(hidden)
+
+    def backward(
+        self, grads: Tensor, kept: Any, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, ends, weights = self.rows, self.rows.ends, self.weights
+        incoming = self._quantize(grads)
+        d_active = multiply(self._spread(incoming), weights.fc2_transposed, ends)
+        d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs, self.wgrad8)
+        del d_active
+        narrow = d_hidden if self.wgrad8 else self._quantize(d_hidden)
+        d_tokens = rows.sum(multiply(narrow, weights.fc1_transposed, ends))
+        if not self.wgrad8:
+            d_fc2 = self.gemm.wgrad(rows.spread(grads), active, ends)
+            return d_tokens, d_probs, self.gemm.wgrad(d_hidden, rows.spread(kept), ends), d_fc2
+        padded = rows.ops.pad_columns(len(rows.order), ends)
+        d_fc2 = multiply_columns(
+            self._columns(incoming, padded, True), self._columns(active, padded, False), padded[2]
         )
+        d_fc1 = multiply_columns(
+            self._columns(d_hidden, padded, False), self._columns(kept, padded, True), padded[2]
+        )
+        return d_tokens, d_probs, d_fc1, d_fc2
+
+    def _quantize(self, matrix: Tensor) -> Rows8:
+        quantized: Rows8 = self.rows.ops.quantize_rows(matrix)
+        return quantized
+
+    def _spread(self, tokens: Rows8) -> Rows8:
+        rows: Rows8 = self.rows.ops.spread_rows8(tokens, self.rows.place, self.rows.ends)
+        return rows
+
+    def _columns(self, matrix: Rows8, padded: Any, are_tokens: bool) -> Columns8:
+        """Return an operand of a weight gradient, from rows or from tokens."""
+        rows = self.rows
+        choices = rows.place.shape[1] if are_tokens else 0
+        columns: Columns8 = rows.ops.transpose_rows(matrix, padded, rows.order, rows.ends, choices)
+        return columns
 
 
 def multiply(rows: Rows8, weight: Weight8, ends: Tensor) -> Tensor:

@@ -1,11 +1,56 @@
 """Fused kernels in Triton, for CUDA tensors, beside plain-torch twins that run anywhere."""
 
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
 def select(tensor: Tensor) -> ModuleType:
     """Return `kernels.experts` for a CUDA tensor, else its twin, which has the same functions."""
     return import_module(f"ep_plugin.kernels.{'experts' if tensor.is_cuda else 'experts_torch'}")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of this rank's experts, and the kernels on them; the same in the backward."""
+
+    order: Tensor  # [R] int32 flat choice of each row
+    place: Tensor  # [N, C] int32 row of each choice
+    ends: Tensor  # [e] int32 row behind each expert's last
+    activation: str
+    ops: Any  # kernels.experts, or its twin
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """Return the token [R, X] of each row, of `tokens` [N, X]."""
+        rows: Tensor = self.ops.spread_rows(tokens, self.place, self.ends)
+        return rows
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """Return the sum [N, X] over each token's `rows` [R, X]."""
+        summed: Tensor = self.ops.sum_rows(rows, self.place, self.ends)
+        return summed
+
+    def activate(self, hidden: Tensor, probs: Tensor, fp8: bool = False) -> Any:
+        """Return activation times probability [R, F]; see `kernels.experts`."""
+        return self.ops.activate(hidden, probs, self.order, self.ends, self.activation, fp8)
+
+    def activate_backward(
+        self, grads: Tensor, hidden: Any, probs: Tensor, fp8: bool = False
+    ) -> tuple[Any, Any, Tensor]:
+        """Return gradients of `hidden`, the activation again, gradients of `probs`."""
+        found: tuple[Any, Any, Tensor] = self.ops.activate_backward(
+            grads, hidden, probs, self.order, self.ends, self.activation, fp8
+        )
+        return found
+
+
+def plan(expert_ids: Tensor, tokens_per_expert: Tensor, activation: str) -> Rows:
+    """Return the rows for `expert_ids` [N, C] and their number for each expert [e]."""
+    ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+    ops = select(expert_ids)
+    order, place = ops.sort_choices(expert_ids, ends)
+    return Rows(order, place, ends, activation, ops)

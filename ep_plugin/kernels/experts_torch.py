@@ -8,9 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ep_plugin.e4m3 import E4M3, Columns8, Rows8, Weight8, dequantize_rows, quantize_rows
+from ep_plugin.kernels.blocks_torch import (
+    dequantize_blocks,
+    quantize_blocks,
+    round_columns,
+    round_rows,
+    round_weight,
+)
 from ep_plugin.permute import plan_rows
 
-__all__ = ["quantize_rows"]  # as it is in e4m3
+__all__ = [  # as they are elsewhere
+    "dequantize_blocks",
+    "quantize_blocks",
+    "quantize_rows",
+    "round_columns",
+    "round_rows",
+    "round_weight",
+]
 TILE, ALIGN = 128, 16
 GATED = ("swiglu", "geglu")
 

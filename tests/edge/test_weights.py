@@ -31,11 +31,11 @@ def test_gathering_under_the_forward_changes_nothing(tmp_path: Path) -> None:
 def test_weights_are_quantised_once_a_step_under_megatron_s_schedules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ep_plugin import experts
+    from ep_plugin.fp8 import rowwise
 
     made: list[Any] = []
-    real = experts.quantize_weights
-    monkeypatch.setattr(experts, "quantize_weights", lambda *w: made.append(w) or real(*w))
+    real = rowwise.prepare
+    monkeypatch.setattr(rowwise, "prepare", lambda *w: made.append(w) or real(*w))
     layer = MoELayer(MoEConfig(hidden_size=32, ffn_hidden_size=32, num_experts=4, fp8="rowwise"))
     tokens = torch.randn(8, 32)
     layer(tokens)
