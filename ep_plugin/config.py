@@ -248,6 +248,7 @@ class MoEConfig:
     fp8: Fp8 = "off"  # recipe of the experts' products
     fp8_wgrad: Fp8Wgrad = "fp8"  # of their weight gradients, where fp8 is not off
     save: Save = "bf16"  # how the experts' pre-activations are kept for the backward
+    deterministic: bool = False  # equal bits in every run: no kernel is chosen by measuring
     router: str = "topk"
     dispatcher: str = "auto"
     gemm: str = "auto"

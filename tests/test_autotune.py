@@ -11,9 +11,11 @@ import torch
 
 from ep_plugin import autotune
 from ep_plugin.autotune import AutoGemm, _times, candidates, choose
+from ep_plugin.config import MoEConfig
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.gemm.loop import LoopGemm
 from ep_plugin.gemm.torch_grouped import TorchGroupedGemm
+from ep_plugin.layer import MoELayer
 
 FAST, SLOW = LoopGemm(), TorchGroupedGemm()
 MILLISECONDS = {id(FAST): 1.5, id(SLOW): 3.0}
@@ -172,3 +174,20 @@ def test_nothing_is_measured_while_a_graph_is_captured(cache: Path) -> None:
     with torch.cuda.graph(graph):
         assert isinstance(auto.pick(weight, 1000), TorchGroupedGemm)
     assert not cache.exists()
+
+
+def test_deterministic_layers_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement can end differently in the next run, and then so do the bits."""
+    rows: list[int] = []
+    real = AutoGemm.pick
+    monkeypatch.setattr(AutoGemm, "pick", lambda s, w, n: rows.append(n) or real(s, w, n))
+    for deterministic in (False, True):
+        config = MoEConfig(
+            hidden_size=128,
+            ffn_hidden_size=128,
+            num_experts=4,
+            fp8="blockwise",
+            deterministic=deterministic,
+        )
+        MoELayer(config, dtype=torch.bfloat16)(torch.randn(8, 128).bfloat16())
+    assert rows == [16, 0]

@@ -162,7 +162,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         """Do nothing: weight gradients are computed in the backward, not delayed."""
 
     def set_for_recompute_pre_mlp_layernorm(self) -> None:
-        """Do nothing: needed for fp8 and fp4 alone, which `check_supported` refuses."""
+        """Do nothing: a shared expert needs it under fp8 alone, which `check_supported` refuses."""
 
 
 def _build_shared(config: Any, submodules: Any, pg_collection: Any, name: str | None) -> Any:

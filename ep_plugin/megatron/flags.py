@@ -11,7 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ep_plugin.config import Activation, ConfigError, Fp8, RoutingConfig, Save, SharedExpert
+from ep_plugin.config import (
+    Activation,
+    ConfigError,
+    Fp8,
+    Fp8Wgrad,
+    RoutingConfig,
+    Save,
+    SharedExpert,
+)
 from ep_plugin.registry import available
 
 # field -> (Megatron's argument, or None when it has none; help)
@@ -48,7 +56,9 @@ BLOCK: dict[str, tuple[Any, str]] = {  # name -> (type, help)
     "dense_activation": (Activation, "of the dense feed-forward blocks"),
     "expert_activation": (Activation, "of the experts; default as the dense blocks"),
     "fp8": (Fp8, "recipe of the experts' products; weights and sums stay as they are"),
+    "fp8_wgrad": (Fp8Wgrad, "their weight gradients, where --ep-fp8 is not off"),
     "save": (Save, "how the experts' pre-activations are kept for the backward"),
+    "deterministic": (bool, "equal bits in every run: no kernel is chosen by measuring"),
     "shared_expert": (SharedExpert, "add the shared expert, or weigh it by a learned softmax"),
 }
 KINDS = (

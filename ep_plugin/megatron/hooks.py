@@ -104,7 +104,7 @@ def _with_our_checks(
 ) -> Any:
     from ep_plugin.megatron.arguments import check_arguments, settings_from_args
     from ep_plugin.megatron.refusal import refuse
-    from ep_plugin.megatron.settings import check_supported
+    from ep_plugin.megatron.settings import check_supported, fp8_recipe
 
     try:
         layer_class.settings = settings_from_args(args)
@@ -112,6 +112,7 @@ def _with_our_checks(
         validated = original(args, *rest, **kwargs)
         if args.num_experts is not None:
             check_supported(args)
+            _say_recipe(args, fp8_recipe(args, layer_class.settings))
     except ConfigError as error:
         refuse(error)
     return validated
@@ -170,7 +171,19 @@ def _with_our_metrics(
     return text
 
 
+def _say_recipe(args: Any, recipe: str) -> None:
+    if args.fp8 is not None:
+        _print(
+            f"--fp8-format {args.fp8} --fp8-recipe {args.fp8_recipe}: the experts run with "
+            f"--ep-fp8 {recipe}, in e4m3 forward and backward"
+        )
+
+
 def _say(what: str) -> None:
+    device = "CPU mode (gloo)" if cpu.wanted() else "GPU"
+    _print(f"hosts Megatron's MoE layers; {what}; {device}")
+
+
+def _print(what: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        device = "CPU mode (gloo)" if cpu.wanted() else "GPU"
-        print(f"ep_plugin {__version__}: hosts Megatron's MoE layers; {what}; {device}", flush=True)
+        print(f"ep_plugin {__version__}: {what}", flush=True)

@@ -13,6 +13,7 @@ from ep_plugin.config import (
     Activation,
     ConfigError,
     Fp8,
+    Fp8Wgrad,
     MoEConfig,
     RoutingConfig,
     Save,
@@ -33,7 +34,9 @@ class EdgeSettings:
     experts_per_layer: tuple[int, ...] | None = None
     shared_expert: SharedExpert | None = None
     fp8: Fp8 | None = None
+    fp8_wgrad: Fp8Wgrad | None = None
     save: Save | None = None
+    deterministic: bool | None = None
     metrics: bool = False  # whether somebody reads the routers' metrics
 
 
@@ -61,7 +64,6 @@ _LEGAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "moe_enable_routing_replay": ((False,), "no --moe-enable-routing-replay"),
     "moe_mlp_glu_interleave_size": ((None,), "no --moe-mlp-glu-interleave-size"),
     "activation_func_clamp_value": ((None,), "no --activation-func-clamp-value"),
-    "fp8": ((None,), "no --fp8-format; --ep-fp8 rowwise computes the experts in FP8"),
     "fp4": ((None,), "no --fp4-format"),
     "transformer_impl": (
         ("local", "transformer_engine"),
@@ -75,6 +77,11 @@ ACTIVATIONS: dict[Activation, tuple[Any, bool]] = {  # -> (activation_func, gate
     "gelu": (F.gelu, False),
     "relu": (F.relu, False),
 }
+FP8_RECIPES: dict[str, Fp8] = {  # Megatron's -> ours, finer where there is no equal
+    "delayed": "rowwise",
+    "tensorwise": "rowwise",
+    "blockwise": "blockwise",
+}
 SCOPES = {
     "micro_batch": "aux_loss",
     "group": "aux_loss",
@@ -85,6 +92,12 @@ SCOPES = {
 
 def check_supported(config: Any) -> None:
     """Raise ConfigError for the first setting of a TransformerConfig that we cannot honour."""
+    recomputed = config.recompute_modules or ()
+    if config.fp8 and config.moe_shared_expert_intermediate_size and "layernorm" in recomputed:
+        raise ConfigError(
+            f"--fp8-format ({config.fp8}) with a shared expert cannot recompute the layernorm "
+            "before it; --recompute-modules without layernorm would do"
+        )
     for name, (legal, instead) in _LEGAL.items():
         value = _one(getattr(config, name, legal[0]))
         if value not in legal:
@@ -160,13 +173,30 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         bias=config.add_bias_linear,
         routing=routing_config(config, settings),
         shared_expert=settings.shared_expert or "sum",
-        fp8=settings.fp8 or "off",
+        fp8=fp8_recipe(config, settings),
+        fp8_wgrad=settings.fp8_wgrad or "fp8",
         save=settings.save or "bf16",
+        deterministic=bool(settings.deterministic or config.deterministic_mode),
         num_moe_layers=max(sum(pattern), 1),
         router=settings.router,
         dispatcher=settings.dispatcher,
         gemm=settings.gemm,
     )
+
+
+def fp8_recipe(config: Any, settings: EdgeSettings) -> Fp8:
+    """Return the recipe of `--ep-fp8`, else the one that Megatron's `--fp8-recipe` stands for.
+
+    Raises ConfigError for a recipe of Megatron's that has no counterpart.
+    """
+    if settings.fp8 is not None or config.fp8 is None:
+        return settings.fp8 or "off"
+    if config.fp8_recipe not in FP8_RECIPES:
+        raise ConfigError(
+            f"--fp8-recipe ({config.fp8_recipe}) has no counterpart for the experts; "
+            "--ep-fp8 rowwise, blockwise or off would do"
+        )
+    return FP8_RECIPES[config.fp8_recipe]
 
 
 def moe_pattern(config: Any) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from loop import MOE, OURS, train
 
-from ep_plugin.config import MoEConfig
+from ep_plugin.config import ConfigError, MoEConfig
 from ep_plugin.layer import MoELayer
 from ep_plugin.megatron.hooks import install, uninstall
 from ep_plugin.report.events import Run
@@ -57,3 +57,34 @@ def test_weights_are_quantised_once_a_step_under_megatron_s_schedules(
     finally:
         uninstall()
     assert len(made) == 4
+
+
+def test_megatron_s_fp8_flags_choose_a_recipe() -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from ep_plugin.megatron.settings import EdgeSettings, moe_config
+
+    def recipe(fp8_recipe: Any, settings: EdgeSettings, **more: Any) -> MoEConfig:
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=128,
+            num_attention_heads=2,
+            num_moe_experts=4,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            **more,
+        )
+        config.fp8, config.fp8_recipe = "hybrid", fp8_recipe  # Megatron wants TE to be there
+        return moe_config(config, settings)
+
+    assert recipe("delayed", EdgeSettings()).fp8 == "rowwise"
+    assert recipe("tensorwise", EdgeSettings()).fp8 == "rowwise"
+    assert recipe("blockwise", EdgeSettings(fp8_wgrad="bf16")).fp8_wgrad == "bf16"
+    assert recipe("blockwise", EdgeSettings()).fp8 == "blockwise"
+    assert recipe("blockwise", EdgeSettings(fp8="off")).fp8 == "off"
+    with pytest.raises(ConfigError, match=r"--fp8-recipe \(mxfp8\).*--ep-fp8 rowwise, blockwise"):
+        recipe("mxfp8", EdgeSettings())
+    assert not recipe("delayed", EdgeSettings()).deterministic
+    assert recipe("delayed", EdgeSettings(deterministic=True)).deterministic
+    assert recipe("delayed", EdgeSettings(), deterministic_mode=True).deterministic
