@@ -3,7 +3,7 @@
 python benchmarks/curves.py --data data/quickstart [--iterations 500] [--output F] [--plot F]
 
 `--data` is a folder that recipes/prepare_data.py wrote. All runs have the same seed, data and
-flags; they differ in `--ep-fp8` alone.
+flags; they differ in `--ep-fp8` alone. Runs that an interrupted call wrote to `--output` are kept.
 """
 
 import argparse
@@ -73,22 +73,45 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     base = record["runs"]["bf16"]["train_loss"]
-    for name, run in record["runs"].items():
+    for index, (name, run) in enumerate(record["runs"].items()):
         steps = [int(step) for step in run["train_loss"]]
         losses = list(run["train_loss"].values())
         label = f"{name}: validation {run['validation_loss']:.4f}"
-        top.plot(steps, losses, label=label, linewidth=1)
+        top.plot(steps, losses, f"C{index}", label=label, linewidth=1)
         if name != "bf16":
             apart = [100 * (x / y - 1) for x, y in zip(losses, base.values(), strict=True)]
-            bottom.plot(steps, apart, label=name, linewidth=1)
+            bottom.plot(steps, apart, f"C{index}", label=name, linewidth=1)
     top.set_ylabel("training loss (nats per token)")
     bottom.set_ylabel("difference from bf16 (%)")
     bottom.axhline(0, color="black", linewidth=0.5)
     bottom.set_xlabel("iteration")
-    top.set_title(f"{record['parameters'] / 1e6:.1f}M parameters, {record['device']}")
+    top.set_title(
+        f"{record['runs']['bf16']['parameters'] / 1e6:.1f}M parameters, {record['device']}"
+    )
     top.legend()
     bottom.legend()
     figure.savefig(path, dpi=120)
+
+
+def start(output: Path | None, iterations: int) -> dict[str, Any]:
+    """Return the record of this machine, with the runs of as many iterations it has already."""
+    record = {
+        "bench": "curves",
+        "iterations": iterations,
+        "runs": {},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "megatron-core": version("megatron-core"),
+        },
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    if output is not None and output.is_file():
+        before = json.loads(output.read_text())
+        if all(before[key] == record[key] for key in ("iterations", "device", "versions")):
+            record["runs"] = before["runs"]
+    return record
 
 
 def main() -> None:
@@ -101,28 +124,16 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     args.logs.mkdir(parents=True, exist_ok=True)
-    runs = {}
+    record = start(args.output, args.iterations)
+    runs = record["runs"]
     for name, extra in tqdm(RECIPES.items(), disable=None):
+        if name in runs:
+            continue
         log = args.logs / f"{name.replace(', ', '_').replace(' ', '_')}.log"
         runs[name] = train(extra, args.data, args.iterations, log)
         print(f"{name:22} validation loss {runs[name]['validation_loss']:.4f}", flush=True)
-    record = {
-        "bench": "curves",
-        "parameters": runs["bf16"]["parameters"],
-        "iterations": args.iterations,
-        "runs": {
-            name: {k: v for k, v in run.items() if k != "parameters"} for name, run in runs.items()
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "megatron-core": version("megatron-core"),
-        },
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    if args.output is not None:
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        if args.output is not None:
+            args.output.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot is not None:
         draw(record, args.plot)
 

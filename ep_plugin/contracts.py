@@ -91,8 +91,11 @@ class GroupedGemm(Protocol):
     """One matrix product per expert over consecutive blocks of rows, and its two gradients.
 
     `ends` [e] int32 are the rows at which each expert's block ends. Rows behind the last one are
-    neither read nor written.
+    neither read nor written. `waits_for_host` says whether a product on CUDA copies from the device
+    to the host: then a layer cannot be captured in a graph, and `auto` does not take the backend.
     """
+
+    waits_for_host: bool
 
     def forward(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """Multiply `rows` [R, a], expert-major, by `weight` [e, b, a] transposed: [R, b]."""

@@ -35,6 +35,6 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     except ImportError as error:
         raise BackendUnavailable(
             f"{kind} {name!r} needs a package that is not here ({error}); install it as its README "
-            f"says, or choose from {', '.join(available(kind))}"
+            f"says, or choose from {', '.join(n for n in available(kind) if n != name)}"
         ) from error
     return build

@@ -2,7 +2,8 @@
 
 Measured once for a shape, then kept in a file (see _times.py), so that later starts only read it.
 All backends compute the same products, so ranks may choose differently and nothing is communicated.
-Only a kernel is chosen here, never a recipe. But for bf16 on CUDA nothing is measured: `loop`.
+Only a kernel is chosen here, never a recipe, and none that waits for the host. But for bf16 on CUDA
+nothing is measured: `loop`.
 """
 
 import logging
@@ -86,13 +87,19 @@ def describe(weight: Tensor, rows: int) -> str:
 
 
 def candidates(weight: Tensor) -> dict[str, GroupedGemm]:
-    """Return the backends that are installed and take the sizes and dtype of `weight`."""
+    """Return the backends that are installed and take the sizes and dtype of `weight`.
+
+    None that waits for the host: alone it may be as fast, but it keeps the layer around it from
+    being launched ahead of the GPU.
+    """
     found = {}
     for name in available("gemm"):
         try:
-            found[name] = build(name, weight)
+            backend = build(name, weight)
         except (BackendUnavailable, ConfigError):
             continue
+        if not backend.waits_for_host:
+            found[name] = backend
     return found
 
 

@@ -25,6 +25,8 @@ ALIGNMENT = 64  # features; the kernels' step along the summed dimension
 class DeepGemm:
     """m_grouped_bf16_gemm_nt_contiguous and k_grouped_bf16_gemm_tn_contiguous on padded rows."""
 
+    waits_for_host = True
+
     def forward(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return _by_rows(rows, weight, ends)
 

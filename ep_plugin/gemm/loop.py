@@ -12,6 +12,8 @@ from ep_plugin.contracts import GroupedGemm
 class LoopGemm:
     """torch.mm for each expert."""
 
+    waits_for_host = True
+
     def forward(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return self._by_rows(rows, weight.transpose(1, 2), ends)
 

@@ -21,6 +21,8 @@ except (AssertionError, OSError) as error:  # parts of other versions; a library
 class TransformerEngineGemm:
     """general_grouped_gemm in all three directions; layouts are named as in column-major BLAS."""
 
+    waits_for_host = True
+
     def forward(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return _by_rows(rows, weight, ends, weight.shape[1], "TN")
 
