@@ -251,6 +251,7 @@ class MoEConfig:
     deterministic: bool = False  # equal bits in every run: no kernel is chosen by measuring
     router: str = "topk"
     dispatcher: str = "auto"
+    dispatch_dedup: bool = False  # a token travels once to a rank, not once for each expert there
     gemm: str = "auto"
 
     def __post_init__(self) -> None:

@@ -1,5 +1,7 @@
 """Laws every dispatcher obeys: adjoint, conservation, layout. A new file is tested at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -89,12 +91,12 @@ def check_conservation(inbox: Dispatched, ids: list[Tensor], groups: ExpertGroup
     assert int(received) == kept * groups.etp_size
 
 
-def check_dispatcher(name: str) -> int:
+def check_dispatcher(name: str, dedup: bool) -> int:
     checked = 0
     rank = dist.get_rank()
     for ep, etp in DEGREES[name]:
         groups = create_expert_groups(ParallelConfig(world_size=NUM_RANKS, ep=ep, etp=etp))
-        dispatcher = resolve("dispatcher", name)(CONFIG, groups)
+        dispatcher = resolve("dispatcher", name)(replace(CONFIG, dispatch_dedup=dedup), groups)
         for ids in hard_cases().values():
             routing = routing_of(ids[rank], rank)
             inbox = dispatch(dispatcher, origin(rank, len(ids[rank])), routing)
@@ -105,10 +107,11 @@ def check_dispatcher(name: str) -> int:
     return checked
 
 
+@pytest.mark.parametrize("dedup", [False, True])
 @pytest.mark.parametrize("name", available("dispatcher"))
-def test_laws(name: str) -> None:
+def test_laws(name: str, dedup: bool) -> None:
     cases = len(DEGREES[name]) * len(hard_cases())
-    assert run_ranks(NUM_RANKS, check_dispatcher, name) == [cases] * NUM_RANKS
+    assert run_ranks(NUM_RANKS, check_dispatcher, name, dedup) == [cases] * NUM_RANKS
 
 
 def test_alltoall_without_groups_is_refused() -> None:

@@ -160,8 +160,11 @@ def check_all_layouts() -> int:
     for layout, parallel in LAYOUTS.items():
         groups = create_expert_groups(parallel)
         for case, ids in hard_cases().items():
-            check_rank(replace(BASE, gemm="loop"), groups, ids, torch.float64, f"{layout}, {case}")
-            checked += 1
+            for dedup in (False, True):
+                config = replace(BASE, gemm="loop", dispatch_dedup=dedup)
+                what = f"{layout}, {case}, dedup {dedup}"
+                check_rank(config, groups, ids, torch.float64, what)
+                checked += 1
         for gemm in ("loop", "torch_grouped"):
             for activation in ("swiglu", "gelu"):
                 config = replace(BASE, gemm=gemm, activation=activation)
@@ -173,7 +176,7 @@ def check_all_layouts() -> int:
 
 
 def test_every_layout_equals_the_oracle() -> None:
-    cases = len(LAYOUTS) * (len(hard_cases()) + 2 * 2 * 3)
+    cases = len(LAYOUTS) * 2 * (len(hard_cases()) + 2 * 3)
     assert run_ranks(NUM_RANKS, check_all_layouts) == [cases] * NUM_RANKS
 
 

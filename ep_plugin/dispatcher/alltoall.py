@@ -6,6 +6,9 @@ seen by rank 0 (experts 0 and 1), r:i = token from rank r for expert i:
     sent        0:0 0:1 | 0:2 0:3
     received    0:0 0:1 | 1:0 1:1
 
+With `dispatch_dedup` it leaves once for each rank that hosts any of its experts, with the experts'
+names and probabilities beside it; that rank adds up what they make of it and sends one row back.
+
 With expert tensor parallelism every rank of the destination's etp group gets the token;
 each computes its slice of the FFN, and combine sums the slices because it is the transpose of
 dispatch.
@@ -32,21 +35,26 @@ class _Splits(NamedTuple):
 
 
 class _Handle(NamedTuple):
-    plan: RowPlan  # of the rows sent: one for each choice and etp rank
+    plan: RowPlan  # of the rows sent: one for each choice, or each rank
     splits: _Splits
 
 
 class AllToAllDispatcher:
     """Sends each row straight to the ranks that host its expert."""
 
-    def __init__(self, num_experts: int, groups: ExpertGroups) -> None:
+    def __init__(self, num_experts: int, groups: ExpertGroups, dedup: bool = False) -> None:
         assert groups.ep_etp is not None
         self.group = groups.ep_etp
         self.ep_size = groups.ep_size
         self.etp_size = groups.etp_size
         self.num_experts = num_experts
+        self.dedup = dedup
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
+        send = self._once_for_each_rank if self.dedup else self._once_for_each_choice
+        return send(hidden, routing)
+
+    def _once_for_each_choice(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         counts = self._exchange_counts(routing.tokens_per_expert)  # [2, G, e]
         on_host = counts.sum(2).tolist()  # the host sync
         splits = _Splits(*on_host)
@@ -72,6 +80,31 @@ class AllToAllDispatcher:
 
         return Pending(wait)
 
+    def _once_for_each_rank(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
+        experts = self.num_experts // self.ep_size  # of a rank
+        host = routing.expert_ids // experts  # [T, K] ep rank, -1 for dropped choices
+        ranks = torch.arange(self.ep_size, device=hidden.device)
+        wanted = (host.unsqueeze(2) == ranks).any(1).repeat_interleave(self.etp_size, dim=1)
+        group_rank = torch.arange(wanted.shape[1], device=hidden.device)
+        splits = self._exchange_splits(wanted.sum(0))
+        plan = plan_rows(group_rank.where(wanted, -1), len(group_rank)).first(sum(splits.sent))
+        tokens, finish_tokens = _exchange(permute(hidden, plan), splits, self.group)
+        token, destination = plan.order // len(group_rank), plan.order % len(group_rank)
+        here = host[token] == (destination // self.etp_size).unsqueeze(1)  # [P, K]
+        ids = (routing.expert_ids[token] % experts).where(here, -1)
+        ids, finish_ids = _exchange(ids, splits, self.group)
+        probs = permute(routing.probs, plan).where(here, 0)
+        probs, finish_probs = _exchange(probs, splits, self.group)
+
+        def wait() -> Dispatched:
+            for finish in (finish_tokens, finish_ids, finish_probs):
+                finish()
+            bucket = ids.where(ids >= 0, experts).flatten()
+            counts = bucket.new_zeros(experts + 1).scatter_add(0, bucket, torch.ones_like(bucket))
+            return Dispatched(tokens, ids, probs, counts[:-1], _Handle(plan, splits))
+
+        return Pending(wait)
+
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         handle: _Handle = inbox.handle
         back = _Splits(sent=handle.splits.received, received=handle.splits.sent)
@@ -82,6 +115,12 @@ class AllToAllDispatcher:
             return unpermute(returned, handle.plan)
 
         return Pending(wait)
+
+    def _exchange_splits(self, to_ranks: Tensor) -> _Splits:
+        """Return the rows sent and received for those sent to each rank of the group [G]."""
+        received = torch.empty_like(to_ranks)
+        dist.all_to_all_single(received, to_ranks, group=self.group)
+        return _Splits(*torch.stack([to_ranks, received]).tolist())  # the host sync
 
     def _exchange_counts(self, tokens_per_expert: Tensor) -> Tensor:
         """Return the rows sent and received [2, G, e], per expert of each rank of the group."""
@@ -144,4 +183,4 @@ def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
             f"dispatcher 'alltoall' needs process groups; got ep = {groups.ep_size}, "
             f"etp = {groups.etp_size} without one; dispatcher 'local' would do"
         )
-    return AllToAllDispatcher(config.num_experts, groups)
+    return AllToAllDispatcher(config.num_experts, groups, config.dispatch_dedup)

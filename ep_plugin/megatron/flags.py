@@ -59,6 +59,7 @@ BLOCK: dict[str, tuple[Any, str]] = {  # name -> (type, help)
     "fp8_wgrad": (Fp8Wgrad, "their weight gradients, where --ep-fp8 is not off"),
     "save": (Save, "how the experts' pre-activations are kept for the backward"),
     "deterministic": (bool, "equal bits in every run: no kernel is chosen by measuring"),
+    "dispatch_dedup": (bool, "a token travels once to a rank, not once for each expert there"),
     "shared_expert": (SharedExpert, "add the shared expert, or weigh it by a learned softmax"),
 }
 KINDS = (

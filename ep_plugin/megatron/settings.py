@@ -37,6 +37,7 @@ class EdgeSettings:
     fp8_wgrad: Fp8Wgrad | None = None
     save: Save | None = None
     deterministic: bool | None = None
+    dispatch_dedup: bool | None = None
     metrics: bool = False  # whether somebody reads the routers' metrics
 
 
@@ -180,6 +181,7 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         num_moe_layers=max(sum(pattern), 1),
         router=settings.router,
         dispatcher=settings.dispatcher,
+        dispatch_dedup=bool(settings.dispatch_dedup),
         gemm=settings.gemm,
     )
 

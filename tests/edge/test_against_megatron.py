@@ -34,19 +34,22 @@ def assert_agree(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "flags"),
+    ("ranks", "flags", "only_ours"),
     [
-        (1, ()),
-        (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer")),
+        (1, (), ()),
+        (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer"), ()),
         (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel",
-             "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")),
-        (2, ("--pipeline-model-parallel-size", "2", "--moe-layer-freq", "[0,1]")),
+             "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
+         ("--ep-dispatch-dedup", "on")),
+        (2, ("--pipeline-model-parallel-size", "2", "--moe-layer-freq", "[0,1]"), ()),
     ],
-    ids=["ep=1", "ep=2", "tp=2 ep=2 etp=1", "pp=2 mixed layers"],
+    ids=["ep=1", "ep=2", "tp=2 ep=2 etp=1 dedup", "pp=2 mixed layers"],
 )  # fmt: skip
-def test_twenty_iterations_agree(tmp_path: Path, ranks: int, flags: tuple[str, ...]) -> None:
+def test_twenty_iterations_agree(
+    tmp_path: Path, ranks: int, flags: tuple[str, ...], only_ours: tuple[str, ...]
+) -> None:
     run = ("--train-iters", "20", *MOE, *flags)
-    ours = train(ranks, OURS, tmp_path / "ours", *run)
+    ours = train(ranks, OURS, tmp_path / "ours", *run, *only_ours)
     theirs = train(ranks, STOCK, tmp_path / "theirs", *run)
     assert_agree(ours, theirs, list(range(1, 21)))
     losses = [value for _, value in ours.series("lm loss")]
