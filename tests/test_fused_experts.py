@@ -186,6 +186,32 @@ def test_saving_less_changes_gradients_alone(save: Any, bound: float, fp8: Any) 
         assert error(x, y) ** 0.5 <= bound, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wgrad", ["fp8", "bf16"])
+@pytest.mark.parametrize("fp8", LINES)
+def test_any_dtype_and_a_rank_without_tokens(fp8: Any, wgrad: Any, dtype: torch.dtype) -> None:
+    """Gradients have the dtypes of their leaves, and equal bits; without tokens they are 0."""
+    _, width, ffn, _ = SIZES[fp8]
+    config = MoEConfig(hidden_size=width, ffn_hidden_size=ffn, num_experts=E)
+    config = replace(config, fp8=fp8, fp8_wgrad=wgrad)
+    for count in (0, N):
+        generator = torch.Generator().manual_seed(4)
+        narrow = make_experts(config, torch.bfloat16, generator)
+        experts = Experts(config, ExpertGroups(), dtype=dtype)
+        experts.load_state_dict(narrow.state_dict())  # the same values
+        inbox = make_inbox(generator, torch.bfloat16, False, count, width)
+        leaf = inbox.tokens.detach().to(dtype).requires_grad_()
+        wide = replace(inbox, tokens=leaf)
+        seed = torch.randn(count, width, generator=generator).bfloat16()
+        found = gradients(experts(wide), wide, experts, seed)
+        expected = gradients(narrow(inbox), inbox, narrow, seed)
+        assert [x.dtype for x in found] == [dtype, dtype, torch.bfloat16, dtype, dtype]
+        for name, x, y in zip(NAMES, found, expected, strict=True):
+            assert torch.equal(x.bfloat16(), y), name
+        if not count:
+            assert not any(x.any() for x in found)
+
+
 def test_weights_are_quantised_when_told() -> None:
     """Once per call on its own; once per first micro-batch when the training loop says so."""
     generator = torch.Generator().manual_seed(3)

@@ -47,7 +47,7 @@ class Blockwise:
         self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
 
     def keep(self, tokens: Tensor) -> Any:
-        return self.rows.ops.quantize_blocks(tokens) if self.wgrad8 else tokens
+        return self.rows.ops.quantize_blocks(tokens) if self.wgrad8 else tokens.bfloat16()
 
     def first(self, kept: Any, fc1: Tensor) -> Tensor:
         rows = self.rows.spread(self._rounded(kept))
@@ -91,6 +91,6 @@ class Blockwise:
     def _for_wgrad(self, matrix: Tensor) -> Tensor:
         """Return rows [R, X] rounded along rows, where weight gradients are in FP8."""
         if not self.wgrad8:
-            return matrix
+            return matrix.bfloat16()
         rounded: Tensor = self.rows.ops.round_columns(matrix, self.rows.ends)
         return rounded

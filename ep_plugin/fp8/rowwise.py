@@ -48,7 +48,7 @@ class Rowwise:
         self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
 
     def keep(self, tokens: Tensor) -> Any:
-        return self._quantize(tokens) if self.wgrad8 else tokens
+        return self._quantize(tokens) if self.wgrad8 else tokens.bfloat16()
 
     def first(self, kept: Any, fc1: Tensor) -> Tensor:
         kept = kept if self.wgrad8 else self._quantize(kept)
@@ -72,7 +72,7 @@ class Rowwise:
         narrow = d_hidden if self.wgrad8 else self._quantize(d_hidden)
         d_tokens = rows.sum(multiply(narrow, weights.fc1_transposed, ends))
         if not self.wgrad8:
-            d_fc2 = self.gemm.wgrad(rows.spread(grads), active, ends)
+            d_fc2 = self.gemm.wgrad(rows.spread(grads.bfloat16()), active, ends)
             return d_tokens, d_probs, self.gemm.wgrad(d_hidden, rows.spread(kept), ends), d_fc2
         padded = rows.ops.pad_columns(len(rows.order), ends)
         d_fc2 = multiply_columns(

@@ -150,6 +150,10 @@ def transpose_rows(
     `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
     """
     row_of, expert_of, _ = columns
+    width = rows.data.shape[1]
+    if not len(rows.data):  # columns are padding alone
+        empty = torch.zeros(width, len(row_of), device=ends.device).to(E4M3)
+        return Columns8(empty, torch.ones(len(ends), width, device=ends.device))
     there = row_of >= 0
     source = row_of.clamp(min=0).long()
     source = order[source] // choices if choices else source
@@ -159,7 +163,7 @@ def transpose_rows(
     ratio = scale / largest[expert_of]
     moved = (rows.data.float()[source] * ratio.unsqueeze(1)).masked_fill(~there.unsqueeze(1), 0)
     data = moved.to(E4M3).T.contiguous()
-    return Columns8(data, largest.unsqueeze(1).repeat(1, rows.data.shape[1]))
+    return Columns8(data, largest.unsqueeze(1).repeat(1, width))
 
 
 def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
