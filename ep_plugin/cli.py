@@ -1,6 +1,7 @@
 """`ep-plugin COMMAND ...`: a thin table; each command's module is imported when it is called."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -48,10 +49,15 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser(selected).parse_args(argv)
     module = import_module(COMMANDS[args.command][0])
     try:
-        return int(module.run(args))
+        code = int(module.run(args))
+        sys.stdout.flush()
     except ConfigError as error:
         print(f"ep-plugin {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, head or less, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -134,3 +134,14 @@ def test_run_as_a_module_says_how_and_refuses_a_missing_script(tmp_path: Path) -
     refused = call("missing.py")
     assert refused.returncode == 2
     assert re.fullmatch(r"ep_plugin\.run: error: .*'missing\.py'.*\n", refused.stderr)
+
+
+def test_a_reader_that_has_had_enough_is_no_error() -> None:
+    """`ep-plugin presets | head -1` says nothing on stderr."""
+    command = [sys.executable, "-m", "ep_plugin.cli", "presets", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
