@@ -24,6 +24,10 @@ FLAGS = {
         "--to --topk"
     ),
     "doctor": "--json",
+    "plan": (
+        "--chunks --compute-ms --ep --experts --fp8-dispatch --hidden --imbalance --json --network "
+        "--plot --tokens --topk"
+    ),
     "presets": "NAME --json",
     "report": "--device --ep --experts --json --ranks --resumed-at-iteration --run --topk",
 }

@@ -53,6 +53,7 @@ TABLE = {
     "convert": Row("config registry", "torch tqdm"),
     "report": Row("config", "matplotlib tensorboard"),
     "presets": Row("config registry"),
+    "plan": Row("config", "matplotlib"),
     "bench": Row(
         "autotune config e4m3 registry groups kernels fp8 router layer",
         # its peers, beside what it draws with

@@ -1,0 +1,1 @@
+"""What a layout would cost, before a cluster is paid for."""

@@ -1,0 +1,112 @@
+"""`ep-plugin plan`: what the exchanges of a layer would take, on so many ranks."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from ep_plugin.config import ConfigError
+from ep_plugin.plan.network import NETWORKS, Forecast, Traffic, forecast
+
+HOWS = ("flat", "dedup", "hierarchical")
+EXAMPLES = """examples:
+  ep-plugin plan --tokens 8192 --topk 8 --hidden 7168 --experts 256 --compute-ms 10
+  ep-plugin plan --topk 8 --hidden 2048 --experts 128 --ep 2 4 8 --network nvlink72 --json
+  ep-plugin plan --experts 512 --ep 8 64 512 --chunks 8 --fp8-dispatch --plot plan.png
+
+--compute-ms is the layer without exchanges: ms of `ep-plugin bench layer`. Assumptions stand in
+ep_plugin/plan/network.py."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the layer is, and where it would run."""
+    numbers = {
+        "tokens": (8192, "of a rank and micro-batch"),
+        "topk": (8, "experts of a token"),
+        "hidden": (7168, "hidden size"),
+        "experts": (256, "of the layer"),
+        "chunks": (4, "that a schedule makes of a layer; 1 hides nothing"),
+    }
+    for name, (default, summary) in numbers.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{summary} (default: {default})"
+        )
+    parser.add_argument(
+        "--compute-ms", type=float, default=10.0, help="of a step without exchanges (default: 10)"
+    )
+    parser.add_argument(
+        "--imbalance", type=float, default=1.0, help="busiest rank over the mean (default: 1)"
+    )
+    parser.add_argument(
+        "--ep", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256], metavar="N"
+    )
+    parser.add_argument("--network", choices=NETWORKS, default="nvlink8", help="default: nvlink8")
+    parser.add_argument("--fp8-dispatch", action="store_true", help="one byte a value on its way")
+    parser.add_argument("--json", action="store_true", help="print the rows on stdout as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them: PNG")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a row for each number of ranks and each way to send; raises ConfigError."""
+    for name in ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance"):
+        if getattr(args, name) <= 0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} must be positive; got {getattr(args, name)}; 1 would do")
+    if args.topk > args.experts:
+        raise ConfigError(
+            f"--topk ({args.topk}) must be at most --experts ({args.experts}); "
+            f"--topk {args.experts} would do"
+        )
+    traffic = Traffic(
+        args.tokens,
+        args.topk,
+        args.hidden,
+        args.experts,
+        dispatch_bytes=1.0 if args.fp8_dispatch else 2.0,
+        imbalance=args.imbalance,
+    )
+    network = NETWORKS[args.network]
+    rows = [
+        forecast(traffic, network, ep, how, args.compute_ms, args.chunks)
+        for ep in args.ep
+        for how in HOWS
+    ]
+    if args.plot is not None:
+        _draw(rows, args)
+    print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else _table(rows))
+    return 0
+
+
+def _table(rows: list[Forecast]) -> str:
+    lines = [
+        f"{'ep':>4} {'sent':13} {'NVLink MiB':>11} {'rail MiB':>9} {'exchange ms':>12} "
+        f"{'hidden':>7} {'step ms':>8}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row.ep:4} {row.how:13} {row.inside_mib:11.1f} {row.outside_mib:9.1f} "
+            f"{row.exchange_ms:12.2f} {row.hidden_share:7.0%} {row.step_ms:8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _draw(rows: list[Forecast], args: argparse.Namespace) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(f"--plot needs matplotlib ({error}); leave --plot out") from error
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for how in HOWS:
+        mine = [row for row in rows if row.how == how]
+        ranks = [str(row.ep) for row in mine]
+        top.plot(ranks, [row.exchange_ms for row in mine], marker="o", label=how)
+        bottom.plot(ranks, [100 * row.hidden_share for row in mine], marker="o", label=how)
+    top.axhline(args.compute_ms, color="black", linewidth=0.8, linestyle="--", label="compute")
+    top.set_ylabel("exchange of a step (ms)")
+    bottom.set_ylabel(f"hidden in {args.chunks} chunks (%)")
+    bottom.set_xlabel("expert-parallel ranks")
+    bottom.set_ylim(0, 105)
+    top.set_title(f"{args.network}: {args.tokens} tokens, top-{args.topk}, hidden {args.hidden}")
+    top.legend()
+    figure.savefig(args.plot, dpi=120)

@@ -1,0 +1,105 @@
+"""The network model: its counts against sampled routings, its times against measured ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ep_plugin.cli import main
+from ep_plugin.config import ConfigError
+from ep_plugin.plan.network import (
+    NETWORKS,
+    Network,
+    Traffic,
+    exchange_ms,
+    forecast,
+    hidden_share,
+    load,
+)
+
+# One NCCL all-to-all between two H100s, EP=2: tokens, topk, hidden, measured milliseconds.
+MEASURED = {
+    "dsv3": (8192, 4, 7168, 0.94),
+    "q3-235b": (8192, 8, 4096, 1.06),
+    "q3-30b-ep8": (8192, 8, 2048, 0.58),
+}
+
+
+@pytest.mark.parametrize("shape", MEASURED)
+def test_times_are_those_measured_on_two_gpus(shape: str) -> None:
+    tokens, topk, hidden, measured = MEASURED[shape]
+    network = NETWORKS["nvlink8"]
+    sent = load(Traffic(tokens, topk, hidden, experts=64), network, 2, "flat", 2.0)
+    assert exchange_ms(sent, network, "flat") == pytest.approx(measured, rel=0.06)
+
+
+@pytest.mark.parametrize("how", ["flat", "dedup", "hierarchical"])
+def test_bytes_are_those_of_sampled_routings(how: str) -> None:
+    """Rank 0's rows, over 4 domains of 4 ranks; a byte a value, one value a row."""
+    tokens, topk, experts, ep, near = 20000, 3, 32, 16, 4
+    found = load(Traffic(tokens, topk, 1, experts), Network(domain=near), ep, how, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(tokens, experts, generator=generator).topk(topk, dim=1).indices
+    rank = ids // (experts // ep)
+    domain = rank // near
+    inside = outside = 0
+    for ranks, domains in zip(rank.tolist(), domain.tolist(), strict=True):
+        if how == "flat":
+            inside += sum(d == 0 and r != 0 for r, d in zip(ranks, domains, strict=True))
+            outside += sum(d != 0 for d in domains)
+        elif how == "dedup":
+            inside += sum(r // near == 0 and r != 0 for r in set(ranks))
+            outside += sum(r // near != 0 for r in set(ranks))
+        else:  # a domain's first rank passes on what came from outside; all domains are alike
+            inside += sum(r % near != 0 for r in set(ranks))
+            outside += sum(d != 0 for d in set(domains))
+    assert found.inside == pytest.approx(inside, rel=0.03)
+    assert found.outside == pytest.approx(outside, rel=0.03)
+    assert found.messages == (3 if how == "hierarchical" else 12)
+
+
+def test_what_is_hidden() -> None:
+    assert hidden_share(2.0, 10.0, 1) == 0
+    assert hidden_share(2.0, 10.0, 4) == pytest.approx(0.75)  # all but the first and last chunk
+    assert hidden_share(10.0, 2.0, 4) == pytest.approx(0.15)  # 1.5 of 10 ms under the compute
+    assert hidden_share(0.0, 10.0, 4) == 1
+    alone = forecast(Traffic(8192, 8, 7168, 256), NETWORKS["nvlink8"], 1, "flat", 10.0, 4)
+    assert (alone.exchange_ms, alone.step_ms) == (0, 10)
+
+
+def test_less_is_sent_by_each_way_in_turn() -> None:
+    traffic = Traffic(8192, 8, 7168, 256)
+    outside = [
+        load(traffic, NETWORKS["nvlink8"], 64, how, 2.0).outside
+        for how in ("flat", "dedup", "hierarchical")
+    ]
+    assert outside[0] > outside[1] > outside[2]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--ep", "8", "64", "--plot", str(tmp_path / "p.png"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["ep"], row["how"]) for row in rows[:2]] == [(8, "flat"), (8, "dedup")]
+    assert (tmp_path / "p.png").stat().st_size > 10000
+    assert main(["plan", "--ep", "8"]) == 0
+    assert "exchange ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ep", "3"], r"ep (3) must divide experts (256); ep = 256 would do"),
+        (["--experts", "120", "--ep", "12"], "ep (12) must be a multiple of the NVLink domain (8)"),
+        (["--topk", "300"], "--topk (300) must be at most --experts (256)"),
+        (["--chunks", "0"], "--chunks must be positive; got 0; 1 would do"),
+    ],
+)
+def test_mistakes(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_way_is_refused() -> None:
+    with pytest.raises(ConfigError, match="flat, dedup or hierarchical; got 'round'"):
+        load(Traffic(8, 2, 8, 8), NETWORKS["nvlink8"], 2, "round", 2.0)
