@@ -150,13 +150,12 @@ class Experts(nn.Module):
         return unpermute(rows, moves)
 
     def _recipe(self, rows: Rows) -> Recipe:
-        bf16_wgrad = self.config.fp8_wgrad == "bf16"
-        in_bf16 = not self.fp8 or bf16_wgrad or self.config.fp8 == "blockwise"
-        measured = in_bf16 and not self.config.deterministic  # with 0 rows it is the rule's
+        wgrad8 = self.config.fp8_wgrad == "fp8"
+        kind: Any = FP8[self.config.fp8][1] if self.fp8 else Bf16
+        uses_gemm = not (kind.has_own_products and wgrad8)
+        measured = uses_gemm and not self.config.deterministic  # with 0 rows it is the rule's
         gemm = self.linear_fc1.pick_gemm(len(rows.order) if measured else 0)
-        if not self.fp8:
-            return Bf16(rows, gemm)
-        recipe: Recipe = FP8[self.config.fp8][1](rows, gemm, self.weights8(), not bf16_wgrad)
+        recipe: Recipe = kind(rows, gemm, self.weights8(), wgrad8) if self.fp8 else kind(rows, gemm)
         return recipe
 
     def weights8(self) -> Any:

@@ -27,7 +27,10 @@ class Recipe(Protocol):
     """How the products of the experts are computed, for the rows of one call.
 
     What is kept is a tensor or a record of tensors. Weights are [e, out, in], hidden [R, F or 2F].
+    `has_own_products` says whether it needs no grouped GEMM, but for weight gradients in bf16.
     """
+
+    has_own_products: bool
 
     def keep(self, tokens: Tensor) -> Any:
         """Return `tokens` [N, H] as they are kept for the backward."""
@@ -54,6 +57,8 @@ class Recipe(Protocol):
 
 class Bf16:
     """Products of the tensors as they are: bf16, or whatever their dtype is."""
+
+    has_own_products = False
 
     def __init__(self, rows: Rows, gemm: GroupedGemm) -> None:
         self.rows, self.gemm = rows, gemm

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from routings import count
 from spawn import run_ranks
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def sent(case: str, dedup: bool, etp: int) -> tuple[int, int]:
     config = MoEConfig(hidden_size=H, ffn_hidden_size=8, num_experts=EXPERTS, dispatch_dedup=dedup)
     dispatcher = resolve("dispatcher", "alltoall")(config, groups)
     ids, rank = CASES[case](dist.get_rank()), dist.get_rank()
-    routing = Routing(ids, torch.rand(TOKENS, K, dtype=torch.float64), count_of(ids))
+    routing = Routing(ids, torch.rand(TOKENS, K, dtype=torch.float64), count(ids, EXPERTS))
     counted: list[int] = []
     real = dist.all_to_all_single
 
@@ -61,10 +62,6 @@ def sent(case: str, dedup: bool, etp: int) -> tuple[int, int]:
     dist.all_reduce(total)
     assert total[0] == total[1]  # every row comes home
     return there, counted[1]
-
-
-def count_of(ids: Tensor) -> Tensor:
-    return torch.bincount(ids[ids >= 0], minlength=EXPERTS)
 
 
 def rows_to_others(case: str, rank: int, dedup: bool, etp: int) -> int:

@@ -45,11 +45,13 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
         for part, step in _steps(case, contender, pool).items()
     }
     times, gpu = contest.protocol.interleave(steps, f"layer {shape.name} {routing}")
-    rows = []
+    rows, wanted = [], reference(case)
     for contender in found:
         prefix = f"{contender.backend}/"
         own = {n.removeprefix(prefix): t for n, t in times.items() if n.startswith(prefix)}
-        rows.append(_row(case, contender, own, gpu, contest.cuda_graph and contender.capturable))
+        graph = contest.cuda_graph and contender.capturable
+        errors = _errors(case, contender, wanted)
+        rows.append(_row(case, contender, own, graph, gpu=gpu, **errors))
     return rows
 
 
@@ -116,7 +118,7 @@ def _weight_ms(times: dict[str, Timing]) -> float:
 
 
 def _row(
-    case: Case, contender: Contender, times: dict[str, Timing], gpu: dict[str, float], graph: bool
+    case: Case, contender: Contender, times: dict[str, Timing], graph: bool, **measured: Any
 ) -> Row:
     shape, weights, step = case.shape, _weight_ms(times), times["step"]
     share = weights / STEPS_PER_WEIGHT
@@ -136,8 +138,7 @@ def _row(
         floor_ms=layer_floor(shape, contender.precision),
         tflops=layer_flops(shape) / whole.median / 1e9,
         saved_mib=_saved_mib(case, contender),
-        gpu=gpu,
-        **_errors(case, contender),
+        **measured,
     )
 
 
@@ -151,15 +152,14 @@ def _saved_mib(case: Case, contender: Contender) -> float | None:
     return saved / 2**20
 
 
-def _errors(case: Case, contender: Contender) -> dict[str, float]:
+def _errors(case: Case, contender: Contender, wanted: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Return the relative errors of output and input gradient against fp32, on some tokens."""
-    wanted, wanted_grad = reference(case)
     tokens = case.tokens[0]
     output = contender.forward(tokens)
     (grad,) = torch.autograd.grad(output, tokens, case.grads[0])
     return {
-        "error": _relative(output, wanted),
-        "grad_error": _relative(grad, wanted_grad),
+        "error": _relative(output, wanted[0]),
+        "grad_error": _relative(grad, wanted[1]),
     }
 
 

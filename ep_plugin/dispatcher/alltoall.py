@@ -86,7 +86,7 @@ class AllToAllDispatcher:
         ranks = torch.arange(self.ep_size, device=hidden.device)
         wanted = (host.unsqueeze(2) == ranks).any(1).repeat_interleave(self.etp_size, dim=1)
         group_rank = torch.arange(wanted.shape[1], device=hidden.device)
-        splits = self._exchange_splits(wanted.sum(0))
+        splits = _Splits(*self._both_ways(wanted.sum(0)).tolist())  # the host sync
         plan = plan_rows(group_rank.where(wanted, -1), len(group_rank)).first(sum(splits.sent))
         tokens, finish_tokens = _exchange(permute(hidden, plan), splits, self.group)
         token, destination = plan.order // len(group_rank), plan.order % len(group_rank)
@@ -116,16 +116,13 @@ class AllToAllDispatcher:
 
         return Pending(wait)
 
-    def _exchange_splits(self, to_ranks: Tensor) -> _Splits:
-        """Return the rows sent and received for those sent to each rank of the group [G]."""
-        received = torch.empty_like(to_ranks)
-        dist.all_to_all_single(received, to_ranks, group=self.group)
-        return _Splits(*torch.stack([to_ranks, received]).tolist())  # the host sync
-
     def _exchange_counts(self, tokens_per_expert: Tensor) -> Tensor:
         """Return the rows sent and received [2, G, e], per expert of each rank of the group."""
         sent = tokens_per_expert.view(self.ep_size, -1)
-        to_ranks = sent.repeat_interleave(self.etp_size, dim=0).contiguous()  # [G, e]
+        return self._both_ways(sent.repeat_interleave(self.etp_size, dim=0).contiguous())
+
+    def _both_ways(self, to_ranks: Tensor) -> Tensor:
+        """Return the numbers sent and received [2, G, ...] for those sent to each rank [G, ...]."""
         received = torch.empty_like(to_ranks)
         dist.all_to_all_single(received, to_ranks, group=self.group)
         return torch.stack([to_ranks, received])

@@ -5,18 +5,19 @@ import torch
 from ep_plugin.config import ConfigError
 
 
-def check_sizes(recipe: str, multiple: int, hidden_size: int, ffn_hidden_size: int) -> None:
-    """Raise ConfigError unless both sizes, those on each rank, are multiples of `multiple`."""
+def check_recipe(
+    recipe: str, multiple: int, hidden_size: int, ffn_hidden_size: int, device: torch.device
+) -> None:
+    """Raise ConfigError unless both sizes, those on each rank, are multiples of `multiple`.
+
+    And on a GPU without e4m3; the CPU computes the same values in fp32.
+    """
     for name, size in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
         if size % multiple:
             raise ConfigError(
                 f"fp8 ({recipe}) needs {name} on each rank ({size}) to be a multiple of "
                 f"{multiple}; {-(-size // multiple) * multiple} or fp8 = off would do"
             )
-
-
-def check_device(recipe: str, device: torch.device) -> None:
-    """Raise ConfigError on a GPU without e4m3; the CPU computes the same values in fp32."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         raise ConfigError(
             f"fp8 ({recipe}) needs a GPU of compute capability 9.0 (H100) or newer; this is "

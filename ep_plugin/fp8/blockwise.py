@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.e4m3 import BLOCK, Blocks8
-from ep_plugin.fp8._check import check_device, check_sizes
+from ep_plugin.fp8._check import check_recipe
 from ep_plugin.kernels import Rows, select
 
 
@@ -30,8 +30,7 @@ class Weights:
 
 def check(hidden_size: int, ffn_hidden_size: int, device: torch.device) -> None:
     """Raise ConfigError when this recipe has no product for the sizes or the device."""
-    check_sizes("blockwise", BLOCK, hidden_size, ffn_hidden_size)
-    check_device("blockwise", device)
+    check_recipe("blockwise", BLOCK, hidden_size, ffn_hidden_size, device)
 
 
 def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
@@ -42,6 +41,8 @@ def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
 
 class Blockwise:
     """The `Recipe` of `fused_experts`; weight gradients in bf16 keep the tokens in bf16."""
+
+    has_own_products = False  # all are those of the grouped GEMM
 
     def __init__(self, rows: Rows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
         self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8

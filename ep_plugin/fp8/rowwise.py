@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.e4m3 import Columns8, Rows8, Weight8
-from ep_plugin.fp8._check import check_device, check_sizes
+from ep_plugin.fp8._check import check_recipe
 from ep_plugin.kernels import Rows, select
 
 MULTIPLE = 16  # of every dimension: the product reads 16 bytes at a time
@@ -31,8 +31,7 @@ class Weights:
 
 def check(hidden_size: int, ffn_hidden_size: int, device: torch.device) -> None:
     """Raise ConfigError when this recipe has no product for the sizes or the device."""
-    check_sizes("rowwise", MULTIPLE, hidden_size, ffn_hidden_size)
-    check_device("rowwise", device)
+    check_recipe("rowwise", MULTIPLE, hidden_size, ffn_hidden_size, device)
 
 
 def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
@@ -43,6 +42,8 @@ def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
 
 class Rowwise:
     """The `Recipe` of `fused_experts`; weight gradients in bf16 keep the tokens in bf16."""
+
+    has_own_products = True  # but for weight gradients in bf16
 
     def __init__(self, rows: Rows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
         self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
