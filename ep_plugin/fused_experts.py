@@ -102,7 +102,7 @@ class FusedExperts(torch.autograd.Function):
         recipe: Recipe,
         save: Save,
     ) -> Tensor:
-        probs, kept = probs.contiguous(), recipe.keep(tokens)
+        probs, kept = probs.contiguous(), recipe.keep(tokens.contiguous())
         hidden = recipe.first(kept, fc1)
         output = recipe.second(hidden, probs, fc2)
         held: Any = hidden if save == "bf16" else None

@@ -30,12 +30,16 @@ def values(matrix: Tensor | Rows8) -> Tensor:
     return matrix.float()
 
 
-def assert_near(found: Tensor | Rows8, expected: Tensor | Rows8, rows: int, what: str) -> None:
+def assert_near(
+    found: Tensor | Rows8, expected: Tensor | Rows8, rows: int, what: str, step: float | None = None
+) -> None:
     """Each value of the first `rows` rows is at most one step of its dtype away."""
-    dtype = expected.data.dtype
+    step = STEP[expected.data.dtype] if step is None else step
     x, y = values(found)[:rows], values(expected)[:rows]
-    floor = y.abs().amax() * 2**-18 if y.numel() else 0.0  # of subnormals, and of cancellation
-    assert bool(((x - y).abs() <= STEP[dtype] * y.abs() + floor).all()), what
+    # Of cancellation; and e4m3's subnormals are 2^-9 apart, where a row's largest value is 224.
+    least = 2**-16 if expected.data.dtype == torch.float8_e4m3fn else 2**-18
+    floor = y.abs().amax() * least if y.numel() else 0.0
+    assert bool(((x - y).abs() <= step * y.abs() + floor).all()), what
 
 
 def assert_same(found: Any, expected: Any, what: str) -> None:
@@ -99,27 +103,79 @@ def check_rounding(width: int, device: str) -> None:
         assert_near(found8.data, expected8.data, 3, "quantize_weight")
 
 
+def largest(matrix: Tensor, rows: list[int], columns: int) -> Tensor:
+    """Return for each value the largest of its block: rows up to the given ends, some columns."""
+    result, start = torch.empty_like(matrix, dtype=torch.float32), 0
+    for end in rows:
+        for first in range(0, matrix.shape[1], columns):
+            block = (slice(start, end), slice(first, first + columns))
+            result[block] = matrix[block].float().abs().amax() if end > start else 0.0
+        start = end
+    return result
+
+
+def assert_rounded(found: Tensor, expected: Tensor, block: Tensor, what: str) -> None:
+    """Equal bits; in the interpreter, that cuts subnormals, to their distance in a block.
+
+    `block` is the largest value of each one's block; at least 224 times the block's scale.
+    """
+    assert found.dtype == expected.dtype == torch.bfloat16, what
+    x, y = found[: len(block)].float(), expected[: len(block)].float()
+    step = STEP[torch.float8_e4m3fn] * y.abs() + block * (2**-9 / 224)
+    assert bool(((x - y).abs() <= (step if INTERPRETED else 0 * step)).all()), what
+
+
+def uneven(rows: int, width: int, device: str) -> Tensor:
+    """Return [R, X] bf16 over 50 powers of two, with a row and a column of zeros."""
+    exponents = [torch.randint(-12, 12, (size,), device=device) for size in (rows, width)]
+    scale = torch.exp2(exponents[0]).unsqueeze(1) * torch.exp2(exponents[1] + 9.0)
+    matrix = torch.randn(rows, width, device=device) * scale
+    matrix[rows // 2], matrix[:, width // 3] = 0, 0
+    return matrix.bfloat16()
+
+
 def check_blocks(tokens: int, experts: int, choices: int, width: int, device: str) -> None:
-    """Rounding by blocks, along rows, along an expert's rows, and of weights."""
-    _, ends = random_choices(tokens, experts, choices, device)
-    rows, count = int(ends[-1]), tokens * choices
-    matrix = torch.randn(count, width, device=device).bfloat16()
-    matrix *= torch.logspace(-3, 3, count, device=device).unsqueeze(1)
-    narrow = [module.quantize_blocks(matrix) for module in (kernels, twins)]
+    """Rounding by blocks, along features and along an expert's rows, of rows and of tokens."""
+    ids, ends = random_choices(tokens, experts, choices, device)
+    order, place = twins.sort_choices(ids, ends)
+    rows, source = int(ends[-1]), uneven(tokens, width, device)
+    starts = [0, *ends.tolist()[:-1]]
+    matrix = uneven(tokens * choices, width, device)
+    matrix[[start for start in starts if start < rows]] *= 2**12  # not to be seen one row before
+    matrix[rows:] = torch.nan  # nobody may read these
+    spans = [
+        min(first + 128, end)
+        for start, end in zip(starts, ends.tolist(), strict=True)
+        for first in range(start, end, 128)
+    ]
+
+    def compare(step: Any, given: Tensor, by_rows: bool, what: str) -> None:
+        edges, columns = (spans, 1) if by_rows else (list(range(1, rows + 1)), 128)
+        found, expected = (step(module) for module in (kernels, twins))
+        assert_rounded(found, expected, largest(given[:rows], edges, columns), what)
+
+    compare(lambda m: m.round_rows(matrix, ends), matrix, False, "round_rows")
+    compare(lambda m: m.round_columns(matrix, order, ends), matrix, True, "round_columns")
+    compare(lambda m: m.round_both(matrix, ends)[0], matrix, False, "round_both, by features")
+    compare(lambda m: m.round_both(matrix, ends)[1], matrix, True, "round_both, by rows")
+    narrow = [module.quantize_blocks(source) for module in (kernels, twins)]
     assert_same([narrow[0].scale], [narrow[1].scale], "scale of blocks")
-    assert_near(narrow[0].data, narrow[1].data, count, "quantize_blocks")
-    wide = [module.dequantize_blocks(narrow[1]) for module in (kernels, twins)]
-    assert_same(wide[:1], wide[1:], "dequantize_blocks")
-    weight = torch.randn(experts, 2 * width, width, device=device).bfloat16()
-    pairs = {
-        "round_rows": [module.round_rows(matrix, ends)[:rows] for module in (kernels, twins)],
-        "round_columns": [module.round_columns(matrix, ends)[:rows] for module in (kernels, twins)],
-        "round_weight": [module.round_weight(weight) for module in (kernels, twins)],
-    }
-    for name, (found, expected) in pairs.items():
-        largest = expected.float().abs().amax() if expected.numel() else 0.0
-        limit = STEP[torch.float8_e4m3fn] * expected.float().abs() + largest * 2**-18
-        assert bool(((found.float() - expected.float()).abs() <= limit).all()), name
+    spread = twins.spread_rows(source, place, ends)
+    for kept in (source, narrow[1]):
+        compare(lambda m, t=kept: m.spread_blocks(t, place, ends), spread, False, "spread_blocks")
+        turn = lambda m, t=kept: m.round_columns(t, order, ends, choices)  # noqa: E731
+        compare(turn, spread, True, "round_columns of tokens")
+    wide = [module.spread_blocks(narrow[1], place, ends)[:rows] for module in (kernels, twins)]
+    assert_same(wide[:1], wide[1:], "spread_blocks of e4m3")
+    wide = [twins.spread_blocks(blocks, place, ends) for blocks in narrow]
+    compare(lambda m: wide[m is twins], spread, False, "quantize_blocks")
+
+
+def check_weights_by_blocks(device: str) -> None:
+    weight = uneven(3 * 256, 384, device)
+    found, expected = (m.round_weight(weight.view(3, 256, 384)) for m in (kernels, twins))
+    block = largest(weight, list(range(128, 769, 128)), 128)
+    assert_rounded(found.flatten(0, 1), expected.flatten(0, 1), block, "round_weight")
 
 
 def check_activations(width: int, device: str) -> None:
@@ -146,15 +202,37 @@ def check_activations(width: int, device: str) -> None:
                     assert bool(found[2].isfinite().all())
 
 
+def check_activation_by_blocks(device: str) -> None:
+    """Rounding in the activation's pass gives the bits of rounding in the next; e4m3 is read."""
+    ids, ends = random_choices(11, 4, 3, device)
+    order, _ = twins.sort_choices(ids, ends)
+    probs, rows = torch.rand(11, 3, device=device), int(ends[-1])
+    for activation in kernels.ACTIVATIONS:
+        full = 768 if activation in kernels.GATED else 384
+        hidden, grads = torch.randn(33, full, device=device), torch.randn(33, 384, device=device)
+        hidden = (hidden * torch.exp2(torch.arange(33, device=device) % 5).unsqueeze(1)).bfloat16()
+        hidden[:, :128] *= 2**-3
+        args = (probs, order, ends, activation, False)
+        for module in (kernels, twins):
+            found, plain = module.activate(hidden, *args, True), module.activate(hidden, *args)
+            assert_same([found[:rows]], [module.round_rows(plain, ends)[:rows]], activation)
+        kept = twins.quantize_blocks(hidden)
+        pairs = [m.activate_backward(grads.bfloat16(), kept, *args) for m in (kernels, twins)]
+        for x, y in zip(*pairs, strict=True):
+            assert_near(x, y, rows if x.shape[1] > 3 else 11, f"{activation} backward, by blocks")
+
+
 def check_all(device: str) -> None:
     torch.manual_seed(0)
     for tokens, experts, choices, width in ((13, 4, 3, 48), (200, 16, 2, 40), (1, 5, 1, 16)):
         check_moves(tokens, experts, choices, width, device)
-    for tokens, width in ((30, 128), (200, 384)):
-        check_blocks(tokens, 3, 2, width, device)
+    for tokens, experts, width in ((30, 3, 128), (150, 2, 256), (140, 1, 128), (1, 8, 256)):
+        check_blocks(tokens, experts, min(2, experts), width, device)
     for width in (16, 200):
         check_rounding(width, device)
         check_activations(width, device)
+    check_weights_by_blocks(device)
+    check_activation_by_blocks(device)
 
 
 if __name__ == "__main__":

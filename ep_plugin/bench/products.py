@@ -113,11 +113,11 @@ def _blockwise(problem: Problem) -> list[Product]:
         raise ConfigError(f"fp8 blockwise needs multiples of {BLOCK}, not {inputs}, {outputs}")
     weight = ops.round_weight(problem.weight)
     rows, grads = (
-        [ops.dequantize_blocks(ops.quantize_blocks(matrix)) for matrix in matrices]
+        [ops.round_rows(matrix, ends[i]) for i, matrix in enumerate(matrices)]
         for matrices in (problem.rows, problem.grads)
     )
     left, right = (
-        [ops.round_columns(matrix, ends[i]) for i, matrix in enumerate(matrices)]
+        [ops.round_both(matrix, ends[i])[1] for i, matrix in enumerate(matrices)]
         for matrices in (problem.grads, problem.rows)
     )
     gemm = autotune.AutoGemm().pick(weight, len(rows[0]))

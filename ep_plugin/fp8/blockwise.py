@@ -6,6 +6,11 @@ weight gradients. A rounded value is exact in bf16 then, so the products are bf1
 rounded operands: FP8's numbers and memory at the speed of bf16, whatever grouped GEMM is installed.
 What is kept in e4m3 along features is rounded once more along rows; powers of two differ by whole
 exponents, so this changes only values below the smallest normal number of their new block.
+
+The activation is rounded where it is computed, tokens where they move to rows. The results of its
+backward are read once more, since 128 rows share a scale there: gradients for both products they
+are in at once. Weight gradients in bf16 want tokens that were not rounded, so those are kept as
+they came: twice the bytes of e4m3, but no copy where they are bf16 already.
 """
 
 from dataclasses import dataclass
@@ -40,7 +45,7 @@ def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
 
 
 class Blockwise:
-    """The `Recipe` of `fused_experts`; weight gradients in bf16 keep the tokens in bf16."""
+    """The `Recipe` of `fused_experts`; `wgrad8` says whether weight gradients are in FP8."""
 
     has_own_products = False  # all are those of the grouped GEMM
 
@@ -51,11 +56,10 @@ class Blockwise:
         return self.rows.ops.quantize_blocks(tokens) if self.wgrad8 else tokens.bfloat16()
 
     def first(self, kept: Any, fc1: Tensor) -> Tensor:
-        rows = self.rows.spread(self._rounded(kept))
-        return self.gemm.forward(rows, self.weights.fc1, self.rows.ends)
+        return self.gemm.forward(self._spread(kept), self.weights.fc1, self.rows.ends)
 
     def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
-        active = self._round_rows(self.rows.activate(hidden, probs))
+        active = self.rows.activate(hidden, probs, blocks=True)
         return self.rows.sum(self.gemm.forward(active, self.weights.fc2, self.rows.ends))
 
     def narrow(self, hidden: Tensor) -> Blocks8:
@@ -66,32 +70,34 @@ class Blockwise:
         self, grads: Tensor, kept: Any, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, gemm, ends = self.rows, self.gemm, self.rows.ends
-        if isinstance(hidden, Blocks8):
-            hidden = rows.ops.dequantize_blocks(hidden)
-        d_active = gemm.dgrad(rows.spread(self._rounded(grads)), self.weights.fc2, ends)
+        d_active = gemm.dgrad(self._spread(grads), self.weights.fc2, ends)
         d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs)
         del d_active
-        d_tokens = rows.sum(gemm.dgrad(self._round_rows(d_hidden), self.weights.fc1, ends))
-        d_fc2 = gemm.wgrad(self._for_wgrad(rows.spread(grads)), self._for_wgrad(active), ends)
+        d_fc2 = gemm.wgrad(self._tokens(grads), self._columns(active, 0), ends)
         del active
-        tokens = rows.ops.dequantize_blocks(kept) if self.wgrad8 else kept
-        d_fc1 = gemm.wgrad(self._for_wgrad(d_hidden), self._for_wgrad(rows.spread(tokens)), ends)
-        return d_tokens, d_probs, d_fc1, d_fc2
+        if self.wgrad8:
+            narrow, d_hidden = rows.ops.round_both(d_hidden, ends)
+        else:
+            narrow = rows.ops.round_rows(d_hidden, ends)
+        d_tokens = rows.sum(gemm.dgrad(narrow, self.weights.fc1, ends))
+        del narrow
+        return d_tokens, d_probs, gemm.wgrad(d_hidden, self._tokens(kept), ends), d_fc2
 
-    def _rounded(self, tokens: Any) -> Tensor:
-        """Return `tokens` [N, H] rounded along features, in bf16."""
-        ops = self.rows.ops
-        blocks = tokens if isinstance(tokens, Blocks8) else ops.quantize_blocks(tokens)
-        rounded: Tensor = ops.dequantize_blocks(blocks)
-        return rounded
+    def _spread(self, tokens: Any) -> Tensor:
+        """Return the token of each row, of `tokens` [N, H], rounded along features."""
+        rows: Tensor = self.rows.ops.spread_blocks(tokens, self.rows.place, self.rows.ends)
+        return rows
 
-    def _round_rows(self, matrix: Tensor) -> Tensor:
-        rounded: Tensor = self.rows.ops.round_rows(matrix, self.rows.ends)
-        return rounded
-
-    def _for_wgrad(self, matrix: Tensor) -> Tensor:
-        """Return rows [R, X] rounded along rows, where weight gradients are in FP8."""
+    def _tokens(self, tokens: Any) -> Tensor:
+        """Return the token of each row as an operand of a weight gradient."""
         if not self.wgrad8:
-            return matrix.bfloat16()
-        rounded: Tensor = self.rows.ops.round_columns(matrix, self.rows.ends)
-        return rounded
+            return self.rows.spread(tokens.bfloat16())
+        return self._columns(tokens, self.rows.place.shape[1])
+
+    def _columns(self, source: Any, choices: int) -> Tensor:
+        """Return rows [R, X], or those of tokens, rounded along rows where `wgrad8` says so."""
+        rows = self.rows
+        operand: Tensor = source
+        if self.wgrad8:
+            operand = rows.ops.round_columns(source, rows.order, rows.ends, choices)
+        return operand

@@ -34,9 +34,12 @@ class Rows:
         summed: Tensor = self.ops.sum_rows(rows, self.place, self.ends)
         return summed
 
-    def activate(self, hidden: Tensor, probs: Tensor, fp8: bool = False) -> Any:
+    def activate(
+        self, hidden: Tensor, probs: Tensor, fp8: bool = False, blocks: bool = False
+    ) -> Any:
         """Return activation times probability [R, F]; see `kernels.experts`."""
-        return self.ops.activate(hidden, probs, self.order, self.ends, self.activation, fp8)
+        planned = (self.order, self.ends, self.activation)
+        return self.ops.activate(hidden, probs, *planned, fp8, blocks)
 
     def activate_backward(
         self, grads: Tensor, hidden: Any, probs: Tensor, fp8: bool = False

@@ -1,4 +1,4 @@
-"""The activation times the probability, its backward, and both in e4m3 where asked.
+"""The activation times the probability, and its backward; in e4m3, or rounded to it, where asked.
 
 One program handles one row; rows behind the last expert's are not touched.
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ep_plugin.e4m3 import E4M3, Rows8
+from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, Rows8
 from ep_plugin.kernels._launch import jit
 from ep_plugin.kernels.quantize import power_of_two_scale, warps
 
@@ -41,10 +41,19 @@ def _activate(gate, up, ACT: tl.constexpr):
     return tl.maximum(gate, 0.0), (gate > 0).to(tl.float32), gate
 
 
+@triton.jit
+def _round_blocks(row, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """Values of one row rounded to e4m3, each SIZE of them with one scale."""
+    blocks = tl.reshape(row, (BLOCK // SIZE, SIZE))
+    scale = power_of_two_scale(tl.max(tl.abs(blocks), axis=1))[:, None]
+    return tl.reshape((blocks / scale).to(tl.float8e4nv).to(tl.float32) * scale, (BLOCK,))
+
+
 @jit
 def _activate_kernel(
     hidden, probs, order, ends, num_experts, out, scales, WIDTH,
-    ACT: tl.constexpr, IS_GATED: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+    ACT: tl.constexpr, IS_GATED: tl.constexpr, FP8: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if row >= tl.load(ends + num_experts - 1):
@@ -63,15 +72,23 @@ def _activate_kernel(
         scale = power_of_two_scale(tl.max(tl.abs(value)))
         tl.store(scales + row, scale)
         value = value / scale
+    if BLOCKS > 0:
+        value = _round_blocks(value, BLOCK, BLOCKS)
     tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 def activate(
-    hidden: Tensor, probs: Tensor, order: Tensor, ends: Tensor, activation: str, fp8: bool
+    hidden: Tensor,
+    probs: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    activation: str,
+    fp8: bool,
+    blocks: bool = False,
 ) -> Tensor | Rows8:
     """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
 
-    In e4m3 when asked.
+    In e4m3 when asked; with `blocks` rounded to it by 128 columns, and F a multiple of 128.
     """
     gated = activation in GATED
     num_rows, width = len(hidden), hidden.shape[1] // (2 if gated else 1)
@@ -84,6 +101,7 @@ def activate(
             ACT=ACTIVATIONS[activation],
             IS_GATED=gated,
             FP8=fp8,
+            BLOCKS=BLOCK if blocks else 0,
             BLOCK=block,
             num_warps=warps(block),
         )
@@ -95,7 +113,7 @@ def _activate_backward_kernel(
     grads, hidden, hidden_scales, probs, order, ends, num_experts, d_hidden, d_scales, out,
     out_scales, d_probs, WIDTH,
     ACT: tl.constexpr, IS_GATED: tl.constexpr, FP8: tl.constexpr, HIDDEN8: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     flat = tl.load(order + row)
@@ -114,6 +132,13 @@ def _activate_backward_kernel(
         hidden_scale = tl.load(hidden_scales + row)
         gate *= hidden_scale
         up *= hidden_scale
+    if BLOCKS > 0:
+        cell = hidden_scales + row * (WIDTH * factor // BLOCKS) + column // BLOCKS
+        gate *= tl.load(cell, mask=inside, other=0.0)
+        if IS_GATED:
+            up *= tl.load(cell + WIDTH // BLOCKS, mask=inside, other=0.0)
+        else:
+            up = gate
     grad = tl.load(grads + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     prob = tl.load(probs + flat).to(tl.float32)
     value, gate_slope, up_slope = _activate(gate, up, ACT)
@@ -141,7 +166,7 @@ def _activate_backward_kernel(
 
 def activate_backward(
     grads: Tensor,
-    hidden: Tensor | Rows8,
+    hidden: Tensor | Rows8 | Blocks8,
     probs: Tensor,
     order: Tensor,
     ends: Tensor,
@@ -154,7 +179,7 @@ def activate_backward(
     """
     gated = activation in GATED
     num_rows, width = grads.shape
-    kept = hidden.data if isinstance(hidden, Rows8) else hidden
+    kept, kept_scale = (hidden, None) if isinstance(hidden, Tensor) else (hidden.data, hidden.scale)
     dtype = E4M3 if fp8 else grads.dtype
     d_hidden, out = torch.empty_like(kept, dtype=dtype), torch.empty_like(grads, dtype=dtype)
     scales = torch.empty(2, num_rows if fp8 else 1, dtype=torch.float32, device=grads.device)
@@ -162,13 +187,14 @@ def activate_backward(
     if grads.numel():
         block = triton.next_power_of_2(width)
         _activate_backward_kernel[(num_rows,)](
-            *(grads, kept, hidden.scale if isinstance(hidden, Rows8) else scales),
+            *(grads, kept, scales if kept_scale is None else kept_scale),
             *(probs, order, ends, len(ends)),
             *(d_hidden, scales[0], out, scales[1], d_probs, width),
             ACT=ACTIVATIONS[activation],
             IS_GATED=gated,
             FP8=fp8,
             HIDDEN8=isinstance(hidden, Rows8),
+            BLOCKS=BLOCK if isinstance(hidden, Blocks8) else 0,
             BLOCK=block,
             num_warps=warps(block),
         )

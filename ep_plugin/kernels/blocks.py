@@ -1,4 +1,7 @@
-"""Rounding to e4m3 by blocks, in one pass over the matrix; the twins are in `blocks_torch`."""
+"""Rounding to e4m3 by 128 features, in one pass over the matrix; the twins are in `blocks_torch`.
+
+One program handles one row or token. Rows behind the last expert's are not touched.
+"""
 
 import torch
 import triton
@@ -8,8 +11,6 @@ from torch import Tensor
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8
 from ep_plugin.kernels._launch import jit
 from ep_plugin.kernels.quantize import power_of_two_scale, warps
-
-FEATURES = 64  # of a tile of round_columns
 
 
 @jit
@@ -44,7 +45,7 @@ def quantize_blocks(matrix: Tensor) -> Blocks8:
     if matrix.numel():
         blocks = triton.next_power_of_2(width // BLOCK)
         _rows_kernel[(num_rows,)](
-            *(matrix.contiguous(), scale, data, scale, 1, width),
+            *(matrix, scale, data, scale, 1, width),
             ALL=True,
             NARROW=True,
             BLOCKS=blocks,
@@ -55,7 +56,7 @@ def quantize_blocks(matrix: Tensor) -> Blocks8:
 
 
 def round_rows(rows: Tensor, ends: Tensor) -> Tensor:
-    """Return `rows` [R, X] rounded to e4m3 by 128 columns: bf16, rows behind the last left out."""
+    """Return `rows` [R, X] rounded to e4m3 by 128 columns: bf16."""
     num_rows, width = rows.shape
     out = torch.empty_like(rows, dtype=torch.bfloat16)
     if rows.numel():
@@ -72,66 +73,47 @@ def round_rows(rows: Tensor, ends: Tensor) -> Tensor:
 
 
 @jit
-def _widen_kernel(data, scales, out, COUNT, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    cell = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = cell < COUNT
-    scale = tl.load(scales + cell // SIZE, mask=there, other=0.0)
-    values = tl.load(data + cell, mask=there, other=0.0).to(tl.float32) * scale
-    tl.store(out + cell, values.to(tl.bfloat16), mask=there)
+def _spread_kernel(
+    source, scales, place, ends, out, num_experts, WIDTH,
+    CHOICES: tl.constexpr, SCALED: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    # Token by token: each is read and rounded once, although it goes to several rows.
+    last = tl.load(ends + num_experts - 1)
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    column = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    there = column < WIDTH
+    values = tl.load(source + token * WIDTH + column, mask=there, other=0.0).to(tl.float32)
+    if SCALED:
+        cell = token * (WIDTH // SIZE) + block
+        scale = tl.load(scales + cell, mask=block < WIDTH // SIZE, other=0.0)
+    else:
+        scale = power_of_two_scale(tl.max(tl.abs(values), axis=1))
+        values = (values / scale[:, None]).to(tl.float8e4nv).to(tl.float32)
+    rounded = (values * scale[:, None]).to(tl.bfloat16)
+    for choice in tl.static_range(CHOICES):
+        row = tl.load(place + token * CHOICES + choice).to(tl.int64)
+        if row < last:
+            tl.store(out + row * WIDTH + column, rounded, mask=there)
 
 
-def dequantize_blocks(blocks: Blocks8) -> Tensor:
-    """Return [R, X] bf16; nothing is rounded."""
-    out = torch.empty_like(blocks.data, dtype=torch.bfloat16)
-    count = out.numel()
-    if count:
-        _widen_kernel[(triton.cdiv(count, 2048),)](
-            *(blocks.data, blocks.scale, out, count), SIZE=BLOCK, BLOCK=2048
-        )
-    return out
+def spread_blocks(tokens: Tensor | Blocks8, place: Tensor, ends: Tensor) -> Tensor:
+    """Return the token of each row, rounded to e4m3 by 128 columns: [R, X] bf16.
 
-
-@jit
-def _columns_kernel(
-    rows, ends, out, num_experts, WIDTH, SIZE: tl.constexpr, FEATURES: tl.constexpr
-):
-    """One block of an expert's rows, some features; blocks are counted over all experts."""
-    before = 0  # blocks of the experts before
-    start = 0
-    first = -1
-    last = 0
-    for expert in range(num_experts):
-        end = tl.load(ends + expert)
-        block = tl.program_id(0) - before
-        blocks = (end - start + SIZE - 1) // SIZE
-        if (block >= 0) & (block < blocks):
-            first = start + block * SIZE
-            last = end
-        before += blocks
-        start = end
-    if first < 0:
-        return
-    row = first + tl.arange(0, SIZE)
-    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    there = (row < last)[:, None] & (feature < WIDTH)[None, :]
-    cell = row.to(tl.int64)[:, None] * WIDTH + feature[None, :]
-    values = tl.load(rows + cell, mask=there, other=0.0).to(tl.float32)
-    scale = power_of_two_scale(tl.max(tl.abs(values), axis=0))[None, :]
-    rounded = (values / scale).to(tl.float8e4nv).to(tl.float32) * scale
-    tl.store(out + cell, rounded.to(tl.bfloat16), mask=there)
-
-
-def round_columns(rows: Tensor, ends: Tensor) -> Tensor:
-    """Return `rows` [R, X] rounded to e4m3 by 128 rows of an expert: bf16.
-
-    Each expert's blocks begin at its first row, and its last block may be shorter.
+    Rows of `tokens` [N, X] are at `place` [N, C].
     """
-    num_rows, width = rows.shape
-    out = torch.empty_like(rows, dtype=torch.bfloat16)
-    if rows.numel():
-        blocks = num_rows // BLOCK + len(ends)
-        _columns_kernel[(blocks, triton.cdiv(width, FEATURES))](
-            *(rows, ends, out, len(ends), width), SIZE=BLOCK, FEATURES=FEATURES
+    source, scale = (tokens, None) if isinstance(tokens, Tensor) else (tokens.data, tokens.scale)
+    (num_tokens, choices), width = place.shape, source.shape[1]
+    out = torch.empty(num_tokens * choices, width, dtype=torch.bfloat16, device=source.device)
+    if out.numel():
+        blocks = triton.next_power_of_2(width // BLOCK)
+        _spread_kernel[(num_tokens,)](
+            *(source, ends if scale is None else scale, place, ends, out, len(ends), width),
+            CHOICES=choices,
+            SCALED=scale is not None,
+            BLOCKS=blocks,
+            SIZE=BLOCK,
+            num_warps=warps(blocks * BLOCK),
         )
     return out
 
@@ -154,5 +136,5 @@ def round_weight(weight: Tensor) -> Tensor:
     num_experts, num_rows, width = weight.shape
     if weight.numel():
         grid = (num_experts, triton.cdiv(num_rows, BLOCK), triton.cdiv(width, BLOCK))
-        _weight_kernel[grid](*(weight.contiguous(), out, num_rows, width), SIZE=BLOCK, num_warps=8)
+        _weight_kernel[grid](*(weight, out, num_rows, width), SIZE=BLOCK, num_warps=8)
     return out

@@ -1,4 +1,4 @@
-"""Rounding to e4m3 by blocks: the plain-torch twins of `kernels.blocks`."""
+"""Rounding to e4m3 by blocks: the plain-torch twins of `kernels.blocks` and `block_columns`."""
 
 import torch
 from torch import Tensor
@@ -14,22 +14,43 @@ def quantize_blocks(matrix: Tensor) -> Blocks8:
 
 
 def dequantize_blocks(blocks: Blocks8) -> Tensor:
-    """Return [R, X] bf16; nothing is rounded."""
+    """Return [R, X] fp32; nothing is rounded."""
     wide: Tensor = blocks.data.float().unflatten(1, (-1, BLOCK)) * blocks.scale.unsqueeze(2)
-    return wide.flatten(1).bfloat16()
+    return wide.flatten(1)
 
 
 def round_rows(rows: Tensor, ends: Tensor) -> Tensor:
-    """Return `rows` [R, X] rounded to e4m3 by 128 columns: bf16, rows behind the last left out."""
+    """Return `rows` [R, X] rounded to e4m3 by 128 columns: bf16."""
     inside = torch.arange(len(rows), device=ends.device) < ends[-1]
-    return dequantize_blocks(quantize_blocks(rows.masked_fill(~inside.unsqueeze(1), 0)))
+    blocks = quantize_blocks(rows.masked_fill(~inside.unsqueeze(1), 0))
+    return dequantize_blocks(blocks).bfloat16()
 
 
-def round_columns(rows: Tensor, ends: Tensor) -> Tensor:
-    """Return `rows` [R, X] rounded to e4m3 by 128 rows of an expert: bf16.
+def spread_blocks(tokens: Tensor | Blocks8, place: Tensor, ends: Tensor) -> Tensor:
+    """Return the token of each row, rounded to e4m3 by 128 columns: [R, X] bf16.
 
-    Each expert's blocks begin at its first row, and its last block may be shorter.
+    Rows of `tokens` [N, X] are at `place` [N, C].
     """
+    blocks = tokens if isinstance(tokens, Blocks8) else quantize_blocks(tokens)
+    rounded = dequantize_blocks(blocks).bfloat16().repeat_interleave(place.shape[1], dim=0)
+    rows = torch.empty_like(rounded)
+    rows[place.flatten()] = rounded
+    inside = torch.arange(len(rows), device=ends.device) < ends[-1]
+    return rows.masked_fill(~inside.unsqueeze(1), 0)
+
+
+def round_columns(
+    source: Tensor | Blocks8, order: Tensor, ends: Tensor, choices: int = 0
+) -> Tensor:
+    """Return rows [R, X] rounded to e4m3 by 128 rows of an expert: bf16.
+
+    `choices` 0 says that `source` are the rows; else they are tokens with so many choices each,
+    and `order` [R] says which choice a row is of. Each expert's blocks begin at its first row, and
+    its last block may be shorter.
+    """
+    rows = dequantize_blocks(source) if isinstance(source, Blocks8) else source
+    if choices:
+        rows = rows[order.long() // choices]
     row = torch.arange(len(rows), device=ends.device)
     expert = torch.searchsorted(ends, row.int(), right=True).clamp(max=len(ends) - 1)
     first = torch.cat([ends.new_zeros(1), ends])[expert]
@@ -42,6 +63,12 @@ def round_columns(rows: Tensor, ends: Tensor) -> Tensor:
     scale = power_of_two_scale(largest)[block]
     rounded: Tensor = (wide / scale).to(E4M3).float() * scale
     return rounded.bfloat16()
+
+
+def round_both(rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `rows` [R, X] as `round_rows` and as `round_columns` round them."""
+    order = torch.arange(len(rows), device=ends.device)
+    return round_rows(rows, ends), round_columns(rows, order, ends)
 
 
 def round_weight(weight: Tensor) -> Tensor:

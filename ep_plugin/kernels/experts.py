@@ -4,13 +4,8 @@ The functions have the same names, arguments and results as their twins in `expe
 """
 
 from ep_plugin.kernels.activation import ACTIVATIONS, GATED, activate, activate_backward
-from ep_plugin.kernels.blocks import (
-    dequantize_blocks,
-    quantize_blocks,
-    round_columns,
-    round_rows,
-    round_weight,
-)
+from ep_plugin.kernels.block_columns import round_both, round_columns
+from ep_plugin.kernels.blocks import quantize_blocks, round_rows, round_weight, spread_blocks
 from ep_plugin.kernels.quantize import (
     pad_columns,
     quantize_rows,
@@ -24,15 +19,16 @@ __all__ = [
     "GATED",
     "activate",
     "activate_backward",
-    "dequantize_blocks",
     "pad_columns",
     "quantize_blocks",
     "quantize_rows",
     "quantize_weight",
+    "round_both",
     "round_columns",
     "round_rows",
     "round_weight",
     "sort_choices",
+    "spread_blocks",
     "spread_rows",
     "spread_rows8",
     "sum_rows",

@@ -7,23 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ep_plugin.e4m3 import E4M3, Columns8, Rows8, Weight8, dequantize_rows, quantize_rows
+from ep_plugin.e4m3 import E4M3, Blocks8, Columns8, Rows8, Weight8, dequantize_rows, quantize_rows
 from ep_plugin.kernels.blocks_torch import (
     dequantize_blocks,
     quantize_blocks,
+    round_both,
     round_columns,
     round_rows,
     round_weight,
+    spread_blocks,
 )
 from ep_plugin.permute import plan_rows
 
 __all__ = [  # as they are elsewhere
-    "dequantize_blocks",
     "quantize_blocks",
     "quantize_rows",
+    "round_both",
     "round_columns",
     "round_rows",
     "round_weight",
+    "spread_blocks",
 ]
 TILE, ALIGN = 128, 16
 GATED = ("swiglu", "geglu")
@@ -82,22 +85,30 @@ def _slopes(hidden: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def activate(
-    hidden: Tensor, probs: Tensor, order: Tensor, ends: Tensor, activation: str, fp8: bool
+    hidden: Tensor,
+    probs: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    activation: str,
+    fp8: bool,
+    blocks: bool = False,
 ) -> Tensor | Rows8:
     """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
 
-    In e4m3 when asked.
+    In e4m3 when asked; with `blocks` rounded to it by 128 columns, and F a multiple of 128.
     """
     value = _slopes(hidden, activation)[0]
     row_probs = probs.flatten()[order].unsqueeze(1).to(value.dtype)
     out = (value * row_probs).to(hidden.dtype)
     out = out.masked_fill(~_inside(len(out), ends), 0)
+    if blocks:
+        return round_rows(out, ends)
     return quantize_rows(out) if fp8 else out
 
 
 def activate_backward(
     grads: Tensor,
-    hidden: Tensor | Rows8,
+    hidden: Tensor | Rows8 | Blocks8,
     probs: Tensor,
     order: Tensor,
     ends: Tensor,
@@ -109,7 +120,9 @@ def activate_backward(
     `grads` [R, F] are the activation's. The first two are in e4m3 when asked.
     """
     absent = ~_inside(len(grads), ends)
-    kept = dequantize_rows(hidden) if isinstance(hidden, Rows8) else hidden
+    if isinstance(hidden, Rows8):
+        hidden = dequantize_rows(hidden)
+    kept = dequantize_blocks(hidden) if isinstance(hidden, Blocks8) else hidden
     value, gate_slope, up_slope = _slopes(kept, activation)
     wide = grads.to(value.dtype)
     weights = probs.flatten()[order].unsqueeze(1).to(value.dtype)

@@ -1,0 +1,119 @@
+"""Rounding to e4m3 by 128 rows of an expert, as weight gradients want; twins in `blocks_torch`.
+
+One program handles one tile: a block of an expert's rows, some features. Blocks begin at an
+expert's first row, and its last one may be shorter. Rows behind the last expert's are not touched.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ep_plugin.e4m3 import BLOCK, Blocks8
+from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels.quantize import power_of_two_scale
+
+FEATURES = 64  # of a tile of round_columns
+
+
+@triton.jit
+def _block_of_rows(ends, num_experts, SIZE: tl.constexpr, E: tl.constexpr):
+    """First row of this program's block and the row behind its expert's last; 0, 0 for none."""
+    index = tl.arange(0, E)
+    inside = index < num_experts
+    end = tl.load(ends + index, mask=inside, other=0)
+    start = tl.load(ends + index - 1, mask=inside & (index > 0), other=0)
+    blocks = tl.where(inside, (end - start + SIZE - 1) // SIZE, 0)
+    behind = tl.cumsum(blocks, axis=0)
+    block = tl.program_id(0)
+    mine = (block < behind) & (block >= behind - blocks)
+    first = tl.sum(tl.where(mine, start + (block - behind + blocks) * SIZE, 0))
+    return first, tl.sum(tl.where(mine, end, 0))
+
+
+@triton.jit
+def _round(values, AXIS: tl.constexpr):
+    """Values rounded to e4m3, those along AXIS with one scale."""
+    scale = tl.expand_dims(power_of_two_scale(tl.max(tl.abs(values), axis=AXIS)), AXIS)
+    return ((values / scale).to(tl.float8e4nv).to(tl.float32) * scale).to(tl.bfloat16)
+
+
+@jit
+def _columns_kernel(
+    source, scales, order, ends, out, choices, num_experts, WIDTH,
+    TOKENS: tl.constexpr, SCALED: tl.constexpr, SIZE: tl.constexpr, FEATURES: tl.constexpr,
+    E: tl.constexpr,
+):  # fmt: skip
+    first, last = _block_of_rows(ends, num_experts, SIZE, E)
+    if first >= last:
+        return
+    row = first + tl.arange(0, SIZE)
+    origin = row
+    if TOKENS:
+        origin = tl.load(order + row, mask=row < last, other=0) // choices
+    origin = origin.to(tl.int64)[:, None]
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)[None, :]
+    there = (row < last)[:, None] & (feature < WIDTH)
+    values = tl.load(source + origin * WIDTH + feature, mask=there, other=0.0).to(tl.float32)
+    if SCALED:
+        cell = origin * (WIDTH // SIZE) + tl.program_id(1) * FEATURES // SIZE  # FEATURES <= SIZE
+        values *= tl.load(scales + cell, mask=(row < last)[:, None], other=0.0)
+    target = out + row.to(tl.int64)[:, None] * WIDTH + feature
+    tl.store(target, _round(values, 0), mask=there)
+
+
+def round_columns(
+    source: Tensor | Blocks8, order: Tensor, ends: Tensor, choices: int = 0
+) -> Tensor:
+    """Return rows [R, X] rounded to e4m3 by 128 rows of an expert: bf16.
+
+    `choices` 0 says that `source` are the rows; else they are tokens with so many choices each,
+    and `order` [R] says which choice a row is of.
+    """
+    data, scale = (source, None) if isinstance(source, Tensor) else (source.data, source.scale)
+    num_rows, width = len(order), data.shape[1]
+    out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=data.device)
+    if out.numel():
+        grid = (num_rows // BLOCK + len(ends), triton.cdiv(width, FEATURES))
+        _columns_kernel[grid](
+            *(data, ends if scale is None else scale, order, ends, out),
+            *(choices, len(ends), width),
+            TOKENS=choices > 0,
+            SCALED=scale is not None,
+            SIZE=BLOCK,
+            FEATURES=FEATURES,
+            E=triton.next_power_of_2(len(ends)),
+            num_warps=8,
+        )
+    return out
+
+
+@jit
+def _both_kernel(
+    rows, ends, by_features, by_rows, num_experts, WIDTH, SIZE: tl.constexpr, E: tl.constexpr
+):
+    first, last = _block_of_rows(ends, num_experts, SIZE, E)
+    if first >= last:
+        return
+    row = first + tl.arange(0, SIZE)
+    feature = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    there = (row < last)[:, None] & (feature < WIDTH)[None, :]
+    cell = row.to(tl.int64)[:, None] * WIDTH + feature[None, :]
+    values = tl.load(rows + cell, mask=there, other=0.0).to(tl.float32)
+    tl.store(by_features + cell, _round(values, 1), mask=there)
+    tl.store(by_rows + cell, _round(values, 0), mask=there)
+
+
+def round_both(rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `rows` [R, X] as `round_rows` and as `round_columns` round them, read once."""
+    by_features, by_rows = (torch.empty_like(rows, dtype=torch.bfloat16) for _ in range(2))
+    num_rows, width = rows.shape
+    if rows.numel():
+        grid = (num_rows // BLOCK + len(ends), triton.cdiv(width, BLOCK))
+        _both_kernel[grid](
+            *(rows, ends, by_features, by_rows, len(ends), width),
+            SIZE=BLOCK,
+            E=triton.next_power_of_2(len(ends)),
+            num_warps=16,  # 16384 numbers in registers
+        )
+    return by_features, by_rows
