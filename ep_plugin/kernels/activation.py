@@ -10,10 +10,15 @@ from torch import Tensor
 
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, Rows8
 from ep_plugin.kernels._launch import jit
-from ep_plugin.kernels.quantize import power_of_two_scale, warps
+from ep_plugin.kernels.quantize import power_of_two_scale
 
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3}
 GATED = ("swiglu", "geglu")
+
+
+def _warps(width: int) -> int:
+    """Return the warps of a program: 16 numbers a thread, measured best on H100 (768 to 14336)."""
+    return min(max(width // 512, 2), 32)
 
 
 @triton.jit
@@ -103,7 +108,7 @@ def activate(
             FP8=fp8,
             BLOCKS=BLOCK if blocks else 0,
             BLOCK=block,
-            num_warps=warps(block),
+            num_warps=_warps(block),
         )
     return Rows8(out, scale) if fp8 else out
 
@@ -196,7 +201,7 @@ def activate_backward(
             HIDDEN8=isinstance(hidden, Rows8),
             BLOCKS=BLOCK if isinstance(hidden, Blocks8) else 0,
             BLOCK=block,
-            num_warps=warps(block),
+            num_warps=_warps(block),
         )
     if fp8:
         return Rows8(d_hidden, scales[0]), Rows8(out, scales[1]), d_probs

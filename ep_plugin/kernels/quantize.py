@@ -1,6 +1,8 @@
 """From bf16 to e4m3: rows with a power of two each, their transposes, weights in both layouts.
 
-A row's largest value never leaves its program, so quantising costs no second pass.
+A row's largest value never leaves its program, so quantising costs no second pass. Transposing
+multiplies e4m3 by powers of two of at most 1, in fp16: its numbers hold every product that e4m3
+does not round to zero, and converting costs half of what it does through fp32.
 """
 
 import torch
@@ -128,11 +130,11 @@ def _transpose_kernel(
     if TOKENS:
         source = tl.load(order + row, mask=present, other=0) // choices
     whole = tl.load(largest + tl.load(expert_of + column) * WIDTH)
-    ratio = tl.load(scale + source, mask=present, other=0.0) / whole
+    ratio = (tl.load(scale + source, mask=present, other=0.0) / whole).to(tl.float16)
     there = present[:, None] & (feature < WIDTH)[None, :]
     start = source.to(tl.int64)[:, None] * WIDTH
     values = tl.load(data + start + feature[None, :], mask=there, other=0.0)
-    moved = tl.where(there, values.to(tl.float32) * ratio[:, None], 0.0).to(tl.float8e4nv)
+    moved = (values.to(tl.float16) * ratio[:, None]).to(tl.float8e4nv)
     target = out + feature[:, None].to(tl.int64) * NUM_COLUMNS + column[None, :]
     tl.store(target, tl.trans(moved), mask=(feature < WIDTH)[:, None])
 
@@ -173,7 +175,8 @@ def _transpose_weight_kernel(
     start = matrix + row.to(tl.int64)[:, None] * WIDTH
     values = tl.load(data + start + feature[None, :], mask=there, other=0.0).to(tl.float32)
     ratio = tl.load(scale + expert * ROWS + row, mask=row < ROWS, other=0.0)
-    moved = (values * (ratio / tl.load(largest + expert))[:, None]).to(tl.float8e4nv)
+    ratio = (ratio / tl.load(largest + expert)).to(tl.float16)
+    moved = (values.to(tl.float16) * ratio[:, None]).to(tl.float8e4nv)
     target = out + matrix + feature.to(tl.int64)[:, None] * ROWS + row[None, :]
     tl.store(target, tl.trans(moved), mask=tl.trans(there))
 
