@@ -222,8 +222,41 @@ def check_activation_by_blocks(device: str) -> None:
             assert_near(x, y, rows if x.shape[1] > 3 else 11, f"{activation} backward, by blocks")
 
 
+def check_wgrad(rows: int, b: int, a: int, device: str) -> None:
+    """Added to what was there; an expert without rows adds nothing; against float64 too."""
+    ends = torch.tensor([rows // 3, rows // 3, rows - 2], dtype=torch.int32, device=device)
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16  # it multiplies no bf16, nor e4m3
+    left, right = (torch.randn(rows, size, device=device).to(dtype) for size in (b, a))
+    left[rows - 2 :], right[rows - 2 :] = torch.nan, torch.nan  # nobody may read these
+    before = torch.randn(3, b, a, device=device)
+    found, twin = before.clone(), before.clone()
+    kernels.add_wgrad(found, left, right, ends)
+    twins.add_wgrad(twin, left, right, ends)
+    parts = [torch.tensor_split(m.double(), ends.long())[:-1] for m in (left, right)]
+    oracle = before + torch.stack([x.T @ y for x, y in zip(*parts, strict=True)])
+    for name, sums in (("kernel", found), ("twin", twin)):
+        assert float((sums - oracle).norm() / oracle.norm()) < 1e-6, f"add_wgrad, {name}"
+    assert torch.equal(found[1], before[1]), "add_wgrad of no rows"
+    order = torch.arange(rows, dtype=torch.int32, device=device)
+    padded = twins.pad_columns(rows, ends)
+    columns = [
+        twins.transpose_rows(twins.quantize_rows(m.nan_to_num()), padded, order, ends, 0)
+        for m in (left, right)
+    ]
+    found, twin = before.clone(), before.clone()
+    twins.add_wgrad8(twin, *columns, padded[2])
+    assert float((twin - oracle).norm() / oracle.norm()) < 0.06, "add_wgrad8, twin"
+    if INTERPRETED:
+        return
+    kernels.add_wgrad8(found, *columns, padded[2])
+    # Tensor cores keep 14 bits of a sum of e4m3 products.
+    assert float((found - twin).norm() / twin.norm()) < 1e-3, "add_wgrad8"
+
+
 def check_all(device: str) -> None:
     torch.manual_seed(0)
+    for rows, b, a in ((40, 48, 32), (300, 160, 272)):
+        check_wgrad(rows, b, a, device)
     for tokens, experts, choices, width in ((13, 4, 3, 48), (200, 16, 2, 40), (1, 5, 1, 16)):
         check_moves(tokens, experts, choices, width, device)
     for tokens, experts, width in ((30, 3, 128), (150, 2, 256), (140, 1, 128), (1, 8, 256)):

@@ -13,12 +13,15 @@ from ep_plugin.kernels.quantize import (
     transpose_rows,
 )
 from ep_plugin.kernels.rows import sort_choices, spread_rows, spread_rows8, sum_rows
+from ep_plugin.kernels.wgrad import add_wgrad, add_wgrad8
 
 __all__ = [
     "ACTIVATIONS",
     "GATED",
     "activate",
     "activate_backward",
+    "add_wgrad",
+    "add_wgrad8",
     "pad_columns",
     "quantize_blocks",
     "quantize_rows",

@@ -189,3 +189,18 @@ def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
     moved = data.float() * (scale / largest.unsqueeze(1)).unsqueeze(2)
     transposed = moved.transpose(1, 2).contiguous().to(E4M3)
     return Weight8(data, scale), Weight8(transposed, largest.unsqueeze(1).repeat(1, width))
+
+
+def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
+    """Add each expert's `left` [R, b] transposed times `right` [R, a] to `total` [e, b, a] fp32."""
+    blocks = [torch.tensor_split(m.float(), ends.long())[:-1] for m in (left, right)]
+    for matrix, x, y in zip(total, *blocks, strict=True):
+        matrix += x.T @ y
+
+
+def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, ends: Tensor) -> None:
+    """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
+    blocks = [torch.tensor_split(m.data.float(), ends.long(), dim=1)[:-1] for m in (left, right)]
+    scales = left.scale[:, :1] * right.scale[:, :1]  # [e, 1]
+    for matrix, scale, x, y in zip(total, scales, *blocks, strict=True):
+        matrix += (x @ y.T) * scale
