@@ -1,11 +1,9 @@
 """Train a small GPT of experts on real text in bf16 and in each FP8 recipe, and compare losses.
 
 python benchmarks/curves.py --data data/quickstart [--iterations 500] [--output F] [--plot F]
-                                                   [--jobs 4]
 
 `--data` is a folder that recipes/prepare_data.py wrote. All runs have the same seed, data and
 flags; they differ in `--ep-fp8` alone. Runs that an interrupted call wrote to `--output` are kept.
-`--jobs` runs share one GPU, which so small a model leaves idle for most of the time.
 """
 
 import argparse
@@ -15,7 +13,6 @@ import re
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +51,7 @@ def train(extra: str, data: Path, iterations: int, log: Path) -> dict[str, Any]:
     flags = [
         *shlex.split(FLAGS + extra),
         *("--train-iters", str(iterations), "--vocab-size", str(vocabulary)),
-        *("--data-path", str(data / "corpus"), "--data-cache-path", str(log.with_suffix(".cache"))),
+        *("--data-path", str(data / "corpus"), "--data-cache-path", str(log.parent / "cache")),
     ]
     command = [sys.executable, "-m", "ep_plugin.run", str(ROOT / "recipes/pretrain_gpt.py"), *flags]
     with log.open("w") as out:
@@ -76,8 +73,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     base = record["runs"]["bf16"]["train_loss"]
-    known = [(name, record["runs"][name]) for name in RECIPES if name in record["runs"]]
-    for index, (name, run) in enumerate(known):
+    for index, (name, run) in enumerate(record["runs"].items()):
         steps = [int(step) for step in run["train_loss"]]
         losses = list(run["train_loss"].values())
         label = f"{name}: validation {run['validation_loss']:.4f}"
@@ -126,23 +122,18 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path("runs/curves"))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     args.logs.mkdir(parents=True, exist_ok=True)
     record = start(args.output, args.iterations)
     runs = record["runs"]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        under_way = {}
-        for name, extra in RECIPES.items():
-            if name not in runs:
-                log = args.logs / f"{name.replace(', ', '_').replace(' ', '_')}.log"
-                under_way[pool.submit(train, extra, args.data, args.iterations, log)] = name
-        for done in tqdm(as_completed(under_way), total=len(under_way), disable=None):
-            name = under_way[done]
-            runs[name] = done.result()
-            print(f"{name:22} validation loss {runs[name]['validation_loss']:.4f}", flush=True)
-            if args.output is not None:
-                args.output.write_text(json.dumps(record, indent=1) + "\n")
+    for name, extra in tqdm(RECIPES.items(), disable=None):
+        if name in runs:
+            continue
+        log = args.logs / f"{name.replace(', ', '_').replace(' ', '_')}.log"
+        runs[name] = train(extra, args.data, args.iterations, log)
+        print(f"{name:22} validation loss {runs[name]['validation_loss']:.4f}", flush=True)
+        if args.output is not None:
+            args.output.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot is not None:
         draw(record, args.plot)
 
