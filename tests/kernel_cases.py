@@ -232,7 +232,7 @@ def check_wgrad(rows: int, b: int, a: int, device: str) -> None:
     found, twin = before.clone(), before.clone()
     kernels.add_wgrad(found, left, right, ends)
     twins.add_wgrad(twin, left, right, ends)
-    parts = [torch.tensor_split(m.double(), ends.long())[:-1] for m in (left, right)]
+    parts = [torch.tensor_split(m.double(), ends.tolist())[:-1] for m in (left, right)]
     oracle = before + torch.stack([x.T @ y for x, y in zip(*parts, strict=True)])
     for name, sums in (("kernel", found), ("twin", twin)):
         assert float((sums - oracle).norm() / oracle.norm()) < 1e-6, f"add_wgrad, {name}"

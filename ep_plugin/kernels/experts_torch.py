@@ -193,14 +193,14 @@ def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
 
 def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
     """Add each expert's `left` [R, b] transposed times `right` [R, a] to `total` [e, b, a] fp32."""
-    blocks = [torch.tensor_split(m.float(), ends.long())[:-1] for m in (left, right)]
+    blocks = [torch.tensor_split(m.float(), ends.tolist())[:-1] for m in (left, right)]
     for matrix, x, y in zip(total, *blocks, strict=True):
         matrix += x.T @ y
 
 
 def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, ends: Tensor) -> None:
     """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
-    blocks = [torch.tensor_split(m.data.float(), ends.long(), dim=1)[:-1] for m in (left, right)]
+    blocks = [torch.tensor_split(m.data.float(), ends.tolist(), dim=1)[:-1] for m in (left, right)]
     scales = left.scale[:, :1] * right.scale[:, :1]  # [e, 1]
     for matrix, scale, x, y in zip(total, scales, *blocks, strict=True):
         matrix += (x @ y.T) * scale
