@@ -11,7 +11,7 @@ from ep_plugin.autotune import AutoGemm
 from ep_plugin.config import ConfigError, MoEConfig, largest_divisor
 from ep_plugin.contracts import Dispatched, GroupedGemm
 from ep_plugin.fp8 import blockwise, rowwise
-from ep_plugin.fused_experts import Bf16, FusedExperts, Recipe
+from ep_plugin.fused_experts import Bf16, FusedExperts, Recipe, Totals
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.kernels import Rows, plan
 from ep_plugin.permute import permute, plan_rows, unpermute
@@ -103,6 +103,7 @@ class Experts(nn.Module):
         self.weights_change_every_call = True
         self.is_first_microbatch = True
         self._weights8: Any = None
+        self.totals: Totals | None = None  # set by a training loop that sums gradients in fp32
         self.etp_size = etp
         shard = ffn // etp
 
@@ -131,7 +132,7 @@ class Experts(nn.Module):
             planned = plan(inbox.expert_ids, inbox.tokens_per_expert, self.config.activation)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
-                *(self._recipe(planned), self.config.save),
+                *(self._recipe(planned), self.config.save, self.totals),
             )
             return output
         ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]

@@ -20,7 +20,16 @@ from ep_plugin.config import Save
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.kernels import Rows
 
-Grads = tuple[Tensor, Tensor, Tensor, Tensor]  # of tokens, probs, fc1, fc2
+Into = tuple[Tensor | None, Tensor | None]  # fc1, fc2
+Grads = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # of tokens, probs, fc1, fc2
+
+
+class Totals(Protocol):
+    """Where a training loop sums the gradients of both weights over micro-batches, in fp32."""
+
+    def take(self) -> Into:
+        """Return the sums [e, out, in] of fc1 and fc2; what is added counts as delivered."""
+        ...
 
 
 class Recipe(Protocol):
@@ -49,9 +58,18 @@ class Recipe(Protocol):
         ...
 
     def backward(
-        self, grads: Tensor, kept: Any, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
+        self,
+        grads: Tensor,
+        kept: Any,
+        hidden: Any,
+        probs: Tensor,
+        weights: tuple[Tensor, Tensor],
+        into: Into,
     ) -> Grads:
-        """Return all gradients for those of the output, `grads` [N, H]."""
+        """Return all gradients for those of the output, `grads` [N, H].
+
+        A weight's is None where it was added to the one of `into`.
+        """
         ...
 
 
@@ -77,16 +95,22 @@ class Bf16:
         return self.rows.ops.quantize_rows(hidden)
 
     def backward(
-        self, grads: Tensor, kept: Tensor, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
+        self,
+        grads: Tensor,
+        kept: Tensor,
+        hidden: Any,
+        probs: Tensor,
+        weights: tuple[Tensor, Tensor],
+        into: Into,
     ) -> Grads:
         rows, gemm, ends = self.rows, self.gemm, self.rows.ends
         d_rows = rows.spread(grads)
-        d_active = gemm.dgrad(d_rows, fc2, ends)
+        d_active = gemm.dgrad(d_rows, weights[1], ends)
         d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs)
-        d_fc2 = gemm.wgrad(d_rows, active, ends)
+        d_fc2 = rows.wgrad(gemm, d_rows, active, into[1])
         del d_rows, d_active, active
-        d_tokens = rows.sum(gemm.dgrad(d_hidden, fc1, ends))
-        return d_tokens, d_probs, gemm.wgrad(d_hidden, rows.spread(kept), ends), d_fc2
+        d_tokens = rows.sum(gemm.dgrad(d_hidden, weights[0], ends))
+        return d_tokens, d_probs, rows.wgrad(gemm, d_hidden, rows.spread(kept), into[0]), d_fc2
 
 
 class FusedExperts(torch.autograd.Function):
@@ -101,6 +125,7 @@ class FusedExperts(torch.autograd.Function):
         fc2: Tensor,
         recipe: Recipe,
         save: Save,
+        totals: Totals | None,
     ) -> Tensor:
         probs, kept = probs.contiguous(), recipe.keep(tokens.contiguous())
         hidden = recipe.first(kept, fc1)
@@ -108,24 +133,29 @@ class FusedExperts(torch.autograd.Function):
         held: Any = hidden if save == "bf16" else None
         if save == "fp8":
             held = recipe.narrow(hidden)
-        ctx.recipe, ctx.kinds = recipe, (type(kept), type(held))
+        ctx.recipe, ctx.totals, ctx.kinds = recipe, totals, (type(kept), type(held))
         ctx.num_kept = len(_parts(kept))
         ctx.save_for_backward(probs, fc1, fc2, *_parts(kept), *_parts(held))
         return output.to(tokens.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         recipe: Recipe = ctx.recipe
         probs, fc1, fc2, *parts = ctx.saved_tensors
         kept = _whole(ctx.kinds[0], parts[: ctx.num_kept])
         hidden = _whole(ctx.kinds[1], parts[ctx.num_kept :])
         if hidden is None:
             hidden = recipe.first(kept, fc1)
+        into: Into = (None, None) if ctx.totals is None else ctx.totals.take()
         d_tokens, d_probs, d_fc1, d_fc2 = recipe.backward(
-            grads[0].contiguous(), kept, hidden, probs, fc1, fc2
+            grads[0].contiguous(), kept, hidden, probs, (fc1, fc2), into
         )
-        weights = d_fc1.to(fc1.dtype), d_fc2.to(fc2.dtype)
-        return d_tokens, d_probs.to(probs.dtype), *weights, None, None
+        # Who takes sums wants a gradient all the same, to know that it was there: one never read.
+        weights = [
+            torch.empty_like(weight) if grad is None else grad.to(weight.dtype)
+            for weight, grad in ((fc1, d_fc1), (fc2, d_fc2))
+        ]
+        return d_tokens, d_probs.to(probs.dtype), *weights, None, None, None
 
 
 def _parts(value: Any) -> list[Tensor]:

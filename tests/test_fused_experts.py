@@ -52,7 +52,7 @@ def fused(experts: Experts, inbox: Dispatched, save: Any) -> Tensor:
     rows = plan(inbox.expert_ids, inbox.tokens_per_expert, experts.config.activation)
     recipe = Bf16(rows, experts.linear_fc1.pick_gemm(len(rows.order)))
     weights = (experts.linear_fc1.weight, experts.linear_fc2.weight)
-    output: Tensor = FusedExperts.apply(inbox.tokens, inbox.probs, *weights, recipe, save)
+    output: Tensor = FusedExperts.apply(inbox.tokens, inbox.probs, *weights, recipe, save, None)
     return output
 
 
@@ -210,6 +210,38 @@ def test_any_dtype_and_a_rank_without_tokens(fp8: Any, wgrad: Any, dtype: torch.
             assert torch.equal(x.bfloat16(), y), name
         if not count:
             assert not any(x.any() for x in found)
+
+
+class Sums:
+    """Totals that held something before."""
+
+    def __init__(self, experts: Experts) -> None:
+        self.pair = [torch.ones_like(p, dtype=torch.float32) for p in experts.parameters()]
+
+    def take(self) -> Any:
+        return tuple(self.pair)
+
+
+@pytest.mark.parametrize("wgrad", ["fp8", "bf16"])
+@pytest.mark.parametrize("fp8", ["rowwise", "blockwise"])
+def test_weight_gradients_are_added_to_totals(fp8: Any, wgrad: Any) -> None:
+    generator = torch.Generator().manual_seed(8)
+    count, width, ffn, _ = SIZES[fp8]
+    config = MoEConfig(hidden_size=width, ffn_hidden_size=ffn, num_experts=E)
+    config = replace(config, fp8=fp8, fp8_wgrad=wgrad)
+    experts = make_experts(config, torch.bfloat16, generator)
+    inbox = make_inbox(generator, torch.bfloat16, False, count, width)
+    seed = torch.randn(count, width, generator=generator)
+    plain = gradients(experts(inbox), inbox, experts, seed)
+    experts.totals = sums = Sums(experts)
+    for calls in (1, 2):
+        found = gradients(experts(inbox), inbox, experts, seed)
+        for name, x, y in zip(NAMES[:3], found, plain, strict=False):
+            assert torch.equal(x, y), name
+        for name, total, gradient in zip(NAMES[3:], sums.pair, plain[3:], strict=True):
+            expected = 1 + calls * gradient.float()
+            assert error(total, expected) < 2**-8, name  # that one was rounded to bf16
+            assert gradient.float().norm() > 1, name
 
 
 def test_weights_are_quantised_when_told() -> None:

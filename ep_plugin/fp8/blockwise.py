@@ -67,13 +67,19 @@ class Blockwise:
         return blocks
 
     def backward(
-        self, grads: Tensor, kept: Any, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self,
+        grads: Tensor,
+        kept: Any,
+        hidden: Any,
+        probs: Tensor,
+        weights: tuple[Tensor, Tensor],
+        into: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         rows, gemm, ends = self.rows, self.gemm, self.rows.ends
         d_active = gemm.dgrad(self._spread(grads), self.weights.fc2, ends)
         d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs)
         del d_active
-        d_fc2 = gemm.wgrad(self._tokens(grads), self._columns(active, 0), ends)
+        d_fc2 = rows.wgrad(gemm, self._tokens(grads), self._columns(active, 0), into[1])
         del active
         if self.wgrad8:
             narrow, d_hidden = rows.ops.round_both(d_hidden, ends)
@@ -81,7 +87,7 @@ class Blockwise:
             narrow = rows.ops.round_rows(d_hidden, ends)
         d_tokens = rows.sum(gemm.dgrad(narrow, self.weights.fc1, ends))
         del narrow
-        return d_tokens, d_probs, gemm.wgrad(d_hidden, self._tokens(kept), ends), d_fc2
+        return d_tokens, d_probs, rows.wgrad(gemm, d_hidden, self._tokens(kept), into[0]), d_fc2
 
     def _spread(self, tokens: Any) -> Tensor:
         """Return the token of each row, of `tokens` [N, H], rounded along features."""

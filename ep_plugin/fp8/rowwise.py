@@ -63,26 +63,38 @@ class Rowwise:
         return self._quantize(hidden)
 
     def backward(
-        self, grads: Tensor, kept: Any, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, ends, weights = self.rows, self.rows.ends, self.weights
+        self,
+        grads: Tensor,
+        kept: Any,
+        hidden: Any,
+        probs: Tensor,
+        weights: tuple[Tensor, Tensor],
+        into: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        rows, ends, weights8 = self.rows, self.rows.ends, self.weights
         incoming = self._quantize(grads)
-        d_active = multiply(self._spread(incoming), weights.fc2_transposed, ends)
+        d_active = multiply(self._spread(incoming), weights8.fc2_transposed, ends)
         d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs, self.wgrad8)
         del d_active
         narrow = d_hidden if self.wgrad8 else self._quantize(d_hidden)
-        d_tokens = rows.sum(multiply(narrow, weights.fc1_transposed, ends))
+        d_tokens = rows.sum(multiply(narrow, weights8.fc1_transposed, ends))
         if not self.wgrad8:
-            d_fc2 = self.gemm.wgrad(rows.spread(grads.bfloat16()), active, ends)
-            return d_tokens, d_probs, self.gemm.wgrad(d_hidden, rows.spread(kept), ends), d_fc2
+            d_fc2 = rows.wgrad(self.gemm, rows.spread(grads.bfloat16()), active, into[1])
+            d_fc1 = rows.wgrad(self.gemm, d_hidden, rows.spread(kept), into[0])
+            return d_tokens, d_probs, d_fc1, d_fc2
         padded = rows.ops.pad_columns(len(rows.order), ends)
-        d_fc2 = multiply_columns(
-            self._columns(incoming, padded, True), self._columns(active, padded, False), padded[2]
-        )
-        d_fc1 = multiply_columns(
-            self._columns(d_hidden, padded, False), self._columns(kept, padded, True), padded[2]
-        )
-        return d_tokens, d_probs, d_fc1, d_fc2
+        columns = self._columns(incoming, padded, True), self._columns(active, padded, False)
+        d_fc2 = self._wgrad8(*columns, padded[2], into[1])
+        columns = self._columns(d_hidden, padded, False), self._columns(kept, padded, True)
+        return d_tokens, d_probs, self._wgrad8(*columns, padded[2], into[0]), d_fc2
+
+    def _wgrad8(
+        self, grads: Columns8, rows: Columns8, ends: Tensor, into: Tensor | None
+    ) -> Tensor | None:
+        if into is None:
+            return multiply_columns(grads, rows, ends)
+        self.rows.ops.add_wgrad8(into, grads, rows, ends)
+        return None
 
     def _quantize(self, matrix: Tensor) -> Rows8:
         quantized: Rows8 = self.rows.ops.quantize_rows(matrix)

@@ -34,6 +34,20 @@ class Rows:
         summed: Tensor = self.ops.sum_rows(rows, self.place, self.ends)
         return summed
 
+    def wgrad(self, gemm: Any, grads: Tensor, rows: Tensor, into: Tensor | None) -> Tensor | None:
+        """Return the weight gradient [e, b, a] by `gemm`, or add it to `into` and return None.
+
+        `gemm` is a `GroupedGemm`, `grads` [R, b], `rows` [R, a], `into` [e, b, a] fp32.
+        """
+        if into is None:
+            gradient: Tensor = gemm.wgrad(grads, rows, self.ends)
+            return gradient
+        if grads.dtype == torch.bfloat16:
+            self.ops.add_wgrad(into, grads, rows, self.ends)
+        else:
+            into += gemm.wgrad(grads, rows, self.ends)
+        return None
+
     def activate(
         self, hidden: Tensor, probs: Tensor, fp8: bool = False, blocks: bool = False
     ) -> Any:

@@ -14,8 +14,8 @@ from torch import Tensor
 from ep_plugin.e4m3 import Columns8
 from ep_plugin.kernels._launch import jit
 
-TILE_B, TILE_A, WARPS, STAGES, BAND = 128, 256, 8, 3, 8
-DEPTH = {1: 128, 2: 64}  # rows of a step, by bytes of an operand's element
+BAND = 8  # rows of tiles
+MANY_ROWS = 1024  # of an expert, on average: from there on larger tiles are faster (H100)
 
 
 @jit
@@ -94,15 +94,19 @@ def _add(
 ) -> None:
     num_experts, b, a = total.shape
     if total.numel() and left.numel():
-        tiles = triton.cdiv(b, TILE_B) * triton.cdiv(a, TILE_A)
+        narrow = scales is not None
+        num_rows = left.shape[1 if narrow else 0]
+        large = num_rows >= MANY_ROWS * num_experts
+        tile_b, tile_a, depth = 128, 256 if large else 128, 128 if narrow and large else 64
+        tiles = triton.cdiv(b, tile_b) * triton.cdiv(a, tile_a)
         _wgrad_kernel[(tiles, num_experts)](
             *(left, right, *(scales or (total, total)), ends, total, num_experts),
             *(b, a, *strides),
             SCALED=scales is not None,
-            TILE_B=TILE_B,
-            TILE_A=TILE_A,
-            DEPTH=DEPTH[left.element_size()],
+            TILE_B=tile_b,
+            TILE_A=tile_a,
+            DEPTH=depth,
             BAND=BAND,
-            num_warps=WARPS,
-            num_stages=STAGES,
+            num_warps=8 if large else 4,
+            num_stages=4 if large else 3,
         )

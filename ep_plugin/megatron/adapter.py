@@ -22,7 +22,12 @@ from ep_plugin.config import ConfigError
 from ep_plugin.contracts import Routing
 from ep_plugin.layer import MoELayer
 from ep_plugin.megatron.groups import adopt_groups
-from ep_plugin.megatron.parameters import initialize_experts, initialize_replicated, set_tags
+from ep_plugin.megatron.parameters import (
+    MainGrads,
+    initialize_experts,
+    initialize_replicated,
+    set_tags,
+)
 from ep_plugin.megatron.settings import EdgeSettings, moe_config
 from ep_plugin.megatron.sharded_state import EXTRA_STATE, expert_sharded_state
 from ep_plugin.megatron.tracking import RoutingTracker
@@ -82,6 +87,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
                 initialize_replicated(part, config)
             initialize_experts(layer.experts, config, groups)
         set_tags(replicated, layer.experts, config, groups)
+        layer.experts.totals = MainGrads(layer.experts)
         router.attach_loss = self._attach_loss
         router.collect_metrics = self.settings.metrics
         router.register_forward_hook(self._after_routing)

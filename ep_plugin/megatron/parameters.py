@@ -79,6 +79,31 @@ def set_tags(
             _tag(parameter, linear, name, dim, not own_groups)
 
 
+class MainGrads:
+    """The gradient buffers of Megatron's DDP, where they are fp32, as `fused_experts.Totals`.
+
+    What apex's or Transformer Engine's fusion of gradient accumulation does for their own layers:
+    a weight gradient is added to `main_grad` by the product that makes it, and DDP is told.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        self.weights = (experts.linear_fc1.weight, experts.linear_fc2.weight)
+
+    def take(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return both buffers [e, out, in]; None where DDP has none, or one in bf16."""
+        first, second = map(_take_buffer, self.weights)
+        return first, second
+
+
+def _take_buffer(weight: Any) -> Tensor | None:
+    buffer: Tensor | None = getattr(weight, "main_grad", None)
+    known = hasattr(weight, "grad_added_to_main_grad")
+    if buffer is None or not known or buffer.dtype != torch.float32:
+        return None
+    weight.grad_added_to_main_grad = True
+    return buffer
+
+
 def _tag(
     parameter: nn.Parameter, linear: GroupedLinear, name: str, dim: int, allreduce: bool
 ) -> None:

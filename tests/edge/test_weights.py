@@ -28,6 +28,39 @@ def test_gathering_under_the_forward_changes_nothing(tmp_path: Path) -> None:
     assert losses(late) == pytest.approx(losses(plain), rel=1e-6)
 
 
+def test_gradients_are_summed_in_megatron_s_buffers_over_micro_batches(tmp_path: Path) -> None:
+    """As one micro-batch or as four, with what DDP does at the end of each step."""
+    flags = (*MOE, *FP8, "--ep-fp8-wgrad", "bf16", "--moe-aux-loss-coeff", "0", *SHARDED)
+    runs = [
+        train(2, OURS, tmp_path / size, *flags, "--micro-batch-size", size) for size in ("1", "4")
+    ]
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
+    norms = [[value for _, value in run.scalars["grad-norm"]] for run in runs]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_ddp_is_told_what_its_buffers_hold() -> None:
+    from ep_plugin.megatron.parameters import MainGrads
+
+    config = MoEConfig(hidden_size=32, ffn_hidden_size=32, num_experts=4, fp8="rowwise")
+    layer, tokens = MoELayer(config), torch.randn(8, 32)
+    layer(tokens).sum().backward()
+    weights: list[Any] = [layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight]
+    plain = [weight.grad for weight in weights]
+    layer.experts.totals = MainGrads(layer.experts)
+    for dtype in (torch.float32, torch.bfloat16):
+        for weight in weights:
+            weight.grad, weight.grad_added_to_main_grad = None, False
+            weight.main_grad = torch.zeros_like(weight, dtype=dtype)
+        layer(tokens).sum().backward()
+        for weight, expected in zip(weights, plain, strict=True):
+            in_fp32 = dtype == torch.float32  # a buffer in bf16 is left to DDP
+            assert weight.grad_added_to_main_grad is in_fp32
+            assert weight.grad.shape == weight.shape  # DDP asks whether there is one
+            found = weight.main_grad if in_fp32 else weight.grad
+            assert float((found - expected).norm() / expected.norm()) < 2**-8
+
+
 def test_weights_are_quantised_once_a_step_under_megatron_s_schedules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
