@@ -72,7 +72,7 @@ class SharedBuffer:
         if not inputs[0].is_cuda:
             return work(), lambda: None
         if self._stream is None:
-            self._stream = torch.cuda.Stream(priority=-1)
+            self._stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             results = work()
