@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _SymmetricMemory
 from torch.distributed import _symmetric_memory as symm_mem
 
 from ep_plugin.config import ConfigError
@@ -54,6 +55,7 @@ class SharedBuffer:
         if self.peers is None or num_bytes > self.num_bytes:
             # A quarter more than asked for: routing changes, and growing stops all ranks.
             self.num_bytes = -(-(num_bytes + num_bytes // 4) // _PAGE) * _PAGE or _PAGE
+            self.peers, self._barrier = None, partial(dist.barrier, self.group)  # freed first
             share = self._share_gpu if device.type == "cuda" else self._share_host
             self.peers = share(device)
         return self.peers
@@ -89,7 +91,8 @@ class SharedBuffer:
         return results, finish
 
     def _share_gpu(self, device: torch.device) -> Peers:
-        own = symm_mem.empty(self.num_bytes, dtype=torch.uint8, device=device)
+        # What `symm_mem.empty` calls, without its memory pool, which would keep outgrown buffers.
+        own = _SymmetricMemory.empty_strided_p2p((self.num_bytes,), (1,), torch.uint8, device)
         handle = symm_mem.rendezvous(own, self.group)
         buffers = [
             own if rank == self.rank else handle.get_buffer(rank, (self.num_bytes,), torch.uint8)
