@@ -51,13 +51,15 @@ def check(tokens: int, ranks: int, width: int, dtype: torch.dtype, device: str) 
 
 
 def check_all(
-    device: str, tokens: tuple[int, ...] = (0, 1, 37), widths: tuple[int, ...] = ()
+    device: str,
+    tokens: tuple[int, ...] = (0, 1, 37),
+    ranks: tuple[int, ...] = (1, 2, 3, 8),
+    widths: tuple[int, ...] = (1, 4, 24),
 ) -> None:
     torch.manual_seed(0)
     dtypes = (torch.bfloat16, torch.float32, torch.int64)
-    for count, ranks in itertools.product(tokens, (1, 2, 3, 8)):
-        for width, dtype in itertools.product((1, 4, 24, *widths), dtypes):
-            check(count, ranks, width, dtype, device)
+    for case in itertools.product(tokens, ranks, widths, dtypes):
+        check(*case, device)
     check(5, 2, 1100, torch.bfloat16, device)
 
 

@@ -14,7 +14,7 @@ in fp32, by rank. Each is the other's backward.
     combine     barrier, copy into the own buffer, barrier, read from all ranks
 
 The copies let the next layer have the buffer: N rows are read and written once more in local
-memory, at ten times the speed of the link or so. The kernels run on `comm_sms` SMs, on a stream of
+memory, at about four times the speed of the link. The kernels run on `comm_sms` SMs, on a stream of
 their own. `dispatch_dedup` changes nothing here. All ranks of ep and etp must be on one host.
 
 Host syncs: one per dispatch, to read how many rows each rank receives.
