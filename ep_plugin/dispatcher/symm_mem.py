@@ -32,7 +32,7 @@ from ep_plugin.config import ConfigError, MoEConfig
 from ep_plugin.contracts import Dispatched, Pending, Routing
 from ep_plugin.dispatcher._shared_buffer import SharedBuffer, shared_buffer
 from ep_plugin.groups import ExpertGroups
-from ep_plugin.kernels.peers_torch import rows_of
+from ep_plugin.kernels.peers_torch import Peers, rows_of
 
 _ALIGN = 128  # bytes; each tensor in the buffers starts at a multiple of it
 
@@ -73,7 +73,7 @@ class _Link(NamedTuple):
             for rows, offset in zip(tensors, offsets, strict=True)
         )
 
-    def _begin(self, tensors: Sequence[Tensor], plan: _Plan) -> tuple[Any, list[int], Any]:
+    def _begin(self, tensors: Sequence[Tensor], plan: _Plan) -> tuple[Any, list[int], Peers]:
         """Return kernels, each tensor's offset and the buffers, which no rank uses any more."""
         offsets, end = [], 0
         for rows in tensors:
