@@ -213,6 +213,7 @@ _SIZES = {
     "ffn_hidden_size": (1, "ffn_hidden_size = 2048"),
     "num_experts": (1, "num_experts = 8"),
     "num_moe_layers": (1, "num_moe_layers = 1"),
+    "comm_sms": (1, "comm_sms = 32"),
 }
 _CHOICES = {
     "score_function": get_args(ScoreFunction),
@@ -252,6 +253,7 @@ class MoEConfig:
     router: str = "topk"
     dispatcher: str = "auto"
     dispatch_dedup: bool = False  # a token travels once to a rank, not once for each expert there
+    comm_sms: int = 32  # SMs of the GPU that dispatcher symm_mem copies with
     gemm: str = "auto"
 
     def __post_init__(self) -> None:

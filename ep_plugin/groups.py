@@ -11,7 +11,8 @@ ep=4, etp=1: the dense groups of tp are 01 23 45 67; the expert groups of ep are
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 
@@ -83,6 +84,7 @@ class ExpertGroups:
     `ep` hosts one copy of all experts; `etp` splits each expert's FFN dimension; `ep_etp` is both
     together, the ranks a token can travel to (etp fastest); `edp` holds the same shard; `tp_cp`
     shares one batch's tokens, and `tp_dp_cp` all batches of a step, for losses that count over it.
+    `shared` is what the layers of these groups have together, by name: a communication buffer.
     """
 
     ep: dist.ProcessGroup | None = None
@@ -91,6 +93,7 @@ class ExpertGroups:
     edp: dist.ProcessGroup | None = None
     tp_cp: dist.ProcessGroup | None = None
     tp_dp_cp: dist.ProcessGroup | None = None
+    shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def ep_size(self) -> int:

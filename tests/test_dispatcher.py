@@ -16,7 +16,8 @@ from ep_plugin.registry import available, resolve
 
 H = 4
 CONFIG = MoEConfig(hidden_size=H, ffn_hidden_size=8, num_experts=NUM_EXPERTS)
-DEGREES = {"local": [(1, 1)], "alltoall": [(2, 1), (4, 1), (2, 2), (1, 4)]}  # name -> (ep, etp)
+SEVERAL = [(2, 1), (4, 1), (2, 2), (1, 4)]
+DEGREES = {"local": [(1, 1)], "alltoall": SEVERAL, "symm_mem": SEVERAL}  # name -> (ep, etp)
 
 
 def origin(rank: int, num_tokens: int) -> Tensor:

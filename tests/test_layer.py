@@ -38,6 +38,7 @@ LAYOUTS = {
     "ep=2 etp=2": ParallelConfig(world_size=NUM_RANKS, ep=2, etp=2),
     "ep=1 etp=4": ParallelConfig(world_size=NUM_RANKS, ep=1, etp=4),
 }
+WAYS: list[dict[str, Any]] = [{}, {"dispatch_dedup": True}, {"dispatcher": "symm_mem"}]
 
 
 class ScriptedRouter(nn.Module):
@@ -160,9 +161,9 @@ def check_all_layouts() -> int:
     for layout, parallel in LAYOUTS.items():
         groups = create_expert_groups(parallel)
         for case, ids in hard_cases().items():
-            for dedup in (False, True):
-                config = replace(BASE, gemm="loop", dispatch_dedup=dedup)
-                what = f"{layout}, {case}, dedup {dedup}"
+            for how in WAYS:
+                config = replace(BASE, gemm="loop", **how)
+                what = f"{layout}, {case}, {how}"
                 check_rank(config, groups, ids, torch.float64, what)
                 checked += 1
         for gemm in ("loop", "torch_grouped"):
@@ -176,7 +177,7 @@ def check_all_layouts() -> int:
 
 
 def test_every_layout_equals_the_oracle() -> None:
-    cases = len(LAYOUTS) * 2 * (len(hard_cases()) + 2 * 3)
+    cases = len(LAYOUTS) * (len(WAYS) * len(hard_cases()) + 2 * 2 * 3)
     assert run_ranks(NUM_RANKS, check_all_layouts) == [cases] * NUM_RANKS
 
 

@@ -45,6 +45,7 @@ CONTRADICTIONS = [
     ({"hidden_size": 0}, {"hidden_size": 1024}),
     ({"num_experts": 2.5}, {"num_experts": 8}),
     ({"num_moe_layers": -1}, {"num_moe_layers": 1}),
+    ({"comm_sms": 0}, {"comm_sms": 32}),
     ({"router": "expert_choice"}, {"router": "topk"}),
     ({"router": "expert_choice"}, {"force_expert_choice": True}),
 ]  # fmt: skip

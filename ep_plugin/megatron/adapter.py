@@ -37,12 +37,13 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     """`ep_plugin.MoELayer` with the names, groups, tags and checkpoint keys of Megatron's MoELayer.
 
     It is a subclass because Megatron asks `isinstance(mlp, MoELayer)`; nothing else is inherited
-    but the fields of BaseMoELayer. `settings` and `tracker` are set by `install()` on the class
-    it installs.
+    but the fields of BaseMoELayer. `settings`, `tracker` and `shared` are set by `install()` on
+    the class it installs.
     """
 
     settings = EdgeSettings()
     tracker: RoutingTracker | None = None
+    shared: dict[str, Any]
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     def _build_block(self, submodules: Any, pg_collection: Any, name: str | None) -> None:
         """Make the block and its parameters; layers may differ in experts, by their number."""
         config = self.config
-        groups = adopt_groups(pg_collection, config.pipeline_model_parallel_size)
+        groups = adopt_groups(pg_collection, config.pipeline_model_parallel_size, self.shared)
         layer = MoELayer(
             moe_config(config, self.settings, self.layer_number),
             groups,

@@ -60,6 +60,7 @@ BLOCK: dict[str, tuple[Any, str]] = {  # name -> (type, help)
     "save": (Save, "how the experts' pre-activations are kept for the backward"),
     "deterministic": (bool, "equal bits in every run: no kernel is chosen by measuring"),
     "dispatch_dedup": (bool, "a token travels once to a rank, not once for each expert there"),
+    "comm_sms": (int, "SMs that --ep-dispatcher symm_mem copies with; default 32"),
     "shared_expert": (SharedExpert, "add the shared expert, or weigh it by a learned softmax"),
 }
 KINDS = (

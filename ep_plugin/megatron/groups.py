@@ -11,9 +11,10 @@ from ep_plugin.parallel import ParallelConfig
 ORDERS = ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp")  # Megatron's default, and --use-tp-pp-dp-mapping
 
 
-def adopt_groups(pg_collection: Any, pipeline_size: int) -> ExpertGroups:
+def adopt_groups(pg_collection: Any, pipeline_size: int, shared: dict[str, Any]) -> ExpertGroups:
     """Return the groups of a ProcessGroupCollection as ours, each checked against our own grids.
 
+    `shared` is handed on to the layers: give those of one model the same.
     Nothing is communicated. Raises ConfigError when Megatron laid the ranks out in a way we would
     not.
     """
@@ -35,6 +36,7 @@ def adopt_groups(pg_collection: Any, pipeline_size: int) -> ExpertGroups:
         edp=_several(pg_collection.expt_dp),
         tp_cp=_several(pg_collection.tp_cp),
         tp_dp_cp=_several(pg_collection.tp_dp_cp),
+        shared=shared,
     )
 
 

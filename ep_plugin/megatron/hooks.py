@@ -73,7 +73,7 @@ def _make_layer_class(original: type) -> Any:
     """Return a fresh subclass of the adapter, so that settings of one install do not outlive it."""
     adapter = import_module("ep_plugin.megatron.adapter")
     tracking = import_module("ep_plugin.megatron.tracking")
-    fields = {"ep_original": original, "tracker": tracking.RoutingTracker()}
+    fields = {"ep_original": original, "tracker": tracking.RoutingTracker(), "shared": {}}
     return type("MoELayer", (adapter.EPMoELayer,), fields)
 
 

@@ -38,6 +38,7 @@ class EdgeSettings:
     save: Save | None = None
     deterministic: bool | None = None
     dispatch_dedup: bool | None = None
+    comm_sms: int | None = None
     metrics: bool = False  # whether somebody reads the routers' metrics
 
 
@@ -182,6 +183,7 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         router=settings.router,
         dispatcher=settings.dispatcher,
         dispatch_dedup=bool(settings.dispatch_dedup),
+        comm_sms=32 if settings.comm_sms is None else settings.comm_sms,
         gemm=settings.gemm,
     )
 

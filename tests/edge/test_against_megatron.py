@@ -41,9 +41,11 @@ def assert_agree(
         (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel",
              "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
          ("--ep-dispatch-dedup", "on")),
+        (2, ("--expert-model-parallel-size", "2"),
+         ("--ep-dispatcher", "symm_mem", "--ep-comm-sms", "16")),
         (2, ("--pipeline-model-parallel-size", "2", "--moe-layer-freq", "[0,1]"), ()),
     ],
-    ids=["ep=1", "ep=2", "tp=2 ep=2 etp=1 dedup", "pp=2 mixed layers"],
+    ids=["ep=1", "ep=2", "tp=2 ep=2 etp=1 dedup", "ep=2 symm_mem", "pp=2 mixed layers"],
 )  # fmt: skip
 def test_twenty_iterations_agree(
     tmp_path: Path, ranks: int, flags: tuple[str, ...], only_ours: tuple[str, ...]

@@ -1,0 +1,181 @@
+"""Dispatch by stores into the buffers of the other ranks, over NVLink (torch's symmetric memory).
+
+A token is read once and stored where it belongs in the buffer of each rank that hosts any of its
+experts, the experts' names and probabilities beside it; nothing is sorted before. For 2 ranks x 2
+local experts, rank 0 with tokens a b, rank 1 with c, that chose (E0 E2) (E0 E1) (E3 E2):
+
+    buffer of rank 0    a b         expert ids  0 2 | 0 1
+    buffer of rank 1    a c                     0 2 | 3 2       (each rank keeps its own)
+
+On the way back every rank reads its tokens' rows where the experts' ranks left them, and sums them
+in fp32, by rank. Each is the other's backward.
+
+    dispatch    barrier, store to all ranks, barrier, copy out of the own buffer
+    combine     barrier, copy into the own buffer, barrier, read from all ranks
+
+The copies let the next layer have the buffer: N rows are read and written once more in local
+memory, at about four times the speed of the link. The kernels run on `comm_sms` SMs, on a stream of
+their own. `dispatch_dedup` changes nothing here. All ranks of ep and etp must be on one host.
+
+Host syncs: one per dispatch, to read how many rows each rank receives.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.contracts import Dispatched, Pending, Routing
+from ep_plugin.dispatcher._shared_buffer import SharedBuffer, shared_buffer
+from ep_plugin.groups import ExpertGroups
+from ep_plugin.kernels.peers_torch import Peers, rows_of
+
+_ALIGN = 128  # bytes; each tensor in the buffers starts at a multiple of it
+
+
+class _Plan(NamedTuple):
+    place: Tensor  # [T, G] int32, row of each token among those of each rank, -1 = not sent
+    received: int  # rows on this rank, N
+    most: int  # rows on the rank that receives the most
+
+
+class _Link(NamedTuple):
+    """How rows get from rank to rank."""
+
+    buffer: SharedBuffer
+    programs: int  # SMs the kernels run on
+
+    def push(self, tensors: Sequence[Tensor], plan: _Plan) -> tuple[Tensor, ...]:
+        """Send rows of each tensor [T, W]; return those received, [N, W] each, by source rank."""
+        ops, offsets, peers = self._begin(tensors, plan)
+        for rows, offset in zip(tensors, offsets, strict=True):
+            ops.push_rows(rows.contiguous(), peers, offset, plan.place, self.programs)
+        self.buffer.barrier()
+        own = peers.buffers[self.buffer.rank]
+        return tuple(
+            rows_of(own, offset, plan.received, rows).clone()
+            for rows, offset in zip(tensors, offsets, strict=True)
+        )
+
+    def sum_home(self, tensors: Sequence[Tensor], plan: _Plan) -> tuple[Tensor, ...]:
+        """Return the sums [T, W] over ranks of each token's rows of each tensor [N, W]."""
+        ops, offsets, peers = self._begin(tensors, plan)
+        own = peers.buffers[self.buffer.rank]
+        for rows, offset in zip(tensors, offsets, strict=True):
+            rows_of(own, offset, plan.received, rows).copy_(rows)
+        self.buffer.barrier()
+        return tuple(
+            ops.sum_rows(rows, peers, offset, plan.place, self.programs)
+            for rows, offset in zip(tensors, offsets, strict=True)
+        )
+
+    def _begin(self, tensors: Sequence[Tensor], plan: _Plan) -> tuple[Any, list[int], Peers]:
+        """Return kernels, each tensor's offset and the buffers, which no rank uses any more."""
+        offsets, end = [], 0
+        for rows in tensors:
+            offsets.append(end)
+            size = plan.most * rows.shape[1] * rows.element_size()
+            end += -(-size // _ALIGN) * _ALIGN
+        peers = self.buffer.reserve(end, plan.place.device)
+        self.buffer.barrier()
+        kernels = "peers" if plan.place.is_cuda else "peers_torch"
+        return import_module(f"ep_plugin.kernels.{kernels}"), offsets, peers
+
+
+class SymmetricMemoryDispatcher:
+    """Stores each token in the buffers of the ranks that host its experts; sums what they leave."""
+
+    def __init__(self, num_experts: int, groups: ExpertGroups, comm_sms: int) -> None:
+        assert groups.ep_etp is not None
+        self.group = groups.ep_etp
+        self.ep_size, self.ep_rank, self.etp_size = groups.ep_size, groups.ep_rank, groups.etp_size
+        self.experts = num_experts // groups.ep_size  # of a rank
+        self.link = _Link(shared_buffer(groups), comm_sms)
+
+    def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
+        plan = self._plan(routing.expert_ids)
+        inputs = (hidden, routing.probs, routing.expert_ids)
+        (tokens, probs, chosen), finish = self.link.buffer.beside(
+            (*inputs, plan.place), lambda: _Dispatch.apply(*inputs, self.link, plan)
+        )
+
+        def wait() -> Dispatched:
+            finish()
+            local = chosen - self.ep_rank * self.experts
+            here = (local >= 0) & (local < self.experts)
+            ids = local.where(here, -1)
+            bucket = local.where(here, self.experts).flatten()
+            counts = bucket.new_zeros(self.experts + 1)
+            counts = counts.scatter_add(0, bucket, torch.ones_like(bucket))
+            return Dispatched(tokens, ids, probs.where(here, 0), counts[:-1], plan)
+
+        return Pending(wait)
+
+    def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
+        (summed,), finish = self.link.buffer.beside(
+            (outbox,), lambda: (_Combine.apply(outbox, self.link, inbox.handle),)
+        )
+
+        def wait() -> Tensor:
+            finish()
+            return summed
+
+        return Pending(wait)
+
+    def _plan(self, expert_ids: Tensor) -> _Plan:
+        """Tell all ranks how many rows go where; return where this rank's do."""
+        hosts = expert_ids // self.experts  # [T, K] ep rank, -1 for dropped choices
+        ranks = torch.arange(self.ep_size, device=expert_ids.device)
+        sent = (hosts.unsqueeze(2) == ranks).any(1).repeat_interleave(self.etp_size, dim=1)
+        own = sent.sum(0).repeat(sent.shape[1], 1)  # [G, G], the same for every rank
+        counts = torch.empty_like(own)  # [from, to]
+        dist.all_to_all_single(counts, own, group=self.group)
+        received = counts.sum(0).tolist()  # the host sync
+        rank = self.link.buffer.rank
+        place = counts[:rank].sum(0) + sent.cumsum(0) - 1
+        place = place.where(sent, -1).to(torch.int32)  # [T, G]
+        return _Plan(place, received[rank], max(received))
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, probs: Tensor, expert_ids: Tensor, link: _Link, plan: _Plan
+    ) -> tuple[Tensor, ...]:
+        ctx.link, ctx.plan = link, plan
+        tokens, received_probs, ids = link.push((hidden, probs, expert_ids), plan)
+        ctx.mark_non_differentiable(ids)
+        return tokens, received_probs, ids
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, probs = ctx.link.sum_home(grads[:2], ctx.plan)
+        return hidden, probs, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, outbox: Tensor, link: _Link, plan: _Plan) -> Tensor:
+        ctx.link, ctx.plan = link, plan
+        return link.sum_home((outbox,), plan)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.link.push(grads, ctx.plan)[0], None, None
+
+
+def build(config: MoEConfig, groups: ExpertGroups) -> SymmetricMemoryDispatcher:
+    """Return the dispatcher; every rank must call it.
+
+    Raises ConfigError when there is no group to exchange with, or it spans several hosts.
+    """
+    if groups.ep_etp is None:
+        raise ConfigError(
+            f"dispatcher 'symm_mem' needs process groups; got ep = {groups.ep_size}, "
+            f"etp = {groups.etp_size} without one; dispatcher 'local' would do"
+        )
+    return SymmetricMemoryDispatcher(config.num_experts, groups, config.comm_sms)

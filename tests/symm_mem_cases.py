@@ -1,0 +1,130 @@
+"""Dispatcher symm_mem beside alltoall with dispatch_dedup, on any device: equal to the bit.
+
+Sums of two ranks' rows have one order; for more, both sum by rank on the CPU alone.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from routings import count
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ep_plugin import ExpertGroups, MoEConfig, ParallelConfig, create_expert_groups
+from ep_plugin.contracts import Dispatched, Dispatcher, Routing, combine, dispatch
+from ep_plugin.registry import resolve
+
+EXPERTS = 16
+CONFIG = MoEConfig(hidden_size=8, ffn_hidden_size=8, num_experts=EXPERTS, comm_sms=3)
+
+
+def make_groups(ep: int, etp: int = 1) -> ExpertGroups:
+    return create_expert_groups(ParallelConfig(world_size=dist.get_world_size(), ep=ep, etp=etp))
+
+
+def both(groups: ExpertGroups) -> list[Dispatcher]:
+    alltoall = resolve("dispatcher", "alltoall")(replace(CONFIG, dispatch_dedup=True), groups)
+    return [alltoall, resolve("dispatcher", "symm_mem")(CONFIG, groups)]
+
+
+def random_ids(case: str, tokens: int, topk: int, seed: int) -> Tensor:
+    """Expert ids [T, K]: every rank its own number of tokens, rank 1 none in case `a rank idle`."""
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    tokens = 0 if case == "a rank idle" and rank == 1 else tokens + 3 * rank
+    if case == "one expert":
+        return torch.full((tokens, 1), EXPERTS - 1)
+    experts = EXPERTS // 2 if case == "experts idle" else EXPERTS
+    ids = torch.rand(tokens, experts, generator=generator).topk(topk, dim=1).indices
+    if case == "dropped":
+        ids[torch.rand(ids.shape, generator=generator) < 0.4] = -1
+    return ids
+
+
+CASES = ("random", "a rank idle", "one expert", "experts idle", "dropped")
+
+
+def outputs_of(inbox: Dispatched) -> Tensor:
+    """Stand for the experts: rows that depend on tokens, ids and probabilities."""
+    factors = (inbox.probs * (inbox.expert_ids + 2)).sum(1, keepdim=True)
+    return (inbox.tokens.float() * factors).tanh().to(inbox.tokens.dtype)
+
+
+def block(dispatcher: Dispatcher, ids: Tensor, hidden: Tensor, probs: Tensor) -> Tensor:
+    inbox = dispatch(dispatcher, hidden, Routing(ids, probs, count(ids, EXPERTS)))
+    return combine(dispatcher, outputs_of(inbox), inbox)
+
+
+def assert_equal(found: Any, expected: Any, what: str) -> None:
+    for index, (x, y) in enumerate(zip(found, expected, strict=True)):
+        assert x.dtype == y.dtype, (what, index, x.dtype, y.dtype)
+        assert torch.equal(x, y), f"{what}: tensor {index} differs"
+
+
+def leaves(ids: Tensor, hidden_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7 + dist.get_rank())
+    hidden = torch.randn(len(ids), hidden_size, generator=generator).to(dtype)
+    probs = torch.rand(ids.shape, generator=generator)
+    return hidden.to(ids.device).requires_grad_(), probs.to(ids.device).requires_grad_()
+
+
+def agree(
+    ep: int, etp: int, device: str, hidden_size: int = 8, tokens: int = 11, cases: Any = CASES
+) -> int:
+    """Inboxes, outputs and gradients of one block; returns the number of comparisons."""
+    groups, checked = make_groups(ep, etp), 0
+    for case in cases:
+        ids = random_ids(case, tokens, 3, seed=1).to(device)
+        for dtype in (torch.float32, torch.bfloat16):
+            results = []
+            for dispatcher in both(groups):
+                hidden, probs = leaves(ids, hidden_size, dtype)
+                inbox = dispatch(dispatcher, hidden, Routing(ids, probs, count(ids, EXPERTS)))
+                output = combine(dispatcher, outputs_of(inbox), inbox)
+                output.backward(torch.ones_like(output) * 0.3 + hidden.detach())
+                fields = (inbox.tokens, inbox.expert_ids, inbox.probs, inbox.tokens_per_expert)
+                results.append((*fields, output, hidden.grad, probs.grad))
+            assert_equal(results[1], results[0], f"{case}, {dtype}")
+            checked += 1
+    return checked
+
+
+def layers_share(device: str, again: bool) -> None:
+    """Three layers have one buffer, and go back in reverse; with `again` forward runs twice."""
+    groups, results = make_groups(dist.get_world_size()), []
+    ids = [random_ids("random", 6, topk, seed=topk).to(device) for topk in (1, 2, 4)]
+    for name in ("alltoall", "symm_mem"):
+        config = replace(CONFIG, dispatch_dedup=True)
+        layers = [resolve("dispatcher", name)(config, groups) for _ in ids]
+        parts = [leaves(chosen, 8, torch.float32) for chosen in ids]
+        hidden = parts[0][0]
+        for layer, chosen, (_, probs) in zip(layers, ids, parts, strict=True):
+            args = (layer, chosen, hidden, probs)
+            hidden = hidden + (
+                checkpoint(block, *args, use_reentrant=False) if again else block(*args)
+            )
+        hidden.square().sum().backward()
+        results.append((hidden, parts[0][0].grad, *(probs.grad for _, probs in parts)))
+    assert_equal(results[1], results[0], f"three layers, again {again}")
+    assert len({id(layer.link.buffer) for layer in layers}) == 1
+
+
+def grows(device: str) -> list[int]:
+    """A layer that needs more gets more, before what an earlier layer kept goes back."""
+    groups = make_groups(dist.get_world_size())
+    buffer, sizes, results = groups.shared, [], []
+    for dispatcher in both(groups):
+        small, large = (random_ids("random", tokens, 2, seed=3) for tokens in (4, 900))
+        kept, outputs = [], []
+        for ids in (small, large, small):
+            hidden, probs = leaves(ids.to(device), 512, torch.float32)
+            outputs.append(block(dispatcher, ids.to(device), hidden, probs))
+            kept += [hidden, probs]
+            if "buffer" in buffer and hasattr(dispatcher, "link"):
+                sizes.append(buffer["buffer"].num_bytes)
+        torch.stack([output.square().sum() for output in outputs]).sum().backward()
+        results.append((*outputs, *(leaf.grad for leaf in kept)))
+    assert_equal(results[1], results[0], "grows")
+    return sizes

@@ -1,0 +1,108 @@
+"""Dispatcher symm_mem: what it sends, its buffer and its kernels. Its laws: test_dispatcher.py."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import symm_mem_cases as cases
+import torch
+import torch.distributed as dist
+from spawn import run_ranks
+
+from ep_plugin import ConfigError, ExpertGroups
+from ep_plugin.registry import resolve
+
+NUM_GPUS = torch.cuda.device_count()
+MULTICAST_OFF = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
+
+
+@pytest.mark.parametrize(("ranks", "ep", "etp"), [(2, 2, 1), (4, 2, 2), (4, 2, 1), (8, 8, 1)])
+def test_equals_alltoall_with_dedup_to_the_bit(ranks: int, ep: int, etp: int) -> None:
+    assert run_ranks(ranks, cases.agree, ep, etp, "cpu") == [2 * len(cases.CASES)] * ranks
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "recomputed"])
+def test_layers_share_one_buffer(again: bool) -> None:
+    run_ranks(2, cases.layers_share, "cpu", again)
+
+
+def test_the_buffer_grows_on_all_ranks_alike() -> None:
+    sizes = run_ranks(2, cases.grows, "cpu")
+    assert sizes[0] == sizes[1]
+    first, second, third = sizes[0]
+    assert first < second == third
+
+
+def files_left(folder: str) -> list[str]:
+    tempfile.tempdir = folder
+    cases.grows("cpu")
+    dist.barrier()
+    return os.listdir(folder)
+
+
+def test_shared_memory_has_no_name_left(tmp_path: Path) -> None:
+    assert run_ranks(2, files_left, str(tmp_path)) == [[], []]
+
+
+def refusal_on_hosts() -> str:
+    host = f"host{dist.get_rank() // 2}"
+    with patch.object(socket, "gethostname", lambda: host), pytest.raises(ConfigError) as error:
+        resolve("dispatcher", "symm_mem")(cases.CONFIG, cases.make_groups(4))
+    return str(error.value)
+
+
+def test_several_hosts_are_refused_on_every_rank() -> None:
+    refusals = run_ranks(4, refusal_on_hosts)
+    assert len(set(refusals)) == 1
+    assert "the 4 are on 2: host0, host1; dispatcher 'alltoall' would do" in refusals[0]
+
+
+def test_without_groups_is_refused() -> None:
+    with pytest.raises(ConfigError, match="dispatcher 'local' would do"):
+        resolve("dispatcher", "symm_mem")(cases.CONFIG, ExpertGroups())
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_equal_their_twins_in_triton_s_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("peers_cases.py")), "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NUM_GPUS < 1, reason="no GPU")
+def test_kernels_equal_their_twins_on_a_gpu() -> None:
+    import peers_cases
+
+    peers_cases.check_all("cuda", tokens=(0, 37, 1000), ranks=(2, 8), widths=(1, 8, 7168))
+
+
+def on_gpus() -> int:
+    cases.layers_share("cuda", again=True)
+    small, large = cases.grows("cuda")[:2]
+    assert small < large
+    return cases.agree(2, 1, "cuda") + cases.agree(2, 1, "cuda", hidden_size=2048, tokens=500)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NUM_GPUS < 1, reason="no GPU")
+def test_two_ranks_on_one_gpu_equal_alltoall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch lets ranks share a GPU if told so; NCCL does not, so gloo carries the counts."""
+    for name, value in {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", **MULTICAST_OFF}.items():
+        monkeypatch.setenv(name, value)
+    assert run_ranks(2, on_gpus) == [4 * len(cases.CASES)] * 2
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(NUM_GPUS < 2, reason="fewer than two GPUs")
+def test_two_gpus_equal_alltoall(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in MULTICAST_OFF.items():
+        monkeypatch.setenv(name, value)
+    assert run_ranks(2, on_gpus, backend="nccl") == [4 * len(cases.CASES)] * 2
