@@ -60,20 +60,18 @@ class AllToAllDispatcher:
         splits = _Splits(*on_host)
         plan = plan_rows(self._destinations(routing.expert_ids), counts[0].numel())
         plan = plan.first(sum(splits.sent))
-        tokens, finish_tokens = _exchange(permute(hidden, plan), splits, self.group)
+        tokens = _exchange(permute(hidden, plan), splits, self.group)
         copies = routing.probs.repeat_interleave(self.etp_size, dim=1)  # [T, K * etp]
-        probs, finish_probs = _exchange(copies.flatten()[plan.order], splits, self.group)
+        probs = _exchange(copies.flatten()[plan.order], splits, self.group)
         received = counts[1]
         local = torch.arange(received.shape[1], device=hidden.device).repeat(len(received))
-        expert_ids = local.repeat_interleave(received.flatten(), output_size=len(tokens))  # [N]
+        expert_ids = local.repeat_interleave(received.flatten(), output_size=sum(splits.received))
 
         def wait() -> Dispatched:
-            finish_tokens()
-            finish_probs()
             return Dispatched(
-                tokens,
-                expert_ids.unsqueeze(1),
-                probs.unsqueeze(1),
+                tokens(),
+                expert_ids.unsqueeze(1),  # [N, 1]
+                probs().unsqueeze(1),
                 received.sum(0),
                 _Handle(plan, splits),
             )
@@ -88,33 +86,26 @@ class AllToAllDispatcher:
         group_rank = torch.arange(wanted.shape[1], device=hidden.device)
         splits = _Splits(*self._both_ways(wanted.sum(0)).tolist())  # the host sync
         plan = plan_rows(group_rank.where(wanted, -1), len(group_rank)).first(sum(splits.sent))
-        tokens, finish_tokens = _exchange(permute(hidden, plan), splits, self.group)
+        tokens = _exchange(permute(hidden, plan), splits, self.group)
         token, destination = plan.order // len(group_rank), plan.order % len(group_rank)
         here = host[token] == (destination // self.etp_size).unsqueeze(1)  # [P, K]
-        ids = (routing.expert_ids[token] % experts).where(here, -1)
-        ids, finish_ids = _exchange(ids, splits, self.group)
-        probs = permute(routing.probs, plan).where(here, 0)
-        probs, finish_probs = _exchange(probs, splits, self.group)
+        chosen = (routing.expert_ids[token] % experts).where(here, -1)
+        expert_ids = _exchange(chosen, splits, self.group)
+        probs = _exchange(permute(routing.probs, plan).where(here, 0), splits, self.group)
 
         def wait() -> Dispatched:
-            for finish in (finish_tokens, finish_ids, finish_probs):
-                finish()
+            ids = expert_ids()  # [N, K]
             bucket = ids.where(ids >= 0, experts).flatten()
             counts = bucket.new_zeros(experts + 1).scatter_add(0, bucket, torch.ones_like(bucket))
-            return Dispatched(tokens, ids, probs, counts[:-1], _Handle(plan, splits))
+            return Dispatched(tokens(), ids, probs(), counts[:-1], _Handle(plan, splits))
 
         return Pending(wait)
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         handle: _Handle = inbox.handle
         back = _Splits(sent=handle.splits.received, received=handle.splits.sent)
-        returned, finish = _exchange(outbox, back, self.group)  # [P, H]
-
-        def wait() -> Tensor:
-            finish()
-            return unpermute(returned, handle.plan)
-
-        return Pending(wait)
+        returned = _exchange(outbox, back, self.group)  # [P, H]
+        return Pending(lambda: unpermute(returned(), handle.plan))
 
     def _exchange_counts(self, tokens_per_expert: Tensor) -> Tensor:
         """Return the rows sent and received [2, G, e], per expert of each rank of the group."""
@@ -139,38 +130,75 @@ class AllToAllDispatcher:
         return numbers.where(expert_ids.unsqueeze(2) >= 0, -1).flatten(1)
 
 
-class _Exchange(torch.autograd.Function):
-    """An uneven all-to-all along dim 0; its backward is the exchange with the splits swapped."""
+class _Exchange:
+    """An uneven all-to-all along dim 0, under way; its way back is the one with splits swapped."""
+
+    def __init__(self, splits: _Splits, group: dist.ProcessGroup) -> None:
+        self.splits, self.group = splits, group
+        self.work: dist.Work | None = None
+        self.received: Tensor | None = None
+
+    def start(self, rows: Tensor, splits: _Splits) -> Tensor:
+        """Send `rows`; read the tensor that is returned only after `wait`."""
+        received = rows.new_empty(sum(splits.received), *rows.shape[1:])
+        self.work = dist.all_to_all_single(
+            received,
+            rows.contiguous(),
+            splits.received,
+            splits.sent,
+            group=self.group,
+            async_op=True,
+        )
+        return received
+
+    def wait(self) -> None:
+        assert self.work is not None
+        self.work.wait()
+        self.work = None
+
+
+class _Start(torch.autograd.Function):
+    """Start an exchange of `rows`, and return them; backward waits for the exchange back.
+
+    With `_Wait` behind it: the rows [P, ...] that go in have the shape of the gradients that come
+    back, so what autograd computes between the two backwards runs while gradients travel.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, splits: _Splits, group: dist.ProcessGroup, works: list[dist.Work]
-    ) -> Tensor:
-        ctx.splits, ctx.group = splits, group
-        received = rows.new_empty(sum(splits.received), *rows.shape[1:])
-        work = dist.all_to_all_single(
-            received, rows.contiguous(), splits.received, splits.sent, group=group, async_op=True
-        )
-        assert work is not None
-        works.append(work)
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.received = exchange.start(rows, exchange.splits)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.wait()
+        return grads[0], None
+
+
+class _Wait(torch.autograd.Function):
+    """Wait for an exchange and return what was received; backward starts the exchange back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.wait()
+        received, exchange.received = exchange.received, None
+        assert received is not None
         return received
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        sent = grads[0].new_empty(sum(ctx.splits.sent), *grads[0].shape[1:])
-        dist.all_to_all_single(
-            sent, grads[0].contiguous(), ctx.splits.sent, ctx.splits.received, group=ctx.group
-        )
-        return sent, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        sent, received = exchange.splits
+        return exchange.start(grads[0], _Splits(sent=received, received=sent)), None
 
 
-def _exchange(
-    rows: Tensor, splits: _Splits, group: dist.ProcessGroup
-) -> tuple[Tensor, Callable[[], object]]:
-    """Start the exchange of `rows`; read the tensor only after calling the returned function."""
-    works: list[dist.Work] = []
-    received: Tensor = _Exchange.apply(rows, splits, group, works)
-    return received, works[0].wait
+def _exchange(rows: Tensor, splits: _Splits, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Start the exchange of `rows` [P, ...]; the function returned waits for what is received."""
+    exchange = _Exchange(splits, group)
+    rows = _Start.apply(rows, exchange)
+    return lambda: _Wait.apply(rows, exchange)
 
 
 def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
