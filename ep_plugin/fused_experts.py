@@ -5,7 +5,7 @@ pre-activations; rows are made again, and the activation is computed again on th
 
     forward     tokens -> rows -> fc1 -> activation x probability -> fc2 -> sum per token
     backward    gradients -> rows -> fc2 -> slopes and activation -> fc1 -> sum per token
-                and both weight gradients
+                and both weight gradients, which may come last of all
 
 In which precision the six products are is a `Recipe`: `Bf16` here, the others in `fp8/`. Rows
 behind the last expert's, of absent choices, are neither read nor written. No host syncs.
@@ -19,8 +19,6 @@ from torch import Tensor
 from ep_plugin.config import Save
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.kernels import Rows
-
-Grads = tuple[Tensor, Tensor, Tensor, Tensor]  # of tokens, probs, fc1, fc2
 
 
 class Recipe(Protocol):
@@ -48,10 +46,26 @@ class Recipe(Protocol):
         """Return `hidden` in e4m3, as save = fp8 keeps it."""
         ...
 
-    def backward(
-        self, grads: Tensor, kept: Any, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
-    ) -> Grads:
-        """Return all gradients for those of the output, `grads` [N, H]."""
+    def incoming(self, grads: Tensor) -> Any:
+        """Return the gradients of the output, `grads` [N, H], as the next two read them."""
+        ...
+
+    def hidden_grads(
+        self, incoming: Any, hidden: Any, probs: Tensor, fc2: Tensor
+    ) -> tuple[Any, Any, Tensor]:
+        """Return the gradients of `hidden`, the activation [R, F] again, the gradients of probs."""
+        ...
+
+    def fc2_grads(self, incoming: Any, active: Any) -> Tensor:
+        """Return the gradients of fc2."""
+        ...
+
+    def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
+        """Return the gradients of the tokens [N, H]."""
+        ...
+
+    def fc1_grads(self, d_hidden: Any, kept: Any) -> Tensor:
+        """Return the gradients of fc1."""
         ...
 
 
@@ -76,17 +90,23 @@ class Bf16:
     def narrow(self, hidden: Tensor) -> Any:
         return self.rows.ops.quantize_rows(hidden)
 
-    def backward(
-        self, grads: Tensor, kept: Tensor, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
-    ) -> Grads:
-        rows, gemm, ends = self.rows, self.gemm, self.rows.ends
-        d_rows = rows.spread(grads)
-        d_active = gemm.dgrad(d_rows, fc2, ends)
-        d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs)
-        d_fc2 = gemm.wgrad(d_rows, active, ends)
-        del d_rows, d_active, active
-        d_tokens = rows.sum(gemm.dgrad(d_hidden, fc1, ends))
-        return d_tokens, d_probs, gemm.wgrad(d_hidden, rows.spread(kept), ends), d_fc2
+    def incoming(self, grads: Tensor) -> Tensor:
+        return self.rows.spread(grads)
+
+    def hidden_grads(
+        self, incoming: Tensor, hidden: Any, probs: Tensor, fc2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d_active = self.gemm.dgrad(incoming, fc2, self.rows.ends)
+        return self.rows.activate_backward(d_active, hidden, probs)
+
+    def fc2_grads(self, incoming: Tensor, active: Tensor) -> Tensor:
+        return self.gemm.wgrad(incoming, active, self.rows.ends)
+
+    def token_grads(self, d_hidden: Tensor, fc1: Tensor) -> Tensor:
+        return self.rows.sum(self.gemm.dgrad(d_hidden, fc1, self.rows.ends))
+
+    def fc1_grads(self, d_hidden: Tensor, kept: Tensor) -> Tensor:
+        return self.gemm.wgrad(d_hidden, self.rows.spread(kept), self.rows.ends)
 
 
 class FusedExperts(torch.autograd.Function):
@@ -103,40 +123,50 @@ class FusedExperts(torch.autograd.Function):
         save: Save,
     ) -> Tensor:
         probs, kept = probs.contiguous(), recipe.keep(tokens)
-        hidden = recipe.first(kept, fc1)
-        output = recipe.second(hidden, probs, fc2)
-        held: Any = hidden if save == "bf16" else None
-        if save == "fp8":
-            held = recipe.narrow(hidden)
+        output, held = through(recipe, kept, probs, fc1, fc2, save)
         ctx.recipe, ctx.kinds = recipe, (type(kept), type(held))
-        ctx.num_kept = len(_parts(kept))
-        ctx.save_for_backward(probs, fc1, fc2, *_parts(kept), *_parts(held))
+        ctx.num_kept = len(parts_of(kept))
+        ctx.save_for_backward(probs, fc1, fc2, *parts_of(kept), *parts_of(held))
         return output.to(tokens.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         recipe: Recipe = ctx.recipe
         probs, fc1, fc2, *parts = ctx.saved_tensors
-        kept = _whole(ctx.kinds[0], parts[: ctx.num_kept])
-        hidden = _whole(ctx.kinds[1], parts[ctx.num_kept :])
+        kept = whole_of(ctx.kinds[0], parts[: ctx.num_kept])
+        hidden = whole_of(ctx.kinds[1], parts[ctx.num_kept :])
         if hidden is None:
             hidden = recipe.first(kept, fc1)
-        d_tokens, d_probs, d_fc1, d_fc2 = recipe.backward(
-            grads[0].contiguous(), kept, hidden, probs, fc1, fc2
-        )
+        incoming = recipe.incoming(grads[0].contiguous())
+        d_hidden, active, d_probs = recipe.hidden_grads(incoming, hidden, probs, fc2)
+        d_fc2 = recipe.fc2_grads(incoming, active)
+        del incoming, active, hidden
+        d_tokens = recipe.token_grads(d_hidden, fc1)
+        d_fc1 = recipe.fc1_grads(d_hidden, kept)
         weights = d_fc1.to(fc1.dtype), d_fc2.to(fc2.dtype)
         return d_tokens, d_probs.to(probs.dtype), *weights, None, None
 
 
-def _parts(value: Any) -> list[Tensor]:
+def through(
+    recipe: Recipe, kept: Any, probs: Tensor, fc1: Tensor, fc2: Tensor, save: Save
+) -> tuple[Tensor, Any]:
+    """Return the output [N, H] for tokens `kept`, and what `save` holds of the pre-activations."""
+    hidden = recipe.first(kept, fc1)
+    output = recipe.second(hidden, probs, fc2)
+    if save == "recompute":
+        return output, None
+    return output, hidden if save == "bf16" else recipe.narrow(hidden)
+
+
+def parts_of(value: Any) -> list[Tensor]:
     """Return the tensors of a tensor, of a record of tensors, or of nothing."""
     if value is None:
         return []
     return [value] if isinstance(value, Tensor) else list(vars(value).values())
 
 
-def _whole(kind: Any, parts: list[Tensor]) -> Any:
-    """Return what `_parts` was given."""
+def whole_of(kind: Any, parts: list[Tensor]) -> Any:
+    """Return what `parts_of` was given, of type `kind`."""
     if kind is type(None):
         return None
     return parts[0] if issubclass(kind, Tensor) else kind(*parts)

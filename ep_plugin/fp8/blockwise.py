@@ -62,21 +62,33 @@ class Blockwise:
         blocks: Blocks8 = self.rows.ops.quantize_blocks(hidden)
         return blocks
 
-    def backward(
-        self, grads: Tensor, kept: Any, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, gemm, ends = self.rows, self.gemm, self.rows.ends
+    def incoming(self, grads: Tensor) -> Tensor:
+        return grads
+
+    def hidden_grads(
+        self, incoming: Tensor, hidden: Any, probs: Tensor, fc2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(hidden, Blocks8):
-            hidden = rows.ops.dequantize_blocks(hidden)
-        d_active = gemm.dgrad(rows.spread(self._rounded(grads)), self.weights.fc2, ends)
-        d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs)
-        del d_active
-        d_tokens = rows.sum(gemm.dgrad(self._round_rows(d_hidden), self.weights.fc1, ends))
-        d_fc2 = gemm.wgrad(self._for_wgrad(rows.spread(grads)), self._for_wgrad(active), ends)
-        del active
-        tokens = rows.ops.dequantize_blocks(kept) if self.wgrad8 else kept
-        d_fc1 = gemm.wgrad(self._for_wgrad(d_hidden), self._for_wgrad(rows.spread(tokens)), ends)
-        return d_tokens, d_probs, d_fc1, d_fc2
+            hidden = self.rows.ops.dequantize_blocks(hidden)
+        grads = self.rows.spread(self._rounded(incoming))
+        d_active = self.gemm.dgrad(grads, self.weights.fc2, self.rows.ends)
+        return self.rows.activate_backward(d_active, hidden, probs)
+
+    def fc2_grads(self, incoming: Tensor, active: Tensor) -> Tensor:
+        grads = self._for_wgrad(self.rows.spread(incoming))
+        return self.gemm.wgrad(grads, self._for_wgrad(active), self.rows.ends)
+
+    def token_grads(self, d_hidden: Tensor, fc1: Tensor) -> Tensor:
+        rounded = self._round_rows(d_hidden)
+        return self.rows.sum(self.gemm.dgrad(rounded, self.weights.fc1, self.rows.ends))
+
+    def fc1_grads(self, d_hidden: Tensor, kept: Any) -> Tensor:
+        tokens = self._for_wgrad(self.rows.spread(self._plain(kept)))
+        return self.gemm.wgrad(self._for_wgrad(d_hidden), tokens, self.rows.ends)
+
+    def _plain(self, kept: Any) -> Tensor:
+        tokens: Tensor = self.rows.ops.dequantize_blocks(kept) if self.wgrad8 else kept
+        return tokens
 
     def _rounded(self, tokens: Any) -> Tensor:
         """Return `tokens` [N, H] rounded along features, in bf16."""

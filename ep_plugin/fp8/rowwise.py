@@ -6,6 +6,7 @@ CPU the same values are multiplied in fp32.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,27 +63,36 @@ class Rowwise:
     def narrow(self, hidden: Tensor) -> Rows8:
         return self._quantize(hidden)
 
-    def backward(
-        self, grads: Tensor, kept: Any, hidden: Any, probs: Tensor, fc1: Tensor, fc2: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, ends, weights = self.rows, self.rows.ends, self.weights
-        incoming = self._quantize(grads)
-        d_active = multiply(self._spread(incoming), weights.fc2_transposed, ends)
-        d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs, self.wgrad8)
-        del d_active
-        narrow = d_hidden if self.wgrad8 else self._quantize(d_hidden)
-        d_tokens = rows.sum(multiply(narrow, weights.fc1_transposed, ends))
+    def incoming(self, grads: Tensor) -> Any:
+        return self._quantize(grads) if self.wgrad8 else grads
+
+    def hidden_grads(
+        self, incoming: Any, hidden: Any, probs: Tensor, fc2: Tensor
+    ) -> tuple[Any, Any, Tensor]:
+        incoming = incoming if self.wgrad8 else self._quantize(incoming)
+        d_active = multiply(self._spread(incoming), self.weights.fc2_transposed, self.rows.ends)
+        return self.rows.activate_backward(d_active, hidden, probs, self.wgrad8)
+
+    def fc2_grads(self, incoming: Any, active: Any) -> Tensor:
         if not self.wgrad8:
-            d_fc2 = self.gemm.wgrad(rows.spread(grads.bfloat16()), active, ends)
-            return d_tokens, d_probs, self.gemm.wgrad(d_hidden, rows.spread(kept), ends), d_fc2
-        padded = rows.ops.pad_columns(len(rows.order), ends)
-        d_fc2 = multiply_columns(
-            self._columns(incoming, padded, True), self._columns(active, padded, False), padded[2]
-        )
-        d_fc1 = multiply_columns(
-            self._columns(d_hidden, padded, False), self._columns(kept, padded, True), padded[2]
-        )
-        return d_tokens, d_probs, d_fc1, d_fc2
+            return self.gemm.wgrad(self.rows.spread(incoming.bfloat16()), active, self.rows.ends)
+        columns = self._columns(incoming, True), self._columns(active, False)
+        return multiply_columns(*columns, self._padded[2])
+
+    def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
+        narrow = d_hidden if self.wgrad8 else self._quantize(d_hidden)
+        return self.rows.sum(multiply(narrow, self.weights.fc1_transposed, self.rows.ends))
+
+    def fc1_grads(self, d_hidden: Any, kept: Any) -> Tensor:
+        if not self.wgrad8:
+            return self.gemm.wgrad(d_hidden, self.rows.spread(kept), self.rows.ends)
+        columns = self._columns(d_hidden, False), self._columns(kept, True)
+        return multiply_columns(*columns, self._padded[2])
+
+    @cached_property
+    def _padded(self) -> Any:
+        """Where the columns of weight gradients come from, the same for all four operands."""
+        return self.rows.ops.pad_columns(len(self.rows.order), self.rows.ends)
 
     def _quantize(self, matrix: Tensor) -> Rows8:
         quantized: Rows8 = self.rows.ops.quantize_rows(matrix)
@@ -92,9 +102,9 @@ class Rowwise:
         rows: Rows8 = self.rows.ops.spread_rows8(tokens, self.rows.place, self.rows.ends)
         return rows
 
-    def _columns(self, matrix: Rows8, padded: Any, are_tokens: bool) -> Columns8:
+    def _columns(self, matrix: Rows8, are_tokens: bool) -> Columns8:
         """Return an operand of a weight gradient, from rows or from tokens."""
-        rows = self.rows
+        rows, padded = self.rows, self._padded
         choices = rows.place.shape[1] if are_tokens else 0
         columns: Columns8 = rows.ops.transpose_rows(matrix, padded, rows.order, rows.ends, choices)
         return columns
