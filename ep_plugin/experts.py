@@ -127,7 +127,8 @@ class Experts(nn.Module):
         """Return [N, H]: for each token the sum over its choices; with etp a summand of it."""
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         fc1_weight, fc2_weight = fc1(), fc2()
-        if fc1.bias is None and (self.fp8 or inbox.tokens.is_cuda):
+        saves_less = self.config.save != "bf16"
+        if fc1.bias is None and (self.fp8 or saves_less or inbox.tokens.is_cuda):
             planned = plan(inbox.expert_ids, inbox.tokens_per_expert, self.config.activation)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),

@@ -29,6 +29,7 @@ class Recipe(Protocol):
     """
 
     has_own_products: bool
+    rows: Rows
 
     def keep(self, tokens: Tensor) -> Any:
         """Return `tokens` [N, H] as they are kept for the backward."""

@@ -10,15 +10,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
+) -> list[Any]:
     """Return what `function(*args)` returns on each rank; an exception on a rank fails the test.
 
-    `function` must be a module's own; results and arguments are pickled.
+    `function` must be a module's own; results and arguments are pickled. With nccl each rank has a
+    GPU of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _rank_main,
-            (world_size, folder, function, args),
+            (world_size, folder, backend, function, args),
             nprocs=world_size,
             start_method="spawn",
         )
@@ -26,12 +29,19 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def _rank_main(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    backend: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(f"{folder}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     torch.save(function(*args), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

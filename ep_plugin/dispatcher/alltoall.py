@@ -16,7 +16,7 @@ dispatch.
 Host syncs: one per dispatch, to read how many rows each rank sends and receives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_plugin.config import ConfigError, MoEConfig
-from ep_plugin.contracts import Dispatched, Pending, Routing
+from ep_plugin.contracts import Dispatched, Packed, Pending, Routing
 from ep_plugin.groups import ExpertGroups
-from ep_plugin.permute import RowPlan, permute, plan_rows, unpermute
+from ep_plugin.permute import RowPlan, count_choices, permute, plan_rows, unpermute
 
 
 class _Splits(NamedTuple):
@@ -42,6 +42,8 @@ class _Handle(NamedTuple):
 class AllToAllDispatcher:
     """Sends each row straight to the ranks that host its expert."""
 
+    swaps = True
+
     def __init__(self, num_experts: int, groups: ExpertGroups, dedup: bool = False) -> None:
         assert groups.ep_etp is not None
         self.group = groups.ep_etp
@@ -51,34 +53,62 @@ class AllToAllDispatcher:
         self.dedup = dedup
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
-        send = self._once_for_each_rank if self.dedup else self._once_for_each_choice
-        return send(hidden, routing)
+        packed = self.pack(hidden, routing)
+        tokens = _exchange(packed.outgoing, _Splits(packed.sent, packed.received), self.group)
+        return Pending(lambda: packed.complete(tokens()))
 
-    def _once_for_each_choice(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
+    def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
+        handle: _Handle = inbox.handle
+        back = _Splits(sent=handle.splits.received, received=handle.splits.sent)
+        returned = _exchange(outbox, back, self.group)  # [P, H]
+        return Pending(lambda: self.unpack(returned(), inbox))
+
+    def pack(self, hidden: Tensor, routing: Routing) -> Packed:
+        pack = self._once_for_each_rank if self.dedup else self._once_for_each_choice
+        return pack(hidden, routing)
+
+    def swap(self, outs: Mapping[int, Tensor], ins: Mapping[int, Tensor]) -> Pending[None]:
+        operations = [
+            dist.P2POp(operation, tensor, group=self.group, group_peer=rank)
+            for operation, tensors in ((dist.isend, outs), (dist.irecv, ins))
+            for rank, tensor in tensors.items()
+            if tensor.numel()
+        ]
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return Pending(wait)
+
+    def unpack(self, returned: Tensor, inbox: Dispatched) -> Tensor:
+        return unpermute(returned, inbox.handle.plan)
+
+    def _once_for_each_choice(self, hidden: Tensor, routing: Routing) -> Packed:
         counts = self._exchange_counts(routing.tokens_per_expert)  # [2, G, e]
         on_host = counts.sum(2).tolist()  # the host sync
         splits = _Splits(*on_host)
         plan = plan_rows(self._destinations(routing.expert_ids), counts[0].numel())
         plan = plan.first(sum(splits.sent))
-        tokens = _exchange(permute(hidden, plan), splits, self.group)
         copies = routing.probs.repeat_interleave(self.etp_size, dim=1)  # [T, K * etp]
         probs = _exchange(copies.flatten()[plan.order], splits, self.group)
         received = counts[1]
         local = torch.arange(received.shape[1], device=hidden.device).repeat(len(received))
         expert_ids = local.repeat_interleave(received.flatten(), output_size=sum(splits.received))
 
-        def wait() -> Dispatched:
+        def complete(tokens: Tensor) -> Dispatched:
             return Dispatched(
-                tokens(),
+                tokens,
                 expert_ids.unsqueeze(1),  # [N, 1]
                 probs().unsqueeze(1),
                 received.sum(0),
                 _Handle(plan, splits),
             )
 
-        return Pending(wait)
+        return Packed(permute(hidden, plan), self.group.rank(), *splits, complete)
 
-    def _once_for_each_rank(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
+    def _once_for_each_rank(self, hidden: Tensor, routing: Routing) -> Packed:
         experts = self.num_experts // self.ep_size  # of a rank
         host = routing.expert_ids // experts  # [T, K] ep rank, -1 for dropped choices
         ranks = torch.arange(self.ep_size, device=hidden.device)
@@ -86,26 +116,18 @@ class AllToAllDispatcher:
         group_rank = torch.arange(wanted.shape[1], device=hidden.device)
         splits = _Splits(*self._both_ways(wanted.sum(0)).tolist())  # the host sync
         plan = plan_rows(group_rank.where(wanted, -1), len(group_rank)).first(sum(splits.sent))
-        tokens = _exchange(permute(hidden, plan), splits, self.group)
         token, destination = plan.order // len(group_rank), plan.order % len(group_rank)
         here = host[token] == (destination // self.etp_size).unsqueeze(1)  # [P, K]
         chosen = (routing.expert_ids[token] % experts).where(here, -1)
         expert_ids = _exchange(chosen, splits, self.group)
         probs = _exchange(permute(routing.probs, plan).where(here, 0), splits, self.group)
 
-        def wait() -> Dispatched:
+        def complete(tokens: Tensor) -> Dispatched:
             ids = expert_ids()  # [N, K]
-            bucket = ids.where(ids >= 0, experts).flatten()
-            counts = bucket.new_zeros(experts + 1).scatter_add(0, bucket, torch.ones_like(bucket))
-            return Dispatched(tokens(), ids, probs(), counts[:-1], _Handle(plan, splits))
+            counts = count_choices(ids, experts)
+            return Dispatched(tokens, ids, probs(), counts, _Handle(plan, splits))
 
-        return Pending(wait)
-
-    def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
-        handle: _Handle = inbox.handle
-        back = _Splits(sent=handle.splits.received, received=handle.splits.sent)
-        returned = _exchange(outbox, back, self.group)  # [P, H]
-        return Pending(lambda: unpermute(returned(), handle.plan))
+        return Packed(permute(hidden, plan), self.group.rank(), *splits, complete)
 
     def _exchange_counts(self, tokens_per_expert: Tensor) -> Tensor:
         """Return the rows sent and received [2, G, e], per expert of each rank of the group."""
