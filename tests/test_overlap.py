@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from overlap_cases import ALL, BASE, SOME, routings, run, sized
+import torch.distributed as dist
+from overlap_cases import ALL, BASE, SOME, VARIANTS, routings, run, sized
+from routings import NUM_EXPERTS
 from spawn import run_ranks
 from tolerance import assert_close
 
@@ -63,3 +65,32 @@ def check_random(schedule: str) -> int:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_random_numbers_agree(schedule: str) -> None:
     assert run_ranks(4, check_random, schedule) == [2 * len(SOME)] * 4
+
+
+def check_on_gpus(schedule: str) -> int:
+    device = torch.device("cuda", dist.get_rank())
+    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2))
+    generator = torch.Generator().manual_seed(9)
+    scores = [torch.rand(tokens, NUM_EXPERTS, generator=generator) for tokens in (3001, 1777)]
+    ids = [rows.topk(3, dim=1).indices.masked_fill(rows[:, :3] < 0.2, -1) for rows in scores]
+    base = replace(BASE, activation="swiglu")
+    checked = 0
+    for variant in ({}, {"fp8": "rowwise"}, *VARIANTS):
+        for dedup in (False, True):
+            config = sized(base, dispatch_dedup=dedup, **variant)
+            config = replace(config, hidden_size=512, ffn_hidden_size=1024)
+            expected = run(config, groups, ids, whole=False, device=device)
+            found = run(replace(config, overlap=schedule), groups, ids, whole=False, device=device)
+            for name, value in expected.items():
+                assert torch.equal(found[name], value), f"{variant}, dedup {dedup}: {name}"
+            checked += 1
+    return checked
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_on_two_gpus_random_numbers_give_equal_bits(schedule: str) -> None:
+    """A product's row does not depend on how many rows there are: kernels sum along it alike."""
+    cases = 2 * (2 + len(VARIANTS))
+    assert run_ranks(2, check_on_gpus, schedule, backend="nccl") == [cases] * 2
