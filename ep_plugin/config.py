@@ -214,6 +214,7 @@ _SIZES = {
     "num_experts": (1, "num_experts = 8"),
     "num_moe_layers": (1, "num_moe_layers = 1"),
     "comm_sms": (1, "comm_sms = 32"),
+    "overlap_chunks": (1, "overlap_chunks = None"),
 }
 _CHOICES = {
     "score_function": get_args(ScoreFunction),
@@ -255,6 +256,8 @@ class MoEConfig:
     dispatch_dedup: bool = False  # a token travels once to a rank, not once for each expert there
     comm_sms: int = 32  # SMs of the GPU that dispatcher symm_mem copies with
     gemm: str = "auto"
+    overlap: str = "serial"  # the order of a layer's verbs: what is computed while tokens travel
+    overlap_chunks: int | None = None  # of the other ranks, for overlap = chunked; None: 2 at most
 
     def __post_init__(self) -> None:
         _check_counts(self, _SIZES)
@@ -266,6 +269,11 @@ class MoEConfig:
         if self.fp8 != "off" and self.bias:
             raise ConfigError(
                 f"fp8 ({self.fp8}) needs experts without bias; bias = False or fp8 = off would do"
+            )
+        if self.overlap_chunks is not None and self.overlap != "chunked":
+            raise ConfigError(
+                f"overlap_chunks ({self.overlap_chunks}) is for overlap = chunked, and overlap is "
+                f"{self.overlap}; overlap_chunks = None would do"
             )
         self.routing.check_experts(self.num_experts)
         if self.router == "expert_choice" and not self.routing.force_expert_choice:

@@ -58,6 +58,20 @@ class Pending[Result]:
     wait: Callable[[], Result]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A dispatch before its tokens leave: how many go where, and what will be known of the others.
+
+    Ranks are those of the dispatcher's group, rank 0's rows first.
+    """
+
+    outgoing: Tensor  # [P, H]
+    rank: int  # of this process
+    sent: list[int]  # rows to each rank, P in all
+    received: list[int]  # rows from each rank, N in all
+    complete: Callable[[Tensor], Dispatched]  # with the tokens [N, H], received or to be
+
+
 class Router(Protocol):
     """Scores tokens against experts. Replicated on every rank; an nn.Module.
 
@@ -84,6 +98,50 @@ class Dispatcher(Protocol):
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         """Bring `outbox` [N, H] home and sum per token: [T, H]. Tokens sent nowhere get zeros."""
+        ...
+
+
+class PeerDispatcher(Dispatcher, Protocol):
+    """A dispatcher that can also exchange with some ranks at a time, and says so.
+
+    Dispatch is pack, swap with every other rank, complete; combine is swap, unpack. All ranks must
+    call `swap` for the same pairs in the same order.
+    """
+
+    swaps: bool
+
+    def pack(self, hidden: Tensor, routing: Routing) -> Packed:
+        """Sort `hidden` [T, H] by destination and exchange numbers, experts, probabilities."""
+        ...
+
+    def swap(self, outs: Mapping[int, Tensor], ins: Mapping[int, Tensor]) -> Pending[None]:
+        """Start sending `outs` to, and filling `ins` from, other ranks; no gradient is recorded."""
+        ...
+
+    def unpack(self, returned: Tensor, inbox: Dispatched) -> Tensor:
+        """Sum the rows that came home, `returned` [P, H] in the order packed, per token: [T, H]."""
+        ...
+
+
+class Block(Protocol):
+    """What a schedule orders: a layer after its router."""
+
+    groups: Any  # ep_plugin.groups.ExpertGroups
+    dispatcher: Dispatcher
+    experts: Any  # ep_plugin.experts.Experts: [N, H] for what was dispatched
+    shared_expert: Callable[[Tensor], Tensor] | None
+
+
+class Schedule(Protocol):
+    """The order of a layer's verbs; no result depends on it.
+
+    An option's `build(config, block)` returns it; ConfigError when the block cannot do it.
+    """
+
+    def __call__(
+        self, block: Block, hidden: Tensor, routing: Routing
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the experts' sums [T, H], and what the shared expert makes of `hidden`."""
         ...
 
 

@@ -18,7 +18,7 @@ from ep_plugin import __version__
 from ep_plugin.config import BackendUnavailable, ConfigError
 from ep_plugin.registry import available, resolve
 
-KINDS = ("router", "dispatcher", "gemm")
+KINDS = ("router", "dispatcher", "gemm", "overlap")
 PACKAGES = (  # package, the module that has to import, what it is for
     ("transformer-engine", "transformer_engine.pytorch", "--transformer-impl transformer_engine"),
     ("sentencepiece", "sentencepiece", "the recipes' tokenizer"),

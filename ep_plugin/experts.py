@@ -128,11 +128,12 @@ class Experts(nn.Module):
         """Return [N, H]: for each token the sum over its choices; with etp a summand of it."""
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         fc1_weight, fc2_weight = fc1(), fc2()
-        if fc1.bias is None and (self.fp8 or inbox.tokens.is_cuda):
+        saves_less = self.config.save != "bf16"
+        if fc1.bias is None and (self.fp8 or saves_less or inbox.tokens.is_cuda):
             planned = plan(inbox.expert_ids, inbox.tokens_per_expert, self.config.activation)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
-                *(self._recipe(planned), self.config.save, self.totals),
+                *(self.recipes(len(planned.order))(planned), self.config.save, self.totals),
             )
             return output
         ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
@@ -150,14 +151,17 @@ class Experts(nn.Module):
             rows = rows + (bias * probs).to(rows.dtype)
         return unpermute(rows, moves)
 
-    def _recipe(self, rows: Rows) -> Recipe:
+    def recipes(self, num_rows: int) -> Callable[[Rows], Recipe]:
+        """Return what makes the recipe of some of a call's `num_rows` rows, or of all of them."""
         wgrad8 = self.config.fp8_wgrad == "fp8"
         kind: Any = FP8[self.config.fp8][1] if self.fp8 else Bf16
         uses_gemm = not (kind.has_own_products and wgrad8)
         measured = uses_gemm and not self.config.deterministic  # with 0 rows it is the rule's
-        gemm = self.linear_fc1.pick_gemm(len(rows.order) if measured else 0)
-        recipe: Recipe = kind(rows, gemm, self.weights8(), wgrad8) if self.fp8 else kind(rows, gemm)
-        return recipe
+        gemm = self.linear_fc1.pick_gemm(num_rows if measured else 0)
+        if not self.fp8:
+            return lambda rows: Bf16(rows, gemm)
+        weights8 = self.weights8()
+        return lambda rows: kind(rows, gemm, weights8, wgrad8)
 
     def weights8(self) -> Any:
         """Return the weights as the FP8 recipe reads them, made anew when they may have changed."""

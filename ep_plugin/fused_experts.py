@@ -5,7 +5,7 @@ pre-activations; rows are made again, and the activation is computed again on th
 
     forward     tokens -> rows -> fc1 -> activation x probability -> fc2 -> sum per token
     backward    gradients -> rows -> fc2 -> slopes and activation -> fc1 -> sum per token
-                and both weight gradients
+                and both weight gradients, which may come last of all
 
 In which precision the six products are is a `Recipe`: `Bf16` here, the others in `fp8/`. Rows
 behind the last expert's, of absent choices, are neither read nor written. No host syncs.
@@ -20,8 +20,7 @@ from ep_plugin.config import Save
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.kernels import Rows
 
-Into = tuple[Tensor | None, Tensor | None]  # fc1, fc2
-Grads = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # of tokens, probs, fc1, fc2
+Into = tuple[Tensor | None, Tensor | None]  # where the gradients of fc1 and fc2 are added
 
 
 class Totals(Protocol):
@@ -37,9 +36,11 @@ class Recipe(Protocol):
 
     What is kept is a tensor or a record of tensors. Weights are [e, out, in], hidden [R, F or 2F].
     `has_own_products` says whether it needs no grouped GEMM, but for weight gradients in bf16.
+    A gradient of a weight is returned, or added to `into` [e, out, in] fp32 and None returned.
     """
 
     has_own_products: bool
+    rows: Rows
 
     def keep(self, tokens: Tensor) -> Any:
         """Return `tokens` [N, H] as they are kept for the backward."""
@@ -57,19 +58,26 @@ class Recipe(Protocol):
         """Return `hidden` in e4m3, as save = fp8 keeps it."""
         ...
 
-    def backward(
-        self,
-        grads: Tensor,
-        kept: Any,
-        hidden: Any,
-        probs: Tensor,
-        weights: tuple[Tensor, Tensor],
-        into: Into,
-    ) -> Grads:
-        """Return all gradients for those of the output, `grads` [N, H].
+    def incoming(self, grads: Tensor) -> Any:
+        """Return the gradients of the output, `grads` [N, H], as the next two read them."""
+        ...
 
-        A weight's is None where it was added to the one of `into`.
-        """
+    def hidden_grads(
+        self, incoming: Any, hidden: Any, probs: Tensor, fc2: Tensor
+    ) -> tuple[Any, Any, Tensor]:
+        """Return the gradients of `hidden`, the activation [R, F] again, the gradients of probs."""
+        ...
+
+    def fc2_grads(self, incoming: Any, active: Any, into: Tensor | None) -> Tensor | None:
+        """Return the gradients of fc2."""
+        ...
+
+    def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
+        """Return the gradients of the tokens [N, H]."""
+        ...
+
+    def fc1_grads(self, d_hidden: Any, kept: Any, into: Tensor | None) -> Tensor | None:
+        """Return the gradients of fc1."""
         ...
 
 
@@ -94,23 +102,23 @@ class Bf16:
     def narrow(self, hidden: Tensor) -> Any:
         return self.rows.ops.quantize_rows(hidden)
 
-    def backward(
-        self,
-        grads: Tensor,
-        kept: Tensor,
-        hidden: Any,
-        probs: Tensor,
-        weights: tuple[Tensor, Tensor],
-        into: Into,
-    ) -> Grads:
-        rows, gemm, ends = self.rows, self.gemm, self.rows.ends
-        d_rows = rows.spread(grads)
-        d_active = gemm.dgrad(d_rows, weights[1], ends)
-        d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs)
-        d_fc2 = rows.wgrad(gemm, d_rows, active, into[1])
-        del d_rows, d_active, active
-        d_tokens = rows.sum(gemm.dgrad(d_hidden, weights[0], ends))
-        return d_tokens, d_probs, rows.wgrad(gemm, d_hidden, rows.spread(kept), into[0]), d_fc2
+    def incoming(self, grads: Tensor) -> Tensor:
+        return self.rows.spread(grads)
+
+    def hidden_grads(
+        self, incoming: Tensor, hidden: Any, probs: Tensor, fc2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d_active = self.gemm.dgrad(incoming, fc2, self.rows.ends)
+        return self.rows.activate_backward(d_active, hidden, probs)
+
+    def fc2_grads(self, incoming: Tensor, active: Tensor, into: Tensor | None) -> Tensor | None:
+        return self.rows.wgrad(self.gemm, incoming, active, into)
+
+    def token_grads(self, d_hidden: Tensor, fc1: Tensor) -> Tensor:
+        return self.rows.sum(self.gemm.dgrad(d_hidden, fc1, self.rows.ends))
+
+    def fc1_grads(self, d_hidden: Tensor, kept: Tensor, into: Tensor | None) -> Tensor | None:
+        return self.rows.wgrad(self.gemm, d_hidden, self.rows.spread(kept), into)
 
 
 class FusedExperts(torch.autograd.Function):
@@ -127,46 +135,65 @@ class FusedExperts(torch.autograd.Function):
         save: Save,
         totals: Totals | None,
     ) -> Tensor:
-        probs, kept = probs.contiguous(), recipe.keep(tokens.contiguous())
-        hidden = recipe.first(kept, fc1)
-        output = recipe.second(hidden, probs, fc2)
-        held: Any = hidden if save == "bf16" else None
-        if save == "fp8":
-            held = recipe.narrow(hidden)
+        probs, kept = probs.contiguous(), recipe.keep(tokens)
+        output, held = through(recipe, kept, probs, fc1, fc2, save)
         ctx.recipe, ctx.totals, ctx.kinds = recipe, totals, (type(kept), type(held))
-        ctx.num_kept = len(_parts(kept))
-        ctx.save_for_backward(probs, fc1, fc2, *_parts(kept), *_parts(held))
+        ctx.num_kept = len(parts_of(kept))
+        ctx.save_for_backward(probs, fc1, fc2, *parts_of(kept), *parts_of(held))
         return output.to(tokens.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         recipe: Recipe = ctx.recipe
         probs, fc1, fc2, *parts = ctx.saved_tensors
-        kept = _whole(ctx.kinds[0], parts[: ctx.num_kept])
-        hidden = _whole(ctx.kinds[1], parts[ctx.num_kept :])
+        kept = whole_of(ctx.kinds[0], parts[: ctx.num_kept])
+        hidden = whole_of(ctx.kinds[1], parts[ctx.num_kept :])
         if hidden is None:
             hidden = recipe.first(kept, fc1)
-        into: Into = (None, None) if ctx.totals is None else ctx.totals.take()
-        d_tokens, d_probs, d_fc1, d_fc2 = recipe.backward(
-            grads[0].contiguous(), kept, hidden, probs, (fc1, fc2), into
-        )
-        # Who takes sums wants a gradient all the same, to know that it was there: one never read.
-        weights = [
-            torch.empty_like(weight) if grad is None else grad.to(weight.dtype)
-            for weight, grad in ((fc1, d_fc1), (fc2, d_fc2))
-        ]
-        return d_tokens, d_probs.to(probs.dtype), *weights, None, None, None
+        into = take(ctx.totals)
+        incoming = recipe.incoming(grads[0].contiguous())
+        d_hidden, active, d_probs = recipe.hidden_grads(incoming, hidden, probs, fc2)
+        d_fc2 = delivered(recipe.fc2_grads(incoming, active, into[1]), fc2)
+        del incoming, active, hidden
+        d_tokens = recipe.token_grads(d_hidden, fc1)
+        d_fc1 = delivered(recipe.fc1_grads(d_hidden, kept, into[0]), fc1)
+        return d_tokens, d_probs.to(probs.dtype), d_fc1, d_fc2, None, None, None
 
 
-def _parts(value: Any) -> list[Tensor]:
+def take(totals: Totals | None) -> Into:
+    """Return where gradients of weights are added, for one backward."""
+    return (None, None) if totals is None else totals.take()
+
+
+def delivered(grad: Tensor | None, weight: Tensor) -> Tensor:
+    """Return `grad` in the dtype of `weight`; for one that was added elsewhere a place holder.
+
+    Who takes sums wants a gradient all the same, to know that it was there: its values are never
+    read, nor written.
+    """
+    return torch.empty_like(weight) if grad is None else grad.to(weight.dtype)
+
+
+def through(
+    recipe: Recipe, kept: Any, probs: Tensor, fc1: Tensor, fc2: Tensor, save: Save
+) -> tuple[Tensor, Any]:
+    """Return the output [N, H] for tokens `kept`, and what `save` holds of the pre-activations."""
+    hidden = recipe.first(kept, fc1)
+    output = recipe.second(hidden, probs, fc2)
+    if save == "recompute":
+        return output, None
+    return output, hidden if save == "bf16" else recipe.narrow(hidden)
+
+
+def parts_of(value: Any) -> list[Tensor]:
     """Return the tensors of a tensor, of a record of tensors, or of nothing."""
     if value is None:
         return []
     return [value] if isinstance(value, Tensor) else list(vars(value).values())
 
 
-def _whole(kind: Any, parts: list[Tensor]) -> Any:
-    """Return what `_parts` was given."""
+def whole_of(kind: Any, parts: list[Tensor]) -> Any:
+    """Return what `parts_of` was given, of type `kind`."""
     if kind is type(None):
         return None
     return parts[0] if issubclass(kind, Tensor) else kind(*parts)

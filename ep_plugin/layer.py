@@ -1,4 +1,7 @@
-"""READ SECOND: the Mixture-of-Experts block, four verbs in a row."""
+"""READ SECOND: the Mixture-of-Experts block, four verbs in a row.
+
+Route here; dispatch, experts, combine in `overlap/serial.py`, and in other orders beside it.
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ep_plugin.config import ConfigError, MoEConfig
-from ep_plugin.contracts import Dispatcher, Router, combine, dispatch
+from ep_plugin.contracts import Dispatcher, Router, Schedule
 from ep_plugin.experts import Experts
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.parallel import check_experts_over_ranks
@@ -52,6 +55,7 @@ class MoELayer(nn.Module):
         )
         self.experts = Experts(config, groups, device=device, dtype=dtype)
         self.shared_expert = shared_expert
+        self.schedule: Schedule = resolve("overlap", config.overlap)(config, self)
         self.coefficient = _coefficient(config, shared_expert, device, dtype)
         if init_method is not None:
             self.reset_parameters(init_method)
@@ -80,12 +84,9 @@ class MoELayer(nn.Module):
         num_sequences = hidden.shape[-2] if hidden.dim() > 2 else 1
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
         routing = self.router(tokens, num_sequences)
-        inbox = dispatch(self.dispatcher, tokens, routing)
-        outbox = self.experts(inbox)
-        output = combine(self.dispatcher, outbox, inbox).view_as(hidden)
-        if self.shared_expert is not None:
-            output = self._merge(output, self.shared_expert(hidden), hidden)
-        return output
+        routed, shared = self.schedule(self, hidden, routing)
+        output = routed.view_as(hidden)
+        return output if shared is None else self._merge(output, shared, hidden)
 
     def _merge(self, routed: Tensor, shared: Tensor, hidden: Tensor) -> Tensor:
         """Add the two, or weigh them as DeepSpeed-MoE's residual expert (arXiv:2201.05596, 4.1)."""

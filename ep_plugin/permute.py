@@ -40,6 +40,13 @@ def plan_rows(expert_ids: Tensor, num_experts: int) -> RowPlan:
     return RowPlan(order, place.view_as(expert_ids), expert_ids >= 0)
 
 
+def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Return how many of `expert_ids` [N, C] are each expert's, -1 for none's: [e] int64."""
+    bucket = expert_ids.where(expert_ids >= 0, num_experts).flatten()
+    counts = bucket.new_zeros(num_experts + 1)
+    return counts.scatter_add(0, bucket, torch.ones_like(bucket))[:-1]
+
+
 def permute(tokens: Tensor, plan: RowPlan) -> Tensor:
     """Return the token of `tokens` [N, H] of each row: [R, H]."""
     result: Tensor = _Permute.apply(tokens, plan)

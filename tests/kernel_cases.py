@@ -156,8 +156,6 @@ def check_blocks(tokens: int, experts: int, choices: int, width: int, device: st
 
     compare(lambda m: m.round_rows(matrix, ends), matrix, False, "round_rows")
     compare(lambda m: m.round_columns(matrix, order, ends), matrix, True, "round_columns")
-    compare(lambda m: m.round_both(matrix, ends)[0], matrix, False, "round_both, by features")
-    compare(lambda m: m.round_both(matrix, ends)[1], matrix, True, "round_both, by rows")
     narrow = [module.quantize_blocks(source) for module in (kernels, twins)]
     assert_same([narrow[0].scale], [narrow[1].scale], "scale of blocks")
     spread = twins.spread_rows(source, place, ends)

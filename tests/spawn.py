@@ -15,8 +15,8 @@ def run_ranks(
 ) -> list[Any]:
     """Return what `function(*args)` returns on each rank; an exception on a rank fails the test.
 
-    `function` must be a module's own; results and arguments are pickled. With backend nccl each
-    rank has a GPU of its own.
+    `function` must be a module's own; results and arguments are pickled. With nccl each rank has a
+    GPU of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
@@ -37,10 +37,10 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(f"{folder}/store", world_size)
     if backend == "nccl":
         torch.cuda.set_device(rank)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     torch.save(function(*args), f"{folder}/{rank}.pt")
     dist.barrier()

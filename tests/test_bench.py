@@ -76,8 +76,9 @@ def test_layer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         by_name
     )
     assert ("ep_plugin+rowwise", "fp8") in by_name
-    for (_, precision), row in by_name.items():
-        limit = 0.01 if precision == "bf16" else 0.09  # an ideal quantiser's is 0.065
+    for (backend, precision), row in by_name.items():
+        rounded = precision == "fp8" or backend.endswith("save_fp8")
+        limit = 0.09 if rounded else 0.01  # an ideal quantiser's is 0.065
         assert row["error"] < limit
         assert row["grad_error"] < limit
         assert 0 < row["fwd_ms"] < row["ms"]

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent / "ep_plugin"
 OPTION_FOLDERS = (
     "router",
     "dispatcher",
+    "overlap",
     "gemm",
     "presets",
     "fp8",
@@ -48,6 +49,7 @@ TABLE = {
     "experts": Row(
         "contracts config registry autotune groups permute kernels fp8 fused_experts", "torch"
     ),
+    "overlap": Row("contracts config fused_experts kernels permute", "torch"),
     "layer": Row("contracts config parallel registry groups experts", "torch"),
     # beside the core
     "convert": Row("config registry", "torch tqdm"),

@@ -15,7 +15,8 @@ def test_options_are_the_files_of_the_folder() -> None:
     assert not [name for name in available("dispatcher") if name.startswith("_")]
 
 
-OPTIONS = [(kind, name) for kind in ("router", "dispatcher", "gemm") for name in available(kind)]
+KINDS = ("router", "dispatcher", "gemm", "overlap")
+OPTIONS = [(kind, name) for kind in KINDS for name in available(kind)]
 OPTIONAL = {"te": "transformer_engine", "deepgemm": "deep_gemm"}  # and the package each needs
 
 

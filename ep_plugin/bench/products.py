@@ -116,8 +116,9 @@ def _blockwise(problem: Problem) -> list[Product]:
         [ops.round_rows(matrix, ends[i]) for i, matrix in enumerate(matrices)]
         for matrices in (problem.rows, problem.grads)
     )
+    order = torch.arange(len(problem.rows[0]), device=weight.device)
     left, right = (
-        [ops.round_both(matrix, ends[i])[1] for i, matrix in enumerate(matrices)]
+        [ops.round_columns(matrix, order, ends[i]) for i, matrix in enumerate(matrices)]
         for matrices in (problem.grads, problem.rows)
     )
     gemm = autotune.AutoGemm().pick(weight, len(rows[0]))

@@ -16,7 +16,7 @@ dispatch.
 Host syncs: one per dispatch, to read how many rows each rank sends and receives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_plugin.config import ConfigError, MoEConfig
-from ep_plugin.contracts import Dispatched, Pending, Routing
+from ep_plugin.contracts import Dispatched, Packed, Pending, Routing
 from ep_plugin.groups import ExpertGroups
-from ep_plugin.permute import RowPlan, permute, plan_rows, unpermute
+from ep_plugin.permute import RowPlan, count_choices, permute, plan_rows, unpermute
 
 
 class _Splits(NamedTuple):
@@ -42,6 +42,8 @@ class _Handle(NamedTuple):
 class AllToAllDispatcher:
     """Sends each row straight to the ranks that host its expert."""
 
+    swaps = True
+
     def __init__(self, num_experts: int, groups: ExpertGroups, dedup: bool = False) -> None:
         assert groups.ep_etp is not None
         self.group = groups.ep_etp
@@ -51,36 +53,62 @@ class AllToAllDispatcher:
         self.dedup = dedup
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
-        send = self._once_for_each_rank if self.dedup else self._once_for_each_choice
-        return send(hidden, routing)
+        packed = self.pack(hidden, routing)
+        tokens = _exchange(packed.outgoing, _Splits(packed.sent, packed.received), self.group)
+        return Pending(lambda: packed.complete(tokens()))
 
-    def _once_for_each_choice(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
+    def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
+        handle: _Handle = inbox.handle
+        back = _Splits(sent=handle.splits.received, received=handle.splits.sent)
+        returned = _exchange(outbox, back, self.group)  # [P, H]
+        return Pending(lambda: self.unpack(returned(), inbox))
+
+    def pack(self, hidden: Tensor, routing: Routing) -> Packed:
+        pack = self._once_for_each_rank if self.dedup else self._once_for_each_choice
+        return pack(hidden, routing)
+
+    def swap(self, outs: Mapping[int, Tensor], ins: Mapping[int, Tensor]) -> Pending[None]:
+        operations = [
+            dist.P2POp(operation, tensor, group=self.group, group_peer=rank)
+            for operation, tensors in ((dist.isend, outs), (dist.irecv, ins))
+            for rank, tensor in tensors.items()
+            if tensor.numel()
+        ]
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return Pending(wait)
+
+    def unpack(self, returned: Tensor, inbox: Dispatched) -> Tensor:
+        return unpermute(returned, inbox.handle.plan)
+
+    def _once_for_each_choice(self, hidden: Tensor, routing: Routing) -> Packed:
         counts = self._exchange_counts(routing.tokens_per_expert)  # [2, G, e]
         on_host = counts.sum(2).tolist()  # the host sync
         splits = _Splits(*on_host)
         plan = plan_rows(self._destinations(routing.expert_ids), counts[0].numel())
         plan = plan.first(sum(splits.sent))
-        tokens, finish_tokens = _exchange(permute(hidden, plan), splits, self.group)
         copies = routing.probs.repeat_interleave(self.etp_size, dim=1)  # [T, K * etp]
-        probs, finish_probs = _exchange(copies.flatten()[plan.order], splits, self.group)
+        probs = _exchange(copies.flatten()[plan.order], splits, self.group)
         received = counts[1]
         local = torch.arange(received.shape[1], device=hidden.device).repeat(len(received))
-        expert_ids = local.repeat_interleave(received.flatten(), output_size=len(tokens))  # [N]
+        expert_ids = local.repeat_interleave(received.flatten(), output_size=sum(splits.received))
 
-        def wait() -> Dispatched:
-            finish_tokens()
-            finish_probs()
+        def complete(tokens: Tensor) -> Dispatched:
             return Dispatched(
                 tokens,
-                expert_ids.unsqueeze(1),
-                probs.unsqueeze(1),
+                expert_ids.unsqueeze(1),  # [N, 1]
+                probs().unsqueeze(1),
                 received.sum(0),
                 _Handle(plan, splits),
             )
 
-        return Pending(wait)
+        return Packed(permute(hidden, plan), self.group.rank(), *splits, complete)
 
-    def _once_for_each_rank(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
+    def _once_for_each_rank(self, hidden: Tensor, routing: Routing) -> Packed:
         experts = self.num_experts // self.ep_size  # of a rank
         host = routing.expert_ids // experts  # [T, K] ep rank, -1 for dropped choices
         ranks = torch.arange(self.ep_size, device=hidden.device)
@@ -88,33 +116,18 @@ class AllToAllDispatcher:
         group_rank = torch.arange(wanted.shape[1], device=hidden.device)
         splits = _Splits(*self._both_ways(wanted.sum(0)).tolist())  # the host sync
         plan = plan_rows(group_rank.where(wanted, -1), len(group_rank)).first(sum(splits.sent))
-        tokens, finish_tokens = _exchange(permute(hidden, plan), splits, self.group)
         token, destination = plan.order // len(group_rank), plan.order % len(group_rank)
         here = host[token] == (destination // self.etp_size).unsqueeze(1)  # [P, K]
-        ids = (routing.expert_ids[token] % experts).where(here, -1)
-        ids, finish_ids = _exchange(ids, splits, self.group)
-        probs = permute(routing.probs, plan).where(here, 0)
-        probs, finish_probs = _exchange(probs, splits, self.group)
+        chosen = (routing.expert_ids[token] % experts).where(here, -1)
+        expert_ids = _exchange(chosen, splits, self.group)
+        probs = _exchange(permute(routing.probs, plan).where(here, 0), splits, self.group)
 
-        def wait() -> Dispatched:
-            for finish in (finish_tokens, finish_ids, finish_probs):
-                finish()
-            bucket = ids.where(ids >= 0, experts).flatten()
-            counts = bucket.new_zeros(experts + 1).scatter_add(0, bucket, torch.ones_like(bucket))
-            return Dispatched(tokens, ids, probs, counts[:-1], _Handle(plan, splits))
+        def complete(tokens: Tensor) -> Dispatched:
+            ids = expert_ids()  # [N, K]
+            counts = count_choices(ids, experts)
+            return Dispatched(tokens, ids, probs(), counts, _Handle(plan, splits))
 
-        return Pending(wait)
-
-    def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
-        handle: _Handle = inbox.handle
-        back = _Splits(sent=handle.splits.received, received=handle.splits.sent)
-        returned, finish = _exchange(outbox, back, self.group)  # [P, H]
-
-        def wait() -> Tensor:
-            finish()
-            return unpermute(returned, handle.plan)
-
-        return Pending(wait)
+        return Packed(permute(hidden, plan), self.group.rank(), *splits, complete)
 
     def _exchange_counts(self, tokens_per_expert: Tensor) -> Tensor:
         """Return the rows sent and received [2, G, e], per expert of each rank of the group."""
@@ -139,38 +152,75 @@ class AllToAllDispatcher:
         return numbers.where(expert_ids.unsqueeze(2) >= 0, -1).flatten(1)
 
 
-class _Exchange(torch.autograd.Function):
-    """An uneven all-to-all along dim 0; its backward is the exchange with the splits swapped."""
+class _Exchange:
+    """An uneven all-to-all along dim 0, under way; its way back is the one with splits swapped."""
+
+    def __init__(self, splits: _Splits, group: dist.ProcessGroup) -> None:
+        self.splits, self.group = splits, group
+        self.work: dist.Work | None = None
+        self.received: Tensor | None = None
+
+    def start(self, rows: Tensor, splits: _Splits) -> Tensor:
+        """Send `rows`; read the tensor that is returned only after `wait`."""
+        received = rows.new_empty(sum(splits.received), *rows.shape[1:])
+        self.work = dist.all_to_all_single(
+            received,
+            rows.contiguous(),
+            splits.received,
+            splits.sent,
+            group=self.group,
+            async_op=True,
+        )
+        return received
+
+    def wait(self) -> None:
+        assert self.work is not None
+        self.work.wait()
+        self.work = None
+
+
+class _Start(torch.autograd.Function):
+    """Start an exchange of `rows`, and return them; backward waits for the exchange back.
+
+    With `_Wait` behind it: the rows [P, ...] that go in have the shape of the gradients that come
+    back, so what autograd computes between the two backwards runs while gradients travel.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, splits: _Splits, group: dist.ProcessGroup, works: list[dist.Work]
-    ) -> Tensor:
-        ctx.splits, ctx.group = splits, group
-        received = rows.new_empty(sum(splits.received), *rows.shape[1:])
-        work = dist.all_to_all_single(
-            received, rows.contiguous(), splits.received, splits.sent, group=group, async_op=True
-        )
-        assert work is not None
-        works.append(work)
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.received = exchange.start(rows, exchange.splits)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.wait()
+        return grads[0], None
+
+
+class _Wait(torch.autograd.Function):
+    """Wait for an exchange and return what was received; backward starts the exchange back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.wait()
+        received, exchange.received = exchange.received, None
+        assert received is not None
         return received
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        sent = grads[0].new_empty(sum(ctx.splits.sent), *grads[0].shape[1:])
-        dist.all_to_all_single(
-            sent, grads[0].contiguous(), ctx.splits.sent, ctx.splits.received, group=ctx.group
-        )
-        return sent, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        sent, received = exchange.splits
+        return exchange.start(grads[0], _Splits(sent=received, received=sent)), None
 
 
-def _exchange(
-    rows: Tensor, splits: _Splits, group: dist.ProcessGroup
-) -> tuple[Tensor, Callable[[], object]]:
-    """Start the exchange of `rows`; read the tensor only after calling the returned function."""
-    works: list[dist.Work] = []
-    received: Tensor = _Exchange.apply(rows, splits, group, works)
-    return received, works[0].wait
+def _exchange(rows: Tensor, splits: _Splits, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Start the exchange of `rows` [P, ...]; the function returned waits for what is received."""
+    exchange = _Exchange(splits, group)
+    rows = _Start.apply(rows, exchange)
+    return lambda: _Wait.apply(rows, exchange)
 
 
 def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:

@@ -66,28 +66,26 @@ class Blockwise:
         blocks: Blocks8 = self.rows.ops.quantize_blocks(hidden)
         return blocks
 
-    def backward(
-        self,
-        grads: Tensor,
-        kept: Any,
-        hidden: Any,
-        probs: Tensor,
-        weights: tuple[Tensor, Tensor],
-        into: tuple[Tensor | None, Tensor | None],
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        rows, gemm, ends = self.rows, self.gemm, self.rows.ends
-        d_active = gemm.dgrad(self._spread(grads), self.weights.fc2, ends)
-        d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs)
-        del d_active
-        d_fc2 = rows.wgrad(gemm, self._tokens(grads), self._columns(active, 0), into[1])
-        del active
-        if self.wgrad8:
-            narrow, d_hidden = rows.ops.round_both(d_hidden, ends)
-        else:
-            narrow = rows.ops.round_rows(d_hidden, ends)
-        d_tokens = rows.sum(gemm.dgrad(narrow, self.weights.fc1, ends))
-        del narrow
-        return d_tokens, d_probs, rows.wgrad(gemm, d_hidden, self._tokens(kept), into[0]), d_fc2
+    def incoming(self, grads: Tensor) -> Tensor:
+        return grads
+
+    def hidden_grads(
+        self, incoming: Tensor, hidden: Any, probs: Tensor, fc2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d_active = self.gemm.dgrad(self._spread(incoming), self.weights.fc2, self.rows.ends)
+        return self.rows.activate_backward(d_active, hidden, probs)
+
+    def fc2_grads(self, incoming: Tensor, active: Tensor, into: Tensor | None) -> Tensor | None:
+        operands = self._tokens(incoming), self._columns(active, 0)
+        return self.rows.wgrad(self.gemm, *operands, into)
+
+    def token_grads(self, d_hidden: Tensor, fc1: Tensor) -> Tensor:
+        rounded = self.rows.ops.round_rows(d_hidden, self.rows.ends)
+        return self.rows.sum(self.gemm.dgrad(rounded, self.weights.fc1, self.rows.ends))
+
+    def fc1_grads(self, d_hidden: Tensor, kept: Any, into: Tensor | None) -> Tensor | None:
+        operands = self._columns(d_hidden, 0), self._tokens(kept)
+        return self.rows.wgrad(self.gemm, *operands, into)
 
     def _spread(self, tokens: Any) -> Tensor:
         """Return the token of each row, of `tokens` [N, H], rounded along features."""

@@ -6,6 +6,7 @@ CPU the same values are multiplied in fp32.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,39 +63,41 @@ class Rowwise:
     def narrow(self, hidden: Tensor) -> Rows8:
         return self._quantize(hidden)
 
-    def backward(
-        self,
-        grads: Tensor,
-        kept: Any,
-        hidden: Any,
-        probs: Tensor,
-        weights: tuple[Tensor, Tensor],
-        into: tuple[Tensor | None, Tensor | None],
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        rows, ends, weights8 = self.rows, self.rows.ends, self.weights
-        incoming = self._quantize(grads)
-        d_active = multiply(self._spread(incoming), weights8.fc2_transposed, ends)
-        d_hidden, active, d_probs = rows.activate_backward(d_active, hidden, probs, self.wgrad8)
-        del d_active
-        narrow = d_hidden if self.wgrad8 else self._quantize(d_hidden)
-        d_tokens = rows.sum(multiply(narrow, weights8.fc1_transposed, ends))
-        if not self.wgrad8:
-            d_fc2 = rows.wgrad(self.gemm, rows.spread(grads.bfloat16()), active, into[1])
-            d_fc1 = rows.wgrad(self.gemm, d_hidden, rows.spread(kept), into[0])
-            return d_tokens, d_probs, d_fc1, d_fc2
-        padded = rows.ops.pad_columns(len(rows.order), ends)
-        columns = self._columns(incoming, padded, True), self._columns(active, padded, False)
-        d_fc2 = self._wgrad8(*columns, padded[2], into[1])
-        columns = self._columns(d_hidden, padded, False), self._columns(kept, padded, True)
-        return d_tokens, d_probs, self._wgrad8(*columns, padded[2], into[0]), d_fc2
+    def incoming(self, grads: Tensor) -> Any:
+        return self._quantize(grads) if self.wgrad8 else grads
 
-    def _wgrad8(
-        self, grads: Columns8, rows: Columns8, ends: Tensor, into: Tensor | None
-    ) -> Tensor | None:
+    def hidden_grads(
+        self, incoming: Any, hidden: Any, probs: Tensor, fc2: Tensor
+    ) -> tuple[Any, Any, Tensor]:
+        incoming = incoming if self.wgrad8 else self._quantize(incoming)
+        d_active = multiply(self._spread(incoming), self.weights.fc2_transposed, self.rows.ends)
+        return self.rows.activate_backward(d_active, hidden, probs, self.wgrad8)
+
+    def fc2_grads(self, incoming: Any, active: Any, into: Tensor | None) -> Tensor | None:
+        if not self.wgrad8:
+            grads = self.rows.spread(incoming.bfloat16())
+            return self.rows.wgrad(self.gemm, grads, active, into)
+        return self._wgrad8(self._columns(incoming, True), self._columns(active, False), into)
+
+    def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
+        narrow = d_hidden if self.wgrad8 else self._quantize(d_hidden)
+        return self.rows.sum(multiply(narrow, self.weights.fc1_transposed, self.rows.ends))
+
+    def fc1_grads(self, d_hidden: Any, kept: Any, into: Tensor | None) -> Tensor | None:
+        if not self.wgrad8:
+            return self.rows.wgrad(self.gemm, d_hidden, self.rows.spread(kept), into)
+        return self._wgrad8(self._columns(d_hidden, False), self._columns(kept, True), into)
+
+    def _wgrad8(self, grads: Columns8, rows: Columns8, into: Tensor | None) -> Tensor | None:
         if into is None:
-            return multiply_columns(grads, rows, ends)
-        self.rows.ops.add_wgrad8(into, grads, rows, ends)
+            return multiply_columns(grads, rows, self._padded[2])
+        self.rows.ops.add_wgrad8(into, grads, rows, self._padded[2])
         return None
+
+    @cached_property
+    def _padded(self) -> Any:
+        """Where the columns of weight gradients come from, the same for all four operands."""
+        return self.rows.ops.pad_columns(len(self.rows.order), self.rows.ends)
 
     def _quantize(self, matrix: Tensor) -> Rows8:
         quantized: Rows8 = self.rows.ops.quantize_rows(matrix)
@@ -104,9 +107,9 @@ class Rowwise:
         rows: Rows8 = self.rows.ops.spread_rows8(tokens, self.rows.place, self.rows.ends)
         return rows
 
-    def _columns(self, matrix: Rows8, padded: Any, are_tokens: bool) -> Columns8:
+    def _columns(self, matrix: Rows8, are_tokens: bool) -> Columns8:
         """Return an operand of a weight gradient, from rows or from tokens."""
-        rows = self.rows
+        rows, padded = self.rows, self._padded
         choices = rows.place.shape[1] if are_tokens else 0
         columns: Columns8 = rows.ops.transpose_rows(matrix, padded, rows.order, rows.ends, choices)
         return columns

@@ -86,34 +86,3 @@ def round_columns(
             num_warps=8,
         )
     return out
-
-
-@jit
-def _both_kernel(
-    rows, ends, by_features, by_rows, num_experts, WIDTH, SIZE: tl.constexpr, E: tl.constexpr
-):
-    first, last = _block_of_rows(ends, num_experts, SIZE, E)
-    if first >= last:
-        return
-    row = first + tl.arange(0, SIZE)
-    feature = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    there = (row < last)[:, None] & (feature < WIDTH)[None, :]
-    cell = row.to(tl.int64)[:, None] * WIDTH + feature[None, :]
-    values = tl.load(rows + cell, mask=there, other=0.0).to(tl.float32)
-    tl.store(by_features + cell, _round(values, 1), mask=there)
-    tl.store(by_rows + cell, _round(values, 0), mask=there)
-
-
-def round_both(rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `rows` [R, X] as `round_rows` and as `round_columns` round them, read once."""
-    by_features, by_rows = (torch.empty_like(rows, dtype=torch.bfloat16) for _ in range(2))
-    num_rows, width = rows.shape
-    if rows.numel():
-        grid = (num_rows // BLOCK + len(ends), triton.cdiv(width, BLOCK))
-        _both_kernel[grid](
-            *(rows, ends, by_features, by_rows, len(ends), width),
-            SIZE=BLOCK,
-            E=triton.next_power_of_2(len(ends)),
-            num_warps=16,  # 16384 numbers in registers
-        )
-    return by_features, by_rows

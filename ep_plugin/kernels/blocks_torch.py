@@ -65,12 +65,6 @@ def round_columns(
     return rounded.bfloat16()
 
 
-def round_both(rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `rows` [R, X] as `round_rows` and as `round_columns` round them."""
-    order = torch.arange(len(rows), device=ends.device)
-    return round_rows(rows, ends), round_columns(rows, order, ends)
-
-
 def round_weight(weight: Tensor) -> Tensor:
     """Return `weight` [e, b, a] rounded to e4m3 by 128 x 128 values: bf16."""
     blocks = weight.float().unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))

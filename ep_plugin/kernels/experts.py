@@ -4,7 +4,7 @@ The functions have the same names, arguments and results as their twins in `expe
 """
 
 from ep_plugin.kernels.activation import ACTIVATIONS, GATED, activate, activate_backward
-from ep_plugin.kernels.block_columns import round_both, round_columns
+from ep_plugin.kernels.block_columns import round_columns
 from ep_plugin.kernels.blocks import quantize_blocks, round_rows, round_weight, spread_blocks
 from ep_plugin.kernels.quantize import (
     pad_columns,
@@ -26,7 +26,6 @@ __all__ = [
     "quantize_blocks",
     "quantize_rows",
     "quantize_weight",
-    "round_both",
     "round_columns",
     "round_rows",
     "round_weight",

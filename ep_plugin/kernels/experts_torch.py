@@ -11,7 +11,6 @@ from ep_plugin.e4m3 import E4M3, Blocks8, Columns8, Rows8, Weight8, dequantize_r
 from ep_plugin.kernels.blocks_torch import (
     dequantize_blocks,
     quantize_blocks,
-    round_both,
     round_columns,
     round_rows,
     round_weight,
@@ -22,7 +21,6 @@ from ep_plugin.permute import plan_rows
 __all__ = [  # as they are elsewhere
     "quantize_blocks",
     "quantize_rows",
-    "round_both",
     "round_columns",
     "round_rows",
     "round_weight",

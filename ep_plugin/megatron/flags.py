@@ -61,12 +61,14 @@ BLOCK: dict[str, tuple[Any, str]] = {  # name -> (type, help)
     "deterministic": (bool, "equal bits in every run: no kernel is chosen by measuring"),
     "dispatch_dedup": (bool, "a token travels once to a rank, not once for each expert there"),
     "comm_sms": (int, "SMs that --ep-dispatcher symm_mem copies with; default 32"),
+    "overlap_chunks": (int, "parts the other ranks' tokens come in, for --ep-overlap chunked"),
     "shared_expert": (SharedExpert, "add the shared expert, or weigh it by a learned softmax"),
 }
 KINDS = (
     ("router", "topk", "which experts a token goes to"),
     ("dispatcher", "auto", "how rows reach their experts"),
     ("gemm", "auto", "the grouped matrix product under the experts"),
+    ("overlap", "serial", "what is computed while tokens travel"),
 )
 
 
@@ -111,7 +113,7 @@ def experts_per_layer(text: str) -> tuple[int, ...]:
 
 def automatic(kind: str) -> tuple[str, ...]:
     """Return `auto` for the kinds that have it."""
-    return () if kind == "router" else ("auto",)
+    return () if kind in ("router", "overlap") else ("auto",)
 
 
 def add_ep_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

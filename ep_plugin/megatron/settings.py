@@ -28,6 +28,7 @@ class EdgeSettings:
     router: str = "topk"
     dispatcher: str = "auto"
     gemm: str = "auto"
+    overlap: str = "serial"
     routing: dict[str, Any] = field(default_factory=dict)  # fields of RoutingConfig
     dense_activation: Activation | None = None
     expert_activation: Activation | None = None
@@ -39,6 +40,7 @@ class EdgeSettings:
     deterministic: bool | None = None
     dispatch_dedup: bool | None = None
     comm_sms: int | None = None
+    overlap_chunks: int | None = None
     metrics: bool = False  # whether somebody reads the routers' metrics
 
 
@@ -61,8 +63,14 @@ _LEGAL: dict[str, tuple[tuple[Any, ...], str]] = {
         ("allgather", "alltoall"),
         "--moe-token-dispatcher-type alltoall; --ep-dispatcher chooses ours",
     ),
-    "moe_shared_expert_overlap": ((False,), "no --moe-shared-expert-overlap"),
-    "overlap_moe_expert_parallel_comm": ((False,), "no --overlap-moe-expert-parallel-comm"),
+    "moe_shared_expert_overlap": (
+        (False,),
+        "no --moe-shared-expert-overlap; --ep-overlap shared_expert is ours",
+    ),
+    "overlap_moe_expert_parallel_comm": (
+        (False,),
+        "no --overlap-moe-expert-parallel-comm; --ep-overlap chunked hides an exchange",
+    ),
     "moe_enable_routing_replay": ((False,), "no --moe-enable-routing-replay"),
     "moe_mlp_glu_interleave_size": ((None,), "no --moe-mlp-glu-interleave-size"),
     "activation_func_clamp_value": ((None,), "no --activation-func-clamp-value"),
@@ -185,6 +193,8 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         dispatch_dedup=bool(settings.dispatch_dedup),
         comm_sms=32 if settings.comm_sms is None else settings.comm_sms,
         gemm=settings.gemm,
+        overlap=settings.overlap,
+        overlap_chunks=settings.overlap_chunks,
     )
 
 

@@ -37,7 +37,8 @@ def assert_agree(
     ("ranks", "flags", "only_ours"),
     [
         (1, (), ()),
-        (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer"), ()),
+        (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer"),
+         ("--ep-overlap", "chunked")),
         (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel",
              "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
          ("--ep-dispatch-dedup", "on")),
@@ -45,7 +46,7 @@ def assert_agree(
          ("--ep-dispatcher", "symm_mem", "--ep-comm-sms", "16")),
         (2, ("--pipeline-model-parallel-size", "2", "--moe-layer-freq", "[0,1]"), ()),
     ],
-    ids=["ep=1", "ep=2", "tp=2 ep=2 etp=1 dedup", "ep=2 symm_mem", "pp=2 mixed layers"],
+    ids=["ep=1", "ep=2 chunked", "tp=2 ep=2 etp=1 dedup", "ep=2 symm_mem", "pp=2 mixed layers"],
 )  # fmt: skip
 def test_twenty_iterations_agree(
     tmp_path: Path, ranks: int, flags: tuple[str, ...], only_ours: tuple[str, ...]

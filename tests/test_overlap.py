@@ -1,0 +1,96 @@
+"""A schedule never changes a result: outputs and all gradients are those of `serial`."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from overlap_cases import ALL, BASE, SOME, VARIANTS, routings, run, sized
+from routings import NUM_EXPERTS
+from spawn import run_ranks
+from tolerance import assert_close
+
+from ep_plugin import ParallelConfig, create_expert_groups
+from ep_plugin.registry import available
+
+SCHEDULES = [name for name in available("overlap") if name != "serial"]
+LAYOUTS = [(2, 2, 1), (4, 4, 1), (4, 2, 2)]  # ranks, ep, etp
+
+
+def changes_of(schedule: str, ranks: int) -> list[dict[str, Any]]:
+    """Return the settings of `schedule` to try."""
+    chunks: list[int | None] = [None, 1, ranks - 1] if schedule == "chunked" else [None]
+    return [{"overlap": schedule, "overlap_chunks": n} for n in chunks]
+
+
+def check_bits(schedule: str, ranks: int, ep: int, etp: int) -> int:
+    groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ep, etp=etp))
+    checked = 0
+    for case, variant in ALL:
+        for dedup in (False, True):
+            config = sized(BASE, dispatch_dedup=dedup, **variant)
+            expected = run(config, groups, routings()[case], whole=True)
+            for changes in changes_of(schedule, ranks):
+                found = run(replace(config, **changes), groups, routings()[case], whole=True)
+                for name, value in expected.items():
+                    what = f"{case}, {variant}, dedup {dedup}, {changes}: {name}"
+                    assert torch.equal(found[name], value), what
+                checked += 1
+            assert any(value.any() for value in expected.values()) or case == "no tokens at all"
+    return checked
+
+
+@pytest.mark.parametrize(("ranks", "ep", "etp"), LAYOUTS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_whole_numbers_give_equal_bits(schedule: str, ranks: int, ep: int, etp: int) -> None:
+    cases = len(ALL) * 2 * len(changes_of(schedule, ranks))
+    assert run_ranks(ranks, check_bits, schedule, ranks, ep, etp) == [cases] * ranks
+
+
+def check_random(schedule: str) -> int:
+    groups = create_expert_groups(ParallelConfig(world_size=4, ep=4))
+    checked = 0
+    for case in SOME:
+        for activation in ("swiglu", "gelu"):
+            config = replace(BASE, activation=activation, dispatch_dedup=activation == "gelu")
+            expected = run(config, groups, routings()[case], whole=False)
+            found = run(replace(config, overlap=schedule), groups, routings()[case], whole=False)
+            for name, value in expected.items():
+                assert_close(found[name], value.double(), torch.float32, f"{case}: {name}")
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_random_numbers_agree(schedule: str) -> None:
+    assert run_ranks(4, check_random, schedule) == [2 * len(SOME)] * 4
+
+
+def check_on_gpus(schedule: str) -> int:
+    device = torch.device("cuda", dist.get_rank())
+    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2))
+    generator = torch.Generator().manual_seed(9)
+    scores = [torch.rand(tokens, NUM_EXPERTS, generator=generator) for tokens in (3001, 1777)]
+    ids = [rows.topk(3, dim=1).indices.masked_fill(rows[:, :3] < 0.2, -1) for rows in scores]
+    base = replace(BASE, activation="swiglu")
+    checked = 0
+    for variant in ({}, {"fp8": "rowwise"}, *VARIANTS):
+        for dedup in (False, True):
+            config = sized(base, dispatch_dedup=dedup, **variant)
+            config = replace(config, hidden_size=512, ffn_hidden_size=1024)
+            expected = run(config, groups, ids, whole=False, device=device)
+            found = run(replace(config, overlap=schedule), groups, ids, whole=False, device=device)
+            for name, value in expected.items():
+                assert torch.equal(found[name], value), f"{variant}, dedup {dedup}: {name}"
+            checked += 1
+    return checked
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_on_two_gpus_random_numbers_give_equal_bits(schedule: str) -> None:
+    """A product's row does not depend on how many rows there are: kernels sum along it alike."""
+    cases = 2 * (2 + len(VARIANTS))
+    assert run_ranks(2, check_on_gpus, schedule, backend="nccl") == [cases] * 2
