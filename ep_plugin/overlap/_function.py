@@ -146,7 +146,7 @@ def _set_out(trip: Trip, source: Tensor) -> tuple[Tensor, Tensor, dict[Part, Pen
 
     Returns what is received [N, H], room for what comes home [P, H], and each part's arrival.
     """
-    incoming = source.new_empty(sum(trip.packed.received), source.shape[1])
+    incoming = source.new_empty(trip.num_received, source.shape[1])
     parts = (*trip.others, *trip.own)
     arrivals = {part: trip.away(source, incoming, part) for part in parts}
     return incoming, torch.empty_like(source), arrivals

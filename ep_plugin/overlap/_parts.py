@@ -27,16 +27,19 @@ class Part:
 
 
 class Trip:
-    """The way of one call's rows to the ranks that compute them, part by part, and home."""
+    """The way of one call's rows to the ranks that compute them, part by part, and home.
+
+    It lives until the backward, and holds numbers alone.
+    """
 
     def __init__(self, dispatcher: PeerDispatcher, packed: Packed, num_chunks: int) -> None:
-        self.dispatcher, self.packed = dispatcher, packed
-        self.size = len(packed.sent)
+        self.dispatcher, self.rank, self.size = dispatcher, packed.rank, len(packed.sent)
         self.shift = sum(packed.received[: packed.rank])  # rows of lower ranks
         by_distance = [packed.received[self._source(d)] for d in range(self.size)]
         self._received = [0, *accumulate(by_distance)]  # row at which each distance's start
         self._sent = [0, *accumulate(packed.sent)]  # row at which each rank's start
-        half, own, others = by_distance[0] // 2, by_distance[0], self.size - 1
+        own, others = by_distance[0], self.size - 1
+        half = own // 2
         bounds = [1 + others * chunk // num_chunks for chunk in range(num_chunks + 1)]
         self.own = [Part(slice(0, half), range(0)), Part(slice(half, own), range(0))]
         self.others = [
@@ -44,6 +47,10 @@ class Trip:
             for a, b in pairwise(bounds)
         ]
         self.parts = [*self.own, *self.others]  # as their rows lie
+
+    @property
+    def num_received(self) -> int:
+        return self._received[-1]
 
     def away(self, source: Tensor, target: Tensor, part: Part) -> Pending[None]:
         """Start moving the part's rows from where they are `source` [P, ...] to `target` [N, ...].
@@ -68,13 +75,13 @@ class Trip:
         return self.dispatcher.swap(outs, ins)
 
     def _source(self, distance: int) -> int:
-        return (self.packed.rank + distance) % self.size
+        return (self.rank + distance) % self.size
 
     def _target(self, distance: int) -> int:
-        return (self.packed.rank - distance) % self.size
+        return (self.rank - distance) % self.size
 
     def _own(self, part: Part) -> slice:
-        first = self._sent[self.packed.rank]
+        first = self._sent[self.rank]
         return slice(first + part.rows.start, first + part.rows.stop)
 
     def _sent_to(self, distance: int) -> slice:

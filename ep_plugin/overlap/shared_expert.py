@@ -21,6 +21,7 @@ def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Ten
     pending = block.dispatcher.start_dispatch(tokens, routing)
     shared = block.shared_expert(hidden)
     inbox = pending.wait()
+    del pending  # and the tokens that were sent
     return combine(block.dispatcher, block.experts(inbox), inbox), shared
 
 
