@@ -5,8 +5,8 @@ python benchmarks/curves.py --data data/quickstart [--iterations 500] [--seeds 7
 
 `--data` is a folder that recipes/prepare_data.py wrote. Runs of one seed have the same data,
 initial weights and flags; they differ in `--ep-fp8` alone. Two runs that differ in one rounding end
-up about half a percent apart, so recipes are compared by means over seeds. Runs that an interrupted
-call wrote to `--output` are kept.
+up about half a percent apart, so it takes several seeds to see a difference between recipes. Runs
+that an interrupted call wrote to `--output` are kept.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -67,49 +66,45 @@ def train(extra: str, seed: int, data: Path, iterations: int, log: Path) -> dict
     }
 
 
-def mean(runs: dict[str, Any], value: Callable[[Any], float]) -> float:
-    """Return the mean over seeds."""
-    return sum(map(value, runs.values())) / len(runs)
-
-
-def losses(runs: dict[str, Any]) -> dict[int, float]:
-    """Return iteration -> training loss, mean over seeds."""
-    steps = next(iter(runs.values()))["train_loss"]
-    return {int(step): mean(runs, lambda run, s=step: run["train_loss"][s]) for step in steps}
-
-
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Plot the losses, means over seeds, and how far each recipe's is from bf16's."""
+    """Plot the losses of the first seed, and how far each run's are from bf16's of its seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
-    recipes = [name for name in RECIPES if name in record["runs"]]
-    base = losses(record["runs"]["bf16"])
-    for index, name in enumerate(recipes):
-        runs = record["runs"][name]
-        curve = losses(runs)
-        label = f"{name}: validation {mean(runs, lambda run: run['validation_loss']):.4f}"
-        top.plot(list(curve), list(curve.values()), f"C{index}", label=label, linewidth=1)
-        for each in runs.values() if len(runs) > 1 else ():
-            apart = [100 * (loss / base[int(s)] - 1) for s, loss in each["train_loss"].items()]
-            bottom.plot(list(curve), apart, f"C{index}", linewidth=0.5, alpha=0.5)
-        apart = [100 * (loss / base[step] - 1) for step, loss in curve.items()]
-        bottom.plot(list(curve), apart, f"C{index}", label=name, linewidth=1.5)
+    bf16 = record["runs"]["bf16"]
+    first = next(iter(bf16))
+    steps = [int(step) for step in bf16[first]["train_loss"]]
+    for index, name in enumerate(name for name in RECIPES if name in record["runs"]):
+        runs, color = record["runs"][name], f"C{index}"
+        top.plot(steps, list(runs[first]["train_loss"].values()), color, label=name, linewidth=1)
+        if name == "bf16":
+            continue
+        apart = [
+            [100 * (x / y - 1) for x, y in zip(*map(_losses, (runs[s], bf16[s])), strict=True)]
+            for s in runs
+        ]
+        for each in apart:
+            bottom.plot(steps, each, color, linewidth=0.5, alpha=0.6)
+        losses = [runs[s]["validation_loss"] / bf16[s]["validation_loss"] - 1 for s in runs]
+        said = ", ".join(f"{100 * loss:+.2f} %" for loss in losses)
+        means = [sum(column) / len(column) for column in zip(*apart, strict=True)]
+        bottom.plot(steps, means, color, label=f"{name}; validation at the end {said}")
     top.set_ylabel("training loss (nats per token)")
-    bottom.set_ylabel("difference from bf16's mean (%)")
+    bottom.set_ylabel("difference from bf16, same seed (%)")
+    bottom.axhline(0, color="black", linewidth=0.5)
     bottom.set_xlabel("iteration")
-    seeds = record["runs"]["bf16"]
-    parameters = next(iter(seeds.values()))["parameters"]
-    top.set_title(
-        f"{parameters / 1e6:.1f}M parameters, {record['device']}, mean of {len(seeds)} seeds "
-        "(thin: each seed)"
-    )
+    millions = bf16[first]["parameters"] / 1e6
+    top.set_title(f"{millions:.1f}M parameters, {record['device']} (thin: each seed, thick: mean)")
     top.legend()
     bottom.legend()
     figure.savefig(path, dpi=120)
+
+
+def _losses(run: dict[str, Any]) -> list[float]:
+    return list(run["train_loss"].values())
 
 
 def start(output: Path | None, iterations: int) -> dict[str, Any]:
