@@ -17,7 +17,7 @@ FLAGS = {
     "apply": "SCRIPT --check --diff --revert",
     "bench": (
         "BENCH --backends --cuda-graph --json --output --plot --precision --repeats --resume "
-        "--routing --shapes --warm"
+        "--routing --shapes --trace --warm"
     ),
     "convert": (
         "--dry-run --from --json --layers --num-experts --parity-tolerance --seed --skip-parity "

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.bench import gemm, kernels, layer
+from ep_plugin.bench import gemm, kernels, layer, overlap
 from ep_plugin.bench.case import ROUTINGS, require_cuda
 from ep_plugin.bench.contest import Contest
 from ep_plugin.bench.floors import PRECISIONS
@@ -23,11 +24,13 @@ EXAMPLES = """examples:
   ep-plugin bench layer --shapes mixtral --backends ep_plugin torch --cuda-graph
   ep-plugin bench gemm --precision fp8 --output benchmarks/results/gemm_h100.json --resume
   ep-plugin bench kernels --shapes tiny --repeats 5 --warm 1 --json
+  torchrun --nproc-per-node 2 -m ep_plugin.cli bench overlap --shapes dsv3 --trace trace.json
 
 layer    router to combine, forward and backward, quantisation included; that of the weights is
          counted at 1/8 (eight micro-batches an optimizer step) and given in full beside it
 gemm     each grouped product of fc1 and fc2 alone, operands already quantised
 kernels  each memory-bound step alone, against this device's copy bandwidth
+overlap  the layer over ranks: exchanges alone, computation alone, together, and the share hidden
 
 Random data in three sets taken in turn; all backends in turn in one process; medians. Weights,
 tokens and gradients are the same for every backend, and tokens are made such that each backend's
@@ -39,6 +42,7 @@ BENCHES: dict[str, Callable[[Contest, Shape, str], list[Row]]] = {
     "layer": layer.measure,
     "gemm": gemm.measure,
     "kernels": kernels.measure,
+    "overlap": overlap.measure,
 }
 
 
@@ -62,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("json", "print the rows on stdout"),
     ):
         parser.add_argument(f"--{name}", action="store_true", help=summary)
-    for name, summary in (("output", "JSON; equal rows are replaced"), ("plot", "PNG")):
+    for name, summary in (
+        ("output", "JSON; equal rows are replaced"),
+        ("plot", "PNG"),
+        ("trace", "overlap: two steps in chunks, to look at in Perfetto"),
+    ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"where to: {summary}")
 
 
@@ -73,16 +81,24 @@ def run(args: argparse.Namespace) -> int:
     device = default_device()
     if args.cuda_graph:
         require_cuda("--cuda-graph", device)
+    if args.bench == "overlap":
+        overlap.join_ranks(device)
     shapes = pick(args.shapes) or list(MODELS if device.type == "cuda" else [TINY])
     kept = read(args.output) if args.output is not None else []
     contest = Contest(
-        Protocol(device, args.warm, args.repeats, hide_launch=args.bench != "layer"),
+        Protocol(device, args.warm, args.repeats, hide_launch=args.bench in ("gemm", "kernels")),
         tuple(args.precision) or PRECISIONS,
         tuple(args.backends),
         args.cuda_graph,
         [row for row in kept if row.get("bench") == args.bench] if args.resume else [],
     )
     rows = _measure(args, contest, shapes, kept)
+    if args.trace is not None:
+        overlap.trace(shapes[0], (args.routing or ["balanced"])[0], device, args.trace)
+    if args.bench == "overlap":
+        overlap.leave_ranks()
+        if os.environ["RANK"] != "0":
+            return 0
     for line in contest.absentees():
         print(f"not measured: {line}", file=sys.stderr if args.json else sys.stdout)
     print(json.dumps(rows) if args.json else table(rows))
@@ -102,6 +118,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be at least {least}; got {value}; {least} would do")
     if args.resume and args.output is None:
         raise ConfigError("--resume needs --output, whose rows it keeps; --output FILE would do")
+    if args.trace is not None and args.bench != "overlap":
+        raise ConfigError(f"--trace is for overlap; got {args.bench}; bench overlap would do")
     if args.cuda_graph and args.bench != "layer":
         raise ConfigError(f"--cuda-graph is for layer; got {args.bench}; bench layer would do")
 
@@ -115,7 +133,7 @@ def _measure(
         for routing in args.routing or ["balanced"]:
             made = BENCHES[args.bench](contest, shape, routing)
             rows, kept = merge(rows, made), merge(kept, made)
-            if args.output is not None:
+            if args.output is not None and os.environ.get("RANK", "0") == "0":
                 write(args.output, kept)
     return rows
 

@@ -14,12 +14,16 @@ from ep_plugin.bench.measure import Timing
 from ep_plugin.config import ConfigError
 
 Row = dict[str, Any]
-IDENTITY = (*("bench", "shape", "op", "backend", "precision", "routing", "ep", "graph", "device"),)
+IDENTITY = (
+    *("bench", "shape", "op", "backend", "precision", "routing", "ep", "graph", "device"),
+    *("dispatcher", "schedule"),
+)
 EMPTY: Row = {
     **dict.fromkeys(("bench", "shape", "op", "backend", "precision", "routing")),
     **{"ep": 1, "graph": False},
     **dict.fromkeys(("ms", "p10_ms", "p90_ms", "fwd_ms", "weight_quant_ms", "floor_ms")),
     **dict.fromkeys(("saved_mib", "tflops", "gbps", "error", "grad_error", "gpu")),
+    **dict.fromkeys(("dispatcher", "schedule", "exchange_ms", "compute_ms", "hidden_share")),
 }
 PACKAGES = (
     *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),
@@ -96,18 +100,38 @@ def table(rows: list[Row]) -> str:
     """Return rows as text, a floor beside every figure; on the CPU as ratios to torch's bf16."""
     lines, heading = [], None
     base = {_group(row): row["ms"] for row in rows if _is_base(row)}
+    serial = {_pair(row): row["ms"] for row in rows if row["schedule"] == "serial"}
     for row in sorted(rows, key=lambda row: str(_group(row))):
         floor = "copy here" if row["bench"] == "kernels" else "one H100"
         title = f"{row['bench']} {row['shape']}, {row['routing']}, {row['device']}; floor: {floor}"
         if title != heading:
             lines += ["", title]
             heading = title
-        lines.append(_line(row, base.get(_group(row))))
+        if row["bench"] == "overlap":
+            lines.append(_overlap_line(row, serial.get(_pair(row))))
+        else:
+            lines.append(_line(row, base.get(_group(row))))
     return "\n".join(lines[1:])
 
 
 def _group(row: Row) -> tuple[Any, ...]:
     return (row["bench"], row["shape"], row["routing"], row["device"], row["op"])
+
+
+def _pair(row: Row) -> tuple[Any, ...]:
+    return (*_group(row), row["backend"], row["precision"], row["dispatcher"])
+
+
+def _overlap_line(row: Row, serial: float | None) -> str:
+    name = " ".join((row["backend"], row["precision"], row["dispatcher"], row["schedule"]))
+    parts = [f"  {name:50}"]
+    if serial is not None:
+        parts.append(f"{row['ms'] / serial:6.2f} x serial")
+    if row["device"] != "cpu":
+        parts.append(f"{row['ms']:9.3f} ms, exchange {row['exchange_ms']:7.3f}")
+        parts.append(f"compute {row['compute_ms']:8.3f}, floor {row['floor_ms']:8.3f}")
+    parts.append(f"{row['hidden_share']:6.0%} of the exchange hidden")
+    return " ".join(parts)
 
 
 def _is_base(row: Row) -> bool:

@@ -145,7 +145,7 @@ MISTAKES = {
     ),
     "flag value": (
         ("--num-experts", "4", "--ep-dispatcher", "fastest"),
-        "--ep-dispatcher must be one of auto, alltoall, local; got 'fastest'",
+        "--ep-dispatcher must be one of auto, alltoall, local, symm_mem; got 'fastest'",
     ),
     "unsupported setting": (
         ("--num-experts", "4", "--moe-pad-expert-input-to-capacity"),

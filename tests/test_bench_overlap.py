@@ -1,0 +1,51 @@
+"""`ep-plugin bench overlap` on two CPU ranks: its rows, its table, its timeline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ep_plugin import cli
+
+RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_two_ranks_measure_every_dispatcher_and_schedule(tmp_path: Path) -> None:
+    rows_file, trace_file = tmp_path / "rows.json", tmp_path / "trace.json"
+    done = subprocess.run(
+        [
+            *(*RANKS, "-m", "ep_plugin.cli", "bench", "overlap", "--shapes", "tiny"),
+            *("--repeats", "2", "--warm", "1", "--precision", "bf16"),
+            *("--output", str(rows_file), "--trace", str(trace_file)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(rows_file.read_text())
+    ways = {(row["dispatcher"], row["schedule"]) for row in rows}
+    assert ways == {
+        *(("alltoall", "serial"), ("alltoall", "chunked")),
+        *(("alltoall+dedup", "serial"), ("alltoall+dedup", "chunked")),
+        ("symm_mem", "serial"),
+    }
+    for row in rows:
+        assert (row["bench"], row["ep"], row["backend"]) == ("overlap", 2, "ep_plugin")
+        assert min(row["ms"], row["exchange_ms"], row["compute_ms"]) > 0
+        least = row["exchange_ms"] + row["compute_ms"] - row["ms"]
+        assert row["hidden_share"] == pytest.approx(max(0, least / row["exchange_ms"]), abs=1e-3)
+    assert "symm_mem) does not" in done.stdout  # why one pair is missing
+    assert done.stdout.count("of the exchange hidden") == len(rows)  # printed by one rank
+    names = {event.get("name", "") for event in json.loads(trace_file.read_text())["traceEvents"]}
+    assert any("ChunkedExperts" in name for name in names)
+
+
+def test_a_process_on_its_own_is_told_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "overlap", "--shapes", "tiny"]) == 2
+    assert "torchrun --nproc-per-node 2" in capsys.readouterr().err
+    assert cli.main(["bench", "layer", "--trace", "x.json"]) == 2
+    assert "--trace is for overlap" in capsys.readouterr().err
