@@ -23,6 +23,7 @@ SharedExpert = Literal["sum", "learned"]
 Fp8 = Literal["off", "rowwise", "blockwise"]
 Fp8Wgrad = Literal["fp8", "bf16"]
 Save = Literal["bf16", "fp8", "recompute"]
+DispatchDtype = Literal["bf16", "fp8"]
 
 
 class ConfigError(ValueError):
@@ -254,6 +255,7 @@ class MoEConfig:
     router: str = "topk"
     dispatcher: str = "auto"
     dispatch_dedup: bool = False  # a token travels once to a rank, not once for each expert there
+    dispatch_dtype: DispatchDtype = "bf16"  # fp8: tokens travel as the experts' products read them
     comm_sms: int = 32  # SMs of the GPU that dispatcher symm_mem copies with
     gemm: str = "auto"
     overlap: str = "serial"  # the order of a layer's verbs: what is computed while tokens travel
@@ -266,6 +268,13 @@ class MoEConfig:
         check_choice("fp8", self.fp8, get_args(Fp8))
         check_choice("fp8_wgrad", self.fp8_wgrad, get_args(Fp8Wgrad))
         check_choice("save", self.save, get_args(Save))
+        check_choice("dispatch_dtype", self.dispatch_dtype, get_args(DispatchDtype))
+        if self.dispatch_dtype == "fp8" and (self.fp8 == "off" or self.fp8_wgrad != "fp8"):
+            raise ConfigError(
+                "dispatch_dtype (fp8) sends tokens as FP8 products read them, and not all are FP8: "
+                f"fp8 is {self.fp8}, fp8_wgrad {self.fp8_wgrad}; fp8 = rowwise with fp8_wgrad = "
+                "fp8, or dispatch_dtype = bf16 would do"
+            )
         if self.fp8 != "off" and self.bias:
             raise ConfigError(
                 f"fp8 ({self.fp8}) needs experts without bias; bias = False or fp8 = off would do"

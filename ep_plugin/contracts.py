@@ -49,6 +49,9 @@ class Dispatched:
     probs: Tensor  # [N, C]
     tokens_per_expert: Tensor  # [e] int64
     handle: Any  # the dispatcher's own; combine needs it
+    # Tokens that travelled in e4m3 (Rows8, Blocks8); `tokens` then has no values of its own and
+    # stands for them where gradients go.
+    narrow: Any = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class PeerDispatcher(Dispatcher, Protocol):
     """
 
     swaps: bool
+    narrow: Callable[[Tensor], Any] | None  # what tokens [P, H] travel as, where it is not bf16
 
     def pack(self, hidden: Tensor, routing: Routing) -> Packed:
         """Sort `hidden` [T, H] by destination and exchange numbers, experts, probabilities."""

@@ -122,7 +122,10 @@ class Bf16:
 
 
 class FusedExperts(torch.autograd.Function):
-    """tokens [N, H], probs [N, C], weights [e, out, in] -> [N, H]."""
+    """tokens [N, H], probs [N, C], weights [e, out, in] -> [N, H].
+
+    `narrow` are the tokens as the recipe would keep them, where they came so.
+    """
 
     @staticmethod
     def forward(
@@ -134,8 +137,9 @@ class FusedExperts(torch.autograd.Function):
         recipe: Recipe,
         save: Save,
         totals: Totals | None,
+        narrow: Any,
     ) -> Tensor:
-        probs, kept = probs.contiguous(), recipe.keep(tokens)
+        probs, kept = probs.contiguous(), recipe.keep(tokens) if narrow is None else narrow
         output, held = through(recipe, kept, probs, fc1, fc2, save)
         ctx.recipe, ctx.totals, ctx.kinds = recipe, totals, (type(kept), type(held))
         ctx.num_kept = len(parts_of(kept))
@@ -157,7 +161,7 @@ class FusedExperts(torch.autograd.Function):
         del incoming, active, hidden
         d_tokens = recipe.token_grads(d_hidden, fc1)
         d_fc1 = delivered(recipe.fc1_grads(d_hidden, kept, into[0]), fc1)
-        return d_tokens, d_probs.to(probs.dtype), d_fc1, d_fc2, None, None, None
+        return d_tokens, d_probs.to(probs.dtype), d_fc1, d_fc2, None, None, None, None
 
 
 def take(totals: Totals | None) -> Into:

@@ -52,7 +52,9 @@ def fused(experts: Experts, inbox: Dispatched, save: Any) -> Tensor:
     rows = plan(inbox.expert_ids, inbox.tokens_per_expert, experts.config.activation)
     recipe = Bf16(rows, experts.linear_fc1.pick_gemm(len(rows.order)))
     weights = (experts.linear_fc1.weight, experts.linear_fc2.weight)
-    output: Tensor = FusedExperts.apply(inbox.tokens, inbox.probs, *weights, recipe, save, None)
+    output: Tensor = FusedExperts.apply(
+        inbox.tokens, inbox.probs, *weights, recipe, save, None, None
+    )
     return output
 
 

@@ -9,6 +9,9 @@ seen by rank 0 (experts 0 and 1), r:i = token from rank r for expert i:
 With `dispatch_dedup` it leaves once for each rank that hosts any of its experts, with the experts'
 names and probabilities beside it; that rank adds up what they make of it and sends one row back.
 
+With `dispatch_dtype` fp8 tokens travel in e4m3 with their scales, rounded as the experts' products
+would round them on arrival; gradients and the way home stay as they are.
+
 With expert tensor parallelism every rank of the destination's etp group gets the token;
 each computes its slice of the FFN, and combine sums the slices because it is the transpose of
 dispatch.
@@ -17,6 +20,8 @@ Host syncs: one per dispatch, to read how many rows each rank sends and receives
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +31,10 @@ from torch import Tensor
 from ep_plugin.config import ConfigError, MoEConfig
 from ep_plugin.contracts import Dispatched, Packed, Pending, Routing
 from ep_plugin.groups import ExpertGroups
+from ep_plugin.kernels import select
 from ep_plugin.permute import RowPlan, count_choices, permute, plan_rows, unpermute
+
+Narrow = Callable[[Tensor], Any]  # rows [P, H] to Rows8 or Blocks8
 
 
 class _Splits(NamedTuple):
@@ -44,18 +52,35 @@ class AllToAllDispatcher:
 
     swaps = True
 
-    def __init__(self, num_experts: int, groups: ExpertGroups, dedup: bool = False) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        groups: ExpertGroups,
+        dedup: bool = False,
+        narrow: Narrow | None = None,
+    ) -> None:
         assert groups.ep_etp is not None
         self.group = groups.ep_etp
         self.ep_size = groups.ep_size
         self.etp_size = groups.etp_size
         self.num_experts = num_experts
         self.dedup = dedup
+        self.narrow = narrow
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         packed = self.pack(hidden, routing)
-        tokens = _exchange(packed.outgoing, _Splits(packed.sent, packed.received), self.group)
-        return Pending(lambda: packed.complete(tokens()))
+        splits = _Splits(packed.sent, packed.received)
+        if self.narrow is None:
+            tokens = _exchange(packed.outgoing, splits, self.group)
+            return Pending(lambda: packed.complete(tokens()))
+        exchange = _NarrowExchange(splits, self.group, self.narrow)
+        rows = _Start.apply(packed.outgoing, exchange)
+
+        def wait() -> Dispatched:
+            inbox = packed.complete(_Wait.apply(rows, exchange))
+            return replace(inbox, narrow=exchange.record)
+
+        return Pending(wait)
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         handle: _Handle = inbox.handle
@@ -157,26 +182,48 @@ class _Exchange:
 
     def __init__(self, splits: _Splits, group: dist.ProcessGroup) -> None:
         self.splits, self.group = splits, group
-        self.work: dist.Work | None = None
+        self.works: list[Any] = []  # dist.Work
         self.received: Tensor | None = None
+
+    def out(self, rows: Tensor) -> Tensor:
+        """Send `rows` [P, ...]; what is returned stands for what is received [N, ...]."""
+        return self.start(rows, self.splits)
 
     def start(self, rows: Tensor, splits: _Splits) -> Tensor:
         """Send `rows`; read the tensor that is returned only after `wait`."""
         received = rows.new_empty(sum(splits.received), *rows.shape[1:])
-        self.work = dist.all_to_all_single(
-            received,
-            rows.contiguous(),
-            splits.received,
-            splits.sent,
-            group=self.group,
-            async_op=True,
+        self.works.append(
+            dist.all_to_all_single(
+                received,
+                rows.contiguous(),
+                splits.received,
+                splits.sent,
+                group=self.group,
+                async_op=True,
+            )
         )
         return received
 
     def wait(self) -> None:
-        assert self.work is not None
-        self.work.wait()
-        self.work = None
+        for work in self.works:
+            work.wait()
+        self.works = []
+
+
+class _NarrowExchange(_Exchange):
+    """An exchange of rows in e4m3 with their scales; the way back is of gradients as they are."""
+
+    def __init__(self, splits: _Splits, group: dist.ProcessGroup, narrow: Narrow) -> None:
+        super().__init__(splits, group)
+        self.narrow = narrow
+        self.record: Any = None  # Rows8 or Blocks8, as it arrives
+
+    def out(self, rows: Tensor) -> Tensor:
+        sent = self.narrow(rows)
+        data = self.start(sent.data.view(torch.uint8), self.splits)  # not all backends have e4m3
+        scale = self.start(sent.scale, self.splits)
+        self.record = type(sent)(data.view(sent.data.dtype), scale)
+        return rows.new_zeros(()).expand(data.shape)
 
 
 class _Start(torch.autograd.Function):
@@ -189,7 +236,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.received = exchange.start(rows, exchange.splits)
+        exchange.received = exchange.out(rows)
         return rows.view_as(rows)
 
     @staticmethod
@@ -230,4 +277,12 @@ def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
             f"dispatcher 'alltoall' needs process groups; got ep = {groups.ep_size}, "
             f"etp = {groups.etp_size} without one; dispatcher 'local' would do"
         )
-    return AllToAllDispatcher(config.num_experts, groups, config.dispatch_dedup)
+    narrow = None
+    if config.dispatch_dtype == "fp8":
+        narrow = partial(_narrow, "quantize_rows" if config.fp8 == "rowwise" else "quantize_blocks")
+    return AllToAllDispatcher(config.num_experts, groups, config.dispatch_dedup, narrow)
+
+
+def _narrow(quantize: str, rows: Tensor) -> Any:
+    """Return `rows` [P, H] in e4m3 as the recipe would round them on arrival."""
+    return getattr(select(rows), quantize)(rows)

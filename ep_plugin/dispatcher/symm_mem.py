@@ -178,4 +178,9 @@ def build(config: MoEConfig, groups: ExpertGroups) -> SymmetricMemoryDispatcher:
             f"dispatcher 'symm_mem' needs process groups; got ep = {groups.ep_size}, "
             f"etp = {groups.etp_size} without one; dispatcher 'local' would do"
         )
+    if config.dispatch_dtype != "bf16":
+        raise ConfigError(
+            "dispatcher 'symm_mem' carries tokens as they are; got dispatch_dtype = "
+            f"{config.dispatch_dtype}; dispatcher 'alltoall' or dispatch_dtype = bf16 would do"
+        )
     return SymmetricMemoryDispatcher(config.num_experts, groups, config.comm_sms)

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ep_plugin.config import (
     Activation,
     ConfigError,
+    DispatchDtype,
     Fp8,
     Fp8Wgrad,
     RoutingConfig,
@@ -59,6 +60,7 @@ BLOCK: dict[str, tuple[Any, str]] = {  # name -> (type, help)
     "fp8_wgrad": (Fp8Wgrad, "their weight gradients, where --ep-fp8 is not off"),
     "save": (Save, "how the experts' pre-activations are kept for the backward"),
     "deterministic": (bool, "equal bits in every run: no kernel is chosen by measuring"),
+    "dispatch_dtype": (DispatchDtype, "what tokens travel in; fp8 as FP8 products read them"),
     "dispatch_dedup": (bool, "a token travels once to a rank, not once for each expert there"),
     "comm_sms": (int, "SMs that --ep-dispatcher symm_mem copies with; default 32"),
     "overlap_chunks": (int, "parts the other ranks' tokens come in, for --ep-overlap chunked"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ep_plugin.config import (
     Activation,
     ConfigError,
+    DispatchDtype,
     Fp8,
     Fp8Wgrad,
     MoEConfig,
@@ -38,6 +39,7 @@ class EdgeSettings:
     fp8_wgrad: Fp8Wgrad | None = None
     save: Save | None = None
     deterministic: bool | None = None
+    dispatch_dtype: DispatchDtype | None = None
     dispatch_dedup: bool | None = None
     comm_sms: int | None = None
     overlap_chunks: int | None = None
@@ -190,6 +192,7 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         num_moe_layers=max(sum(pattern), 1),
         router=settings.router,
         dispatcher=settings.dispatcher,
+        dispatch_dtype=settings.dispatch_dtype or "bf16",
         dispatch_dedup=bool(settings.dispatch_dedup),
         comm_sms=32 if settings.comm_sms is None else settings.comm_sms,
         gemm=settings.gemm,

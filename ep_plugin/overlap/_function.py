@@ -44,6 +44,7 @@ class Call:
     recipes: Callable[[Rows], Recipe]
     save: Save
     totals: Totals | None
+    narrow: Callable[[Tensor], Any] | None  # tokens travel as it makes them, and are kept so
 
     def recipe(self, part: Part) -> Recipe:
         """Return the recipe for the part's rows."""
@@ -68,18 +69,23 @@ class ChunkedExperts(torch.autograd.Function):
         ctx: Any, outgoing: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor, call: Call
     ) -> Tensor:
         trip, probs = call.trip, probs.contiguous()
-        incoming, returned, arrivals = _set_out(trip, outgoing)
+        sent = outgoing if call.narrow is None else call.narrow(outgoing)
+        incoming, arrivals = _set_out(trip, sent)
+        returned = torch.empty_like(outgoing)
         first, second = trip.own
         recipes, kept, held, homes = {}, {}, {}, []
         for part in (first, *trip.others, second):
             recipe = recipes[part] = call.recipe(part)
-            arrivals[part].wait()
-            kept[part] = recipe.keep(incoming[part.rows])
+            _wait(arrivals[part])
+            came = _rows_of(incoming, part)
+            kept[part] = recipe.keep(came) if call.narrow is None else came
             output, held[part] = through(recipe, kept[part], probs[part.rows], fc1, fc2, call.save)
             homes.append(trip.home(output.to(outgoing.dtype), returned, part))
         for home in homes:
             home.wait()
-        whole = _joined([kept[part] for part in trip.parts], incoming)
+        whole = incoming
+        if call.narrow is None:
+            whole = _joined([kept[part] for part in trip.parts], incoming)
         ctx.call, ctx.recipes = call, [recipes[part] for part in trip.parts]
         _save(ctx, (probs, fc1, fc2), [whole, *(held[part] for part in trip.parts)])
         return returned
@@ -88,11 +94,12 @@ class ChunkedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         call: Call = ctx.call
         trip, (probs, fc1, fc2), (kept, *held) = call.trip, *_saved(ctx)
-        incoming, returned, arrivals = _set_out(trip, grads[0].contiguous())
+        incoming, arrivals = _set_out(trip, grads[0].contiguous())
+        returned = torch.empty_like(grads[0], memory_format=torch.contiguous_format)
         rows = call.all_rows()
         d_hidden, active, d_probs, homes = _Sorted(rows), _Sorted(rows), [], []
         for part, recipe, hidden in zip(trip.parts, ctx.recipes, held, strict=True):
-            arrivals[part].wait()
+            _wait(arrivals[part])
             if hidden is None:
                 hidden = recipe.first(_rows_of(kept, part), fc1)
             d_part, active_part, d_probs_part = recipe.hidden_grads(
@@ -141,15 +148,28 @@ def _words(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int64) if is_wide else tensor
 
 
-def _set_out(trip: Trip, source: Tensor) -> tuple[Tensor, Tensor, dict[Part, Pending[None]]]:
-    """Start all of the way out for `source` [P, H]; the network's part of it first.
+def _set_out(trip: Trip, source: Any) -> tuple[Any, dict[Part, list[Pending[None]]]]:
+    """Start all of the way out for `source` [P, H], or a record of it; the network's part first.
 
-    Returns what is received [N, H], room for what comes home [P, H], and each part's arrival.
+    Returns what is received [N, H], of the same kind, and each part's arrival.
     """
-    incoming = source.new_empty(trip.num_received, source.shape[1])
-    parts = (*trip.others, *trip.own)
-    arrivals = {part: trip.away(source, incoming, part) for part in parts}
-    return incoming, torch.empty_like(source), arrivals
+    sources = parts_of(source)
+    targets = [tensor.new_empty(trip.num_received, *tensor.shape[1:]) for tensor in sources]
+    arrivals = {
+        part: [trip.away(_bytes(s), _bytes(t), part) for s, t in zip(sources, targets, strict=True)]
+        for part in (*trip.others, *trip.own)
+    }
+    return whole_of(type(source), targets), arrivals
+
+
+def _wait(arrivals: list[Pending[None]]) -> None:
+    for arrival in arrivals:
+        arrival.wait()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return e4m3 as bytes, which every backend can send."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
 def _joined(pieces: list[Any], incoming: Tensor) -> Any:

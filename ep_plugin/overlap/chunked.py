@@ -42,7 +42,7 @@ def chunked(
     recipes = experts.recipes(ids.numel())
     call = Call(
         *(trip, ids, inbox.tokens_per_expert, config.activation, recipes),
-        *(config.save, experts.totals),
+        *(config.save, experts.totals, dispatcher.narrow),
     )
     returned: Tensor = ChunkedExperts.apply(packed.outgoing, probs, *weights, call)
     output = dispatcher.unpack(returned, inbox)
