@@ -23,6 +23,7 @@ SharedExpert = Literal["sum", "learned"]
 Fp8 = Literal["off", "rowwise", "blockwise"]
 Fp8Wgrad = Literal["fp8", "bf16"]
 Save = Literal["bf16", "fp8", "recompute"]
+CheckSplits = Literal["first", "always", "off"]
 DispatchDtype = Literal["bf16", "fp8"]
 
 
@@ -256,6 +257,7 @@ class MoEConfig:
     dispatcher: str = "auto"
     dispatch_dedup: bool = False  # a token travels once to a rank, not once for each expert there
     dispatch_dtype: DispatchDtype = "bf16"  # fp8: tokens travel as the experts' products read them
+    check_splits: CheckSplits = "first"  # whether ranks compare what they send; first: 8 dispatches
     comm_sms: int = 32  # SMs of the GPU that dispatcher symm_mem copies with
     gemm: str = "auto"
     overlap: str = "serial"  # the order of a layer's verbs: what is computed while tokens travel
@@ -268,6 +270,7 @@ class MoEConfig:
         check_choice("fp8", self.fp8, get_args(Fp8))
         check_choice("fp8_wgrad", self.fp8_wgrad, get_args(Fp8Wgrad))
         check_choice("save", self.save, get_args(Save))
+        check_choice("check_splits", self.check_splits, get_args(CheckSplits))
         check_choice("dispatch_dtype", self.dispatch_dtype, get_args(DispatchDtype))
         if self.dispatch_dtype == "fp8" and (self.fp8 == "off" or self.fp8_wgrad != "fp8"):
             raise ConfigError(

@@ -16,7 +16,8 @@ With expert tensor parallelism every rank of the destination's etp group gets th
 each computes its slice of the FFN, and combine sums the slices because it is the transpose of
 dispatch.
 
-Host syncs: one per dispatch, to read how many rows each rank sends and receives.
+Host syncs: one per dispatch, to read how many rows each rank sends and receives; two more while
+ranks are compared (`check_splits`).
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.config import CheckSplits, ConfigError, MoEConfig
 from ep_plugin.contracts import Dispatched, Packed, Pending, Routing
+from ep_plugin.dispatcher._agreement import Agreement
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.kernels import select
 from ep_plugin.permute import RowPlan, count_choices, permute, plan_rows, unpermute
@@ -58,6 +60,7 @@ class AllToAllDispatcher:
         groups: ExpertGroups,
         dedup: bool = False,
         narrow: Narrow | None = None,
+        check_splits: CheckSplits = "first",
     ) -> None:
         assert groups.ep_etp is not None
         self.group = groups.ep_etp
@@ -66,6 +69,7 @@ class AllToAllDispatcher:
         self.num_experts = num_experts
         self.dedup = dedup
         self.narrow = narrow
+        self.agreement = Agreement(self.group, check_splits)
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         packed = self.pack(hidden, routing)
@@ -83,12 +87,17 @@ class AllToAllDispatcher:
         return Pending(wait)
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
+        self.agreement.before_combine()
         handle: _Handle = inbox.handle
         back = _Splits(sent=handle.splits.received, received=handle.splits.sent)
         returned = _exchange(outbox, back, self.group)  # [P, H]
         return Pending(lambda: self.unpack(returned(), inbox))
 
     def pack(self, hidden: Tensor, routing: Routing) -> Packed:
+        ids = routing.expert_ids
+        facts = {"the hidden size": hidden.shape[1], "choices of a token": ids.shape[1]}
+        facts |= {"bytes of a value": hidden.element_size(), "experts": self.num_experts}
+        self.agreement.begin(ids.device, **facts)
         pack = self._once_for_each_rank if self.dedup else self._once_for_each_choice
         return pack(hidden, routing)
 
@@ -280,7 +289,9 @@ def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
     narrow = None
     if config.dispatch_dtype == "fp8":
         narrow = partial(_narrow, "quantize_rows" if config.fp8 == "rowwise" else "quantize_blocks")
-    return AllToAllDispatcher(config.num_experts, groups, config.dispatch_dedup, narrow)
+    return AllToAllDispatcher(
+        config.num_experts, groups, config.dispatch_dedup, narrow, config.check_splits
+    )
 
 
 def _narrow(quantize: str, rows: Tensor) -> Any:

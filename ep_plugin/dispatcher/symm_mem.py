@@ -33,6 +33,7 @@ from ep_plugin.contracts import Dispatched, Pending, Routing
 from ep_plugin.dispatcher._shared_buffer import SharedBuffer, shared_buffer
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.kernels.peers_torch import Peers, rows_of
+from ep_plugin.permute import count_choices
 
 _ALIGN = 128  # bytes; each tensor in the buffers starts at a multiple of it
 
@@ -108,10 +109,8 @@ class SymmetricMemoryDispatcher:
             local = chosen - self.ep_rank * self.experts
             here = (local >= 0) & (local < self.experts)
             ids = local.where(here, -1)
-            bucket = local.where(here, self.experts).flatten()
-            counts = bucket.new_zeros(self.experts + 1)
-            counts = counts.scatter_add(0, bucket, torch.ones_like(bucket))
-            return Dispatched(tokens, ids, probs.where(here, 0), counts[:-1], plan)
+            counts = count_choices(ids, self.experts)
+            return Dispatched(tokens, ids, probs.where(here, 0), counts, plan)
 
         return Pending(wait)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ep_plugin.config import (
     Activation,
+    CheckSplits,
     ConfigError,
     DispatchDtype,
     Fp8,
@@ -62,6 +63,7 @@ BLOCK: dict[str, tuple[Any, str]] = {  # name -> (type, help)
     "deterministic": (bool, "equal bits in every run: no kernel is chosen by measuring"),
     "dispatch_dtype": (DispatchDtype, "what tokens travel in; fp8 as FP8 products read them"),
     "dispatch_dedup": (bool, "a token travels once to a rank, not once for each expert there"),
+    "check_splits": (CheckSplits, "when ranks compare what they send before they send it"),
     "comm_sms": (int, "SMs that --ep-dispatcher symm_mem copies with; default 32"),
     "overlap_chunks": (int, "parts the other ranks' tokens come in, for --ep-overlap chunked"),
     "shared_expert": (SharedExpert, "add the shared expert, or weigh it by a learned softmax"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ep_plugin.config import (
     Activation,
+    CheckSplits,
     ConfigError,
     DispatchDtype,
     Fp8,
@@ -41,6 +42,7 @@ class EdgeSettings:
     deterministic: bool | None = None
     dispatch_dtype: DispatchDtype | None = None
     dispatch_dedup: bool | None = None
+    check_splits: CheckSplits | None = None
     comm_sms: int | None = None
     overlap_chunks: int | None = None
     metrics: bool = False  # whether somebody reads the routers' metrics
@@ -194,6 +196,7 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         dispatcher=settings.dispatcher,
         dispatch_dtype=settings.dispatch_dtype or "bf16",
         dispatch_dedup=bool(settings.dispatch_dedup),
+        check_splits=settings.check_splits or "first",
         comm_sms=32 if settings.comm_sms is None else settings.comm_sms,
         gemm=settings.gemm,
         overlap=settings.overlap,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ep_plugin.config import ConfigError, MoEConfig
 from ep_plugin.contracts import Block, Routing, Schedule, combine
+from ep_plugin.overlap._compute import compute
 
 
 def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
@@ -22,7 +23,7 @@ def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Ten
     shared = block.shared_expert(hidden)
     inbox = pending.wait()
     del pending  # and the tokens that were sent
-    return combine(block.dispatcher, block.experts(inbox), inbox), shared
+    return combine(block.dispatcher, compute(block, inbox), inbox), shared
 
 
 def build(config: MoEConfig, block: Block) -> Schedule:
