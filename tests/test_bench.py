@@ -172,7 +172,7 @@ def test_a_peer_that_breaks_does_not_end_the_run(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["all"], "BENCH must be one of layer, gemm, kernels; got 'all'"),
+        (["all"], "BENCH must be one of layer, gemm, kernels, overlap; got 'all'"),
         (["gemm", "--shapes", "huge"], "--shapes must be among dsv3, .* tiny; got 'huge'"),
         (["layer", "--backends", "apex"], "--backends must be among ep_plugin, torch, .*'apex'"),
         (["kernels", "--backends", "torch"], "--backends must be among ep_plugin; got 'torch'"),
