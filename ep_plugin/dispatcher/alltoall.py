@@ -20,7 +20,7 @@ Host syncs: one per dispatch, to read how many rows each rank sends and receives
 ranks are compared (`check_splits`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,21 +32,15 @@ from torch import Tensor
 from ep_plugin.config import CheckSplits, ConfigError, MoEConfig
 from ep_plugin.contracts import Dispatched, Packed, Pending, Routing
 from ep_plugin.dispatcher._agreement import Agreement
+from ep_plugin.dispatcher._exchange import Narrow, NarrowExchange, Splits, Start, Wait, exchange
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.kernels import select
 from ep_plugin.permute import RowPlan, count_choices, permute, plan_rows, unpermute
 
-Narrow = Callable[[Tensor], Any]  # rows [P, H] to Rows8 or Blocks8
-
-
-class _Splits(NamedTuple):
-    sent: list[int]  # rows to each rank of the group
-    received: list[int]  # rows from each rank of the group
-
 
 class _Handle(NamedTuple):
     plan: RowPlan  # of the rows sent: one for each choice, or each rank
-    splits: _Splits
+    splits: Splits
 
 
 class AllToAllDispatcher:
@@ -73,24 +67,24 @@ class AllToAllDispatcher:
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         packed = self.pack(hidden, routing)
-        splits = _Splits(packed.sent, packed.received)
+        splits = Splits(packed.sent, packed.received)
         if self.narrow is None:
-            tokens = _exchange(packed.outgoing, splits, self.group)
+            tokens = exchange(packed.outgoing, splits, self.group)
             return Pending(lambda: packed.complete(tokens()))
-        exchange = _NarrowExchange(splits, self.group, self.narrow)
-        rows = _Start.apply(packed.outgoing, exchange)
+        under_way = NarrowExchange(splits, self.group, self.narrow)
+        rows = Start.apply(packed.outgoing, under_way)
 
         def wait() -> Dispatched:
-            inbox = packed.complete(_Wait.apply(rows, exchange))
-            return replace(inbox, narrow=exchange.record)
+            inbox = packed.complete(Wait.apply(rows, under_way))
+            return replace(inbox, narrow=under_way.record)
 
         return Pending(wait)
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         self.agreement.before_combine()
         handle: _Handle = inbox.handle
-        back = _Splits(sent=handle.splits.received, received=handle.splits.sent)
-        returned = _exchange(outbox, back, self.group)  # [P, H]
+        back = Splits(sent=handle.splits.received, received=handle.splits.sent)
+        returned = exchange(outbox, back, self.group)  # [P, H]
         return Pending(lambda: self.unpack(returned(), inbox))
 
     def pack(self, hidden: Tensor, routing: Routing) -> Packed:
@@ -122,11 +116,11 @@ class AllToAllDispatcher:
     def _once_for_each_choice(self, hidden: Tensor, routing: Routing) -> Packed:
         counts = self._exchange_counts(routing.tokens_per_expert)  # [2, G, e]
         on_host = counts.sum(2).tolist()  # the host sync
-        splits = _Splits(*on_host)
+        splits = Splits(*on_host)
         plan = plan_rows(self._destinations(routing.expert_ids), counts[0].numel())
         plan = plan.first(sum(splits.sent))
         copies = routing.probs.repeat_interleave(self.etp_size, dim=1)  # [T, K * etp]
-        probs = _exchange(copies.flatten()[plan.order], splits, self.group)
+        probs = exchange(copies.flatten()[plan.order], splits, self.group)
         received = counts[1]
         local = torch.arange(received.shape[1], device=hidden.device).repeat(len(received))
         expert_ids = local.repeat_interleave(received.flatten(), output_size=sum(splits.received))
@@ -148,13 +142,13 @@ class AllToAllDispatcher:
         ranks = torch.arange(self.ep_size, device=hidden.device)
         wanted = (host.unsqueeze(2) == ranks).any(1).repeat_interleave(self.etp_size, dim=1)
         group_rank = torch.arange(wanted.shape[1], device=hidden.device)
-        splits = _Splits(*self._both_ways(wanted.sum(0)).tolist())  # the host sync
+        splits = Splits(*self._both_ways(wanted.sum(0)).tolist())  # the host sync
         plan = plan_rows(group_rank.where(wanted, -1), len(group_rank)).first(sum(splits.sent))
         token, destination = plan.order // len(group_rank), plan.order % len(group_rank)
         here = host[token] == (destination // self.etp_size).unsqueeze(1)  # [P, K]
         chosen = (routing.expert_ids[token] % experts).where(here, -1)
-        expert_ids = _exchange(chosen, splits, self.group)
-        probs = _exchange(permute(routing.probs, plan).where(here, 0), splits, self.group)
+        expert_ids = exchange(chosen, splits, self.group)
+        probs = exchange(permute(routing.probs, plan).where(here, 0), splits, self.group)
 
         def complete(tokens: Tensor) -> Dispatched:
             ids = expert_ids()  # [N, K]
@@ -184,99 +178,6 @@ class AllToAllDispatcher:
         rank = (expert_ids // per_rank).unsqueeze(2) * self.etp_size + copy  # [T, K, etp]
         numbers = rank * per_rank + (expert_ids % per_rank).unsqueeze(2)
         return numbers.where(expert_ids.unsqueeze(2) >= 0, -1).flatten(1)
-
-
-class _Exchange:
-    """An uneven all-to-all along dim 0, under way; its way back is the one with splits swapped."""
-
-    def __init__(self, splits: _Splits, group: dist.ProcessGroup) -> None:
-        self.splits, self.group = splits, group
-        self.works: list[Any] = []  # dist.Work
-        self.received: Tensor | None = None
-
-    def out(self, rows: Tensor) -> Tensor:
-        """Send `rows` [P, ...]; what is returned stands for what is received [N, ...]."""
-        return self.start(rows, self.splits)
-
-    def start(self, rows: Tensor, splits: _Splits) -> Tensor:
-        """Send `rows`; read the tensor that is returned only after `wait`."""
-        received = rows.new_empty(sum(splits.received), *rows.shape[1:])
-        self.works.append(
-            dist.all_to_all_single(
-                received,
-                rows.contiguous(),
-                splits.received,
-                splits.sent,
-                group=self.group,
-                async_op=True,
-            )
-        )
-        return received
-
-    def wait(self) -> None:
-        for work in self.works:
-            work.wait()
-        self.works = []
-
-
-class _NarrowExchange(_Exchange):
-    """An exchange of rows in e4m3 with their scales; the way back is of gradients as they are."""
-
-    def __init__(self, splits: _Splits, group: dist.ProcessGroup, narrow: Narrow) -> None:
-        super().__init__(splits, group)
-        self.narrow = narrow
-        self.record: Any = None  # Rows8 or Blocks8, as it arrives
-
-    def out(self, rows: Tensor) -> Tensor:
-        sent = self.narrow(rows)
-        data = self.start(sent.data.view(torch.uint8), self.splits)  # not all backends have e4m3
-        scale = self.start(sent.scale, self.splits)
-        self.record = type(sent)(data.view(sent.data.dtype), scale)
-        return rows.new_zeros(()).expand(data.shape)
-
-
-class _Start(torch.autograd.Function):
-    """Start an exchange of `rows`, and return them; backward waits for the exchange back.
-
-    With `_Wait` behind it: the rows [P, ...] that go in have the shape of the gradients that come
-    back, so what autograd computes between the two backwards runs while gradients travel.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange.received = exchange.out(rows)
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.exchange.wait()
-        return grads[0], None
-
-
-class _Wait(torch.autograd.Function):
-    """Wait for an exchange and return what was received; backward starts the exchange back."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange.wait()
-        received, exchange.received = exchange.received, None
-        assert received is not None
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        exchange: _Exchange = ctx.exchange
-        sent, received = exchange.splits
-        return exchange.start(grads[0], _Splits(sent=received, received=sent)), None
-
-
-def _exchange(rows: Tensor, splits: _Splits, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """Start the exchange of `rows` [P, ...]; the function returned waits for what is received."""
-    exchange = _Exchange(splits, group)
-    rows = _Start.apply(rows, exchange)
-    return lambda: _Wait.apply(rows, exchange)
 
 
 def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
