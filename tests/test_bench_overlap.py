@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ def test_two_ranks_measure_every_dispatcher_and_schedule(tmp_path: Path) -> None
             *(*RANKS, "-m", "ep_plugin.cli", "bench", "overlap", "--shapes", "tiny"),
             *("--repeats", "2", "--warm", "1", "--precision", "bf16"),
             *("--output", str(rows_file), "--trace", str(trace_file)),
+            *("--trace-plot", str(tmp_path / "trace.png")),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -40,8 +42,28 @@ def test_two_ranks_measure_every_dispatcher_and_schedule(tmp_path: Path) -> None
         assert row["hidden_share"] == pytest.approx(max(0, least / row["exchange_ms"]), abs=1e-3)
     assert "symm_mem) does not" in done.stdout  # why one pair is missing
     assert done.stdout.count("of the exchange hidden") == len(rows)  # printed by one rank
-    names = {event.get("name", "") for event in json.loads(trace_file.read_text())["traceEvents"]}
-    assert any("ChunkedExperts" in name for name in names)
+    check_timeline(json.loads(trace_file.read_text())["traceEvents"])
+    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+def check_timeline(events: list[dict[str, Any]]) -> None:
+    """Every verb has a range, and ranges of a track lie inside each other or apart."""
+    names = {event.get("name", "") for event in events}
+    assert {"router", "dispatcher pack", "dispatcher swap", "dispatcher swap, wait"} <= names
+    assert {"experts first", "experts second", "experts fc1_grads", "dispatcher unpack"} <= names
+    tracks: dict[Any, list[tuple[float, float]]] = {}
+    for event in events:
+        if event.get("ph") == "X":
+            span = event["ts"], event["ts"] + event["dur"]
+            tracks.setdefault((event["pid"], event["tid"]), []).append(span)
+    assert any("network" in str(tid) for _, tid in tracks)
+    for spans in tracks.values():
+        open_ends: list[float] = []
+        for begin, end in sorted(spans, key=lambda span: (span[0], -span[1])):
+            while open_ends and open_ends[-1] <= begin:
+                open_ends.pop()
+            assert not open_ends or end <= open_ends[-1] + 0.01  # microseconds, rounded
+            open_ends.append(end)
 
 
 def test_a_process_on_its_own_is_told_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("output", "JSON; equal rows are replaced"),
         ("plot", "PNG"),
         ("trace", "overlap: two steps in chunks, to look at in Perfetto"),
+        ("trace-plot", "overlap: the second of them as a PNG"),
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"where to: {summary}")
 
@@ -77,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; raises ConfigError for unknown names and unreadable files."""
     _check(args)
-    plot = _load_plot() if args.plot is not None else None  # before minutes of measuring
+    # before minutes of measuring
+    plot = _load("plot", "--plot") if args.plot is not None else None
+    picture = _load("timeline_plot", "--trace-plot") if args.trace_plot is not None else None
     device = default_device()
     if args.cuda_graph:
         require_cuda("--cuda-graph", device)
@@ -93,12 +96,18 @@ def run(args: argparse.Namespace) -> int:
         [row for row in kept if row.get("bench") == args.bench] if args.resume else [],
     )
     rows = _measure(args, contest, shapes, kept)
-    if args.trace is not None:
-        overlap.trace(shapes[0], (args.routing or ["balanced"])[0], device, args.trace)
+    traced = args.trace is not None or picture is not None
+    if traced:
+        timeline = overlap.trace(shapes[0], (args.routing or ["balanced"])[0], device)
     if args.bench == "overlap":
         overlap.leave_ranks()
         if os.environ["RANK"] != "0":
             return 0
+    if args.trace is not None:
+        args.trace.parent.mkdir(parents=True, exist_ok=True)
+        args.trace.write_text(json.dumps(timeline))
+    if picture is not None:
+        picture.draw(timeline).savefig(args.trace_plot, dpi=144)
     for line in contest.absentees():
         print(f"not measured: {line}", file=sys.stderr if args.json else sys.stdout)
     print(json.dumps(rows) if args.json else table(rows))
@@ -118,8 +127,9 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be at least {least}; got {value}; {least} would do")
     if args.resume and args.output is None:
         raise ConfigError("--resume needs --output, whose rows it keeps; --output FILE would do")
-    if args.trace is not None and args.bench != "overlap":
-        raise ConfigError(f"--trace is for overlap; got {args.bench}; bench overlap would do")
+    for flag, value in (("--trace", args.trace), ("--trace-plot", args.trace_plot)):
+        if value is not None and args.bench != "overlap":
+            raise ConfigError(f"{flag} is for overlap; got {args.bench}; bench overlap would do")
     if args.cuda_graph and args.bench != "layer":
         raise ConfigError(f"--cuda-graph is for layer; got {args.bench}; bench layer would do")
 
@@ -138,10 +148,10 @@ def _measure(
     return rows
 
 
-def _load_plot() -> Any:
+def _load(module: str, flag: str) -> Any:
     try:
-        return import_module("ep_plugin.bench.plot")
+        return import_module(f"ep_plugin.bench.{module}")
     except ImportError as error:
         raise BackendUnavailable(
-            f"--plot needs matplotlib ({error}); pip install 'ep-plugin[report]' would do"
+            f"{flag} needs matplotlib ({error}); pip install 'ep-plugin[report]' would do"
         ) from error

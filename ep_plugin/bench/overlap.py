@@ -9,17 +9,15 @@ takes than both together, as a share of the exchange. Times are those of the slo
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from ep_plugin.bench import timeline
 from ep_plugin.bench.case import Case, make_case
 from ep_plugin.bench.contest import OURS, Contest
 from ep_plugin.bench.floors import Precision, layer_floor
@@ -34,6 +32,9 @@ from ep_plugin.layer import MoELayer
 DISPATCHERS: dict[str, dict[str, Any]] = {
     "alltoall": {"dispatcher": "alltoall"},
     "alltoall+dedup": {"dispatcher": "alltoall", "dispatch_dedup": True},
+    "alltoall+dedup+fp8": {
+        **{"dispatcher": "alltoall", "dispatch_dedup": True, "dispatch_dtype": "fp8"}
+    },
     "symm_mem": {"dispatcher": "symm_mem"},
 }
 SCHEDULES = ("serial", "chunked")
@@ -202,23 +203,11 @@ def _slowest(time: Timing, device: torch.device) -> Timing:
     return Timing(*values.tolist())
 
 
-def trace(shape: Shape, routing: str, device: torch.device, path: Path) -> None:
-    """Write two steps of the layer in chunks, as rank 0 saw them, for Perfetto or Chrome."""
+def trace(shape: Shape, routing: str, device: torch.device) -> dict[str, Any]:
+    """Return a timeline of two steps of the layer in chunks, as this rank sees it."""
     case = make_case(replace(shape, experts=shape.experts * dist.get_world_size()), routing, device)
     groups = ExpertGroups(ep=dist.group.WORLD, ep_etp=dist.group.WORLD)
     layer = _layer(case, groups, overlap="chunked", **DISPATCHERS["alltoall+dedup"])
+    timeline.mark(layer)
     variant = _Variant(case, OURS, "bf16", "alltoall+dedup", "chunked", layer)
-    step: Callable[[int], None] = variant.step
-    for index in range(2):
-        step(index)
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
-        for index in range(2):
-            step(index)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
+    return timeline.record(variant.step, device)
