@@ -86,6 +86,34 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "exchange ms" in capsys.readouterr().out
 
 
+def test_measured_rows_stand_beside_what_is_foreseen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dims = {"tokens": 8192, "topk": 8, "hidden": 7168}
+    row = {"bench": "overlap", "precision": "bf16", "ep": 8, "hidden_share": 0.5, "dims": dims}
+    network, traffic = NETWORKS["nvlink8"], Traffic(8192, 8, 7168, 256)
+    twice = 2 * forecast(traffic, network, 8, "dedup", 1.0, 1).exchange_ms
+    rows = [
+        {**row, "dispatcher": "alltoall+dedup", "exchange_ms": twice},
+        {**row, "dispatcher": "symm_mem", "exchange_ms": 1.0},
+        {**row, "dispatcher": "alltoall", "exchange_ms": 1.0, "dims": {**dims, "topk": 4}},
+        {**row, "dispatcher": "alltoall", "exchange_ms": 1.0, "precision": "fp8"},
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    plot = tmp_path / "p.png"
+    assert main(["plan", "--ep", "8", "--measured", str(path), "--plot", str(plot)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = lines[lines.index("measured, over what is foreseen:") + 1 :]
+    assert [line.split() for line in told] == [["8", "dedup", f"{twice:.2f}", "ms", "2.00"]]
+    assert plot.stat().st_size > 10000
+    assert main(["plan", "--hidden", "64", "--measured", str(path)]) == 2
+    assert "has no bf16 row with tokens 8192, topk 8, hidden 64" in capsys.readouterr().err
+    path.write_text("[1]")
+    assert main(["plan", "--measured", str(path)]) == 2
+    assert "is no file of `bench overlap`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

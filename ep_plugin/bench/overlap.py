@@ -84,7 +84,8 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
                 **variant.identity(shape, routing, ranks),
                 exchange_ms=exchange.median,
                 compute_ms=compute.median,
-                hidden_share=max(0.0, saved / exchange.median),
+                hidden_share=min(1.0, max(0.0, saved / exchange.median)),
+                dims={"tokens": shape.tokens, "topk": shape.topk, "hidden": shape.hidden},
                 floor_ms=layer_floor(shape, variant.precision),
                 gpu=gpu,
             )

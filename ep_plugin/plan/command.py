@@ -2,20 +2,32 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ep_plugin.config import ConfigError
-from ep_plugin.plan.network import NETWORKS, Forecast, Traffic, forecast
+from ep_plugin.plan.network import NETWORKS, Forecast, Network, Traffic, forecast
 
 HOWS = ("flat", "dedup", "hierarchical")
+SENT_AS = {"alltoall": "flat", "alltoall+dedup": "dedup", "hierarchical": "hierarchical"}
 EXAMPLES = """examples:
   ep-plugin plan --tokens 8192 --topk 8 --hidden 7168 --experts 256 --compute-ms 10
   ep-plugin plan --topk 8 --hidden 2048 --experts 128 --ep 2 4 8 --network nvlink72 --json
   ep-plugin plan --experts 512 --ep 8 64 512 --chunks 8 --fp8-dispatch --plot plan.png
+  ep-plugin plan --topk 4 --ep 2 4 8 --measured overlap.json --plot plan.png
 
 --compute-ms is the layer without exchanges: ms of `ep-plugin bench layer`. Assumptions stand in
 ep_plugin/plan/network.py."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An exchange of a step as it was measured."""
+
+    ep: int
+    how: str
+    exchange_ms: float
+    hidden_share: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fp8-dispatch", action="store_true", help="one byte a value on its way")
     parser.add_argument("--json", action="store_true", help="print the rows on stdout as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them: PNG")
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="rows of `bench overlap`: those of this layer are put beside what is foreseen",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,10 +89,49 @@ def run(args: argparse.Namespace) -> int:
         for ep in args.ep
         for how in HOWS
     ]
+    measured = read_measured(args.measured, traffic) if args.measured is not None else []
     if args.plot is not None:
-        _draw(rows, args)
+        _draw(rows, measured, args)
     print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else _table(rows))
+    if measured and not args.json:
+        print(_beside(measured, traffic, network))
     return 0
+
+
+def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
+    """Return the bf16 exchanges of `bench overlap` for such a layer; raises ConfigError."""
+    try:
+        rows = json.loads(path.read_text())
+        found = [
+            Measured(row["ep"], SENT_AS[row["dispatcher"]], row["exchange_ms"], row["hidden_share"])
+            for row in rows
+            if row["bench"] == "overlap"
+            and row["precision"] == "bf16"
+            and row["dispatcher"] in SENT_AS
+            and row["dims"]
+            == {"tokens": traffic.tokens, "topk": traffic.topk, "hidden": traffic.hidden}
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--measured {path} is no file of `bench overlap` ({error!r}); its --output would do"
+        ) from error
+    if not found:
+        raise ConfigError(
+            f"--measured {path} has no bf16 row with tokens {traffic.tokens}, topk {traffic.topk}, "
+            f"hidden {traffic.hidden}; the flags of what was measured would do"
+        )
+    return found
+
+
+def _beside(measured: list[Measured], traffic: Traffic, network: Network) -> str:
+    """Return a line for each measured exchange, with what is foreseen of it."""
+    lines = ["measured, over what is foreseen:"]
+    for row in measured:
+        foreseen = forecast(traffic, network, row.ep, row.how, 1.0, 1).exchange_ms
+        lines.append(
+            f"{row.ep:4} {row.how:13} {row.exchange_ms:12.2f} ms {row.exchange_ms / foreseen:6.2f}"
+        )
+    return "\n".join(lines)
 
 
 def _table(rows: list[Forecast]) -> str:
@@ -90,18 +147,25 @@ def _table(rows: list[Forecast]) -> str:
     return "\n".join(lines)
 
 
-def _draw(rows: list[Forecast], args: argparse.Namespace) -> None:
+def _draw(rows: list[Forecast], measured: list[Measured], args: argparse.Namespace) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(f"--plot needs matplotlib ({error}); leave --plot out") from error
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for how in HOWS:
+    for index, how in enumerate(HOWS):
+        color = f"C{index}"
         mine = [row for row in rows if row.how == how]
         ranks = [str(row.ep) for row in mine]
-        top.plot(ranks, [row.exchange_ms for row in mine], marker="o", label=how)
-        bottom.plot(ranks, [100 * row.hidden_share for row in mine], marker="o", label=how)
+        top.plot(ranks, [row.exchange_ms for row in mine], color, marker="o", label=how)
+        bottom.plot(ranks, [100 * row.hidden_share for row in mine], color, marker="o", label=how)
+        seen = [row for row in measured if row.how == how and str(row.ep) in ranks]
+        if seen:
+            places = [str(row.ep) for row in seen]
+            crosses = {"color": color, "marker": "x", "s": 60, "label": f"{how}, measured"}
+            top.scatter(places, [row.exchange_ms for row in seen], **crosses)
+            bottom.scatter(places, [100 * row.hidden_share for row in seen], **crosses)
     top.axhline(args.compute_ms, color="black", linewidth=0.8, linestyle="--", label="compute")
     top.set_ylabel("exchange of a step (ms)")
     bottom.set_ylabel(f"hidden in {args.chunks} chunks (%)")

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# How speed and memory scale with expert parallelism on the GPUs of one host, and real-size models
+# beside Megatron's own MoE. Each step takes a few minutes and can be repeated alone:
+#
+#     ./benchmarks/eight_gpus.sh scaling          the layer at EP = 1, 2, 4, ... RANKS
+#     ./benchmarks/eight_gpus.sh qwen3 mixtral    tokens per second in Megatron's loop, bf16 and FP8
+#     ./benchmarks/eight_gpus.sh layouts          tensor, pipeline and expert parallelism compared
+#     ./benchmarks/eight_gpus.sh foreseen         measured exchanges beside the network model's
+#
+# RANKS=8 by default. Rows go to benchmarks/results/eight_gpus.json. To see that it works without
+# GPUs: SMALL=1 RANKS=8 OUT=runs/eight_gpus ./benchmarks/eight_gpus.sh scaling qwen3 layouts
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON="${PYTHON:-python}" RANKS="${RANKS:-8}" OUT="${OUT:-benchmarks/results}"
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+rows="$OUT/eight_gpus.json"
+mkdir -p "$OUT"
+if [[ -n "${SMALL:-}" ]]; then
+    shapes=(tiny) repeats=2 iterations=3 size=(--num-layers 2 --sequence 32)
+    qwen3=(--model qwen3-nano "${size[@]}") mixtral=(--model mixtral-nano "${size[@]}")
+else
+    shapes=(dsv3 q3-235b q3-30b-ep8 mixtral) repeats=20 iterations=50
+    qwen3=(--model qwen3-30b-a3b --num-layers "${QWEN3_LAYERS:-12}" --sequence 4096)
+    mixtral=(--model mixtral-8x7b --num-layers "${MIXTRAL_LAYERS:-6}" --sequence 4096)
+fi
+precisions=(bf16 fp8)
+if ! "$PYTHON" -c 'import torch, transformer_engine; assert torch.cuda.is_available()' \
+    2>/dev/null; then
+    precisions=(bf16) # Megatron has FP8 experts with Transformer Engine alone
+fi
+
+run_scaling() {
+    local ep
+    "$PYTHON" -m ep_plugin.cli bench layer --shapes "${shapes[@]}" --backends ep_plugin \
+        --repeats "$repeats" --warm 5 --resume --output "$rows"
+    for ((ep = 2; ep <= RANKS; ep *= 2)); do
+        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ep" -m ep_plugin.cli \
+            bench overlap --shapes "${shapes[@]}" --repeats "$repeats" --warm 5 --resume \
+            --output "$rows"
+    done
+}
+
+train() {
+    "$PYTHON" benchmarks/train_ep.py --ranks "$RANKS" --iterations "$iterations" --micro-batch 1 \
+        --batch "$((4 * RANKS))" --output "$rows" "$@"
+}
+
+run_qwen3() { train "${qwen3[@]}" --precision "${precisions[@]}"; }
+run_mixtral() { train "${mixtral[@]}" --precision "${precisions[@]}"; }
+run_layouts() {
+    local half=$((RANKS / 2))
+    train "${qwen3[@]}" --layouts "ep=$RANKS" "tp=2,ep=$half" "pp=2,ep=$half"
+}
+
+run_foreseen() {
+    "$PYTHON" -m ep_plugin.cli plan --tokens 8192 --topk 4 --hidden 7168 --ep 2 4 8 \
+        --measured "$rows" --plot "$OUT/../network_dsv3.png"
+    "$PYTHON" -m ep_plugin.cli plan --tokens 8192 --topk 8 --hidden 4096 --experts 128 \
+        --ep 2 4 8 --measured "$rows" --plot "$OUT/../network_q3-235b.png"
+}
+
+if (($# == 0)); then
+    sed -n '2,/^set/p' "$0" | grep '^#' | cut -c3-
+    exit 2
+fi
+for step in "$@"; do
+    case "$step" in
+    scaling | qwen3 | mixtral | layouts | foreseen) "run_$step" ;;
+    *)
+        echo "error: steps are scaling, qwen3, mixtral, layouts, foreseen; got '$step'" >&2
+        exit 2
+        ;;
+    esac
+done

@@ -1,0 +1,197 @@
+"""Train a model in Megatron's loop, with our MoE blocks and with Megatron's own.
+
+python benchmarks/train_ep.py --ranks 2 [--model gpt-20m] [--precision bf16 fp8]
+                              [--iterations 100] [--data data/quickstart] [--layouts ep=2]
+                              [--output F]
+
+Models are gpt-20m and every preset (`--num-layers N` keeps as many layers as fit). Both sides get
+the same flags, data, seed and initial values; Megatron's own side is given its best: grouped GEMM
+with Transformer Engine where that is installed, its sequential experts otherwise. A side's tokens
+per second are those of its median iteration after the first tenth. Rows are as `ep-plugin bench`
+writes them, with `loss`, the mean of the last tenth. Without a GPU only losses mean anything.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ep_plugin.bench.measure import Timing
+from ep_plugin.bench.rows import Row, make_row, merge, read, write
+from ep_plugin.parallel import ParallelConfig
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "recipes" / "pretrain_gpt.py")
+GPT_20M = """
+--num-layers 4 --hidden-size 384 --ffn-hidden-size 1024 --num-attention-heads 6 --seq-length 512
+--max-position-embeddings 512 --position-embedding-type rope --swiglu --disable-bias-linear
+--untie-embeddings-and-output-weights --normalization RMSNorm --attention-dropout 0
+--hidden-dropout 0 --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 384
+--moe-aux-loss-coeff 1e-2
+"""
+RUN = """
+--moe-token-dispatcher-type alltoall --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine
+--lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --num-workers 0 --bf16 --seed 7
+--log-interval 1 --eval-iters 0 --eval-interval 100000 --use-distributed-optimizer
+--tokenizer-type NullTokenizer
+"""
+PLAIN = """
+--transformer-impl local --no-masked-softmax-fusion --no-gradient-accumulation-fusion
+--no-persist-layer-norm --no-rope-fusion
+"""
+FUSED = "--transformer-impl transformer_engine"
+SIDES = {  # backend -> how the script is started, flags of its own, flags of its own with FP8
+    "ep_plugin": (
+        ("-m", "ep_plugin.run"),
+        "--ep-dispatch-dedup on --ep-overlap chunked",
+        "--ep-fp8 rowwise --ep-dispatch-dtype fp8",
+    ),
+    "megatron": (
+        (str(ROOT / "tests" / "edge" / "stock_run.py"),),
+        "--moe-grouped-gemm --moe-permute-fusion",
+        "--fp8-format e4m3 --fp8-recipe tensorwise",
+    ),
+}
+ITERATION = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: (\S+)")
+
+
+def model_flags(name: str, num_layers: int | None, sequence: int | None) -> list[str]:
+    """Return Megatron's flags of a model, with as many layers as asked for."""
+    if name == "gpt-20m":
+        flags = shlex.split(GPT_20M)
+    else:
+        command = [sys.executable, "-m", "ep_plugin.cli", "presets", name, "--json"]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        flags = json.loads(printed)["arguments"]
+    changes = {"--num-layers": num_layers, "--seq-length": sequence}
+    if num_layers is not None and "--moe-layer-freq" in flags:
+        changes["--moe-layer-freq"] = 1
+    if sequence is not None:
+        changes["--max-position-embeddings"] = sequence
+    for flag, value in changes.items():
+        if value is not None:
+            flags[flags.index(flag) + 1] = str(value)
+    return flags
+
+
+def layout_flags(layout: str, ranks: int) -> list[str]:
+    """Return the flags of a layout such as tp=2,ep=4; raises ConfigError where it is none."""
+    sizes = {key: int(value) for key, value in (part.split("=") for part in layout.split(","))}
+    parallel = ParallelConfig(world_size=ranks, **{"etp": 1, **sizes})
+    flags = [
+        *("--tensor-model-parallel-size", str(parallel.tp)),
+        *("--pipeline-model-parallel-size", str(parallel.pp)),
+        *("--expert-model-parallel-size", str(parallel.ep)),
+        *("--expert-tensor-parallel-size", str(parallel.expert_tp)),
+    ]
+    return [*flags, "--sequence-parallel"] if parallel.tp > 1 else flags
+
+
+def data_flags(data: Path | None, log: Path) -> list[str]:
+    """Return the flags of real text that recipes/prepare_data.py wrote, or of mock data."""
+    if data is None:
+        return ["--mock-data", "--vocab-size", "8192"]
+    vocabulary = json.loads((data / "manifest.json").read_text())["vocab_size"]
+    return [
+        *("--data-path", str(data / "corpus"), "--split", "95,5,0"),
+        *("--vocab-size", str(vocabulary), "--data-cache-path", str(log.parent / "cache")),
+    ]
+
+
+def train(backend: str, fp8: bool, args: argparse.Namespace, layout: str) -> Row:
+    """Run one side and return its row; a side that fails shows the end of its log."""
+    runner, own, own_fp8 = SIDES[backend]
+    has_engine = find_spec("transformer_engine") is not None and torch.cuda.is_available()
+    if backend == "megatron" and not has_engine:
+        own = ""
+    log = args.logs / f"{args.model}_{layout}_{backend}_{'fp8' if fp8 else 'bf16'}.log"
+    model = model_flags(args.model, args.num_layers, args.sequence)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(args.ranks), *runner, SCRIPT, *model, *shlex.split(RUN)),
+        *shlex.split(FUSED if has_engine else PLAIN),
+        *layout_flags(layout, args.ranks),
+        *("--micro-batch-size", str(args.micro_batch), "--global-batch-size", str(args.batch)),
+        *("--train-iters", str(args.iterations), *data_flags(args.data, log)),
+        *shlex.split(own + " " + (own_fp8 if fp8 else "")),
+    ]
+    with log.open("w") as out:
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+    text = log.read_text()
+    if code != 0:
+        sys.exit(f"{backend} ended with {code}; the end of {log}:\n{text[-3000:]}")
+    found = [(float(ms), float(loss)) for ms, loss in ITERATION.findall(text)]
+    steady = sorted(ms for ms, _ in found[len(found) // 10 :])
+    tenth = max(1, len(found) // 10)
+    sequence = int(model[model.index("--seq-length") + 1])
+    median = statistics.median(steady)
+    kind = "te" if has_engine else "sequential experts"
+    return make_row(
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        Timing(median, steady[len(steady) // 10], steady[-1 - len(steady) // 10]),
+        bench="train",
+        shape=args.model,
+        op=layout,
+        backend=backend if backend == "ep_plugin" else f"megatron ({kind})",
+        precision="fp8" if fp8 else "bf16",
+        ep=args.ranks,
+        tokens_per_second=args.batch * sequence / median * 1000,
+        loss=statistics.mean(loss for _, loss in found[-tenth:]),
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--model", default="gpt-20m")
+    parser.add_argument("--num-layers", type=int, help="of a preset: as many as fit")
+    parser.add_argument("--sequence", type=int, help="tokens of a sequence, other than the model's")
+    parser.add_argument("--layouts", nargs="+", help="such as tp=2,ep=4 (default: ep=RANKS)")
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"])
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=32, help="sequences of an iteration")
+    parser.add_argument("--data", type=Path, help="what prepare_data.py wrote (default: mock data)")
+    parser.add_argument("--logs", type=Path, default=Path("runs/train_ep"))
+    parser.add_argument("--output", type=Path, help="JSON; equal rows are replaced")
+    args = parser.parse_args()
+    args.layouts = args.layouts or [f"ep={args.ranks}"]
+    return args
+
+
+def compare(layout: str, precision: str, args: argparse.Namespace) -> None:
+    """Train both sides, print each as it comes and what they make of each other, write rows."""
+    rows: list[Row] = []
+    for backend in SIDES:
+        row = train(backend, precision == "fp8", args, layout)
+        rows.append(row)
+        speed = "" if row["device"] == "cpu" else f" {row['tokens_per_second']:9.0f} tokens/s"
+        print(f"{layout} {row['backend']:30} {precision} loss {row['loss']:.4f}{speed}")
+        if args.output is not None:
+            write(args.output, merge(read(args.output), [row]))
+    ours, theirs = rows
+    speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
+    loss = 100 * (ours["loss"] / theirs["loss"] - 1)
+    print(f"{layout} {precision}: {speed:.2f} x tokens per second, loss {loss:+.2f} %")
+
+
+def main() -> None:
+    """Compare both sides in every layout and precision."""
+    args = parse()
+    args.logs.mkdir(parents=True, exist_ok=True)
+    for layout in args.layouts:
+        for precision in args.precision:
+            compare(layout, precision, args)
+
+
+if __name__ == "__main__":
+    main()
