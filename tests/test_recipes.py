@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ep_plugin.parallel import ParallelConfig, check_experts_over_ranks
+from ep_plugin.plan.memory import stage_memory
 from ep_plugin.plan.network import NETWORKS, Traffic, load
 from ep_plugin.presets import load as load_preset
 
@@ -42,6 +43,10 @@ FITS = [  # model, layout, GPUs of 80 GB, RECOMPUTE where it is not the model's 
     ("switch-base-128", "tp2-ep8", 8, ""),
     ("switch-c-2048", "ep256", 256, ""),
 ]
+
+# Rows whose model is built as well, without storage: plain, with tensor parallelism, and a pyramid
+# whose residual experts have biases.
+BUILT = ("mixtral-8x7b-ep8-pp4", "qwen3-235b-a22b-tp2-ep8-pp8", "ds-1.3b-prmoe-64-128-ep32")
 
 
 def launch(*arguments: str, cwd: Path = ROOT, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +80,8 @@ def understood() -> list[dict[str, Any] | str]:
         words = dry_run(
             "pretrain.py", MODEL=model, LAYOUT=layout, RECOMPUTE=recompute, **nodes(gpus)
         )
-        rows.append((gpus, words[words.index("pretrain.py") + 1 :]))
+        vocab = load_preset(model).model.vocab if f"{model}-{layout}" in BUILT else None
+        rows.append((gpus, words[words.index("pretrain.py") + 1 :], vocab))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "edge" / "read_flags.py")],
         env={**os.environ, "EP_PLUGIN_DEVICE": "cpu", "PYTHONPATH": str(ROOT)},
@@ -94,7 +100,7 @@ def understood() -> list[dict[str, Any] | str]:
 def test_megatron_and_the_plugin_take_the_flags(
     row: int, understood: list[dict[str, Any] | str]
 ) -> None:
-    model, _, gpus, recompute = FITS[row]
+    model, layout, gpus, recompute = FITS[row]
     found = understood[row]
     assert isinstance(found, dict), found
     preset = load_preset(model)
@@ -116,6 +122,19 @@ def test_megatron_and_the_plugin_take_the_flags(
     assert (found["recompute"] == "full") == (
         not recompute and model in ("deepseek-v3", "qwen3-235b-a22b")
     )
+    stages = stage_memory(
+        preset,
+        parallel,
+        found["layers"],
+        micro_batch=found["micro_batch"],
+        seq_length=found["seq_length"],
+        recompute=found["recompute"] == "full",
+        dedup=found["dispatch_dedup"],
+    )
+    assert max(stage.total for stage in stages) < 0.9 * 80e9
+    if f"{model}-{layout}" in BUILT:
+        held = [[stage.dense_params, stage.expert_params] for stage in (stages[0], stages[-1])]
+        assert found["parameters"] == held  # Megatron's own count
     tokens = found["micro_batch"] * found["seq_length"] // parallel.tp
     traffic = Traffic(tokens, found["topk"], found["hidden"], found["num_experts"])
     flat, dedup = (
