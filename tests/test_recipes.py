@@ -289,9 +289,8 @@ def test_a_job_about_to_end_saves_and_goes_back_into_the_queue(tmp_path: Path) -
     recorder(tmp_path, "scontrol", '[[ "$1" == show ]] && printf "host-a\\nhost-b\\n"; true')
     recorder(tmp_path, "scancel", f'kill -TERM "$(cat {tmp_path}/step)"')
     saves = f"trap 'echo saved $MASTER_ADDR $NNODES >>{tmp_path}/calls; exit 1' TERM"
-    recorder(
-        *(tmp_path, "srun"), f"{saves}\necho $$ >{tmp_path}/step\nwhile true; do sleep 0.02; done"
-    )
+    waits = f"echo $$ >{tmp_path}/step; for i in {{1..3000}}; do sleep 0.02; done"
+    recorder(tmp_path, "srun", f"{saves}\n{waits}")
     slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "host-[a-b]"}
     job = subprocess.Popen(
         ["bash", str(SBATCH[0]), "pretrain.py"],
@@ -299,9 +298,12 @@ def test_a_job_about_to_end_saves_and_goes_back_into_the_queue(tmp_path: Path) -
         stdout=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: (tmp_path / "step").exists() and (tmp_path / "step").read_text().strip())
-    job.send_signal(signal.SIGUSR1)
-    output, _ = job.communicate(timeout=60)
+    try:
+        wait_for(lambda: (tmp_path / "step").exists() and (tmp_path / "step").read_text().strip())
+        job.send_signal(signal.SIGUSR1)
+        output, _ = job.communicate(timeout=60)
+    finally:
+        job.kill()
     assert job.returncode == 0
     assert output.startswith("requeue: job 77 is about to end")
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -321,6 +323,7 @@ def wait_for(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+TRIAL = ("--log-interval=1", "--num-workers=0", "--train-iters=2000")
 ADAM = ("param", "exp_avg", "exp_avg_sq")
 
 
@@ -331,7 +334,7 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_with_its_optimizer(tmp_p
     log = tmp_path / "log"
     with log.open("w") as stream:
         job = subprocess.Popen(
-            [str(RUN), "recipes/pretrain_gpt.py", "--log-interval=1", "--num-workers=0"],
+            [str(RUN), "recipes/pretrain_gpt.py", *TRIAL],
             env={
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "PYTHONPATH": str(ROOT),
@@ -344,14 +347,17 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_with_its_optimizer(tmp_p
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
-    wait_for(lambda: " iteration        2/" in log.read_text() or job.poll() is not None, 300)
-    job.send_signal(signal.SIGTERM)
-    job.wait(300)
+    try:
+        wait_for(lambda: " iteration        2/" in log.read_text() or job.poll() is not None, 300)
+        job.terminate()
+        job.wait(300)
+    finally:
+        job.kill()
     saved = tmp_path / "a run" / "checkpoints"
     tracker = saved / "latest_checkpointed_iteration.txt"
     assert tracker.exists(), log.read_text()[-4000:]
     reached = int(tracker.read_text())
-    assert 2 <= reached < 200
+    assert 2 <= reached < 2000
     from torch.distributed.checkpoint import FileSystemReader
 
     keys = FileSystemReader(saved / f"iter_{reached:07d}").read_metadata().state_dict_metadata
