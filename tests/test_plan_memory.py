@@ -116,6 +116,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         parts = sum(row["memory"][name] for name in ("weights", "optimizer", "activations"))
         assert row["total_gb"] == pytest.approx(parts / 1e9)
+    assert main(["plan", "--preset", "glam-137b-dense", "--gpus", "64", "--tp", "8", "--json"]) == 0
+    (dense,) = json.loads(capsys.readouterr().out)
+    assert (dense["ep"], dense["memory"]["expert_params"]) == (1, 0)
     assert main([*flags, "--ep", "8", "--gpu-gb", "40"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].endswith("fits 40 GB")

@@ -69,7 +69,7 @@ def _all(args: argparse.Namespace, preset: Preset) -> list[Fit]:
     """Return the rows of every power of 2 that the experts and the ranks allow."""
     rows = []
     ep = 1
-    while ep <= max(preset.model.experts, default=1):
+    while ep <= max(1, *preset.model.experts):
         allowed = all(experts % ep == 0 for experts in preset.model.experts)
         if allowed and (args.gpus % (ep * args.etp * args.pp) == 0 or ep == 1):
             rows.append(_fit(args, preset, ep))
