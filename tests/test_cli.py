@@ -25,8 +25,9 @@ FLAGS = {
     ),
     "doctor": "--json",
     "plan": (
-        "--chunks --compute-ms --ep --experts --fp8-dispatch --hidden --imbalance --json --network "
-        "--plot --tokens --topk"
+        "--chunks --compute-ms --cp --dispatch-dedup --ep --etp --experts --fp8-dispatch --gpu-gb "
+        "--gpus --hidden --imbalance --json --micro-batch --network --plot --pp --preset "
+        "--recompute --seq-length --tokens --topk --tp"
     ),
     "presets": "NAME --json",
     "report": "--device --ep --experts --json --ranks --resumed-at-iteration --run --topk",

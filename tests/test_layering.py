@@ -55,7 +55,7 @@ TABLE = {
     "convert": Row("config registry", "torch tqdm"),
     "report": Row("config", "matplotlib tensorboard"),
     "presets": Row("config registry"),
-    "plan": Row("config", "matplotlib"),
+    "plan": Row("config parallel presets", "matplotlib"),
     "bench": Row(
         "autotune config contracts e4m3 registry groups kernels fp8 router layer",
         # its peers, beside what it draws with

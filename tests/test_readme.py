@@ -38,7 +38,18 @@ def test_the_example_runs_on_one_and_two_ranks(tmp_path: Path) -> None:
 def test_command(command: str) -> None:
     """Scripts exist (.ci/run runs them); our commands parse; launched files and flags are real."""
     words = shlex.split(command)
-    if words[0].startswith("./"):
+    if words[0].startswith("MODEL="):
+        here = command.replace("sbatch --nodes 4 ", "NNODES=4 bash ")
+        printed = subprocess.run(
+            ["bash", "-c", f"export DRY_RUN=1; {here}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert f"-m ep_plugin.run {words[-1]} " in printed.stdout
+        assert (ROOT / words[-1]).is_file()
+    elif words[0].startswith("./"):
         assert words[0].removeprefix("./") in (ROOT / ".ci" / "run").read_text()
     elif words[0] == "ep-plugin":
         args = build_parser(words[1]).parse_args(words[1:])

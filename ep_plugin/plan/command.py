@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ep_plugin.config import ConfigError
+from ep_plugin.plan import _fit
 from ep_plugin.plan.network import NETWORKS, Forecast, Network, Traffic, forecast
 
 HOWS = ("flat", "dedup", "hierarchical")
@@ -13,11 +14,12 @@ SENT_AS = {"alltoall": "flat", "alltoall+dedup": "dedup", "hierarchical": "hiera
 EXAMPLES = """examples:
   ep-plugin plan --tokens 8192 --topk 8 --hidden 7168 --experts 256 --compute-ms 10
   ep-plugin plan --topk 8 --hidden 2048 --experts 128 --ep 2 4 8 --network nvlink72 --json
+  ep-plugin plan --preset qwen3-30b-a3b --gpus 16 --pp 2      what a GPU would hold, for each ep
   ep-plugin plan --experts 512 --ep 8 64 512 --chunks 8 --fp8-dispatch --plot plan.png
   ep-plugin plan --topk 4 --ep 2 4 8 --measured overlap.json --plot plan.png
 
 --compute-ms is the layer without exchanges: ms of `ep-plugin bench layer`. Assumptions stand in
-ep_plugin/plan/network.py."""
+ep_plugin/plan/network.py, those of memory in ep_plugin/plan/memory.py."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--imbalance", type=float, default=1.0, help="busiest rank over the mean (default: 1)"
     )
     parser.add_argument(
-        "--ep", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256], metavar="N"
+        "--ep", type=int, nargs="+", metavar="N", help="ranks (default: powers of 2 up to 256)"
     )
     parser.add_argument("--network", choices=NETWORKS, default="nvlink8", help="default: nvlink8")
     parser.add_argument("--fp8-dispatch", action="store_true", help="one byte a value on its way")
@@ -62,10 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="rows of `bench overlap`: those of this layer are put beside what is foreseen",
     )
+    _fit.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a row for each number of ranks and each way to send; raises ConfigError."""
+    """Print a row for each number of ranks and each way to send; raises ConfigError.
+
+    With --preset, a row for each number of ranks and what a GPU holds.
+    """
+    if args.preset is not None:
+        return _fit.run(args)
+    args.ep = args.ep or [2, 4, 8, 16, 32, 64, 128, 256]
     for name in ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance"):
         if getattr(args, name) <= 0:
             flag = name.replace("_", "-")

@@ -96,6 +96,13 @@ def _check(traffic: Traffic, ep: int, near: int) -> None:
         )
 
 
+def received(traffic: Traffic, ep: int, dedup: bool) -> float:
+    """Return the rows a rank receives in one dispatch, its own among them; loads are even."""
+    if not dedup:
+        return float(traffic.tokens * traffic.topk)
+    return traffic.tokens * ep * _any_of(traffic, traffic.experts // ep)
+
+
 def _any_of(traffic: Traffic, experts: int) -> float:
     """Return the probability that any of a token's choices is among so many experts."""
     none = comb(traffic.experts - experts, traffic.topk) / comb(traffic.experts, traffic.topk)

@@ -8,10 +8,29 @@ from importlib import import_module
 
 from ep_plugin.config import ConfigError
 from ep_plugin.presets._arguments import megatron_arguments
-from ep_plugin.presets._model import Preset, active_params, total_params
+from ep_plugin.presets._model import (
+    GATED,
+    LayerParams,
+    Model,
+    Preset,
+    active_params,
+    layer_params,
+    total_params,
+)
 from ep_plugin.registry import available
 
-__all__ = ["Preset", "active_params", "load", "megatron_arguments", "presets", "total_params"]
+__all__ = [
+    "GATED",
+    "LayerParams",
+    "Model",
+    "Preset",
+    "active_params",
+    "layer_params",
+    "load",
+    "megatron_arguments",
+    "presets",
+    "total_params",
+]
 
 
 def presets() -> dict[str, Preset]:

@@ -87,51 +87,83 @@ def _count(preset: Preset, chosen: int | None) -> int:
     if preset.routing.expert_bias:
         total += sum(model.experts)  # one value each, not trained by gradients
     for stack, cross in stacks:
-        total += sum(_layer(model, experts, chosen, cross) for experts in stack)
+        layers = [layer_params(model, experts, chosen, cross) for experts in stack]
+        total += sum(layer.total for layer in layers)
         total += _norm(model)
         if model.positions == "relative":
             total += RELATIVE_BUCKETS * model.heads
     return total
 
 
-def _layer(model: Model, experts: int, chosen: int | None, cross: bool) -> int:
+@dataclass(frozen=True)
+class LayerParams:
+    """Parameters of a layer or a part of it, by the ranks that share them."""
+
+    tensor: int = 0  # over tensor-parallel ranks
+    replicated: int = 0  # norms, router, biases behind a sum
+    experts: int = 0  # over expert-parallel ranks, with their biases
+
+    def __add__(self, other: "LayerParams") -> "LayerParams":
+        return LayerParams(
+            self.tensor + other.tensor,
+            self.replicated + other.replicated,
+            self.experts + other.experts,
+        )
+
+    @property
+    def total(self) -> int:
+        return self.tensor + self.replicated + self.experts
+
+
+def layer_params(
+    model: Model, experts: int, chosen: int | None = None, cross: bool = False
+) -> LayerParams:
+    """Return the parameters of a layer with `experts` experts (0: dense), `chosen` of them counted.
+
+    `cross` adds the block that reads an encoder.
+    """
     attention = _latent(model, model.latent) if model.latent else _attention(model)
-    blocks = 2 if cross else 1
-    total = blocks * (attention + _norm(model)) + _norm(model)
+    total = attention + LayerParams(replicated=2 * _norm(model))
+    if cross:
+        total += attention + LayerParams(replicated=_norm(model))
     if model.positions == "relative_per_layer":
-        total += RELATIVE_BUCKETS * model.heads
+        total += LayerParams(replicated=RELATIVE_BUCKETS * model.heads)
     if not experts:
         return total + _ffn(model, model.dense_ffn, model.dense_activation)
-    one = _ffn(model, model.expert_ffn, model.expert_activation)
-    total += one * (experts if chosen is None else min(chosen, experts)) + experts * model.hidden
     if model.shared_ffn:
         total += _ffn(model, model.shared_ffn, model.dense_activation)
         if model.shared_expert == "learned":
-            total += 2 * model.hidden + 2
-    return total
+            total += LayerParams(replicated=2 * model.hidden + 2)
+    one = _ffn(model, model.expert_ffn, model.expert_activation).total
+    counted = experts if chosen is None else min(chosen, experts)
+    return total + LayerParams(replicated=experts * model.hidden, experts=one * counted)
 
 
-def _attention(model: Model) -> int:
+def _attention(model: Model) -> LayerParams:
     width, kv_width = model.heads * model.head_dim, (model.kv_heads or model.heads) * model.head_dim
-    total = model.hidden * (2 * width + 2 * kv_width)
+    tensor = model.hidden * (2 * width + 2 * kv_width)
+    replicated = 2 * model.head_dim if model.qk_norm else 0
     if model.biases:
-        total += width + 2 * kv_width + model.hidden
-    return total + (2 * model.head_dim if model.qk_norm else 0)
+        tensor += width + 2 * kv_width
+        replicated += model.hidden
+    return LayerParams(tensor, replicated)
 
 
-def _latent(model: Model, latent: LatentAttention) -> int:
+def _latent(model: Model, latent: LatentAttention) -> LayerParams:
     query = model.heads * (latent.nope_dim + latent.rope_dim)
     key_value = model.heads * (latent.nope_dim + latent.value_dim)
     down = model.hidden * (latent.q_rank + latent.kv_rank + latent.rope_dim)
     up = latent.q_rank * query + latent.kv_rank * key_value
     output = model.heads * latent.value_dim * model.hidden
-    return down + up + output + latent.q_rank + latent.kv_rank  # two norms between
+    norms = latent.q_rank + latent.kv_rank
+    return LayerParams(up + output, down + norms)  # as Transformer Engine's layers do
 
 
-def _ffn(model: Model, size: int, activation: Activation) -> int:
+def _ffn(model: Model, size: int, activation: Activation) -> LayerParams:
     rows = size * (2 if activation in GATED else 1)
-    biases = rows + model.hidden if model.biases else 0
-    return model.hidden * (rows + size) + biases
+    if not model.biases:
+        return LayerParams(model.hidden * (rows + size))
+    return LayerParams(model.hidden * (rows + size) + rows, model.hidden)
 
 
 def _norm(model: Model) -> int:

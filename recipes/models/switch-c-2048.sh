@@ -1,0 +1,17 @@
+# Switch-C (arXiv:2101.03961), its decoder: 2048 experts in each of 15 layers.
+#
+# Fits 80 GB: LAYOUT=ep256 on 256 GPUs and more.
+# Published are batches of 2^20 tokens in sequences of 512, 550,000 of them (arXiv:2101.03961,
+# section 4.1), and Adafactor, which Megatron has not. Here Adam has the published form of the
+# rate, the inverse square root after 10,000 steps, with the peak of the next larger GPT-3
+# (arXiv:2005.14165, table 2.1) than its 1.7B active parameters.
+VOCAB=32128
+MODEL_ARGS=(
+    --ep-preset switch-c-2048
+    --ep-overlap chunked # with FP8 experts: --ep-fp8 rowwise
+)
+TRAIN_ARGS=(
+    --micro-batch-size 4 --global-batch-size 2048 --train-iters 550000
+    --lr 1.6e-4 --lr-decay-style inverse-square-root --lr-warmup-iters 10000
+    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0 --clip-grad 1.0
+)
