@@ -17,7 +17,7 @@ FLAGS = {
     "apply": "SCRIPT --check --diff --revert",
     "bench": (
         "BENCH --backends --cuda-graph --json --output --plot --precision --repeats --resume "
-        "--routing --shapes --trace --warm"
+        "--routing --shapes --trace --trace-plot --warm"
     ),
     "convert": (
         "--dry-run --from --json --layers --num-experts --parity-tolerance --seed --skip-parity "
@@ -26,8 +26,8 @@ FLAGS = {
     "doctor": "--json",
     "plan": (
         "--chunks --compute-ms --cp --dispatch-dedup --ep --etp --experts --fp8-dispatch --gpu-gb "
-        "--gpus --hidden --imbalance --json --micro-batch --network --plot --pp --preset "
-        "--recompute --seq-length --tokens --topk --tp"
+        "--gpus --hidden --imbalance --json --measured --micro-batch --network --plot --pp "
+        "--preset --recompute --seq-length --tokens --topk --tp"
     ),
     "presets": "NAME --json",
     "report": "--device --ep --experts --json --ranks --resumed-at-iteration --run --topk",
