@@ -43,6 +43,7 @@ TABLE = {
     "autotune": Row("contracts config registry", "torch"),
     "e4m3": Row("", "torch"),
     "permute": Row("", "torch"),
+    "replicas": Row("contracts permute", "torch"),
     "kernels": Row("config e4m3 permute", "torch triton"),
     "fp8": Row("contracts config e4m3 kernels", "torch"),
     "fused_experts": Row("contracts config kernels", "torch"),
@@ -50,7 +51,7 @@ TABLE = {
         "contracts config registry autotune groups permute kernels fp8 fused_experts", "torch"
     ),
     "overlap": Row("contracts config fused_experts kernels permute", "torch"),
-    "layer": Row("contracts config parallel registry groups experts", "torch"),
+    "layer": Row("contracts config parallel registry groups experts replicas", "torch"),
     # beside the core
     "convert": Row("config registry", "torch tqdm"),
     "report": Row("config", "matplotlib tensorboard"),
