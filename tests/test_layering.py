@@ -58,7 +58,7 @@ TABLE = {
     "presets": Row("config registry"),
     "plan": Row("config", "matplotlib"),
     "bench": Row(
-        "autotune config contracts e4m3 registry groups kernels fp8 router layer",
+        "autotune config contracts e4m3 registry groups parallel kernels fp8 router layer",
         # its peers, beside what it draws with
         "torch tqdm matplotlib megatron transformer_engine sonicmoe liger_kernel deep_gemm",
     ),
