@@ -11,6 +11,7 @@ ep=4, etp=1: the dense groups of tp are 01 23 45 67; the expert groups of ep are
 """
 
 import itertools
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,10 @@ class ExpertGroups:
     `ep` hosts one copy of all experts; `etp` splits each expert's FFN dimension; `ep_etp` is both
     together, the ranks a token can travel to (etp fastest); `edp` holds the same shard; `tp_cp`
     shares one batch's tokens, and `tp_dp_cp` all batches of a step, for losses that count over it.
+    `replicas` are ranks that hold the same tokens, which then travel once for all of them; tokens
+    of other ranks of `tp_cp` are other ones.
+    `intra_node` and `inter_node` cut `ep_etp` as `by_node` and `rails` do; they are there when
+    `ranks_per_node` is known.
     `shared` is what the layers of these groups have together, by name: a communication buffer.
     """
 
@@ -93,6 +98,10 @@ class ExpertGroups:
     edp: dist.ProcessGroup | None = None
     tp_cp: dist.ProcessGroup | None = None
     tp_dp_cp: dist.ProcessGroup | None = None
+    replicas: dist.ProcessGroup | None = None
+    intra_node: dist.ProcessGroup | None = None
+    inter_node: dist.ProcessGroup | None = None
+    ranks_per_node: int | None = None  # of the world: ranks 0 .. n-1 are on the first node
     shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -130,11 +139,61 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def create_expert_groups(parallel: ParallelConfig) -> ExpertGroups:
+def by_node(ranks: list[int], ranks_per_node: int) -> list[list[int]]:
+    """Cut the ranks of a group, in ascending order, where a node ends.
+
+    With 4 ranks a node, ranks 2 .. 7 are [2, 3] and [4, 5, 6, 7].
+    """
+    return [list(node) for _, node in itertools.groupby(ranks, lambda r: r // ranks_per_node)]
+
+
+def rails(nodes: list[list[int]]) -> list[list[int]]:
+    """Return the groups of ranks that exchange between `nodes`: those of the same place in each.
+
+    Nodes of different sizes have as many rails as the smallest has ranks, and the larger ones
+    several ranks on each: [2, 3] and [4, 5, 6, 7] have the rails [2, 4, 6] and [3, 5, 7].
+    """
+    size = min(map(len, nodes))
+    return [[rank for node in nodes for rank in node[place::size]] for place in range(size)]
+
+
+def relays(nodes: list[list[int]], rank: int) -> list[int]:
+    """Return for each node who takes the tokens of `rank` there, by its place on their rail.
+
+    On the own node it is `rank` itself.
+    """
+    size = min(map(len, nodes))
+    place = next(node.index(rank) for node in nodes if rank in node)
+    on_rail = [len(node[place % size :: size]) for node in nodes]
+    starts = [0, *itertools.accumulate(on_rail)]
+    return [start + place // size % n for start, n in zip(starts, on_rail, strict=False)]
+
+
+def node_size(ranks_per_node: int | None) -> int | None:
+    """Return `ranks_per_node`, or what torchrun says when it is None, or None when nobody does.
+
+    Raises ConfigError when it is not positive.
+    """
+    found = ranks_per_node
+    if found is None and "LOCAL_WORLD_SIZE" in os.environ:
+        found = int(os.environ["LOCAL_WORLD_SIZE"])
+    if found is not None and found < 1:
+        raise ConfigError(
+            f"ranks_per_node must be at least 1; got {found}; the GPUs of a node would do, "
+            "ranks_per_node = 8"
+        )
+    return found
+
+
+def create_expert_groups(
+    parallel: ParallelConfig, ranks_per_node: int | None = None, sequence_parallel: bool = True
+) -> ExpertGroups:
     """Create the process groups of `parallel` on an initialised torch.distributed world.
 
-    Every rank must call it, in the same order as any other group creation. Raises ConfigError
-    when the world has another size than `parallel` says.
+    Every rank must call it, in the same order as any other group creation. `ranks_per_node` says
+    which ranks share a node; None takes torchrun's LOCAL_WORLD_SIZE, where there is one. Without
+    `sequence_parallel` the ranks of a tp group hold the same tokens. Raises ConfigError when the
+    world has another size than `parallel` says.
     """
     world = dist.get_world_size()
     if world != parallel.world_size:
@@ -142,14 +201,23 @@ def create_expert_groups(parallel: ParallelConfig) -> ExpertGroups:
             f"world_size ({parallel.world_size}) must be the number of ranks started ({world}); "
             f"world_size = {world} would do"
         )
+    ranks_per_node = node_size(ranks_per_node)
     experts, dense = expert_grid(parallel), dense_grid(parallel)
+    replicated = parallel.tp > 1 and not sequence_parallel
+    nodes: list[list[list[int]]] = []  # of each ep_etp group
+    if ranks_per_node is not None:
+        nodes = [by_node(ranks, ranks_per_node) for ranks in experts.groups("ep", "etp")]
     return ExpertGroups(
         ep=_own_group(experts.groups("ep")),
         etp=_own_group(experts.groups("etp")),
         ep_etp=_own_group(experts.groups("ep", "etp")),
         edp=_own_group(experts.groups("edp")),
-        tp_cp=_own_group(dense.groups("tp", "cp")),
+        tp_cp=_own_group(dense.groups(*(("cp",) if replicated else ("tp", "cp")))),
         tp_dp_cp=_own_group(dense.groups("tp", "dp", "cp")),
+        replicas=_own_group(dense.groups("tp")) if replicated else None,
+        intra_node=_own_group([ranks for group in nodes for ranks in group]),
+        inter_node=_own_group([ranks for group in nodes for ranks in rails(group)]),
+        ranks_per_node=ranks_per_node,
     )
 
 

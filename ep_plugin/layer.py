@@ -14,6 +14,7 @@ from ep_plugin.experts import Experts
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.parallel import check_experts_over_ranks
 from ep_plugin.registry import resolve
+from ep_plugin.replicas import OncePerReplica
 
 InitMethod = Callable[[Tensor], object]
 
@@ -53,6 +54,8 @@ class MoELayer(nn.Module):
         self.dispatcher: Dispatcher = resolve("dispatcher", pick_dispatcher(config, groups))(
             config, groups
         )
+        if groups.replicas is not None:
+            self.dispatcher = OncePerReplica(self.dispatcher, groups.replicas)
         self.experts = Experts(config, groups, device=device, dtype=dtype)
         self.shared_expert = shared_expert
         self.schedule: Schedule = resolve("overlap", config.overlap)(config, self)

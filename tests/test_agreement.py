@@ -16,15 +16,15 @@ RANKS = 4
 
 
 def make_layer(shared: Any = None, **changes: Any) -> MoELayer:
-    groups = create_expert_groups(ParallelConfig(world_size=RANKS, ep=RANKS))
+    groups = create_expert_groups(ParallelConfig(world_size=RANKS, ep=RANKS), ranks_per_node=2)
     sizes = {"hidden_size": 16, "ffn_hidden_size": 8, "num_experts": 4}
     config = MoEConfig(**{**sizes, "routing": RoutingConfig(topk=2), **changes})
     return MoELayer(config, groups, shared_expert=shared)
 
 
-def fails_in_the_third_call(schedule: str) -> str:
+def fails_in_the_third_call(dispatcher: str, schedule: str) -> str:
     """Return what this rank is told when the experts of rank 2 fail."""
-    layer = make_layer(torch.nn.Linear(16, 16), overlap=schedule)
+    layer = make_layer(torch.nn.Linear(16, 16), dispatcher=dispatcher, overlap=schedule)
     experts, calls = layer.experts.forward, 0
 
     def forward(inbox: Dispatched) -> torch.Tensor:
@@ -42,9 +42,11 @@ def fails_in_the_third_call(schedule: str) -> str:
     return f"{caught.type.__name__}: {caught.value}"
 
 
-@pytest.mark.parametrize("schedule", ["serial", "shared_expert"])
-def test_a_rank_that_fails_is_named_on_every_other(schedule: str) -> None:
-    told = run_ranks(RANKS, fails_in_the_third_call, schedule)
+@pytest.mark.parametrize(
+    ("dispatcher", "schedule"), [("alltoall", "serial"), ("hierarchical", "shared_expert")]
+)
+def test_a_rank_that_fails_is_named_on_every_other(dispatcher: str, schedule: str) -> None:
+    told = run_ranks(RANKS, fails_in_the_third_call, dispatcher, schedule)
     assert told.pop(2) == "MemoryError: no room for rows"
     (message,) = set(told)
     assert message.startswith("RanksDisagree: rank 2 of the 4 of the expert group failed between")

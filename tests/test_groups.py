@@ -4,8 +4,20 @@ import pytest
 import torch.distributed as dist
 from spawn import run_ranks
 
-from ep_plugin import ConfigError, ParallelConfig, create_expert_groups
-from ep_plugin.groups import ExpertGroups, RankGrid, dense_grid, expert_grid
+from ep_plugin import ConfigError, MoEConfig, ParallelConfig, create_expert_groups
+from ep_plugin.groups import (
+    ExpertGroups,
+    RankGrid,
+    by_node,
+    dense_grid,
+    expert_grid,
+    node_size,
+    rails,
+    relays,
+)
+from ep_plugin.registry import resolve
+
+CONFIG = MoEConfig(hidden_size=4, ffn_hidden_size=8, num_experts=4)
 
 
 def test_documented_example() -> None:
@@ -59,16 +71,47 @@ def test_an_order_that_moves_pipeline_stages_is_refused() -> None:
         expert_grid(parallel)
 
 
+def test_rails_join_the_ranks_of_one_place_in_every_node() -> None:
+    nodes = by_node(list(range(8)), 4)
+    assert nodes == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert rails(nodes) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert [relays(nodes, rank) for rank in range(8)] == [[0, 1]] * 8
+    assert rails(by_node([0, 1, 2], 4)) == [[0], [1], [2]]
+
+
+def test_uneven_nodes_have_rails_that_reach_every_rank() -> None:
+    nodes = by_node([2, 3, 4, 5, 6, 7], 4)  # a group that starts in the middle of a node
+    assert nodes == [[2, 3], [4, 5, 6, 7]]
+    assert rails(nodes) == [[2, 4, 6], [3, 5, 7]]
+    # 6 is a second rank of the first rail on its node: for node 0 both send to rank 2.
+    assert {rank: relays(nodes, rank) for rank in (2, 4, 6)} == {2: [0, 1], 4: [0, 1], 6: [0, 2]}
+    for size in (5, 6, 7):
+        found = rails(by_node(list(range(size)), 4))
+        assert sorted(rank for rail in found for rank in rail) == list(range(size))
+
+
+def test_torchrun_says_how_many_ranks_share_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert node_size(None) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (node_size(None), node_size(2)) == (4, 2)
+    with pytest.raises(ConfigError, match="ranks_per_node must be at least 1; got 0"):
+        node_size(0)
+
+
 def group_ranks() -> dict[str, list[int] | None]:
     groups = create_expert_groups(ParallelConfig(world_size=4, ep=2, etp=2))
     names = ("ep", "etp", "ep_etp", "edp", "tp_cp")
     assert (groups.ep_size, groups.etp_size, groups.ep_etp_size) == (2, 2, 4)
     with pytest.raises(ConfigError, match=r"must be the number of ranks started \(4\)"):
         create_expert_groups(ParallelConfig(world_size=8))
+    with pytest.raises(ConfigError, match="know which ranks share a node"):
+        resolve("dispatcher", "hierarchical")(CONFIG, groups)
     return {name: dist.get_process_group_ranks(getattr(groups, name)) for name in names}
 
 
-def test_every_rank_is_in_its_groups() -> None:
+def test_every_rank_is_in_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     results = run_ranks(4, group_ranks)
     assert [result["etp"] for result in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [result["ep"] for result in results] == [[0, 2], [1, 3], [0, 2], [1, 3]]

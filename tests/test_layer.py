@@ -38,7 +38,12 @@ LAYOUTS = {
     "ep=2 etp=2": ParallelConfig(world_size=NUM_RANKS, ep=2, etp=2),
     "ep=1 etp=4": ParallelConfig(world_size=NUM_RANKS, ep=1, etp=4),
 }
-WAYS: list[dict[str, Any]] = [{}, {"dispatch_dedup": True}, {"dispatcher": "symm_mem"}]
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"dispatch_dedup": True},
+    {"dispatcher": "symm_mem"},
+    {"dispatcher": "hierarchical"},  # on 2 nodes x 2 ranks
+]
 
 
 class ScriptedRouter(nn.Module):
@@ -122,10 +127,18 @@ def oracle(
 
 
 def check_rank(
-    config: MoEConfig, groups: ExpertGroups, ids: list[Tensor], dtype: torch.dtype, what: str
+    config: MoEConfig,
+    groups: ExpertGroups,
+    ids: list[Tensor],
+    dtype: torch.dtype,
+    what: str,
+    tp: int = 1,
 ) -> None:
-    """Run the layer on this rank and compare everything with the oracle."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    """Run the layer on this rank and compare everything with the oracle.
+
+    Each `tp` consecutive ranks hold the same tokens; `ids` has an entry for all of them together.
+    """
+    rank = dist.get_rank() // tp if dist.is_initialized() else 0
     weights = make_weights(config, dtype)
     layer = MoELayer(config, groups, init_method=None, dtype=dtype)
     router = ScriptedRouter(weights["router"], ids[rank])
@@ -145,6 +158,7 @@ def check_rank(
     assert router_grad is not None
     if dist.is_initialized():
         dist.all_reduce(router_grad)  # with the dense parameters
+        router_grad /= tp
     assert_close(router_grad, gradients["router"], dtype, f"{what}: router gradient")
     for name, parameter in expert_parameters(layer).items():
         grad = parameter.grad
@@ -159,7 +173,7 @@ def check_all_layouts() -> int:
     """Every layout x case; on a subset also both GEMM backends and every activation."""
     checked = 0
     for layout, parallel in LAYOUTS.items():
-        groups = create_expert_groups(parallel)
+        groups = create_expert_groups(parallel, ranks_per_node=2)
         for case, ids in hard_cases().items():
             for how in WAYS:
                 config = replace(BASE, gemm="loop", **how)
@@ -179,6 +193,34 @@ def check_all_layouts() -> int:
 def test_every_layout_equals_the_oracle() -> None:
     cases = len(LAYOUTS) * (len(WAYS) * len(hard_cases()) + 2 * 2 * 3)
     assert run_ranks(NUM_RANKS, check_all_layouts) == [cases] * NUM_RANKS
+
+
+REPLICAS: list[tuple[dict[str, int], dict[str, Any]]] = [  # degrees, settings
+    ({"tp": 2, "ep": 4, "etp": 1}, {"dispatcher": "hierarchical"}),
+    ({"tp": 2, "ep": 2, "etp": 2}, {"dispatcher": "hierarchical"}),
+    ({"tp": 2, "ep": 2, "etp": 1}, {}),
+    ({"tp": 4, "ep": 1, "etp": 1}, {}),
+]
+
+
+def check_replicas() -> int:
+    checked = 0
+    for degrees, how in REPLICAS:
+        parallel = ParallelConfig(world_size=NUM_RANKS, **degrees)
+        groups = create_expert_groups(parallel, ranks_per_node=2, sequence_parallel=False)
+        for case, ids in hard_cases().items():
+            tp, what = degrees["tp"], f"{degrees}, {how}, {case}"
+            config = replace(BASE, gemm="loop", **how)
+            check_rank(config, groups, ids[: NUM_RANKS // tp], torch.float64, what, tp)
+            checked += 1
+    groups = create_expert_groups(ParallelConfig(world_size=4, tp=2), sequence_parallel=False)
+    with pytest.raises(ConfigError, match="the 2 ranks of tp that hold the same tokens"):
+        MoELayer(replace(BASE, bias=False, overlap="chunked"), groups)
+    return checked
+
+
+def test_tokens_that_tp_ranks_hold_alike_reach_an_expert_once() -> None:
+    assert run_ranks(NUM_RANKS, check_replicas) == [len(REPLICAS) * len(hard_cases())] * NUM_RANKS
 
 
 @pytest.mark.parametrize("case", hard_cases())

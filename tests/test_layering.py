@@ -43,6 +43,7 @@ TABLE = {
     "autotune": Row("contracts config registry", "torch"),
     "e4m3": Row("", "torch"),
     "permute": Row("", "torch"),
+    "replicas": Row("contracts permute", "torch"),
     "kernels": Row("config e4m3 permute", "torch triton"),
     "fp8": Row("contracts config e4m3 kernels", "torch"),
     "fused_experts": Row("contracts config kernels", "torch"),
@@ -50,14 +51,14 @@ TABLE = {
         "contracts config registry autotune groups permute kernels fp8 fused_experts", "torch"
     ),
     "overlap": Row("contracts config fused_experts kernels permute", "torch"),
-    "layer": Row("contracts config parallel registry groups experts", "torch"),
+    "layer": Row("contracts config parallel registry groups experts replicas", "torch"),
     # beside the core
     "convert": Row("config registry", "torch tqdm"),
     "report": Row("config", "matplotlib tensorboard"),
     "presets": Row("config registry"),
     "plan": Row("config parallel presets", "matplotlib"),
     "bench": Row(
-        "autotune config contracts e4m3 registry groups kernels fp8 router layer",
+        "autotune config contracts e4m3 registry groups parallel kernels fp8 router layer",
         # its peers, beside what it draws with
         "torch tqdm matplotlib megatron transformer_engine sonicmoe liger_kernel deep_gemm",
     ),

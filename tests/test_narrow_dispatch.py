@@ -15,36 +15,42 @@ from ep_plugin import ConfigError, ParallelConfig, create_expert_groups
 from ep_plugin.config import MoEConfig
 from ep_plugin.registry import resolve
 
+WAYS: list[dict[str, Any]] = [
+    *({"dispatch_dedup": dedup} for dedup in (False, True)),
+    *({"dispatch_dedup": dedup, "overlap": "chunked"} for dedup in (False, True)),
+    {"dispatcher": "hierarchical"},
+]
+
 
 def check(ranks: int) -> int:
     """What arrives is what the recipe would have made of it on arrival, in either schedule."""
-    groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ranks))
+    parallel = ParallelConfig(world_size=ranks, ep=ranks)
+    groups = create_expert_groups(parallel, ranks_per_node=ranks // 2)
     checked = 0
     for case in (*SOME, "all tokens to one expert"):
         for fp8 in ("rowwise", "blockwise"):
-            for dedup in (False, True):
+            for way in WAYS:
                 # In chunks a product over fewer rows may round differently, but not whole numbers.
-                for overlap, whole in (("serial", False), ("chunked", True)):
-                    config = sized(BASE, fp8=fp8, dispatch_dedup=dedup, overlap=overlap)
-                    ids = routings()[case]
-                    wide = run(config, groups, ids, whole=whole)
-                    found = run(replace(config, dispatch_dtype="fp8"), groups, ids, whole=whole)
-                    for name, value in wide.items():
-                        what = f"{case}, {fp8}, {overlap}, dedup {dedup}: {name}"
-                        assert torch.equal(found[name], value), what
-                    checked += 1
+                whole = way.get("overlap") == "chunked"
+                config = sized(BASE, fp8=fp8, **way)
+                ids = routings()[case]
+                wide = run(config, groups, ids, whole=whole)
+                found = run(replace(config, dispatch_dtype="fp8"), groups, ids, whole=whole)
+                for name, value in wide.items():
+                    assert torch.equal(found[name], value), f"{case}, {fp8}, {way}: {name}"
+                checked += 1
     return checked
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_narrow_tokens_change_nothing(ranks: int) -> None:
-    assert run_ranks(ranks, check, ranks) == [32] * ranks
+    assert run_ranks(ranks, check, ranks) == [8 * len(WAYS)] * ranks
 
 
-def sent_on_the_way_out(fp8: str, dtype: str) -> list[tuple[str, int, int]]:
+def sent_on_the_way_out(fp8: str, dtype: str, dispatcher: str) -> list[tuple[str, int, int]]:
     """Return dtype, rows and bytes of a row of all that has a feature dimension, or a scale."""
-    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2))
-    config = sized(BASE, fp8=fp8, dispatch_dtype=dtype)
+    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2), ranks_per_node=1)
+    config = sized(BASE, fp8=fp8, dispatch_dtype=dtype, dispatcher=dispatcher)
     sent: list[tuple[str, int, int]] = []
     real = dist.all_to_all_single
 
@@ -59,21 +65,30 @@ def sent_on_the_way_out(fp8: str, dtype: str) -> list[tuple[str, int, int]]:
     return sent
 
 
-@pytest.mark.parametrize(("fp8", "hidden", "scales"), [("rowwise", 16, 4), ("blockwise", 128, 4)])
+@pytest.mark.parametrize(
+    ("fp8", "hidden", "scales", "dispatcher", "legs"),
+    [
+        ("rowwise", 16, 4, "alltoall", 1),
+        ("blockwise", 128, 4, "alltoall", 1),
+        ("rowwise", 16, 4, "hierarchical", 2),
+    ],
+)
 def test_bytes_of_a_token_are_one_a_value_and_its_scales(
-    fp8: str, hidden: int, scales: int
+    fp8: str, hidden: int, scales: int, dispatcher: str, legs: int
 ) -> None:
     for wide, narrow in zip(
-        run_ranks(2, sent_on_the_way_out, fp8, "bf16"),
-        run_ranks(2, sent_on_the_way_out, fp8, "fp8"),
+        run_ranks(2, sent_on_the_way_out, fp8, "bf16", dispatcher),
+        run_ranks(2, sent_on_the_way_out, fp8, "fp8", dispatcher),
         strict=True,
     ):
-        rows = next(count for dtype, count, width in wide if width == 2 * hidden)
-        assert ("torch.uint8", rows, hidden) in narrow
-        assert ("torch.float32", rows, scales) in narrow
+        moved = [count for _, count, width in wide if width == 2 * hidden][:legs]
+        assert [item for item in narrow if item[0] == "torch.uint8"] == [
+            ("torch.uint8", rows, hidden) for rows in moved
+        ]
+        assert all(("torch.float32", rows, scales) in narrow for rows in moved)
         tokens = [item for item in narrow if item[0] == "torch.bfloat16"]
-        assert len(tokens) == 3  # combine, and both ways of the backward
-        assert len([item for item in wide if item[0] == "torch.bfloat16"]) == 4
+        assert len(tokens) == 3 * legs  # combine, and both ways of the backward
+        assert len([item for item in wide if item[0] == "torch.bfloat16"]) == 4 * legs
 
 
 def test_it_needs_products_that_read_e4m3() -> None:

@@ -11,7 +11,7 @@ from routings import NUM_EXPERTS
 from spawn import run_ranks
 from tolerance import assert_close
 
-from ep_plugin import ParallelConfig, create_expert_groups
+from ep_plugin import ConfigError, ParallelConfig, create_expert_groups
 from ep_plugin.registry import available
 
 SCHEDULES = [name for name in available("overlap") if name != "serial"]
@@ -46,6 +46,25 @@ def check_bits(schedule: str, ranks: int, ep: int, etp: int) -> int:
 def test_whole_numbers_give_equal_bits(schedule: str, ranks: int, ep: int, etp: int) -> None:
     cases = len(ALL) * 2 * len(changes_of(schedule, ranks))
     assert run_ranks(ranks, check_bits, schedule, ranks, ep, etp) == [cases] * ranks
+
+
+def check_two_legs() -> int:
+    """On 2 nodes x 2 ranks: the shared expert beside either leg, and the bits of `alltoall`."""
+    groups = create_expert_groups(ParallelConfig(world_size=4, ep=4), ranks_per_node=2)
+    for case, ids in routings().items():
+        expected = run(BASE, groups, ids, whole=True)
+        for schedule in ("serial", "shared_expert"):
+            config = replace(BASE, dispatcher="hierarchical", overlap=schedule)
+            found = run(config, groups, ids, whole=True)
+            for name, value in expected.items():
+                assert torch.equal(found[name], value), f"{case}, {schedule}: {name}"
+    with pytest.raises(ConfigError, match=r"dispatcher \(hierarchical\) does not"):
+        run(replace(config, overlap="chunked"), groups, ids, whole=True)
+    return len(routings())
+
+
+def test_two_legs_give_the_bits_of_one() -> None:
+    assert run_ranks(4, check_two_legs) == [9] * 4
 
 
 def check_random(schedule: str) -> int:

@@ -35,10 +35,12 @@ WAYS: list[dict[str, Any]] = [
     {"dispatcher": "alltoall", "overlap": "chunked"},
     {"dispatcher": "alltoall", "dispatch_dedup": True, "overlap": "chunked"},
     {"dispatcher": "symm_mem"},
+    {"dispatcher": "hierarchical"},  # on two nodes of one rank
 ]
 FP8_WAYS: list[dict[str, Any]] = [
     {"dispatcher": "alltoall", "dispatch_dtype": "fp8"},
     {"dispatcher": "alltoall", "dispatch_dedup": True, "dispatch_dtype": "fp8"},
+    {"dispatcher": "hierarchical", "dispatch_dtype": "fp8"},
 ]
 ADDED_ERROR = 1.05  # of what FP8 costs on one rank
 
@@ -105,7 +107,7 @@ def check_ways(device_type: str) -> int:
     """Every way in every precision; returns how many were compared."""
     rank = dist.get_rank()
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
-    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2))
+    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2), ranks_per_node=1)
     exact = torch.bfloat16 if device_type == "cuda" else torch.float32
     checked = 0
     for fp8 in ("off", "rowwise", "blockwise"):

@@ -26,8 +26,9 @@ from ep_plugin.bench.rows import Row, make_row
 from ep_plugin.bench.shapes import Shape
 from ep_plugin.config import ConfigError, Fp8, MoEConfig, RoutingConfig
 from ep_plugin.contracts import Dispatched, combine, dispatch
-from ep_plugin.groups import ExpertGroups
+from ep_plugin.groups import ExpertGroups, create_expert_groups
 from ep_plugin.layer import MoELayer
+from ep_plugin.parallel import ParallelConfig
 
 DISPATCHERS: dict[str, dict[str, Any]] = {
     "alltoall": {"dispatcher": "alltoall"},
@@ -36,6 +37,7 @@ DISPATCHERS: dict[str, dict[str, Any]] = {
         **{"dispatcher": "alltoall", "dispatch_dedup": True, "dispatch_dtype": "fp8"}
     },
     "symm_mem": {"dispatcher": "symm_mem"},
+    "hierarchical": {"dispatcher": "hierarchical"},
 }
 SCHEDULES = ("serial", "chunked")
 TIMEOUT = timedelta(minutes=2)  # of a rank that waits for one that failed
@@ -63,7 +65,7 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
     """Return a row for each recipe, dispatcher and schedule that is not measured yet."""
     ranks, device = dist.get_world_size(), contest.protocol.device
     case = make_case(replace(shape, experts=shape.experts * ranks), routing, device)
-    groups = ExpertGroups(ep=dist.group.WORLD, ep_etp=dist.group.WORLD)
+    groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ranks))
     found: list[_Variant] = []
     for _, precision in contest.entries((OURS,)):
         for recipe in get_args(Fp8):

@@ -8,6 +8,7 @@ alone, unless told otherwise: a program that agrees for so long seldom stops agr
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ep_plugin.config import CheckSplits
 
@@ -38,6 +39,14 @@ class Agreement:
         if self.checking:
             self._asked = len(facts) + 1, device
             self._compare({"call": self.calls, **facts})
+
+    def begin_dispatch(
+        self, hidden: Tensor, expert_ids: Tensor, num_experts: int, **facts: int
+    ) -> None:
+        """Do as `begin`, with what every dispatch of `hidden` [T, H] needs alike as well."""
+        facts = {"choices of a token": expert_ids.shape[1], "experts": num_experts, **facts}
+        facts |= {"the hidden size": hidden.shape[1], "bytes of a value": hidden.element_size()}
+        self.begin(expert_ids.device, **facts)
 
     def before_combine(self) -> None:
         """Raise RanksDisagree on all ranks when one failed since the dispatch."""

@@ -28,6 +28,7 @@ class Exchange:
         self.splits, self.group = splits, group
         self.works: list[Any] = []  # dist.Work
         self.received: Tensor | None = None
+        self.record: Any = None  # Rows8 or Blocks8, as it arrives, of a narrow exchange
 
     def out(self, rows: Tensor) -> Tensor:
         """Send `rows` [P, ...]; what is returned stands for what is received [N, ...]."""
@@ -60,7 +61,6 @@ class NarrowExchange(Exchange):
     def __init__(self, splits: Splits, group: dist.ProcessGroup, narrow: Narrow) -> None:
         super().__init__(splits, group)
         self.narrow = narrow
-        self.record: Any = None  # Rows8 or Blocks8, as it arrives
 
     def out(self, rows: Tensor) -> Tensor:
         sent = self.narrow(rows)
@@ -112,3 +112,12 @@ def exchange(rows: Tensor, splits: Splits, group: dist.ProcessGroup) -> Callable
     under_way = Exchange(splits, group)
     rows = Start.apply(rows, under_way)
     return lambda: Wait.apply(rows, under_way)
+
+
+def exchange_tokens(
+    rows: Tensor, splits: Splits, group: dist.ProcessGroup, narrow: Narrow | None
+) -> Callable[[], tuple[Tensor, Any]]:
+    """Do as `exchange`; what is returned also gives the rows as they travelled, where `narrow`."""
+    under_way = Exchange(splits, group) if narrow is None else NarrowExchange(splits, group, narrow)
+    rows = Start.apply(rows, under_way)
+    return lambda: (Wait.apply(rows, under_way), under_way.record)

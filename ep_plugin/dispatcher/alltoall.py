@@ -22,8 +22,7 @@ ranks are compared (`check_splits`).
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,9 +31,10 @@ from torch import Tensor
 from ep_plugin.config import CheckSplits, ConfigError, MoEConfig
 from ep_plugin.contracts import Dispatched, Packed, Pending, Routing
 from ep_plugin.dispatcher._agreement import Agreement
-from ep_plugin.dispatcher._exchange import Narrow, NarrowExchange, Splits, Start, Wait, exchange
+from ep_plugin.dispatcher._exchange import Narrow, Splits, exchange, exchange_tokens
+from ep_plugin.dispatcher._narrow import narrow_of
+from ep_plugin.dispatcher._once import Hosts, once_for_each
 from ep_plugin.groups import ExpertGroups
-from ep_plugin.kernels import select
 from ep_plugin.permute import RowPlan, count_choices, permute, plan_rows, unpermute
 
 
@@ -68,15 +68,11 @@ class AllToAllDispatcher:
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         packed = self.pack(hidden, routing)
         splits = Splits(packed.sent, packed.received)
-        if self.narrow is None:
-            tokens = exchange(packed.outgoing, splits, self.group)
-            return Pending(lambda: packed.complete(tokens()))
-        under_way = NarrowExchange(splits, self.group, self.narrow)
-        rows = Start.apply(packed.outgoing, under_way)
+        tokens = exchange_tokens(packed.outgoing, splits, self.group, self.narrow)
 
         def wait() -> Dispatched:
-            inbox = packed.complete(Wait.apply(rows, under_way))
-            return replace(inbox, narrow=under_way.record)
+            received, record = tokens()
+            return replace(packed.complete(received), narrow=record)
 
         return Pending(wait)
 
@@ -88,10 +84,7 @@ class AllToAllDispatcher:
         return Pending(lambda: self.unpack(returned(), inbox))
 
     def pack(self, hidden: Tensor, routing: Routing) -> Packed:
-        ids = routing.expert_ids
-        facts = {"the hidden size": hidden.shape[1], "choices of a token": ids.shape[1]}
-        facts |= {"bytes of a value": hidden.element_size(), "experts": self.num_experts}
-        self.agreement.begin(ids.device, **facts)
+        self.agreement.begin_dispatch(hidden, routing.expert_ids, self.num_experts)
         pack = self._once_for_each_rank if self.dedup else self._once_for_each_choice
         return pack(hidden, routing)
 
@@ -137,22 +130,17 @@ class AllToAllDispatcher:
         return Packed(permute(hidden, plan), self.group.rank(), *splits, complete)
 
     def _once_for_each_rank(self, hidden: Tensor, routing: Routing) -> Packed:
-        experts = self.num_experts // self.ep_size  # of a rank
-        host = routing.expert_ids // experts  # [T, K] ep rank, -1 for dropped choices
-        ranks = torch.arange(self.ep_size, device=hidden.device)
-        wanted = (host.unsqueeze(2) == ranks).any(1).repeat_interleave(self.etp_size, dim=1)
-        group_rank = torch.arange(wanted.shape[1], device=hidden.device)
+        hosts = Hosts(self.num_experts // self.ep_size, self.ep_size, self.etp_size)
+        wanted = hosts.wanted(routing.expert_ids)  # [T, G]
         splits = Splits(*self._both_ways(wanted.sum(0)).tolist())  # the host sync
-        plan = plan_rows(group_rank.where(wanted, -1), len(group_rank)).first(sum(splits.sent))
-        token, destination = plan.order // len(group_rank), plan.order % len(group_rank)
-        here = host[token] == (destination // self.etp_size).unsqueeze(1)  # [P, K]
-        chosen = (routing.expert_ids[token] % experts).where(here, -1)
+        plan, token, destination = once_for_each(wanted, sum(splits.sent))
+        chosen = hosts.local(routing.expert_ids[token], destination)  # [P, K]
         expert_ids = exchange(chosen, splits, self.group)
-        probs = exchange(permute(routing.probs, plan).where(here, 0), splits, self.group)
+        probs = exchange(permute(routing.probs, plan).where(chosen >= 0, 0), splits, self.group)
 
         def complete(tokens: Tensor) -> Dispatched:
             ids = expert_ids()  # [N, K]
-            counts = count_choices(ids, experts)
+            counts = count_choices(ids, hosts.experts)
             return Dispatched(tokens, ids, probs(), counts, _Handle(plan, splits))
 
         return Packed(permute(hidden, plan), self.group.rank(), *splits, complete)
@@ -187,14 +175,6 @@ def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
             f"dispatcher 'alltoall' needs process groups; got ep = {groups.ep_size}, "
             f"etp = {groups.etp_size} without one; dispatcher 'local' would do"
         )
-    narrow = None
-    if config.dispatch_dtype == "fp8":
-        narrow = partial(_narrow, "quantize_rows" if config.fp8 == "rowwise" else "quantize_blocks")
     return AllToAllDispatcher(
-        config.num_experts, groups, config.dispatch_dedup, narrow, config.check_splits
+        config.num_experts, groups, config.dispatch_dedup, narrow_of(config), config.check_splits
     )
-
-
-def _narrow(quantize: str, rows: Tensor) -> Any:
-    """Return `rows` [P, H] in e4m3 as the recipe would round them on arrival."""
-    return getattr(select(rows), quantize)(rows)

@@ -28,7 +28,7 @@ from ep_plugin.megatron.parameters import (
     initialize_replicated,
     set_tags,
 )
-from ep_plugin.megatron.settings import EdgeSettings, moe_config
+from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
 from ep_plugin.megatron.sharded_state import EXTRA_STATE, expert_sharded_state
 from ep_plugin.megatron.tracking import RoutingTracker
 
@@ -57,7 +57,9 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         """Build the block. Raises ConfigError for Megatron settings that ours cannot honour."""
         pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
         BaseMoELayer.__init__(self, config, layer_number, pg_collection, is_mtp_layer)
-        self.tp_cp_group, self.tp_dp_cp_group = pg_collection.tp_cp, pg_collection.tp_dp_cp
+        # Without sequence parallelism tensor-parallel ranks hold the same tokens, not other ones.
+        shares = pg_collection.tp_cp if config.sequence_parallel else pg_collection.cp
+        self.tp_cp_group, self.tp_dp_cp_group = shares, pg_collection.tp_dp_cp
         self.moe_layer_recompute = (
             config.recompute_granularity == "selective" and "moe" in config.recompute_modules
         )
@@ -69,7 +71,11 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     def _build_block(self, submodules: Any, pg_collection: Any, name: str | None) -> None:
         """Make the block and its parameters; layers may differ in experts, by their number."""
         config = self.config
-        groups = adopt_groups(pg_collection, config.pipeline_model_parallel_size, self.shared)
+        groups = adopt_groups(
+            *(pg_collection, config.pipeline_model_parallel_size, self.shared),
+            ranks_per_node=ranks_per_node(self.settings),
+            replicated=not config.sequence_parallel,
+        )
         layer = MoELayer(
             moe_config(config, self.settings, self.layer_number),
             groups,

@@ -10,6 +10,7 @@ from ep_plugin.megatron.settings import (
     EdgeSettings,
     check_supported,
     moe_pattern,
+    ranks_per_node,
     routing_config,
 )
 from ep_plugin.parallel import ParallelConfig, check_experts_over_ranks
@@ -81,6 +82,7 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
             f"got {len(pattern)} entries: {pattern}; {example} would do"
         )
     check_supported(args)
+    ranks_per_node(settings)
     routing = routing_config(args, settings)
     for num_experts in _experts(args, settings):
         check_experts_over_ranks(num_experts, parallel.ep)

@@ -65,6 +65,7 @@ BLOCK: dict[str, tuple[Any, str]] = {  # name -> (type, help)
     "dispatch_dedup": (bool, "a token travels once to a rank, not once for each expert there"),
     "check_splits": (CheckSplits, "when ranks compare what they send before they send it"),
     "comm_sms": (int, "SMs that --ep-dispatcher symm_mem copies with; default 32"),
+    "ranks_per_node": (int, "that --ep-dispatcher hierarchical counts on; default torchrun's"),
     "overlap_chunks": (int, "parts the other ranks' tokens come in, for --ep-overlap chunked"),
     "shared_expert": (SharedExpert, "add the shared expert, or weigh it by a learned softmax"),
 }

@@ -21,6 +21,7 @@ from ep_plugin.config import (
     Save,
     SharedExpert,
 )
+from ep_plugin.groups import node_size
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class EdgeSettings:
     dispatch_dedup: bool | None = None
     check_splits: CheckSplits | None = None
     comm_sms: int | None = None
+    ranks_per_node: int | None = None
     overlap_chunks: int | None = None
     metrics: bool = False  # whether somebody reads the routers' metrics
 
@@ -202,6 +204,22 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         overlap=settings.overlap,
         overlap_chunks=settings.overlap_chunks,
     )
+
+
+def ranks_per_node(settings: EdgeSettings) -> int | None:
+    """Return how many ranks share a node, for the dispatcher that asks; None for the others.
+
+    Raises ConfigError when it is not known.
+    """
+    if settings.dispatcher != "hierarchical":
+        return None
+    found = node_size(settings.ranks_per_node)
+    if found is None:
+        raise ConfigError(
+            "--ep-dispatcher hierarchical needs to know which ranks share a node, and torchrun "
+            "has set no LOCAL_WORLD_SIZE; --ep-ranks-per-node 8 would do"
+        )
+    return found
 
 
 def fp8_recipe(config: Any, settings: EdgeSettings) -> Fp8:

@@ -65,6 +65,12 @@ def build(config: MoEConfig, block: Block) -> Schedule:
         )
     if not others:
         return _on_one_rank
+    if block.groups.replicas is not None:
+        raise ConfigError(
+            f"overlap (chunked) exchanges part by part, and the {block.groups.replicas.size()} "
+            "ranks of tp that hold the same tokens gather theirs; sequence parallelism or overlap "
+            "= serial would do"
+        )
     if not getattr(block.dispatcher, "swaps", False):
         raise ConfigError(
             "overlap (chunked) needs a dispatcher that exchanges with some ranks at a time, and "

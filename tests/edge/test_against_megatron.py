@@ -34,26 +34,32 @@ def assert_agree(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "flags", "only_ours"),
+    ("ranks", "flags", "only_ours", "only_theirs"),
     [
-        (1, (), ()),
+        (1, (), (), ()),
         (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer"),
-         ("--ep-overlap", "chunked")),
-        (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel",
-             "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
-         ("--ep-dispatch-dedup", "on")),
+         ("--ep-overlap", "chunked"), ()),
+        (2, ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2",
+             "--expert-tensor-parallel-size", "1"),
+         ("--ep-dispatcher", "hierarchical", "--ep-ranks-per-node", "1"),
+         ("--sequence-parallel",)),  # without it Megatron's layer refuses to train
         (2, ("--expert-model-parallel-size", "2"),
-         ("--ep-dispatcher", "symm_mem", "--ep-comm-sms", "16")),
-        (2, ("--pipeline-model-parallel-size", "2", "--moe-layer-freq", "[0,1]"), ()),
+         ("--ep-dispatcher", "symm_mem", "--ep-comm-sms", "16"), ()),
+        (2, ("--pipeline-model-parallel-size", "2", "--moe-layer-freq", "[0,1]"), (), ()),
     ],
-    ids=["ep=1", "ep=2 chunked", "tp=2 ep=2 etp=1 dedup", "ep=2 symm_mem", "pp=2 mixed layers"],
+    ids=["ep=1", "ep=2 chunked", "tp=2 ep=2 etp=1 hierarchical, replicated tokens",
+         "ep=2 symm_mem", "pp=2 mixed layers"],
 )  # fmt: skip
 def test_twenty_iterations_agree(
-    tmp_path: Path, ranks: int, flags: tuple[str, ...], only_ours: tuple[str, ...]
+    tmp_path: Path,
+    ranks: int,
+    flags: tuple[str, ...],
+    only_ours: tuple[str, ...],
+    only_theirs: tuple[str, ...],
 ) -> None:
     run = ("--train-iters", "20", *MOE, *flags)
     ours = train(ranks, OURS, tmp_path / "ours", *run, *only_ours)
-    theirs = train(ranks, STOCK, tmp_path / "theirs", *run)
+    theirs = train(ranks, STOCK, tmp_path / "theirs", *run, *only_theirs)
     assert_agree(ours, theirs, list(range(1, 21)))
     losses = [value for _, value in ours.series("lm loss")]
     assert losses[-1] < losses[0] - 0.1  # it trains
@@ -89,7 +95,7 @@ GATES = {  # ranks, the name of the balancing loss, flags
 def test_megatron_s_own_gates_agree(tmp_path: Path, gate: str) -> None:
     ranks, loss, flags = GATES[gate]
     run = (*("--train-iters", "10", "--moe-token-dispatcher-type", "alltoall"), *flags.split())
-    ours = train(ranks, OURS, tmp_path / "ours", *run)
+    ours = train(ranks, OURS, tmp_path / "ours", *run, "--ep-dispatch-dedup", "on")
     theirs = train(ranks, STOCK, tmp_path / "theirs", *run)
     assert_agree(ours, theirs, list(range(1, 11)), ("lm loss", loss, "grad-norm"))
 
@@ -145,7 +151,14 @@ MISTAKES = {
     ),
     "flag value": (
         ("--num-experts", "4", "--ep-dispatcher", "fastest"),
-        "--ep-dispatcher must be one of auto, alltoall, local, symm_mem; got 'fastest'",
+        "must be one of auto, alltoall, hierarchical, local, symm_mem; got 'fastest'",
+    ),
+    "ranks of a node": (
+        (
+            *("--num-experts", "4", "--ep-dispatcher", "hierarchical"),
+            *("--ep-ranks-per-node", "0"),
+        ),
+        "ranks_per_node must be at least 1; got 0; the GPUs of a node would do",
     ),
     "unsupported setting": (
         ("--num-experts", "4", "--moe-pad-expert-input-to-capacity"),
