@@ -38,7 +38,7 @@ TABLE = {
     "registry": Row("config"),
     "groups": Row("config parallel", "torch"),
     "router": Row("contracts config groups kernels", "torch"),
-    "dispatcher": Row("contracts config groups kernels permute", "torch"),
+    "dispatcher": Row("contracts config groups kernels permute", "torch deep_ep"),
     "gemm": Row("contracts config", "torch transformer_engine deep_gemm"),
     "autotune": Row("contracts config registry", "torch"),
     "e4m3": Row("", "torch"),
