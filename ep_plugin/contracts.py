@@ -149,6 +149,18 @@ class Schedule(Protocol):
         ...
 
 
+class Layer(Block, Protocol):
+    """A layer with its router, for what runs several calls of it at a time."""
+
+    def route(self, hidden: Tensor) -> Routing:
+        """Route `hidden` [S, B, H] or [T, H]."""
+        ...
+
+    def merge(self, routed: Tensor, shared: Tensor | None, hidden: Tensor) -> Tensor:
+        """Return the layer's output, shaped as `hidden`, from what a schedule returns."""
+        ...
+
+
 class GroupedGemm(Protocol):
     """One matrix product per expert over consecutive blocks of rows, and its two gradients.
 
@@ -175,6 +187,18 @@ class GroupedGemm(Protocol):
 def dispatch(dispatcher: Dispatcher, hidden: Tensor, routing: Routing) -> Dispatched:
     """Start and wait: the serial form of `Dispatcher.start_dispatch`."""
     return dispatcher.start_dispatch(hidden, routing).wait()
+
+
+def compute(block: Block, inbox: Dispatched) -> Tensor:
+    """Return what the experts make of `inbox`; when they fail, ranks that wait for it are told."""
+    try:
+        outbox: Tensor = block.experts(inbox)
+    except Exception:
+        agreement = getattr(block.dispatcher, "agreement", None)
+        if agreement is not None:
+            agreement.fail()
+        raise
+    return outbox
 
 
 def combine(dispatcher: Dispatcher, outbox: Tensor, inbox: Dispatched) -> Tensor:

@@ -1,6 +1,6 @@
 """READ SECOND: the Mixture-of-Experts block, four verbs in a row.
 
-Route here; dispatch, experts, combine in `overlap/serial.py`, and in other orders beside it.
+Route here; dispatch, experts, combine in `overlap/_in_order.py`, and in other orders beside it.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ep_plugin.config import ConfigError, MoEConfig
-from ep_plugin.contracts import Dispatcher, Router, Schedule
+from ep_plugin.contracts import Dispatcher, Router, Routing, Schedule
 from ep_plugin.experts import Experts
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.parallel import check_experts_over_ranks
@@ -84,15 +84,24 @@ class MoELayer(nn.Module):
         Every rank of the expert group must call it. Sequences matter to routing alone: losses per
         sequence, and who comes first when an expert is full.
         """
+        routing = self.route(hidden)
+        routed, shared = self.schedule(self, hidden, routing)
+        return self.merge(routed, shared, hidden)
+
+    def route(self, hidden: Tensor) -> Routing:
+        """Route `hidden` [S, B, H], or [T, H], one sequence."""
         num_sequences = hidden.shape[-2] if hidden.dim() > 2 else 1
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
-        routing = self.router(tokens, num_sequences)
-        routed, shared = self.schedule(self, hidden, routing)
-        output = routed.view_as(hidden)
-        return output if shared is None else self._merge(output, shared, hidden)
+        return self.router(tokens, num_sequences)
 
-    def _merge(self, routed: Tensor, shared: Tensor, hidden: Tensor) -> Tensor:
-        """Add the two, or weigh them as DeepSpeed-MoE's residual expert (arXiv:2201.05596, 4.1)."""
+    def merge(self, routed: Tensor, shared: Tensor | None, hidden: Tensor) -> Tensor:
+        """Return `routed` [T, H], shaped as `hidden`, and `shared` in one.
+
+        They are added, or weighed as DeepSpeed-MoE's residual expert (arXiv:2201.05596, 4.1).
+        """
+        routed = routed.view_as(hidden)
+        if shared is None:
+            return routed
         if self.coefficient is None:
             return routed + shared
         logits: Tensor = self.coefficient(hidden)

@@ -46,11 +46,17 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
 
 
-def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
-    """Run the model on one micro-batch; return the losses [B, S] and how to sum them."""
+def forward_step(
+    data_iterator: Any, model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """Run the model on one micro-batch; return the losses [B, S] and how to sum them.
+
+    Megatron's schedule for two micro-batches at a time asks for the plan of a run instead of a run.
+    """
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     loss_mask = batch.pop("loss_mask")
-    losses = model(
+    run = model.build_schedule_plan if return_schedule_plan else model
+    losses = run(
         batch["tokens"],
         batch["position_ids"],
         batch["attention_mask"],

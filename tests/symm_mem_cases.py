@@ -1,4 +1,4 @@
-"""Dispatcher symm_mem beside alltoall with dispatch_dedup, on any device: equal to the bit.
+"""A dispatcher beside alltoall with dispatch_dedup, on any device: equal to the bit.
 
 Sums of two ranks' rows have one order; for more, both sum by rank on the CPU alone.
 """
@@ -24,9 +24,13 @@ def make_groups(ep: int, etp: int = 1) -> ExpertGroups:
     return create_expert_groups(ParallelConfig(world_size=dist.get_world_size(), ep=ep, etp=etp))
 
 
-def both(groups: ExpertGroups) -> list[Dispatcher]:
-    alltoall = resolve("dispatcher", "alltoall")(replace(CONFIG, dispatch_dedup=True), groups)
-    return [alltoall, resolve("dispatcher", "symm_mem")(CONFIG, groups)]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def both(groups: ExpertGroups, name: str = "symm_mem", hidden_size: int = 8) -> list[Dispatcher]:
+    config = replace(CONFIG, hidden_size=hidden_size)
+    alltoall = resolve("dispatcher", "alltoall")(replace(config, dispatch_dedup=True), groups)
+    return [alltoall, resolve("dispatcher", name)(config, groups)]
 
 
 def random_ids(case: str, tokens: int, topk: int, seed: int) -> Tensor:
@@ -71,15 +75,21 @@ def leaves(ids: Tensor, hidden_size: int, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def agree(
-    ep: int, etp: int, device: str, hidden_size: int = 8, tokens: int = 11, cases: Any = CASES
+    ep: int,
+    etp: int,
+    device: str,
+    hidden_size: int = 8,
+    tokens: int = 11,
+    name: str = "symm_mem",
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> int:
     """Inboxes, outputs and gradients of one block; returns the number of comparisons."""
     groups, checked = make_groups(ep, etp), 0
-    for case in cases:
+    for case in CASES:
         ids = random_ids(case, tokens, 3, seed=1).to(device)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes:
             results = []
-            for dispatcher in both(groups):
+            for dispatcher in both(groups, name, hidden_size):
                 hidden, probs = leaves(ids, hidden_size, dtype)
                 inbox = dispatch(dispatcher, hidden, Routing(ids, probs, count(ids, EXPERTS)))
                 output = combine(dispatcher, outputs_of(inbox), inbox)

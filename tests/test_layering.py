@@ -38,7 +38,7 @@ TABLE = {
     "registry": Row("config"),
     "groups": Row("config parallel", "torch"),
     "router": Row("contracts config groups kernels", "torch"),
-    "dispatcher": Row("contracts config groups kernels permute", "torch"),
+    "dispatcher": Row("contracts config groups kernels permute", "torch deep_ep"),
     "gemm": Row("contracts config", "torch transformer_engine deep_gemm"),
     "autotune": Row("contracts config registry", "torch"),
     "e4m3": Row("", "torch"),
@@ -70,7 +70,8 @@ TABLE = {
     "run": Row("config"),
     # the edge: the only folder that imports Megatron
     "megatron": Row(
-        "config parallel contracts groups registry router experts layer presets", "torch megatron"
+        "config parallel contracts groups registry router experts fused_experts layer presets",
+        "torch megatron",
     ),
 }
 # These reach the edge, from inside a function, when they are asked to.

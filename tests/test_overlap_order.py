@@ -13,6 +13,7 @@ from spawn import run_ranks
 from torch import Tensor, nn
 
 from ep_plugin import ConfigError, ExpertGroups, MoELayer, ParallelConfig, create_expert_groups
+from ep_plugin.overlap.two_batch import two_batch
 from ep_plugin.registry import resolve
 
 H = BASE.hidden_size
@@ -104,10 +105,10 @@ def run(overlap: str, chunks: int | None, shared: bool) -> tuple[Events, Events,
     hidden = torch.randint(-2, 3, (len(ids), H)).float().requires_grad_()
     exchange = recorded(dist.all_to_all_single, events, is_hidden)
     with patch.object(dist, "all_to_all_single", exchange):
-        output = layer(hidden)
+        outputs = two_batch(layer, hidden, hidden) if overlap == "two_batch" else [layer(hidden)]
         forward = events[:]
         events.clear()
-        output.sum().backward()
+        torch.stack([output.sum() for output in outputs]).sum().backward()
     return forward, events, gemm.operands
 
 
@@ -135,6 +136,15 @@ def test_shared_expert_runs_while_tokens_and_their_gradients_travel() -> None:
             *exchange,
             *["start", "shared", "wait"],
         ]
+
+
+def test_two_batch_computes_one_while_the_other_travels() -> None:
+    experts_back = ["product", "dgrad", "wgrad", "dgrad", "wgrad"]
+    for forward, backward, _ in run_ranks(2, run, "two_batch", None, True):
+        departures = ["start", "shared"] * 2
+        assert forward == departures + ["wait", *FORTH, "start"] * 2 + ["wait"] * 2
+        arrivals = ["shared", "wait"] * 2
+        assert backward == ["start"] * 2 + ["wait", *experts_back, "start"] * 2 + arrivals
 
 
 def test_serial_overlaps_nothing() -> None:

@@ -17,7 +17,11 @@ def test_options_are_the_files_of_the_folder() -> None:
 
 KINDS = ("router", "dispatcher", "gemm", "overlap")
 OPTIONS = [(kind, name) for kind in KINDS for name in available(kind)]
-OPTIONAL = {"te": "transformer_engine", "deepgemm": "deep_gemm"}  # and the package each needs
+OPTIONAL = {  # and the package each needs
+    "te": "transformer_engine",
+    "deepgemm": "deep_gemm",
+    "deepep": "deep_ep",
+}
 
 
 @pytest.mark.parametrize(("kind", "name"), OPTIONS)

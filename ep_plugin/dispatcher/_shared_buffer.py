@@ -5,7 +5,6 @@ is shared memory of the host, so that what is built on it runs without a GPU.
 """
 
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import _SymmetricMemory
 from torch.distributed import _symmetric_memory as symm_mem
 
-from ep_plugin.config import ConfigError
+from ep_plugin.dispatcher._one_host import check_one_host
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.kernels.peers_torch import Peers
 
@@ -34,14 +33,7 @@ class SharedBuffer:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
-        hosts: list[str] = [""] * dist.get_world_size(group)
-        dist.all_gather_object(hosts, socket.gethostname(), group=group)
-        if len(set(hosts)) > 1:
-            raise ConfigError(
-                f"dispatcher 'symm_mem' needs the ranks of ep and etp on one host; the "
-                f"{len(hosts)} are on {len(set(hosts))}: {', '.join(sorted(set(hosts)))}; "
-                "dispatcher 'alltoall' would do"
-            )
+        check_one_host(group, "symm_mem")
         self.peers: Peers | None = None
         self.num_bytes = 0
         self._barrier: Callable[[], object] = partial(dist.barrier, group)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ep_plugin.config import ConfigError
 from ep_plugin.contracts import Routing
 from ep_plugin.layer import MoELayer
+from ep_plugin.megatron import combined
 from ep_plugin.megatron.groups import adopt_groups
 from ep_plugin.megatron.parameters import (
     MainGrads,
@@ -116,10 +117,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Return ([S, B, H], no bias) for `hidden_states` [S, B, H]."""
-        if padding_mask is not None:
-            raise ConfigError(
-                "padding_mask is not supported by ep_plugin's MoE block; leave it None"
-            )
+        combined.refuse_padding(padding_mask)
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._compute, False, hidden_states), None
         return self._compute(hidden_states), None
@@ -127,6 +125,13 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     def _compute(self, hidden_states: Tensor) -> Tensor:
         output: Tensor = self.layer(hidden_states)
         return output
+
+    # Megatron's combined 1F1B schedule calls these, one by one.
+    under_way: combined.UnderWay | None = None
+    shared_experts_compute = combined.shared_experts_compute
+    route, preprocess = combined.route, combined.preprocess
+    dispatch, routed_experts_compute = combined.dispatch, combined.routed_experts_compute
+    combine, postprocess = combined.combine, combined.postprocess
 
     def _shared(self, hidden_states: Tensor) -> Tensor:
         assert self.shared_experts is not None

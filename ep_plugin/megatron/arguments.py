@@ -10,6 +10,7 @@ from ep_plugin.megatron.settings import (
     EdgeSettings,
     check_supported,
     moe_pattern,
+    overlap_schedule,
     ranks_per_node,
     routing_config,
 )
@@ -21,7 +22,8 @@ def settings_from_args(args: Any) -> EdgeSettings:
     """Return the `--ep-*` settings; raises ConfigError for a name that is no option.
 
     What Megatron acts on itself is written into its arguments: the type of the load-balancing loss
-    (it starts a global one anew after each step) and pre-softmax (it refuses top-1 without).
+    (it starts a global one anew after each step), pre-softmax (it refuses top-1 without), and the
+    schedule that `--ep-overlap two_batch` names.
     """
     chosen = {kind: getattr(args, f"ep_{kind}") for kind, _, _ in KINDS}
     for kind, name in chosen.items():
@@ -38,6 +40,8 @@ def settings_from_args(args: Any) -> EdgeSettings:
             f"--ep-normalize ({routing['normalize']}) and --moe-router-pre-softmax contradict each "
             "other; leave one of them out"
         )
+    if chosen["overlap"] == "two_batch":
+        args.overlap_moe_expert_parallel_comm = True
     return EdgeSettings(
         **chosen,
         routing=routing,
@@ -83,6 +87,7 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         )
     check_supported(args)
     ranks_per_node(settings)
+    overlap_schedule(args, settings)
     routing = routing_config(args, settings)
     for num_experts in _experts(args, settings):
         check_experts_over_ranks(num_experts, parallel.ep)

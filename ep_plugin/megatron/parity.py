@@ -47,6 +47,7 @@ _PLAIN: dict[str, Any] = {
     "tp_comm_overlap": False,
     "overlap_moe_expert_parallel_comm": False,
     "delay_wgrad_compute": False,
+    "overlap_dispatch_backward_with_experts_wgrad": False,
     "params_dtype": torch.float32,
     "bf16": False,
     "fp16": False,

@@ -73,9 +73,10 @@ _LEGAL: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "no --moe-shared-expert-overlap; --ep-overlap shared_expert is ours",
     ),
-    "overlap_moe_expert_parallel_comm": (
+    "delay_wgrad_compute": ((False,), "no --delay-wgrad-compute"),
+    "overlap_dispatch_backward_with_experts_wgrad": (
         (False,),
-        "no --overlap-moe-expert-parallel-comm; --ep-overlap chunked hides an exchange",
+        "no --overlap-dispatch-backward-with-experts-wgrad; --ep-overlap chunked is ours",
     ),
     "moe_enable_routing_replay": ((False,), "no --moe-enable-routing-replay"),
     "moe_mlp_glu_interleave_size": ((None,), "no --moe-mlp-glu-interleave-size"),
@@ -201,7 +202,7 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         check_splits=settings.check_splits or "first",
         comm_sms=32 if settings.comm_sms is None else settings.comm_sms,
         gemm=settings.gemm,
-        overlap=settings.overlap,
+        overlap=overlap_schedule(config, settings),
         overlap_chunks=settings.overlap_chunks,
     )
 
@@ -220,6 +221,26 @@ def ranks_per_node(settings: EdgeSettings) -> int | None:
             "has set no LOCAL_WORLD_SIZE; --ep-ranks-per-node 8 would do"
         )
     return found
+
+
+def overlap_schedule(config: Any, settings: EdgeSettings) -> str:
+    """Return `two_batch` where Megatron's combined 1F1B schedule runs, else what our flag says.
+
+    Raises ConfigError for what cannot run under that schedule.
+    """
+    if not config.overlap_moe_expert_parallel_comm:
+        return settings.overlap
+    if settings.overlap not in ("serial", "two_batch"):
+        raise ConfigError(
+            f"--ep-overlap ({settings.overlap}) and --overlap-moe-expert-parallel-comm are two "
+            "orders of the same exchanges; leave one of them out"
+        )
+    if settings.shared_expert == "learned":
+        raise ConfigError(
+            "--ep-shared-expert learned reads a layer's input after its combine, and under "
+            "--overlap-moe-expert-parallel-comm that is gone; --ep-shared-expert sum would do"
+        )
+    return "two_batch"
 
 
 def fp8_recipe(config: Any, settings: EdgeSettings) -> Fp8:

@@ -20,8 +20,9 @@ from functools import partial
 from torch import Tensor
 
 from ep_plugin.config import ConfigError, MoEConfig
-from ep_plugin.contracts import Block, PeerDispatcher, Routing, Schedule, combine, dispatch
+from ep_plugin.contracts import Block, PeerDispatcher, Routing, Schedule
 from ep_plugin.overlap._function import Call, ChunkedExperts
+from ep_plugin.overlap._in_order import in_order
 from ep_plugin.overlap._parts import Trip
 
 DEFAULT_CHUNKS = 2  # of the other ranks, where there are as many
@@ -49,12 +50,6 @@ def chunked(
     return output, None if block.shared_expert is None else block.shared_expert(hidden)
 
 
-def _on_one_rank(block: Block, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
-    inbox = dispatch(block.dispatcher, hidden.reshape(-1, hidden.shape[-1]), routing)
-    output = combine(block.dispatcher, block.experts(inbox), inbox)
-    return output, None if block.shared_expert is None else block.shared_expert(hidden)
-
-
 def build(config: MoEConfig, block: Block) -> Schedule:
     """Return the schedule; raises ConfigError for biases, dispatchers, or chunks it cannot take."""
     others = block.groups.ep_etp_size - 1
@@ -64,7 +59,7 @@ def build(config: MoEConfig, block: Block) -> Schedule:
             "bias = False would do"
         )
     if not others:
-        return _on_one_rank
+        return in_order
     if block.groups.replicas is not None:
         raise ConfigError(
             f"overlap (chunked) exchanges part by part, and the {block.groups.replicas.size()} "

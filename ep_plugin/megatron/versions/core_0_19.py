@@ -28,6 +28,15 @@ TOUCHPOINTS = (
         ("config", "layer_number", "pg_collection", "is_mtp_layer"),
     ),
     Touchpoint(f"{_MOE}.moe_layer:MoELayer.forward", ("hidden_states", "padding_mask")),
+    # its steps, as the combined 1F1B schedule calls them
+    Touchpoint(f"{_GPT}.fine_grained_callables:build_transformer_layer_callables", ("layer",)),
+    Touchpoint(f"{_MOE}.moe_layer:MoELayer.shared_experts_compute", ("hidden_states",)),
+    Touchpoint(f"{_MOE}.moe_layer:MoELayer.route", ("hidden_states", "padding_mask")),
+    Touchpoint(f"{_MOE}.moe_layer:MoELayer.preprocess", ("hidden_states", "probs", "routing_map")),
+    Touchpoint(f"{_MOE}.moe_layer:MoELayer.dispatch", ("hidden_states", "probs")),
+    Touchpoint(f"{_MOE}.moe_layer:MoELayer.routed_experts_compute", ("hidden_states", "probs")),
+    Touchpoint(f"{_MOE}.moe_layer:MoELayer.combine", ("output",)),
+    Touchpoint(f"{_MOE}.moe_layer:MoELayer.postprocess", ("output", "shared_expert_output")),
     Touchpoint(
         "megatron.core.transformer.mlp:MLP.__init__",
         ("config", "submodules", "ffn_hidden_size", "tp_group"),
