@@ -151,7 +151,7 @@ MISTAKES = {
     ),
     "flag value": (
         ("--num-experts", "4", "--ep-dispatcher", "fastest"),
-        "must be one of auto, alltoall, hierarchical, local, symm_mem; got 'fastest'",
+        "must be one of auto, alltoall, deepep, hierarchical, local, symm_mem; got 'fastest'",
     ),
     "ranks of a node": (
         (
