@@ -15,6 +15,7 @@ from ep_plugin.cli import COMMANDS, build_parser, main
 # Changing a command's flags changes what users' scripts rely on: change this list with it.
 FLAGS = {
     "apply": "SCRIPT --check --diff --revert",
+    "audit": "CKPT --json",
     "bench": (
         "BENCH --backends --cuda-graph --json --output --plot --precision --repeats --resume "
         "--routing --shapes --trace --warm"
@@ -92,6 +93,7 @@ def test_a_wrong_command_line_is_exit_code_2(
 
 MISTAKES = {
     "apply": (["no_such_script.py"], "no_such_script.py: cannot be read"),
+    "audit": (["no_such_folder"], "checkpoint no_such_folder is not a folder; .* named"),
     "bench": (["layer", "--shapes", "huge"], "--shapes must be among dsv3, .*; got 'huge'"),
     "convert": (
         ["--from", "no_such_folder", "--to", "moe", "--num-experts", "8", "--topk", "9"],

@@ -8,7 +8,7 @@ from typing import Any
 
 from ep_plugin import __version__
 from ep_plugin.config import ConfigError
-from ep_plugin.megatron import apex, cpu, torch_adam, touchpoints, wheel
+from ep_plugin.megatron import apex, cpu, saved, torch_adam, touchpoints, wheel
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
@@ -48,6 +48,7 @@ def install() -> None:
     _wrap(config_class, "__post_init__", functools.partial(_with_our_activation, layer_class))
     module_class = import_module(MODULE).MegatronModule
     _wrap(module_class, "set_is_first_microbatch", _with_our_weights)
+    saved.watch(_wrap)
     wheel.without_compilation()
     torch_adam.correct()
     _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
@@ -63,6 +64,7 @@ def uninstall() -> None:
         _unwrap(import_module(MODULE).MegatronModule, "set_is_first_microbatch")
         _unwrap(arguments, "validate_args")
         _unwrap(arguments, "add_megatron_arguments")
+        saved.unwatch(_unwrap)
         wheel.with_compilation()
         torch_adam.uncorrect()
         specs.MoELayer = specs.MoELayer.ep_original

@@ -90,6 +90,10 @@ TOUCHPOINTS = (
         ("module", "prefix", "sharded_offsets", "metadata", "tp_group"),
     ),
     Touchpoint(f"{_UTILS}:ensure_metadata_has_dp_cp_group", ("metadata",)),
+    # saves that are audited
+    Touchpoint("megatron.training.training:save_checkpoint", ("iteration", "non_persistent_ckpt")),
+    Touchpoint("megatron.training.training:maybe_finalize_async_save"),
+    Touchpoint("megatron.training.async_utils:is_empty_async_queue"),
     # the parity check of a converted checkpoint
     Touchpoint(f"{_CHECKPOINTING}:load", ("sharded_state_dict", "checkpoint_dir")),
     Touchpoint(f"{_CHECKPOINTING}:load_common_state_dict", ("checkpoint_dir",)),
