@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": ("ep_plugin.bench.command", "time the layer, its products and kernels beside peers"),
     "convert": ("ep_plugin.convert.command", "turn a dense checkpoint into a Mixture-of-Experts"),
     "doctor": ("ep_plugin.doctor", "say what is installed and whether Megatron matches"),
+    "parity": ("ep_plugin.parity.command", "compare layouts with one rank, on your own script"),
     "plan": ("ep_plugin.plan.command", "foresee what a layer's exchanges take on so many ranks"),
     "presets": ("ep_plugin.presets._command", "list published systems, or print one's arguments"),
     "report": ("ep_plugin.report.command", "draw what happened in runs, as HTML and PNG"),

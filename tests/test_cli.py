@@ -25,6 +25,9 @@ FLAGS = {
         "--to --topk"
     ),
     "doctor": "--json",
+    "parity": (
+        "SCRIPT ARGS --device --iterations --json --layouts --output --resume --tiny --tolerance"
+    ),
     "plan": (
         "--chunks --compute-ms --ep --experts --fp8-dispatch --hidden --imbalance --json --network "
         "--plot --tokens --topk"
@@ -98,6 +101,10 @@ MISTAKES = {
     "convert": (
         ["--from", "no_such_folder", "--to", "moe", "--num-experts", "8", "--topk", "9"],
         r"--topk \(9\) must be at most --num-experts \(8\); --topk 8 would do",
+    ),
+    "parity": (
+        ["missing.py", "--num-experts", "4", "--layouts", "ep=2"],
+        "SCRIPT must be a Python file; got 'missing.py', which is not here",
     ),
     "report": (["--run", "no_such_folder"], "--run must hold .*'no_such_folder'.* would do"),
 }

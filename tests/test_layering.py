@@ -54,6 +54,7 @@ TABLE = {
     # beside the core
     "convert": Row("config registry", "torch tqdm"),
     "audit": Row("config convert", "torch tqdm"),
+    "parity": Row("config parallel presets convert", "torch tqdm"),
     "report": Row("config", "matplotlib tensorboard"),
     "presets": Row("config registry"),
     "plan": Row("config", "matplotlib"),

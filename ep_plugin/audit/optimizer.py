@@ -57,12 +57,14 @@ def check(stored: Stored, facts: dict[str, Facts]) -> tuple[str, list[Finding]]:
 
 
 def _wanted(stored: Stored, states: dict[str, dict[str, str]]) -> set[str]:
-    """Return the states each parameter must have: its moments, and masters where there are any."""
+    """Return the states each parameter must have: its moments, and masters where there are any.
+
+    SGD has a moment only with momentum; other optimizers may keep other state of each parameter.
+    """
     seen = {state for of_one in states.values() for state in of_one}
     kind = str(getattr(stored.common.get("args"), "optimizer", "adam"))
-    if kind in MOMENTS and kind != "sgd":
-        return MOMENTS[kind] | (seen & MASTERS)
-    return (seen & MOMENTS.get(kind, set())) | (seen & MASTERS)
+    moments = MOMENTS.get(kind, set())
+    return (moments if kind == "adam" else seen & moments) | (seen & MASTERS)
 
 
 def _check_buckets(stored: Stored, num_values: int) -> list[Finding]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ep_plugin.audit import Report, damaged, judge, open_stored, read_facts
 from ep_plugin.audit.facts import Facts
+from ep_plugin.config import ConfigError
 from ep_plugin.convert.stream import Damaged, Stored
 
 TRAINING = "megatron.training.training"
@@ -69,8 +70,8 @@ def audit_together(folder: Path) -> Report:
     stored: Stored | Damaged
     try:
         stored = open_stored(folder)
-    except Damaged as error:
-        stored = error
+    except ConfigError as error:  # also where a rank's host does not see the folder
+        stored = Damaged(str(error))
     facts: dict[str, Facts] = {}
     if isinstance(stored, Stored):
         names = sorted(stored.tensors)[dist.get_rank() :: dist.get_world_size()]
