@@ -61,17 +61,25 @@ def other_dtype(content: Content) -> None:
     regions[2] = Region(regions[2].offsets, regions[2].values.bfloat16())
 
 
-def layer_in_other_dtype(content: Content) -> None:
-    """Layers under names of their own, one of them in another dtype."""
+def per_layer(content: Content) -> None:
+    """Give layers names of their own."""
     for key in [key for key in content.regions if "decoder.layers." in key]:
-        whole = torch.stack([r.values[0, 0] for r in content.regions[key]]).view(
-            content.shapes[key]
-        )
+        parts = [region.values[0, 0] for region in content.regions[key]]
+        whole = torch.stack(parts).view(content.shapes[key])
         content.drop(key)
         for layer in range(L):
-            name = key.replace("layers.", f"layers.{layer}.")
-            narrow = name == FC2.replace("layers.", "layers.1.")
-            content.add(name, whole[layer].half() if narrow else whole[layer], 1)
+            content.add(key.replace("layers.", f"layers.{layer}."), whole[layer], 1)
+
+
+def layer_in_other_dtype(content: Content) -> None:
+    per_layer(content)
+    whole = torch.cat([region.values for region in content.regions[LAYER1]])
+    content.add(LAYER1, whole.half(), 1)
+
+
+def layer_of_other_shape(content: Content) -> None:
+    per_layer(content)
+    content.add(LAYER1, torch.randn(E, H, F - 1), 1)
 
 
 def nan(content: Content) -> None:
@@ -106,7 +114,7 @@ def outside(content: Content) -> None:
 
 LAYER1_FC1 = FC1.replace("layers.", "layers.1.")
 LAYER1 = FC2.replace("layers.", "layers.1.")
-NARROW = "linear_fc2.weight has dtype float16, where the other experts have float32"
+OTHERS = f"where other experts' is [{H}, {F}]"
 SAME = "linear_fc1.weight of experts 0, 3 is the same"
 FEWER = [f"linear_fc{number}.weight of expert 4 is missing; there must be 5" for number in (1, 2)]
 BLOCK = "decoder.layers.{}.mlp"
@@ -129,8 +137,16 @@ FAULTS: dict[str, tuple[Callable[[Content], None], list[tuple[str, str, str]]]] 
     ),
     "a layer of another dtype": (
         layer_in_other_dtype,
+        [("dtype", LAYER1, "is float16, where the same of others is float32")],
+    ),
+    "a layer of another shape": (
+        layer_of_other_shape,
         [
-            ("dtype", BLOCK.format(1), NARROW)
+            ("shape", BLOCK.format(1), f"linear_fc2.weight has shape [{H}, {F - 1}], {OTHERS}"),
+            *(
+                ("shape", LAYER1, f"its {state} has shape [{E}, {H}, {F}], not [{E}, {H}, {F - 1}]")
+                for state in ("param", "exp_avg", "exp_avg_sq")
+            ),
         ],
     ),
     "nan and inf in a moment": (

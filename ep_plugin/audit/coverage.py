@@ -1,6 +1,8 @@
 """Do the parts of each tensor cover it exactly once, and do they hold what they should?"""
 
 import itertools
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from math import prod
 
@@ -34,7 +36,25 @@ def check(stored: Stored, facts: dict[str, Facts]) -> tuple[set[tuple[str, Place
         for dtype in sorted(facts[key].dtypes - {str(info.dtype)}):
             message = f"a part of it is {dtype}, where .metadata says {info.dtype}"
             findings.append(Finding("error", "dtype", key, message))
-    return broken, findings
+    return broken, findings + _unlike_other_layers(stored)
+
+
+def _unlike_other_layers(stored: Stored) -> list[Finding]:
+    """Return which tensors have another dtype than the same of most other layers and experts."""
+    same: dict[str, dict[str, str]] = defaultdict(dict)  # without numbers -> stored name -> dtype
+    for key, info in stored.tensors.items():
+        dtype = str(info.dtype).removeprefix("torch.")
+        same[re.sub(r"\.\d+\.", ".#.", key)][key] = dtype
+    findings = []
+    for found in same.values():
+        dtypes = list(found.values())
+        usual = max(dict.fromkeys(dtypes), key=dtypes.count)
+        findings += [
+            Finding("error", "dtype", key, f"is {dtype}, where the same of others is {usual}")
+            for key, dtype in found.items()
+            if dtype != usual
+        ]
+    return findings
 
 
 def _misplaced(

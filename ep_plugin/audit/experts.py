@@ -6,7 +6,7 @@ from typing import Any
 
 from ep_plugin.audit.facts import Facts, Part, Place
 from ep_plugin.audit.names import Name, parse, with_layer
-from ep_plugin.audit.report import Check, Finding, Layer
+from ep_plugin.audit.report import Finding, Layer
 from ep_plugin.convert.layers import moe_layers
 from ep_plugin.convert.stream import Stored, TensorInfo
 
@@ -146,25 +146,17 @@ def _trained(stored: Stored, one: _Map, ids: list[int]) -> bool:
 
 
 def _unequal(blocks: Blocks) -> list[Finding]:
-    """Return where a block's experts differ in shape or dtype from most others'."""
+    """Return where a block's experts have another shape than most others'."""
     findings = []
     for name in sorted({name for maps in blocks.values() for name in maps}):
-        of_name = {block: maps[name] for block, maps in blocks.items() if name in maps}
-        dtypes = {block: one.dtypes for block, one in of_name.items()}
-        shapes = {block: {str(list(s)) for s in one.shapes} for block, one in of_name.items()}
-        findings += _unusual("dtype", name, dtypes) + _unusual("shape", name, shapes)
+        found = {block: maps[name].shapes for block, maps in blocks.items() if name in maps}
+        shapes = [shape for seen in found.values() for shape in sorted(seen)]
+        usual = max(dict.fromkeys(shapes), key=shapes.count)
+        for block, seen in found.items():
+            for shape in sorted(seen - {usual}):
+                text = f"{name} has shape {list(shape)}, where other experts' is {list(usual)}"
+                findings.append(Finding("error", "shape", block, text))
     return findings
-
-
-def _unusual(check: Check, name: str, found: dict[str, set[str]]) -> list[Finding]:
-    values = [value for seen in found.values() for value in sorted(seen)]
-    usual = max(dict.fromkeys(values), key=values.count)
-    texts = (
-        (block, f"{name} has {check} {value}, where the other experts have {usual}")
-        for block, seen in found.items()
-        for value in sorted(seen - {usual})
-    )
-    return [Finding("error", check, block, text) for block, text in texts]
 
 
 def _routers(stored: Stored, expected: dict[str, int]) -> list[Finding]:
