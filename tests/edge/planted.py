@@ -27,8 +27,9 @@ def _double(original: Any, chunk: Any, *rest: Any, **settings: Any) -> None:
 
 def norm() -> None:
     """The gradient norm leaves the experts out."""
-    module = import_module("megatron.core.optimizer.optimizer")
-    wrap(module.MegatronOptimizer, "get_grads_for_grad_norm", _without_experts)
+    optimizer = import_module("megatron.core.optimizer.optimizer").MegatronOptimizer
+    names = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")  # 0.19, older
+    wrap(optimizer, next(name for name in names if hasattr(optimizer, name)), _without_experts)
 
 
 def _without_experts(original: Any, optimizer: Any, *rest: Any) -> Any:

@@ -52,7 +52,7 @@ def test_layouts_train_and_resume_as_one_rank_does_and_lost_moments_are_found(
     """Each layout resumes what the one before it saved; the third one's resume is spoilt."""
     written = tmp_path / "parity.json"
     flags = ("--resume", "--iterations", "2", "--output", str(written))
-    layouts = ("--layouts", "ep=2", SEQUENCE_PARALLEL, "ep=2")
+    layouts = ("--layouts", "ep=2", SEQUENCE_PARALLEL, "pp=2")
     code, found = parity(monkeypatch, capsys, "resumed3:moments", *flags, *layouts)
     assert code == 1
     assert json.loads(written.read_text())["layouts"] == found
@@ -67,7 +67,7 @@ def test_layouts_train_and_resume_as_one_rank_does_and_lost_moments_are_found(
         assert 0 < largest(healthy, "gradients") < 1e-5
         assert largest(healthy, "resumed") < 1e-6
         experts = [d for d in healthy["gradients"] if "linear_fc1.weight[" in d["name"]]
-        assert len(experts) == 2 * 4  # layers, experts
+        assert len(experts) == 4 * 4  # layers, experts
     assert largest(found[2], "scalars") < 1e-5
     assert found[2]["first_difference"]["iteration"] == 4  # the update before it had no moments
 
