@@ -11,9 +11,14 @@ from ep_plugin.config import ConfigError
 # command -> (module with add_arguments(parser) and run(args) -> int, one line of help)
 COMMANDS = {
     "apply": ("ep_plugin.codemod", "add the plugin to a Megatron pretrain script, or take it out"),
+    "audit": (
+        "ep_plugin.audit.command",
+        "prove that a checkpoint is whole, each expert there once",
+    ),
     "bench": ("ep_plugin.bench.command", "time the layer, its products and kernels beside peers"),
     "convert": ("ep_plugin.convert.command", "turn a dense checkpoint into a Mixture-of-Experts"),
     "doctor": ("ep_plugin.doctor", "say what is installed and whether Megatron matches"),
+    "parity": ("ep_plugin.parity.command", "compare layouts with one rank, on your own script"),
     "plan": ("ep_plugin.plan.command", "foresee what a layer's exchanges take on so many ranks"),
     "presets": ("ep_plugin.presets._command", "list published systems, or print one's arguments"),
     "report": ("ep_plugin.report.command", "draw what happened in runs, as HTML and PNG"),

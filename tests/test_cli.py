@@ -15,6 +15,7 @@ from ep_plugin.cli import COMMANDS, build_parser, main
 # Changing a command's flags changes what users' scripts rely on: change this list with it.
 FLAGS = {
     "apply": "SCRIPT --check --diff --revert",
+    "audit": "CKPT --json",
     "bench": (
         "BENCH --backends --cuda-graph --json --output --plot --precision --repeats --resume "
         "--routing --shapes --trace --trace-plot --warm"
@@ -24,6 +25,9 @@ FLAGS = {
         "--to --topk"
     ),
     "doctor": "--json",
+    "parity": (
+        "SCRIPT ARGS --device --iterations --json --layouts --output --resume --tiny --tolerance"
+    ),
     "plan": (
         "--chunks --compute-ms --cp --dispatch-dedup --ep --etp --experts --fp8-dispatch --gpu-gb "
         "--gpus --hidden --imbalance --json --measured --micro-batch --network --plot --pp "
@@ -93,10 +97,15 @@ def test_a_wrong_command_line_is_exit_code_2(
 
 MISTAKES = {
     "apply": (["no_such_script.py"], "no_such_script.py: cannot be read"),
+    "audit": (["no_such_folder"], "checkpoint no_such_folder is not a folder; .* named"),
     "bench": (["layer", "--shapes", "huge"], "--shapes must be among dsv3, .*; got 'huge'"),
     "convert": (
         ["--from", "no_such_folder", "--to", "moe", "--num-experts", "8", "--topk", "9"],
         r"--topk \(9\) must be at most --num-experts \(8\); --topk 8 would do",
+    ),
+    "parity": (
+        ["missing.py", "--num-experts", "4", "--layouts", "ep=2"],
+        "SCRIPT must be a Python file; got 'missing.py', which is not here",
     ),
     "report": (["--run", "no_such_folder"], "--run must hold .*'no_such_folder'.* would do"),
 }

@@ -194,6 +194,22 @@ def test_every_expert_is_the_dense_ffn(
 WEIGHT_BIAS = ("weight", "bias")
 
 
+def test_the_audit_of_what_was_converted_is_fine_and_says_how_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dense(tmp_path / "dense")
+    assert convert(tmp_path / "dense", tmp_path / "moe", "--layers", "every:2") == 0
+    capsys.readouterr()
+    assert main(["audit", str(tmp_path / "moe"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["iteration"] == ITERATION
+    assert [(r["block"], r["experts"], r["distinct"]) for r in report["layers"]] == [
+        (f"decoder.layers.{layer}.mlp", E, 1) for layer in (0, 2)
+    ]
+    assert {finding["level"] for finding in report["findings"]} == {"warning"}
+    assert len(report["findings"]) == 2 * 2  # layers, fc1 and fc2
+
+
 def save_sharded(root: str) -> None:
     """Save on two ranks: fc1 and fc2 sharded over tensor parallelism, the rest replicated."""
     mesh = init_device_mesh("cpu", (2,))

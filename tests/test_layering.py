@@ -54,6 +54,8 @@ TABLE = {
     "layer": Row("contracts config parallel registry groups experts replicas", "torch"),
     # beside the core
     "convert": Row("config registry", "torch tqdm"),
+    "audit": Row("config convert", "torch tqdm"),
+    "parity": Row("config parallel presets convert", "torch tqdm"),
     "report": Row("config", "matplotlib tensorboard"),
     "presets": Row("config registry"),
     "plan": Row("config parallel presets", "matplotlib"),
@@ -70,7 +72,8 @@ TABLE = {
     "run": Row("config"),
     # the edge: the only folder that imports Megatron
     "megatron": Row(
-        "config parallel contracts groups registry router experts fused_experts layer presets",
+        "config parallel contracts groups registry router experts fused_experts layer presets "
+        "audit convert",
         "torch megatron",
     ),
 }

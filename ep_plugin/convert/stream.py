@@ -14,6 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ep_plugin.config import ConfigError
+
+
+class Damaged(ConfigError):
+    """A checkpoint lacks bytes that it should hold, or they cannot be read."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -38,6 +44,26 @@ class Source:
     objects: frozenset[str]
     read_tensor: Callable[[str], Tensor]
     read_object: Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a stored tensor that one rank saved: where it begins and how large it is."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint as its files have it, with nothing checked, under the names it is stored by."""
+
+    folder: Path  # of the iteration
+    common: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    chunks: dict[str, tuple[Chunk, ...]]  # of each tensor
+    objects: frozenset[str]
+    read_chunk: Callable[[str, Chunk], Tensor]  # raises Damaged
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ Seams, each an attribute that Megatron looks up when it is called:
     arguments.validate_args               checks ours first; a mistake exits there and then
     TransformerConfig.__post_init__       sets the activation of --ep-dense-activation
     MoEMetricsTracker.report              also writes the load of every expert
+    ChainedOptimizer.load_state_dict      resumes where experts had no optimizer of their own
+    training.save_checkpoint              audits what it saved, under --ep-audit-save
+    training.train_step                   keeps what it computed, for `ep-plugin parity`
 
 Nothing is copied, no function is replaced by a rewrite, and `uninstall()` puts each attribute back.
 """

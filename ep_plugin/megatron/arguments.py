@@ -71,6 +71,11 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         etp=args.expert_tensor_parallel_size,
         order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
     )
+    if args.ep_audit_save and args.ckpt_format != "torch_dist":
+        raise ConfigError(
+            f"--ep-audit-save reads --ckpt-format torch_dist; got {args.ckpt_format}; torch_dist, "
+            "or no --ep-audit-save, would do"
+        )
     if args.num_experts is None:
         if parallel.ep > 1:
             raise ConfigError(

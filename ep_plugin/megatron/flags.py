@@ -140,6 +140,18 @@ def add_ep_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         _add(group, name, None, _value(hint), summary)
     layers = _Value(experts_per_layer, metavar="N*LAYERS,...")
     _add(group, "experts_per_layer", None, layers, "experts of each MoE layer (a pyramid)")
+    group.add_argument(
+        "--ep-optimizer-format",
+        choices=("fully_reshardable", "dp_reshardable"),
+        default="fully_reshardable",
+        help="how the distributed optimizer is saved: to be resumed at any layout, or at this one",
+    )
+    group.add_argument(
+        "--ep-audit-save",
+        action="store_true",
+        help="read every checkpoint after it was saved, and stop when it is not whole: audit",
+    )
+    group.add_argument("--ep-parity-dump", metavar="FOLDER", help=argparse.SUPPRESS)
     _expand_presets(parser)
     return parser
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ep_plugin import __version__
 from ep_plugin.config import ConfigError
-from ep_plugin.megatron import apex, cpu, torch_adam, touchpoints, wheel
+from ep_plugin.megatron import apex, chained, cpu, dump, saved, torch_adam, touchpoints, wheel
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
@@ -48,6 +48,8 @@ def install() -> None:
     _wrap(config_class, "__post_init__", functools.partial(_with_our_activation, layer_class))
     module_class = import_module(MODULE).MegatronModule
     _wrap(module_class, "set_is_first_microbatch", _with_our_weights)
+    for part in (chained, saved, dump):
+        part.watch(_wrap)
     wheel.without_compilation()
     torch_adam.correct()
     _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
@@ -58,6 +60,8 @@ def uninstall() -> None:
     specs: Any = import_module(MODULE_SPECS)
     if hasattr(specs.MoELayer, "ep_original"):
         arguments = import_module(ARGUMENTS)
+        for part in (dump, saved, chained):
+            part.unwatch(_unwrap)
         _unwrap(import_module(MOE_LOGGING).MoEMetricsTracker, "report")
         _unwrap(import_module(TRANSFORMER_CONFIG).TransformerConfig, "__post_init__")
         _unwrap(import_module(MODULE).MegatronModule, "set_is_first_microbatch")
@@ -104,12 +108,17 @@ def _with_our_checks(
 ) -> Any:
     from ep_plugin.megatron.arguments import check_arguments, settings_from_args
     from ep_plugin.megatron.refusal import refuse
+    from ep_plugin.megatron.resume import check_resumable, choose_format
     from ep_plugin.megatron.settings import check_supported, fp8_recipe
 
     try:
         layer_class.settings = settings_from_args(args)
         check_arguments(args, layer_class.settings)
+        said = choose_format(args)
         validated = original(args, *rest, **kwargs)
+        check_resumable(args)
+        if said is not None:
+            _print(said)
         if args.num_experts is not None:
             check_supported(args)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from ep_plugin.config import ConfigError
 from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
-from ep_plugin.convert.stream import TensorInfo
+from ep_plugin.convert.stream import Chunk, Damaged, TensorInfo
 
 # What unpickling damaged bytes raises.
 DAMAGE = (
@@ -46,6 +45,53 @@ class _Place:
     layer: int | None
 
 
+class Files:
+    """The chunks and objects of one folder under the names they are stored by; nothing is checked.
+
+    Raises Damaged when `.metadata` is missing or unreadable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.metadata = _read_metadata(folder)
+        self.entries = _tensor_entries(self.metadata)
+
+    def read_bytes(self, index: MetadataIndex) -> bytes:
+        """Return one chunk's or object's bytes; raises Damaged when no file has them."""
+        stored: _StorageInfo | None = self.metadata.storage_data.get(index)
+        if stored is None:
+            raise Damaged(f"{self.folder} says of no file that {index.fqn} is in it; {_AGAIN}")
+        path = self.folder / stored.relative_path
+        if not path.is_file():
+            raise Damaged(
+                f"{self.folder} lacks {stored.relative_path}, where {index.fqn} is; {_AGAIN}"
+            )
+        with path.open("rb") as stream:
+            stream.seek(stored.offset)
+            return stream.read(stored.length)
+
+    def read_chunk(self, key: str, chunk: Chunk) -> Tensor:
+        """Return a chunk's values on CPU; raises Damaged when they cannot be read."""
+        content = io.BytesIO(self.read_bytes(MetadataIndex(key, torch.Size(chunk.offsets))))
+        try:
+            values = torch.load(content, map_location="cpu", weights_only=True)
+            return torch.Tensor.view(values, chunk.sizes)
+        except DAMAGE as error:
+            raise Damaged(
+                f"tensor {key} at {chunk.offsets} in {self.folder} is damaged ({error}); {_AGAIN}"
+            ) from error
+
+    def chunks(self, key: str) -> tuple[Chunk, ...]:
+        """Return the parts of a tensor, in the order they are listed."""
+        listed = self.entries[key].chunks
+        return tuple(Chunk(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in listed)
+
+    def info(self, key: str) -> TensorInfo:
+        """Return a stored tensor's whole shape and dtype."""
+        entry = self.entries[key]
+        return TensorInfo(tuple(entry.size), entry.properties.dtype)
+
+
 class Reader:
     """The tensors and objects of one folder, by per-layer name.
 
@@ -54,17 +100,15 @@ class Reader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._metadata = _read_metadata(folder)
-        _check_files(folder, self._metadata)
-        self._entries = _tensor_entries(self._metadata)
-        self._places = _places(self._entries)
+        self._files = Files(folder)
+        _check_files(folder, self._files.metadata)
+        self._places = _places(self._files.entries)
         self.tensors = {name: self._info(place) for name, place in self._places.items()}
-        self.objects = _objects(self._metadata)
+        self.objects = _objects(self._files.metadata)
 
     def read_object(self, name: str) -> bytes:
         """Return an object's bytes, not unpickled."""
-        return self._read_bytes(MetadataIndex(self.objects[name]))
+        return self._files.read_bytes(MetadataIndex(self.objects[name]))
 
     def read_tensor(self, name: str) -> Tensor:
         """Return one whole tensor on CPU, put together from the chunks that its ranks saved.
@@ -73,12 +117,12 @@ class Reader:
         """
         place = self._places[name]
         out = torch.empty(self.tensors[name].shape, dtype=self.tensors[name].dtype)
-        for chunk in self._entries[place.key].chunks:
+        for chunk in self._files.chunks(place.key):
             first, last = (0, 1) if place.layer is None else _extent(chunk)
             if not first <= (place.layer or 0) < last:
                 continue
-            values = self._read_chunk(place.key, chunk)
-            offsets = tuple(chunk.offsets)
+            values = self._files.read_chunk(place.key, chunk)
+            offsets = chunk.offsets
             if place.layer is not None:
                 values, offsets = values[place.layer - first], offsets[1:]
             region = tuple(slice(o, o + s) for o, s in zip(offsets, values.shape, strict=True))
@@ -86,43 +130,25 @@ class Reader:
         return out
 
     def _info(self, place: _Place) -> TensorInfo:
-        entry = self._entries[place.key]
-        shape = tuple(entry.size)
-        return TensorInfo(shape if place.layer is None else shape[1:], entry.properties.dtype)
-
-    def _read_bytes(self, index: MetadataIndex) -> bytes:
-        stored: _StorageInfo = self._metadata.storage_data[index]
-        with (self._folder / stored.relative_path).open("rb") as stream:
-            stream.seek(stored.offset)
-            return stream.read(stored.length)
-
-    def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        content = io.BytesIO(self._read_bytes(MetadataIndex(key, chunk.offsets)))
-        try:
-            values = torch.load(content, map_location="cpu", weights_only=True)
-            return torch.Tensor.view(values, tuple(chunk.sizes))
-        except DAMAGE as error:
-            raise ConfigError(
-                f"tensor {key} at {tuple(chunk.offsets)} in {self._folder} is damaged ({error}); "
-                + _AGAIN
-            ) from error
+        info = self._files.info(place.key)
+        return info if place.layer is None else TensorInfo(info.shape[1:], info.dtype)
 
 
-def _extent(chunk: ChunkStorageMetadata) -> tuple[int, int]:
+def _extent(chunk: Chunk) -> tuple[int, int]:
     return chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
 
 
 def _read_metadata(folder: Path) -> Metadata:
     path = folder / ".metadata"
     if not path.is_file():
-        raise ConfigError(f"{folder} has no .metadata: its save did not finish; give another one")
+        raise Damaged(f"{folder} has no .metadata: its save did not finish; give another one")
     try:
         with path.open("rb") as stream:
             metadata = OpaquePickle.Unpickler(stream).load()
     except DAMAGE as error:
-        raise ConfigError(f"{path} cannot be read ({error}); {_AGAIN}") from error
+        raise Damaged(f"{path} cannot be read ({error}); {_AGAIN}") from error
     if not isinstance(metadata, Metadata):
-        raise ConfigError(f"{path} is no torch.distributed.checkpoint metadata; {_AGAIN}")
+        raise Damaged(f"{path} is no torch.distributed.checkpoint metadata; {_AGAIN}")
     return metadata
 
 

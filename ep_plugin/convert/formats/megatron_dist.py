@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ep_plugin.config import ConfigError
-from ep_plugin.convert.formats._dcp_reader import DAMAGE, Reader
+from ep_plugin.convert.formats._dcp_reader import DAMAGE, Files, Reader
 from ep_plugin.convert.formats._dcp_writer import Writer
 from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
-from ep_plugin.convert.stream import NewObject, NewTensor, Source
+from ep_plugin.convert.stream import Damaged, NewObject, NewTensor, Source, Stored
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"
@@ -66,6 +67,29 @@ def open_checkpoint(path: Path) -> Source:
         objects=frozenset(reader.objects) - {COMMON_STATE},
         read_tensor=reader.read_tensor,
         read_object=reader.read_object,
+    )
+
+
+def open_stored(path: Path) -> Stored:
+    """Open the checkpoint at `path` as `open_checkpoint` does, and check nothing of its content.
+
+    Raises ConfigError when it is none of Megatron's, Damaged when it does not say what it holds.
+    """
+    folder = _iteration_folder(path)
+    _check_backend(folder)
+    files = Files(folder)
+    if (folder / "common.pt").is_file():
+        common = _load_common((folder / "common.pt").read_bytes(), folder)
+    else:
+        common = _load_common(files.read_bytes(MetadataIndex(COMMON_STATE)), folder)[0]
+    entries = files.metadata.state_dict_metadata
+    return Stored(
+        folder=folder,
+        common=common,
+        tensors={key: files.info(key) for key in files.entries},
+        chunks={key: files.chunks(key) for key in files.entries},
+        objects=frozenset(entries) - set(files.entries) - {COMMON_STATE},
+        read_chunk=files.read_chunk,
     )
 
 
@@ -146,7 +170,7 @@ def _load_common(content: bytes, folder: Path) -> Any:
             io.BytesIO(content), map_location="cpu", pickle_module=OpaquePickle, weights_only=False
         )
     except DAMAGE as error:
-        raise ConfigError(
+        raise Damaged(
             f"the run arguments in {folder} cannot be read ({error}); copy the checkpoint again"
         ) from error
 

@@ -99,6 +99,23 @@ TOUCHPOINTS = (
         ("module", "prefix", "sharded_offsets", "metadata", "tp_group"),
     ),
     Touchpoint(f"{_UTILS}:ensure_metadata_has_dp_cp_group", ("metadata",)),
+    # saves that are audited
+    Touchpoint("megatron.training.training:save_checkpoint", ("iteration", "non_persistent_ckpt")),
+    Touchpoint("megatron.training.training:maybe_finalize_async_save"),
+    Touchpoint("megatron.training.async_utils:is_empty_async_queue"),
+    Touchpoint(
+        "megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict", ("state_dict",)
+    ),
+    # parity of layouts
+    Touchpoint(
+        "megatron.training.training:train_step",
+        (
+            *("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler"),
+            *("config", "forward_backward_func"),
+        ),
+    ),
+    Touchpoint("megatron.core.utils:unwrap_model", ("model",)),
+    Touchpoint(f"{_CHECKPOINTING}:save", ("sharded_state_dict", "checkpoint_dir")),
     # the parity check of a converted checkpoint
     Touchpoint(f"{_CHECKPOINTING}:load", ("sharded_state_dict", "checkpoint_dir")),
     Touchpoint(f"{_CHECKPOINTING}:load_common_state_dict", ("checkpoint_dir",)),
