@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ep_plugin.cli import main
-from ep_plugin.convert import upcycle
+from ep_plugin.convert.experts import ExpertMaker
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
+from ep_plugin.convert.modes._ffn import Part
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, TensorInfo
 
 pytestmark = pytest.mark.megatron
@@ -38,7 +40,8 @@ RUN = (
     "--micro-batch-size 2 --global-batch-size 4 --train-iters 3 --lr 1e-2 "
     "--lr-decay-style constant --mock-data --tokenizer-type NullTokenizer --vocab-size 127 "
     "--eval-iters 0 --eval-interval 100 --log-interval 1 "
-    "--distributed-backend gloo --ckpt-format torch_dist --seed 11"
+    "--distributed-backend gloo --ckpt-format torch_dist --seed 11 --clip-grad 0 "
+    "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 )
 
 
@@ -106,14 +109,16 @@ def test_corrupted_expert_fails_parity(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One expert of one layer scaled: exit code 1, and no output is left."""
-    copied = upcycle._copied
+    experts = ExpertMaker.experts
 
-    def corrupted(source: Source, name: str, num_experts: int | None) -> Iterator[Region]:
-        for region in copied(source, name, num_experts):
-            broken = name == "decoder.layers.2.mlp.linear_fc2.weight" and region.offsets[0] == 3
-            yield Region(region.offsets, region.values * 3 if broken else region.values)
+    def corrupted(
+        maker: ExpertMaker, values: Tensor, part: Part, *rest: Any
+    ) -> Iterator[tuple[int, Tensor]]:
+        for expert, made in experts(maker, values, part, *rest):
+            broken = (part.layer, part.fc, expert) == (2, 2, 3)
+            yield expert, made * 3 if broken else made
 
-    monkeypatch.setattr(upcycle, "_copied", corrupted)
+    monkeypatch.setattr(ExpertMaker, "experts", corrupted)
     assert convert(dense[0], tmp_path / "moe") == 1
     captured = capsys.readouterr()
     assert re.search(
@@ -173,19 +178,52 @@ def test_a_name_per_expert(dense: tuple[Path, dict[int, float]], tmp_path: Path)
     assert report["logits_max_abs_diff"] < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("ep", "launcher"),
-    [(1, [str(STOCK)]), (2, ["-m", "ep_plugin.run"])],
-    ids=["ep=1 Megatron's own MoE", "ep=2 ours"],
+MOE = (
+    f"--exit-on-missing-checkpoint --num-experts {E} --moe-router-topk 2 "
+    f"--moe-layer-freq {LAYERS} --moe-token-dispatcher-type alltoall"
 )
-def test_continues_with_the_dense_loss(
-    dense: tuple[Path, dict[int, float]], moe: Path, ep: int, launcher: list[str]
+
+
+def test_megatron_s_own_moe_continues_with_the_dense_loss(
+    dense: tuple[Path, dict[int, float]], moe: Path
 ) -> None:
-    """On the next batch the loss is the dense run's, and no name is missing or left over."""
-    flags: list[Any] = ["--load", moe, "--no-load-optim", "--no-load-rng"]
-    flags += ["--dist-ckpt-strictness", "raise_all", "--exit-on-missing-checkpoint"]
-    flags += ["--num-experts", E, "--moe-router-topk", 2, "--moe-layer-freq", LAYERS]
-    flags += ["--moe-token-dispatcher-type", "alltoall", "--expert-model-parallel-size", ep]
-    losses = pretrain(ep, launcher, *map(str, flags))
+    """On the next batch the loss is the dense run's, and no name is missing."""
+    flags = ["--load", str(moe), "--no-load-optim", *MOE.split()]
+    losses = pretrain(1, [str(STOCK)], *flags, "--dist-ckpt-strictness", "raise_unexpected")
     assert list(losses) == [3]
     assert losses[3] == pytest.approx(dense[1][3], rel=1e-5)
+
+
+def test_resumes_with_the_optimizer(
+    dense: tuple[Path, dict[int, float]], moe: Path, tmp_path: Path
+) -> None:
+    """Without --finetune or --no-load-optim, at EP=2: after the next step moments and weights of
+    all that is not an expert are the dense run's, and the experts' moments add up to the dense
+    ones'. No name is missing or left over.
+    """
+    flags = ["--load", str(moe), "--save", str(tmp_path), "--save-interval", "3", *MOE.split()]
+    flags += ["--dist-ckpt-strictness", "raise_all", "--expert-model-parallel-size", "2"]
+    losses = pretrain(2, ["-m", "ep_plugin.run"], *flags)
+    assert list(losses) == [3]
+    assert losses[3] == pytest.approx(dense[1][3], rel=1e-5)
+    before = open_checkpoint(dense[0])
+    after, new = open_checkpoint(dense[0].parent), open_checkpoint(tmp_path)
+    states = ("", *(f"optimizer.state.{kind}." for kind in ("exp_avg", "exp_avg_sq", "param")))
+    compared = 0
+    for name in new.tensors:
+        state = next((s for s in reversed(states) if name.startswith(s)), "")
+        if ".experts." not in name and ".router." not in name:
+            assert_close(new.read_tensor(name), after.read_tensor(name))
+            compared += 1
+        elif state.endswith("exp_avg.") and ".experts." in name:
+            # exp_avg = 0.9 * old + 0.1 * gradient, and the experts' gradients add up to the dense.
+            old = before.read_tensor(name.replace("experts.experts.", ""))
+            dense_avg = after.read_tensor(name.replace("experts.experts.", ""))
+            gradients = (new.read_tensor(name) - 0.9 * old) / 0.1
+            assert_close(gradients.sum(dim=0), (dense_avg - 0.9 * old) / 0.1)
+            assert float(gradients.abs().amax(dim=(1, 2)).min()) > 0
+    assert compared == 4 * (1 + 1 + 3 * 4 + 2)  # embedding, last norm, layers, the dense MLP
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    assert float((ours - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max())

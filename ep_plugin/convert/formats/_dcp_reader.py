@@ -33,7 +33,7 @@ DAMAGE = (
     ImportError,
     AttributeError,
 )
-_STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
+_STACKED = re.compile(r"((?:optimizer\.state\.\w+\.)?decoder\.layers\.)(?!\d)(.+)")
 _SHARD = re.compile(r"(.+)/shard_([\d.]+)_([\d.]+)")
 _AGAIN = "copy the checkpoint again"
 
@@ -165,7 +165,7 @@ def _places(entries: dict[str, TensorStorageMetadata]) -> dict[str, _Place]:
             places[key] = _Place(key, None)
             continue
         for layer in range(entry.size[0]):
-            places[f"decoder.layers.{layer}.{stacked[1]}"] = _Place(key, layer)
+            places[f"{stacked[1]}{layer}.{stacked[2]}"] = _Place(key, layer)
     return places
 
 
@@ -181,5 +181,5 @@ def _objects(metadata: Metadata) -> dict[str, str]:
             continue
         offsets, shape = shard[2].split("."), shard[3].split(".")
         rest = f"{'.'.join(offsets[1:]) or 0}_{'.'.join(shape[1:]) or 1}"
-        names[f"decoder.layers.{offsets[0]}.{stacked[1]}/shard_{rest}"] = key
+        names[f"{stacked[1]}{offsets[0]}.{stacked[2]}/shard_{rest}"] = key
     return names
