@@ -549,7 +549,7 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def save_then_interrupt(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
         if len(calls) > 10:
-            assert len(list(tmp_path.glob(".moe.*/iter_*/*.distcp"))) == 1
+            assert len(list(tmp_path.glob(".moe.partial/checkpoint/iter_*/*.distcp.part"))) == 1
             raise KeyboardInterrupt
         save(*args, **kwargs)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ep_plugin import MoEConfig, MoELayer, RoutingConfig
 from ep_plugin.config import ConfigError
 from ep_plugin.convert.experts import ExpertMaker, deviations, make_experts
+from ep_plugin.convert.ffn import Part, shard
 from ep_plugin.convert.gates import Gates
-from ep_plugin.convert.modes._ffn import Part, shard
 from ep_plugin.convert.modes.drop import dropped
 from ep_plugin.convert.routers import router_rows
 from ep_plugin.convert.settings import Upcycling

@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,11 +15,13 @@ from tqdm import tqdm
 
 from ep_plugin import presets
 from ep_plugin.config import BackendUnavailable, ConfigError, ScoreFunction
+from ep_plugin.convert import manifest
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.convert.gates import Gates
 from ep_plugin.convert.report import parity_table, print_dry_run, print_summary, summary
 from ep_plugin.convert.settings import MODES, RouterInit, SharedFrom, Upcycling
-from ep_plugin.convert.staging import check_free, staged
+from ep_plugin.convert.staging import check_free, check_room, staged
+from ep_plugin.convert.stream import Source, finite
 from ep_plugin.convert.upcycle import Plan, plan
 from ep_plugin.registry import available
 
@@ -31,6 +34,9 @@ EXAMPLES = r"""examples:
       --mode drop --drop-ratio 0.5 --drop-optimizer
   ep-plugin convert --from runs/dense --to runs/moe --num-experts 8 --topk 2 \
       --shared-expert copy --layers '[0]*1+[1]*3' --dry-run
+  ep-plugin convert --check --to runs/moe
+
+After a kill the same command goes on where it stopped.
 
 modes:
   copy      every expert is the dense FFN (arXiv:2212.05055); the output is kept
@@ -55,14 +61,14 @@ class ParityFailed(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--from", dest="source", type=Path, required=True, metavar="DENSE_CKPT",
+        "--from", dest="source", type=Path, metavar="DENSE_CKPT",
         help="torch_dist checkpoint: what --save named, or one iter_NNNNNNN folder",
     )  # fmt: skip
     parser.add_argument(
         "--to", dest="target", type=Path, required=True, metavar="MOE_CKPT",
         help="folder to write; must be missing or empty",
     )  # fmt: skip
-    parser.add_argument("--num-experts", type=int, required=True, metavar="E")
+    parser.add_argument("--num-experts", type=int, metavar="E")
     parser.add_argument(
         "--topk", type=int, metavar="K", help="experts per token (default: the preset's)"
     )
@@ -84,7 +90,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-parity", action="store_true", help="do not compare the models (needs no Megatron)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print names and sizes only")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N",
+        help="that write at once; each holds a tensor or two (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--check", action="store_true",
+        help="compare the files of --to with its manifest.json instead; exit code 1: they differ",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print names, sizes and expected time only"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -163,29 +179,61 @@ def _settings(args: argparse.Namespace) -> Upcycling:
 
 def run(args: argparse.Namespace) -> int:
     """Convert. Returns 0, or 1 when parity failed; raises ConfigError for a user's mistake."""
+    if args.check:
+        return _check(args.target)
+    if args.source is None or args.num_experts is None:
+        raise ConfigError("--from and --num-experts must be given; --from runs/dense would do")
     settings = _settings(args)
     if not args.parity_tolerance > 0:
         raise ConfigError(f"--parity-tolerance must be above 0; got {args.parity_tolerance}")
+    if args.processes < 1:
+        raise ConfigError(f"--processes must be at least 1; got {args.processes}")
     check_free(args.target)
-    source = open_checkpoint(args.source)
+    source = finite(open_checkpoint(args.source))
     new = plan(source, settings, keep_optimizer=not args.drop_optimizer)
     if args.dry_run:
-        print_dry_run(new, 1, args.json)
+        print_dry_run(new, args.processes, args.json)
         return 0
+    check_room(args.target, new.num_bytes)
     compare = None if args.skip_parity else _load_parity()
     report = None
     try:
-        with staged(args.target) as folder:
+        with staged(args.target, _request(args, settings, source)) as staging:
             with _progress(new) as on_bytes:
-                write_checkpoint(folder, source, new.common, new.content, on_bytes)
+                written = write_checkpoint(
+                    *(staging.folder, source, new.common, new.content, on_bytes),
+                    *(staging.journal, args.processes),
+                )
             if compare is not None:
-                moe = folder / source.folder.name
+                moe = staging.folder / source.folder.name
                 report = _check_parity(compare, source.folder, moe, new, args)
+            manifest.write(staging.folder, written, new.content, asdict(settings))
     except ParityFailed as error:
         print(f"ep-plugin convert: {error}", file=sys.stderr)
         return 1
     print_summary(summary(new, settings, args, source.folder.name, report), args.json)
     return 0
+
+
+def _check(folder: Path) -> int:
+    """Print what is wrong with a converted checkpoint's files; returns the exit code."""
+    problems = manifest.check(folder)
+    for problem in problems:
+        print(f"ep-plugin convert: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{folder}: every file has the bytes that were written")
+    return 1 if problems else 0
+
+
+def _request(args: argparse.Namespace, settings: Upcycling, source: Source) -> dict[str, Any]:
+    """Return all that the bytes of the result depend on."""
+    stats = {path.name: path.stat() for path in sorted(source.folder.iterdir())}
+    return {
+        "--from": str(source.folder.absolute()),
+        "its files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "--drop-optimizer": args.drop_optimizer,
+        **asdict(settings),
+    }
 
 
 def _load_parity() -> Callable[..., dict[str, Any]]:

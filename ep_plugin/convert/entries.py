@@ -12,7 +12,7 @@ from torch import Tensor
 from ep_plugin.convert import optimizer_state
 from ep_plugin.convert.experts import ExpertMaker
 from ep_plugin.convert.families import megatron_gpt
-from ep_plugin.convert.modes._ffn import Part, shard
+from ep_plugin.convert.ffn import Part, shard
 from ep_plugin.convert.names import Match
 from ep_plugin.convert.routers import router_rows
 from ep_plugin.convert.settings import Upcycling

@@ -16,7 +16,7 @@ until the router has moved.
 import torch
 from torch import Tensor
 
-from ep_plugin.convert.modes._ffn import generator
+from ep_plugin.convert.ffn import generator
 from ep_plugin.convert.settings import RouterInit
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ep_plugin.cli import main
 from ep_plugin.convert.experts import ExpertMaker
+from ep_plugin.convert.ffn import Part
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
-from ep_plugin.convert.modes._ffn import Part
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, TensorInfo
 
 pytestmark = pytest.mark.megatron

@@ -5,7 +5,7 @@ i, y = (sum of p_i) * FFN(x): the dense output whatever the router says, once th
 is known (`gates.py`).
 """
 
-from ep_plugin.convert.modes._ffn import Mode
+from ep_plugin.convert.ffn import Mode
 from ep_plugin.convert.settings import Upcycling
 
 

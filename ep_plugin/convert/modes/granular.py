@@ -15,7 +15,7 @@ With another router the chosen shards are no whole FFN. The same gain is then ri
 shards, and wrong for each token.
 """
 
-from ep_plugin.convert.modes._ffn import Mode
+from ep_plugin.convert.ffn import Mode
 from ep_plugin.convert.settings import Upcycling
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ep_plugin.convert.modes._ffn import Mode, Part, normal
+from ep_plugin.convert.ffn import Mode, Part, normal
 from ep_plugin.convert.settings import Upcycling
 
 
