@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.models.gpt import moe_module_specs as specs
+from spawn import run_ranks
 from torch import Tensor
 
 from ep_plugin.cli import main
@@ -20,9 +23,11 @@ from ep_plugin.convert.experts import ExpertMaker
 from ep_plugin.convert.ffn import Part
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, TensorInfo
+from ep_plugin.megatron import cpu, parity
+from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.megatron.settings import EdgeSettings
 
 pytestmark = pytest.mark.megatron
-pytest.importorskip("megatron.training", reason="needs megatron-core with megatron.training")
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes" / "pretrain_gpt.py"
@@ -176,6 +181,77 @@ def test_a_name_per_expert(dense: tuple[Path, dict[int, float]], tmp_path: Path)
         assert torch.equal(new.read_tensor(f"{fc1}_v"), value)
     report = json.loads((tmp_path / "moe" / "parity.json").read_text())
     assert report["logits_max_abs_diff"] < 1e-5
+
+
+LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 4))  # tensor- and expert-parallel size
+
+
+def test_granular_with_a_residual_expert_loads_in_every_layout(
+    dense: tuple[Path, dict[int, float]], tmp_path: Path
+) -> None:
+    """Halves of the FFN as 8 experts, top-4, beside a shared expert weighed by a learned softmax:
+    parity holds, and each rank of each layout gets its part to the bit.
+    """
+    flags = ["--num-experts", "8", "--topk", "4", "--mode", "granular", "--granularity", "2"]
+    flags += ["--shared-expert", "learned", "--layers", LAYERS]
+    assert convert(dense[0], tmp_path / "moe", *flags) == 0
+    report = json.loads((tmp_path / "moe" / "parity.json").read_text())
+    assert report["deviations"] == []
+    assert report["logits_max_abs_diff"] < 1e-5 < report["logits_max_abs"]
+    assert [row["experts_used"] for row in report["layers"]] == [None, 8, 8]
+    compared = run_ranks(8, load_in_layouts, str(tmp_path / "moe"))
+    assert compared == [2 * (4 + 2) * len(LAYOUTS)] * 8
+
+
+def load_in_layouts(path: str) -> int:
+    """Load the checkpoint in each layout and compare this rank's part; returns how many tensors."""
+    source, compared = open_checkpoint(Path(path)), 0
+    cpu.enable()
+    install()
+    specs.MoELayer.settings = EdgeSettings(shared_expert="learned")
+    for tp, ep in LAYOUTS:
+        parallel_state.initialize_model_parallel(
+            tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        common = dist_checkpointing.load_common_state_dict(str(source.folder))
+        args = parity._plain(common["args"])
+        args.tensor_model_parallel_size, args.expert_model_parallel_size = tp, ep
+        args.sequence_parallel = tp > 1
+        model = parity._build(args)
+        parity._load(model, source.folder, common["content_metadata"], fused_norm_kept=True)
+        for layer in (1, 2):
+            mlp = model.decoder.layers[layer].mlp
+            for name, part in mlp.named_parameters():
+                key = name.replace("experts.linear", "experts.experts.linear")
+                if name.startswith("shared_experts"):
+                    key = name
+                whole = source.read_tensor(f"decoder.layers.{layer}.mlp.{key}")
+                assert torch.equal(part, own_part(whole, name)), (tp, ep, name)
+                compared += 1
+        parallel_state.destroy_model_parallel()
+    uninstall()
+    cpu.disable()
+    return compared
+
+
+def own_part(whole: Tensor, name: str) -> Tensor:
+    """What a rank holds: its experts, and its channels of the shared expert."""
+    if name.startswith("experts."):
+        ranks, rank = (
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_rank(),
+        )
+        return whole.chunk(ranks)[rank]
+    ranks, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    if name == "shared_experts.linear_fc1.weight":
+        return torch.cat([half.chunk(ranks)[rank] for half in whole.chunk(2)])
+    if name == "shared_experts.linear_fc2.weight":
+        return whole.chunk(ranks, dim=1)[rank]
+    return whole
 
 
 MOE = (
