@@ -20,9 +20,9 @@ FLAGS = {
         "--routing --shapes --trace --warm"
     ),
     "convert": (
-        "--check --drop-optimizer --drop-ratio --dry-run --from --granularity --json --layers "
-        "--mode --noise-std --num-experts --parity-tolerance --pre-softmax --preset --processes "
-        "--router-init --scaling-factor --score-function --seed --shared-expert --skip-parity "
+        "--check --drop-optimizer --drop-ratio --dry-run --ep --from --granularity --json "
+        "--layers --mode --noise-std --num-experts --parity-tolerance --pre-softmax --preset "
+        "--processes --router-init --scaling-factor --score-function --seed --shared-expert --skip-parity "
         "--to --topk"
     ),
     "doctor": "--json",

@@ -305,6 +305,7 @@ def test_modes_are_the_files_of_the_folder() -> None:
             {"mode": "granular", "granularity": 4, "router_init": "virtual-group"},
             r"--topk \(2\) must be a multiple of --granularity \(4\).*--topk 4 would do",
         ),
+        ({"ep": 3}, r"--ep \(3\) must divide --num-experts \(8\); --ep 2 would do"),
         ({"drop_ratio": 1.5}, r"--drop-ratio must be between 0 and 1; got 1.5"),
         ({"noise_std": -1.0}, r"--noise-std must be finite and not negative"),
         ({"router_init": "ones"}, r"--router-init must be one of normal, virtual-group, zero"),

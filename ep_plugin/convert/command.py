@@ -81,6 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=1234, help="of everything drawn (default: %(default)s)"
     )
     parser.add_argument(
+        "--ep", type=int, metavar="EP",
+        help="expert-parallel size of the run that continues; model weights load at any, but "
+        "Megatron keeps the optimizer in another way at EP = 1 (default: above 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--drop-optimizer", action="store_true", help="leave the optimizer's state out"
     )
     parser.add_argument(
@@ -174,6 +179,7 @@ def _settings(args: argparse.Namespace) -> Upcycling:
         router_init=router_init,
         shared_expert=args.shared_expert,
         gates=Gates(**gates),
+        ep=args.ep,
     )
 
 

@@ -6,8 +6,9 @@ Megatron keeps it by parameter where it can be resharded,
     common["optimizer"]: param_groups (learning rate, decay) and step     counters
 
 and by buckets of one very layout otherwise (`dp_reshardable`), from which no expert can be made.
-A run with expert parallelism has two optimizers, of the dense parameters and of the experts, under
-0 and 1; the experts' has the groups of the dense one, marked as expert-parallel.
+A run with EP above 1 has two optimizers, of the dense parameters and of the experts, under 0 and 1;
+the experts' has the groups of the dense one, marked as expert-parallel. A run with EP = 1 has one.
+Tensors are the same for both, counters are not, so Megatron resumes only the kind it finds.
 """
 
 import copy
@@ -74,7 +75,7 @@ def find(source: Source, parameters: Set[str]) -> tuple[State, ...]:
 
 
 def new_groups(groups: dict[str, Any], with_bias: bool) -> dict[int, Any]:
-    """Return the counters of the two optimizers of a run with expert parallelism.
+    """Return the counters of the two optimizers of a run with EP above 1.
 
     The experts have no group for parameters without weight decay unless they have biases.
     """

@@ -46,6 +46,7 @@ def summary(
         "moe_layers": [layer for layer, is_moe in enumerate(new.moe_layers) if is_moe],
         "num_layers": len(new.moe_layers),
         "num_bytes": new.num_bytes,
+        "ep": settings.ep,
         "optimizer": new.optimizer,
         "dropped_entries": new.dropped,
         "seed": settings.seed,
@@ -107,10 +108,12 @@ def print_summary(made: dict[str, Any], as_json: bool) -> None:
             "left out: optimizer, random-number and rerun state "
             f"({made['dropped_entries']} entries); the optimizer starts afresh"
         )
+    ep = made["ep"] or "EP"
     print("continue with the dense run's flags and:")
-    print(f"  {shlex.join(made['megatron_flags'])} --expert-model-parallel-size EP")
+    print(f"  {shlex.join(made['megatron_flags'])} --expert-model-parallel-size {ep}")
     if made["optimizer"]:
-        print(f"  EP: any divisor of {made['num_experts']}.")
+        legal = "1" if made["ep"] == 1 else f"any divisor above 1 of {made['num_experts']}"
+        print(f"  EP: {legal}; --no-load-optim at another")
         return
     print("  or, to keep the iteration and the place in the data, --no-load-optim --no-load-rng")
     print("  instead of --finetune")

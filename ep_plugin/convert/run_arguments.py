@@ -42,6 +42,8 @@ def new_common(
     args.no_save_optim, args.no_save_rng = not optimizer, True
     kept = {key: source.common[key] for key in _KEPT if key in source.common}
     if optimizer:
-        kept["optimizer"] = new_groups(source.common["optimizer"], args.add_bias_linear)
+        groups = source.common["optimizer"]
+        two = settings.ep != 1
+        kept["optimizer"] = new_groups(groups, args.add_bias_linear) if two else groups
         kept["opt_param_scheduler"] = source.common["opt_param_scheduler"]
     return {"args": args, **kept}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ep_plugin.config import ConfigError, check_choice
+from ep_plugin.config import ConfigError, check_choice, largest_divisor
 from ep_plugin.convert.gates import Gates
 from ep_plugin.registry import available
 
@@ -27,6 +27,7 @@ class Upcycling:
     router_init: RouterInit = "normal"
     shared_expert: SharedFrom = "none"
     gates: Gates = field(default_factory=Gates)
+    ep: int | None = None  # expert-parallel size of the run that continues; None: any above 1
 
     def __post_init__(self) -> None:
         check_choice("--mode", self.mode, available(MODES))
@@ -43,6 +44,11 @@ class Upcycling:
             )
         self.gates.check(self.topk, self.num_experts)
         self._check_granularity()
+        if self.ep is not None and (self.ep < 1 or self.num_experts % self.ep):
+            raise ConfigError(
+                f"--ep ({self.ep}) must divide --num-experts ({self.num_experts}); "
+                f"--ep {largest_divisor(self.num_experts, self.ep)} would do"
+            )
         if not 0 <= self.drop_ratio <= 1:
             raise ConfigError(
                 f"--drop-ratio must be between 0 and 1; got {self.drop_ratio}; 0.5 would do"
