@@ -22,8 +22,8 @@ FLAGS = {
     "convert": (
         "--check --drop-optimizer --drop-ratio --dry-run --ep --from --granularity --json "
         "--layers --mode --noise-std --num-experts --parity-tolerance --pre-softmax --preset "
-        "--processes --router-init --scaling-factor --score-function --seed --shared-expert --skip-parity "
-        "--to --topk"
+        "--processes --router-init --scaling-factor --score-function --seed --shared-expert "
+        "--skip-parity --to --topk"
     ),
     "doctor": "--json",
     "plan": (

@@ -498,6 +498,30 @@ def test_bad_settings(
     assert re.search(message, refused(tmp_path, capsys, *flags))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"untie_embeddings_and_output_weights": True},
+            r"say that embedding and output are untied, but it lacks output_layer.weight",
+        ),
+        (
+            {"padded_vocab_size": V + 128},
+            r"word_embeddings.weight in .* has 32 rows, but .* padded_vocab_size = 160",
+        ),
+    ],
+    ids=["tied said untied", "another vocabulary"],
+)
+def test_arguments_that_do_not_fit_the_tensors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    save_dense(tmp_path / "dense", **changes)
+    assert re.search(message, refused(tmp_path, capsys))
+    right = {"untie_embeddings_and_output_weights": False, "padded_vocab_size": V}
+    save_dense(tmp_path / "right" / "dense", **right)
+    assert convert(tmp_path / "right" / "dense", tmp_path / "right" / "moe") == 0
+
+
 def test_without_megatron(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,9 @@ from ep_plugin.convert.stream import NewObject, NewTensor, Source
 __all__ = ["Plan", "Upcycling", "plan"]
 
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
 @dataclass(frozen=True)
 class Plan:
     """The new checkpoint, not computed yet."""
@@ -47,6 +50,7 @@ def plan(source: Source, settings: Upcycling, keep_optimizer: bool = True) -> Pl
     it, or its optimizer state cannot be carried over and is not to be left out.
     """
     args = _dense_args(source)
+    _check_embeddings(source, args)
     frequency = parse_layers(settings.layers, args.num_layers)
     chosen = moe_layers(frequency, args.num_layers)
     if args.ffn_hidden_size % settings.granularity:
@@ -96,6 +100,25 @@ def _dense_args(source: Source) -> argparse.Namespace:
             "give a dense checkpoint"
         )
     return args
+
+
+def _check_embeddings(source: Source, args: argparse.Namespace) -> None:
+    """Raise ConfigError where the vocabulary's tensors are not those that the arguments say."""
+    untied = getattr(args, "untie_embeddings_and_output_weights", None)
+    if untied is not None and untied != (OUTPUT in source.tensors):
+        said, found = ("untied", "lacks") if untied else ("tied", "has")
+        raise ConfigError(
+            f"the run arguments of {source.folder} say that embedding and output are {said}, but "
+            f"it {found} {OUTPUT}; give the checkpoint that belongs to these arguments"
+        )
+    rows = getattr(args, "padded_vocab_size", None)
+    for name in (EMBEDDING, OUTPUT):
+        if rows is not None and name in source.tensors and source.tensors[name].shape[0] != rows:
+            raise ConfigError(
+                f"{name} in {source.folder} has {source.tensors[name].shape[0]} rows, but its run "
+                f"arguments say padded_vocab_size = {rows}; give the checkpoint that belongs to "
+                "these arguments"
+            )
 
 
 def _is_gated(source: Source, args: argparse.Namespace) -> bool:
