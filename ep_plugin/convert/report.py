@@ -113,7 +113,8 @@ def print_summary(made: dict[str, Any], as_json: bool) -> None:
     print(f"  {shlex.join(made['megatron_flags'])} --expert-model-parallel-size {ep}")
     if made["optimizer"]:
         legal = "1" if made["ep"] == 1 else f"any divisor above 1 of {made['num_experts']}"
-        print(f"  EP: {legal}; --no-load-optim at another")
+        print(f"  EP: {legal}; --no-load-optim at another. With another length of training or")
+        print("  learning rate than the dense run's, --override-opt-param-scheduler")
         return
     print("  or, to keep the iteration and the place in the data, --no-load-optim --no-load-rng")
     print("  instead of --finetune")

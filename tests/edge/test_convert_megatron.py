@@ -157,6 +157,29 @@ def rewrite(dense: Path, target: Path, key_per_expert: bool, **changes: Any) -> 
     return source
 
 
+@pytest.mark.parametrize(
+    ("flags", "exact"),
+    [
+        ("--topk 2 --mode drop --drop-ratio 0.5", False),
+        ("--topk 2 --mode noise --shared-expert copy", False),
+        ("--topk 1 --pre-softmax --router-init zero", True),
+        ("--preset v3-nano --num-experts 16 --shared-expert copy", True),
+    ],
+)
+def test_what_moves_is_reported_and_what_does_not_is_checked(
+    dense: tuple[Path, dict[int, float]], tmp_path: Path, flags: str, exact: bool
+) -> None:
+    """By Megatron's own parts: experts that were changed, and gates with another sum than 1."""
+    paths = ["--from", str(dense[0]), "--to", str(tmp_path / "moe"), "--drop-optimizer"]
+    settings = [*flags.split(), "--layers", LAYERS]
+    assert main(["convert", *paths, "--num-experts", str(E), *settings]) == 0
+    report = json.loads((tmp_path / "moe" / "parity.json").read_text())
+    assert report["passed"]
+    assert report["same"] == exact
+    assert bool(report["deviations"]) != exact
+    assert (report["logits_max_abs_diff"] < 1e-5) == exact
+
+
 def test_transformer_engine_names(dense: tuple[Path, dict[int, float]], tmp_path: Path) -> None:
     """A checkpoint under Transformer Engine's names loads and agrees as well."""
     rewrite(dense[0], tmp_path / "dense", False, transformer_impl="transformer_engine")
