@@ -36,7 +36,7 @@ train() {
         tail -n 30 "$log" >&2
         return 1
     }
-    grep -E '^ *\[.*iteration' "$log" | sed -E 's/.*iteration +([0-9]+).*lm loss: ([^ ]+).*/    \1: \2/' | tail -n 3
+    sed -nE 's/.*iteration +([0-9]+)\/.*lm loss: ([^ ]+).*/    loss \1: \2/p' "$log" | tail -n 3
 }
 
 MODEL=(
