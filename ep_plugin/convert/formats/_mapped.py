@@ -16,6 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_STORAGES = {  # as torch.save names them; dtypes without one are saved untyped
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
 _LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip record: lengths of its name and extra field
 
 
@@ -57,14 +70,14 @@ class _Unpickler(pickle.Unpickler):
         }
         if (module, name) in known:
             return known[module, name]
-        value = getattr(torch, name, None) if module in ("torch", "torch.storage") else None
-        if isinstance(value, torch.dtype) or name.endswith("Storage"):
-            return value
+        if module in ("torch", "torch.storage"):
+            value = _STORAGES.get(name) or getattr(torch, name, None)
+            if isinstance(value, torch.dtype):
+                return value
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a tensor")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        _, kind, key, _, count = pid
-        dtype = getattr(kind, "dtype", torch.uint8)
+        _, dtype, key, _, count = pid
         record = self._records[f"data/{key}"]
         size = count * dtype.itemsize
         if record.compress_type != zipfile.ZIP_STORED or record.file_size < size:
