@@ -44,14 +44,15 @@ MODEL=(
     --seq-length 64 --max-position-embeddings 64 --position-embedding-type rope
     --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
     --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 4 --global-batch-size 16
-    --lr 3e-3 --lr-decay-style constant --lr-decay-iters 1000 --seed 1234 --log-interval 1
+    --lr 3e-3 --lr-decay-style constant --seed 1234 --log-interval 1
     --eval-iters 0 --eval-interval 1000
     --mock-data --tokenizer-type NullTokenizer --vocab-size 511 --num-workers 0
     --ckpt-format torch_dist --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
     --transformer-impl local --no-masked-softmax-fusion --no-gradient-accumulation-fusion
     --no-persist-layer-norm --no-rope-fusion # what needs no Transformer Engine and no apex
 )
-MORE_ITERS=(--train-iters "$((ITERS + MORE))" --moe-router-dtype fp32)
+# The dense run's schedule goes along with its optimizer, and this run is longer.
+MORE_ITERS=(--train-iters "$((ITERS + MORE))" --override-opt-param-scheduler --moe-router-dtype fp32)
 
 if [[ ! -f "$dense/latest_checkpointed_iteration.txt" ]]; then
     train dense --train-iters "$ITERS" --save "$dense" --save-interval "$ITERS"

@@ -70,7 +70,7 @@ def write_units(
     """
     todo = []
     for unit in units:
-        if unit.name in journal.done:
+        if _is_whole(folder / unit.name, journal.done.get(unit.name)):
             on_bytes(unit.num_bytes)
         else:
             todo.append(unit)
@@ -78,6 +78,11 @@ def write_units(
     for name, record in made(todo, folder, min(processes, len(todo)), on_bytes):
         journal.add(name, record)
     return [journal.done[unit.name] for unit in units]
+
+
+def _is_whole(path: Path, record: dict[str, Any] | None) -> bool:
+    """Whether the journal has the file and it is still there."""
+    return record is not None and path.is_file() and path.stat().st_size == record["num_bytes"]
 
 
 def _write(unit: Unit, folder: Path, on_bytes: OnBytes) -> dict[str, Any]:

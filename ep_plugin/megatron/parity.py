@@ -35,6 +35,10 @@ TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random
 # One rank, float32, no fused kernel, no dropout: what both models are built with.
 _PLAIN: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
+    "tensor_parallel_num_weight_shards": None,
+    "expert_tensor_parallel_num_weight_shards": None,
+    "gtp_weight_remat_size": 1,
+    "expert_gtp_weight_remat_size": 1,
     "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
     "pipeline_model_parallel_layout": None,
