@@ -223,7 +223,7 @@ def test_granular_with_a_residual_expert_loads_in_every_layout(
     assert report["logits_max_abs_diff"] < 1e-5 < report["logits_max_abs"]
     assert [row["experts_used"] for row in report["layers"]] == [None, 8, 8]
     compared = run_ranks(8, load_in_layouts, str(tmp_path / "moe"))
-    assert compared == [2 * (4 + 2) * len(LAYOUTS)] * 8
+    assert compared == [2 * 7 * len(LAYOUTS)] * 8
 
 
 def load_in_layouts(path: str) -> int:
