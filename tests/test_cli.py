@@ -21,8 +21,10 @@ FLAGS = {
         "--routing --shapes --trace --trace-plot --warm"
     ),
     "convert": (
-        "--dry-run --from --json --layers --num-experts --parity-tolerance --seed --skip-parity "
-        "--to --topk"
+        "--check --drop-optimizer --drop-ratio --dry-run --ep --from --granularity --json "
+        "--layers --mode --noise-std --num-experts --parity-tolerance --pre-softmax --preset "
+        "--processes --router-init --scaling-factor --score-function --seed --shared-expert "
+        "--skip-parity --to --topk"
     ),
     "doctor": "--json",
     "parity": (

@@ -34,7 +34,7 @@ from ep_plugin.convert.upcycle import Upcycling, plan
 
 L, H, F, V, E = 4, 8, 12, 32, 4
 ITERATION = 30
-FLAGS = ["--num-experts", str(E), "--topk", "2", "--skip-parity"]
+FLAGS = ["--num-experts", str(E), "--topk", "2", "--skip-parity", "--drop-optimizer"]
 
 
 def run_args(**changes: Any) -> argparse.Namespace:
@@ -493,7 +493,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
     ("flags", "message"),
     [
         (["--topk", "5"], r"--topk \(5\) must be at most --num-experts \(4\); --topk 4 would do"),
-        (["--topk", "1"], r"--topk must be at least 2; got 1: .*; --topk 2 would do"),
+        (["--topk", "1"], r"--topk 1 divided by its own sum .*; --topk 1 --pre-softmax would do"),
         (["--num-experts", "1"], r"--num-experts must be at least 2; got 1"),
         (
             ["--layers", "[0,1]"],
@@ -514,6 +514,30 @@ def test_bad_settings(
     assert re.search(message, refused(tmp_path, capsys, *flags))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"untie_embeddings_and_output_weights": True},
+            r"say that embedding and output are untied, but it lacks output_layer.weight",
+        ),
+        (
+            {"padded_vocab_size": V + 128},
+            r"word_embeddings.weight in .* has 32 rows, but .* padded_vocab_size = 160",
+        ),
+    ],
+    ids=["tied said untied", "another vocabulary"],
+)
+def test_arguments_that_do_not_fit_the_tensors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    save_dense(tmp_path / "dense", **changes)
+    assert re.search(message, refused(tmp_path, capsys))
+    right = {"untie_embeddings_and_output_weights": False, "padded_vocab_size": V}
+    save_dense(tmp_path / "right" / "dense", **right)
+    assert convert(tmp_path / "right" / "dense", tmp_path / "right" / "moe") == 0
+
+
 def test_without_megatron(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,7 +545,8 @@ def test_without_megatron(
     save_dense(tmp_path / "dense")
     monkeypatch.setitem(sys.modules, "ep_plugin.megatron.parity", None)
     paths = ["--from", str(tmp_path / "dense"), "--to", str(tmp_path / "moe")]
-    assert main(["convert", *paths, "--num-experts", "4", "--topk", "2"]) == 2
+    settings = ["--num-experts", "4", "--topk", "2", "--drop-optimizer"]
+    assert main(["convert", *paths, *settings]) == 2
     assert re.search(r"needs megatron-core .* or use --skip-parity", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == [tmp_path / "dense"]
 
@@ -564,7 +589,7 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def save_then_interrupt(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
         if len(calls) > 10:
-            assert len(list(tmp_path.glob(".moe.*/iter_*/*.distcp"))) == 1
+            assert len(list(tmp_path.glob(".moe.partial/checkpoint/iter_*/*.distcp.part"))) == 1
             raise KeyboardInterrupt
         save(*args, **kwargs)
 
@@ -589,7 +614,7 @@ def test_one_source_tensor_at_a_time(tmp_path: Path) -> None:
         return values
 
     counted = dataclasses.replace(source, read_tensor=read)
-    new = plan(counted, Upcycling(num_experts=E, topk=2))
+    new = plan(counted, Upcycling(num_experts=E, topk=2), keep_optimizer=False)
     written: list[int] = []
     write_checkpoint(tmp_path / "moe", counted, new.common, new.content, written.append)
     assert len(alive) == len(per_layer(dense_tensors())) - 1

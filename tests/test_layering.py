@@ -18,6 +18,7 @@ OPTION_FOLDERS = (
     "fp8",
     "convert.families",
     "convert.formats",
+    "convert.modes",
     "bench.peers",
 )
 
@@ -53,7 +54,7 @@ TABLE = {
     "overlap": Row("contracts config fused_experts kernels permute", "torch"),
     "layer": Row("contracts config parallel registry groups experts replicas", "torch"),
     # beside the core
-    "convert": Row("config registry", "torch tqdm"),
+    "convert": Row("config presets registry", "torch tqdm"),
     "audit": Row("config convert", "torch tqdm"),
     "parity": Row("config parallel presets convert", "torch tqdm"),
     "report": Row("config", "matplotlib tensorboard"),

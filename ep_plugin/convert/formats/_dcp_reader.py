@@ -1,8 +1,8 @@
 """Read a `torch.distributed.checkpoint` folder one tensor at a time, whatever ranks wrote it."""
 
-import io
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ep_plugin.config import ConfigError
+from ep_plugin.convert.formats._mapped import map_tensor
 from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
 from ep_plugin.convert.stream import Chunk, Damaged, TensorInfo
 
@@ -31,8 +32,9 @@ DAMAGE = (
     TypeError,
     ImportError,
     AttributeError,
+    zipfile.BadZipFile,
 )
-_STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
+_STACKED = re.compile(r"((?:optimizer\.state\.\w+\.)?decoder\.layers\.)(?!\d)(.+)")
 _SHARD = re.compile(r"(.+)/shard_([\d.]+)_([\d.]+)")
 _AGAIN = "copy the checkpoint again"
 
@@ -57,7 +59,27 @@ class Files:
         self.entries = _tensor_entries(self.metadata)
 
     def read_bytes(self, index: MetadataIndex) -> bytes:
-        """Return one chunk's or object's bytes; raises Damaged when no file has them."""
+        """Return an object's bytes; raises Damaged when no file has them."""
+        path, stored = self._find(index)
+        with path.open("rb") as stream:
+            stream.seek(stored.offset)
+            return stream.read(stored.length)
+
+    def read_chunk(self, key: str, chunk: Chunk) -> Tensor:
+        """Return a chunk's values, mapped: what is not looked at is not read.
+
+        Raises Damaged when they cannot be read.
+        """
+        path, stored = self._find(MetadataIndex(key, torch.Size(chunk.offsets)))
+        try:
+            values = map_tensor(path, stored.offset, stored.length)
+            return torch.Tensor.view(values, chunk.sizes)
+        except DAMAGE as error:
+            raise Damaged(
+                f"tensor {key} at {chunk.offsets} in {self.folder} is damaged ({error}); {_AGAIN}"
+            ) from error
+
+    def _find(self, index: MetadataIndex) -> tuple[Path, _StorageInfo]:
         stored: _StorageInfo | None = self.metadata.storage_data.get(index)
         if stored is None:
             raise Damaged(f"{self.folder} says of no file that {index.fqn} is in it; {_AGAIN}")
@@ -66,20 +88,7 @@ class Files:
             raise Damaged(
                 f"{self.folder} lacks {stored.relative_path}, where {index.fqn} is; {_AGAIN}"
             )
-        with path.open("rb") as stream:
-            stream.seek(stored.offset)
-            return stream.read(stored.length)
-
-    def read_chunk(self, key: str, chunk: Chunk) -> Tensor:
-        """Return a chunk's values on CPU; raises Damaged when they cannot be read."""
-        content = io.BytesIO(self.read_bytes(MetadataIndex(key, torch.Size(chunk.offsets))))
-        try:
-            values = torch.load(content, map_location="cpu", weights_only=True)
-            return torch.Tensor.view(values, chunk.sizes)
-        except DAMAGE as error:
-            raise Damaged(
-                f"tensor {key} at {chunk.offsets} in {self.folder} is damaged ({error}); {_AGAIN}"
-            ) from error
+        return path, stored
 
     def chunks(self, key: str) -> tuple[Chunk, ...]:
         """Return the parts of a tensor, in the order they are listed."""
@@ -112,6 +121,8 @@ class Reader:
 
     def read_tensor(self, name: str) -> Tensor:
         """Return one whole tensor on CPU, put together from the chunks that its ranks saved.
+
+        Chunks are mapped, and of a chunk that holds several layers one is looked at.
 
         Raises ConfigError when a chunk is damaged.
         """
@@ -191,7 +202,7 @@ def _places(entries: dict[str, TensorStorageMetadata]) -> dict[str, _Place]:
             places[key] = _Place(key, None)
             continue
         for layer in range(entry.size[0]):
-            places[f"decoder.layers.{layer}.{stacked[1]}"] = _Place(key, layer)
+            places[f"{stacked[1]}{layer}.{stacked[2]}"] = _Place(key, layer)
     return places
 
 
@@ -207,5 +218,5 @@ def _objects(metadata: Metadata) -> dict[str, str]:
             continue
         offsets, shape = shard[2].split("."), shard[3].split(".")
         rest = f"{'.'.join(offsets[1:]) or 0}_{'.'.join(shape[1:]) or 1}"
-        names[f"decoder.layers.{offsets[0]}.{stacked[1]}/shard_{rest}"] = key
+        names[f"{stacked[1]}{offsets[0]}.{stacked[2]}/shard_{rest}"] = key
     return names
