@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.convert.formats._dcp_writer import Writer
+from ep_plugin.convert.formats._dcp_writer import units, write_metadata
 from ep_plugin.convert.formats.megatron_dist import COMMON_STATE, CONFIG, TRACKER
+from ep_plugin.convert.staging import Journal
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, TensorInfo
+from ep_plugin.convert.work import write_units
 
 L, E, H, F = 2, 4, 8, 6
 ITERATION = 30
@@ -71,11 +73,14 @@ def write(content: Content, root: Path) -> Path:
     folder.mkdir(parents=True)
     common = io.BytesIO()
     torch.save([content.common], common)
-    with Writer(folder, lambda _: None) as writer:
-        for key, regions in content.regions.items():
-            info = TensorInfo(content.shapes[key], content.dtypes[key])
-            writer.add(NewTensor(key, info, lambda regions=regions: iter(regions)))  # type: ignore[misc]
-        writer.add(NewObject(COMMON_STATE, common.getvalue))
+    entries: list[NewTensor | NewObject] = [
+        NewTensor(key, TensorInfo(content.shapes[key], content.dtypes[key]), regions.__iter__)
+        for key, regions in content.regions.items()
+    ]
+    files = units([*entries, NewObject(COMMON_STATE, common.getvalue)])
+    written = write_units(files, folder, Journal(), 1, lambda _: None)
+    contents = [record["content"] for record in written]
+    write_metadata(folder, list(zip([file.name for file in files], contents, strict=True)))
     (folder / "metadata.json").write_text(json.dumps(CONFIG))
     (root / TRACKER).write_text(str(ITERATION))
     return root
