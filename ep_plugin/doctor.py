@@ -107,6 +107,8 @@ def _megatron() -> list[Finding]:
     except ConfigError as error:
         return [Finding("megatron-core", "broken", str(error))]
     text = f"{touchpoints.installed_version()}, all {len(table)} touch points match"
+    if not touchpoints.has_training():
+        text += "; without megatron.training, for loops of your own: install(settings)"
     return [Finding("megatron-core", "ok", text)]
 
 

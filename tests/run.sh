@@ -8,4 +8,5 @@ export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
 mypy
+python tests/edge/releases.py # the releases of Megatron that the tests run side by side
 pytest "$@"

@@ -39,10 +39,10 @@ def test_this_machine_is_usable_and_every_option_is_listed(
 def test_a_release_without_a_table_is_broken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(touchpoints, "installed_version", lambda: "0.16.1")
+    monkeypatch.setattr(touchpoints, "installed_version", lambda: "0.15.3")
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
-    assert "broken  megatron-core          megatron-core 0.16.1 has no touch-point table" in printed
+    assert "broken  megatron-core          megatron-core 0.15.3 has no touch-point table" in printed
     assert printed.endswith("\nnot usable: see what is broken\n")
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+_RUN_BACKWARD = "_engine_run_backward"  # what every kind of backward calls
 MEMORY = 8 << 30  # bytes; what the pretended device reports
 
 
@@ -189,6 +190,16 @@ def _with_list_splits(original: Callable[..., Any]) -> Callable[..., Any]:
     return all_to_all_single
 
 
+def _with_cpu_words(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the mode on in backwards: torch switches it off while it handles `backward` itself."""
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with CudaMeansCpu():
+            return original(*args, **kwargs)
+
+    return run_backward
+
+
 def replacements() -> list[tuple[Any, str, Any]]:
     """Return (owner, attribute, replacement) for torch, in the order to apply them."""
     cuda: dict[str, Any] = {
@@ -240,6 +251,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
         (torch.accelerator, "is_available", _constant(False)),
         (torch.accelerator, "current_device_index", _constant(0)),
         (torch.accelerator, "current_stream", lambda *device, **kwargs: Stream()),
+        (torch.autograd, _RUN_BACKWARD, _with_cpu_words(getattr(torch.autograd, _RUN_BACKWARD))),
         (torch.Tensor, "cuda", _same()),
         (torch.Tensor, "pin_memory", _same()),
         (torch.Tensor, "record_stream", _nothing()),

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
 from megatron.core.transformer.moe.moe_utils import (
@@ -18,7 +17,6 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
 from ep_plugin.contracts import Routing
 from ep_plugin.layer import MoELayer
 from ep_plugin.megatron import combined
@@ -31,6 +29,7 @@ from ep_plugin.megatron.parameters import (
 )
 from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
 from ep_plugin.megatron.sharded_state import EXTRA_STATE, expert_sharded_state
+from ep_plugin.megatron.shared_expert import build_shared_expert
 from ep_plugin.megatron.tracking import RoutingTracker
 
 
@@ -38,12 +37,12 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     """`ep_plugin.MoELayer` with the names, groups, tags and checkpoint keys of Megatron's MoELayer.
 
     It is a subclass because Megatron asks `isinstance(mlp, MoELayer)`; nothing else is inherited
-    but the fields of BaseMoELayer. `settings`, `tracker` and `shared` are set by `install()` on
-    the class it installs.
+    but the fields of BaseMoELayer. `install()` sets the attributes of the class it installs.
     """
 
     settings = EdgeSettings()
     tracker: RoutingTracker | None = None
+    log_interval = 1  # iterations between two writes of the tracker
     shared: dict[str, Any]
 
     def __init__(
@@ -57,7 +56,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     ) -> None:
         """Build the block. Raises ConfigError for Megatron settings that ours cannot honour."""
         pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
-        BaseMoELayer.__init__(self, config, layer_number, pg_collection, is_mtp_layer)
+        BaseMoELayer.__init__(self, config, layer_number, pg_collection)
+        self.is_mtp_layer = is_mtp_layer
         # Without sequence parallelism tensor-parallel ranks hold the same tokens, not other ones.
         shares = pg_collection.tp_cp if config.sequence_parallel else pg_collection.cp
         self.tp_cp_group, self.tp_dp_cp_group = shares, pg_collection.tp_dp_cp
@@ -100,7 +100,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         router.collect_metrics = self.settings.metrics
         router.register_forward_hook(self._after_routing)
         if self.use_shared_expert:
-            self.shared_experts = _build_shared(config, submodules, pg_collection, name)
+            self.shared_experts = build_shared_expert(config, submodules, pg_collection, name)
         self.register_load_state_dict_pre_hook(_drop_extra_states)
         self._is_built = True
 
@@ -181,28 +181,6 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
 
     def set_for_recompute_pre_mlp_layernorm(self) -> None:
         """Do nothing: a shared expert needs it under fp8 alone, which `check_supported` refuses."""
-
-
-def _build_shared(config: Any, submodules: Any, pg_collection: Any, name: str | None) -> Any:
-    """Return Megatron's shared expert; with biases, which that refuses, Megatron's dense block."""
-    if not config.add_bias_linear:
-        return submodules.shared_experts(
-            config=config,
-            pg_collection=pg_collection,
-            gate=config.moe_shared_expert_gate,
-            name=f"{name}.shared_experts" if name is not None else None,
-        )
-    if config.moe_shared_expert_gate:
-        raise ConfigError(
-            "--moe-shared-expert-gate needs linear layers without bias; --disable-bias-linear or "
-            "--ep-shared-expert learned would do"
-        )
-    return MLP(
-        config=config,
-        submodules=submodules.shared_experts.keywords["submodules"],
-        ffn_hidden_size=config.moe_shared_expert_intermediate_size,
-        tp_group=pg_collection.tp,
-    )
 
 
 def _device(config: Any) -> torch.device:

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from ep_plugin.config import ConfigError, MoEConfig, RoutingConfig
+from ep_plugin.megatron import touchpoints
 from ep_plugin.megatron.flags import BLOCK, KINDS, ROUTING, automatic
 from ep_plugin.megatron.settings import (
     SCOPES,
@@ -92,7 +93,8 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         )
     check_supported(args)
     ranks_per_node(settings)
-    overlap_schedule(args, settings)
+    if overlap_schedule(args, settings) == "two_batch":
+        _check_combined_schedule()
     routing = routing_config(args, settings)
     for num_experts in _experts(args, settings):
         check_experts_over_ranks(num_experts, parallel.ep)
@@ -129,3 +131,13 @@ def _experts(args: Any, settings: EdgeSettings) -> tuple[int, ...]:
             f"{args.num_experts}*{num_moe_layers} would do"
         )
     return per_layer
+
+
+def _check_combined_schedule() -> None:
+    """Raise ConfigError for a Megatron whose schedule for two micro-batches is not ours to run."""
+    version = touchpoints.installed_version()
+    if not touchpoints.release_for(version).COMBINED_1F1B:
+        raise ConfigError(
+            "--overlap-moe-expert-parallel-comm is tested with megatron-core 0.19 alone; got "
+            f"{version}; --ep-overlap chunked would do"
+        )

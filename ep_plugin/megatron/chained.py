@@ -6,27 +6,21 @@ is kept beside them, a step and hyperparameters for each group of parameters, is
 and Megatron refuses to load it into another number of them. Here it is dealt out anew.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
-OPTIMIZER = "megatron.core.optimizer.optimizer"
+LOAD = "megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict"
 SHARDING, STATE = "param_state_sharding_type", "param_state"
 FORMATS = ("fully_reshardable", "fully_sharded_model_space")
 
 
-def watch(wrap: Callable[..., None]) -> None:
-    """Deal the loaded groups out to the optimizers that there are."""
+def seams() -> list[tuple[str, Callable[..., Any]]]:
+    """Return what is to be wrapped so that loaded groups are dealt out to the optimizers."""
 
     def load_state_dict(original: Callable[..., Any], chained: Any, state: Any) -> Any:
         return original(chained, dealt(state, len(chained.chained_optimizers)))
 
-    wrap(importlib.import_module(OPTIMIZER).ChainedOptimizer, "load_state_dict", load_state_dict)
-
-
-def unwatch(unwrap: Callable[..., None]) -> None:
-    """Take `watch` back."""
-    unwrap(importlib.import_module(OPTIMIZER).ChainedOptimizer, "load_state_dict")
+    return [(LOAD, load_state_dict)]
 
 
 def dealt(state: Any, num_optimizers: int) -> Any:

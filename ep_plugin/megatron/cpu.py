@@ -24,6 +24,7 @@ import torch
 from ep_plugin.config import ConfigError
 from ep_plugin.megatron import _cpu_torch as words
 
+VALIDATE = "validate_args"
 _LEGAL = ("cpu", "cuda")
 _INHERITED = object()  # the attribute was found on a base class
 
@@ -132,8 +133,11 @@ def _megatron_replacements() -> list[tuple[Any, str, Any]]:
     if importlib.util.find_spec("megatron.training") is not None:
         arguments = importlib.import_module("megatron.training.arguments")
         training = importlib.import_module("megatron.training.training")
+        initialize = importlib.import_module("megatron.training.initialize")
+        # Until 0.17 initialize_megatron calls the name that is bound in its own module.
+        callers = [module for module in (arguments, initialize) if hasattr(module, VALIDATE)]
         table += [
-            (arguments, "validate_args", _with_cpu_arguments(arguments.validate_args)),
+            *((m, VALIDATE, _with_cpu_arguments(getattr(m, VALIDATE))) for m in callers),
             # Its warm-up draws numbers, how many depends on TP; here that would move the generator
             # which initial weights come from.
             (training, "set_jit_fusion_options", _no_warm_up),

@@ -11,6 +11,7 @@ that Megatron's sharded names say where each rank's part of them lies, at any la
 """
 
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +21,15 @@ from typing import Any
 import torch.distributed as dist
 
 TRAINING = "megatron.training.training"
-MOE_LOGGING = "megatron.core.transformer.moe.moe_logging"
 INITIAL, GRADIENTS, SCALARS = "initial", "gradients", "scalars.json"
 ITERATION = "iter_0000001"  # a name that readers of checkpoints know
 
 
-def watch(wrap: Callable[..., None]) -> None:
-    """Serve `--ep-parity-dump`; runs without it are as they were."""
+def seams(writers: tuple[str, ...]) -> list[tuple[str, Callable[..., Any]]]:
+    """Return what is to be wrapped for `--ep-parity-dump`; runs without it are as they were.
+
+    `writers` are the paths of the functions that write Megatron's auxiliary losses.
+    """
     training = importlib.import_module(TRAINING)
     seen: dict[int, dict[str, float]] = {}  # iteration -> name -> value
 
@@ -45,31 +48,21 @@ def watch(wrap: Callable[..., None]) -> None:
         _write(folder, seen)
         return result
 
-    def with_losses(
-        original: Callable[..., Any],
-        tracker: Any,
-        loss_scale: float,
-        iteration: int,
-        writer: Any = None,
-        *rest: Any,
-        **settings: Any,
-    ) -> Any:
+    def with_losses(original: Callable[..., Any], *rest: Any, **settings: Any) -> Any:
         folder = training.get_args().ep_parity_dump
-        if folder is not None:
-            writer = _Losses(writer, seen.setdefault(iteration, {}))
-        text = original(tracker, loss_scale, iteration, writer, *rest, **settings)
-        if folder is not None:
-            _write(Path(folder), seen)
+        if folder is None:
+            return original(*rest, **settings)
+        given = inspect.signature(original).bind(*rest, **settings)
+        kept = seen.setdefault(given.arguments["iteration"], {})
+        given.arguments["writer"] = _Losses(given.arguments.get("writer"), kept)
+        text = original(*given.args, **given.kwargs)
+        _write(Path(folder), seen)
         return text
 
-    wrap(training, "train_step", with_dump)
-    wrap(importlib.import_module(MOE_LOGGING).MoEMetricsTracker, "report", with_losses)
-
-
-def unwatch(unwrap: Callable[..., None]) -> None:
-    """Take `watch` back."""
-    unwrap(importlib.import_module(MOE_LOGGING).MoEMetricsTracker, "report")
-    unwrap(importlib.import_module(TRAINING), "train_step")
+    return [
+        (f"{TRAINING}:train_step", with_dump),
+        *((path, with_losses) for path in writers),
+    ]
 
 
 class _Losses:

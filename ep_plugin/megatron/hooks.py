@@ -1,6 +1,7 @@
 """Putting our block where Megatron looks its own up, and taking it out again."""
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -12,21 +13,23 @@ from ep_plugin.megatron import apex, chained, cpu, dump, saved, torch_adam, touc
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
-TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config"
-MOE_LOGGING = "megatron.core.transformer.moe.moe_logging"
-MODULE = "megatron.core.transformer.module"
+INITIALIZE = "megatron.training.initialize"
+TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config:TransformerConfig"
+MODULE = "megatron.core.transformer.module:MegatronModule"
 
 
-def install() -> None:
+def install(settings: Any = None) -> None:
     """Make Megatron build our block in every MoE layer, with CPU mode where there is no GPU.
 
-    A second call does nothing. Every touch point is verified first: raises ConfigError, with
-    nothing changed, when the installed Megatron is not one we know.
+    `settings`, an EdgeSettings, is for loops that do not parse Megatron's arguments; where they
+    are parsed, the --ep-* flags take its place. A second call does nothing. Every touch point is
+    verified first: raises ConfigError, with nothing changed, when the installed Megatron is not
+    one we know.
     """
     foreign = apex.foreign_apex()
     if foreign is not None:
         raise ConfigError(foreign)
-    touchpoints.table_for(touchpoints.installed_version())
+    release = touchpoints.release_for(touchpoints.installed_version())
     if cpu.wanted():
         cpu.enable()
     specs: Any = import_module(MODULE_SPECS)
@@ -37,19 +40,14 @@ def install() -> None:
     except ConfigError:
         cpu.disable()
         raise
-    layer_class = _make_layer_class(specs.MoELayer)
-    arguments = import_module(ARGUMENTS)
-    tracker_class = import_module(MOE_LOGGING).MoEMetricsTracker
+    layer_class = _make_layer_class(specs.MoELayer, release.losses.record, settings)
     specs.MoELayer = layer_class
-    _wrap(arguments, "add_megatron_arguments", _with_our_flags)
-    _wrap(arguments, "validate_args", functools.partial(_with_our_checks, layer_class))
-    _wrap(tracker_class, "report", functools.partial(_with_our_metrics, layer_class))
-    config_class = import_module(TRANSFORMER_CONFIG).TransformerConfig
-    _wrap(config_class, "__post_init__", functools.partial(_with_our_activation, layer_class))
-    module_class = import_module(MODULE).MegatronModule
-    _wrap(module_class, "set_is_first_microbatch", _with_our_weights)
-    for part in (chained, saved, dump):
-        part.watch(_wrap)
+    seams = _seams(layer_class, release.losses.WRITERS)
+    # All are looked up before any is replaced: a module imported late may bind a name of another.
+    owners = [touchpoints.find_owner(path) for path, _ in seams]
+    for (owner, name), (_, wrapper) in zip(owners, seams, strict=True):
+        _wrap(owner, name, wrapper)
+        layer_class.wrapped.append((owner, name))
     wheel.without_compilation()
     torch_adam.correct()
     _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
@@ -59,25 +57,47 @@ def uninstall() -> None:
     """Put back every attribute that `install` replaced, CPU mode included, if it did."""
     specs: Any = import_module(MODULE_SPECS)
     if hasattr(specs.MoELayer, "ep_original"):
-        arguments = import_module(ARGUMENTS)
-        for part in (dump, saved, chained):
-            part.unwatch(_unwrap)
-        _unwrap(import_module(MOE_LOGGING).MoEMetricsTracker, "report")
-        _unwrap(import_module(TRANSFORMER_CONFIG).TransformerConfig, "__post_init__")
-        _unwrap(import_module(MODULE).MegatronModule, "set_is_first_microbatch")
-        _unwrap(arguments, "validate_args")
-        _unwrap(arguments, "add_megatron_arguments")
+        for owner, name in reversed(specs.MoELayer.wrapped):
+            setattr(owner, name, getattr(owner, name).ep_original)
         wheel.with_compilation()
         torch_adam.uncorrect()
         specs.MoELayer = specs.MoELayer.ep_original
     cpu.disable()
 
 
-def _make_layer_class(original: type) -> Any:
+def _seams(layer_class: Any, writers: tuple[str, ...]) -> list[tuple[str, Callable[..., Any]]]:
+    """Return the path of every function to wrap here, and what to wrap it in."""
+    with_our_metrics = functools.partial(_with_our_metrics, layer_class)
+    seams: list[tuple[str, Callable[..., Any]]] = [
+        (f"{TRANSFORMER_CONFIG}.__post_init__", functools.partial(_with_activation, layer_class)),
+        (f"{MODULE}.set_is_first_microbatch", _with_our_weights),
+        *chained.seams(),
+    ]
+    training = touchpoints.has_training()
+    if training:
+        seams.append((f"{ARGUMENTS}:add_megatron_arguments", _with_our_flags))
+        # Until 0.17 initialize_megatron calls the name that is bound in its own module.
+        seams += [
+            (f"{module}:{cpu.VALIDATE}", functools.partial(_with_our_checks, layer_class))
+            for module in (ARGUMENTS, INITIALIZE)
+            if hasattr(import_module(module), cpu.VALIDATE)
+        ]
+        seams += [*saved.seams(), *dump.seams(writers)]
+    seams += [
+        (path, with_our_metrics)
+        for path in writers
+        if training or not path.startswith("megatron.training")
+    ]
+    return seams
+
+
+def _make_layer_class(original: type, record_loss: Callable[..., None], settings: Any) -> Any:
     """Return a fresh subclass of the adapter, so that settings of one install do not outlive it."""
     adapter = import_module("ep_plugin.megatron.adapter")
-    tracking = import_module("ep_plugin.megatron.tracking")
-    fields = {"ep_original": original, "tracker": tracking.RoutingTracker(), "shared": {}}
+    tracker = import_module("ep_plugin.megatron.tracking").RoutingTracker(record_loss)
+    fields = {"ep_original": original, "tracker": tracker, "shared": {}, "wrapped": []}
+    if settings is not None:
+        fields["settings"] = settings
     return type("MoELayer", (adapter.EPMoELayer,), fields)
 
 
@@ -91,10 +111,6 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
     replacement.ep_original = original  # type: ignore[attr-defined]
     setattr(owner, name, replacement)
-
-
-def _unwrap(owner: Any, name: str) -> None:
-    setattr(owner, name, getattr(owner, name).ep_original)
 
 
 def _with_our_flags(original: Callable[..., Any], parser: Any) -> Any:
@@ -113,6 +129,7 @@ def _with_our_checks(
 
     try:
         layer_class.settings = settings_from_args(args)
+        layer_class.log_interval = args.tensorboard_log_interval
         check_arguments(args, layer_class.settings)
         said = choose_format(args)
         validated = original(args, *rest, **kwargs)
@@ -127,7 +144,7 @@ def _with_our_checks(
     return validated
 
 
-def _with_our_activation(layer_class: Any, original: Callable[..., Any], config: Any) -> None:
+def _with_activation(layer_class: Any, original: Callable[..., Any], config: Any) -> None:
     """Give the dense blocks the activation of `--ep-dense-activation`."""
     from ep_plugin.megatron.settings import ACTIVATIONS
 
@@ -152,31 +169,15 @@ def _with_our_weights(original: Callable[..., Any], module: Any) -> None:
 
 
 def _with_our_metrics(
-    layer_class: Any,
-    original: Callable[..., Any],
-    tracker: Any,
-    loss_scale: float,
-    iteration: int,
-    writer: Any = None,
-    wandb_writer: Any = None,
-    *rest: Any,
-    num_layers: int | None = None,
-    **kwargs: Any,
+    layer_class: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    from megatron.training import get_args
-
-    text = original(
-        tracker,
-        loss_scale,
-        iteration,
-        writer,
-        wandb_writer,
-        *rest,
-        num_layers=num_layers,
-        **kwargs,
-    )
-    if iteration % get_args().tensorboard_log_interval == 0 and num_layers is not None:
-        layer_class.tracker.write(iteration, num_layers, writer, wandb_writer)
+    """Write what our tracker has when and where Megatron writes its losses."""
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    text = original(*args, **kwargs)
+    iteration, num_layers = given["iteration"], given.get("num_layers")
+    if num_layers is not None and iteration % layer_class.log_interval == 0:
+        writers = given.get("writer"), given.get("wandb_writer")
+        layer_class.tracker.write(iteration, num_layers, *writers)
     return text
 
 

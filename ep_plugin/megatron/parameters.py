@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor, nn
 
-from ep_plugin.experts import Experts, GroupedLinear
+from ep_plugin.experts import Experts
 from ep_plugin.groups import ExpertGroups
 
 
@@ -66,7 +66,7 @@ def set_tags(
     """Mark every parameter for Megatron's DDP, optimizer and gradient norm.
 
     `allreduce = False`: averaged over expert-data-parallel ranks alone, in a buffer of its own.
-    `tensor_model_parallel = True`: every rank holds another shard, so each counts in the norm.
+    `tensor_model_parallel = True`: no rank holds what another does, so each counts in the norm.
     `sequence_parallel = True`: the gradient is summed over tensor-parallel ranks, which saw other
     tokens.
     """
@@ -76,7 +76,15 @@ def set_tags(
     own_groups = groups.ep_size > 1 or groups.etp_size != config.tensor_model_parallel_size
     for linear, dim in ((experts.linear_fc1, 1), (experts.linear_fc2, 2)):
         for name, parameter in linear.named_parameters():
-            _tag(parameter, linear, name, dim, not own_groups)
+            sharded = name == "weight" or dim == 1  # the bias of fc2 is whole on every etp rank
+            tags = {
+                "allreduce": not own_groups,
+                "tensor_model_parallel": sharded or groups.etp_size == 1,
+                "partition_dim": dim if sharded else -1,
+                "partition_stride": 1,
+            }
+            for tag, value in tags.items():
+                setattr(parameter, tag, value)
 
 
 class MainGrads:
@@ -102,17 +110,3 @@ def _take_buffer(weight: Any) -> Tensor | None:
         return None
     weight.grad_added_to_main_grad = True
     return buffer
-
-
-def _tag(
-    parameter: nn.Parameter, linear: GroupedLinear, name: str, dim: int, allreduce: bool
-) -> None:
-    sharded = name == "weight" or dim == 1  # the bias of fc2 is whole on every etp rank
-    tags = {
-        "allreduce": allreduce,
-        "tensor_model_parallel": sharded,
-        "partition_dim": dim if sharded else -1,
-        "partition_stride": 1,
-    }
-    for tag, value in tags.items():
-        setattr(parameter, tag, value)

@@ -18,11 +18,10 @@ from ep_plugin.config import ConfigError
 from ep_plugin.convert.stream import Damaged, Stored
 
 TRAINING = "megatron.training.training"
-SEAMS = ("save_checkpoint", "maybe_finalize_async_save")
 
 
-def watch(wrap: Callable[..., None]) -> None:
-    """Audit what Megatron saves from now on, where `--ep-audit-save` is given."""
+def seams() -> list[tuple[str, Callable[..., Any]]]:
+    """Return what is to be wrapped to audit saves, where `--ep-audit-save` is given."""
     training = importlib.import_module(TRAINING)
     pending: list[Path] = []  # saves under way
 
@@ -42,15 +41,10 @@ def watch(wrap: Callable[..., None]) -> None:
         if pending and queue.is_empty_async_queue():
             _audit_all(pending)
 
-    for name, wrapper in zip(SEAMS, (with_save, with_finalize), strict=True):
-        wrap(training, name, wrapper)
-
-
-def unwatch(unwrap: Callable[..., None]) -> None:
-    """Take `watch` back."""
-    training = importlib.import_module(TRAINING)
-    for name in SEAMS:
-        unwrap(training, name)
+    return [
+        (f"{TRAINING}:save_checkpoint", with_save),
+        (f"{TRAINING}:maybe_finalize_async_save", with_finalize),
+    ]
 
 
 def _audit_all(pending: list[Path]) -> None:

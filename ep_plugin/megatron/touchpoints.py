@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from ep_plugin.config import ConfigError
 
+_TRAINING = "megatron.training"
 _UNUSABLE = (ImportError, OSError, RuntimeError)  # the latter two: a library under it does not load
 
 
@@ -43,8 +45,8 @@ def supported() -> dict[str, str]:
     }
 
 
-def table_for(version: str) -> tuple[Touchpoint, ...]:
-    """Return the touch points of a release; raises ConfigError when there is no table for it."""
+def release_for(version: str) -> Any:
+    """Return the module of a release in `versions/`; raises ConfigError when there is none."""
     release = re.match(r"\d+\.\d+", version)
     tables = supported()
     if release is None or release.group() not in tables:
@@ -52,8 +54,18 @@ def table_for(version: str) -> tuple[Touchpoint, ...]:
             f"megatron-core {version} has no touch-point table; supported are {', '.join(tables)}; "
             f"pip install 'megatron-core[training]=={list(tables)[-1]}.*' would do"
         )
-    table: tuple[Touchpoint, ...] = importlib.import_module(tables[release.group()]).TOUCHPOINTS
+    return importlib.import_module(tables[release.group()])
+
+
+def table_for(version: str) -> tuple[Touchpoint, ...]:
+    """Return the touch points of a release; raises ConfigError when there is no table for it."""
+    table: tuple[Touchpoint, ...] = release_for(version).TOUCHPOINTS
     return table
+
+
+def has_training() -> bool:
+    """Whether `megatron.training` can be imported: a wheel of 0.16 has `megatron.core` alone."""
+    return importlib.util.find_spec(_TRAINING) is not None
 
 
 def problems(table: tuple[Touchpoint, ...]) -> list[str]:
@@ -84,18 +96,31 @@ def _parameters(symbol: Any) -> list[str]:
     return [*inspect.signature(symbol).parameters, *(field.name for field in fields)]
 
 
-def _find(path: str) -> Any:
+def find_owner(path: str) -> tuple[Any, str]:
+    """Return what owns the attribute at the end of `module:attribute.attribute`, and its name."""
     module, _, attributes = path.partition(":")
-    symbol = importlib.import_module(module)
-    for attribute in attributes.split("."):
-        symbol = getattr(symbol, attribute)
-    return symbol
+    *owners, name = attributes.split(".")
+    owner: Any = importlib.import_module(module)
+    for attribute in owners:
+        owner = getattr(owner, attribute)
+    return owner, name
+
+
+def _find(path: str) -> Any:
+    return getattr(*find_owner(path))
 
 
 def verify() -> tuple[Touchpoint, ...]:
-    """Return the table of the installed Megatron; raises ConfigError listing every mismatch."""
+    """Return the table of the installed Megatron; raises ConfigError listing every mismatch.
+
+    Touch points in `megatron.training` count where it is installed.
+    """
     version = installed_version()
     table = table_for(version)
+    if has_training():
+        _check_one_megatron(version)
+    else:
+        table = tuple(touchpoint for touchpoint in table if _TRAINING not in touchpoint.path)
     found = problems(table)
     if found:
         raise ConfigError(
@@ -103,3 +128,23 @@ def verify() -> tuple[Touchpoint, ...]:
             "an unmodified release would do"
         )
     return table
+
+
+def _check_one_megatron(version: str) -> None:
+    """Raise ConfigError when `megatron` is put together from two installations.
+
+    It is a namespace package: what one folder on Python's path lacks is taken from the next.
+    """
+    core, training = (_folder(name) for name in ("megatron.core", _TRAINING))
+    if core != training:
+        raise ConfigError(
+            f"megatron.core ({version}) is taken from {core} and megatron.training from "
+            f"{training}; a path with one of them alone would do"
+        )
+
+
+def _folder(package: str) -> Path:
+    """Return the folder that holds the one of the package's name."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    return Path((spec.submodule_search_locations or [""])[0]).parent.resolve()

@@ -1,10 +1,10 @@
 """Losses, loads and decisions of the routers, written when and where Megatron writes its own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
 from ep_plugin.contracts import Routing
@@ -23,8 +23,9 @@ SUMS = ("tokens", "choices", "dropped", *MEANS)
 class RoutingTracker:
     """Collects what routers report between two logs.
 
-    Losses go to Megatron's metrics tracker. The rest is summed here and written under `ep/`, for
-    each layer L, counted from 1 as Megatron does, over all ranks since the last log:
+    Losses go, with `record_loss`, to where Megatron collects its own. The rest is summed here and
+    written under `ep/`, for each layer L, counted from 1 as Megatron does, over all ranks since the
+    last log:
 
         tokens_per_expert/layer_L/expert_E  the expert's share (0..1) of its layer's rows
         max_over_mean/layer_L               the fullest expert's rows over the average's
@@ -35,7 +36,8 @@ class RoutingTracker:
                                             was sent
     """
 
-    def __init__(self) -> None:
+    def __init__(self, record_loss: Callable[..., None]) -> None:
+        self._record_loss = record_loss
         self._rows: dict[int, Tensor] = {}  # layer number -> [E] int64
         self._sums: dict[int, Tensor] = {}  # layer number -> [len(SUMS)] float64
 
@@ -47,9 +49,7 @@ class RoutingTracker:
                 if name == "z_loss"
                 else {"reduce_group": layer.tp_cp_group}
             )
-            get_moe_metrics_tracker().record(
-                name, loss, layer.layer_number, layer.config.num_layers, **groups
-            )
+            self._record_loss(name, loss, layer.layer_number, layer.config.num_layers, **groups)
         _accumulate(self._rows, layer.layer_number, routing.tokens_per_expert)
         if routing.metrics:
             sums = torch.stack([routing.metrics[name].double() for name in SUMS])

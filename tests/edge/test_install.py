@@ -66,7 +66,8 @@ def test_a_mismatch_is_refused_with_nothing_changed(monkeypatch: pytest.MonkeyPa
 
 def test_an_unknown_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks.touchpoints, "installed_version", lambda: "0.15.3")
-    message = r"megatron-core 0\.15\.3 has no touch-point table; supported are 0\.19"
+    supported = r"0\.16, 0\.17, 0\.18, 0\.19"
+    message = rf"megatron-core 0\.15\.3 has no touch-point table; supported are {supported}"
     with pytest.raises(ConfigError, match=message):
         install()
     assert not cpu.active()

@@ -9,7 +9,14 @@ import pytest
 import ep_plugin.megatron
 from ep_plugin.config import ConfigError
 from ep_plugin.megatron import touchpoints
-from ep_plugin.megatron.touchpoints import Touchpoint, problems, supported, table_for, verify
+from ep_plugin.megatron.touchpoints import (
+    Touchpoint,
+    problems,
+    release_for,
+    supported,
+    table_for,
+    verify,
+)
 
 pytestmark = pytest.mark.megatron
 EDGE = Path(ep_plugin.megatron.__file__).parent
@@ -116,9 +123,44 @@ def test_symbols_used_are_found() -> None:
 @pytest.mark.parametrize("file", sorted(EDGE.glob("*.py")), ids=lambda file: file.stem)
 def test_all_that_the_edge_uses_is_in_every_table(file: Path) -> None:
     for release in supported():
-        paths = [f"{touchpoint.path}." for touchpoint in table_for(release)]
-        for module, name in symbols_used(file.read_text()):
-            whole = f"{module}.{name}".rstrip(".")
-            starts = f"{module}:{name}." if name else f"{module}:", f"{whole}:", f"{whole}."
-            covered = any(path.startswith(starts) for path in paths)
-            assert covered or module in OPTIONAL, f"{release} has no row for {module}:{name}"
+        check_covered(file, release)
+
+
+def check_covered(file: Path, release: str) -> None:
+    paths = [f"{touchpoint.path}." for touchpoint in table_for(release)]
+    for module, name in symbols_used(file.read_text()):
+        whole = f"{module}.{name}".rstrip(".")
+        starts = f"{module}:{name}." if name else f"{module}:", f"{whole}:", f"{whole}."
+        covered = any(path.startswith(starts) for path in paths)
+        assert covered or module in OPTIONAL, f"{release} has no row for {module}:{name}"
+
+
+@pytest.mark.parametrize("release", supported())
+def test_what_a_release_has_of_its_own_is_in_its_table(release: str) -> None:
+    losses = release_for(release).losses
+    check_covered(Path(losses.__file__), release)
+    paths = {touchpoint.path for touchpoint in table_for(release)}
+    assert set(losses.WRITERS) <= paths
+    assert len(paths) == len(table_for(release))
+
+
+def test_a_megatron_of_two_installations_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a wheel of 0.16, which has no megatron.training, before a wheel that has one."""
+    real = touchpoints._folder
+    monkeypatch.setattr(
+        touchpoints, "_folder", lambda name: tmp_path if "training" in name else real(name)
+    )
+    with pytest.raises(ConfigError, match=f"and megatron.training from {tmp_path}; a path"):
+        verify()
+
+
+def test_without_megatron_training_its_touch_points_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = verify()
+    monkeypatch.setattr(touchpoints, "has_training", lambda: False)
+    core = verify()
+    assert 0 < len(core) < len(whole)
+    assert not any("megatron.training" in touchpoint.path for touchpoint in core)

@@ -1,153 +1,28 @@
 """megatron-core 0.19: what the plugin relies on."""
 
 from ep_plugin.megatron.touchpoints import Touchpoint
+from ep_plugin.megatron.versions import _losses_tracker as losses
+from ep_plugin.megatron.versions._common import ARGUMENTS, COMMON, GPT, MOE
 
-_MOE = "megatron.core.transformer.moe"
-_GPT = "megatron.core.models.gpt"
-_TENSOR_PARALLEL = "megatron.core.tensor_parallel"
-_CHECKPOINTING = "megatron.core.dist_checkpointing"
-_CONFIG = "megatron.core.transformer.transformer_config"
-_UTILS = "megatron.core.transformer.utils"
-_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
-_ARGUMENTS = "megatron.training.arguments"
+__all__ = ["COMBINED_1F1B", "TOUCHPOINTS", "losses"]
+
+COMBINED_1F1B = True  # its own schedule for two micro-batches drives our layer
 
 TOUCHPOINTS = (
-    # where the MoE layer's class is looked up, and its contract
-    Touchpoint(f"{_GPT}.moe_module_specs:MoELayer", base=f"{_MOE}.moe_layer:MoELayer"),
+    *COMMON,
+    *losses.TOUCHPOINTS,
     Touchpoint(
-        f"{_GPT}.moe_module_specs:get_moe_module_spec_for_backend",
-        ("backend", "num_experts", "moe_grouped_gemm"),
-    ),
-    Touchpoint(f"{_MOE}.moe_layer:MoELayer", base=f"{_MOE}.moe_layer:BaseMoELayer"),
-    Touchpoint(
-        f"{_MOE}.moe_layer:MoELayer.__init__",
+        f"{MOE}.moe_layer:MoELayer.__init__",
         ("config", "submodules", "layer_number", "pg_collection", "is_mtp_layer", "name"),
     ),
-    Touchpoint(
-        f"{_MOE}.moe_layer:BaseMoELayer.__init__",
-        ("config", "layer_number", "pg_collection", "is_mtp_layer"),
-    ),
-    Touchpoint(f"{_MOE}.moe_layer:MoELayer.forward", ("hidden_states", "padding_mask")),
-    # its steps, as the combined 1F1B schedule calls them
-    Touchpoint(f"{_GPT}.fine_grained_callables:build_transformer_layer_callables", ("layer",)),
-    Touchpoint(f"{_MOE}.moe_layer:MoELayer.shared_experts_compute", ("hidden_states",)),
-    Touchpoint(f"{_MOE}.moe_layer:MoELayer.route", ("hidden_states", "padding_mask")),
-    Touchpoint(f"{_MOE}.moe_layer:MoELayer.preprocess", ("hidden_states", "probs", "routing_map")),
-    Touchpoint(f"{_MOE}.moe_layer:MoELayer.dispatch", ("hidden_states", "probs")),
-    Touchpoint(f"{_MOE}.moe_layer:MoELayer.routed_experts_compute", ("hidden_states", "probs")),
-    Touchpoint(f"{_MOE}.moe_layer:MoELayer.combine", ("output",)),
-    Touchpoint(f"{_MOE}.moe_layer:MoELayer.postprocess", ("output", "shared_expert_output")),
-    Touchpoint(
-        "megatron.core.transformer.mlp:MLP.__init__",
-        ("config", "submodules", "ffn_hidden_size", "tp_group"),
-    ),
-    # process groups
-    Touchpoint(f"{_MOE}.moe_utils:get_default_pg_collection"),
-    Touchpoint(
-        "megatron.core.process_groups_config:ProcessGroupCollection",
-        ("tp", "cp", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "tp_ep", "expt_dp"),
-    ),
-    # losses and logging
-    Touchpoint(f"{_MOE}.moe_utils:MoEAuxLossAutoScaler.apply"),
-    Touchpoint(f"{_MOE}.moe_utils:MoEAuxLossAutoScaler.set_loss_scale", ("scale",)),
-    Touchpoint(f"{_MOE}.moe_logging:get_moe_metrics_tracker"),
-    Touchpoint(
-        f"{_MOE}.moe_logging:MoEMetricsTracker.record",
-        ("name", "value", "layer_number", "num_layers", "reduce_group", "avg_group"),
-    ),
-    Touchpoint(
-        f"{_MOE}.moe_logging:MoEMetricsTracker.report",
-        ("loss_scale", "iteration", "writer", "wandb_writer", "num_layers"),
-    ),
-    # arguments
-    Touchpoint("megatron.training:get_args"),
-    Touchpoint(f"{_ARGUMENTS}:add_megatron_arguments", ("parser",)),
-    Touchpoint(f"{_ARGUMENTS}:validate_args", ("args", "defaults")),
-    Touchpoint(f"{_ARGUMENTS}:parse_and_validate_args", ("extra_args_provider", "args_defaults")),
-    Touchpoint(f"{_ARGUMENTS}:core_transformer_config_from_args", ("args",)),
-    Touchpoint(f"{_CONFIG}:TransformerConfig.__post_init__"),
-    Touchpoint("megatron.core.transformer.module:MegatronModule.set_is_first_microbatch"),
-    # initial values and recomputation
-    Touchpoint(
-        f"{_TENSOR_PARALLEL}.layers:_initialize_affine_weight_cpu",
-        (
-            *("weight", "output_size", "input_size", "per_partition_size", "partition_dim"),
-            *("init_method", "stride", "params_dtype", "rank", "world_size"),
-        ),
-    ),
-    Touchpoint(
-        f"{_TENSOR_PARALLEL}.layers:_initialize_affine_weight_gpu",
-        ("weight", "init_method", "partition_dim", "stride", "is_expert"),
-    ),
-    Touchpoint(f"{_TENSOR_PARALLEL}:checkpoint", ("function", "distribute_saved_activations")),
-    # checkpoints
-    Touchpoint(
-        f"{_CHECKPOINTING}.mapping:ShardedTensor.from_rank_offsets",
-        ("key", "data", "rank_offsets", "replica_id", "prepend_axis_num"),
-    ),
-    Touchpoint(
-        f"{_CHECKPOINTING}.mapping:ShardedTensorFactory",
-        ("key", "data", "build_fn", "merge_fn", "replica_id"),
-    ),
-    Touchpoint(f"{_CHECKPOINTING}.mapping:ShardedObject"),
-    Touchpoint(
-        f"{_UTILS}:make_sharded_object_for_checkpoint",
-        ("obj", "key", "sharded_offsets", "replica_id"),
-    ),
-    Touchpoint(
-        f"{_UTILS}:sharded_state_dict_default",
-        ("module", "prefix", "sharded_offsets", "metadata", "tp_group"),
-    ),
-    Touchpoint(f"{_UTILS}:ensure_metadata_has_dp_cp_group", ("metadata",)),
-    # saves that are audited
-    Touchpoint("megatron.training.training:save_checkpoint", ("iteration", "non_persistent_ckpt")),
-    Touchpoint("megatron.training.training:maybe_finalize_async_save"),
-    Touchpoint("megatron.training.async_utils:is_empty_async_queue"),
-    Touchpoint(
-        "megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict", ("state_dict",)
-    ),
-    # parity of layouts
-    Touchpoint(
-        "megatron.training.training:train_step",
-        (
-            *("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler"),
-            *("config", "forward_backward_func"),
-        ),
-    ),
-    Touchpoint("megatron.core.utils:unwrap_model", ("model",)),
-    Touchpoint(f"{_CHECKPOINTING}:save", ("sharded_state_dict", "checkpoint_dir")),
-    # the parity check of a converted checkpoint
-    Touchpoint(f"{_CHECKPOINTING}:load", ("sharded_state_dict", "checkpoint_dir")),
-    Touchpoint(f"{_CHECKPOINTING}:load_common_state_dict", ("checkpoint_dir",)),
-    Touchpoint("megatron.core.parallel_state:initialize_model_parallel"),
-    Touchpoint("megatron.core.parallel_state:destroy_model_parallel"),
-    Touchpoint("megatron.core.parallel_state:get_data_parallel_group", ("with_context_parallel",)),
-    Touchpoint(f"{_TENSOR_PARALLEL}:model_parallel_cuda_manual_seed", ("seed",)),
-    Touchpoint(
-        f"{_GPT}:GPTModel.__init__",
-        (
-            *("config", "transformer_layer_spec", "vocab_size", "max_sequence_length"),
-            *("share_embeddings_and_output_weights", "position_embedding_type"),
-            *("rotary_percent", "rotary_base", "rope_scaling"),
-        ),
-    ),
-    Touchpoint(
-        f"{_GPT}.gpt_layer_specs:get_gpt_decoder_block_spec",
-        ("config", "use_transformer_engine", "normalization"),
-    ),
-    Touchpoint(
-        f"{_GPT}.gpt_layer_specs:get_gpt_layer_local_spec",
-        ("qk_layernorm", "multi_latent_attention", "normalization"),
-    ),
-    # CPU mode, and the wheel
-    Touchpoint(f"{_TENSOR_PARALLEL}.random:_lazy_call"),
-    Touchpoint(f"{_TENSOR_PARALLEL}.random:device_ctx_manager"),
-    Touchpoint("megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__", ("config",)),
-    Touchpoint(f"{_OPTIMIZER}.state_dict"),
-    Touchpoint(f"{_OPTIMIZER}.load_state_dict", ("state_dict",)),
-    Touchpoint(f"{_OPTIMIZER}._get_main_param_and_optimizer_states", ("model_param",)),
-    Touchpoint(f"{_OPTIMIZER}._set_main_param_and_optimizer_states", ("model_param", "tensors")),
-    Touchpoint("megatron.core.datasets.utils:compile_helpers"),
-    Touchpoint("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE"),
-    Touchpoint("megatron.training.training:set_jit_fusion_options", ("tp_size",)),
+    Touchpoint(f"{ARGUMENTS}:parse_and_validate_args", ("extra_args_provider", "args_defaults")),
+    # the layer's steps, as the combined 1F1B schedule calls them
+    Touchpoint(f"{GPT}.fine_grained_callables:build_transformer_layer_callables", ("layer",)),
+    Touchpoint(f"{MOE}.moe_layer:MoELayer.shared_experts_compute", ("hidden_states",)),
+    Touchpoint(f"{MOE}.moe_layer:MoELayer.route", ("hidden_states", "padding_mask")),
+    Touchpoint(f"{MOE}.moe_layer:MoELayer.preprocess", ("hidden_states", "probs", "routing_map")),
+    Touchpoint(f"{MOE}.moe_layer:MoELayer.dispatch", ("hidden_states", "probs")),
+    Touchpoint(f"{MOE}.moe_layer:MoELayer.routed_experts_compute", ("hidden_states", "probs")),
+    Touchpoint(f"{MOE}.moe_layer:MoELayer.combine", ("output",)),
+    Touchpoint(f"{MOE}.moe_layer:MoELayer.postprocess", ("output", "shared_expert_output")),
 )

@@ -1,0 +1,135 @@
+"""What the plugin relies on in every release alike; a release's own file adds the rest."""
+
+from ep_plugin.megatron.touchpoints import Touchpoint
+
+MOE = "megatron.core.transformer.moe"
+ARGUMENTS = "megatron.training.arguments"
+GPT = "megatron.core.models.gpt"
+_TENSOR_PARALLEL = "megatron.core.tensor_parallel"
+_CHECKPOINTING = "megatron.core.dist_checkpointing"
+_CONFIG = "megatron.core.transformer.transformer_config"
+_UTILS = "megatron.core.transformer.utils"
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+
+COMMON = (
+    # where the MoE layer's class is looked up, and its contract
+    Touchpoint(f"{GPT}.moe_module_specs:MoELayer", base=f"{MOE}.moe_layer:MoELayer"),
+    Touchpoint(
+        f"{GPT}.moe_module_specs:get_moe_module_spec_for_backend",
+        ("backend", "num_experts", "moe_grouped_gemm"),
+    ),
+    Touchpoint(f"{MOE}.moe_layer:MoELayer", base=f"{MOE}.moe_layer:BaseMoELayer"),
+    Touchpoint(
+        f"{MOE}.moe_layer:BaseMoELayer.__init__", ("config", "layer_number", "pg_collection")
+    ),
+    Touchpoint(f"{MOE}.moe_layer:MoELayer.forward", ("hidden_states", "padding_mask")),
+    Touchpoint(
+        f"{MOE}.shared_experts:SharedExpertMLP.__init__",
+        ("config", "submodules", "gate", "pg_collection"),
+    ),
+    Touchpoint(
+        "megatron.core.transformer.mlp:MLP.__init__",
+        ("config", "submodules", "ffn_hidden_size", "tp_group"),
+    ),
+    Touchpoint("megatron.core.transformer.spec_utils:build_module", ("spec_or_module",)),
+    Touchpoint("megatron.core.transformer.spec_utils:ModuleSpec", ("module", "submodules")),
+    # process groups
+    Touchpoint(f"{MOE}.moe_utils:get_default_pg_collection"),
+    Touchpoint(
+        "megatron.core.process_groups_config:ProcessGroupCollection",
+        ("tp", "cp", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "tp_ep", "expt_dp"),
+    ),
+    # losses
+    Touchpoint(f"{MOE}.moe_utils:MoEAuxLossAutoScaler.apply"),
+    Touchpoint(f"{MOE}.moe_utils:MoEAuxLossAutoScaler.set_loss_scale", ("scale",)),
+    # arguments
+    Touchpoint(f"{ARGUMENTS}:add_megatron_arguments", ("parser",)),
+    Touchpoint(f"{ARGUMENTS}:validate_args", ("args", "defaults")),
+    Touchpoint(f"{ARGUMENTS}:core_transformer_config_from_args", ("args",)),
+    Touchpoint("megatron.training.initialize:initialize_megatron", ("allow_no_cuda",)),
+    Touchpoint(f"{_CONFIG}:TransformerConfig.__post_init__"),
+    Touchpoint("megatron.core.transformer.module:MegatronModule.set_is_first_microbatch"),
+    # initial values and recomputation
+    Touchpoint(
+        f"{_TENSOR_PARALLEL}.layers:_initialize_affine_weight_cpu",
+        (
+            *("weight", "output_size", "input_size", "per_partition_size", "partition_dim"),
+            *("init_method", "stride", "params_dtype", "rank", "world_size"),
+        ),
+    ),
+    Touchpoint(
+        f"{_TENSOR_PARALLEL}.layers:_initialize_affine_weight_gpu",
+        ("weight", "init_method", "partition_dim", "stride", "is_expert"),
+    ),
+    Touchpoint(f"{_TENSOR_PARALLEL}:checkpoint", ("function", "distribute_saved_activations")),
+    # checkpoints
+    Touchpoint(
+        f"{_CHECKPOINTING}.mapping:ShardedTensor.from_rank_offsets",
+        ("key", "data", "rank_offsets", "replica_id", "prepend_axis_num"),
+    ),
+    Touchpoint(
+        f"{_CHECKPOINTING}.mapping:ShardedTensorFactory",
+        ("key", "data", "build_fn", "merge_fn", "replica_id"),
+    ),
+    Touchpoint(f"{_CHECKPOINTING}.mapping:ShardedObject"),
+    Touchpoint(
+        f"{_UTILS}:make_sharded_object_for_checkpoint",
+        ("obj", "key", "sharded_offsets", "replica_id"),
+    ),
+    Touchpoint(
+        f"{_UTILS}:sharded_state_dict_default",
+        ("module", "prefix", "sharded_offsets", "metadata", "tp_group"),
+    ),
+    Touchpoint(f"{_UTILS}:ensure_metadata_has_dp_cp_group", ("metadata",)),
+    # the parity check of a converted checkpoint
+    Touchpoint(f"{_CHECKPOINTING}:load", ("sharded_state_dict", "checkpoint_dir")),
+    Touchpoint(f"{_CHECKPOINTING}:load_common_state_dict", ("checkpoint_dir",)),
+    Touchpoint("megatron.core.parallel_state:initialize_model_parallel"),
+    Touchpoint("megatron.core.parallel_state:destroy_model_parallel"),
+    Touchpoint("megatron.core.parallel_state:get_data_parallel_group", ("with_context_parallel",)),
+    Touchpoint(f"{_TENSOR_PARALLEL}:model_parallel_cuda_manual_seed", ("seed",)),
+    Touchpoint(
+        f"{GPT}:GPTModel.__init__",
+        (
+            *("config", "transformer_layer_spec", "vocab_size", "max_sequence_length"),
+            *("share_embeddings_and_output_weights", "position_embedding_type"),
+            *("rotary_percent", "rotary_base", "rope_scaling"),
+        ),
+    ),
+    Touchpoint(
+        f"{GPT}.gpt_layer_specs:get_gpt_decoder_block_spec",
+        ("config", "use_transformer_engine", "normalization"),
+    ),
+    Touchpoint(
+        f"{GPT}.gpt_layer_specs:get_gpt_layer_local_spec",
+        ("qk_layernorm", "multi_latent_attention", "normalization"),
+    ),
+    # saves that are audited, and resumed at other layouts
+    Touchpoint("megatron.training.training:save_checkpoint", ("iteration", "non_persistent_ckpt")),
+    Touchpoint("megatron.training.training:maybe_finalize_async_save"),
+    Touchpoint("megatron.training.async_utils:is_empty_async_queue"),
+    Touchpoint(
+        "megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict", ("state_dict",)
+    ),
+    # parity of layouts
+    Touchpoint(
+        "megatron.training.training:train_step",
+        (
+            *("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler"),
+            *("config", "forward_backward_func"),
+        ),
+    ),
+    Touchpoint("megatron.core.utils:unwrap_model", ("model",)),
+    Touchpoint(f"{_CHECKPOINTING}:save", ("sharded_state_dict", "checkpoint_dir")),
+    # CPU mode, and the wheel
+    Touchpoint(f"{_TENSOR_PARALLEL}.random:_lazy_call"),
+    Touchpoint(f"{_TENSOR_PARALLEL}.random:device_ctx_manager"),
+    Touchpoint("megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__", ("config",)),
+    Touchpoint(f"{_OPTIMIZER}.state_dict"),
+    Touchpoint(f"{_OPTIMIZER}.load_state_dict", ("state_dict",)),
+    Touchpoint(f"{_OPTIMIZER}._get_main_param_and_optimizer_states", ("model_param",)),
+    Touchpoint(f"{_OPTIMIZER}._set_main_param_and_optimizer_states", ("model_param", "tensors")),
+    Touchpoint("megatron.core.datasets.utils:compile_helpers"),
+    Touchpoint("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE"),
+    Touchpoint("megatron.training.training:set_jit_fusion_options"),
+)

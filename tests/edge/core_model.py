@@ -1,0 +1,181 @@
+"""The model, the data and the step that `core_loop.py` trains at every layout."""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAYERS, HIDDEN, VOCAB, LENGTH, SEQUENCES, EXPERTS = 4, 32, 64, 16, 8, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is spread."""
+
+    name: str
+    world: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    ep: int = 1
+    etp: int = 1
+    distributed_optimizer: bool = False
+    recompute: str | None = None  # selective: the MoE layers; full
+    per_token: bool = False  # --calculate-per-token-loss, and a third of the tokens masked out
+    dense_layers: int = 0  # the first ones
+    bias: bool = False  # everywhere; with a shared expert, and nobody chooses the second half
+    block: str = "ours"  # stock: Megatron's own; untagged: ours without its tags for the norm
+
+    def alone(self) -> "Case":
+        """Return the same model on one rank."""
+        return Case(
+            f"one rank: {self.per_token}, {self.dense_layers}, {self.bias}",
+            per_token=self.per_token,
+            dense_layers=self.dense_layers,
+            bias=self.bias,
+        )
+
+
+def transformer_config(case: Case) -> Any:
+    """Return Megatron's configuration of the case's model."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    recompute: dict[str, Any] = {}
+    if case.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    elif case.recompute == "full":
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        ffn_hidden_size=48,
+        moe_ffn_hidden_size=32,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=2,
+        moe_layer_freq=[int(layer >= case.dense_layers) for layer in range(LAYERS)],
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=2e-2,
+        moe_z_loss_coeff=1e-3,
+        moe_token_dispatcher_type="alltoall",
+        moe_shared_expert_intermediate_size=16 if case.bias else None,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=case.bias,
+        normalization="RMSNorm",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=case.tp,
+        sequence_parallel=case.tp > 1,
+        pipeline_model_parallel_size=case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp,
+        overlap_p2p_comm=case.vpp is not None,  # as Megatron's arguments: two stages mix up batched
+        batch_p2p_comm=case.vpp is None,
+        expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp,
+        calculate_per_token_loss=case.per_token,
+        pipeline_dtype=torch.float32,
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+        **recompute,
+    )
+
+
+def build(config: Any, stage: int | None) -> Any:
+    """Return one pipeline stage of a GPT, or one virtual stage."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    where = {"ignore_virtual": stage is None, "vp_stage": stage}
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
+        ),
+        vocab_size=VOCAB,
+        max_sequence_length=LENGTH,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        vp_stage=stage,
+    )
+    model.model_type = "encoder_or_decoder"
+    return model
+
+
+@torch.no_grad()
+def fill(model: Any) -> None:
+    """Give every parameter the values that its key and its place in the whole tensor stand for."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    numbers = 0
+    for entry in model.sharded_state_dict().values():
+        pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+        if isinstance(pieces, dict):
+            pieces = list(pieces.values())
+        for piece in pieces if isinstance(pieces, list) else [pieces]:
+            if isinstance(piece, ShardedTensor):
+                piece.data.copy_(_whole(piece.key, piece.global_shape)[_place(piece)])
+                numbers += piece.data.numel()
+    assert numbers == sum(parameter.numel() for parameter in model.parameters())
+
+
+def _whole(key: str, shape: tuple[int, ...]) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+    if key.endswith("norm.weight"):
+        return 1 + 0.1 * values
+    if key.endswith("router.bias"):
+        values[..., EXPERTS // 2 :] -= 1000.0
+        return values
+    return values * (0.3 if ".experts." in key else 0.1)
+
+
+def _place(piece: Any) -> tuple[Any, ...]:
+    prepended = piece.prepend_axis_num
+    sizes = (*[1] * prepended, *piece.local_shape)
+    return tuple(
+        first if axis < prepended else slice(first, first + size)
+        for axis, (first, size) in enumerate(zip(piece.global_offset, sizes, strict=True))
+    )
+
+
+def batches(case: Case, iteration: int, dp_rank: int, dp: int) -> Iterator[dict[str, Tensor]]:
+    """Yield this data-parallel rank's micro-batches of one sequence; tensors [1, S]."""
+    generator = torch.Generator().manual_seed(iteration % 2)
+    tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
+    kept = torch.rand(SEQUENCES, LENGTH, generator=generator) > (1 / 3 if case.per_token else 0)
+    for index in range(dp_rank, SEQUENCES, dp):
+        yield {
+            "tokens": tokens[index : index + 1, :-1],
+            "labels": tokens[index : index + 1, 1:],
+            "mask": kept[index : index + 1].float(),
+        }
+
+
+def forward_step(data: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
+    """Run the model on a micro-batch; return its losses [1, S] and how to sum them."""
+    batch = next(data)
+    hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
+    positions = torch.arange(LENGTH)[None]
+    losses = model(batch["tokens"], positions, hidden, labels=batch["labels"])
+
+    def loss_func(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, tokens = (losses * batch["mask"]).sum(), batch["mask"].sum()
+        return loss, tokens.int(), {"lm loss": torch.stack([loss.detach(), tokens])}
+
+    return losses, loss_func

@@ -1,0 +1,97 @@
+"""The layouts at which training must equal one rank's, and what Megatron gets wrong without us."""
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from core_model import Case
+from releases import RELEASES, ROOT, environment
+
+EVERYWHERE = (  # on every release
+    Case("TP 2 with sequence parallelism, EP 4, ETP 1", 8, tp=2, ep=4),
+    Case("EP 8 over TP 4 x DP 2 (folding), ETP 1", 8, tp=4, ep=8),
+    Case("TP 2, EP 2, ETP 2, PP 2, distributed optimizer", 8, tp=2, pp=2, ep=2, etp=2,
+         distributed_optimizer=True),
+    Case("EP 1, ETP 2 over TP 1", 4, etp=2),
+    Case("EP 1, ETP 1 under TP 2", 4, tp=2),
+    Case("PP 2 x 2 virtual stages, EP 2, distributed optimizer", 4, pp=2, vpp=2, ep=2,
+         distributed_optimizer=True),
+    Case("dense-only first stage, PP 2, EP 2", 4, pp=2, ep=2, dense_layers=2),
+    Case("per-token loss, TP 2, EP 2, ETP 1", 4, tp=2, ep=2, per_token=True),
+    Case("full recompute, TP 2, EP 2, ETP 2", 4, tp=2, ep=2, etp=2, recompute="full"),
+    Case("biases, shared expert, ranks without tokens: TP 2, EP 4, ETP 1", 4, tp=2, ep=4,
+         bias=True),
+)  # fmt: skip
+MORE = (
+    Case("EP 8", 8, ep=8),
+    Case("EP 2, expert data parallelism 4, distributed optimizer", 8, ep=2,
+         distributed_optimizer=True),
+    Case("PP 4, EP 2, four micro-batches", 8, pp=4, ep=2),
+    Case("TP 2, PP 2, EP 4, ETP 1, distributed optimizer", 8, tp=2, pp=2, ep=4,
+         distributed_optimizer=True),
+    Case("EP 2, ETP 2 over TP 1, distributed optimizer", 4, ep=2, etp=2,
+         distributed_optimizer=True),
+    Case("selective recompute, TP 2, EP 2, ETP 1", 4, tp=2, ep=2, recompute="selective"),
+    Case("per-token loss, PP 2, EP 2, distributed optimizer", 4, pp=2, ep=2, per_token=True,
+         distributed_optimizer=True),
+    Case("MoE layers in the last of 2 x 2 virtual stages, EP 2", 4, pp=2, vpp=2, ep=2,
+         dense_layers=3),
+)  # fmt: skip
+CASES = EVERYWHERE + MORE
+CHECKS = (
+    "doctor",
+    "a symbol that is gone",
+    "install and uninstall",
+    "helpers of the wheel",
+    "evaluation",
+)
+# Megatron until 0.18, as it is without us: each must differ from one rank.
+BUGS = (
+    Case("Megatron's own block: EP 1, ETP 1 under TP 2", 4, tp=2, block="stock"),
+    Case("untagged experts: TP 2, EP 4, ETP 1", 4, tp=2, ep=4, block="untagged"),
+)
+
+
+def layouts_of(version: str) -> tuple[Case, ...]:
+    """Return the layouts that a release is tested at: all on the newest."""
+    return CASES if version == RELEASES[-1] else EVERYWHERE
+
+
+@functools.cache
+def results(version: str) -> dict[str, Any]:
+    """Run the layouts and checks of a release, once, in one process; raises if that fails."""
+    layouts = layouts_of(version)
+    bugs = () if version == RELEASES[-1] else BUGS
+    alone = {case.alone().name: case.alone() for case in layouts}
+    cases = [asdict(case) for case in (*alone.values(), *layouts, *bugs)]
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, found = Path(folder, "cases.json"), Path(folder, "results.json")
+        wanted.write_text(json.dumps({"cases": cases, "checks": CHECKS}))
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "edge" / "core_loop.py"), wanted, found],
+            env=environment(version),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0 or not found.exists():
+            raise RuntimeError(done.stdout[-2000:] + done.stderr[-4000:])
+        answer: dict[str, Any] = json.loads(found.read_text())
+        return answer
+
+
+def difference(found: dict[str, Any], case: Case) -> float:
+    """Return the largest relative difference of any scalar of any iteration from one rank's."""
+    worst = 0.0
+    values, expected = found[case.name]["values"], found[case.alone().name]["values"]
+    for ours, theirs in zip(values, expected, strict=True):
+        for name, value in theirs.items():
+            if name == "experts' gradients" and case.distributed_optimizer:
+                continue  # ranks hold reduced shards alone
+            worst = max(worst, abs(ours[name] - value) / max(abs(value), 1e-30))
+    return worst
