@@ -12,7 +12,10 @@ from ep_plugin.config import ConfigError
 COMMANDS = {
     "apply": ("ep_plugin.codemod", "add the plugin to a Megatron pretrain script, or take it out"),
     "bench": ("ep_plugin.bench.command", "time the layer, its products and kernels beside peers"),
-    "convert": ("ep_plugin.convert.command", "turn a dense checkpoint into a Mixture-of-Experts"),
+    "convert": (
+        "ep_plugin.convert.command",
+        "dense checkpoints to Mixture-of-Experts, Hugging Face both ways",
+    ),
     "doctor": ("ep_plugin.doctor", "say what is installed and whether Megatron matches"),
     "plan": ("ep_plugin.plan.command", "foresee what a layer's exchanges take on so many ranks"),
     "presets": ("ep_plugin.presets._command", "list published systems, or print one's arguments"),

@@ -20,8 +20,8 @@ FLAGS = {
         "--routing --shapes --trace --warm"
     ),
     "convert": (
-        "--dry-run --from --json --layers --num-experts --parity-tolerance --seed --skip-parity "
-        "--to --topk"
+        "--dry-run --family --format --from --json --layers --num-experts --parity-tolerance "
+        "--seed --skip-parity --to --topk --transformer-impl --verify"
     ),
     "doctor": "--json",
     "plan": (

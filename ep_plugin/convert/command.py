@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ep_plugin.config import BackendUnavailable, ConfigError
+from ep_plugin.convert import translation
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.convert.staging import check_free, staged
 from ep_plugin.convert.stream import NewTensor
@@ -31,6 +32,7 @@ The output is a Megatron torch_dist checkpoint that loads at any tensor-, pipeli
 expert-parallel size. Model weights alone are carried over; continue with --finetune.
 Exit code 1: parity failed; 2: a setting or the input is wrong. Neither leaves an output behind.
 """
+EXAMPLES += translation.EXAMPLES
 
 
 class ParityFailed(Exception):
@@ -39,15 +41,15 @@ class ParityFailed(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--from", dest="source", type=Path, required=True, metavar="DENSE_CKPT",
-        help="torch_dist checkpoint: what --save named, or one iter_NNNNNNN folder",
+        "--from", dest="source", type=Path, required=True, metavar="SOURCE",
+        help="what --save named, or one iter_NNNNNNN folder; or a Hugging Face model",
     )  # fmt: skip
     parser.add_argument(
-        "--to", dest="target", type=Path, required=True, metavar="MOE_CKPT",
+        "--to", dest="target", type=Path, required=True, metavar="TARGET",
         help="folder to write; must be missing or empty",
     )  # fmt: skip
-    parser.add_argument("--num-experts", type=int, required=True, metavar="E")
-    parser.add_argument("--topk", type=int, required=True, metavar="K", help="experts per token")
+    parser.add_argument("--num-experts", type=int, metavar="E")
+    parser.add_argument("--topk", type=int, metavar="K", help="experts per token")
     parser.add_argument(
         "--layers", default="all", metavar="WHICH",
         help="which layers become MoE: all, every:N, or a pattern such as [0,1,0,1] (default: all)",
@@ -60,17 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-parity", action="store_true", help="do not compare the models (needs no Megatron)"
     )
+    translation.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print names and sizes only")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert. Returns 0, or 1 when parity failed; raises ConfigError for a user's mistake."""
-    settings = Upcycling(
-        num_experts=args.num_experts, topk=args.topk, layers=args.layers, seed=args.seed
-    )
+    settings = _settings(args)
     if not args.parity_tolerance > 0:
         raise ConfigError(f"--parity-tolerance must be above 0; got {args.parity_tolerance}")
+    if settings is None or translation.wanted(args):
+        return translation.run(args, settings)
     check_free(args.target)
     source = open_checkpoint(args.source)
     new = plan(source, settings)
@@ -91,6 +94,20 @@ def run(args: argparse.Namespace) -> int:
         return 1
     _print_summary(_summary(new, settings, args, source.folder.name, report), args.json)
     return 0
+
+
+def _settings(args: argparse.Namespace) -> Upcycling | None:
+    """Return what to make of the dense model; None where only the format is to change."""
+    if args.num_experts is None and args.topk is None:
+        return None
+    if args.num_experts is None or args.topk is None:
+        raise ConfigError(
+            f"--num-experts ({args.num_experts}) and --topk ({args.topk}) go together; "
+            "--num-experts 8 --topk 2 would do"
+        )
+    return Upcycling(
+        num_experts=args.num_experts, topk=args.topk, layers=args.layers, seed=args.seed
+    )
 
 
 def _load_parity() -> Callable[..., dict[str, Any]]:

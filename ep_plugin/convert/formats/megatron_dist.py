@@ -30,13 +30,19 @@ import torch
 from ep_plugin.config import ConfigError
 from ep_plugin.convert.formats._dcp_reader import DAMAGE, Reader
 from ep_plugin.convert.formats._dcp_writer import Writer
+from ep_plugin.convert.formats._iteration import TRACKER
+from ep_plugin.convert.formats._iteration import iteration_folder as _iteration_folder
 from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
 from ep_plugin.convert.stream import NewObject, NewTensor, Source
 
-TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _HINT = "save the dense model with --ckpt-format torch_dist"
+
+
+def iteration_folder(path: Path) -> Path:
+    """Return the folder of one iteration; `path` is that, or what --save named."""
+    return _iteration_folder(path, _is_iteration)
 
 
 def open_checkpoint(path: Path) -> Source:
@@ -44,7 +50,7 @@ def open_checkpoint(path: Path) -> Source:
 
     Raises ConfigError when it is missing, of another format, or incomplete. Reads no tensor.
     """
-    folder = _iteration_folder(path)
+    folder = iteration_folder(path)
     _check_name(folder)
     _check_backend(folder)
     reader = Reader(folder)
@@ -105,27 +111,8 @@ def _saved(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _iteration_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise ConfigError(f"checkpoint {path} is not a folder; give the folder that --save named")
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        if (path / ".metadata").is_file() or (path / "metadata.json").is_file():
-            return path
-        raise ConfigError(
-            f"{path} is not a checkpoint: it has neither {TRACKER} nor metadata.json; "
-            "give the folder that --save named"
-        )
-    word = tracker.read_text(errors="replace").strip()
-    if word != "release" and not word.isdecimal():
-        raise ConfigError(f"{tracker} must hold an iteration number or 'release'; got {word!r}")
-    folder = path / (word if word == "release" else f"iter_{int(word):07d}")
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{tracker} names {folder.name}, which {path} does not have; "
-            "give one of its iteration folders instead"
-        )
-    return folder
+def _is_iteration(folder: Path) -> bool:
+    return (folder / ".metadata").is_file() or (folder / "metadata.json").is_file()
 
 
 def _check_backend(folder: Path) -> None:
