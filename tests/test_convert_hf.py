@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ep_plugin.cli import main
+from ep_plugin.config import ConfigError
 from ep_plugin.convert import family
 from ep_plugin.convert.formats import hf_safetensors, megatron_dist
 from ep_plugin.convert.stream import NewTensor, Region, TensorInfo
@@ -368,6 +369,34 @@ def test_refusals_of_the_command(
     )
     assert "the checkpoint is no qwen3: add_qkv_bias = True, not False" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "argument", "value"),
+    [
+        ("qwen2", "normalization", "LayerNorm"),
+        ("qwen2", "ep_dense_activation", "geglu"),
+        ("qwen2", "softmax_type", "off-by-one"),
+        ("qwen3_moe", "ep_router", "expert_choice"),
+        ("qwen3_moe", "moe_expert_capacity_factor", 1.25),
+        ("deepseek_v3", "moe_router_group_topk", 2),
+    ],
+)
+def test_what_config_json_cannot_say_is_refused(
+    case: str, argument: str, value: Any, models: Any
+) -> None:
+    """A Megatron model that computes something else is not exported as if it were that family."""
+    known = family.load(case)
+    args = arguments(hf_safetensors.open_folder(models(case)).common["config"], known)
+    assert known.config(args)["model_type"] == family.recognise(args).model_type == case
+    setattr(args, argument, value)
+    if argument == "moe_router_group_topk":
+        args.moe_router_num_groups, args.moe_router_topk = 4, 2
+    with pytest.raises(ConfigError, match=re.escape(str(value))):
+        known.config(args)
+    delattr(args, argument)  # as before there was such an argument
+    if argument in ("softmax_type", "ep_router"):
+        assert known.config(args)["model_type"] == case
 
 
 def test_every_family_has_a_case_and_a_row_in_the_readme() -> None:

@@ -16,6 +16,8 @@ from ep_plugin.convert.names import LayerKind
 from ep_plugin.registry import available
 
 Config = dict[str, Any]  # of config.json
+# What an argument is in checkpoints that do not have it: made before it was, or without our block.
+_ABSENT = {"softmax_type": "vanilla", "ep_router": "topk", "rotary_percent": 1.0}
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,11 @@ class Family:
         """Return "argument = value, not value" for each fixed argument that is another."""
         num_experts = getattr(args, "num_experts", None)
         wrong_kind = [f"num_experts = {num_experts!r}"] if bool(num_experts) != self.moe else []
+        found = {name: getattr(args, name, _ABSENT.get(name)) for name in self.fixed}
         return wrong_kind + [
-            f"{name} = {getattr(args, name, None)!r}, not {value!r}"
+            f"{name} = {found[name]!r}, not {value!r}"
             for name, value in self.fixed.items()
-            if (getattr(args, name, None) or None) != (value or None)  # False, None and 0 are one
+            if (found[name] or None) != (value or None)  # False, None and 0 are one
         ]
 
 

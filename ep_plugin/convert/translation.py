@@ -113,6 +113,11 @@ def _load_compare(args: argparse.Namespace) -> Callable[..., dict[str, Any]]:
             "--verify compares with transformers, and neither side is a Hugging Face model; "
             "leave it out"
         )
+    if not (is_hf(args.source) or is_stored(args.source)):
+        raise ConfigError(
+            f"--verify cannot run {args.source}, which is in per-rank files; convert it without "
+            "--format hf first, and verify from there"
+        )
     try:
         with _aside():
             compare: Callable[..., dict[str, Any]] = import_module(

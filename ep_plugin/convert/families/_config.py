@@ -33,6 +33,14 @@ FIXED: dict[str, Any] = {
     "swiglu": True,
     "window_size": None,
     "num_experts": None,
+    # what would change the function and has no place in config.json
+    "qk_l2_norm": False,
+    "softmax_type": "vanilla",
+    "no_rope_freq": None,
+    "rotary_seq_len_interpolation_factor": None,
+    "window_attn_skip_freq": None,
+    "use_mup": False,
+    "ep_dense_activation": None,
 }
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -196,6 +204,10 @@ def moe_fixed(**changes: Any) -> dict[str, Any]:
         "moe_router_num_groups": None,
         "moe_shared_expert_gate": False,
         "moe_shared_expert_intermediate_size": None,
+        "moe_expert_capacity_factor": None,
+        "ep_router": "topk",
+        "ep_expert_activation": None,
+        "ep_experts_per_layer": None,
     }
     return fixed | routing | changes
 
