@@ -22,6 +22,7 @@ from ep_plugin.convert import family as families
 from ep_plugin.convert.family import Family
 from ep_plugin.convert.formats import megatron_dist, megatron_legacy
 from ep_plugin.convert.megatron_names import plain, stored, stored_name
+from ep_plugin.convert.regions import whole
 from ep_plugin.convert.run_flags import run_flags
 from ep_plugin.convert.silent_expert import with_silent_expert
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source
@@ -99,10 +100,6 @@ def with_experts(opened: Opened, settings: Upcycling) -> Opened:
     new = plan(replace(opened.source, common=common), settings)
     tensors = {entry.name: entry for entry in new.content if isinstance(entry, NewTensor)}
 
-    def read_tensor(name: str) -> Tensor:
-        (region,) = tensors[name].regions()  # plain names: one expert's each
-        return region.values
-
     origins = {}
     for old, target in new.name_map:
         for expert in range(settings.num_experts) if "*" in target else (0,):
@@ -111,7 +108,7 @@ def with_experts(opened: Opened, settings: Upcycling) -> Opened:
         opened.source,
         common=new.common,
         tensors={name: entry.info for name, entry in tensors.items()},
-        read_tensor=read_tensor,
+        read_tensor=lambda name: whole(tensors[name]),
     )
     made = new.common["args"]
     made.transformer_impl = getattr(opened.args, "transformer_impl", "transformer_engine")

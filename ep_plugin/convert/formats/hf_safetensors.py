@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ep_plugin.config import ConfigError
+from ep_plugin.convert.regions import whole
 from ep_plugin.convert.stream import NewTensor, Source, TensorInfo
 
 CONFIG = "config.json"
@@ -147,22 +148,9 @@ def _write_file(path: Path, shard: list[NewTensor], on_bytes: Callable[[int], ob
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for tensor in shard:
-            values = _whole(tensor)
+            values = whole(tensor).contiguous()
             stream.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
             on_bytes(values.nbytes)
-
-
-def _whole(tensor: NewTensor) -> Tensor:
-    """Return a new tensor's values, contiguous, put together from its regions."""
-    regions = tensor.regions()
-    first = next(regions)
-    if tuple(first.values.shape) == tensor.info.shape:
-        return first.values.contiguous()
-    out = torch.empty(tensor.info.shape, dtype=tensor.info.dtype)
-    for region in (first, *regions):
-        pairs = zip(region.offsets, region.values.shape, strict=True)
-        out[tuple(slice(begin, begin + size) for begin, size in pairs)] = region.values
-    return out
 
 
 def _files(folder: Path) -> dict[str, set[str] | None]:
