@@ -144,7 +144,8 @@ def to_hf_folder(opened: Opened, dense: Opened, model_type: str | None, path: Pa
 
     `dense` is what `opened` was before it got experts, or the same; `path` is where it came from.
     """
-    if opened is not dense and getattr(opened.args, "add_qkv_bias", False):
+    has_shared = getattr(opened.args, "moe_shared_expert_intermediate_size", None)
+    if opened is not dense and getattr(opened.args, "add_qkv_bias", False) and not has_shared:
         source, args = with_silent_expert(opened.source, dense.source, opened.args)
         added = {name: ("(new)",) for name in source.tensors if name not in opened.origins}
         opened = replace(opened, source=source, args=args, origins=opened.origins | added)

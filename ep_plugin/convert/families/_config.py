@@ -207,6 +207,7 @@ def moe_fixed(**changes: Any) -> dict[str, Any]:
         "moe_expert_capacity_factor": None,
         "ep_router": "topk",
         "ep_expert_activation": None,
+        "ep_shared_expert": None,
         "ep_experts_per_layer": None,
     }
     return fixed | routing | changes
