@@ -32,6 +32,7 @@ from ep_plugin.convert.upcycle import Upcycling, plan
 _KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
 
 _Names = dict[str, tuple[str, ...]]
+_NEW = ("(new)",)  # the origin of what the source has no counterpart of
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def with_experts(opened: Opened, settings: Upcycling) -> Opened:
     origins = {}
     for old, target in new.name_map:
         for expert in range(settings.num_experts) if "*" in target else (0,):
-            origins[target.replace("*", str(expert))] = opened.origins.get(old, ("(new)",))
+            origins[target.replace("*", str(expert))] = opened.origins.get(old, _NEW)
     source = replace(
         opened.source,
         common=new.common,
@@ -147,8 +148,7 @@ def to_hf_folder(opened: Opened, dense: Opened, model_type: str | None, path: Pa
     has_shared = getattr(opened.args, "moe_shared_expert_intermediate_size", None)
     if opened is not dense and getattr(opened.args, "add_qkv_bias", False) and not has_shared:
         source, args = with_silent_expert(opened.source, dense.source, opened.args)
-        added = {name: ("(new)",) for name in source.tensors if name not in opened.origins}
-        opened = replace(opened, source=source, args=args, origins=opened.origins | added)
+        opened = replace(opened, source=source, args=args)
     chosen = families.load(model_type) if model_type else opened.family
     family = chosen or families.recognise(opened.args)
     made = to_hf(opened.source, family, opened.args)
@@ -217,7 +217,7 @@ def _one_region(source: Source, name: str) -> Iterator[Region]:
 
 def _name_map(opened: Opened, targets: _Names) -> list[tuple[str, str]]:
     rows = (
-        (", ".join(opened.origins[name]), ", ".join(targets[name]))
+        (", ".join(opened.origins.get(name, _NEW)), ", ".join(targets[name]))
         for name in opened.source.tensors
     )
     return list(dict.fromkeys(rows))
