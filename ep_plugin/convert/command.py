@@ -148,7 +148,7 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scaling-factor", type=float, metavar="F", help="of the gates")
 
 
-def _settings(args: argparse.Namespace) -> Upcycling:
+def settings_from(args: argparse.Namespace) -> Upcycling:
     """Return the settings; what is given beside --preset wins over it."""
     gates: dict[str, Any] = {}
     topk = args.topk
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
         return _check(args.target)
     if args.source is None or args.num_experts is None:
         raise ConfigError("--from and --num-experts must be given; --from runs/dense would do")
-    settings = _settings(args)
+    settings = settings_from(args)
     if not args.parity_tolerance > 0:
         raise ConfigError(f"--parity-tolerance must be above 0; got {args.parity_tolerance}")
     if args.processes < 1:
