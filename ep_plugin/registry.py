@@ -17,7 +17,7 @@ from ep_plugin.config import BackendUnavailable, ConfigError
 
 def available(kind: str) -> tuple[str, ...]:
     """Return the names of all options of `kind`, sorted; nothing is imported."""
-    folder = Path(__file__).parent / kind
+    folder = Path(__file__).parent.joinpath(*kind.split("."))
     names = (module.name for module in pkgutil.iter_modules([str(folder)]))
     return tuple(sorted(name for name in names if not name.startswith("_")))
 

@@ -20,8 +20,10 @@ FLAGS = {
         "--routing --shapes --trace --warm"
     ),
     "convert": (
-        "--dry-run --family --format --from --json --layers --num-experts --parity-tolerance "
-        "--seed --skip-parity --to --topk --transformer-impl --verify"
+        "--check --drop-optimizer --drop-ratio --dry-run --ep --family --format --from "
+        "--granularity --json --layers --mode --noise-std --num-experts --parity-tolerance "
+        "--pre-softmax --preset --processes --router-init --scaling-factor --score-function --seed "
+        "--shared-expert --skip-parity --to --topk --transformer-impl --verify"
     ),
     "doctor": "--json",
     "plan": (

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import re
+import shlex
 import sys
 import types
 from collections.abc import Callable
@@ -24,8 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ep_plugin.cli import main
+from ep_plugin.cli import build_parser, main
 from ep_plugin.config import ConfigError
+from ep_plugin.convert.command import settings_from
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.convert.layers import moe_layers, parse_layers
 from ep_plugin.convert.names import Rule, match_names
@@ -34,7 +36,7 @@ from ep_plugin.convert.upcycle import Upcycling, plan
 
 L, H, F, V, E = 4, 8, 12, 32, 4
 ITERATION = 30
-FLAGS = ["--num-experts", str(E), "--topk", "2", "--skip-parity"]
+FLAGS = ["--num-experts", str(E), "--topk", "2", "--skip-parity", "--drop-optimizer"]
 
 
 def run_args(**changes: Any) -> argparse.Namespace:
@@ -477,7 +479,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
     ("flags", "message"),
     [
         (["--topk", "5"], r"--topk \(5\) must be at most --num-experts \(4\); --topk 4 would do"),
-        (["--topk", "1"], r"--topk must be at least 2; got 1: .*; --topk 2 would do"),
+        (["--topk", "1"], r"--topk 1 divided by its own sum .*; --topk 1 --pre-softmax would do"),
         (["--num-experts", "1"], r"--num-experts must be at least 2; got 1"),
         (
             ["--layers", "[0,1]"],
@@ -498,6 +500,30 @@ def test_bad_settings(
     assert re.search(message, refused(tmp_path, capsys, *flags))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"untie_embeddings_and_output_weights": True},
+            r"say that embedding and output are untied, but it lacks output_layer.weight",
+        ),
+        (
+            {"padded_vocab_size": V + 128},
+            r"word_embeddings.weight in .* has 32 rows, but .* padded_vocab_size = 160",
+        ),
+    ],
+    ids=["tied said untied", "another vocabulary"],
+)
+def test_arguments_that_do_not_fit_the_tensors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    save_dense(tmp_path / "dense", **changes)
+    assert re.search(message, refused(tmp_path, capsys))
+    right = {"untie_embeddings_and_output_weights": False, "padded_vocab_size": V}
+    save_dense(tmp_path / "right" / "dense", **right)
+    assert convert(tmp_path / "right" / "dense", tmp_path / "right" / "moe") == 0
+
+
 def test_without_megatron(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,7 +531,8 @@ def test_without_megatron(
     save_dense(tmp_path / "dense")
     monkeypatch.setitem(sys.modules, "ep_plugin.megatron.parity", None)
     paths = ["--from", str(tmp_path / "dense"), "--to", str(tmp_path / "moe")]
-    assert main(["convert", *paths, "--num-experts", "4", "--topk", "2"]) == 2
+    settings = ["--num-experts", "4", "--topk", "2", "--drop-optimizer"]
+    assert main(["convert", *paths, *settings]) == 2
     assert re.search(r"needs megatron-core .* or use --skip-parity", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == [tmp_path / "dense"]
 
@@ -548,7 +575,7 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def save_then_interrupt(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
         if len(calls) > 10:
-            assert len(list(tmp_path.glob(".moe.*/iter_*/*.distcp"))) == 1
+            assert len(list(tmp_path.glob(".moe.partial/checkpoint/iter_*/*.distcp.part"))) == 1
             raise KeyboardInterrupt
         save(*args, **kwargs)
 
@@ -573,7 +600,7 @@ def test_one_source_tensor_at_a_time(tmp_path: Path) -> None:
         return values
 
     counted = dataclasses.replace(source, read_tensor=read)
-    new = plan(counted, Upcycling(num_experts=E, topk=2))
+    new = plan(counted, Upcycling(num_experts=E, topk=2), keep_optimizer=False)
     written: list[int] = []
     write_checkpoint(tmp_path / "moe", counted, new.common, new.content, written.append)
     assert len(alive) == len(per_layer(dense_tensors())) - 1
@@ -600,3 +627,26 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert summary["moe_layers"] == [0, 1, 2, 3]
     assert summary["parity"] is None
     assert summary["megatron_flags"][:3] == ["--load", str(tmp_path / "moe"), "--finetune"]
+
+
+def test_the_recipe_s_conversions_are_legal() -> None:
+    """Flags of recipes/convert.sh exist, their values go together, and runs are told of them."""
+    script = (Path(__file__).parents[1] / "recipes" / "convert.sh").read_text().replace("\\\n", " ")
+    lines = [shlex.split(line) for line in script.splitlines() if line.startswith("ep-plugin conv")]
+    lines = [line for line in lines if "--check" not in line]
+    modes = set()
+    for words in lines:
+        numbers = ["1" if word == "$PROCESSES" else word for word in words[1:]]
+        args = build_parser("convert").parse_args(numbers)
+        settings = settings_from(args)
+        modes.add(settings.mode)
+        target = str(args.target)
+        (train,) = (shlex.split(s) for s in script.splitlines() if f'--load "{target}"' in s)
+        width = 192 // settings.granularity
+        for flag, value in (
+            ("--num-experts", settings.num_experts),
+            ("--moe-router-topk", settings.topk),
+            ("--moe-ffn-hidden-size", width),
+        ):
+            assert train[train.index(flag) + 1] == str(value)
+    assert modes == {"copy", "granular", "drop"}

@@ -115,6 +115,35 @@ def test_dense_to_experts_in_megatron(case: str, models: Any, tmp_path: Path) ->
     assert parity(tmp_path / "moe")["logits_max_abs_diff"] < TOLERANCE
 
 
+@megatron
+@needs_megatron
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("granular", ["--num-experts", "8", "--topk", "4", "--granularity", "2"]),
+        ("copy", [*EXPERTS, "--shared-expert", "copy", "--processes", "2"]),
+    ],
+)
+def test_modes_that_keep_the_output(
+    mode: str, flags: list[str], models: Any, tmp_path: Path
+) -> None:
+    """Finer experts, and a shared one: Megatron computes what transformers does of the dense."""
+    verify = ["--verify", "--parity-tolerance", str(TOLERANCE)]
+    assert convert(models("llama"), tmp_path / "moe", "--mode", mode, *flags, *verify) == 0
+    assert parity(tmp_path / "moe")["logits_max_abs_diff"] < TOLERANCE
+
+
+@megatron
+@needs_megatron
+def test_a_mode_that_does_not_says_so(
+    models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--mode", "drop", "--format", "hf", *EXPERTS, "--verify"]
+    assert convert(models("llama"), tmp_path / "moe", *flags) == 0
+    assert "the output is not kept: --mode drop draws 50%" in capsys.readouterr().out
+    assert not parity(tmp_path / "moe")["passed"]
+
+
 def test_some_layers_stay_dense(models: Any, tmp_path: Path) -> None:
     """Hugging Face, Megatron, Hugging Face: the pattern of layers is that of config.json."""
     assert convert(models("qwen3"), tmp_path / "moe", *EXPERTS, "--layers", "[0,1]") == 0
@@ -358,7 +387,9 @@ def test_refusals_of_the_command(
     assert convert(models("llama"), tmp_path / "full") == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert convert(models("llama"), tmp_path / "out", "--num-experts", "4") == 2
-    assert "--num-experts (4) and --topk (None) go together" in capsys.readouterr().err
+    assert "--topk, or a --preset that has it, must be given" in capsys.readouterr().err
+    assert convert(models("llama"), tmp_path / "out", "--topk", "2") == 2
+    assert "--topk and --preset need --num-experts" in capsys.readouterr().err
     assert convert(models("mixtral"), tmp_path / "out", *EXPERTS) == 2
     assert "is a Mixture-of-Experts already" in capsys.readouterr().err
     assert convert(models("qwen2"), tmp_path / "megatron") == 0

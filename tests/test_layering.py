@@ -18,6 +18,7 @@ OPTION_FOLDERS = (
     "fp8",
     "convert.families",
     "convert.formats",
+    "convert.modes",
     "bench.peers",
 )
 
@@ -52,7 +53,7 @@ TABLE = {
     "overlap": Row("contracts config fused_experts kernels permute", "torch"),
     "layer": Row("contracts config parallel registry groups experts", "torch"),
     # beside the core
-    "convert": Row("config registry", "torch tqdm safetensors transformers"),
+    "convert": Row("config presets registry", "torch tqdm safetensors transformers"),
     "report": Row("config", "matplotlib tensorboard"),
     "presets": Row("config registry"),
     "plan": Row("config", "matplotlib"),

@@ -4,32 +4,53 @@ import argparse
 import contextlib
 import importlib
 import json
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
-from ep_plugin.config import BackendUnavailable, ConfigError
-from ep_plugin.convert import translation
+from ep_plugin import presets
+from ep_plugin.config import BackendUnavailable, ConfigError, ScoreFunction
+from ep_plugin.convert import manifest, translation
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
-from ep_plugin.convert.staging import check_free, staged
-from ep_plugin.convert.stream import NewTensor
-from ep_plugin.convert.upcycle import Plan, Upcycling, plan
+from ep_plugin.convert.gates import Gates
+from ep_plugin.convert.report import parity_table, print_dry_run, print_summary, summary
+from ep_plugin.convert.settings import MODES, RouterInit, SharedFrom, Upcycling
+from ep_plugin.convert.staging import check_free, check_room, staged
+from ep_plugin.convert.stream import Source, finite
+from ep_plugin.convert.upcycle import Plan, plan
+from ep_plugin.registry import available
 
 PARITY_REPORT = "parity.json"
 EXAMPLES = r"""examples:
   ep-plugin convert --from runs/dense --to runs/moe --num-experts 8 --topk 2
-  ep-plugin convert --from runs/dense/iter_0001000 --to runs/moe --num-experts 64 --topk 4 \
-      --layers every:2
+  ep-plugin convert --from runs/dense --to runs/moe --num-experts 64 --topk 8 \
+      --mode granular --granularity 8 --layers every:2
+  ep-plugin convert --from runs/dense/iter_0001000 --to runs/moe --num-experts 8 --topk 2 \
+      --mode drop --drop-ratio 0.5 --drop-optimizer
   ep-plugin convert --from runs/dense --to runs/moe --num-experts 8 --topk 2 \
-      --layers '[0]*1+[1]*3' --dry-run
+      --shared-expert copy --layers '[0]*1+[1]*3' --dry-run
+  ep-plugin convert --check --to runs/moe
+
+After a kill the same command goes on where it stopped.
+
+modes:
+  copy      every expert is the dense FFN (arXiv:2212.05055); the output is kept
+  granular  --granularity g experts are one FFN, cut along its channels (arXiv:2410.07524); the
+            output is kept with --router-init virtual-group
+  drop      --drop-ratio of each expert's channels drawn anew (arXiv:2502.19261); not kept
+  noise     copies with Gaussian noise of --noise-std; not kept
+The output is kept to rounding where a token's weights are divided by their sum, as Megatron does by
+default. Otherwise (--pre-softmax, top-1) experts are scaled for equal logits: exact with
+--router-init zero, about right with a random router. The report says by how much the output is not
+kept and why; parity fails only where it is to be kept.
 
 The output is a Megatron torch_dist checkpoint that loads at any tensor-, pipeline- and
-expert-parallel size. Model weights alone are carried over; continue with --finetune.
+expert-parallel size. Optimizer state goes along: moments are copied to the experts.
 Exit code 1: parity failed; 2: a setting or the input is wrong. Neither leaves an output behind.
 """
 EXAMPLES += translation.EXAMPLES
@@ -41,7 +62,7 @@ class ParityFailed(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--from", dest="source", type=Path, required=True, metavar="SOURCE",
+        "--from", dest="source", type=Path, metavar="SOURCE",
         help="what --save named, or one iter_NNNNNNN folder; or a Hugging Face model",
     )  # fmt: skip
     parser.add_argument(
@@ -49,12 +70,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write; must be missing or empty",
     )  # fmt: skip
     parser.add_argument("--num-experts", type=int, metavar="E")
-    parser.add_argument("--topk", type=int, metavar="K", help="experts per token")
+    parser.add_argument(
+        "--topk", type=int, metavar="K", help="experts per token (default: the preset's)"
+    )
     parser.add_argument(
         "--layers", default="all", metavar="WHICH",
         help="which layers become MoE: all, every:N, or a pattern such as [0,1,0,1] (default: all)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=1234, help="of router and parity tokens")
+    _add_upcycling(parser)
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="of everything drawn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ep", type=int, metavar="EP",
+        help="expert-parallel size of the run that continues; model weights load at any, but "
+        "Megatron keeps the optimizer in another way at EP = 1 (default: above 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--drop-optimizer", action="store_true", help="leave the optimizer's state out"
+    )
     parser.add_argument(
         "--parity-tolerance", type=float, default=1e-4, metavar="D",
         help="largest allowed difference of a logit in float32 (default: %(default)s)",
@@ -63,51 +97,155 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-parity", action="store_true", help="do not compare the models (needs no Megatron)"
     )
     translation.add_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print names and sizes only")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N",
+        help="that write at once; each holds a tensor or two (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--check", action="store_true",
+        help="compare the files of --to with its manifest.json instead; exit code 1: they differ",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print names, sizes and expected time only"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def _add_upcycling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mode", default="copy", metavar="MODE",
+        help=f"what experts are made of: {', '.join(available(MODES))} (default: copy)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--granularity", type=int, default=1, metavar="G", help="experts an FFN is cut into"
+    )
+    parser.add_argument(
+        "--drop-ratio", type=float, default=0.5, metavar="R", help="of mode drop (default: 0.5)"
+    )
+    parser.add_argument(
+        "--noise-std", type=float, default=0.01, metavar="S",
+        help="of mode noise, relative to the weights' (default: 0.01)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--router-init", choices=get_args(RouterInit),
+        help="normal: random rows; virtual-group: random, equal for the experts of one FFN (the "
+        "default, and needed to keep the output, in mode granular); zero: equal logits, keeps the "
+        "output whatever the gates, but the same experts see every token at first",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shared-expert", choices=get_args(SharedFrom), default="none",
+        help="copy: the dense FFN beside the experts, each side with half of the output; learned: "
+        "weighed by a learned softmax, as --ep-shared-expert learned. Both keep the output",
+    )  # fmt: skip
+    parser.add_argument(
+        "--preset", metavar="NAME", help="take top-k and gates of a system of `ep-plugin presets`"
+    )
+    parser.add_argument(
+        "--score-function", choices=get_args(ScoreFunction), help="of the gates (default: softmax)"
+    )
+    parser.add_argument(
+        "--pre-softmax", action="store_true", default=None,
+        help="softmax over all experts, not divided by the sum of the chosen",
+    )  # fmt: skip
+    parser.add_argument("--scaling-factor", type=float, metavar="F", help="of the gates")
+
+
+def settings_from(args: argparse.Namespace) -> Upcycling:
+    """Return the settings; what is given beside --preset wins over it."""
+    gates: dict[str, Any] = {}
+    topk = args.topk
+    if args.preset is not None:
+        preset = presets.load(args.preset)
+        if preset.router != "topk":
+            raise ConfigError(
+                f"--preset {args.preset} lets experts choose their tokens, so no token's weights "
+                "have a known sum; --topk 2 would do, with --ep-router expert_choice in the run"
+            )
+        gates, topk = vars(Gates.of(preset.routing)), topk or preset.routing.topk
+    if topk is None:
+        raise ConfigError("--topk, or a --preset that has it, must be given; --topk 2 would do")
+    for name in ("score_function", "pre_softmax", "scaling_factor"):
+        if getattr(args, name) is not None:
+            gates = {**gates, name: getattr(args, name)}
+    default_init: RouterInit = "virtual-group" if args.mode == "granular" else "normal"
+    router_init: RouterInit = args.router_init or default_init
+    return Upcycling(
+        num_experts=args.num_experts,
+        topk=topk,
+        layers=args.layers,
+        seed=args.seed,
+        mode=args.mode,
+        granularity=args.granularity,
+        drop_ratio=args.drop_ratio,
+        noise_std=args.noise_std,
+        router_init=router_init,
+        shared_expert=args.shared_expert,
+        gates=Gates(**gates),
+        ep=args.ep,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert. Returns 0, or 1 when parity failed; raises ConfigError for a user's mistake."""
-    settings = _settings(args)
+    if args.check:
+        return _check(args.target)
+    if args.source is None:
+        raise ConfigError("--from must be given; --from runs/dense would do")
+    if args.num_experts is None and (args.topk is not None or args.preset is not None):
+        raise ConfigError("--topk and --preset need --num-experts; --num-experts 8 would do")
+    settings = settings_from(args) if args.num_experts is not None else None
     if not args.parity_tolerance > 0:
         raise ConfigError(f"--parity-tolerance must be above 0; got {args.parity_tolerance}")
+    if args.processes < 1:
+        raise ConfigError(f"--processes must be at least 1; got {args.processes}")
     if settings is None or translation.wanted(args):
         return translation.run(args, settings)
     check_free(args.target)
-    source = open_checkpoint(args.source)
-    new = plan(source, settings)
+    source = finite(open_checkpoint(args.source))
+    new = plan(source, settings, keep_optimizer=not args.drop_optimizer)
     if args.dry_run:
-        _print_dry_run(new, args.json)
+        print_dry_run(new, args.processes, args.json)
         return 0
+    check_room(args.target, new.num_bytes)
     compare = None if args.skip_parity else _load_parity()
     report = None
     try:
-        with staged(args.target) as folder:
+        with staged(args.target, _request(args, settings, source)) as staging:
             with _progress(new) as on_bytes:
-                write_checkpoint(folder, source, new.common, new.content, on_bytes)
+                written = write_checkpoint(
+                    *(staging.folder, source, new.common, new.content, on_bytes),
+                    *(staging.journal, args.processes),
+                )
             if compare is not None:
-                moe = folder / source.folder.name
-                report = _check_parity(compare, source.folder, moe, args)
+                moe = staging.folder / source.folder.name
+                report = _check_parity(compare, source.folder, moe, new, args)
+            manifest.write(staging.folder, written, new.content, asdict(settings))
     except ParityFailed as error:
         print(f"ep-plugin convert: {error}", file=sys.stderr)
         return 1
-    _print_summary(_summary(new, settings, args, source.folder.name, report), args.json)
+    print_summary(summary(new, settings, args, source.folder.name, report), args.json)
     return 0
 
 
-def _settings(args: argparse.Namespace) -> Upcycling | None:
-    """Return what to make of the dense model; None where only the format is to change."""
-    if args.num_experts is None and args.topk is None:
-        return None
-    if args.num_experts is None or args.topk is None:
-        raise ConfigError(
-            f"--num-experts ({args.num_experts}) and --topk ({args.topk}) go together; "
-            "--num-experts 8 --topk 2 would do"
-        )
-    return Upcycling(
-        num_experts=args.num_experts, topk=args.topk, layers=args.layers, seed=args.seed
-    )
+def _check(folder: Path) -> int:
+    """Print what is wrong with a converted checkpoint's files; returns the exit code."""
+    problems = manifest.check(folder)
+    for problem in problems:
+        print(f"ep-plugin convert: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{folder}: every file has the bytes that were written")
+    return 1 if problems else 0
+
+
+def _request(args: argparse.Namespace, settings: Upcycling, source: Source) -> dict[str, Any]:
+    """Return all that the bytes of the result depend on."""
+    stats = {path.name: path.stat() for path in sorted(source.folder.iterdir())}
+    return {
+        "--from": str(source.folder.absolute()),
+        "its files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "--drop-optimizer": args.drop_optimizer,
+        **asdict(settings),
+    }
 
 
 def _load_parity() -> Callable[..., dict[str, Any]]:
@@ -140,100 +278,27 @@ def _progress(new: Plan) -> Iterator[Callable[[int], object]]:
 
 
 def _check_parity(
-    compare: Callable[..., dict[str, Any]], dense: Path, moe: Path, args: argparse.Namespace
+    compare: Callable[..., dict[str, Any]],
+    dense: Path,
+    moe: Path,
+    new: Plan,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Compare the models and keep the report beside `moe`. Raises ParityFailed."""
+    """Compare the models and keep the report beside `moe`.
+
+    Raises ParityFailed where the function is to be kept and is not.
+    """
     with _aside():
         report = compare(dense, moe, seed=args.seed)
-    report["tolerance"] = args.parity_tolerance
-    report["passed"] = report["logits_max_abs_diff"] <= args.parity_tolerance  # False for nan
+    difference, tolerance = report["logits_max_abs_diff"], args.parity_tolerance
+    same = difference <= tolerance  # False for nan
+    report |= {"tolerance": tolerance, "deviations": list(new.deviations), "same": same}
+    report["passed"] = same or bool(new.deviations)
     (moe.parent / PARITY_REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    print(_parity_table(report), file=sys.stderr if args.json else sys.stdout)
+    print(parity_table(report), file=sys.stderr if args.json else sys.stdout)
     if not report["passed"]:
         raise ParityFailed(
-            f"parity failed: logits differ by {report['logits_max_abs_diff']:.3e}, more than "
-            f"--parity-tolerance {args.parity_tolerance:.1e}; {args.target} was not written"
+            f"parity failed: logits differ by {difference:.3e}, more than "
+            f"--parity-tolerance {tolerance:.1e}; {args.target} was not written"
         )
     return report
-
-
-def _parity_table(report: dict[str, Any]) -> str:
-    lines = [f"parity, dense and MoE in {report['dtype']}, {report['tokens']} random tokens:"]
-    lines += ["  output of         max |dense - MoE|   max |dense|"]
-    for row in report["layers"]:
-        name = f"layer {row['layer']} ({'MoE' if row['moe'] else 'dense'})"
-        lines.append(f"  {name:<18}{row['max_abs_diff']:>17.3e}{row['max_abs']:>14.3e}")
-    lines.append(
-        f"  {'logits':<18}{report['logits_max_abs_diff']:>17.3e}{report['logits_max_abs']:>14.3e}"
-    )
-    return "\n".join(lines)
-
-
-def _summary(
-    new: Plan,
-    settings: Upcycling,
-    args: argparse.Namespace,
-    iteration_folder: str,
-    report: dict[str, Any] | None,
-) -> dict[str, Any]:
-    run_args = new.common["args"]
-    frequency = run_args.moe_layer_freq
-    flags = [
-        *("--load", str(args.target), "--finetune"),
-        *("--num-experts", str(settings.num_experts)),
-        *("--moe-router-topk", str(settings.topk)),
-        *("--moe-ffn-hidden-size", str(run_args.moe_ffn_hidden_size)),
-    ]
-    if frequency != 1:
-        flags += ["--moe-layer-freq", str(frequency).replace(" ", "")]
-    return {
-        "checkpoint": str(args.target),
-        "iteration_folder": iteration_folder,
-        "num_experts": settings.num_experts,
-        "topk": settings.topk,
-        "moe_layers": [layer for layer, is_moe in enumerate(new.moe_layers) if is_moe],
-        "num_layers": len(new.moe_layers),
-        "num_bytes": new.num_bytes,
-        "dropped_entries": new.dropped,
-        "seed": settings.seed,
-        "parity": report,
-        "megatron_flags": flags,
-    }
-
-
-def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(summary))
-        return
-    print(
-        f"wrote {summary['checkpoint']}: {summary['num_experts']} experts, top-{summary['topk']}, "
-        f"in {len(summary['moe_layers'])} of {summary['num_layers']} layers, "
-        f"{summary['num_bytes'] / 2**20:.1f} MiB"
-    )
-    if summary["parity"] is None:
-        print("parity: not checked (--skip-parity)")
-    print(
-        "left out: optimizer, random-number and rerun state "
-        f"({summary['dropped_entries']} entries); the optimizer starts afresh"
-    )
-    print("continue with the dense run's flags and:")
-    print(f"  {shlex.join(summary['megatron_flags'])} --expert-model-parallel-size EP")
-    print("  or, to keep the iteration and the place in the data, --no-load-optim --no-load-rng")
-    print("  instead of --finetune")
-    print(
-        f"  EP: any divisor of {summary['num_experts']}. Routing that keeps parity is Megatron's "
-        "default; --moe-router-pre-softmax would not."
-    )
-
-
-def _print_dry_run(new: Plan, as_json: bool) -> None:
-    tensors = [entry for entry in new.content if isinstance(entry, NewTensor)]
-    if as_json:
-        sizes = {t.name: {"shape": t.info.shape, "num_bytes": t.info.num_bytes} for t in tensors}
-        print(json.dumps({"names": new.name_map, "tensors": sizes, "num_bytes": new.num_bytes}))
-        return
-    for old, name in new.name_map:
-        print(f"{old or '(new)'} -> {name}")
-    for tensor in tensors:
-        print(f"{tensor.info.num_bytes:>14} bytes  {tensor.name} {list(tensor.info.shape)}")
-    print(f"{new.num_bytes:>14} bytes in all; {new.dropped} entries left out; nothing written")

@@ -25,9 +25,11 @@ from ep_plugin.convert.megatron_names import plain, stored, stored_name
 from ep_plugin.convert.regions import whole
 from ep_plugin.convert.run_flags import run_flags
 from ep_plugin.convert.silent_expert import with_silent_expert
+from ep_plugin.convert.staging import Staging
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source
 from ep_plugin.convert.translate import arguments, left_out, to_hf, to_megatron
 from ep_plugin.convert.upcycle import Upcycling, plan
+from ep_plugin.convert.work import OnBytes
 
 _KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
 
@@ -44,18 +46,21 @@ class Opened:
     origins: _Names  # plain name -> names in the folder
     family: Family | None = None  # of a Hugging Face model
     left_out: tuple[str, ...] = ()
+    deviations: tuple[str, ...] = ()  # why experts do not keep the function; empty: they do
 
 
 @dataclass(frozen=True)
 class Result:
-    """What to write. `write(folder, on_bytes)` returns the folder that then holds the model."""
+    """What to write. `write(staging, processes, on_bytes)` returns the folder that then holds the
+    model."""
 
     content: list[NewTensor | NewObject]
-    write: Callable[[Path, Callable[[int], object]], Path]
+    write: Callable[[Staging, int, OnBytes], Path]
     name_map: list[tuple[str, str]]  # (names in the source, names in the result)
     family: str | None
     left_out: tuple[str, ...]
     flags: list[str]  # that ask Megatron for this model
+    deviations: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> list[NewTensor]:
@@ -114,7 +119,7 @@ def with_experts(opened: Opened, settings: Upcycling) -> Opened:
     made = new.common["args"]
     made.transformer_impl = getattr(opened.args, "transformer_impl", "transformer_engine")
     made.moe_token_dispatcher_type = "alltoall"
-    return Opened(source, made, origins, left_out=opened.left_out)
+    return Opened(source, made, origins, left_out=opened.left_out, deviations=new.deviations)
 
 
 def to_megatron_checkpoint(opened: Opened, implementation: str | None) -> Result:
@@ -130,14 +135,17 @@ def to_megatron_checkpoint(opened: Opened, implementation: str | None) -> Result
     kept = {key: opened.source.common[key] for key in _KEPT if key in opened.source.common}
     content = stored(opened.source, args)
 
-    def write(folder: Path, on_bytes: Callable[[int], object]) -> Path:
-        megatron_dist.write_checkpoint(folder, style, {"args": args, **kept}, content, on_bytes)
-        return folder / style.folder.name
+    def write(staging: Staging, processes: int, on_bytes: OnBytes) -> Path:
+        megatron_dist.write_checkpoint(
+            *(staging.folder, style, {"args": args, **kept}, content, on_bytes),
+            *(staging.journal, processes),
+        )
+        return staging.folder / style.folder.name
 
     targets: _Names = {name: (stored_name(name, args),) for name in opened.source.tensors}
     name = opened.family.model_type if opened.family else None
     rows = _name_map(opened, targets)
-    return Result(content, write, rows, name, opened.left_out, run_flags(args))
+    return Result(content, write, rows, name, opened.left_out, run_flags(args), opened.deviations)
 
 
 def to_hf_folder(opened: Opened, dense: Opened, model_type: str | None, path: Path) -> Result:
@@ -159,15 +167,20 @@ def to_hf_folder(opened: Opened, dense: Opened, model_type: str | None, path: Pa
     ]
     safetensors = _safetensors()
 
-    def write(folder: Path, on_bytes: Callable[[int], object]) -> Path:
-        safetensors.write_folder(folder, made.common["config"], content, on_bytes)
+    def write(staging: Staging, processes: int, on_bytes: OnBytes) -> Path:
+        safetensors.write_folder(
+            *(staging.folder, made.common["config"], content, on_bytes),
+            *(safetensors.MAX_SHARD_BYTES, staging.journal, processes),
+        )
         if is_hf(path):
-            safetensors.copy_beside(path, folder)
-        return folder
+            safetensors.copy_beside(path, staging.folder)
+        return staging.folder
 
     rows = _name_map(opened, targets)
     flags = run_flags(opened.args)
-    return Result([*content], write, rows, family.model_type, opened.left_out, flags)
+    return Result(
+        [*content], write, rows, family.model_type, opened.left_out, flags, opened.deviations
+    )
 
 
 def _open_hf(path: Path) -> Opened:

@@ -6,13 +6,17 @@ are. Neither holds more than the tensor it is working on.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ep_plugin.config import ConfigError
+
+_AT_ONCE = 1 << 22  # elements looked at together
 
 
 @dataclass(frozen=True)
@@ -63,3 +67,21 @@ class NewObject:
 
     name: str
     content: Callable[[], bytes]
+
+
+def finite(source: Source) -> Source:
+    """Return `source` such that reading a tensor with NaN or infinite values is a ConfigError."""
+
+    def read(name: str) -> Tensor:
+        values = source.read_tensor(name)
+        if values.is_floating_point() and values.dtype.itemsize > 1:
+            parts = torch.split(values.view(-1), _AT_ONCE)
+            broken = sum(part.numel() - int(part.isfinite().sum()) for part in parts)
+            if broken:
+                raise ConfigError(
+                    f"{name} in {source.folder} has {broken} values that are NaN or infinite; "
+                    "give a checkpoint from before they appeared"
+                )
+        return values
+
+    return replace(source, read_tensor=read)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt import moe_module_specs as specs
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
@@ -29,6 +30,7 @@ from torch._C._distributed_c10d import HashStore
 from ep_plugin.megatron import cpu
 from ep_plugin.megatron.hooks import install, uninstall
 from ep_plugin.megatron.latent_attention import use_local_latent_attention
+from ep_plugin.megatron.settings import EdgeSettings
 
 MAX_SEQUENCE = 256
 TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random router goes unseen
@@ -36,6 +38,10 @@ TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random
 # One rank, float32, no fused kernel, no dropout: what both models are built with.
 _PLAIN: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
+    "tensor_parallel_num_weight_shards": None,
+    "expert_tensor_parallel_num_weight_shards": None,
+    "gtp_weight_remat_size": 1,
+    "expert_gtp_weight_remat_size": 1,
     "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
     "pipeline_model_parallel_layout": None,
@@ -164,7 +170,9 @@ def _trace(folder: Path, tokens: Tensor) -> Trace:
     """Build and load the model of one checkpoint and run it on `tokens` [B, S]."""
     common = dist_checkpointing.load_common_state_dict(str(folder))
     fused_norm_kept = common["args"].transformer_impl == "local"
-    model = _build(_plain(common["args"])).eval()
+    args = _plain(common["args"])
+    specs.MoELayer.settings = EdgeSettings(shared_expert=getattr(args, "ep_shared_expert", None))
+    model = _build(args).eval()
     _load(model, folder, common.get("content_metadata") or {}, fused_norm_kept)
     trace = Trace(torch.empty(0))
     for number, layer in enumerate(model.decoder.layers):

@@ -13,14 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.models.gpt import moe_module_specs as specs
+from spawn import run_ranks
+from torch import Tensor
 
 from ep_plugin.cli import main
-from ep_plugin.convert import upcycle
+from ep_plugin.convert.experts import ExpertMaker
+from ep_plugin.convert.ffn import Part
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, TensorInfo
+from ep_plugin.megatron import cpu, parity
+from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.megatron.settings import EdgeSettings
 
 pytestmark = pytest.mark.megatron
-pytest.importorskip("megatron.training", reason="needs megatron-core with megatron.training")
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes" / "pretrain_gpt.py"
@@ -38,7 +45,8 @@ RUN = (
     "--micro-batch-size 2 --global-batch-size 4 --train-iters 3 --lr 1e-2 "
     "--lr-decay-style constant --mock-data --tokenizer-type NullTokenizer --vocab-size 127 "
     "--eval-iters 0 --eval-interval 100 --log-interval 1 "
-    "--distributed-backend gloo --ckpt-format torch_dist --seed 11"
+    "--distributed-backend gloo --ckpt-format torch_dist --seed 11 --clip-grad 0 "
+    "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 )
 
 
@@ -106,14 +114,16 @@ def test_corrupted_expert_fails_parity(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One expert of one layer scaled: exit code 1, and no output is left."""
-    copied = upcycle._copied
+    experts = ExpertMaker.experts
 
-    def corrupted(source: Source, name: str, num_experts: int | None) -> Iterator[Region]:
-        for region in copied(source, name, num_experts):
-            broken = name == "decoder.layers.2.mlp.linear_fc2.weight" and region.offsets[0] == 3
-            yield Region(region.offsets, region.values * 3 if broken else region.values)
+    def corrupted(
+        maker: ExpertMaker, values: Tensor, part: Part, *rest: Any
+    ) -> Iterator[tuple[int, Tensor]]:
+        for expert, made in experts(maker, values, part, *rest):
+            broken = (part.layer, part.fc, expert) == (2, 2, 3)
+            yield expert, made * 3 if broken else made
 
-    monkeypatch.setattr(upcycle, "_copied", corrupted)
+    monkeypatch.setattr(ExpertMaker, "experts", corrupted)
     assert convert(dense[0], tmp_path / "moe") == 1
     captured = capsys.readouterr()
     assert re.search(
@@ -147,6 +157,29 @@ def rewrite(dense: Path, target: Path, key_per_expert: bool, **changes: Any) -> 
     return source
 
 
+@pytest.mark.parametrize(
+    ("flags", "exact"),
+    [
+        ("--topk 2 --mode drop --drop-ratio 0.5", False),
+        ("--topk 2 --mode noise --shared-expert copy", False),
+        ("--topk 1 --pre-softmax --router-init zero", True),
+        ("--preset v3-nano --num-experts 16 --shared-expert copy", True),
+    ],
+)
+def test_what_moves_is_reported_and_what_does_not_is_checked(
+    dense: tuple[Path, dict[int, float]], tmp_path: Path, flags: str, exact: bool
+) -> None:
+    """By Megatron's own parts: experts that were changed, and gates with another sum than 1."""
+    paths = ["--from", str(dense[0]), "--to", str(tmp_path / "moe"), "--drop-optimizer"]
+    settings = [*flags.split(), "--layers", LAYERS]
+    assert main(["convert", *paths, "--num-experts", str(E), *settings]) == 0
+    report = json.loads((tmp_path / "moe" / "parity.json").read_text())
+    assert report["passed"]
+    assert report["same"] == exact
+    assert bool(report["deviations"]) != exact
+    assert (report["logits_max_abs_diff"] < 1e-5) == exact
+
+
 def test_transformer_engine_names(dense: tuple[Path, dict[int, float]], tmp_path: Path) -> None:
     """A checkpoint under Transformer Engine's names loads and agrees as well."""
     rewrite(dense[0], tmp_path / "dense", False, transformer_impl="transformer_engine")
@@ -173,19 +206,126 @@ def test_a_name_per_expert(dense: tuple[Path, dict[int, float]], tmp_path: Path)
     assert report["logits_max_abs_diff"] < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("ep", "launcher"),
-    [(1, [str(STOCK)]), (2, ["-m", "ep_plugin.run"])],
-    ids=["ep=1 Megatron's own MoE", "ep=2 ours"],
-)
-def test_continues_with_the_dense_loss(
-    dense: tuple[Path, dict[int, float]], moe: Path, ep: int, launcher: list[str]
+LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 4))  # tensor- and expert-parallel size
+
+
+def test_granular_with_a_residual_expert_loads_in_every_layout(
+    dense: tuple[Path, dict[int, float]], tmp_path: Path
 ) -> None:
-    """On the next batch the loss is the dense run's, and no name is missing or left over."""
-    flags: list[Any] = ["--load", moe, "--no-load-optim", "--no-load-rng"]
-    flags += ["--dist-ckpt-strictness", "raise_all", "--exit-on-missing-checkpoint"]
-    flags += ["--num-experts", E, "--moe-router-topk", 2, "--moe-layer-freq", LAYERS]
-    flags += ["--moe-token-dispatcher-type", "alltoall", "--expert-model-parallel-size", ep]
-    losses = pretrain(ep, launcher, *map(str, flags))
+    """Halves of the FFN as 8 experts, top-4, beside a shared expert weighed by a learned softmax:
+    parity holds, and each rank of each layout gets its part to the bit.
+    """
+    flags = ["--num-experts", "8", "--topk", "4", "--mode", "granular", "--granularity", "2"]
+    flags += ["--shared-expert", "learned", "--layers", LAYERS]
+    assert convert(dense[0], tmp_path / "moe", *flags) == 0
+    report = json.loads((tmp_path / "moe" / "parity.json").read_text())
+    assert report["deviations"] == []
+    assert report["logits_max_abs_diff"] < 1e-5 < report["logits_max_abs"]
+    assert [row["experts_used"] for row in report["layers"]] == [None, 8, 8]
+    compared = run_ranks(8, load_in_layouts, str(tmp_path / "moe"))
+    assert compared == [2 * 7 * len(LAYOUTS)] * 8
+
+
+def load_in_layouts(path: str) -> int:
+    """Load the checkpoint in each layout and compare this rank's part; returns how many tensors."""
+    source, compared = open_checkpoint(Path(path)), 0
+    cpu.enable()
+    install()
+    specs.MoELayer.settings = EdgeSettings(shared_expert="learned")
+    for tp, ep in LAYOUTS:
+        parallel_state.initialize_model_parallel(
+            tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        common = dist_checkpointing.load_common_state_dict(str(source.folder))
+        args = parity._plain(common["args"])
+        args.tensor_model_parallel_size, args.expert_model_parallel_size = tp, ep
+        args.sequence_parallel = tp > 1
+        model = parity._build(args)
+        parity._load(model, source.folder, common["content_metadata"], fused_norm_kept=True)
+        for layer in (1, 2):
+            mlp = model.decoder.layers[layer].mlp
+            for name, part in mlp.named_parameters():
+                key = name.replace("experts.linear", "experts.experts.linear")
+                if name.startswith("shared_experts"):
+                    key = name
+                whole = source.read_tensor(f"decoder.layers.{layer}.mlp.{key}")
+                assert torch.equal(part, own_part(whole, name)), (tp, ep, name)
+                compared += 1
+        parallel_state.destroy_model_parallel()
+    uninstall()
+    cpu.disable()
+    return compared
+
+
+def own_part(whole: Tensor, name: str) -> Tensor:
+    """What a rank holds: its experts, and its channels of the shared expert."""
+    if name.startswith("experts."):
+        ranks, rank = (
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_rank(),
+        )
+        return whole.chunk(ranks)[rank]
+    ranks, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    if name == "shared_experts.linear_fc1.weight":
+        return torch.cat([half.chunk(ranks)[rank] for half in whole.chunk(2)])
+    if name == "shared_experts.linear_fc2.weight":
+        return whole.chunk(ranks, dim=1)[rank]
+    return whole
+
+
+MOE = (
+    f"--exit-on-missing-checkpoint --num-experts {E} --moe-router-topk 2 "
+    f"--moe-layer-freq {LAYERS} --moe-token-dispatcher-type alltoall"
+)
+
+
+def test_megatron_s_own_moe_resumes(dense: tuple[Path, dict[int, float]], tmp_path: Path) -> None:
+    """At EP=1, without the plugin, with the optimizer: the loss is the dense run's on the next
+    batch, and no name is missing or left over.
+    """
+    assert (
+        convert(dense[0], tmp_path / "moe", "--layers", LAYERS, "--skip-parity", "--ep", "1") == 0
+    )
+    flags = ["--load", str(tmp_path / "moe"), *MOE.split(), "--dist-ckpt-strictness", "raise_all"]
+    losses = pretrain(1, [str(STOCK)], *flags)
     assert list(losses) == [3]
     assert losses[3] == pytest.approx(dense[1][3], rel=1e-5)
+
+
+def test_resumes_with_the_optimizer(
+    dense: tuple[Path, dict[int, float]], moe: Path, tmp_path: Path
+) -> None:
+    """Without --finetune or --no-load-optim, at EP=2: after the next step moments and weights of
+    all that is not an expert are the dense run's, and the experts' moments add up to the dense
+    ones'. No name is missing or left over.
+    """
+    flags = ["--load", str(moe), "--save", str(tmp_path), "--save-interval", "3", *MOE.split()]
+    flags += ["--dist-ckpt-strictness", "raise_all", "--expert-model-parallel-size", "2"]
+    losses = pretrain(2, ["-m", "ep_plugin.run"], *flags)
+    assert list(losses) == [3]
+    assert losses[3] == pytest.approx(dense[1][3], rel=1e-5)
+    before = open_checkpoint(dense[0])
+    after, new = open_checkpoint(dense[0].parent), open_checkpoint(tmp_path)
+    states = ("", *(f"optimizer.state.{kind}." for kind in ("exp_avg", "exp_avg_sq", "param")))
+    compared = 0
+    for name in new.tensors:
+        state = next((s for s in reversed(states) if name.startswith(s)), "")
+        if ".experts." not in name and ".router." not in name:
+            assert_close(new.read_tensor(name), after.read_tensor(name))
+            compared += 1
+        elif state.endswith("exp_avg.") and ".experts." in name:
+            # exp_avg = 0.9 * old + 0.1 * gradient, and the experts' gradients add up to the dense.
+            old = before.read_tensor(name.replace("experts.experts.", ""))
+            dense_avg = after.read_tensor(name.replace("experts.experts.", ""))
+            gradients = (new.read_tensor(name) - 0.9 * old) / 0.1
+            assert_close(gradients.sum(dim=0), (dense_avg - 0.9 * old) / 0.1)
+            assert float(gradients.abs().amax(dim=(1, 2)).min()) > 0
+    assert compared == 4 * (1 + 1 + 3 * 4 + 2)  # embedding, last norm, layers, the dense MLP
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    assert float((ours - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max())

@@ -4,6 +4,8 @@
     mlp.linear_fc1.weight       [2F, H]        mlp.experts.experts.linear_fc1.weight    [E, 2F, H]
     mlp.linear_fc2.weight       [H, F]         mlp.experts.experts.linear_fc2.weight    [E, H, F]
     (none)                                     mlp.router.weight                        [E, H]
+    mlp.linear_fc{1,2}, a second time          mlp.shared_experts.linear_fc{1,2}        the same
+    (none)                                     mlp.coefficient.{weight,bias}            [2, H], [2]
 
 SequentialMLP and TEGroupedMLP share these names. The norm before the MLP differs: Transformer
 Engine fuses it into the dense `linear_fc1` but not into the experts; the local implementation saves
@@ -13,6 +15,7 @@ it under the fused name in both.
 from ep_plugin.convert.names import Rule
 
 ROUTER = "decoder.layers.{layer}.mlp.router.{kind}"
+COEFFICIENT = "decoder.layers.{layer}.mlp.coefficient.{kind}"  # of a shared expert that is weighed
 # What every MoE layer must come out with.
 REQUIRED = (
     "decoder.layers.{layer}.mlp.linear_fc1.weight{half}",
@@ -35,7 +38,8 @@ _KEPT = tuple(
     )
 )
 _DENSE_LAYERS = (Rule(_LAYER + "mlp.{rest}", _LAYER + "mlp.{rest}", layers="dense"),)
-# Optimizer moments, random-number state and the rerun machine belong to the run that ends here.
+# Random-number state and the rerun machine belong to the run that ends here. What is kept of the
+# optimizer goes the way of its parameter (`convert/optimizer_state.py`).
 _DROPPED = tuple(
     Rule(name, operation="drop")
     for name in (

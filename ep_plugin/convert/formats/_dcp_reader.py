@@ -1,8 +1,8 @@
 """Read a `torch.distributed.checkpoint` folder one tensor at a time, whatever ranks wrote it."""
 
-import io
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ep_plugin.config import ConfigError
+from ep_plugin.convert.formats._mapped import map_tensor
 from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
 from ep_plugin.convert.stream import TensorInfo
 
@@ -32,8 +33,9 @@ DAMAGE = (
     TypeError,
     ImportError,
     AttributeError,
+    zipfile.BadZipFile,
 )
-_STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
+_STACKED = re.compile(r"((?:optimizer\.state\.\w+\.)?decoder\.layers\.)(?!\d)(.+)")
 _SHARD = re.compile(r"(.+)/shard_([\d.]+)_([\d.]+)")
 _AGAIN = "copy the checkpoint again"
 
@@ -69,6 +71,8 @@ class Reader:
     def read_tensor(self, name: str) -> Tensor:
         """Return one whole tensor on CPU, put together from the chunks that its ranks saved.
 
+        Chunks are mapped, and of a chunk that holds several layers one is looked at.
+
         Raises ConfigError when a chunk is damaged.
         """
         place = self._places[name]
@@ -97,9 +101,10 @@ class Reader:
             return stream.read(stored.length)
 
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        content = io.BytesIO(self._read_bytes(MetadataIndex(key, chunk.offsets)))
+        stored: _StorageInfo = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        path = self._folder / stored.relative_path
         try:
-            values = torch.load(content, map_location="cpu", weights_only=True)
+            values = map_tensor(path, stored.offset, stored.length)
             return torch.Tensor.view(values, tuple(chunk.sizes))
         except DAMAGE as error:
             raise ConfigError(
@@ -165,7 +170,7 @@ def _places(entries: dict[str, TensorStorageMetadata]) -> dict[str, _Place]:
             places[key] = _Place(key, None)
             continue
         for layer in range(entry.size[0]):
-            places[f"decoder.layers.{layer}.{stacked[1]}"] = _Place(key, layer)
+            places[f"{stacked[1]}{layer}.{stacked[2]}"] = _Place(key, layer)
     return places
 
 
@@ -181,5 +186,5 @@ def _objects(metadata: Metadata) -> dict[str, str]:
             continue
         offsets, shape = shard[2].split("."), shard[3].split(".")
         rest = f"{'.'.join(offsets[1:]) or 0}_{'.'.join(shape[1:]) or 1}"
-        names[f"decoder.layers.{offsets[0]}.{stacked[1]}/shard_{rest}"] = key
+        names[f"{stacked[1]}{offsets[0]}.{stacked[2]}/shard_{rest}"] = key
     return names

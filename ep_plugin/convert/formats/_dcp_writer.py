@@ -4,11 +4,11 @@ torch's own FileSystemWriter keeps every tensor of a file alive until the file i
 region is forgotten as soon as it is on disk.
 """
 
-import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -21,79 +21,77 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ep_plugin.convert.stream import NewObject, NewTensor, Region
+from ep_plugin.convert.stream import NewObject, NewTensor
+from ep_plugin.convert.work import HashedFile, OnBytes, Unit
 
-MAX_FILE_BYTES = 4 << 30  # a new file is begun after this many
+MAX_FILE_BYTES = 1 << 30  # a new file is begun rather than hold more, unless it is one tensor
 
 
-class Writer:
-    """Use as `with Writer(folder, on_bytes) as writer: writer.add(...)`.
+def units(content: Iterable[NewTensor | NewObject]) -> list[Unit]:
+    """Return the files that hold `content`, in its order."""
+    files: list[list[NewTensor | NewObject]] = [[]]
+    sizes = [0]
+    for entry in content:
+        size = entry.info.num_bytes if isinstance(entry, NewTensor) else 0
+        if files[-1] and sizes[-1] + size > MAX_FILE_BYTES:
+            files.append([])
+            sizes.append(0)
+        files[-1].append(entry)
+        sizes[-1] += size
+    return [
+        Unit(f"__0_{number}.distcp", size, partial(_write_file, entries))
+        for number, (entries, size) in enumerate(zip(files, sizes, strict=True))
+    ]
 
-    Leaving the block without an error writes `.metadata`, and only then is the folder a checkpoint.
-    """
 
-    def __init__(self, folder: Path, on_bytes: Callable[[int], object]) -> None:
-        self._folder, self._on_bytes = folder, on_bytes
-        self._num_files = 0
-        self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        self._stored: dict[MetadataIndex, _StorageInfo] = {}
-        self._open_next()
+def write_metadata(folder: Path, written: Sequence[tuple[str, list[Any]]]) -> None:
+    """Write `.metadata` for files with what `units` returned of each; then it is a checkpoint."""
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for file, records in written:
+        for record in records:
+            name, chunks = record["name"], []
+            for number, (offsets, sizes, offset, length) in enumerate(record["chunks"]):
+                index = MetadataIndex(name)
+                if "dtype" in record:
+                    chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                    index = MetadataIndex(name, chunks[-1].offsets, number)
+                stored[index] = _StorageInfo(file, offset, length)
+            entries[name] = BytesStorageMetadata()
+            if "dtype" in record:
+                properties = TensorProperties(dtype=getattr(torch, record["dtype"]))
+                entries[name] = TensorStorageMetadata(
+                    properties, torch.Size(record["shape"]), chunks
+                )
+    metadata = Metadata(
+        state_dict_metadata=entries, storage_data=stored, version=CURRENT_DCP_VERSION
+    )
+    with (folder / ".metadata").open("wb") as stream:
+        pickle.dump(metadata, stream)
 
-    def __enter__(self) -> "Writer":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        self._close()
-        if kind is None:
-            self._write_metadata()
+def _write_file(
+    entries: Sequence[NewTensor | NewObject], stream: HashedFile, on_bytes: OnBytes
+) -> list[dict[str, Any]]:
+    """Append the entries; returns for each {name, [dtype, shape,] chunks}, as JSON can hold it."""
+    return [_write_entry(entry, stream, on_bytes) for entry in entries]
 
-    def add(self, entry: NewTensor | NewObject) -> None:
-        """Append one tensor or object."""
-        if isinstance(entry, NewObject):
-            self._entries[entry.name] = BytesStorageMetadata()
-            self._append(MetadataIndex(entry.name), entry.content())
-            return
-        chunks: list[ChunkStorageMetadata] = []
-        for region in entry.regions():
-            chunk = ChunkStorageMetadata(torch.Size(region.offsets), region.values.shape)
-            self._append(MetadataIndex(entry.name, chunk.offsets, len(chunks)), region)
-            chunks.append(chunk)
-        self._entries[entry.name] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=entry.info.dtype),
-            size=torch.Size(entry.info.shape),
-            chunks=chunks,
-        )
 
-    def _append(self, index: MetadataIndex, content: Region | bytes) -> None:
-        if self._stream.tell() >= MAX_FILE_BYTES:
-            self._close()
-            self._open_next()
-        offset = self._stream.tell()
-        if isinstance(content, bytes):
-            self._stream.write(content)
-        else:
-            torch.save(content.values, self._stream)
-            self._on_bytes(content.values.nbytes)
-        length = self._stream.tell() - offset
-        self._stored[index] = _StorageInfo(self._path.name, offset, length)
-
-    def _open_next(self) -> None:
-        self._path = self._folder / f"__0_{self._num_files}.distcp"
-        self._stream = self._path.open("wb")
-        self._num_files += 1
-
-    def _close(self) -> None:
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-
-    def _write_metadata(self) -> None:
-        metadata = Metadata(
-            state_dict_metadata=self._entries,
-            storage_data=self._stored,
-            version=CURRENT_DCP_VERSION,
-        )
-        with (self._folder / ".metadata").open("wb") as stream:
-            pickle.dump(metadata, stream)
+def _write_entry(
+    entry: NewTensor | NewObject, stream: HashedFile, on_bytes: OnBytes
+) -> dict[str, Any]:
+    start = stream.tell()
+    if isinstance(entry, NewObject):
+        stream.write(entry.content())
+        return {"name": entry.name, "chunks": [[[], [], start, stream.tell() - start]]}
+    chunks = []
+    for region in entry.regions():
+        values = region.values
+        if values.untyped_storage().nbytes() != values.nbytes:
+            values = values.clone()  # else all of what it is a view of would be saved
+        torch.save(values, stream)  # type: ignore[arg-type]  # of a file it only writes
+        chunks.append([list(region.offsets), list(values.shape), start, stream.tell() - start])
+        start = stream.tell()
+        on_bytes(values.nbytes)
+    dtype = str(entry.info.dtype).removeprefix("torch.")
+    return {"name": entry.name, "dtype": dtype, "shape": list(entry.info.shape), "chunks": chunks}

@@ -13,7 +13,8 @@ tensor is, and then needs no more memory than the tensor it is writing.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from ep_plugin.config import ConfigError
 from ep_plugin.convert.regions import whole
+from ep_plugin.convert.staging import Journal
 from ep_plugin.convert.stream import NewTensor, Source, TensorInfo
+from ep_plugin.convert.work import HashedFile, OnBytes, Unit, write_units
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -93,21 +96,30 @@ def write_folder(
     folder: Path,
     config: dict[str, Any],
     content: Sequence[NewTensor],
-    on_bytes: Callable[[int], object],
+    on_bytes: OnBytes,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    journal: Journal | None = None,
+    processes: int = 1,
 ) -> None:
-    """Write a model into the existing `folder`; `on_bytes` is called with each tensor's bytes."""
+    """Write a model into the existing `folder`; `on_bytes` is called with each tensor's bytes.
+
+    What `journal` has is not written again.
+    """
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     shards = _shards(content, max_shard_bytes)
+    names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     if len(shards) == 1:
-        _write_file(folder / SINGLE, shards[0], on_bytes)
+        names = [SINGLE]
+    units = [
+        Unit(name, sum(tensor.info.num_bytes for tensor in shard), partial(_write_shard, shard))
+        for name, shard in zip(names, shards, strict=True)
+    ]
+    write_units(units, folder, journal or Journal(), processes, on_bytes)
+    if len(shards) == 1:
         return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard, on_bytes)
-        weight_map |= {tensor.name: file for tensor in shard}
-    total = sum(tensor.info.num_bytes for tensor in content)
+    pairs = zip(names, shards, strict=True)
+    weight_map = {tensor.name: name for name, shard in pairs for tensor in shard}
+    total = sum(unit.num_bytes for unit in units)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -132,7 +144,7 @@ def _shards(content: Sequence[NewTensor], max_bytes: int) -> list[list[NewTensor
     return shards
 
 
-def _write_file(path: Path, shard: list[NewTensor], on_bytes: Callable[[int], object]) -> None:
+def _write_shard(shard: list[NewTensor], stream: HashedFile, on_bytes: OnBytes) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in shard:
@@ -144,13 +156,12 @@ def _write_file(path: Path, shard: list[NewTensor], on_bytes: Callable[[int], ob
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as the format asks
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
-        for tensor in shard:
-            values = whole(tensor).contiguous()
-            stream.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
-            on_bytes(values.nbytes)
+    stream.write(len(text).to_bytes(8, "little"))
+    stream.write(text)
+    for tensor in shard:
+        values = whole(tensor).contiguous()
+        stream.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
+        on_bytes(values.nbytes)
 
 
 def _files(folder: Path) -> dict[str, set[str] | None]:

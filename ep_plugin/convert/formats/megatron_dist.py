@@ -28,12 +28,14 @@ from typing import Any
 import torch
 
 from ep_plugin.config import ConfigError
+from ep_plugin.convert.formats import _dcp_writer
 from ep_plugin.convert.formats._dcp_reader import DAMAGE, Reader
-from ep_plugin.convert.formats._dcp_writer import Writer
 from ep_plugin.convert.formats._iteration import TRACKER
 from ep_plugin.convert.formats._iteration import iteration_folder as _iteration_folder
 from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
+from ep_plugin.convert.staging import Journal
 from ep_plugin.convert.stream import NewObject, NewTensor, Source
+from ep_plugin.convert.work import write_units
 
 COMMON_STATE = "common_state/shard_0_1"
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -81,24 +83,34 @@ def write_checkpoint(
     common: dict[str, Any],
     content: Iterable[NewTensor | NewObject],
     on_bytes: Callable[[int], object],
-) -> None:
+    journal: Journal | None = None,
+    processes: int = 1,
+) -> dict[str, dict[str, Any]]:
     """Write `content` under `root`, in the same iteration and the same style as `source`.
 
-    `common` replaces the source's; `on_bytes` is called with each region's number of bytes.
+    `common` replaces the source's; `on_bytes` is called with each region's number of bytes. What
+    `journal` has is not written again. Returns {num_bytes, sha256} of the files with tensors.
     """
     folder = root / source.folder.name
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     common = {**common, "content_metadata": _content_metadata(source.common)}
-    with Writer(folder, on_bytes) as writer:
-        for entry in content:
-            writer.add(entry)
-        if not source.common_in_file:
-            writer.add(NewObject(COMMON_STATE, lambda: _saved([common])))
+    entries = list(content)
+    if not source.common_in_file:
+        entries.append(NewObject(COMMON_STATE, lambda: _saved([common])))
+    units = _dcp_writer.units(entries)
+    records = write_units(units, folder, journal or Journal(), processes, on_bytes)
+    names = [unit.name for unit in units]
+    contents = [record["content"] for record in records]
+    _dcp_writer.write_metadata(folder, list(zip(names, contents, strict=True)))
     if source.common_in_file:
         (folder / "common.pt").write_bytes(_saved(common))
     (folder / "metadata.json").write_text(json.dumps(CONFIG))
     iteration = source.folder.name.removeprefix("iter_")
     (root / TRACKER).write_text(iteration if iteration == "release" else str(int(iteration)))
+    return {
+        f"{folder.name}/{name}": {key: record[key] for key in ("num_bytes", "sha256")}
+        for name, record in zip(names, records, strict=True)
+    }
 
 
 def _content_metadata(common: dict[str, Any]) -> dict[str, Any]:
