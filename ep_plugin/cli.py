@@ -16,7 +16,10 @@ COMMANDS = {
         "prove that a checkpoint is whole, each expert there once",
     ),
     "bench": ("ep_plugin.bench.command", "time the layer, its products and kernels beside peers"),
-    "convert": ("ep_plugin.convert.command", "turn a dense checkpoint into a Mixture-of-Experts"),
+    "convert": (
+        "ep_plugin.convert.command",
+        "dense checkpoints to Mixture-of-Experts, Hugging Face both ways",
+    ),
     "doctor": ("ep_plugin.doctor", "say what is installed and whether Megatron matches"),
     "parity": ("ep_plugin.parity.command", "compare layouts with one rank, on your own script"),
     "plan": ("ep_plugin.plan.command", "foresee what a layer's exchanges take on so many ranks"),

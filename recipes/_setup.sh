@@ -51,6 +51,6 @@ setup_project() {
         "$python" -m venv --clear .venv || return
     fi
     .venv/bin/python -m pip install --quiet --upgrade pip || return
-    .venv/bin/python -m pip install --quiet --editable '.[megatron,report,dev]' || return
+    .venv/bin/python -m pip install --quiet --editable '.[megatron,hf,report,dev]' || return
     echo "$stamp" >.venv/ep_plugin.stamp
 }

@@ -21,10 +21,10 @@ FLAGS = {
         "--routing --shapes --trace --trace-plot --warm"
     ),
     "convert": (
-        "--check --drop-optimizer --drop-ratio --dry-run --ep --from --granularity --json "
-        "--layers --mode --noise-std --num-experts --parity-tolerance --pre-softmax --preset "
-        "--processes --router-init --scaling-factor --score-function --seed --shared-expert "
-        "--skip-parity --to --topk"
+        "--check --drop-optimizer --drop-ratio --dry-run --ep --family --format --from "
+        "--granularity --json --layers --mode --noise-std --num-experts --parity-tolerance "
+        "--pre-softmax --preset --processes --router-init --scaling-factor --score-function --seed "
+        "--shared-expert --skip-parity --to --topk --transformer-impl --verify"
     ),
     "doctor": "--json",
     "parity": (

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import re
+import shlex
 import sys
 import types
 from collections.abc import Callable
@@ -24,8 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ep_plugin.cli import main
+from ep_plugin.cli import build_parser, main
 from ep_plugin.config import ConfigError
+from ep_plugin.convert.command import settings_from
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.convert.layers import moe_layers, parse_layers
 from ep_plugin.convert.names import Rule, match_names
@@ -641,3 +643,26 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert summary["moe_layers"] == [0, 1, 2, 3]
     assert summary["parity"] is None
     assert summary["megatron_flags"][:3] == ["--load", str(tmp_path / "moe"), "--finetune"]
+
+
+def test_the_recipe_s_conversions_are_legal() -> None:
+    """Flags of recipes/convert.sh exist, their values go together, and runs are told of them."""
+    script = (Path(__file__).parents[1] / "recipes" / "convert.sh").read_text().replace("\\\n", " ")
+    lines = [shlex.split(line) for line in script.splitlines() if line.startswith("ep-plugin conv")]
+    lines = [line for line in lines if "--check" not in line]
+    modes = set()
+    for words in lines:
+        numbers = ["1" if word == "$PROCESSES" else word for word in words[1:]]
+        args = build_parser("convert").parse_args(numbers)
+        settings = settings_from(args)
+        modes.add(settings.mode)
+        target = str(args.target)
+        (train,) = (shlex.split(s) for s in script.splitlines() if f'--load "{target}"' in s)
+        width = 192 // settings.granularity
+        for flag, value in (
+            ("--num-experts", settings.num_experts),
+            ("--moe-router-topk", settings.topk),
+            ("--moe-ffn-hidden-size", width),
+        ):
+            assert train[train.index(flag) + 1] == str(value)
+    assert modes == {"copy", "granular", "drop"}

@@ -9,21 +9,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from tqdm import tqdm
 
-from ep_plugin import presets
-from ep_plugin.config import BackendUnavailable, ConfigError, ScoreFunction
-from ep_plugin.convert import manifest
+from ep_plugin.config import BackendUnavailable, ConfigError
+from ep_plugin.convert import manifest, translation
+from ep_plugin.convert.flags import add_arguments as add_arguments
+from ep_plugin.convert.flags import settings_from
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
-from ep_plugin.convert.gates import Gates
 from ep_plugin.convert.report import parity_table, print_dry_run, print_summary, summary
-from ep_plugin.convert.settings import MODES, RouterInit, SharedFrom, Upcycling
-from ep_plugin.convert.staging import check_free, check_room, staged
+from ep_plugin.convert.settings import Upcycling
+from ep_plugin.convert.staging import check_free, check_room, source_request, staged
 from ep_plugin.convert.stream import Source, finite
 from ep_plugin.convert.upcycle import Plan, plan
-from ep_plugin.registry import available
 
 PARITY_REPORT = "parity.json"
 EXAMPLES = r"""examples:
@@ -53,147 +52,28 @@ The output is a Megatron torch_dist checkpoint that loads at any tensor-, pipeli
 expert-parallel size. Optimizer state goes along: moments are copied to the experts.
 Exit code 1: parity failed; 2: a setting or the input is wrong. Neither leaves an output behind.
 """
+EXAMPLES += translation.EXAMPLES
 
 
 class ParityFailed(Exception):
     """The new model does not compute what the dense one computed."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--from", dest="source", type=Path, metavar="DENSE_CKPT",
-        help="torch_dist checkpoint: what --save named, or one iter_NNNNNNN folder",
-    )  # fmt: skip
-    parser.add_argument(
-        "--to", dest="target", type=Path, required=True, metavar="MOE_CKPT",
-        help="folder to write; must be missing or empty",
-    )  # fmt: skip
-    parser.add_argument("--num-experts", type=int, metavar="E")
-    parser.add_argument(
-        "--topk", type=int, metavar="K", help="experts per token (default: the preset's)"
-    )
-    parser.add_argument(
-        "--layers", default="all", metavar="WHICH",
-        help="which layers become MoE: all, every:N, or a pattern such as [0,1,0,1] (default: all)",
-    )  # fmt: skip
-    _add_upcycling(parser)
-    parser.add_argument(
-        "--seed", type=int, default=1234, help="of everything drawn (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--ep", type=int, metavar="EP",
-        help="expert-parallel size of the run that continues; model weights load at any, but "
-        "Megatron keeps the optimizer in another way at EP = 1 (default: above 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--drop-optimizer", action="store_true", help="leave the optimizer's state out"
-    )
-    parser.add_argument(
-        "--parity-tolerance", type=float, default=1e-4, metavar="D",
-        help="largest allowed difference of a logit in float32 (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--skip-parity", action="store_true", help="do not compare the models (needs no Megatron)"
-    )
-    parser.add_argument(
-        "--processes", type=int, default=1, metavar="N",
-        help="that write at once; each holds a tensor or two (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--check", action="store_true",
-        help="compare the files of --to with its manifest.json instead; exit code 1: they differ",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print names, sizes and expected time only"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-
-
-def _add_upcycling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--mode", default="copy", metavar="MODE",
-        help=f"what experts are made of: {', '.join(available(MODES))} (default: copy)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--granularity", type=int, default=1, metavar="G", help="experts an FFN is cut into"
-    )
-    parser.add_argument(
-        "--drop-ratio", type=float, default=0.5, metavar="R", help="of mode drop (default: 0.5)"
-    )
-    parser.add_argument(
-        "--noise-std", type=float, default=0.01, metavar="S",
-        help="of mode noise, relative to the weights' (default: 0.01)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--router-init", choices=get_args(RouterInit),
-        help="normal: random rows; virtual-group: random, equal for the experts of one FFN (the "
-        "default, and needed to keep the output, in mode granular); zero: equal logits, keeps the "
-        "output whatever the gates, but the same experts see every token at first",
-    )  # fmt: skip
-    parser.add_argument(
-        "--shared-expert", choices=get_args(SharedFrom), default="none",
-        help="copy: the dense FFN beside the experts, each side with half of the output; learned: "
-        "weighed by a learned softmax, as --ep-shared-expert learned. Both keep the output",
-    )  # fmt: skip
-    parser.add_argument(
-        "--preset", metavar="NAME", help="take top-k and gates of a system of `ep-plugin presets`"
-    )
-    parser.add_argument(
-        "--score-function", choices=get_args(ScoreFunction), help="of the gates (default: softmax)"
-    )
-    parser.add_argument(
-        "--pre-softmax", action="store_true", default=None,
-        help="softmax over all experts, not divided by the sum of the chosen",
-    )  # fmt: skip
-    parser.add_argument("--scaling-factor", type=float, metavar="F", help="of the gates")
-
-
-def _settings(args: argparse.Namespace) -> Upcycling:
-    """Return the settings; what is given beside --preset wins over it."""
-    gates: dict[str, Any] = {}
-    topk = args.topk
-    if args.preset is not None:
-        preset = presets.load(args.preset)
-        if preset.router != "topk":
-            raise ConfigError(
-                f"--preset {args.preset} lets experts choose their tokens, so no token's weights "
-                "have a known sum; --topk 2 would do, with --ep-router expert_choice in the run"
-            )
-        gates, topk = vars(Gates.of(preset.routing)), topk or preset.routing.topk
-    if topk is None:
-        raise ConfigError("--topk, or a --preset that has it, must be given; --topk 2 would do")
-    for name in ("score_function", "pre_softmax", "scaling_factor"):
-        if getattr(args, name) is not None:
-            gates = {**gates, name: getattr(args, name)}
-    default_init: RouterInit = "virtual-group" if args.mode == "granular" else "normal"
-    router_init: RouterInit = args.router_init or default_init
-    return Upcycling(
-        num_experts=args.num_experts,
-        topk=topk,
-        layers=args.layers,
-        seed=args.seed,
-        mode=args.mode,
-        granularity=args.granularity,
-        drop_ratio=args.drop_ratio,
-        noise_std=args.noise_std,
-        router_init=router_init,
-        shared_expert=args.shared_expert,
-        gates=Gates(**gates),
-        ep=args.ep,
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Convert. Returns 0, or 1 when parity failed; raises ConfigError for a user's mistake."""
     if args.check:
         return _check(args.target)
-    if args.source is None or args.num_experts is None:
-        raise ConfigError("--from and --num-experts must be given; --from runs/dense would do")
-    settings = _settings(args)
+    if args.source is None:
+        raise ConfigError("--from must be given; --from runs/dense would do")
+    if args.num_experts is None and (args.topk is not None or args.preset is not None):
+        raise ConfigError("--topk and --preset need --num-experts; --num-experts 8 would do")
+    settings = settings_from(args) if args.num_experts is not None else None
     if not args.parity_tolerance > 0:
         raise ConfigError(f"--parity-tolerance must be above 0; got {args.parity_tolerance}")
     if args.processes < 1:
         raise ConfigError(f"--processes must be at least 1; got {args.processes}")
+    if settings is None or translation.wanted(args):
+        return translation.run(args, settings)
     check_free(args.target)
     source = finite(open_checkpoint(args.source))
     new = plan(source, settings, keep_optimizer=not args.drop_optimizer)
@@ -233,13 +113,8 @@ def _check(folder: Path) -> int:
 
 def _request(args: argparse.Namespace, settings: Upcycling, source: Source) -> dict[str, Any]:
     """Return all that the bytes of the result depend on."""
-    stats = {path.name: path.stat() for path in sorted(source.folder.iterdir())}
-    return {
-        "--from": str(source.folder.absolute()),
-        "its files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-        "--drop-optimizer": args.drop_optimizer,
-        **asdict(settings),
-    }
+    request = {**source_request(source.folder), "--drop-optimizer": args.drop_optimizer}
+    return {**request, **asdict(settings)}
 
 
 def _load_parity() -> Callable[..., dict[str, Any]]:

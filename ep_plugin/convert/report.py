@@ -9,7 +9,7 @@ from ep_plugin.convert.settings import Upcycling
 from ep_plugin.convert.stream import NewTensor
 from ep_plugin.convert.upcycle import Plan
 
-BYTES_PER_SECOND = 300e6  # one process on one core: read, copied, hashed, written
+BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, hashed, written
 
 
 def parity_table(report: dict[str, Any]) -> str:

@@ -70,6 +70,15 @@ def check_room(target: Path, num_bytes: int) -> None:
         )
 
 
+def source_request(folder: Path) -> dict[str, Any]:
+    """Return what a result depends on of the checkpoint in `folder`."""
+    stats = {str(path): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        "--from": str(folder.absolute()),
+        "its files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
+
+
 @contextmanager
 def staged(target: Path, request: dict[str, Any]) -> Iterator[Staging]:
     """Yield where to write what becomes `target` when the block ends without an error.

@@ -6,7 +6,6 @@ and given the same random tokens. One model is in memory at a time.
 """
 
 import argparse
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,12 +20,16 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
-from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.arguments import (
+    add_megatron_arguments,
+    core_transformer_config_from_args,
+)
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from ep_plugin.megatron import cpu
 from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.megatron.latent_attention import use_local_latent_attention
 from ep_plugin.megatron.settings import EdgeSettings
 
 MAX_SEQUENCE = 256
@@ -85,7 +88,7 @@ _PLAIN: dict[str, Any] = {
 
 
 @dataclass
-class _Trace:
+class Trace:
     """What one model computed."""
 
     logits: Tensor  # [B, S, V] fp32
@@ -126,6 +129,15 @@ def compare(dense: Path, moe: Path, seed: int) -> dict[str, Any]:
     }
 
 
+def trace(folder: Path, tokens: Tensor, seed: int) -> Trace:
+    """Return what the model in an iteration folder makes of `tokens` [B, S].
+
+    Must be called in a process without a process group.
+    """
+    with _one_rank(seed):
+        return _trace(folder, tokens)
+
+
 @contextmanager
 def _one_rank(seed: int) -> Iterator[None]:
     """Provide CPU mode, our block and Megatron's groups on one rank; then take them down."""
@@ -148,14 +160,14 @@ def _one_rank(seed: int) -> Iterator[None]:
 def _random_tokens(args: argparse.Namespace, seed: int) -> Tensor:
     """Return token ids [B, S] int64, enough of them to reach every expert."""
     length = min(args.seq_length, args.max_position_embeddings, MAX_SEQUENCE)
-    wanted = max(2 * length, TOKENS_PER_EXPERT * args.num_experts)
+    wanted = max(2 * length, TOKENS_PER_EXPERT * (args.num_experts or 0))
     batch = -(-wanted // length)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(args.padded_vocab_size, (batch, length), generator=generator)
 
 
 @torch.no_grad()
-def _trace(folder: Path, tokens: Tensor) -> _Trace:
+def _trace(folder: Path, tokens: Tensor) -> Trace:
     """Build and load the model of one checkpoint and run it on `tokens` [B, S]."""
     common = dist_checkpointing.load_common_state_dict(str(folder))
     fused_norm_kept = common["args"].transformer_impl == "local"
@@ -163,7 +175,7 @@ def _trace(folder: Path, tokens: Tensor) -> _Trace:
     specs.MoELayer.settings = EdgeSettings(shared_expert=getattr(args, "ep_shared_expert", None))
     model = _build(args).eval()
     _load(model, folder, common.get("content_metadata") or {}, fused_norm_kept)
-    trace = _Trace(torch.empty(0))
+    trace = Trace(torch.empty(0))
     for number, layer in enumerate(model.decoder.layers):
         layer.register_forward_hook(lambda _, __, output: trace.layers.append(output[0]))
         if hasattr(layer.mlp, "router"):
@@ -176,9 +188,9 @@ def _trace(folder: Path, tokens: Tensor) -> _Trace:
 
 
 def _plain(args: argparse.Namespace) -> argparse.Namespace:
-    args = copy.copy(args)
-    vars(args).update(_PLAIN)
-    return args
+    """Return the run arguments, Megatron's defaults where there are none, for one plain rank."""
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return argparse.Namespace(**(vars(parser.parse_args([])) | vars(args) | _PLAIN))
 
 
 def _build(args: argparse.Namespace) -> Any:
@@ -187,6 +199,8 @@ def _build(args: argparse.Namespace) -> Any:
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization=args.normalization
         )
+        if config.multi_latent_attention:
+            use_local_latent_attention(spec)
     else:
         spec = get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm,
@@ -203,6 +217,7 @@ def _build(args: argparse.Namespace) -> Any:
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
     )
 
 
@@ -211,23 +226,35 @@ def _load(model: Any, folder: Path, metadata: dict[str, Any], fused_norm_kept: b
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
     if not fused_norm_kept:
-        _unfuse_norm(model, state)
+        _rename_norms(model, state)
     loaded = dist_checkpointing.load({"model": state}, str(folder))
     model.load_state_dict(loaded["model"])
 
 
-def _unfuse_norm(model: Any, state: dict[str, Any]) -> None:
-    """Name an MoE layer's norm as Transformer Engine does; the local layer keeps the fused name."""
+# Of a norm in a local layer: its module's name, and the one that Transformer Engine saves.
+_MOE_NORM = ("pre_mlp_layernorm.", "pre_mlp_layernorm.")
+_LATENT_NORMS = (
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+)
+_LATENT_DENSE_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+
+
+def _rename_norms(model: Any, state: dict[str, Any]) -> None:
+    """Name norms as Transformer Engine does, which fuses others into what follows than we do."""
+    latent = model.config.multi_latent_attention
     for number, layer in enumerate(model.decoder.layers):
-        if not hasattr(layer.mlp, "router"):
-            continue
-        for kind in ("weight", "bias"):
-            tensor = state.get(f"decoder.layers.{number}.pre_mlp_layernorm.{kind}")
-            if tensor is not None:
-                tensor.key = f"decoder.layers.{number}.pre_mlp_layernorm.{kind}"
+        is_moe = hasattr(layer.mlp, "router")
+        names = [*_LATENT_NORMS] if latent else []
+        names += [_MOE_NORM] if is_moe else [_LATENT_DENSE_NORM] if latent else []
+        for module, saved in names:
+            for kind in ("weight", "bias"):
+                tensor = state.get(f"decoder.layers.{number}.{module}{kind}")
+                if tensor is not None:
+                    tensor.key = f"decoder.layers.{number}.{saved}{kind}"
 
 
-def _record_experts(trace: _Trace, layer: int) -> Any:
+def _record_experts(trace: Trace, layer: int) -> Any:
     def hook(_: Any, __: Any, routing: Any) -> None:
         trace.experts_used[layer] = int((routing.tokens_per_expert > 0).sum())
 

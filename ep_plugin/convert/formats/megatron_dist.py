@@ -31,15 +31,21 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from ep_plugin.config import ConfigError
 from ep_plugin.convert.formats import _dcp_writer
 from ep_plugin.convert.formats._dcp_reader import DAMAGE, Files, Reader
+from ep_plugin.convert.formats._iteration import TRACKER as TRACKER
+from ep_plugin.convert.formats._iteration import iteration_folder as _iteration_folder
 from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
 from ep_plugin.convert.staging import Journal
 from ep_plugin.convert.stream import Damaged, NewObject, NewTensor, Source, Stored
 from ep_plugin.convert.work import write_units
 
-TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _HINT = "save the dense model with --ckpt-format torch_dist"
+
+
+def iteration_folder(path: Path) -> Path:
+    """Return the folder of one iteration; `path` is that, or what --save named."""
+    return _iteration_folder(path, _is_iteration)
 
 
 def open_checkpoint(path: Path) -> Source:
@@ -47,7 +53,7 @@ def open_checkpoint(path: Path) -> Source:
 
     Raises ConfigError when it is missing, of another format, or incomplete. Reads no tensor.
     """
-    folder = _iteration_folder(path)
+    folder = iteration_folder(path)
     _check_name(folder)
     _check_backend(folder)
     reader = Reader(folder)
@@ -77,7 +83,7 @@ def open_stored(path: Path) -> Stored:
 
     Raises ConfigError when it is none of Megatron's, Damaged when it does not say what it holds.
     """
-    folder = _iteration_folder(path)
+    folder = iteration_folder(path)
     _check_backend(folder)
     files = Files(folder)
     if (folder / "common.pt").is_file():
@@ -141,27 +147,8 @@ def _saved(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _iteration_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise ConfigError(f"checkpoint {path} is not a folder; give the folder that --save named")
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        if (path / ".metadata").is_file() or (path / "metadata.json").is_file():
-            return path
-        raise ConfigError(
-            f"{path} is not a checkpoint: it has neither {TRACKER} nor metadata.json; "
-            "give the folder that --save named"
-        )
-    word = tracker.read_text(errors="replace").strip()
-    if word != "release" and not word.isdecimal():
-        raise ConfigError(f"{tracker} must hold an iteration number or 'release'; got {word!r}")
-    folder = path / (word if word == "release" else f"iter_{int(word):07d}")
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{tracker} names {folder.name}, which {path} does not have; "
-            "give one of its iteration folders instead"
-        )
-    return folder
+def _is_iteration(folder: Path) -> bool:
+    return (folder / ".metadata").is_file() or (folder / "metadata.json").is_file()
 
 
 def _check_backend(folder: Path) -> None:

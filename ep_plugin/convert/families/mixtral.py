@@ -1,0 +1,53 @@
+"""Mixtral: Mistral with experts in every layer, weights of the chosen ones summing to 1."""
+
+import argparse
+from typing import Any
+
+from ep_plugin.config import ConfigError
+from ep_plugin.convert.families import _config, _rows
+from ep_plugin.convert.family import Config, Family, Row
+from ep_plugin.convert.layers import moe_layers
+
+_HF, _MEGATRON = "model.layers.{layer}.block_sparse_moe.", "decoder.layers.{layer}.mlp."
+_EXPERT, _FC = _HF + "experts.{expert}.", _MEGATRON + "experts.experts.{expert}."
+
+
+def _to_args(config: Config) -> dict[str, Any]:
+    experts = _config.experts_args(config, normalized=True)
+    shared = _config.decoder_args(config) | _config.heads_args(config)
+    sizes = {"ffn_hidden_size": config["intermediate_size"]}
+    return shared | _config.window_args(config) | experts | sizes
+
+
+def _to_config(args: argparse.Namespace) -> Config:
+    if not all(moe_layers(args.moe_layer_freq, args.num_layers)):
+        raise ConfigError(
+            f"Mixtral has experts in every layer; moe_layer_freq is {args.moe_layer_freq}; "
+            "--layers all would do"
+        )
+    shared = _config.decoder_config(args) | _config.heads_config(args)
+    return shared | _config.window_config(args) | _config.experts_config(args)
+
+
+FAMILY = Family(
+    model_type="mixtral",
+    moe=True,
+    architecture="MixtralForCausalLM",
+    rows=(
+        *(_rows.EMBEDDING + _rows.ATTENTION + _rows.MOE_NORM),
+        Row(_HF + "gate.weight", _MEGATRON + "router.weight"),
+        Row(_EXPERT + "w1.weight", _FC + "linear_fc1.weight_w"),
+        Row(_EXPERT + "w3.weight", _FC + "linear_fc1.weight_v"),
+        Row(_EXPERT + "w2.weight", _FC + "linear_fc2.weight"),
+    ),
+    fixed=_config.moe_fixed(moe_router_pre_softmax=False),
+    fields=_config.FIELDS
+    | {
+        "intermediate_size": "moe_ffn_hidden_size",
+        "num_local_experts": "num_experts",
+        "num_experts_per_tok": "moe_router_topk",
+    },
+    to_args=_to_args,
+    to_config=_to_config,
+    defaults=_config.DEFAULTS,
+)
