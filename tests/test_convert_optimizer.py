@@ -11,7 +11,7 @@ from test_convert import ITERATION, E, H, dense_tensors, load_all, per_layer, sa
 from torch import Tensor
 
 from ep_plugin.cli import main
-from ep_plugin.convert.optimizer_state import new_groups
+from ep_plugin.convert.upcycling.optimizer_state import new_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GROUPS = {

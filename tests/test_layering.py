@@ -18,7 +18,7 @@ OPTION_FOLDERS = (
     "fp8",
     "convert.families",
     "convert.formats",
-    "convert.modes",
+    "convert.upcycling.modes",
     "bench.peers",
 )
 

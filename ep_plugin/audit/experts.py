@@ -7,8 +7,8 @@ from typing import Any
 from ep_plugin.audit.facts import Facts, Part, Place
 from ep_plugin.audit.names import Name, parse, with_layer
 from ep_plugin.audit.report import Finding, Layer
-from ep_plugin.convert.layers import moe_layers
 from ep_plugin.convert.stream import Stored, TensorInfo
+from ep_plugin.convert.upcycling.layers import moe_layers
 
 # A run with warm-up takes its first step with a learning rate of 0: nothing has moved by then.
 FIRST_ITERATION_THAT_MOVES = 2

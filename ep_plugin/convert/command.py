@@ -19,10 +19,10 @@ from ep_plugin.convert.flags import add_arguments as add_arguments
 from ep_plugin.convert.flags import settings_from
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.convert.report import parity_table, print_dry_run, print_summary, summary
-from ep_plugin.convert.settings import Upcycling
 from ep_plugin.convert.staging import check_free, check_room, source_request, staged
 from ep_plugin.convert.stream import Source, finite
-from ep_plugin.convert.upcycle import Plan, plan
+from ep_plugin.convert.upcycling.plan import Plan, plan
+from ep_plugin.convert.upcycling.settings import Upcycling
 
 PARITY_REPORT = "parity.json"
 EXAMPLES = r"""examples:

@@ -27,7 +27,7 @@ from ep_plugin.convert.silent_expert import with_silent_expert
 from ep_plugin.convert.staging import Staging
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, finite
 from ep_plugin.convert.translate import arguments, left_out, to_hf, to_megatron
-from ep_plugin.convert.upcycle import Upcycling, plan
+from ep_plugin.convert.upcycling.plan import Upcycling, plan
 from ep_plugin.convert.work import OnBytes
 
 _KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")

@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import Any, Literal
 
 from ep_plugin.config import ConfigError
-from ep_plugin.convert.layers import moe_layers
 from ep_plugin.convert.names import LayerKind
+from ep_plugin.convert.upcycling.layers import moe_layers
 from ep_plugin.registry import available
 
 Config = dict[str, Any]  # of config.json

@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 from ep_plugin import presets
 from ep_plugin.config import ConfigError, ScoreFunction
-from ep_plugin.convert.gates import Gates
-from ep_plugin.convert.settings import MODES, RouterInit, SharedFrom, Upcycling
+from ep_plugin.convert.upcycling.gates import Gates
+from ep_plugin.convert.upcycling.settings import MODES, RouterInit, SharedFrom, Upcycling
 from ep_plugin.registry import available
 
 

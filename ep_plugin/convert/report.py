@@ -5,9 +5,9 @@ import json
 import shlex
 from typing import Any
 
-from ep_plugin.convert.settings import Upcycling
 from ep_plugin.convert.stream import NewTensor
-from ep_plugin.convert.upcycle import Plan
+from ep_plugin.convert.upcycling.plan import Plan
+from ep_plugin.convert.upcycling.settings import Upcycling
 
 BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, hashed, written
 

@@ -4,9 +4,9 @@ import argparse
 import copy
 from typing import Any
 
-from ep_plugin.convert.optimizer_state import new_groups
-from ep_plugin.convert.settings import Upcycling
 from ep_plugin.convert.stream import Source
+from ep_plugin.convert.upcycling.optimizer_state import new_groups
+from ep_plugin.convert.upcycling.settings import Upcycling
 
 _KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
 

@@ -1,7 +1,7 @@
 """What travels between a format and the conversion: names, shapes, and one tensor at a time.
 
 A format (`formats/`) lists a checkpoint's tensors and objects under per-layer names, reads any one
-of them, and writes regions of new ones. The conversion (`upcycle.py`) decides what the new ones
+of them, and writes regions of new ones. The conversion (`upcycling/`) decides what the new ones
 are. Neither holds more than the tensor it is working on.
 """
 

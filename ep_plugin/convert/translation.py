@@ -26,7 +26,7 @@ from ep_plugin.convert.conversion import (
 )
 from ep_plugin.convert.formats.megatron_dist import iteration_folder
 from ep_plugin.convert.staging import check_free, check_room, source_request, staged
-from ep_plugin.convert.upcycle import Upcycling
+from ep_plugin.convert.upcycling.plan import Upcycling
 
 REPORT = "parity.json"
 EXAMPLES = r"""

@@ -19,10 +19,10 @@ from spawn import run_ranks
 from torch import Tensor
 
 from ep_plugin.cli import main
-from ep_plugin.convert.experts import ExpertMaker
-from ep_plugin.convert.ffn import Part
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, TensorInfo
+from ep_plugin.convert.upcycling.experts import ExpertMaker
+from ep_plugin.convert.upcycling.ffn import Part
 from ep_plugin.megatron import cpu, parity
 from ep_plugin.megatron.hooks import install, uninstall
 from ep_plugin.megatron.settings import EdgeSettings

@@ -5,7 +5,7 @@ from typing import Any
 
 from ep_plugin.config import ConfigError
 from ep_plugin.convert.family import Config, query_groups
-from ep_plugin.convert.layers import moe_layers
+from ep_plugin.convert.upcycling.layers import moe_layers
 
 FIELDS = {
     "hidden_size": "hidden_size",

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ep_plugin.convert.ffn import Mode, Part, generator, normal
-from ep_plugin.convert.settings import Upcycling
+from ep_plugin.convert.upcycling.ffn import Mode, Part, generator, normal
+from ep_plugin.convert.upcycling.settings import Upcycling
 
 
 def build(settings: Upcycling) -> Mode:

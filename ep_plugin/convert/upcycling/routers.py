@@ -16,8 +16,8 @@ until the router has moved.
 import torch
 from torch import Tensor
 
-from ep_plugin.convert.ffn import generator
-from ep_plugin.convert.settings import RouterInit
+from ep_plugin.convert.upcycling.ffn import generator
+from ep_plugin.convert.upcycling.settings import RouterInit
 
 
 def router_rows(

@@ -15,8 +15,8 @@ With another router the chosen shards are no whole FFN. The same gain is then ri
 shards, and wrong for each token.
 """
 
-from ep_plugin.convert.ffn import Mode
-from ep_plugin.convert.settings import Upcycling
+from ep_plugin.convert.upcycling.ffn import Mode
+from ep_plugin.convert.upcycling.settings import Upcycling
 
 
 def build(settings: Upcycling) -> Mode:

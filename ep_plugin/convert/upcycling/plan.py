@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ep_plugin.config import ConfigError
-from ep_plugin.convert import optimizer_state
-from ep_plugin.convert.entries import EntryBuilder, new_states
-from ep_plugin.convert.experts import deviations, make_experts
 from ep_plugin.convert.families import megatron_gpt
-from ep_plugin.convert.layers import moe_layers, parse_layers
 from ep_plugin.convert.names import Match, compile_pattern, match_names
 from ep_plugin.convert.run_arguments import new_common
-from ep_plugin.convert.settings import Upcycling
 from ep_plugin.convert.stream import NewObject, NewTensor, Source
+from ep_plugin.convert.upcycling import optimizer_state
+from ep_plugin.convert.upcycling.entries import EntryBuilder, new_states
+from ep_plugin.convert.upcycling.experts import deviations, make_experts
+from ep_plugin.convert.upcycling.layers import moe_layers, parse_layers
+from ep_plugin.convert.upcycling.settings import Upcycling
 
 __all__ = ["Plan", "Upcycling", "plan"]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ep_plugin.convert.ffn import Mode, Part, shard
-from ep_plugin.convert.gates import Gain, spread
-from ep_plugin.convert.settings import MODES, Upcycling
+from ep_plugin.convert.upcycling.ffn import Mode, Part, shard
+from ep_plugin.convert.upcycling.gates import Gain, spread
+from ep_plugin.convert.upcycling.settings import MODES, Upcycling
 from ep_plugin.registry import resolve
 
 

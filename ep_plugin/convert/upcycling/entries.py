@@ -9,14 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ep_plugin.convert import optimizer_state
-from ep_plugin.convert.experts import ExpertMaker
 from ep_plugin.convert.families import megatron_gpt
-from ep_plugin.convert.ffn import Part, shard
 from ep_plugin.convert.names import Match
-from ep_plugin.convert.routers import router_rows
-from ep_plugin.convert.settings import Upcycling
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, TensorInfo
+from ep_plugin.convert.upcycling import optimizer_state
+from ep_plugin.convert.upcycling.experts import ExpertMaker
+from ep_plugin.convert.upcycling.ffn import Part, shard
+from ep_plugin.convert.upcycling.routers import router_rows
+from ep_plugin.convert.upcycling.settings import Upcycling
 
 
 @dataclass(frozen=True)

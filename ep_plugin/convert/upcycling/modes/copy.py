@@ -5,8 +5,8 @@ i, y = (sum of p_i) * FFN(x): the dense output whatever the router says, once th
 is known (`gates.py`).
 """
 
-from ep_plugin.convert.ffn import Mode
-from ep_plugin.convert.settings import Upcycling
+from ep_plugin.convert.upcycling.ffn import Mode
+from ep_plugin.convert.upcycling.settings import Upcycling
 
 
 def build(_: Upcycling) -> Mode:

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ep_plugin.config import ConfigError, check_choice, largest_divisor
-from ep_plugin.convert.gates import Gates
+from ep_plugin.convert.upcycling.gates import Gates
 from ep_plugin.registry import available
 
-MODES = "convert.modes"
+MODES = "convert.upcycling.modes"
 RouterInit = Literal["normal", "virtual-group", "zero"]
 SharedFrom = Literal["none", "copy", "learned"]
 

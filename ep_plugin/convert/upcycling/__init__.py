@@ -1,0 +1,1 @@
+"""A dense model becomes a Mixture-of-Experts; begin with `plan.py`."""
