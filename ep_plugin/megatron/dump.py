@@ -32,12 +32,14 @@ def seams(writers: tuple[str, ...]) -> list[tuple[str, Callable[..., Any]]]:
     """
     training = importlib.import_module(TRAINING)
     seen: dict[int, dict[str, float]] = {}  # iteration -> name -> value
+    folders: list[Path] = []  # of this run, once it has taken a step
 
     def with_dump(original: Callable[..., Any], *step: Any, **settings: Any) -> Any:
         args = training.get_args()
         if args.ep_parity_dump is None:
             return original(*step, **settings)
         folder, model, optimizer = Path(args.ep_parity_dump), step[2], step[3]
+        folders[:] = [folder]
         if args.curr_iteration == 0:
             _equal_start(model, optimizer, folder.parent / INITIAL)
             step = (*step[:6], _dumping(step[6], model, folder / GRADIENTS), *step[7:])
@@ -49,14 +51,13 @@ def seams(writers: tuple[str, ...]) -> list[tuple[str, Callable[..., Any]]]:
         return result
 
     def with_losses(original: Callable[..., Any], *rest: Any, **settings: Any) -> Any:
-        folder = training.get_args().ep_parity_dump
-        if folder is None:
+        if not folders:
             return original(*rest, **settings)
         given = inspect.signature(original).bind(*rest, **settings)
         kept = seen.setdefault(given.arguments["iteration"], {})
         given.arguments["writer"] = _Losses(given.arguments.get("writer"), kept)
         text = original(*given.args, **given.kwargs)
-        _write(Path(folder), seen)
+        _write(folders[0], seen)
         return text
 
     return [
