@@ -121,6 +121,13 @@ COMMON = (
     ),
     Touchpoint("megatron.core.utils:unwrap_model", ("model",)),
     Touchpoint(f"{_CHECKPOINTING}:save", ("sharded_state_dict", "checkpoint_dir")),
+    Touchpoint(
+        "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
+        (
+            *("config", "layer_number", "attn_mask_type", "attention_type", "softmax_scale"),
+            *("cp_comm_type", "pg_collection"),
+        ),
+    ),
     # CPU mode, and the wheel
     Touchpoint(f"{_TENSOR_PARALLEL}.random:_lazy_call"),
     Touchpoint(f"{_TENSOR_PARALLEL}.random:device_ctx_manager"),
