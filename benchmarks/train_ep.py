@@ -25,6 +25,7 @@ import torch
 
 from ep_plugin.bench.measure import Timing
 from ep_plugin.bench.rows import Row, make_row, merge, read, write
+from ep_plugin.config import ConfigError
 from ep_plugin.parallel import ParallelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,10 @@ def model_flags(name: str, num_layers: int | None, sequence: int | None) -> list
 
 def layout_flags(layout: str, ranks: int) -> list[str]:
     """Return the flags of a layout such as tp=2,ep=4; raises ConfigError where it is none."""
-    sizes = {key: int(value) for key, value in (part.split("=") for part in layout.split(","))}
+    parts = [part.partition("=") for part in layout.split(",")]
+    if not all(key in ("tp", "pp", "ep", "etp") and size.isdecimal() for key, _, size in parts):
+        raise ConfigError(f"--layouts takes tp, pp, ep, etp, as tp=2,ep=4; got {layout!r}")
+    sizes = {key: int(size) for key, _, size in parts}
     parallel = ParallelConfig(world_size=ranks, **{"etp": 1, **sizes})
     flags = [
         *("--tensor-model-parallel-size", str(parallel.tp)),
@@ -187,6 +191,12 @@ def compare(layout: str, precision: str, args: argparse.Namespace) -> None:
 def main() -> None:
     """Compare both sides in every layout and precision."""
     args = parse()
+    try:
+        for layout in args.layouts:
+            layout_flags(layout, args.ranks)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     args.logs.mkdir(parents=True, exist_ok=True)
     for layout in args.layouts:
         for precision in args.precision:
