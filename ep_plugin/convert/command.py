@@ -5,7 +5,6 @@ import contextlib
 import importlib
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -120,7 +119,7 @@ def _request(args: argparse.Namespace, settings: Upcycling, source: Source) -> d
 def _load_parity() -> Callable[..., dict[str, Any]]:
     """Return `compare`; the one edge from here to Megatron, taken only when parity is wanted."""
     try:
-        with _aside():
+        with translation.aside():
             module = importlib.import_module("ep_plugin.megatron.parity")
     except ImportError as error:
         raise BackendUnavailable(
@@ -129,14 +128,6 @@ def _load_parity() -> Callable[..., dict[str, Any]]:
         ) from error
     compare: Callable[..., dict[str, Any]] = module.compare
     return compare
-
-
-@contextlib.contextmanager
-def _aside() -> Iterator[None]:
-    """Keep what Megatron prints off stdout; drop its warnings about packages not needed here."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextlib.contextmanager
@@ -157,7 +148,7 @@ def _check_parity(
 
     Raises ParityFailed where the function is to be kept and is not.
     """
-    with _aside():
+    with translation.aside():
         report = compare(dense, moe, seed=args.seed)
     difference, tolerance = report["logits_max_abs_diff"], args.parity_tolerance
     same = difference <= tolerance  # False for nan

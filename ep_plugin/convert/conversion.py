@@ -168,13 +168,13 @@ def to_hf_folder(opened: Opened, dense: Opened, model_type: str | None, path: Pa
     safetensors = _safetensors()
 
     def write(staging: Staging, processes: int, on_bytes: OnBytes) -> Path:
-        safetensors.write_folder(
+        written = safetensors.write_folder(
             *(staging.folder, made.common["config"], content, on_bytes),
             *(safetensors.MAX_SHARD_BYTES, staging.journal, processes),
         )
         if is_hf(path):
             safetensors.copy_beside(path, staging.folder)
-        manifest.write(staging.folder, {}, content, {"format": "hf"})
+        manifest.write(staging.folder, written, content, {"format": "hf"})
         return staging.folder
 
     rows = _name_map(opened, targets)

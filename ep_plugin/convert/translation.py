@@ -112,7 +112,7 @@ def _load_compare(args: argparse.Namespace) -> Callable[..., dict[str, Any]]:
             "--format hf first, and verify from there"
         )
     try:
-        with _aside():
+        with aside():
             compare: Callable[..., dict[str, Any]] = import_module(
                 "ep_plugin.convert.verify"
             ).compare
@@ -126,7 +126,7 @@ def _load_compare(args: argparse.Namespace) -> Callable[..., dict[str, Any]]:
 
 
 @contextmanager
-def _aside() -> Iterator[None]:
+def aside() -> Iterator[None]:
     """Keep what loading prints off stdout; drop warnings about packages not needed here."""
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -145,7 +145,7 @@ def _check(
     Raises _Differs where the result is to keep the function.
     """
     source = args.source if is_hf(args.source) else iteration_folder(args.source)
-    with _aside():
+    with aside():
         report = compare(source, written, seed=args.seed)
     report["tolerance"] = args.parity_tolerance
     report["passed"] = report["logits_max_abs_diff"] <= args.parity_tolerance  # False for nan

@@ -100,10 +100,10 @@ def write_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     journal: Journal | None = None,
     processes: int = 1,
-) -> None:
+) -> dict[str, dict[str, Any]]:
     """Write a model into the existing `folder`; `on_bytes` is called with each tensor's bytes.
 
-    What `journal` has is not written again.
+    What `journal` has is not written again. Returns {num_bytes, sha256} of the files with tensors.
     """
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     shards = _shards(content, max_shard_bytes)
@@ -114,14 +114,17 @@ def write_folder(
         Unit(name, sum(tensor.info.num_bytes for tensor in shard), partial(_write_shard, shard))
         for name, shard in zip(names, shards, strict=True)
     ]
-    write_units(units, folder, journal or Journal(), processes, on_bytes)
-    if len(shards) == 1:
-        return
-    pairs = zip(names, shards, strict=True)
-    weight_map = {tensor.name: name for name, shard in pairs for tensor in shard}
-    total = sum(unit.num_bytes for unit in units)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    records = write_units(units, folder, journal or Journal(), processes, on_bytes)
+    if len(shards) > 1:
+        pairs = zip(names, shards, strict=True)
+        weight_map = {tensor.name: name for name, shard in pairs for tensor in shard}
+        total = sum(unit.num_bytes for unit in units)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return {
+        name: {key: record[key] for key in ("num_bytes", "sha256")}
+        for name, record in zip(names, records, strict=True)
+    }
 
 
 def copy_beside(source: Path, target: Path) -> None:
