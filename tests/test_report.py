@@ -27,6 +27,7 @@ def log_run(folder: Path, first: int, experts: int) -> None:
                 for layer in (2, 4):
                     tag = f"ep/tokens_per_expert/layer_{layer}/expert_{expert}"
                     writer.add_scalar(tag, (expert + 1) / 36, i)
+        writer.add_scalar(VALIDATION, 9.0, i)  # of the test set, as Megatron ends
 
 
 @pytest.fixture
@@ -111,6 +112,18 @@ def test_shares_are_by_layer_and_expert(run: Path) -> None:
     assert list(shares[2]) == list(range(8))
     assert [iteration for iteration, _ in shares[2][0]] == [25, 30, 35, 40]
     assert shares[4][7][0][1] == pytest.approx(8 / 36)
+
+
+def test_what_a_resumed_run_wrote_counts_and_the_test_set_does_not(tmp_path: Path) -> None:
+    for part, (first, last, loss) in enumerate(((1, 6, 3.0), (4, 5, 2.0))):
+        with SummaryWriter(str(tmp_path), filename_suffix=f".{part}") as writer:
+            for i in range(first, last + 1):
+                writer.add_scalar(TRAIN, loss, i)
+                writer.add_scalar(VALIDATION, loss + 1, i)
+            writer.add_scalar(VALIDATION, 9.0, last)
+    run = read_run(tmp_path)
+    assert run.series(TRAIN) == [(1, 3.0), (2, 3.0), (3, 3.0), (4, 2.0), (5, 2.0)]
+    assert run.series(VALIDATION) == [(i, loss + 1) for i, loss in run.series(TRAIN)]
 
 
 def test_a_folder_that_is_no_run_is_refused(

@@ -1,8 +1,10 @@
 """Putting our block where Megatron looks its own up, and taking it out again."""
 
+import atexit
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -14,6 +16,7 @@ from ep_plugin.megatron import apex, chained, cpu, dump, saved, torch_adam, touc
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
 INITIALIZE = "megatron.training.initialize"
+GLOBAL_VARS = "megatron.training.global_vars"
 TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config:TransformerConfig"
 MODULE = "megatron.core.transformer.module:MegatronModule"
 
@@ -50,6 +53,7 @@ def install(settings: Any = None) -> None:
         layer_class.wrapped.append((owner, name))
     wheel.without_compilation()
     torch_adam.correct()
+    atexit.register(_write_last_scalars)
     _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
 
 
@@ -61,6 +65,7 @@ def uninstall() -> None:
             setattr(owner, name, getattr(owner, name).ep_original)
         wheel.with_compilation()
         torch_adam.uncorrect()
+        atexit.unregister(_write_last_scalars)
         specs.MoELayer = specs.MoELayer.ep_original
     cpu.disable()
 
@@ -179,6 +184,14 @@ def _with_our_metrics(
         writers = given.get("writer"), given.get("wandb_writer")
         layer_class.tracker.write(iteration, num_layers, *writers)
     return text
+
+
+def _write_last_scalars() -> None:
+    """Flush TensorBoard: Megatron logs its last evaluation after it flushed for the last time."""
+    global_vars = sys.modules.get(GLOBAL_VARS)
+    writer = global_vars.get_tensorboard_writer() if global_vars is not None else None
+    if writer is not None:
+        writer.flush()
 
 
 def _say_recipe(args: Any, recipe: str) -> None:

@@ -38,15 +38,20 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read every event file of `folder`; raises ConfigError without a training loss.
 
-    Where a resumed run wrote an iteration again, the later value counts.
+    Where a resumed run wrote an iteration again, the later file counts. Within a file the first
+    value does: Megatron ends with the loss of the test set under the tag of the validation set.
     """
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    if TRAIN not in tags:
+    latest: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.glob("*tfevents*")):  # the name begins with the time
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            values = {event.step: event.value for event in reversed(events.Scalars(tag))}
+            before = latest.get(tag, {}).items()
+            latest[tag] = {i: v for i, v in before if i < min(values)} | values
+    if TRAIN not in latest:
         raise ConfigError(
-            f"a run must have logged {TRAIN!r} to TensorBoard; {str(folder)!r} holds {tags}; a run "
-            "longer than its --log-interval would do"
+            f"a run must have logged {TRAIN!r} to TensorBoard; {str(folder)!r} holds "
+            f"{sorted(latest)}; a run longer than its --log-interval would do"
         )
-    latest = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
     return Run({tag: sorted(values.items()) for tag, values in latest.items()})

@@ -89,3 +89,23 @@ def test_importing_the_package_hooks_nothing() -> None:
         "import sys, ep_plugin; assert 'megatron' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LOGS_AT_THE_END = """
+from ep_plugin.megatron.hooks import install
+install()
+from megatron.training import global_vars
+class Buffered:  # holds back what a thread may not have written when the process ends
+    held = []
+    def add_scalar(self, *scalar): self.held.append(scalar)
+    def flush(self): print("written", *self.held.pop())
+global_vars._GLOBAL_TENSORBOARD_WRITER = Buffered()
+global_vars.get_tensorboard_writer().add_scalar("lm loss validation", 4.5, 6)
+"""
+
+
+def test_what_is_logged_last_is_written() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOGS_AT_THE_END], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("written lm loss validation 4.5 6\n")

@@ -47,6 +47,7 @@ COMMON = (
     Touchpoint(f"{ARGUMENTS}:validate_args", ("args", "defaults")),
     Touchpoint(f"{ARGUMENTS}:core_transformer_config_from_args", ("args",)),
     Touchpoint("megatron.training.initialize:initialize_megatron", ("allow_no_cuda",)),
+    Touchpoint("megatron.training.global_vars:get_tensorboard_writer"),
     Touchpoint(f"{_CONFIG}:TransformerConfig.__post_init__"),
     Touchpoint("megatron.core.transformer.module:MegatronModule.set_is_first_microbatch"),
     # initial values and recomputation
