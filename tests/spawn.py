@@ -1,5 +1,10 @@
-"""Run a function on several gloo ranks inside a test."""
+"""Run a function on several ranks inside a test.
 
+Gloo ranks are forked from one process that has imported torch, and what `preload` names, already:
+importing is most of what a short run costs.
+"""
+
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -8,6 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+_preloaded = ["torch.distributed", "ep_plugin.layer"]
+
+
+def preload(*modules: str) -> None:
+    """Import these too before ranks are forked; counts until the first are."""
+    _preloaded.extend(modules)
+    multiprocessing.set_forkserver_preload(_preloaded)
+
+
+preload()
 
 
 def run_ranks(
@@ -21,9 +37,9 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _rank_main,
-            (world_size, folder, backend, function, args),
+            (world_size, folder, backend, dict(os.environ), function, args),
             nprocs=world_size,
-            start_method="spawn",
+            start_method="forkserver" if backend == "gloo" else "spawn",
         )
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
 
@@ -33,9 +49,12 @@ def _rank_main(
     world_size: int,
     folder: str,
     backend: str,
+    environment: dict[str, str],
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # a forked rank has that of the process it was forked from
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)

@@ -2,9 +2,9 @@
 
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+
+from warm import Done, run_script
 
 from ep_plugin.report.events import Run, read_run
 
@@ -37,23 +37,15 @@ MOE = shlex.split(
 )
 
 
-def launch(ranks: int, runner: tuple[str, ...], *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run the loop and return the finished process, whatever its exit code."""
+def launch(ranks: int, runner: tuple[str, ...], *flags: str) -> Done:
+    """Run the loop and return the finished run, whatever its exit code."""
     return launch_with(ranks, runner, *SHAPE, *flags)
 
 
-def launch_with(
-    ranks: int, runner: tuple[str, ...], *flags: str
-) -> subprocess.CompletedProcess[str]:
+def launch_with(ranks: int, runner: tuple[str, ...], *flags: str) -> Done:
     """Run the loop with a model of the caller's."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [sys.executable, *command, *runner, SCRIPT, *RUN, *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return run_script(ranks, [*runner, SCRIPT, *RUN, *flags], environment)
 
 
 def train(ranks: int, runner: tuple[str, ...], folder: Path, *flags: str) -> Run:

@@ -55,4 +55,4 @@ def test_a_bad_save_ends_every_rank_also_when_it_is_asynchronous(tmp_path: Path)
     assert len(said) == 1, done.stdout[-2000:] + done.stderr[-4000:]
     name = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight, expert 2"
     assert f"{saved}/iter_0000001, is not whole: {name}: 1 values are nan or inf" in said[0]
-    assert "exitcode  : 1 " in done.stderr
+    assert done.returncode == 1

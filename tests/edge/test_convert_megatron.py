@@ -4,8 +4,6 @@ runs."""
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.gpt import moe_module_specs as specs
 from spawn import run_ranks
 from torch import Tensor
+from warm import run_script
 
 from ep_plugin.cli import main
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
@@ -52,18 +51,9 @@ RUN = (
 
 def pretrain(ranks: int, launcher: list[str], *flags: str) -> dict[int, float]:
     """Run Megatron's loop; returns the loss of each iteration."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [
-        "--nproc-per-node",
-        str(ranks),
-        *launcher,
-        str(SCRIPT),
-        *f"{MODEL} {RUN}".split(),
-        *flags,
-    ]
     environment = os.environ | {"EP_PLUGIN_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    done = run_script(
+        ranks, [*launcher, str(SCRIPT), *f"{MODEL} {RUN}".split(), *flags], environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)

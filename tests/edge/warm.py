@@ -1,0 +1,92 @@
+"""Start a script on gloo ranks as torchrun does, from a process that has imported Megatron.
+
+A rank's first ten seconds are imports; here they are forked. What torchrun itself does to a script
+is seen by `test_applied.py`, `test_releases.py`, `parity` and the quickstart.
+"""
+
+import atexit
+import multiprocessing
+import multiprocessing.connection
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from spawn import preload
+
+preload(
+    "ep_plugin.megatron.adapter",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.training.checkpointing",
+    "megatron.training.training",
+    "torch.utils.tensorboard",
+)
+
+
+def run_script(ranks: int, argv: list[str], environment: dict[str, str]) -> "Done":
+    """Run `python ARGV` on each rank; a rank that fails ends the others.
+
+    `argv` begins with a path, or with -m and a module. The exit code is the first that is not 0.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = environment | {name: str(value) for name, value in world.items()}
+    context = multiprocessing.get_context("forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        processes = []
+        for rank in range(ranks):
+            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(context.Process(target=_rank, args=(argv, own, str(out), str(err))))
+            processes[-1].start()
+        code = 0
+        while alive := [process for process in processes if process.is_alive()]:
+            multiprocessing.connection.wait([process.sentinel for process in alive])
+            code = code or next((p.exitcode for p in processes if p.exitcode), 0)
+            if code:
+                for process in alive:
+                    process.terminate()
+        code = code or next((p.exitcode for p in processes if p.exitcode), 0)
+        return Done(argv, code, out.read_text(), err.read_text())
+
+
+Done = subprocess.CompletedProcess[str]
+
+
+def _rank(argv: list[str], environment: dict[str, str], out: str, err: str) -> None:
+    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
+        stream.flush()
+        with open(path, "a") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    atexit._clear()  # what a new process would have
+    code = 1
+    try:
+        _run(argv)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(argv: list[str]) -> None:
+    sys.path.insert(0, "")  # which scripts replace by their folder
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
