@@ -79,6 +79,9 @@ class RoutingConfig:
     # limits on the choice
     num_groups: int | None = None  # groups of experts; a token chooses inside `group_topk` of them
     group_topk: int | None = None
+    group_score_topk: int | None = (
+        None  # of its experts' scores in its own; None: topk / group_topk
+    )
     expert_bias: bool = False  # added to the scores for the choice alone (arXiv:2408.15664)
     bias_update_rate: float = 1e-3
     # capacity: tokens an expert takes from one routing group
@@ -122,6 +125,11 @@ class RoutingConfig:
             raise ConfigError(
                 f"num_groups ({self.num_groups}) and group_topk ({self.group_topk}) must be set "
                 "together; both None would do"
+            )
+        if self.group_score_topk is not None and self.num_groups is None:
+            raise ConfigError(
+                f"group_score_topk ({self.group_score_topk}) needs num_groups and group_topk; "
+                "group_score_topk = None would do"
             )
 
     def _check_ranges(self) -> None:
@@ -195,11 +203,22 @@ class RoutingConfig:
                 f"{_UNGROUPED} would do"
             )
         per_group = num_experts // self.num_groups
-        if self.topk % self.group_topk or self.topk > per_group * self.group_topk:
+        uneven = self.group_score_topk is None and self.topk % self.group_topk != 0
+        if uneven or self.topk > per_group * self.group_topk:
             raise ConfigError(
                 f"topk ({self.topk}) must be a multiple of group_topk ({self.group_topk}), at most "
                 f"{per_group} experts in each group; {_UNGROUPED} would do"
             )
+        if self.each_of_group > per_group:
+            raise ConfigError(
+                f"group_score_topk ({self.group_score_topk}) must be at most the experts of a "
+                f"group ({per_group}); group_score_topk = {per_group} would do"
+            )
+
+    @property
+    def each_of_group(self) -> int:
+        """How many of a group's experts add up to its score."""
+        return self.group_score_topk or self.topk // (self.group_topk or 1)
 
 
 _UNGROUPED = "num_groups = None with group_topk = None"
@@ -207,6 +226,7 @@ _COUNTS = {  # the smallest that is legal, and an alternative
     "topk": (1, "topk = 2"),
     "num_groups": (1, _UNGROUPED),
     "group_topk": (1, _UNGROUPED),
+    "group_score_topk": (1, "group_score_topk = None"),
     "group_tokens": (1, "group_tokens = None"),
     "min_capacity": (0, "min_capacity = 0"),
 }

@@ -93,6 +93,22 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
         },
     ),
+    "deepseek_v2-best": (  # as the 236B model: three groups by their best score, two experts each
+        transformers.DeepseekV2Config,
+        {
+            **_LATENT,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 6,
+            "n_group": 8,
+            "topk_group": 3,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 16.0,
+        },
+    ),
+    "deepseek_v3-half": (  # one expert of each group, ranked by its best two
+        transformers.DeepseekV3Config,
+        {**_LATENT, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+    ),
     "deepseek_v3": (transformers.DeepseekV3Config, {**_LATENT, "rope_parameters": _YARN}),
 }
 

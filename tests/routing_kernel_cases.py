@@ -28,6 +28,8 @@ CASES: list[tuple[int, int, dict[str, Any]]] = [  # tokens, experts, settings
     (33, 16, {"topk": 4, "score_function": "sigmoid", "aux_loss_counts": "top1"}),
     (33, 12, {"topk": 3, "expert_bias": True, "normalize": "after_drop"}),
     (33, 16, {"topk": 4, "num_groups": 4, "group_topk": 2, "normalize": "none"}),
+    (33, 16, {"topk": 6, "num_groups": 8, "group_topk": 3, "group_score_topk": 1}),
+    (33, 16, {"topk": 3, "num_groups": 4, "group_topk": 2, "group_score_topk": 3}),
     (9, 1000, {"topk": 16, "score_function": "sigmoid"}),
 ]
 EXTREME: tuple[dict[str, Any], ...] = (

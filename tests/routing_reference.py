@@ -44,7 +44,7 @@ def choose(
             ranking = list(logits[t] + draws["rsample"][t])
         if routing.num_groups is not None:
             size = len(ranking) // routing.num_groups
-            each = routing.topk // routing.group_topk
+            each = routing.group_score_topk or routing.topk // routing.group_topk
             tops = [
                 sum(sorted(ranking[g * size : (g + 1) * size], reverse=True)[:each])
                 for g in range(routing.num_groups)

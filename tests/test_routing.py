@@ -165,12 +165,14 @@ def random_case(
 
 
 def group_limits(experts: int, topk: int) -> list[dict[str, int]]:
-    """Every legal pair of num_groups and group_topk."""
+    """Every legal num_groups and group_topk, with and without a legal group_score_topk."""
     return [
-        {"num_groups": groups, "group_topk": kept}
+        {"num_groups": groups, "group_topk": kept} | ({"group_score_topk": each} if each else {})
         for groups in range(1, experts + 1)
         for kept in range(1, groups + 1)
-        if experts % groups == 0 and topk % kept == 0 and topk <= experts // groups * kept
+        for each in range(experts // groups + 1)
+        if experts % groups == 0 and topk <= experts // groups * kept
+        if each or topk % kept == 0
     ]
 
 

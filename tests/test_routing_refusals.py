@@ -42,6 +42,8 @@ CONTRADICTIONS = [
     ({"num_groups": 4, "group_topk": 3, "topk": 2}, UNGROUPED),
     ({"num_groups": 4, "group_topk": 2, "topk": 6}, UNGROUPED),
     ({"num_groups": 8, "group_topk": 1, "topk": 2}, UNGROUPED),
+    ({"group_score_topk": 1}, {"group_score_topk": None}),
+    ({"num_groups": 4, "group_topk": 2, "group_score_topk": 3}, {"group_score_topk": 2}),
     ({"hidden_size": 0}, {"hidden_size": 1024}),
     ({"num_experts": 2.5}, {"num_experts": 8}),
     ({"num_moe_layers": -1}, {"num_moe_layers": 1}),

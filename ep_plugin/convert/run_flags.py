@@ -32,6 +32,7 @@ _VALUES_WITH = {
         "--moe-router-topk-scaling-factor": "moe_router_topk_scaling_factor",
         "--moe-router-num-groups": "moe_router_num_groups",
         "--moe-router-group-topk": "moe_router_group_topk",
+        "--ep-group-score-topk": "ep_group_score_topk",
         "--moe-router-load-balancing-type": "moe_router_load_balancing_type",
         "--moe-aux-loss-coeff": "moe_aux_loss_coeff",
         "--moe-shared-expert-intermediate-size": "moe_shared_expert_intermediate_size",

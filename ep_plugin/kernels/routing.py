@@ -97,7 +97,7 @@ class _Route(torch.autograd.Function):
                 POLICY=0 if capacity is None else POLICIES[capacity.policy][0],
                 NUM_GROUPS=routing.num_groups or 0,
                 GROUP_TOPK=routing.group_topk or 1,
-                EACH=topk // (routing.group_topk or 1),
+                EACH=routing.each_of_group,
                 **settings,
             )
             adders = triton.cdiv(experts + 3, COLUMNS)

@@ -38,6 +38,7 @@ ROUTING: dict[str, tuple[str | None, str]] = {
     "second_threshold": (None, "weight below which random and threshold leave it out"),
     "num_groups": ("moe_router_num_groups", "groups of experts"),
     "group_topk": ("moe_router_group_topk", "groups a token may choose in"),
+    "group_score_topk": (None, "best experts whose scores add up to a group's; default K / groups"),
     "expert_bias": ("moe_router_enable_expert_bias", "balance by a bias instead of a loss"),
     "bias_update_rate": ("moe_router_bias_update_rate", "step of that bias"),
     "capacity_factor": (None, "tokens an expert takes, over its fair share; default: all"),

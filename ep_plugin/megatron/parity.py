@@ -20,17 +20,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
-from megatron.training.arguments import (
-    add_megatron_arguments,
-    core_transformer_config_from_args,
-)
+from megatron.training import arguments as megatron_arguments
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from ep_plugin.megatron import cpu
+from ep_plugin.megatron.arguments import settings_from_args
 from ep_plugin.megatron.hooks import install, uninstall
 from ep_plugin.megatron.latent_attention import use_local_latent_attention
-from ep_plugin.megatron.settings import EdgeSettings
 
 MAX_SEQUENCE = 256
 TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random router goes unseen
@@ -84,6 +81,13 @@ _PLAIN: dict[str, Any] = {
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
     "moe_token_dispatcher_type": "alltoall",
+    "ep_dispatcher": "auto",
+    "ep_gemm": "auto",
+    "ep_overlap": "serial",
+    "ep_overlap_chunks": None,
+    "ep_dispatch_dtype": None,
+    "ep_fp8": None,
+    "ep_save": None,
 }
 
 
@@ -172,7 +176,7 @@ def _trace(folder: Path, tokens: Tensor) -> Trace:
     common = dist_checkpointing.load_common_state_dict(str(folder))
     fused_norm_kept = common["args"].transformer_impl == "local"
     args = _plain(common["args"])
-    specs.MoELayer.settings = EdgeSettings(shared_expert=getattr(args, "ep_shared_expert", None))
+    specs.MoELayer.settings = settings_from_args(args)
     model = _build(args).eval()
     _load(model, folder, common.get("content_metadata") or {}, fused_norm_kept)
     trace = Trace(torch.empty(0))
@@ -188,13 +192,14 @@ def _trace(folder: Path, tokens: Tensor) -> Trace:
 
 
 def _plain(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the run arguments, Megatron's defaults where there are none, for one plain rank."""
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    """Return the run arguments, defaults where there are none, for one plain rank."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    megatron_arguments.add_megatron_arguments(parser)  # with ours: the plugin is installed
     return argparse.Namespace(**(vars(parser.parse_args([])) | vars(args) | _PLAIN))
 
 
 def _build(args: argparse.Namespace) -> Any:
-    config = core_transformer_config_from_args(args)
+    config = megatron_arguments.core_transformer_config_from_args(args)
     if args.num_experts:
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization=args.normalization

@@ -132,14 +132,14 @@ def choose(
 def _inside_best_groups(scores: Tensor, routing: RoutingConfig) -> Tensor:
     """Return `scores` [T, E] with those outside the best `group_topk` groups at minus infinity.
 
-    A group's score is the sum of its K / group_topk best experts (DeepSeek-V3, arXiv:2412.19437,
-    section 2.1.2, where that is 2).
+    A group's score is the sum of its best experts: two in DeepSeek-V3 (arXiv:2412.19437, section
+    2.1.2), one in DeepSeek-V2 (arXiv:2405.04434, section 2.2.2).
     """
     assert routing.num_groups is not None
     assert routing.group_topk is not None
     num_groups = routing.num_groups
     in_groups = scores.view(len(scores), num_groups, scores.shape[1] // num_groups)
-    best = in_groups.topk(routing.topk // routing.group_topk, dim=-1).values.sum(dim=-1)
+    best = in_groups.topk(routing.each_of_group, dim=-1).values.sum(dim=-1)
     chosen = best.topk(routing.group_topk, dim=-1).indices  # [T, group_topk]
     outside = torch.ones_like(best, dtype=torch.bool).scatter(1, chosen, False)
     return in_groups.masked_fill(outside.unsqueeze(-1), NEVER).view_as(scores)

@@ -30,6 +30,10 @@ SAMPLES: dict[str, tuple[Any, str]] = {  # field -> (value, flags with what else
     "second_threshold": (0.5, "--ep-second-threshold 0.5"),
     "num_groups": (2, "--ep-num-groups 2 --ep-group-topk 1 --ep-normalize none"),
     "group_topk": (1, "--ep-num-groups 2 --ep-group-topk 1 --ep-normalize none"),
+    "group_score_topk": (
+        1,
+        "--ep-num-groups 2 --ep-group-topk 1 --ep-group-score-topk 1 --ep-normalize none",
+    ),
     "expert_bias": (True, "--ep-expert-bias on"),
     "bias_update_rate": (0.5, "--ep-bias-update-rate 0.5"),
     "capacity_factor": (1.5, "--ep-capacity-factor 1.5 --ep-drop-policy bpr"),

@@ -44,6 +44,31 @@ def fixed(score_function: str, expert_bias: bool) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "moe_router_num_groups"}
 
 
+def group_args(topk: int, groups: int, best: int, each: int) -> dict[str, Any]:
+    """Return the arguments of a choice in `best` groups, ranked by the sum of `each` scores.
+
+    Megatron sums `topk // best` of them; another number is a setting of ours alone.
+    """
+    megatrons = groups == best or each * best == topk
+    return {
+        "moe_router_num_groups": groups,
+        "moe_router_group_topk": best,
+        "ep_group_score_topk": None if megatrons else each,
+    }
+
+
+def check_groups(args: argparse.Namespace, each: int) -> None:
+    """Raise ConfigError where groups are left out and not ranked by the sum of `each` scores."""
+    groups, best = args.moe_router_num_groups or 1, args.moe_router_group_topk or 1
+    found = getattr(args, "ep_group_score_topk", None) or args.moe_router_topk // best
+    if groups != best and found != each:
+        raise ConfigError(
+            f"{best} of {groups} groups for {args.moe_router_topk} experts are ranked by their "
+            f"best {found} scores, this family's by their best {each}; "
+            f"ep_group_score_topk = {each} would do"
+        )
+
+
 def latent_args(config: Config) -> dict[str, Any]:
     """Return the arguments of attention, layers and shared experts."""
     if config["rms_norm_eps"] != _LATENT_EPSILON:

@@ -1,8 +1,7 @@
 """DeepSeek-V3: latent attention, first layers dense, experts chosen by sigmoid scores with a bias.
 
-Megatron ranks groups of experts by the sum of their best `topk // group_topk` scores, DeepSeek-V3
-by the sum of their best two; so that number must be 2, unless no group is left out. Megatron has
-one epsilon for all norms, transformers 1e-6 for those of the latents. The layer for multi-token
+Groups of experts are ranked by the sum of their best two scores. Megatron has one epsilon for all
+norms, transformers 1e-6 for those of the latents. The layer for multi-token
 prediction behind the last one, which transformers does not read, is left out.
 """
 
@@ -20,28 +19,20 @@ def _to_args(config: Config) -> dict[str, Any]:
             "config.json has norm_topk_prob = false; Megatron divides sigmoid scores by their sum; "
             "true would do"
         )
-    _check_groups(config["num_experts_per_tok"], config["n_group"], config["topk_group"])
-    return _deepseek.latent_args(config) | {
-        "moe_router_num_groups": config["n_group"],
-        "moe_router_group_topk": config["topk_group"],
+    topk, groups, best = (config[k] for k in ("num_experts_per_tok", "n_group", "topk_group"))
+    return {
+        **_deepseek.latent_args(config),
+        **_deepseek.group_args(topk, groups, best, each=2),
         "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
     }
 
 
 def _to_config(args: argparse.Namespace) -> Config:
+    _deepseek.check_groups(args, each=2)
     groups, best = args.moe_router_num_groups or 1, args.moe_router_group_topk or 1
-    _check_groups(args.moe_router_topk, groups, best)
     routing = {"n_group": groups, "topk_group": best, "norm_topk_prob": True}
     scale = args.moe_router_topk_scaling_factor or 1.0
     return _deepseek.latent_config(args) | routing | {"routed_scaling_factor": scale}
-
-
-def _check_groups(topk: int, groups: int, best: int) -> None:
-    if groups != best and topk // best != 2:
-        raise ConfigError(
-            f"{best} of {groups} groups for {topk} experts: Megatron ranks groups by their best "
-            f"{topk // best} scores, DeepSeek-V3 by their best 2; {2 * best} experts would do"
-        )
 
 
 FAMILY = Family(
