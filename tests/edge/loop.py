@@ -4,6 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
+from megatron.core import __version__ as core_version
 from warm import Done, run_script
 
 from ep_plugin.report.events import Run, read_run
@@ -11,7 +12,8 @@ from ep_plugin.report.events import Run, read_run
 ROOT = Path(__file__).parents[2]
 OURS = ("-m", "ep_plugin.run")
 STOCK = (str(ROOT / "tests" / "edge" / "stock_run.py"),)
-SCRIPT = str(ROOT / "recipes" / "pretrain_gpt.py")
+NEWEST = tuple(map(int, core_version.split(".")[:2])) >= (0, 19)
+SCRIPT = str(ROOT / ("recipes/pretrain_gpt.py" if NEWEST else "tests/edge/pretrain_older.py"))
 SHAPE = shlex.split(
     """
     --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 2

@@ -1,36 +1,39 @@
-"""A pretrain script for Megatron's loop until 0.18, over the model and loss of core_model.py."""
+"""recipes/pretrain_gpt.py for Megatron's loop until 0.18, which is started in other words."""
 
+import importlib.util
 import inspect
+from pathlib import Path
 from typing import Any
 
-import torch
-from core_model import LENGTH, VOCAB, build, fill, forward_step
 from megatron.core.enums import ModelType
-from megatron.training import arguments, get_args, pretrain
-from torch import Tensor
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+from megatron.training import argument_utils, arguments, get_args, pretrain
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain_gpt.py"
 
 
-class Tokens(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Random sequences, the same wherever they are read."""
-
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        tokens = torch.randint(VOCAB, (LENGTH + 1,), generator=generator)
-        return {"tokens": tokens[:-1], "labels": tokens[1:], "mask": torch.ones(LENGTH)}
-
-
-def datasets(num_samples: list[int]) -> list[Tokens]:
-    """Return the training, validation and test sets."""
-    return [Tokens(max(number, 8)) for number in num_samples]
-
-
-datasets.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks: every rank builds
+def load_recipe() -> Any:
+    """Return the recipe as a module; names that only its own start asks for may be missing."""
+    for module, name in (
+        (arguments, "parse_and_validate_args"),
+        (argument_utils, "gpt_config_from_args"),
+        (argument_utils, "pretrain_cfg_container_from_args"),
+    ):
+        if not hasattr(module, name):
+            setattr(module, name, None)
+    spec = importlib.util.spec_from_file_location("recipe", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    of_cp_rank = recipe.get_batch_on_this_cp_rank
+    if "is_hybrid_cp" not in inspect.signature(of_cp_rank).parameters:  # 0.17
+        recipe.get_batch_on_this_cp_rank = lambda batch, **_: of_cp_rank(batch)
+    return recipe
 
 
 def model_provider(
@@ -40,25 +43,41 @@ def model_provider(
     config: Any = None,
     pg_collection: Any = None,
 ) -> Any:
-    """Return the model with the same initial values at every layout."""
-    config = config or arguments.core_transformer_config_from_args(get_args())
-    model = build(config, vp_stage)
-    fill(model)
-    return model
+    """Return one pipeline stage of a GPT."""
+    args = get_args()
+    config = config or arguments.core_transformer_config_from_args(args)
+    if args.num_experts:
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=args.normalization, vp_stage=vp_stage
+        )
+    else:
+        spec = get_gpt_layer_local_spec(normalization=args.normalization)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        vp_stage=vp_stage,
+    )
 
 
 if __name__ == "__main__":
+    recipe = load_recipe()
     given: dict[str, Any] = {}
     if "cfg_container" in inspect.signature(pretrain).parameters:  # 0.18
-        from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-        given["cfg_container"] = pretrain_cfg_container_from_args(
+        given["cfg_container"] = argument_utils.pretrain_cfg_container_from_args(
             arguments.parse_and_validate_args()
         )
     pretrain(
-        train_valid_test_dataset_provider=datasets,
+        train_valid_test_dataset_provider=recipe.datasets_provider,
         model_provider=model_provider,
         model_type=ModelType.encoder_or_decoder,
-        forward_step_func=forward_step,
+        forward_step_func=recipe.forward_step,
         **given,
     )

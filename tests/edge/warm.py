@@ -67,7 +67,9 @@ def _rank(argv: list[str], environment: dict[str, str], out: str, err: str) -> N
             os.dup2(file.fileno(), stream.fileno())
     os.environ.clear()
     os.environ.update(environment)
-    atexit._clear()  # what a new process would have
+    # What a new process would have.
+    atexit._clear()
+    multiprocessing.set_start_method("fork", force=True)
     code = 1
     try:
         _run(argv)
