@@ -129,7 +129,7 @@ def to_megatron_checkpoint(opened: Opened, implementation: str | None) -> Result
     style = replace(
         opened.source,
         common={"content_metadata": {"singleton_local_shards": False}},
-        common_in_file=False,
+        common_in_file=True,
     )
     kept = {key: opened.source.common[key] for key in _KEPT if key in opened.source.common}
     content = stored(opened.source, args)

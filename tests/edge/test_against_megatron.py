@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loop import MODEL, MOE, OURS, STOCK, launch, train
+from loop import MODEL, MOE, NEWEST, OURS, STOCK, launch, train
 
 from ep_plugin.config import ConfigError
 from ep_plugin.megatron.arguments import check_arguments, settings_from_args
@@ -60,7 +60,9 @@ def test_twenty_iterations_agree(
     run = ("--train-iters", "20", *MOE, *flags)
     ours = train(ranks, OURS, tmp_path / "ours", *run, *only_ours)
     theirs = train(ranks, STOCK, tmp_path / "theirs", *run, *only_theirs)
-    assert_agree(ours, theirs, list(range(1, 21)))
+    # Until 0.18 Megatron logs the z-loss of one rank's tokens; the gradients have all of them.
+    tags = TAGS if NEWEST or ranks == 1 else tuple(tag for tag in TAGS if tag != "z_loss")
+    assert_agree(ours, theirs, list(range(1, 21)), tags)
     losses = [value for _, value in ours.series("lm loss")]
     assert losses[-1] < losses[0] - 0.1  # it trains
 

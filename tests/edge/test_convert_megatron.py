@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from loop import SCRIPT
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.gpt import moe_module_specs as specs
 from spawn import run_ranks
@@ -29,7 +30,6 @@ from ep_plugin.megatron.settings import EdgeSettings
 pytestmark = pytest.mark.megatron
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes" / "pretrain_gpt.py"
 STOCK = ROOT / "tests" / "edge" / "stock_run.py"
 E = 4
 LAYERS = "[0,1,1]"
@@ -53,7 +53,7 @@ def pretrain(ranks: int, launcher: list[str], *flags: str) -> dict[int, float]:
     """Run Megatron's loop; returns the loss of each iteration."""
     environment = os.environ | {"EP_PLUGIN_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     done = run_script(
-        ranks, [*launcher, str(SCRIPT), *f"{MODEL} {RUN}".split(), *flags], environment
+        ranks, [*launcher, SCRIPT, *f"{MODEL} {RUN}".split(), *flags], environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)

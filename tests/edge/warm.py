@@ -81,7 +81,7 @@ def _rank(argv: list[str], environment: dict[str, str], out: str, err: str) -> N
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    sys.exit(code)  # multiprocessing then ends what the script started
 
 
 def _run(argv: list[str]) -> None:
