@@ -125,7 +125,10 @@ def _megatron_replacements() -> list[tuple[Any, str, Any]]:
     """Return (owner, attribute, replacement) inside Megatron; imports what it replaces in."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    config = importlib.import_module("megatron.core.transformer.transformer_config")
+    config = config.TransformerConfig
     table = [
+        (config, "__post_init__", _with_kept_outputs(config.__post_init__)),
         (random, "_lazy_call", words.call_now),
         (random, "device_ctx_manager", words.device_context),
         (norm, "__new__", _norm_with_mark(norm.__new__)),
@@ -165,6 +168,20 @@ def _with_cpu_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(args, *rest, **kwargs)
 
     return validate_args
+
+
+def _with_kept_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the memory of a pipeline stage's output while it is sent.
+
+    Megatron frees it when the send is queued, which a stream orders and gloo's threads do not.
+    """
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:  # noqa: N807
+        self.deallocate_pipeline_outputs = False
+        original(self)
+
+    return __post_init__
 
 
 def _norm_with_mark(original: Callable[..., Any]) -> Callable[..., Any]:

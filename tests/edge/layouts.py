@@ -12,7 +12,7 @@ from typing import Any
 from core_model import Case
 from releases import RELEASES, ROOT, environment
 
-EVERYWHERE = (  # on every release
+CASES = (
     Case("TP 2 with sequence parallelism, EP 4, ETP 1", 8, tp=2, ep=4),
     Case("EP 8 over TP 4 x DP 2 (folding), ETP 1", 8, tp=4, ep=8),
     Case("TP 2, EP 2, ETP 2, PP 2, distributed optimizer", 8, tp=2, pp=2, ep=2, etp=2,
@@ -26,8 +26,6 @@ EVERYWHERE = (  # on every release
     Case("full recompute, TP 2, EP 2, ETP 2", 4, tp=2, ep=2, etp=2, recompute="full"),
     Case("biases, shared expert, ranks without tokens: TP 2, EP 4, ETP 1", 4, tp=2, ep=4,
          bias=True),
-)  # fmt: skip
-MORE = (
     Case("EP 8", 8, ep=8),
     Case("EP 2, expert data parallelism 4, distributed optimizer", 8, ep=2,
          distributed_optimizer=True),
@@ -42,7 +40,6 @@ MORE = (
     Case("MoE layers in the last of 2 x 2 virtual stages, EP 2", 4, pp=2, vpp=2, ep=2,
          dense_layers=3),
 )  # fmt: skip
-CASES = EVERYWHERE + MORE
 CHECKS = (
     "doctor",
     "a symbol that is gone",
@@ -57,18 +54,12 @@ BUGS = (
 )
 
 
-def layouts_of(version: str) -> tuple[Case, ...]:
-    """Return the layouts that a release is tested at: all on the newest."""
-    return CASES if version == RELEASES[-1] else EVERYWHERE
-
-
 @functools.cache
 def results(version: str) -> dict[str, Any]:
     """Run the layouts and checks of a release, once, in one process; raises if that fails."""
-    layouts = layouts_of(version)
     bugs = () if version == RELEASES[-1] else BUGS
-    alone = {case.alone().name: case.alone() for case in layouts}
-    cases = [asdict(case) for case in (*alone.values(), *layouts, *bugs)]
+    alone = {case.alone().name: case.alone() for case in CASES}
+    cases = [asdict(case) for case in (*alone.values(), *CASES, *bugs)]
     with tempfile.TemporaryDirectory() as folder:
         wanted, found = Path(folder, "cases.json"), Path(folder, "results.json")
         wanted.write_text(json.dumps({"cases": cases, "checks": CHECKS}))

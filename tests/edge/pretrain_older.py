@@ -48,7 +48,10 @@ def model_provider(
     config = config or arguments.core_transformer_config_from_args(args)
     if args.num_experts:
         spec = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization=args.normalization, vp_stage=vp_stage
+            config,
+            use_transformer_engine=False,
+            normalization=args.normalization,
+            vp_stage=vp_stage,
         )
     else:
         spec = get_gpt_layer_local_spec(normalization=args.normalization)

@@ -52,9 +52,7 @@ RUN = (
 def pretrain(ranks: int, launcher: list[str], *flags: str) -> dict[int, float]:
     """Run Megatron's loop; returns the loss of each iteration."""
     environment = os.environ | {"EP_PLUGIN_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    done = run_script(
-        ranks, [*launcher, SCRIPT, *f"{MODEL} {RUN}".split(), *flags], environment
-    )
+    done = run_script(ranks, [*launcher, SCRIPT, *f"{MODEL} {RUN}".split(), *flags], environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)
     return {int(iteration): float(loss) for iteration, loss in lines}

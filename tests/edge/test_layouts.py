@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from core_loop import ITERATIONS
 from core_model import LAYERS, Case
-from layouts import BUGS, CHECKS, difference, layouts_of, results
+from layouts import BUGS, CASES, CHECKS, difference, results
 from releases import RELEASES, installed
 
 from ep_plugin.megatron import cpu
@@ -34,7 +34,7 @@ def layouts() -> list[Any]:
     return [
         pytest.param(version, case, id=f"{version} {case.name}")
         for version in RELEASES
-        for case in layouts_of(version)
+        for case in CASES
     ]
 
 
