@@ -8,7 +8,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Activation = Literal["swiglu", "geglu", "gelu", "relu"]
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "relu"]
+# with a gate half, so that fc1 has twice as many outputs as fc2 has inputs
+GATED: tuple[Activation, ...] = ("swiglu", "geglu", "geglu_tanh")
 ScoreFunction = Literal["softmax", "sigmoid"]
 Normalize = Literal["before_drop", "after_drop", "none"]
 RouterDtype = Literal["fp32", "fp64", "model"]
@@ -318,4 +320,4 @@ class MoEConfig:
     @property
     def gated(self) -> bool:
         """Whether the activation has a gate half, so that fc1 has 2 * ffn_hidden_size outputs."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in GATED

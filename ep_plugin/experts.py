@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ep_plugin.autotune import AutoGemm
-from ep_plugin.config import ConfigError, MoEConfig, largest_divisor
+from ep_plugin.config import Activation, ConfigError, MoEConfig, largest_divisor
 from ep_plugin.contracts import Dispatched, GroupedGemm
 from ep_plugin.fp8 import blockwise, rowwise
 from ep_plugin.fused_experts import Bf16, FusedExperts, Recipe, Totals
@@ -17,9 +17,19 @@ from ep_plugin.kernels import Rows, plan
 from ep_plugin.permute import permute, plan_rows, unpermute
 from ep_plugin.registry import resolve
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), of any shape.
+
+    Hendrycks and Gimpel, Gaussian Error Linear Units (arXiv:1606.08415), section 2.
+    """
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {  # of the gate, where there is one
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
 }

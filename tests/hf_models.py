@@ -64,6 +64,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mistral": (transformers.MistralConfig, {"sliding_window": 9}),
     "qwen2": (transformers.Qwen2Config, {}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
+    "gemma": (transformers.GemmaConfig, {"head_dim": 16, "tie_word_embeddings": True}),
     "mixtral": (
         transformers.MixtralConfig,
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9},
@@ -132,7 +133,7 @@ def save(case: str, folder: Path, dtype: torch.dtype = torch.float32, **changes:
     generator = torch.Generator().manual_seed(7)
     for name, values in (*model.named_parameters(), *model.named_buffers()):
         if "rotary" not in name:
-            centre = 1.0 if "norm" in name else 0.0
+            centre = 1.0 if "norm" in name and case != "gemma" else 0.0
             values.copy_(torch.randn(values.shape, generator=generator) * 0.1 + centre)
     model.to(dtype).save_pretrained(folder, max_shard_size="20KB")
     assert (folder / INDEX).is_file()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ep_plugin.config import GATED
 from ep_plugin.e4m3 import Rows8
 from ep_plugin.kernels import experts as kernels
 from ep_plugin.kernels import experts_torch as twins
@@ -181,7 +182,7 @@ def check_activations(width: int, device: str) -> None:
     order, _ = twins.sort_choices(ids, ends)
     num_rows, rows = 33, int(ends[-1])
     for activation in kernels.ACTIVATIONS:
-        full = width * (2 if activation in kernels.GATED else 1)
+        full = width * (2 if activation in GATED else 1)
         for dtype in (torch.float32, torch.bfloat16):
             hidden = torch.randn(num_rows, full, device=device).to(dtype)
             grads = torch.randn(num_rows, width, device=device).to(dtype)
@@ -206,7 +207,7 @@ def check_activation_by_blocks(device: str) -> None:
     order, _ = twins.sort_choices(ids, ends)
     probs, rows = torch.rand(11, 3, device=device), int(ends[-1])
     for activation in kernels.ACTIVATIONS:
-        full = 768 if activation in kernels.GATED else 384
+        full = 768 if activation in GATED else 384
         hidden, grads = torch.randn(33, full, device=device), torch.randn(33, 384, device=device)
         hidden = (hidden * torch.exp2(torch.arange(33, device=device) % 5).unsqueeze(1)).bfloat16()
         hidden[:, :128] *= 2**-3

@@ -1,16 +1,25 @@
 """The oracle: each token, each of its experts, in float64. No sorting, no communication."""
 
+from math import pi
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATION = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's approximation by a hyperbolic tangent."""
+    return x / 2 * (1 + torch.tanh((2 / pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+ACTIVATION = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": gelu_tanh}
+ACTIVATION |= {"gelu": F.gelu, "relu": F.relu}
 
 
 def expert(x: Tensor, weights: dict[str, Tensor], index: int, activation: str) -> Tensor:
     """Output [H] of one expert for one token [H]; fc1 [E, 2F or F, H], fc2 [E, H, F], biases."""
     h = weights["fc1"][index] @ x + weights["fc1_bias"][index]
-    if activation in ("swiglu", "geglu"):
+    if activation in ("swiglu", "geglu", "geglu_tanh"):
         gate, up = h.chunk(2)
         h = ACTIVATION[activation](gate) * up
     else:

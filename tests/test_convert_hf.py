@@ -27,7 +27,7 @@ needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="needs megatron-core"
 )
 TOLERANCE = 1e-5  # of a logit in float32
-DENSE = ("llama", "mistral", "qwen2", "qwen3")
+DENSE = ("gemma", "llama", "mistral", "qwen2", "qwen3")
 EXPERTS = ["--num-experts", "4", "--topk", "2"]
 
 
@@ -382,6 +382,32 @@ def test_a_broken_model_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+def test_gemma_is_what_its_config_says(models: Any, tmp_path: Path) -> None:
+    """The first release's word for the activation is known, others are refused; so is another
+    factor of the embeddings in Megatron."""
+    known = family.load("gemma")
+    config = hf_safetensors.open_folder(models("gemma")).common["config"]
+    args = arguments(config, known)
+    assert args.mup_embedding_mult == 32**0.5
+    assert vars(arguments(config | {"hidden_act": "gelu"}, known)) == vars(args)
+    for changed in ({"hidden_activation": "relu"}, {"hidden_act": "silu"}):
+        with pytest.raises(ConfigError, match=rf"hidden_act = '{next(iter(changed.values()))}'"):
+            arguments(config | changed, known)
+    args.mup_embedding_mult = 1.0
+    with pytest.raises(ConfigError, match=r"no gemma: mup_embedding_mult = 1\.0, not 5\.65"):
+        known.config(args)
+
+
+def test_gemma_in_bf16_says_what_folding_rounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = hf_models.save("gemma", tmp_path / "hf", torch.bfloat16)
+    assert convert(source, tmp_path / "moe", "--format", "hf", *EXPERTS) == 0
+    assert "not kept: 1 + w of the norms is rounded to torch.bfloat16" in capsys.readouterr().out
+    difference = hf_models.logits(source) - hf_models.logits(tmp_path / "moe")
+    assert TOLERANCE < difference.abs().max() < 0.02 * hf_models.logits(source).abs().max()
+
+
 def test_refusals_of_the_command(
     models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -445,6 +471,7 @@ def test_every_family_has_a_case_and_a_row_in_the_readme() -> None:
 def family_table() -> str:
     """Return the table: which conversions the tests of this file run, for every family."""
     upcycled = {
+        "gemma": "mixtral",
         "llama": "mixtral",
         "mistral": "mixtral",
         "qwen2": "qwen2_moe",

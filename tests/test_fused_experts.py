@@ -79,7 +79,7 @@ NAMES = ("output", "token gradient", "probability gradient", "fc1 gradient", "fc
 
 
 @pytest.mark.parametrize("save", ["bf16", "recompute"])
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "geglu_tanh", "gelu", "relu"])
 def test_the_fused_function_equals_the_oracle(activation: Any, save: str) -> None:
     generator = torch.Generator().manual_seed(1)
     experts = make_experts(replace(CONFIG, activation=activation), torch.float64, generator)

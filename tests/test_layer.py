@@ -224,7 +224,7 @@ def test_tokens_that_tp_ranks_hold_alike_reach_an_expert_once() -> None:
 
 
 @pytest.mark.parametrize("case", hard_cases())
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "geglu_tanh", "gelu", "relu"])
 def test_one_process_without_groups_equals_the_oracle(case: str, activation: Any) -> None:
     ids = hard_cases()[case][:1]
     config = replace(BASE, activation=activation)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ep_plugin.config import BackendUnavailable, ConfigError
 from ep_plugin.convert import family as families
-from ep_plugin.convert import manifest
+from ep_plugin.convert import fold, manifest
 from ep_plugin.convert.family import Family
 from ep_plugin.convert.formats import megatron_dist, megatron_legacy
 from ep_plugin.convert.megatron_names import plain, stored, stored_name
@@ -157,6 +157,9 @@ def to_hf_folder(opened: Opened, dense: Opened, model_type: str | None, path: Pa
     if opened is not dense and getattr(opened.args, "add_qkv_bias", False) and not has_shared:
         source, args = with_silent_expert(opened.source, dense.source, opened.args)
         opened = replace(opened, source=source, args=args)
+    if fold.applies(opened.args):
+        source, args, lost = fold.fold(opened.source, opened.args)
+        opened = replace(opened, source=source, args=args, deviations=(*opened.deviations, *lost))
     chosen = families.load(model_type) if model_type else opened.family
     family = chosen or families.recognise(opened.args)
     made = to_hf(opened.source, family, opened.args)

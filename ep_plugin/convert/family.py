@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
-from ep_plugin.config import ConfigError
+from ep_plugin.config import GATED, ConfigError
 from ep_plugin.convert.names import LayerKind
 from ep_plugin.convert.upcycling.layers import moe_layers
 from ep_plugin.registry import available
@@ -167,7 +167,7 @@ def gated(name: str, args: argparse.Namespace) -> bool:
     if ".experts.experts." in name:
         ours = getattr(args, "ep_expert_activation", None) or ours
     if ours is not None:
-        return ours in ("swiglu", "geglu")
+        return ours in GATED
     return bool(args.swiglu or getattr(args, "quick_geglu", False))
 
 

@@ -18,12 +18,19 @@ _VALUES = {  # flag -> argument, where it is set
     "--rotary-base": "rotary_base",
     "--window-size": "window_size",
     "--transformer-impl": "transformer_impl",
+    "--ep-dense-activation": "ep_dense_activation",
 }
 # argument -> flags that count where it is set
 _VALUES_WITH = {
     "group_query_attention": {"--num-query-groups": "num_query_groups"},
     "use_rope_scaling": {"--rope-scaling-factor": "rope_scaling_factor"},
+    "use_mup": {
+        "--mup-embedding-mult": "mup_embedding_mult",
+        "--mup-attn-scale-power": "mup_attn_scale_power",
+    },
     "num_experts": {
+        "--ep-expert-activation": "ep_expert_activation",
+        "--ep-shared-expert": "ep_shared_expert",
         "--num-experts": "num_experts",
         "--moe-ffn-hidden-size": "moe_ffn_hidden_size",
         "--moe-layer-freq": "moe_layer_freq",
@@ -52,6 +59,8 @@ _VALUES_WITH = {
 }
 _SWITCHES = {  # flag -> argument, given when the argument is true
     "--swiglu": "swiglu",
+    "--apply-layernorm-1p": "layernorm_zero_centered_gamma",
+    "--use-mup": "use_mup",
     "--group-query-attention": "group_query_attention",
     "--add-qkv-bias": "add_qkv_bias",
     "--qk-layernorm": "qk_layernorm",

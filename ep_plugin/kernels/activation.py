@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ep_plugin.config import GATED
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, Rows8
 from ep_plugin.kernels._launch import jit
 from ep_plugin.kernels.quantize import power_of_two_scale
 
-ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3}
-GATED = ("swiglu", "geglu")
+ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "geglu_tanh": 4}
 
 
 def _warps(width: int) -> int:
@@ -43,6 +43,12 @@ def _activate(gate, up, ACT: tl.constexpr):
         return value * up, up * _erf_gelu_slope(gate), value
     if ACT == 2:
         return _erf_gelu(gate), _erf_gelu_slope(gate), gate
+    if ACT == 4:
+        # x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3) is x sigmoid(2 u)
+        sigma = tl.sigmoid(gate * (1.5957691216057308 + 0.07135481627260025 * gate * gate))
+        steep = 1.5957691216057308 + 0.21406444881780075 * gate * gate  # slope of 2 u
+        slope = sigma + gate * sigma * (1.0 - sigma) * steep
+        return gate * sigma * up, up * slope, gate * sigma
     return tl.maximum(gate, 0.0), (gate > 0).to(tl.float32), gate
 
 

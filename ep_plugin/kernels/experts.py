@@ -3,7 +3,7 @@
 The functions have the same names, arguments and results as their twins in `experts_torch`.
 """
 
-from ep_plugin.kernels.activation import ACTIVATIONS, GATED, activate, activate_backward
+from ep_plugin.kernels.activation import ACTIVATIONS, activate, activate_backward
 from ep_plugin.kernels.block_columns import round_columns
 from ep_plugin.kernels.blocks import quantize_blocks, round_rows, round_weight, spread_blocks
 from ep_plugin.kernels.quantize import (
@@ -17,7 +17,6 @@ from ep_plugin.kernels.wgrad import add_wgrad, add_wgrad8
 
 __all__ = [
     "ACTIVATIONS",
-    "GATED",
     "activate",
     "activate_backward",
     "add_wgrad",

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ep_plugin.config import GATED
 from ep_plugin.e4m3 import E4M3, Blocks8, Columns8, Rows8, Weight8, dequantize_rows, quantize_rows
 from ep_plugin.kernels.blocks_torch import (
     dequantize_blocks,
@@ -27,7 +28,9 @@ __all__ = [  # as they are elsewhere
     "spread_blocks",
 ]
 TILE, ALIGN = 128, 16
-GATED = ("swiglu", "geglu")
+# GELU by tanh, x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), is x sigmoid(2 u).
+_TANH = 1.5957691216057308  # 2 sqrt(2 / pi)
+_TANH_CUBE = 0.07135481627260025  # 0.044715 of that
 
 
 def _inside(num_rows: int, ends: Tensor) -> Tensor:
@@ -73,6 +76,10 @@ def _slopes(hidden: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     if activation == "swiglu":
         sigma = gate.sigmoid()
         return gate * sigma * up, up * sigma * (1 + gate * (1 - sigma)), gate * sigma
+    if activation == "geglu_tanh":
+        sigma = (gate * (_TANH + _TANH_CUBE * gate * gate)).sigmoid()
+        steep = sigma * (1 - sigma) * (_TANH + 3 * _TANH_CUBE * gate * gate)
+        return gate * sigma * up, up * (sigma + gate * steep), gate * sigma
     if activation == "relu":
         return gate.relu(), (gate > 0).to(gate.dtype), gate
     cdf = 0.5 * (1 + torch.erf(gate * 0.7071067811865476))

@@ -23,6 +23,7 @@ import torch
 
 from ep_plugin.config import ConfigError
 from ep_plugin.megatron import _cpu_torch as words
+from ep_plugin.megatron.zero_centered import zero_centered
 
 VALIDATE = "validate_args"
 _LEGAL = ("cpu", "cuda")
@@ -185,19 +186,22 @@ def _with_kept_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _norm_with_mark(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let torch's norms work with sequence parallelism: they lack a mark on their parameters.
+    """Let torch's norms work with sequence parallelism, and with weights that are centred at zero.
 
-    With the mark, Megatron sums their gradients over the tensor-parallel ranks, which hold other
-    tokens.
+    For the first they lack a mark on their parameters: with it, Megatron sums their gradients over
+    the tensor-parallel ranks, which hold other tokens. For the second ours take their place.
     """
 
     def __new__(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        sequence_parallel = config.sequence_parallel
-        config.sequence_parallel = False
+        sequence_parallel, centered = config.sequence_parallel, config.layernorm_zero_centered_gamma
+        config.sequence_parallel = config.layernorm_zero_centered_gamma = False
         try:
             norm = original(cls, config, *args, **kwargs)
         finally:
             config.sequence_parallel = sequence_parallel
+            config.layernorm_zero_centered_gamma = centered
+        if centered:
+            norm = zero_centered(norm)
         for parameter in norm.parameters():
             parameter.sequence_parallel = sequence_parallel
         return norm

@@ -7,9 +7,9 @@ never changed behind the user's back.
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
-
+from ep_plugin import experts
 from ep_plugin.config import (
+    GATED,
     Activation,
     CheckSplits,
     ConfigError,
@@ -89,10 +89,7 @@ _LEGAL: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 ACTIVATIONS: dict[Activation, tuple[Any, bool]] = {  # -> (activation_func, gated_linear_unit)
-    "swiglu": (F.silu, True),
-    "geglu": (F.gelu, True),
-    "gelu": (F.gelu, False),
-    "relu": (F.relu, False),
+    name: (function, name in GATED) for name, function in experts.ACTIVATIONS.items()
 }
 FP8_RECIPES: dict[str, Fp8] = {  # Megatron's -> ours, finer where there is no equal
     "delayed": "rowwise",

@@ -18,10 +18,10 @@ Assumptions:
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ep_plugin.config import ConfigError
+from ep_plugin.config import GATED, ConfigError
 from ep_plugin.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.plan.network import Traffic, received
-from ep_plugin.presets import GATED, Model, Preset, layer_params
+from ep_plugin.presets import Model, Preset, layer_params
 
 WEIGHT, GRADIENT, ADAM = 2, 4, 12  # bytes of a parameter
 LOGIT = 2 + 4 + 4

@@ -9,7 +9,6 @@ from importlib import import_module
 from ep_plugin.config import ConfigError
 from ep_plugin.presets._arguments import megatron_arguments
 from ep_plugin.presets._model import (
-    GATED,
     LayerParams,
     Model,
     Preset,
@@ -20,7 +19,6 @@ from ep_plugin.presets._model import (
 from ep_plugin.registry import available
 
 __all__ = [
-    "GATED",
     "LayerParams",
     "Model",
     "Preset",

@@ -3,11 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ep_plugin.config import Activation, RoutingConfig, SharedExpert
+from ep_plugin.config import GATED, Activation, RoutingConfig, SharedExpert
 
 Positions = Literal["rope", "learned", "relative", "relative_per_layer"]
 RELATIVE_BUCKETS = 32  # T5's table of relative positions: one value per bucket and head
-GATED = ("swiglu", "geglu")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,14 +44,22 @@ def test_the_same_tensors_and_objects(tmp_path: Path) -> None:
     assert ours.common["iteration"] == theirs.common["iteration"] == 1
 
 
-def test_through_the_loop_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("case", ["qwen3_moe", "gemma"])
+def test_through_the_loop_and_back(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A Hugging Face model, loaded with the flags that the command prints on two expert-parallel
     ranks, a step at learning rate 0, saved, and back: no name is missing or left over, and every
-    bit is the same."""
-    source = hf_models.save("qwen3_moe", tmp_path / "hf")
-    paths = ["--from", str(source), "--to", str(tmp_path / "megatron")]
+    bit is the same as without the loop."""
+    source = hf_models.save(case, tmp_path / "hf")
+    experts = ["--num-experts", "4", "--topk", "2"] if case == "gemma" else []
+    paths = ["--from", str(source), "--to", str(tmp_path / "megatron"), *experts]
     assert main(["convert", *paths, "--transformer-impl", "local", "--json"]) == 0
     flags = json.loads(capsys.readouterr().out)["megatron_flags"]
+    if experts:
+        paths = ["--from", str(source), "--to", str(tmp_path / "direct"), *experts]
+        assert main(["convert", *paths, "--format", "hf"]) == 0
+        source = tmp_path / "direct"
     data = ("--seq-length", "32", "--vocab-size", str(hf_models.VOCAB - 1))
     load = ("--load", str(tmp_path / "megatron"), "--finetune", "--exit-on-missing-checkpoint")
     strict = ("--dist-ckpt-strictness", "raise_all", "--expert-model-parallel-size", "2")

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from loop import MODEL, OURS, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ep_plugin import RoutingConfig
+from ep_plugin.config import Activation
 from ep_plugin.megatron.arguments import settings_from_args
 from ep_plugin.megatron.flags import ROUTING, add_ep_arguments, experts_per_layer
-from ep_plugin.megatron.settings import routing_config
+from ep_plugin.megatron.settings import _activation, routing_config
 
 pytestmark = pytest.mark.megatron
 SAMPLES: dict[str, tuple[Any, str]] = {  # field -> (value, flags with what else it needs)
@@ -107,12 +108,16 @@ def test_the_dense_blocks_get_their_own_activation() -> None:
         return TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
 
     args = parse("--ep-dense-activation", "geglu", "--ep-expert-activation", "relu")
+    every = {name: parse("--ep-dense-activation", name) for name in get_args(Activation)}
     edge.install()
     try:
         specs: Any = import_module(hooks.MODULE_SPECS)
         specs.MoELayer.settings = settings_from_args(args)
         gated = config()
         assert (gated.activation_func, gated.gated_linear_unit) == (F.gelu, True)
+        for name, alike in every.items():  # experts without a flag of their own follow
+            specs.MoELayer.settings = settings_from_args(alike)
+            assert _activation(config()) == name
     finally:
         edge.uninstall()
     assert config().gated_linear_unit is False

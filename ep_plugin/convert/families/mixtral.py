@@ -10,11 +10,14 @@ from ep_plugin.convert.upcycling.layers import moe_layers
 
 _HF, _MEGATRON = "model.layers.{layer}.block_sparse_moe.", "decoder.layers.{layer}.mlp."
 _EXPERT, _FC = _HF + "experts.{expert}.", _MEGATRON + "experts.experts.{expert}."
+_TANH = ("gelu_pytorch_tanh", "geglu_tanh")  # what a Gemma with experts has, in either's words
 
 
 def _to_args(config: Config) -> dict[str, Any]:
     experts = _config.experts_args(config, normalized=True)
-    shared = _config.decoder_args(config) | _config.heads_args(config)
+    plain = {key: value for key, value in config.items() if key != "hidden_act"}
+    shared = _config.decoder_args(plain) | _config.heads_args(config)
+    shared |= _activation_args(config.get("hidden_act", "silu"))
     sizes = {"ffn_hidden_size": config["intermediate_size"]}
     return shared | _config.window_args(config) | experts | sizes
 
@@ -26,9 +29,30 @@ def _to_config(args: argparse.Namespace) -> Config:
             "--layers all would do"
         )
     shared = _config.decoder_config(args) | _config.heads_config(args)
+    shared["hidden_act"] = _hidden_act(args)
     return shared | _config.window_config(args) | _config.experts_config(args)
 
 
+def _activation_args(hidden_act: str) -> dict[str, Any]:
+    if hidden_act == _TANH[0]:
+        return {"swiglu": False, "ep_dense_activation": _TANH[1]}
+    _config.refuse({"hidden_act": hidden_act}, "hidden_act", "silu")
+    return {"swiglu": True, "ep_dense_activation": None}
+
+
+def _hidden_act(args: argparse.Namespace) -> str:
+    ours = getattr(args, "ep_dense_activation", None)
+    if ours == _TANH[1]:
+        return _TANH[0]
+    if ours not in (None, "swiglu") or not (ours or args.swiglu):
+        raise ConfigError(
+            f"the checkpoint is no mixtral: ep_dense_activation = {ours!r} with swiglu = "
+            f"{args.swiglu}; swiglu or {_TANH[1]} would do"
+        )
+    return "silu"
+
+
+_FIXED = _config.moe_fixed(moe_router_pre_softmax=False)
 FAMILY = Family(
     model_type="mixtral",
     moe=True,
@@ -40,7 +64,7 @@ FAMILY = Family(
         Row(_EXPERT + "w3.weight", _FC + "linear_fc1.weight_v"),
         Row(_EXPERT + "w2.weight", _FC + "linear_fc2.weight"),
     ),
-    fixed=_config.moe_fixed(moe_router_pre_softmax=False),
+    fixed={k: v for k, v in _FIXED.items() if k not in ("swiglu", "ep_dense_activation")},
     fields=_config.FIELDS
     | {
         "intermediate_size": "moe_ffn_hidden_size",
