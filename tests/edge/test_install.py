@@ -18,7 +18,7 @@ SEAMS = (
     "megatron.core.models.gpt.moe_module_specs:MoELayer",
     "megatron.training.arguments:add_megatron_arguments",
     "megatron.training.arguments:validate_args",
-    "megatron.core.transformer.moe.moe_logging:MoEMetricsTracker.report",
+    *touchpoints.release_for(touchpoints.installed_version()).losses.WRITERS,
     "megatron.core.transformer.module:MegatronModule.set_is_first_microbatch",
     "megatron.core.datasets.utils:compile_helpers",
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from spawn import preload
 
+GRACE = 5  # seconds between a rank's failure and the end of the others
+
 preload(
     "ep_plugin.megatron.adapter",
     "megatron.core.models.gpt.gpt_layer_specs",
@@ -52,6 +54,7 @@ def run_script(ranks: int, argv: list[str], environment: dict[str, str]) -> "Don
             code = code or next((p.exitcode for p in processes if p.exitcode), 0)
             if code:
                 for process in alive:
+                    process.join(GRACE)  # it may be about to say why
                     process.terminate()
         code = code or next((p.exitcode for p in processes if p.exitcode), 0)
         return Done(argv, code, out.read_text(), err.read_text())
