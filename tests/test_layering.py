@@ -34,7 +34,9 @@ TABLE = {
     # the core: torch and nothing else
     "": Row("config parallel groups layer"),
     "contracts": Row("", "torch"),
-    "config": Row(),
+    "errors": Row(),
+    "routing_config": Row("errors"),
+    "config": Row("errors routing_config"),
     "parallel": Row("config"),
     "registry": Row("config"),
     "groups": Row("config parallel", "torch"),

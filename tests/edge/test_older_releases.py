@@ -25,10 +25,11 @@ OF_THE_NEWEST = (
 VERSIONS = ("0.17.1", "0.18.2")
 
 
+Running = dict[str, tuple[subprocess.Popen[str], Path]]  # release -> its tests, what they say
+
+
 @pytest.fixture(scope="module")
-def running(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, tuple[subprocess.Popen[str], Path]]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Running:
     """Start the tests of all releases at once: a run waits more than it computes."""
     files = sorted(Path(__file__).parent.glob("test_*.py"))
     chosen = [path for path in files if path.stem not in (*RUN_ELSEWHERE, *OF_THE_NEWEST)]
@@ -51,7 +52,7 @@ def running(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_edge(version: str, running: dict[str, tuple[subprocess.Popen[str], Path]]) -> None:
+def test_the_edge(version: str, running: Running) -> None:
     if version not in running:
         pytest.skip(f"megatron-core {version} cannot be installed here")
     process, said = running[version]

@@ -1,0 +1,206 @@
+"""How tokens choose experts, validated once. Nothing here imports torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ep_plugin.errors import ConfigError, check_choice, check_counts
+
+ScoreFunction = Literal["softmax", "sigmoid"]
+Normalize = Literal["before_drop", "after_drop", "none"]
+RouterDtype = Literal["fp32", "fp64", "model"]
+Noise = Literal["none", "rsample"]
+SecondExpert = Literal["all", "sampling", "random", "threshold"]
+DropPolicy = Literal["none", "position", "rank_position", "probs", "random", "bpr"]
+CapacityRounding = Literal["floor", "round", "ceil", "floor_x4"]
+AuxLossCounts = Literal["topk", "top1"]
+AuxLossScope = Literal["micro_batch", "sequence", "global", "group"]
+AuxLossLayers = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """How tokens choose experts; every field is an axis of its own, and a flag `--ep-FIELD`.
+
+    The defaults are Megatron's: softmax, top-2 with weights that sum to 1, nothing dropped.
+    Raises ConfigError when the settings contradict each other.
+    """
+
+    topk: int = 2
+    # scores and weights
+    score_function: ScoreFunction = "softmax"
+    normalize: Normalize = "before_drop"  # divide a token's weights by their sum: when, or not
+    scaling_factor: float = 1.0  # of the weights (DeepSeek-V3, arXiv:2412.19437, has 2.5)
+    router_dtype: RouterDtype = "fp32"  # of the logits; all that follows is fp32 at least
+    router_bias: bool = False
+    # exploration
+    jitter_eps: float = 0.0  # input times U[1-eps, 1+eps], training (arXiv:2101.03961, app. C)
+    noise: Noise = "none"  # rsample: Gumbel noise on the logits picks, in training (DeepSpeed-MoE)
+    second_expert: SecondExpert = "all"  # sampling: drawn; random, threshold: may be left out
+    second_threshold: float = 0.2  # random keeps with g2/threshold, threshold when g2 exceeds it
+    # limits on the choice
+    num_groups: int | None = None  # groups of experts; a token chooses inside `group_topk` of them
+    group_topk: int | None = None
+    group_score_topk: int | None = (
+        None  # of its experts' scores in its own; None: topk / group_topk
+    )
+    expert_bias: bool = False  # added to the scores for the choice alone (arXiv:2408.15664)
+    bias_update_rate: float = 1e-3
+    # capacity: tokens an expert takes from one routing group
+    capacity_factor: float | None = None  # in training; None: nothing is dropped
+    eval_capacity_factor: float | None = None  # in evaluation; None: nothing is dropped
+    min_capacity: int = 0
+    capacity_rounding: CapacityRounding = "ceil"
+    capacity_counts_topk: bool = True  # capacity = factor * S * K / E, else factor * S / E
+    drop_policy: DropPolicy = "none"  # who goes when an expert is full
+    group_tokens: int | None = None  # tokens of a routing group; None: all of the rank's
+    # losses
+    aux_loss_coeff: float = 0.0  # Switch Transformer, eq. 4; 1 when balanced, before this factor
+    aux_loss_counts: AuxLossCounts = "topk"  # which choices count
+    aux_loss_scope: AuxLossScope = "micro_batch"  # over which tokens
+    aux_loss_layers: AuxLossLayers = "sum"  # mean: divided by the number of MoE layers
+    z_loss_coeff: float = 0.0  # ST-MoE, arXiv:2202.08906, eq. 5
+    # expert choice looks at later tokens: wrong for a causal model
+    force_expert_choice: bool = False
+
+    def __post_init__(self) -> None:
+        for name, legal in _CHOICES.items():
+            check_choice(name, getattr(self, name), legal)
+        self._check_ranges()
+        self._check_capacity()
+        if self.topk == 1 and self.normalize != "none" and not self._has_losses:
+            raise ConfigError(
+                f"topk (1) with normalize ({self.normalize}) leaves the router no gradient: one "
+                "weight divided by itself is 1; normalize = none would do"
+            )
+        if self.second_expert != "all" and self.topk != 2:
+            raise ConfigError(
+                f"second_expert ({self.second_expert}) needs topk 2; got topk = {self.topk}; "
+                "second_expert = all would do"
+            )
+        if self.noise != "none" and (self.expert_bias or self.num_groups is not None):
+            raise ConfigError(
+                f"noise ({self.noise}) ranks by logits, expert_bias ({self.expert_bias}) and "
+                f"num_groups ({self.num_groups}) by scores; noise = none would do"
+            )
+        if (self.num_groups is None) != (self.group_topk is None):
+            raise ConfigError(
+                f"num_groups ({self.num_groups}) and group_topk ({self.group_topk}) must be set "
+                "together; both None would do"
+            )
+        if self.group_score_topk is not None and self.num_groups is None:
+            raise ConfigError(
+                f"group_score_topk ({self.group_score_topk}) needs num_groups and group_topk; "
+                "group_score_topk = None would do"
+            )
+
+    def _check_ranges(self) -> None:
+        check_counts(self, _COUNTS)
+        for name in ("scaling_factor", "capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(
+                    f"{name} must be positive and finite; got {value}; {name} = 1.0 would do"
+                )
+        for name in ("aux_loss_coeff", "z_loss_coeff", "bias_update_rate"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(
+                    f"{name} must be finite and not negative; got {value}; {name} = 0.0 would do"
+                )
+        if not 0 <= self.jitter_eps < 1:
+            raise ConfigError(
+                f"jitter_eps must be in [0, 1); got {self.jitter_eps}; jitter_eps = 0.01 would do"
+            )
+        if not 0 < self.second_threshold <= 1:
+            raise ConfigError(
+                f"second_threshold must be in (0, 1]; got {self.second_threshold}; "
+                "second_threshold = 0.2 would do"
+            )
+
+    def _check_capacity(self) -> None:
+        given = {
+            name: getattr(self, name)
+            for name in ("capacity_factor", "eval_capacity_factor")
+            if getattr(self, name) is not None
+        }
+        if given and self.drop_policy == "none" and not self.force_expert_choice:
+            name, value = next(iter(given.items()))
+            raise ConfigError(
+                f"{name} ({value}) needs a drop_policy, and drop_policy is none (dropless); "
+                "drop_policy = probs would do"
+            )
+        if self.drop_policy != "none" and not given:
+            raise ConfigError(
+                f"drop_policy ({self.drop_policy}) needs capacity_factor or eval_capacity_factor, "
+                "and both are None (dropless); capacity_factor = 1.25 would do"
+            )
+        if self.aux_loss_scope == "group" and self.group_tokens is None:
+            raise ConfigError(
+                "aux_loss_scope (group) needs group_tokens, the tokens of a routing group; "
+                "aux_loss_scope = micro_batch would do"
+            )
+
+    @property
+    def _has_losses(self) -> bool:
+        return self.aux_loss_coeff > 0 or self.z_loss_coeff > 0
+
+    def check_experts(self, num_experts: int) -> None:
+        """Raise ConfigError when a layer of `num_experts` cannot be routed this way."""
+        if self.topk > num_experts:
+            legal = f"topk = {num_experts}" + (" with normalize = none" if num_experts == 1 else "")
+            raise ConfigError(
+                f"topk ({self.topk}) must be at most num_experts ({num_experts}); {legal} would do"
+            )
+        if self.num_groups is None or self.group_topk is None:
+            return
+        if num_experts % self.num_groups:
+            raise ConfigError(
+                f"num_groups ({self.num_groups}) must divide num_experts ({num_experts}); "
+                f"{_UNGROUPED} would do"
+            )
+        if self.group_topk > self.num_groups:
+            raise ConfigError(
+                f"group_topk ({self.group_topk}) must be at most num_groups ({self.num_groups}); "
+                f"{_UNGROUPED} would do"
+            )
+        per_group = num_experts // self.num_groups
+        uneven = self.group_score_topk is None and self.topk % self.group_topk != 0
+        if uneven or self.topk > per_group * self.group_topk:
+            raise ConfigError(
+                f"topk ({self.topk}) must be a multiple of group_topk ({self.group_topk}), at most "
+                f"{per_group} experts in each group; {_UNGROUPED} would do"
+            )
+        if self.each_of_group > per_group:
+            raise ConfigError(
+                f"group_score_topk ({self.group_score_topk}) must be at most the experts of a "
+                f"group ({per_group}); group_score_topk = {per_group} would do"
+            )
+
+    @property
+    def each_of_group(self) -> int:
+        """How many of a group's experts add up to its score."""
+        return self.group_score_topk or self.topk // (self.group_topk or 1)
+
+
+_UNGROUPED = "num_groups = None with group_topk = None"
+_COUNTS = {  # the smallest that is legal, and an alternative
+    "topk": (1, "topk = 2"),
+    "num_groups": (1, _UNGROUPED),
+    "group_topk": (1, _UNGROUPED),
+    "group_score_topk": (1, "group_score_topk = None"),
+    "group_tokens": (1, "group_tokens = None"),
+    "min_capacity": (0, "min_capacity = 0"),
+}
+_CHOICES = {
+    "score_function": get_args(ScoreFunction),
+    "normalize": get_args(Normalize),
+    "router_dtype": get_args(RouterDtype),
+    "noise": get_args(Noise),
+    "second_expert": get_args(SecondExpert),
+    "capacity_rounding": get_args(CapacityRounding),
+    "drop_policy": get_args(DropPolicy),
+    "aux_loss_counts": get_args(AuxLossCounts),
+    "aux_loss_scope": get_args(AuxLossScope),
+    "aux_loss_layers": get_args(AuxLossLayers),
+}
