@@ -103,6 +103,7 @@ def train(case: Case) -> list[dict[str, float]]:
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=case.tp,
+        context_parallel_size=case.cp,
         pipeline_model_parallel_size=case.pp,
         virtual_pipeline_model_parallel_size=case.vpp,
         expert_model_parallel_size=case.ep,
@@ -135,6 +136,7 @@ def train(case: Case) -> list[dict[str, float]]:
         parallel_state.get_data_parallel_world_size(),
         parallel_state.get_data_parallel_rank(),
     )
+    cp_rank = parallel_state.get_context_parallel_rank()
     values = []
     for iteration in range(ITERATIONS):
         for chunk in chunks:
@@ -142,7 +144,7 @@ def train(case: Case) -> list[dict[str, float]]:
         optimizer.zero_grad()
         sums = step(
             forward_step_func=forward_step,
-            data_iterator=[batches(case, iteration, dp_rank, dp) for _ in chunks],
+            data_iterator=[batches(case, iteration, dp_rank, dp, cp_rank) for _ in chunks],
             model=chunks,
             num_microbatches=SEQUENCES // dp,
             seq_length=LENGTH,

@@ -18,6 +18,7 @@ class Case:
     name: str
     world: int = 1
     tp: int = 1
+    cp: int = 1
     pp: int = 1
     vpp: int | None = None
     ep: int = 1
@@ -80,6 +81,7 @@ def transformer_config(case: Case) -> Any:
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=case.tp,
         sequence_parallel=case.tp > 1,
+        context_parallel_size=case.cp,
         pipeline_model_parallel_size=case.pp,
         virtual_pipeline_model_parallel_size=case.vpp,
         overlap_p2p_comm=case.vpp is not None,  # as Megatron's arguments: two stages mix up batched
@@ -101,11 +103,17 @@ def build(config: Any, stage: int | None) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     where = {"ignore_virtual": stage is None, "vp_stage": stage}
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
+    )
+    if config.context_parallel_size > 1:
+        from context_parallel import GatheredAttention
+
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = GatheredAttention
     model = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
-        ),
+        transformer_layer_spec=spec,
         vocab_size=VOCAB,
         max_sequence_length=LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
@@ -154,16 +162,26 @@ def _place(piece: Any) -> tuple[Any, ...]:
     )
 
 
-def batches(case: Case, iteration: int, dp_rank: int, dp: int) -> Iterator[dict[str, Tensor]]:
-    """Yield this data-parallel rank's micro-batches of one sequence; tensors [1, S]."""
+def places(cp_rank: int, cp: int) -> Tensor:
+    """Return the positions [S / CP] that Megatron gives a context-parallel rank: two pieces, so
+    that causal attention costs each the same."""
+    pieces = torch.arange(LENGTH).chunk(2 * cp)
+    return torch.cat([pieces[cp_rank], pieces[2 * cp - 1 - cp_rank]])
+
+
+def batches(
+    case: Case, iteration: int, dp_rank: int, dp: int, cp_rank: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield this rank's micro-batches of its part of one sequence; tensors [1, S / CP]."""
     generator = torch.Generator().manual_seed(iteration % 2)
     tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
     kept = torch.rand(SEQUENCES, LENGTH, generator=generator) > (1 / 3 if case.per_token else 0)
+    here = places(cp_rank, case.cp)
     for index in range(dp_rank, SEQUENCES, dp):
         yield {
-            "tokens": tokens[index : index + 1, :-1],
-            "labels": tokens[index : index + 1, 1:],
-            "mask": kept[index : index + 1].float(),
+            "tokens": tokens[index : index + 1, here],
+            "labels": tokens[index : index + 1, here + 1],
+            "mask": kept[index : index + 1, here].float(),
         }
 
 
