@@ -214,6 +214,7 @@ def test_dry_run_names_every_tensor(
         name: info.shape for name, info in written.items()
     }
     assert plan["num_bytes"] == sum(info.num_bytes for info in written.values())
+    assert plan["seconds"] == pytest.approx(plan["num_bytes"] / 200e6)
     sources = {name for old, _ in plan["names"] for name in old.split(", ")}
     assert sources == {"(new)", *hf_models.tensors(models("qwen3"))}
 

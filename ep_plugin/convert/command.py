@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from ep_plugin.config import BackendUnavailable, ConfigError
 from ep_plugin.convert import manifest, translation
+from ep_plugin.convert.conversion import is_hf
 from ep_plugin.convert.flags import add_arguments as add_arguments
 from ep_plugin.convert.flags import settings_from
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
+from ep_plugin.convert.prompts import Prompts, read_prompts
 from ep_plugin.convert.report import parity_table, print_dry_run, print_summary, summary
 from ep_plugin.convert.staging import check_free, check_room, source_request, staged
 from ep_plugin.convert.stream import Source, finite
@@ -71,8 +73,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--parity-tolerance must be above 0; got {args.parity_tolerance}")
     if args.processes < 1:
         raise ConfigError(f"--processes must be at least 1; got {args.processes}")
+    prompts = None
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts, args.source if is_hf(args.source) else None)
     if settings is None or translation.wanted(args):
-        return translation.run(args, settings)
+        return translation.run(args, settings, prompts)
+    if prompts is not None and args.skip_parity:
+        raise ConfigError(
+            "--prompts and --skip-parity contradict each other; leave one of them out"
+        )
     check_free(args.target)
     source = finite(open_checkpoint(args.source))
     new = plan(source, settings, keep_optimizer=not args.drop_optimizer)
@@ -91,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
                 )
             if compare is not None:
                 moe = staging.folder / source.folder.name
-                report = _check_parity(compare, source.folder, moe, new, args)
+                report = _check_parity(compare, source.folder, moe, new, args, prompts)
             manifest.write(staging.folder, written, new.content, asdict(settings))
     except ParityFailed as error:
         print(f"ep-plugin convert: {error}", file=sys.stderr)
@@ -143,13 +152,14 @@ def _check_parity(
     moe: Path,
     new: Plan,
     args: argparse.Namespace,
+    prompts: Prompts | None,
 ) -> dict[str, Any]:
     """Compare the models and keep the report beside `moe`.
 
     Raises ParityFailed where the function is to be kept and is not.
     """
     with translation.aside():
-        report = compare(dense, moe, seed=args.seed)
+        report = compare(dense, moe, seed=args.seed, prompts=prompts)
     difference, tolerance = report["logits_max_abs_diff"], args.parity_tolerance
     same = difference <= tolerance  # False for nan
     report |= {"tolerance": tolerance, "deviations": list(new.deviations), "same": same}

@@ -118,7 +118,12 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--verify", action="store_true",
-        help="compare logits of random tokens, Hugging Face's model computed by transformers",
+        help="compare logits, Hugging Face's model computed by transformers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="compare on these instead of random tokens: a prompt a line, for the tokenizer of a "
+        "Hugging Face --from, or .json with lists of token ids",
     )  # fmt: skip
 
 

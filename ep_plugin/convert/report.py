@@ -12,9 +12,26 @@ from ep_plugin.convert.upcycling.settings import Upcycling
 BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, hashed, written
 
 
+def tokens_of(report: dict[str, Any]) -> str:
+    """Return what two models were compared on."""
+    if report["prompts"] is None:
+        return f"{report['tokens']} random tokens"
+    return f"{report['tokens']} tokens of {report['prompts']} prompts"
+
+
+def time_expected(num_bytes: int, processes: int) -> float:
+    """Return about how many seconds writing takes."""
+    return num_bytes / BYTES_PER_SECOND / processes
+
+
+def time_line(seconds: float) -> str:
+    """Return that for a reader."""
+    return f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process"
+
+
 def parity_table(report: dict[str, Any]) -> str:
     """Return the table of `ep_plugin.megatron.parity.compare`'s report."""
-    lines = [f"parity, dense and MoE in {report['dtype']}, {report['tokens']} random tokens:"]
+    lines = [f"parity, dense and MoE in {report['dtype']}, {tokens_of(report)}:"]
     lines += ["  output of         max |dense - MoE|   max |dense|"]
     for row in report["layers"]:
         name = f"layer {row['layer']} ({'MoE' if row['moe'] else 'dense'})"
@@ -124,7 +141,7 @@ def print_summary(made: dict[str, Any], as_json: bool) -> None:
 def print_dry_run(new: Plan, processes: int, as_json: bool) -> None:
     """Print every name and size, and about how long writing takes."""
     tensors = [entry for entry in new.content if isinstance(entry, NewTensor)]
-    seconds = new.num_bytes / BYTES_PER_SECOND / processes
+    seconds = time_expected(new.num_bytes, processes)
     if as_json:
         sizes = {t.name: {"shape": t.info.shape, "num_bytes": t.info.num_bytes} for t in tensors}
         found = {
@@ -143,6 +160,4 @@ def print_dry_run(new: Plan, processes: int, as_json: bool) -> None:
     for reason in new.deviations:
         print(f"not the same function: {reason}")
     print(f"{new.num_bytes:>14} bytes in all; {new.dropped} entries left out; nothing written")
-    print(
-        f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process, and parity"
-    )
+    print(f"{time_line(seconds)}, and parity")

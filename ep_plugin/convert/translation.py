@@ -25,6 +25,8 @@ from ep_plugin.convert.conversion import (
     with_experts,
 )
 from ep_plugin.convert.formats.megatron_dist import iteration_folder
+from ep_plugin.convert.prompts import Prompts
+from ep_plugin.convert.report import time_expected, time_line, tokens_of
 from ep_plugin.convert.staging import check_free, check_room, source_request, staged
 from ep_plugin.convert.upcycling.plan import Upcycling
 
@@ -46,15 +48,19 @@ def wanted(args: argparse.Namespace) -> bool:
     return not is_stored(args.source) or args.format == "hf" or args.num_experts is None
 
 
-def run(args: argparse.Namespace, settings: Upcycling | None) -> int:
+def run(
+    args: argparse.Namespace, settings: Upcycling | None, prompts: Prompts | None = None
+) -> int:
     """Convert; `settings` when it gets experts. Returns 0, or 1 when --verify found a difference.
 
     Raises ConfigError for a user's mistake.
     """
+    if prompts is not None and not args.verify:
+        raise ConfigError("--prompts are what --verify compares on; --verify, too, would do")
     check_free(args.target)
     result = _plan(args, settings)
     if args.dry_run:
-        _print_dry_run(result, args.json)
+        _print_dry_run(result, args.processes, args.json)
         return 0
     check_room(args.target, result.num_bytes)
     compare = _load_compare(args) if args.verify else None
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace, settings: Upcycling | None) -> int:
             ) as bar:
                 written = result.write(staging, args.processes, bar.update)
             if compare is not None:
-                report = _check(compare, written, staging.folder, args, result)
+                report = _check(compare, written, staging.folder, args, result, prompts)
     except _Differs as error:
         print(f"ep-plugin convert: {error}", file=sys.stderr)
         return 1
@@ -139,6 +145,7 @@ def _check(
     root: Path,
     args: argparse.Namespace,
     result: Result,
+    prompts: Prompts | None,
 ) -> dict[str, Any]:
     """Compare source and result, keep the report in `root`.
 
@@ -146,7 +153,7 @@ def _check(
     """
     source = args.source if is_hf(args.source) else iteration_folder(args.source)
     with aside():
-        report = compare(source, written, seed=args.seed)
+        report = compare(source, written, seed=args.seed, prompts=prompts)
     report["tolerance"] = args.parity_tolerance
     report["passed"] = report["logits_max_abs_diff"] <= args.parity_tolerance  # False for nan
     (root / REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -160,7 +167,7 @@ def _check(
 
 
 def _table(report: dict[str, Any]) -> str:
-    lines = [f"source and result in {report['dtype']}, {report['tokens']} random tokens:"]
+    lines = [f"source and result in {report['dtype']}, {tokens_of(report)}:"]
     lines.append("  output of         max |difference|     max |source|")
     rows = [
         (f"layer {row['layer']}", row["max_abs_diff"], row["max_abs"]) for row in report["layers"]
@@ -199,13 +206,13 @@ def _print_summary(result: Result, args: argparse.Namespace, report: dict[str, A
         print(f"  {shlex.join(['--load', str(args.target), '--finetune', *result.flags])}")
 
 
-def _print_dry_run(result: Result, as_json: bool) -> None:
+def _print_dry_run(result: Result, processes: int, as_json: bool) -> None:
     tensors = result.tensors
+    seconds = time_expected(result.num_bytes, processes)
     if as_json:
         sizes = {t.name: {"shape": t.info.shape, "num_bytes": t.info.num_bytes} for t in tensors}
-        print(
-            json.dumps({"names": result.name_map, "tensors": sizes, "num_bytes": result.num_bytes})
-        )
+        found = {"names": result.name_map, "tensors": sizes, "num_bytes": result.num_bytes}
+        print(json.dumps(found | {"seconds": seconds}))
         return
     for old, name in result.name_map:
         print(f"{old} -> {name}")
@@ -214,3 +221,4 @@ def _print_dry_run(result: Result, as_json: bool) -> None:
     for tensor in tensors:
         print(f"{tensor.info.num_bytes:>14} bytes  {tensor.name} {list(tensor.info.shape)}")
     print(f"{result.num_bytes:>14} bytes in all; nothing written")
+    print(time_line(seconds))

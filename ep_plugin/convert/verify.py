@@ -1,7 +1,7 @@
 """Do two models compute the same? Asked of `transformers` and of Megatron, in float32 on the CPU.
 
-Each model is loaded by the software that its folder is for and given the same random tokens; one is
-in memory at a time.
+Each model is loaded by the software that its folder is for and given the same tokens; one is in
+memory at a time.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-MAX_SEQUENCE = 256
+from ep_plugin.convert.prompts import Batch, Prompts, draw, fill
+
 NUM_TOKENS = 512
 
 
@@ -25,24 +26,28 @@ class Outputs:
     layers: list[Tensor]  # of [B, S, H] fp32
 
 
-def compare(source: Path, target: Path, seed: int) -> dict[str, Any]:
+def compare(
+    source: Path, target: Path, seed: int, prompts: Prompts | None = None
+) -> dict[str, Any]:
     """Compare two models, each a Hugging Face folder or an iteration folder of Megatron's.
 
-    Returns the largest absolute difference of the logits and of each layer's output, and how large
-    they are.
+    Without prompts, on random tokens. Returns the largest absolute difference of the logits and of
+    each layer's output, and how large they are. Raises ConfigError for tokens of no vocabulary.
     """
-    tokens = _random_tokens(source if _is_hf(source) else target, seed)
-    old, new = _outputs(source, tokens, seed), _outputs(target, tokens, seed)
+    batch = _batch(source if _is_hf(source) else target, seed, prompts)
+    old, new = _outputs(source, batch.tokens, seed), _outputs(target, batch.tokens, seed)
+    largest = batch.max_abs
     layers = [
-        {"layer": layer, "max_abs_diff": _max_abs(before - after), "max_abs": _max_abs(before)}
+        {"layer": layer, "max_abs_diff": largest(before - after), "max_abs": largest(before)}
         for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True))
     ]
     return {
-        "logits_max_abs_diff": _max_abs(old.logits - new.logits),
-        "logits_max_abs": _max_abs(old.logits),
+        "logits_max_abs_diff": largest(old.logits - new.logits),
+        "logits_max_abs": largest(old.logits),
         "layers": layers,
-        "tokens": tokens.numel(),
-        "sequence_length": tokens.shape[1],
+        "tokens": int(batch.kept.sum()),
+        "prompts": None if prompts is None else len(prompts),
+        "sequence_length": batch.tokens.shape[1],
         "seed": seed,
         "dtype": "float32",
     }
@@ -52,13 +57,11 @@ def _is_hf(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _random_tokens(folder: Path, seed: int) -> Tensor:
-    """Return token ids [B, S] int64 of a Hugging Face model's vocabulary."""
+def _batch(folder: Path, seed: int, prompts: Prompts | None) -> Batch:
+    """Return tokens of a Hugging Face model's vocabulary."""
     config = AutoConfig.from_pretrained(folder)
-    length = min(config.max_position_embeddings, MAX_SEQUENCE)
-    generator = torch.Generator().manual_seed(seed)
-    shape = (-(-NUM_TOKENS // length), length)
-    return torch.randint(config.vocab_size, shape, generator=generator)
+    sizes = config.vocab_size, config.max_position_embeddings
+    return draw(NUM_TOKENS, *sizes, seed) if prompts is None else fill(prompts, *sizes)
 
 
 @torch.no_grad()
@@ -78,7 +81,3 @@ def _outputs(folder: Path, tokens: Tensor, seed: int) -> Outputs:
 def _first(output: Any) -> Tensor:
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
-
-
-def _max_abs(values: Tensor) -> float:
-    return float(values.abs().max())

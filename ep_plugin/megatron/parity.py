@@ -24,12 +24,12 @@ from megatron.training import arguments as megatron_arguments
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from ep_plugin.convert.prompts import MAX_SEQUENCE, Batch, Prompts, draw, fill
 from ep_plugin.megatron import cpu
 from ep_plugin.megatron.arguments import settings_from_args
 from ep_plugin.megatron.hooks import install, uninstall
 from ep_plugin.megatron.latent_attention import use_local_latent_attention
 
-MAX_SEQUENCE = 256
 TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random router goes unseen
 
 # One rank, float32, no fused kernel, no dropout: what both models are built with.
@@ -100,8 +100,8 @@ class Trace:
     experts_used: dict[int, int] = field(default_factory=dict)  # layer -> number of experts
 
 
-def compare(dense: Path, moe: Path, seed: int) -> dict[str, Any]:
-    """Compare the models in two iteration folders on the same random tokens.
+def compare(dense: Path, moe: Path, seed: int, prompts: Prompts | None = None) -> dict[str, Any]:
+    """Compare the models in two iteration folders on the same tokens, random without prompts.
 
     Returns the report that `parity.json` keeps: per layer and for the logits the largest absolute
     difference, float32, and of every MoE layer how many experts the tokens reached. Must be called
@@ -109,25 +109,25 @@ def compare(dense: Path, moe: Path, seed: int) -> dict[str, Any]:
     """
     with _one_rank(seed):
         args = dist_checkpointing.load_common_state_dict(str(moe))["args"]
-        tokens = _random_tokens(args, seed)
-        old = _trace(dense, tokens)
-        new = _trace(moe, tokens)
+        batch = _batch(args, seed, prompts)
+        old, new = _trace(dense, batch.tokens), _trace(moe, batch.tokens)
     layers = [
         {
             "layer": layer,
             "moe": layer in new.experts_used,
             "experts_used": new.experts_used.get(layer),
-            "max_abs_diff": _max_abs(before - after),
-            "max_abs": _max_abs(before),
+            "max_abs_diff": batch.max_abs((before - after).transpose(0, 1)),
+            "max_abs": batch.max_abs(before.transpose(0, 1)),
         }
         for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True))
     ]
     return {
-        "logits_max_abs_diff": _max_abs(old.logits - new.logits),
-        "logits_max_abs": _max_abs(old.logits),
+        "logits_max_abs_diff": batch.max_abs(old.logits - new.logits),
+        "logits_max_abs": batch.max_abs(old.logits),
         "layers": layers,
-        "tokens": tokens.numel(),
-        "sequence_length": tokens.shape[1],
+        "tokens": int(batch.kept.sum()),
+        "prompts": None if prompts is None else len(prompts),
+        "sequence_length": batch.tokens.shape[1],
         "seed": seed,
         "dtype": "float32",
     }
@@ -161,13 +161,13 @@ def _one_rank(seed: int) -> Iterator[None]:
         cpu.disable()
 
 
-def _random_tokens(args: argparse.Namespace, seed: int) -> Tensor:
-    """Return token ids [B, S] int64, enough of them to reach every expert."""
-    length = min(args.seq_length, args.max_position_embeddings, MAX_SEQUENCE)
-    wanted = max(2 * length, TOKENS_PER_EXPERT * (args.num_experts or 0))
-    batch = -(-wanted // length)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(args.padded_vocab_size, (batch, length), generator=generator)
+def _batch(args: argparse.Namespace, seed: int, prompts: Prompts | None) -> Batch:
+    """Return the tokens; random ones are enough to reach every expert."""
+    sizes = args.padded_vocab_size, min(args.seq_length, args.max_position_embeddings)
+    if prompts is not None:
+        return fill(prompts, *sizes)
+    wanted = max(2 * min(sizes[1], MAX_SEQUENCE), TOKENS_PER_EXPERT * (args.num_experts or 0))
+    return draw(wanted, *sizes, seed)
 
 
 @torch.no_grad()
@@ -264,7 +264,3 @@ def _record_experts(trace: Trace, layer: int) -> Any:
         trace.experts_used[layer] = int((routing.tokens_per_expert > 0).sum())
 
     return hook
-
-
-def _max_abs(values: Tensor) -> float:
-    return float(values.abs().max())

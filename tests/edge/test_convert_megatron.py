@@ -95,6 +95,15 @@ def test_parity(moe: Path) -> None:
     assert not torch.distributed.is_initialized()
 
 
+def test_parity_of_given_prompts(dense: tuple[Path, dict[int, float]], tmp_path: Path) -> None:
+    ids = tmp_path / "prompts.json"
+    ids.write_text("[[1, 2, 3], [4, 5, 6, 7, 8]]")
+    assert convert(dense[0], tmp_path / "moe", "--prompts", str(ids)) == 0
+    report = json.loads((tmp_path / "moe" / "parity.json").read_text())
+    assert (report["prompts"], report["tokens"], report["sequence_length"]) == (2, 8, 5)
+    assert report["logits_max_abs_diff"] < 1e-5 < report["logits_max_abs"]
+
+
 def test_corrupted_expert_fails_parity(
     dense: tuple[Path, dict[int, float]],
     tmp_path: Path,
