@@ -23,8 +23,9 @@ FLAGS = {
     "convert": (
         "--check --drop-optimizer --drop-ratio --dry-run --ep --family --format --from "
         "--granularity --json --layers --mode --noise-std --num-experts --parity-tolerance "
-        "--pre-softmax --preset --processes --prompts --router-init --scaling-factor --score-function --seed "
-        "--shared-expert --skip-parity --to --topk --transformer-impl --verify"
+        "--pre-softmax --preset --processes --prompts --router-init --scaling-factor "
+        "--score-function --seed --shared-expert --skip-parity --to --topk --transformer-impl "
+        "--verify"
     ),
     "doctor": "--json",
     "parity": (
