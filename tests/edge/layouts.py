@@ -12,7 +12,7 @@ from typing import Any
 from core_model import Case
 from releases import RELEASES, ROOT, environment
 
-CASES = (
+EVERYWHERE = (  # in every test run on every release
     Case("TP 2 with sequence parallelism, EP 4, ETP 1", 8, tp=2, ep=4),
     Case("EP 8 over TP 4 x DP 2 (folding), ETP 1", 8, tp=4, ep=8),
     Case("TP 2, EP 2, ETP 2, PP 2, distributed optimizer", 8, tp=2, pp=2, ep=2, etp=2,
@@ -26,13 +26,15 @@ CASES = (
     Case("full recompute, TP 2, EP 2, ETP 2", 4, tp=2, ep=2, etp=2, recompute="full"),
     Case("biases, shared expert, ranks without tokens: TP 2, EP 4, ETP 1", 4, tp=2, ep=4,
          bias=True),
-    Case("EP 8", 8, ep=8),
-    Case("EP 2, expert data parallelism 4, distributed optimizer", 8, ep=2,
-         distributed_optimizer=True),
     Case("CP 2, EP 2", 4, cp=2, ep=2),
     Case("EP 4 over DP 2 x CP 2 (folding), per-token loss, distributed optimizer", 4, cp=2, ep=4,
          per_token=True, distributed_optimizer=True),
     Case("TP 2, CP 2, PP 2, EP 4, ETP 1", 8, tp=2, cp=2, pp=2, ep=4),
+)  # fmt: skip
+MORE = (
+    Case("EP 8", 8, ep=8),
+    Case("EP 2, expert data parallelism 4, distributed optimizer", 8, ep=2,
+         distributed_optimizer=True),
     Case("PP 4, EP 2, four micro-batches", 8, pp=4, ep=2),
     Case("TP 2, PP 2, EP 4, ETP 1, distributed optimizer", 8, tp=2, pp=2, ep=4,
          distributed_optimizer=True),
@@ -44,6 +46,7 @@ CASES = (
     Case("MoE layers in the last of 2 x 2 virtual stages, EP 2", 4, pp=2, vpp=2, ep=2,
          dense_layers=3),
 )  # fmt: skip
+CASES = EVERYWHERE + MORE
 CHECKS = (
     "doctor",
     "a symbol that is gone",
@@ -58,12 +61,17 @@ BUGS = (
 )
 
 
+def tested(version: str) -> tuple[Case, ...]:
+    """Return the layouts of a test run; `support_matrix.py` runs all on every release."""
+    return CASES if version == RELEASES[-1] else EVERYWHERE
+
+
 @functools.cache
-def results(version: str) -> dict[str, Any]:
-    """Run the layouts and checks of a release, once, in one process; raises if that fails."""
+def results(version: str, layouts: tuple[Case, ...]) -> dict[str, Any]:
+    """Run layouts and the checks of a release, once, in one process; raises if that fails."""
     bugs = () if version == RELEASES[-1] else BUGS
-    alone = {case.alone().name: case.alone() for case in CASES}
-    cases = [asdict(case) for case in (*alone.values(), *CASES, *bugs)]
+    alone = {case.alone().name: case.alone() for case in layouts}
+    cases = [asdict(case) for case in (*alone.values(), *layouts, *bugs)]
     with tempfile.TemporaryDirectory() as folder:
         wanted, found = Path(folder, "cases.json"), Path(folder, "results.json")
         wanted.write_text(json.dumps({"cases": cases, "checks": CHECKS}))
