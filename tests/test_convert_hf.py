@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ep_plugin.cli import main
 from ep_plugin.config import ConfigError
 from ep_plugin.convert import family
+from ep_plugin.convert.conversion import open_source, to_hf_folder
 from ep_plugin.convert.formats import hf_safetensors, megatron_dist
 from ep_plugin.convert.stream import NewTensor, Region, TensorInfo
 from ep_plugin.convert.translate import arguments, left_out, to_megatron
@@ -162,7 +163,15 @@ def test_every_way_to_experts_ends_in_the_same_bits(case: str, models: Any, tmp_
     assert convert(tmp_path / "megatron", tmp_path / "over", "--format", "hf", *EXPERTS) == 0
     assert_equal(tmp_path / "direct", tmp_path / "over")
     configs = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("direct", "over")]
+    source = json.loads((models(case) / "config.json").read_text())
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # which Megatron does not keep
+        assert configs[0].pop(name, None) == source[name]
     assert configs[0] == configs[1]
+    generation = [
+        json.loads((f / "generation_config.json").read_text())
+        for f in (models(case), tmp_path / "direct")
+    ]
+    assert generation[0] == generation[1]
 
 
 def test_bf16_stays_bf16(tmp_path: Path) -> None:
@@ -391,12 +400,27 @@ def test_gemma_is_what_its_config_says(models: Any, tmp_path: Path) -> None:
     args = arguments(config, known)
     assert args.mup_embedding_mult == 32**0.5
     assert vars(arguments(config | {"hidden_act": "gelu"}, known)) == vars(args)
-    for changed in ({"hidden_activation": "relu"}, {"hidden_act": "silu"}):
-        with pytest.raises(ConfigError, match=rf"hidden_act = '{next(iter(changed.values()))}'"):
-            arguments(config | changed, known)
+    for key, value in (("hidden_activation", "relu"), ("hidden_activation", "gelu")):
+        with pytest.raises(ConfigError, match=rf"{key} = '{value}'"):
+            arguments(config | {key: value}, known)
+    for tanh in (None, "gelu_pytorch_tanh"):  # the other key says nothing, or is right
+        with pytest.raises(ConfigError, match="hidden_act = 'relu'"):
+            arguments(config | {"hidden_act": "relu", "hidden_activation": tanh}, known)
     args.mup_embedding_mult = 1.0
     with pytest.raises(ConfigError, match=r"no gemma: mup_embedding_mult = 1\.0, not 5\.65"):
         known.config(args)
+
+
+@pytest.mark.parametrize("factor", ["mup_output_mult", "mup_base_hidden_size"])
+def test_gemma_with_experts_and_a_factor_of_logits_is_refused(
+    factor: str, models: Any, tmp_path: Path
+) -> None:
+    """Mixtral has none; a Megatron run with muP at another base width has one."""
+    assert convert(models("gemma"), tmp_path / "moe", *EXPERTS) == 0
+    opened = open_source(tmp_path / "moe")
+    setattr(opened.args, factor, 16)
+    with pytest.raises(ConfigError, match=f"no gemma: {factor} = 16, not"):
+        to_hf_folder(opened, opened, None, tmp_path / "moe")
 
 
 def test_gemma_in_bf16_says_what_folding_rounds(

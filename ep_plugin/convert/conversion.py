@@ -8,6 +8,7 @@ it is written, and then one tensor at a time.
 
 import argparse
 import copy
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,8 @@ from ep_plugin.convert.upcycling.plan import Upcycling, plan
 from ep_plugin.convert.work import OnBytes
 
 _KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _Names = dict[str, tuple[str, ...]]
 _NEW = ("(new)",)  # the origin of what the source has no counterpart of
@@ -163,6 +166,7 @@ def to_hf_folder(opened: Opened, dense: Opened, model_type: str | None, path: Pa
     chosen = families.load(model_type) if model_type else opened.family
     family = chosen or families.recognise(opened.args)
     made = to_hf(opened.source, family, opened.args)
+    config = _token_ids(path) | made.common["config"]
     targets: _Names = {pair.megatron: pair.hf for pair in families.pairs(family, opened.args)}
     content = [
         NewTensor(name, info, partial(_one_region, made, name))
@@ -172,7 +176,7 @@ def to_hf_folder(opened: Opened, dense: Opened, model_type: str | None, path: Pa
 
     def write(staging: Staging, processes: int, on_bytes: OnBytes) -> Path:
         written = safetensors.write_folder(
-            *(staging.folder, made.common["config"], content, on_bytes),
+            *(staging.folder, config, content, on_bytes),
             *(safetensors.MAX_SHARD_BYTES, staging.journal, processes),
         )
         if is_hf(path):
@@ -185,6 +189,14 @@ def to_hf_folder(opened: Opened, dense: Opened, model_type: str | None, path: Pa
     return Result(
         [*content], write, rows, family.model_type, opened.left_out, flags, opened.deviations
     )
+
+
+def _token_ids(path: Path) -> dict[str, Any]:
+    """Return what config.json says of special tokens: where generation begins and ends."""
+    if not is_hf(path):
+        return {}
+    config = json.loads((path / "config.json").read_text())
+    return {name: config[name] for name in _SPECIAL if config.get(name) is not None}
 
 
 def _open_hf(path: Path) -> Opened:

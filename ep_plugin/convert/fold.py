@@ -28,8 +28,10 @@ def applies(args: argparse.Namespace) -> bool:
 def fold(source: Source, args: argparse.Namespace) -> tuple[Source, argparse.Namespace, list[str]]:
     """Return the same function with plain names and Llama's norms, its arguments, and what is lost.
 
-    What is lost is the rounding of 1 + w and of e sqrt(H) in a dtype narrower than fp32.
+    What is lost is the rounding of 1 + w and of e sqrt(H) in a dtype narrower than fp32. Raises
+    ConfigError for other factors than Gemma's: Mixtral has none for its logits.
     """
+    gemma.check_factors(args)
     args, scale = copy.copy(args), args.mup_embedding_mult
     args.layernorm_zero_centered_gamma = args.use_mup = False
     tied = not args.untie_embeddings_and_output_weights

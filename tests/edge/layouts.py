@@ -61,7 +61,7 @@ BUGS = (
 )
 
 
-def tested(version: str) -> tuple[Case, ...]:
+def layouts_of(version: str) -> tuple[Case, ...]:
     """Return the layouts of a test run; `support_matrix.py` runs all on every release."""
     return CASES if version == RELEASES[-1] else EVERYWHERE
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from core_loop import ITERATIONS
 from core_model import LAYERS, Case
-from layouts import BUGS, CHECKS, difference, results, tested
+from layouts import BUGS, CHECKS, difference, layouts_of, results
 from releases import RELEASES, installed
 
 from ep_plugin.megatron import cpu
@@ -27,14 +27,14 @@ def found_on(version: str) -> dict[str, Any]:
         installed(version)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"megatron-core {version} cannot be installed here: {error}")
-    return results(version, tested(version))
+    return results(version, layouts_of(version))
 
 
 def layouts() -> list[Any]:
     return [
         pytest.param(version, case, id=f"{version} {case.name}")
         for version in RELEASES
-        for case in tested(version)
+        for case in layouts_of(version)
     ]
 
 

@@ -13,7 +13,7 @@ from ep_plugin.config import ConfigError
 from ep_plugin.convert.families import _config, _rows
 from ep_plugin.convert.family import Config, Family
 
-_KEYS = ("hidden_activation", "hidden_act")  # the first one wins, where it is there
+_KEYS = ("hidden_activation", "hidden_act")  # transformers reads the first before 5, then the other
 OWN: dict[str, Any] = {
     "swiglu": False,
     "ep_dense_activation": "geglu_tanh",
@@ -25,9 +25,10 @@ OWN: dict[str, Any] = {
 
 
 def _to_args(config: Config) -> dict[str, Any]:
-    activation = next((config[key] for key in _KEYS if config.get(key)), "gelu_pytorch_tanh")
-    if activation != "gelu":  # what the first release calls the same
-        _config.refuse({"hidden_act": activation}, "hidden_act", "gelu_pytorch_tanh")
+    for key in _KEYS:
+        legacy = key == "hidden_act" and config.get(key) == "gelu"  # the first release's name
+        if config.get(key) is not None and not legacy:
+            _config.refuse(config, key, "gelu_pytorch_tanh")
     _config.refuse(config, "use_bidirectional_attention", None)
     rest = {"tie_word_embeddings": True, **config}
     rest = {key: value for key, value in rest.items() if key not in _KEYS}
@@ -40,7 +41,8 @@ def _to_args(config: Config) -> dict[str, Any]:
     }
 
 
-def _to_config(args: argparse.Namespace) -> Config:
+def check_factors(args: argparse.Namespace) -> None:
+    """Raise ConfigError where muP's factors of embedding and logits are not Gemma's."""
     factors = {  # argument -> the value that Gemma has
         "mup_embedding_mult": args.hidden_size**0.5,
         "mup_base_hidden_size": args.hidden_size,
@@ -50,6 +52,10 @@ def _to_config(args: argparse.Namespace) -> Config:
         found = getattr(args, name, None)
         if found is not None and not isclose(found, value, rel_tol=1e-6):
             raise ConfigError(f"the checkpoint is no gemma: {name} = {found}, not {value}")
+
+
+def _to_config(args: argparse.Namespace) -> Config:
+    check_factors(args)
     activation = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
     return _config.decoder_config(args) | _config.heads_config(args) | activation
 
@@ -62,5 +68,5 @@ FAMILY = Family(
     fields=_config.DENSE_FIELDS,
     to_args=_to_args,
     to_config=_to_config,
-    defaults=_config.DEFAULTS,
+    defaults=_config.DEFAULTS | {"head_dim": 256},
 )

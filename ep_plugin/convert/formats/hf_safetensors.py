@@ -127,11 +127,14 @@ def write_folder(
     }
 
 
+_BESIDE = ("vocab.json", "merges.txt", "generation_config.json")
+
+
 def copy_beside(source: Path, target: Path) -> None:
-    """Copy what a model folder holds beside weights and config: the tokenizer's files."""
+    """Copy what a model folder holds for its tokenizer and for generation."""
     for path in sorted(source.glob("*")):
         is_tokenizer = path.name.startswith(("tokenizer", "special_tokens", "chat_template"))
-        if path.is_file() and (is_tokenizer or path.name in ("vocab.json", "merges.txt")):
+        if path.is_file() and (is_tokenizer or path.name in _BESIDE):
             shutil.copyfile(path, target / path.name)
 
 
