@@ -2,9 +2,11 @@
 
 import importlib.util
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
+from core_model import fill
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -55,7 +57,7 @@ def model_provider(
         )
     else:
         spec = get_gpt_layer_local_spec(normalization=args.normalization)
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=args.padded_vocab_size,
@@ -68,6 +70,9 @@ def model_provider(
         rotary_base=args.rotary_base,
         vp_stage=vp_stage,
     )
+    if "EP_TEST_SAME_WEIGHTS" in os.environ:  # at every layout
+        fill(model)
+    return model
 
 
 if __name__ == "__main__":
