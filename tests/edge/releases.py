@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(sys.prefix) / "megatron"
 RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
+OLDER_WITH_LOOP = ("0.17.1", "0.18.2")  # a wheel of 0.16 has no megatron.training
 
 
 def installed(version: str) -> Path:

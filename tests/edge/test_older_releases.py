@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from releases import ROOT, environment, installed
+from releases import OLDER_WITH_LOOP, ROOT, environment, installed
 
 from ep_plugin.megatron import cpu
 
@@ -22,9 +22,6 @@ OF_THE_NEWEST = (
     *("test_combined", "test_applied"),  # its own schedule; the recipe, which is its own
     "test_parity",  # whose bugs are planted in functions that older releases do not use with us
 )
-VERSIONS = ("0.17.1", "0.18.2")
-
-
 Running = dict[str, tuple[subprocess.Popen[str], Path]]  # release -> its tests, what they say
 
 
@@ -35,7 +32,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Running:
     chosen = [path for path in files if path.stem not in (*RUN_ELSEWHERE, *OF_THE_NEWEST)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, chosen)]
     started = {}
-    for version in VERSIONS:
+    for version in OLDER_WITH_LOOP:
         try:
             installed(version)
         except subprocess.CalledProcessError:
@@ -51,7 +48,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Running:
     return started
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", OLDER_WITH_LOOP)
 def test_the_edge(version: str, running: Running) -> None:
     if version not in running:
         pytest.skip(f"megatron-core {version} cannot be installed here")

@@ -10,7 +10,7 @@ import pytest
 from core_model import Case
 from layouts import CASES, CHECKS
 from loop import RUN
-from releases import RELEASES, ROOT, environment
+from releases import OLDER_WITH_LOOP, RELEASES, ROOT, environment
 from support_matrix import FILE, MARKS, README, table
 
 from ep_plugin.megatron import cpu
@@ -49,7 +49,7 @@ def train(version: str, ranks: int, folder: Path, *flags: str) -> Run:
 @pytest.mark.skipif(not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu")
 def test_megatron_s_loop_trains_on_two_ranks_as_on_one(tmp_path: Path) -> None:
     split = ("--expert-model-parallel-size", "2", "--ep-overlap", "chunked")
-    for version in ("0.17.1", "0.18.2"):  # whose mock data differ
+    for version in OLDER_WITH_LOOP:  # whose mock data differ
         one = train(version, 1, tmp_path / f"{version} one")
         two = train(version, 2, tmp_path / version, *split, "--use-distributed-optimizer")
         for tag in ("lm loss", "load_balancing_loss", "grad-norm"):
