@@ -42,6 +42,10 @@ class Case:
         counts = torch.bincount(self.choices[index].flatten(), minlength=self.shape.experts)
         return counts.cumsum(0, dtype=torch.int32)
 
+    def experts_of(self, rank: int, ranks: int) -> slice:
+        """Return which experts a rank has where `ranks` share them."""
+        return slice(*(self.shape.experts // ranks * (rank + i) for i in (0, 1)))
+
     def largest_share(self) -> float:
         """Return the busiest expert's share of all rows."""
         counts = torch.bincount(self.choices[0].flatten(), minlength=self.shape.experts)

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from ep_plugin.bench import gemm, kernels, layer, overlap
 from ep_plugin.bench.case import ROUTINGS, require_cuda
 from ep_plugin.bench.contest import Contest
@@ -89,7 +91,11 @@ def run(args: argparse.Namespace) -> int:
     shapes = pick(args.shapes) or list(MODELS if device.type == "cuda" else [TINY])
     kept = read(args.output) if args.output is not None else []
     contest = Contest(
-        Protocol(device, args.warm, args.repeats, hide_launch=args.bench in ("gemm", "kernels")),
+        Protocol(
+            *(device, args.warm, args.repeats),
+            hide_launch=args.bench in ("gemm", "kernels"),
+            align=dist.barrier if args.bench == "overlap" else None,
+        ),
         tuple(args.precision) or PRECISIONS,
         tuple(args.backends),
         args.cuda_graph,

@@ -63,14 +63,14 @@ def _contenders(contest: Contest, case: Case) -> list[Contender]:
             build = ours.build if name == OURS else peer(name)
             made = build(case, precision)
             for contender in made:
-                _train(case, contender)(0)
+                train_step(case, contender)(0)
             found += made
             if not made:
                 contest.note(name, precision, f"it has no {precision}")
     return found
 
 
-def _train(case: Case, contender: Contender) -> Step:
+def train_step(case: Case, contender: Contender) -> Step:
     """Return one step, forward and backward; gradients are made anew, not added."""
 
     def step(index: int) -> None:
@@ -92,24 +92,30 @@ def _forward(case: Case, contender: Contender) -> Step:
 
 def _steps(case: Case, contender: Contender, pool: Any) -> dict[str, Step]:
     """Return what is timed of one contender."""
-    train, forward = _train(case, contender), _forward(case, contender)
+    train, forward = train_step(case, contender), _forward(case, contender)
     steps = {"step": train, "forward": forward}
     if pool is not None and contender.capturable:
         steps = {name: captured(step, pool) for name, step in steps.items()}
+    return steps | weight_step(contender, train)
+
+
+def weight_step(contender: Contender, train: Step) -> dict[str, Step]:
+    """Return what tells how long quantising the weights takes; nothing where none are."""
     quantize, renew = contender.quantize, contender.renew
     if quantize is not None:
-        steps["weights"] = lambda _: quantize()
-    elif renew is not None:
+        return {"weights": lambda _: quantize()}
+    if renew is None:
+        return {}
 
-        def renewed(index: int) -> None:
-            renew()
-            train(index)
+    def renewed(index: int) -> None:
+        renew()
+        train(index)
 
-        steps["renewed"] = renewed
-    return steps
+    return {"renewed": renewed}
 
 
-def _weight_ms(times: dict[str, Timing]) -> float:
+def weight_ms(times: dict[str, Timing]) -> float:
+    """Return the milliseconds of quantising the weights, of times by name with "step" in them."""
     if "weights" in times:
         return times["weights"].median
     if "renewed" in times:
@@ -117,12 +123,17 @@ def _weight_ms(times: dict[str, Timing]) -> float:
     return 0.0
 
 
+def with_weights(step: Timing, weights: float) -> Timing:
+    """Return a step's milliseconds with its share of quantising the weights."""
+    share = weights / STEPS_PER_WEIGHT
+    return Timing(step.median + share, step.p10 + share, step.p90 + share)
+
+
 def _row(
     case: Case, contender: Contender, times: dict[str, Timing], graph: bool, **measured: Any
 ) -> Row:
-    shape, weights, step = case.shape, _weight_ms(times), times["step"]
-    share = weights / STEPS_PER_WEIGHT
-    whole = Timing(step.median + share, step.p10 + share, step.p90 + share)
+    shape, weights = case.shape, weight_ms(times)
+    whole = with_weights(times["step"], weights)
     return make_row(
         case.device,
         whole,
@@ -137,12 +148,12 @@ def _row(
         weight_quant_ms=weights,
         floor_ms=layer_floor(shape, contender.precision),
         tflops=layer_flops(shape) / whole.median / 1e9,
-        saved_mib=_saved_mib(case, contender),
+        saved_mib=saved_mib(case, contender),
         **measured,
     )
 
 
-def _saved_mib(case: Case, contender: Contender) -> float | None:
+def saved_mib(case: Case, contender: Contender) -> float | None:
     """Return what a forward leaves allocated beside its output; unknown on the CPU."""
     if case.device.type != "cuda":
         return None

@@ -41,6 +41,7 @@ class Protocol:
     warm: int = 20
     repeats: int = 100
     hide_launch: bool = False  # kernels alone: keep the GPU busy while the host launches them
+    align: Callable[[], object] | None = None  # ranks start each step together
 
     def interleave(
         self, steps: Mapping[str, Step], title: str = ""
@@ -61,6 +62,8 @@ class Protocol:
 
     def once(self, step: Step, index: int) -> float:
         """Return the milliseconds of one call."""
+        if self.align is not None:
+            self.align()
         if self.device.type != "cuda":
             began = time.perf_counter()
             step(index)

@@ -2,10 +2,12 @@
 
 Started once a rank: torchrun --nproc-per-node 2 -m ep_plugin.cli bench overlap
 
-Every rank has the shape's tokens and experts. `exchange_ms` is dispatch and combine around experts
-that return their tokens, forward and backward, packing included; `compute_ms` is router and experts
-on tokens that were received before; `ms` is the layer. What is hidden is how much less the layer
-takes than both together, as a share of the exchange. Times are those of the slowest rank.
+Every rank has the shape's tokens and experts, and all start each step together. `exchange_ms` is
+dispatch and combine around experts that return their tokens, forward and backward, packing
+included; `compute_ms` is router and experts on tokens that were received before; `ms` is the layer,
+with an eighth of what quantising its weights takes, as in `bench layer`. What is hidden is how much
+less the layer takes than both together, as a share of the exchange. Times are those of the slowest
+rank. `wire_ms` are the kernels that move rows between GPUs, `gbps` what leaves a GPU meanwhile.
 """
 
 import os
@@ -15,17 +17,18 @@ from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ep_plugin.bench import timeline
-from ep_plugin.bench.case import Case, make_case
-from ep_plugin.bench.contest import OURS, Contest
-from ep_plugin.bench.floors import Precision, layer_floor
-from ep_plugin.bench.measure import Step, Timing
+from ep_plugin.bench.alone import Alone
+from ep_plugin.bench.case import Case, Contender, make_case
+from ep_plugin.bench.contest import OURS, Contest, peer
+from ep_plugin.bench.floors import layer_floor
+from ep_plugin.bench.layer import saved_mib, train_step, weight_ms, weight_step, with_weights
+from ep_plugin.bench.measure import Protocol, Step, Timing
+from ep_plugin.bench.ours import as_contender, make_layer
 from ep_plugin.bench.rows import Row, make_row
 from ep_plugin.bench.shapes import Shape
-from ep_plugin.config import ConfigError, Fp8, MoEConfig, RoutingConfig
-from ep_plugin.contracts import Dispatched, combine, dispatch
+from ep_plugin.config import ConfigError, Fp8
 from ep_plugin.groups import ExpertGroups, create_expert_groups
 from ep_plugin.layer import MoELayer
 from ep_plugin.parallel import ParallelConfig
@@ -40,6 +43,7 @@ DISPATCHERS: dict[str, dict[str, Any]] = {
     "hierarchical": {"dispatcher": "hierarchical"},
 }
 SCHEDULES = ("serial", "chunked")
+PEER = "megatron"  # the one that has experts on several ranks
 TIMEOUT = timedelta(minutes=2)  # of a rank that waits for one that failed
 
 
@@ -61,142 +65,123 @@ def leave_ranks() -> None:
     dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A layer that takes part; ours also says how its exchange and computation go alone."""
+
+    contender: Contender
+    dispatcher: str
+    schedule: str
+    layer: MoELayer | None = None
+
+    def identity(self, shape: Shape, routing: str, ranks: int) -> dict[str, Any]:
+        return {
+            **{"bench": "overlap", "shape": shape.name, "routing": routing, "ep": ranks},
+            **{"backend": self.contender.backend, "precision": self.contender.precision},
+            **{"dispatcher": self.dispatcher, "schedule": self.schedule},
+        }
+
+    @property
+    def way(self) -> str:
+        """What exchange and computation alone depend on."""
+        return f"{self.contender.backend}/{self.dispatcher}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.way}/{self.schedule}"
+
+
 def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
     """Return a row for each recipe, dispatcher and schedule that is not measured yet."""
-    ranks, device = dist.get_world_size(), contest.protocol.device
-    case = make_case(replace(shape, experts=shape.experts * ranks), routing, device)
+    ranks, protocol = dist.get_world_size(), contest.protocol
+    case = make_case(replace(shape, experts=shape.experts * ranks), routing, protocol.device)
     groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ranks))
-    found: list[_Variant] = []
-    for _, precision in contest.entries((OURS,)):
-        for recipe in get_args(Fp8):
-            if (recipe == "off") == (precision == "bf16"):
-                found += _variants(contest, case, precision, recipe, groups)
-    found = [v for v in found if not contest.has(**v.identity(shape, routing, ranks))]
-    steps = {f"{i}/{part}": step for i, v in enumerate(found) for part, step in v.steps().items()}
-    times, gpu = contest.protocol.interleave(steps, f"overlap {shape.name} {routing}")
+    entries = _take_part(contest, case, groups)
+    entries = [e for e in entries if not contest.has(**e.identity(shape, routing, ranks))]
+    alone = {e.way: Alone(e.layer, case) for e in entries if e.layer is not None}
+    steps: dict[str, Step] = {}
+    for entry in entries:
+        train = train_step(case, entry.contender)
+        made = {"step": train, **weight_step(entry.contender, train)}
+        steps |= {f"{entry.name}/{part}": step for part, step in made.items()}
+    for way, apart in alone.items():
+        steps |= {f"{way}/exchange": apart.exchange, f"{way}/compute": apart.compute}
+    times, gpu = protocol.interleave(steps, f"overlap {shape.name} {routing}")
+    times = {name: _slowest(time, protocol.device) for name, time in times.items()}
+    shared = {way: _parts(apart, way, times, protocol) for way, apart in alone.items()}
     rows = []
-    for i, variant in enumerate(found):
-        whole, exchange, compute = (
-            _slowest(times[f"{i}/{part}"], device) for part in ("layer", "exchange", "compute")
-        )
-        saved = exchange.median + compute.median - whole.median
+    for entry in entries:
+        prefix = f"{entry.name}/"
+        own = {n.removeprefix(prefix): t for n, t in times.items() if n.startswith(prefix)}
+        weights = weight_ms(own)
         rows.append(
             make_row(
-                *(device, whole),
-                **variant.identity(shape, routing, ranks),
-                exchange_ms=exchange.median,
-                compute_ms=compute.median,
-                hidden_share=min(1.0, max(0.0, saved / exchange.median)),
+                protocol.device,
+                with_weights(own["step"], weights),
+                **entry.identity(shape, routing, ranks),
+                **_hidden(shared.get(entry.way), own["step"].median),
+                weight_quant_ms=weights,
                 dims={"tokens": shape.tokens, "topk": shape.topk, "hidden": shape.hidden},
-                floor_ms=layer_floor(shape, variant.precision),
+                floor_ms=layer_floor(shape, entry.contender.precision),
+                saved_mib=saved_mib(case, entry.contender),
                 gpu=gpu,
             )
         )
     return rows
 
 
-@dataclass(frozen=True)
-class _Variant:
-    """A layer in one recipe, with one dispatcher, in one order."""
-
-    case: Case
-    backend: str
-    precision: Precision
-    dispatcher: str
-    schedule: str
-    layer: MoELayer
-
-    def identity(self, shape: Shape, routing: str, ranks: int) -> dict[str, Any]:
-        return {
-            **{"bench": "overlap", "shape": shape.name, "routing": routing, "ep": ranks},
-            **{"backend": self.backend, "precision": self.precision},
-            **{"dispatcher": self.dispatcher, "schedule": self.schedule},
-        }
-
-    def steps(self) -> dict[str, Step]:
-        return {"layer": self.step, "exchange": self._exchange(), "compute": self._compute()}
-
-    def step(self, index: int) -> None:
-        """One forward and backward of the layer; gradients are made anew."""
-        tokens = self.case.tokens[index]
-        torch.autograd.backward(self.layer(tokens), self.case.grads[index])
-        self._forget(tokens)
-
-    def _exchange(self) -> Step:
-        routings = [self.layer.router(tokens.detach()) for tokens in self.case.tokens]
-
-        def step(index: int) -> None:
-            tokens, routing = self.case.tokens[index], routings[index]
-            probs = routing.probs.detach().requires_grad_()
-            inbox = dispatch(self.layer.dispatcher, tokens, replace(routing, probs=probs))
-            returned = combine(self.layer.dispatcher, inbox.tokens, inbox)
-            # The experts' gradients of probabilities travel home beside those of tokens.
-            loss = inbox.probs, torch.ones_like(inbox.probs)
-            torch.autograd.backward((returned, loss[0]), (self.case.grads[index], loss[1]))
-            self._forget(tokens)
-
-        return step
-
-    def _compute(self) -> Step:
-        inboxes = [self._received(tokens) for tokens in self.case.tokens]
-        grads = [torch.randn_like(inbox.tokens) for inbox in inboxes]
-
-        def step(index: int) -> None:
-            tokens, inbox = self.case.tokens[index], inboxes[index]
-            probs = self.layer.router(tokens).probs
-            outbox = self.layer.experts(inbox)
-            torch.autograd.backward((outbox, probs), (grads[index], torch.ones_like(probs)))
-            self._forget(tokens, inbox.tokens, inbox.probs)
-
-        return step
-
-    @torch.no_grad()
-    def _received(self, tokens: Tensor) -> Dispatched:
-        inbox = dispatch(self.layer.dispatcher, tokens, self.layer.router(tokens))
-        with torch.enable_grad():
-            leaves = {n: getattr(inbox, n).detach().requires_grad_() for n in ("tokens", "probs")}
-        return replace(inbox, **leaves)
-
-    def _forget(self, *tensors: Tensor) -> None:
-        for tensor in (*tensors, *self.layer.parameters()):
-            tensor.grad = None
+def _hidden(parts: dict[str, float] | None, together: float) -> dict[str, Any]:
+    """Return the parts' milliseconds and the share of the exchange that is hidden."""
+    if parts is None:
+        return {}
+    exchange = parts["exchange_ms"]
+    saved = exchange + parts["compute_ms"] - together
+    return {**parts, "hidden_share": min(1.0, max(0.0, saved / exchange))}
 
 
-def _variants(
-    contest: Contest, case: Case, precision: Precision, recipe: Fp8, groups: ExpertGroups
-) -> list[_Variant]:
-    """Return what can run of one recipe, after a step each; why another cannot is noted."""
+def _take_part(contest: Contest, case: Case, groups: ExpertGroups) -> list[_Entry]:
+    """Return what can run, after a step each; why another cannot is noted."""
     found = []
-    for dispatcher, options in DISPATCHERS.items():
-        for schedule in SCHEDULES:
-            suffix = "" if recipe == "off" else f"+{recipe}"
-            with contest.attempt(OURS + suffix, precision):
-                layer = _layer(case, groups, fp8=recipe, overlap=schedule, **options)
-                variant = _Variant(case, OURS + suffix, precision, dispatcher, schedule, layer)
-                variant.step(0)
-                found.append(variant)
+    for name, precision in contest.entries((OURS, PEER)):
+        if name == PEER:
+            with contest.attempt(name, precision):
+                for contender in peer(name)(case, precision):
+                    train_step(case, contender)(0)
+                    found.append(_Entry(contender, "alltoall", "serial"))
+            continue
+        for recipe in get_args(Fp8):
+            if (recipe == "off") != (precision == "bf16"):
+                continue
+            backend = OURS if recipe == "off" else f"{OURS}+{recipe}"
+            for dispatcher, options in DISPATCHERS.items():
+                for schedule in SCHEDULES:
+                    with contest.attempt(backend, precision):
+                        layer = make_layer(case, groups, fp8=recipe, overlap=schedule, **options)
+                        contender = as_contender(layer, backend, precision)
+                        train_step(case, contender)(0)
+                        found.append(_Entry(contender, dispatcher, schedule, layer))
     return found
 
 
-def _layer(case: Case, groups: ExpertGroups, **options: Any) -> MoELayer:
-    shape = case.shape
-    config = MoEConfig(
-        hidden_size=shape.hidden,
-        ffn_hidden_size=shape.ffn,
-        num_experts=shape.experts,
-        routing=RoutingConfig(topk=shape.topk, aux_loss_coeff=0.01),
-        **options,
-    )
-    layer = MoELayer(config, groups, init_method=None, device=case.device, dtype=case.router.dtype)
-    mine = slice(*(shape.experts // groups.ep_size * (groups.ep_rank + i) for i in (0, 1)))
-    weights = {
-        "router.weight": case.router,
-        "experts.linear_fc1.weight": case.fc1[mine],
-        "experts.linear_fc2.weight": case.fc2[mine],
-    }
-    layer.load_state_dict(weights, assign=True)
-    layer.experts.weights_change_every_call = False
-    return layer
+def _parts(
+    alone: Alone, way: str, times: dict[str, Timing], protocol: Protocol
+) -> dict[str, float]:
+    """Return the figures of exchange and computation alone."""
+    parts = {f"{name}_ms": times[f"{way}/{name}"].median for name in ("exchange", "compute")}
+    wire = alone.wire(protocol)
+    if wire is not None:
+        # A rank that is early waits in its kernels: the last one's are closest to the wire's time.
+        milliseconds = _over_ranks(wire.ms, dist.ReduceOp.MIN, protocol.device)
+        leaving = _over_ranks(wire.num_bytes, dist.ReduceOp.SUM, protocol.device)
+        leaving /= dist.get_world_size()
+        parts |= {"wire_ms": milliseconds, "gbps": leaving / milliseconds / 1e6}
+    return parts
+
+
+def _over_ranks(value: float, how: dist.ReduceOp.RedOpType, device: torch.device) -> float:
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, how)
+    return float(tensor)
 
 
 def _slowest(time: Timing, device: torch.device) -> Timing:
@@ -210,7 +195,6 @@ def trace(shape: Shape, routing: str, device: torch.device) -> dict[str, Any]:
     """Return a timeline of two steps of the layer in chunks, as this rank sees it."""
     case = make_case(replace(shape, experts=shape.experts * dist.get_world_size()), routing, device)
     groups = ExpertGroups(ep=dist.group.WORLD, ep_etp=dist.group.WORLD)
-    layer = _layer(case, groups, overlap="chunked", **DISPATCHERS["alltoall+dedup"])
+    layer = make_layer(case, groups, overlap="chunked", **DISPATCHERS["alltoall+dedup"])
     timeline.mark(layer)
-    variant = _Variant(case, OURS, "bf16", "alltoall+dedup", "chunked", layer)
-    return timeline.record(variant.step, device)
+    return timeline.record(train_step(case, as_contender(layer, OURS, "bf16")), device)

@@ -23,7 +23,8 @@ EMPTY: Row = {
     **{"ep": 1, "graph": False},
     **dict.fromkeys(("ms", "p10_ms", "p90_ms", "fwd_ms", "weight_quant_ms", "floor_ms")),
     **dict.fromkeys(("saved_mib", "tflops", "gbps", "error", "grad_error", "gpu")),
-    **dict.fromkeys(("dispatcher", "schedule", "exchange_ms", "compute_ms", "hidden_share")),
+    **dict.fromkeys(("dispatcher", "schedule", "exchange_ms", "compute_ms", "wire_ms")),
+    **dict.fromkeys(("hidden_share",)),
 }
 PACKAGES = (
     *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),
@@ -128,9 +129,13 @@ def _overlap_line(row: Row, serial: float | None) -> str:
     if serial is not None:
         parts.append(f"{row['ms'] / serial:6.2f} x serial")
     if row["device"] != "cpu":
-        parts.append(f"{row['ms']:9.3f} ms, exchange {row['exchange_ms']:7.3f}")
-        parts.append(f"compute {row['compute_ms']:8.3f}, floor {row['floor_ms']:8.3f}")
-    parts.append(f"{row['hidden_share']:6.0%} of the exchange hidden")
+        parts.append(f"{row['ms']:9.3f} ms, floor {row['floor_ms']:8.3f}")
+    if row["exchange_ms"] is not None:
+        if row["device"] != "cpu":
+            parts.append(f"exchange {row['exchange_ms']:7.3f}, compute {row['compute_ms']:8.3f}")
+        parts.append(f"{row['hidden_share']:6.0%} of the exchange hidden")
+    if row["gbps"] is not None:
+        parts.append(f"{row['gbps']:6.0f} GB/s leaving")
     return " ".join(parts)
 
 

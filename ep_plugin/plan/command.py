@@ -117,6 +117,7 @@ def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
             if row["bench"] == "overlap"
             and row["precision"] == "bf16"
             and row["dispatcher"] in SENT_AS
+            and row["exchange_ms"] is not None
             and row["dims"]
             == {"tokens": traffic.tokens, "topk": traffic.topk, "hidden": traffic.hidden}
         ]

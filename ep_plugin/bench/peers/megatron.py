@@ -1,6 +1,6 @@
-"""Megatron's own MoE layer over Transformer Engine's grouped products, at ep = 1.
+"""Megatron's own MoE layer over Transformer Engine's grouped products, its experts on all ranks.
 
-Its fastest documented options for one rank: alltoall dispatcher, fused permutation and router.
+Its fastest documented options: alltoall dispatcher, fused permutation and router.
 """
 
 from contextlib import AbstractContextManager
@@ -32,11 +32,11 @@ def build(case: Case, precision: Precision) -> list[Contender]:
 
 
 def _start() -> None:
-    """Make the process groups of one rank, which Megatron looks up."""
+    """Make the process groups that Megatron looks up; one rank where no other was started."""
     if not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
         model_parallel_cuda_manual_seed(1)
 
 
@@ -62,6 +62,7 @@ def _config(case: Case, recipe: str | None) -> TransformerConfig:
         activation_func=F.silu,
         bias_activation_fusion=True,
         add_bias_linear=False,
+        expert_model_parallel_size=dist.get_world_size(),
         bf16=True,
         params_dtype=torch.bfloat16,
         **fp8,
@@ -94,9 +95,10 @@ def _contender(case: Case, precision: Precision, recipe: str | None) -> Contende
 @torch.no_grad()
 def _copy_weights(case: Case, layer: Any) -> None:
     layer.router.weight.copy_(case.router)
+    mine = case.experts_of(dist.get_rank(), dist.get_world_size())
     for linear, weights in (
         (layer.experts.linear_fc1, case.fc1),
         (layer.experts.linear_fc2, case.fc2),
     ):
-        for index, weight in enumerate(weights):
+        for index, weight in enumerate(weights[mine]):
             getattr(linear, f"weight{index}").copy_(weight)
