@@ -44,10 +44,10 @@ RUN = """
 --tokenizer-type NullTokenizer
 """
 PLAIN = """
---transformer-impl local --no-masked-softmax-fusion --no-gradient-accumulation-fusion
---no-persist-layer-norm --no-rope-fusion
+--transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion
 """
 FUSED = "--transformer-impl transformer_engine"
+UNFUSED_TOTALS = "--no-gradient-accumulation-fusion"  # Megatron's output layer has it from apex
 SIDES = {  # backend -> how the script is started, flags of its own, flags of its own with FP8
     "ep_plugin": (
         ("-m", "ep_plugin.run"),
@@ -121,6 +121,7 @@ def train(backend: str, fp8: bool, args: argparse.Namespace, layout: str) -> Row
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(args.ranks), *runner, SCRIPT, *model, *shlex.split(RUN)),
         *shlex.split(FUSED if has_engine else PLAIN),
+        *([] if find_spec("fused_weight_gradient_mlp_cuda") else [UNFUSED_TOTALS]),
         *layout_flags(layout, args.ranks),
         *("--micro-batch-size", str(args.micro_batch), "--global-batch-size", str(args.batch)),
         *("--train-iters", str(args.iterations), *data_flags(args.data, log)),

@@ -25,16 +25,18 @@ def available(kind: str) -> tuple[str, ...]:
 def resolve(kind: str, name: str) -> Callable[..., Any]:
     """Return the `build` function of option `name`.
 
-    Raises ConfigError for an unknown name, BackendUnavailable when the option's package is missing.
+    Raises ConfigError for an unknown name, BackendUnavailable when the option's package is missing
+    or does not load, as one that was built for another torch.
     """
     if "." not in name and name not in available(kind):
         raise ConfigError(f"unknown {kind} {name!r}; choose from {', '.join(available(kind))}")
     path = name if "." in name else f"ep_plugin.{kind}.{name}"
     try:
         build: Callable[..., Any] = import_module(path).build
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise BackendUnavailable(
-            f"{kind} {name!r} needs a package that is not here ({error}); install it as its README "
-            f"says, or choose from {', '.join(n for n in available(kind) if n != name)}"
+            f"{kind} {name!r} needs a package that is not here or does not load ({error}); install "
+            f"it as its README says, or choose from "
+            f"{', '.join(n for n in available(kind) if n != name)}"
         ) from error
     return build

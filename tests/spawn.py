@@ -27,19 +27,23 @@ preload()
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    backend: str = "gloo",
+    uses_gpu: bool = False,
 ) -> list[Any]:
     """Return what `function(*args)` returns on each rank; an exception on a rank fails the test.
 
     `function` must be a module's own; results and arguments are pickled. With nccl each rank has a
-    GPU of its own.
+    GPU of its own; with gloo and `uses_gpu` they share one, and are not forked: CUDA forbids it.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _rank_main,
             (world_size, folder, backend, dict(os.environ), function, args),
             nprocs=world_size,
-            start_method="forkserver" if backend == "gloo" else "spawn",
+            start_method="spawn" if uses_gpu or backend == "nccl" else "forkserver",
         )
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
 

@@ -1,10 +1,15 @@
 """What `ep-plugin parity` makes of a run's flags: comparable, small, and legal at every layout."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from ep_plugin import cli
 from ep_plugin.config import ConfigError
 from ep_plugin.parity.arguments import comparable, expand_preset, value, without
-from ep_plugin.parity.layouts import ONE_RANK, parse
+from ep_plugin.parity.launch import Launcher, RunFailed
+from ep_plugin.parity.layouts import ONE_RANK, Layout, parse
 from ep_plugin.parity.tiny import shrink
 from ep_plugin.presets import presets
 
@@ -64,3 +69,27 @@ def test_every_preset_becomes_small_and_divides(name: str) -> None:
         groups, of = number("--moe-router-num-groups"), number("--moe-router-group-topk")
         assert number("--num-experts") % groups == 0
         assert number("--num-experts") // groups * of >= number("--moe-router-topk", 2)
+
+
+def test_a_layout_that_does_not_finish_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(launcher: Launcher, layout: Layout, name: str, *flags: str) -> Path:
+        if layout.parallel.ep == 2:
+            raise RunFailed(f"{layout.name}: out of memory")
+        (launcher.folder / name).mkdir()
+        (launcher.folder / name / "scalars.json").write_text('{"1": {"lm loss": 2.0}}')
+        return launcher.folder / name
+
+    monkeypatch.setattr(Launcher, "run", run)
+    monkeypatch.setattr("ep_plugin.parity.command.compare_gradients", lambda one, other: [])
+    report, script = tmp_path / "report.json", tmp_path / "script.py"
+    script.touch()
+    ours = ["--layouts", "ep=2", "dp=2", "--output", str(report)]
+    assert cli.main(["parity", str(script), "--num-layers", "2", *ours]) == 1
+    shown = capsys.readouterr().out
+    assert "DID NOT FINISH" in shown
+    assert "ep=2: out of memory" in shown
+    layouts = json.loads(report.read_text())["layouts"]
+    assert [layout["passed"] for layout in layouts] == [False, True]
+    assert [layout["failure"] for layout in layouts] == ["ep=2: out of memory", None]

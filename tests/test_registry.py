@@ -3,6 +3,7 @@
 import sys
 import types
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +52,18 @@ def test_a_dotted_name_is_the_users_own_module(monkeypatch: pytest.MonkeyPatch) 
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(BackendUnavailable, match="No module named 'no_such_package'"):
         resolve("router", "no_such_package.router")
+
+
+def test_a_package_that_does_not_load_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As one whose library was built for another torch."""
+    (tmp_path / "broken_router.py").write_text(
+        "import ctypes\nctypes.CDLL('/no/such/library.so')\n"
+    )
+    (tmp_path / "users_router").mkdir()
+    (tmp_path / "users_router" / "__init__.py").write_text("")
+    (tmp_path / "users_router" / "router.py").write_text("import broken_router\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BackendUnavailable, match=r"does not load .*library\.so"):
+        resolve("router", "users_router.router")

@@ -97,7 +97,7 @@ def test_two_ranks_on_one_gpu_equal_alltoall(monkeypatch: pytest.MonkeyPatch) ->
     """Torch lets ranks share a GPU if told so; NCCL does not, so gloo carries the counts."""
     for name, value in {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", **MULTICAST_OFF}.items():
         monkeypatch.setenv(name, value)
-    assert run_ranks(2, on_gpus) == [4 * len(cases.CASES)] * 2
+    assert run_ranks(2, on_gpus, uses_gpu=True) == [4 * len(cases.CASES)] * 2
 
 
 @pytest.mark.multi_gpu

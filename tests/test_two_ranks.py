@@ -42,7 +42,10 @@ FP8_WAYS: list[dict[str, Any]] = [
     {"dispatcher": "alltoall", "dispatch_dedup": True, "dispatch_dtype": "fp8"},
     {"dispatcher": "hierarchical", "dispatch_dtype": "fp8"},
 ]
-ADDED_ERROR = 1.05  # of what FP8 costs on one rank
+ADDED_ERROR = {  # times what the same costs on one rank, squared
+    "fp8": 1.05,
+    "off": 1.5,  # a rank's sum for a token is rounded to bf16 on its way home: 3 roundings, not 2
+}
 
 
 def draw(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -127,7 +130,8 @@ def check_ways(device_type: str) -> int:
                     assert_close(found[name], value.double(), dtype, what)
                 expected = part(truth, rank)[name]
                 least = error(value, expected)
-                assert error(found[name], expected) <= ADDED_ERROR * least + 1e-12, what
+                added = ADDED_ERROR["off" if fp8 == "off" else "fp8"]
+                assert error(found[name], expected) <= added * least + 1e-12, what
             checked += 1
     return checked
 

@@ -19,7 +19,9 @@ INSTALL = {  # what a peer's file imports
     "deepgemm": "pip install sgl-deep-gemm",
 }
 # What a peer's code may raise: it is not ours, and one that breaks must not end the others' run.
-FAILURES = (AssertionError, AttributeError, ImportError, RuntimeError, TypeError, ValueError)
+FAILURES = (
+    *(AssertionError, AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError),
+)
 
 
 def peer(name: str) -> Callable[..., list[Any]]:

@@ -16,20 +16,33 @@ from ep_plugin.kernels._launch import jit
 from ep_plugin.kernels.peers_torch import Peers
 
 STAGES = 3  # the places, then the rows they name, then the work
+PLACES = 2048  # of a tile: they wait in shared memory too, beside its rows
+WARPS = 16
 UNITS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # what bytes are moved in
 
 
 class _Tile(NamedTuple):
-    """What a program works on at a time; `num_bytes` of it are under way from each source."""
+    """What a program works on at a time."""
 
     rows: int
     block: int  # columns
 
     @classmethod
-    def of(cls, rows: Tensor, num_bytes: int) -> "_Tile":
+    def of(cls, rows: Tensor, ranks: int, num_bytes: int) -> "_Tile":
+        """Return one of at most `num_bytes` of `rows` [T, W], whose places are few enough."""
         size = rows.element_size()
         block = min(triton.next_power_of_2(rows.shape[1]), 2048 // size)
-        return cls(num_bytes // (block * size), block)
+        most = max(1, PLACES // triton.next_power_of_2(ranks))
+        return cls(min(num_bytes // (block * size), most), block)
+
+
+def push_tile(rows: Tensor, ranks: int) -> _Tile:
+    return _Tile.of(rows, ranks, 32768)
+
+
+def sum_tile(rows: Tensor, ranks: int) -> _Tile:
+    """Two tiles of each rank are in shared memory."""
+    return _Tile.of(rows, ranks, max(2048, 65536 // triton.next_power_of_2(ranks)))
 
 
 @jit
@@ -59,14 +72,14 @@ def push_rows(rows: Tensor, peers: Peers, offset: int, place: Tensor, programs: 
         return
     size = rows.shape[1] * rows.element_size()
     moved = rows.view(next(unit for unit in UNITS if size % unit.itemsize == 0))
-    tile = _Tile.of(moved, 32768)
+    tile = push_tile(moved, place.shape[1])
     _push_kernel[(programs,)](
         *(moved, peers.addresses, offset, place, len(moved), moved.shape[1]),
         RANKS=place.shape[1],
         ROWS=tile.rows,
         BLOCK=tile.block,
         STAGES=STAGES,
-        num_warps=16,
+        num_warps=WARPS,
     )
 
 
@@ -96,14 +109,13 @@ def sum_rows(like: Tensor, peers: Peers, offset: int, place: Tensor, programs: i
     out = like.new_empty(len(place), like.shape[1])
     if out.numel():
         ranks = place.shape[1]
-        # Two tiles of each rank are in shared memory.
-        tile = _Tile.of(out, max(2048, 65536 // triton.next_power_of_2(ranks)))
+        tile = sum_tile(out, ranks)
         _sum_kernel[(programs,)](
             *(out, peers.addresses, offset, place, len(out), out.shape[1]),
             RANKS=ranks,
             ROWS=tile.rows,
             BLOCK=tile.block,
             STAGES=STAGES,
-            num_warps=16,
+            num_warps=WARPS,
         )
     return out

@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,35 +121,60 @@ def _compare(
 ) -> list[Comparison]:
     every = [ONE_RANK, *layouts]
     device = _device(args.device, max(layout.parallel.world_size for layout in every))
-    comparisons = []
     num_runs = len(every) + (len(layouts) if args.resume else 0)
     with (
         tempfile.TemporaryDirectory(prefix="ep-parity-") as folder,
         tqdm(total=num_runs, desc="parity", unit="run") as bar,
     ):
         launcher = Launcher(args.script, arguments.all, Path(folder), device)
-        runs, saves = [], []
-        for number, layout in enumerate(every):
-            bar.set_postfix_str(layout.name)
-            saves.append(str(Path(folder) / f"save{number}"))
-            saving = ("--save", saves[-1], "--save-interval", str(args.iterations))
-            runs.append(launcher.run(layout, f"run{number}", *(saving if args.resume else ())))
-            bar.update()
-            if number == 0:
-                continue
-            one, tolerance = read_scalars(runs[0]), args.tolerance
+        runs = _Runs(args, launcher, Path(folder), bar)
+        one, save = runs.fresh(ONE_RANK, 0)
+        comparisons = []
+        for number, layout in enumerate(layouts, start=1):
+            tolerance = args.tolerance
             comparison = Comparison(
                 layout.name, layout.parallel.world_size, tolerance, GRADIENTS * tolerance
             )
-            comparison.scalars = compare_scalars(one, read_scalars(runs[-1]))
-            comparison.gradients = compare_gradients(runs[0], runs[-1])
-            if args.resume:
-                loading = ("--load", saves[number - 1], "--ckpt-step", str(args.iterations))
-                resumed = launcher.run(layout, f"resumed{number}", *loading)
-                comparison.resumed = compare_scalars(one, read_scalars(resumed))
-                bar.update()
             comparisons.append(comparison)
+            try:
+                other, saved = runs.fresh(layout, number)
+                comparison.scalars = compare_scalars(read_scalars(one), read_scalars(other))
+                comparison.gradients = compare_gradients(one, other)
+                if args.resume:
+                    resumed = runs.resumed(layout, number, save)
+                    comparison.resumed = compare_scalars(read_scalars(one), read_scalars(resumed))
+                    save = saved
+            except RunFailed as error:  # the other layouts can still be looked at
+                comparison.failure = str(error)
     return comparisons
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Starts runs, and shows that they are under way."""
+
+    args: argparse.Namespace
+    launcher: Launcher
+    folder: Path
+    bar: Any  # tqdm
+
+    def fresh(self, layout: Layout, number: int) -> tuple[Path, Path]:
+        """Return where a run's results are, and what it saved where runs shall be resumed."""
+        save = self.folder / f"save{number}"
+        saving = ("--save", str(save), "--save-interval", str(self.args.iterations))
+        results = self._run(layout, f"run{number}", *(saving if self.args.resume else ()))
+        return results, save
+
+    def resumed(self, layout: Layout, number: int, save: Path) -> Path:
+        """Return where the results are of a run that goes on from `save`."""
+        loading = ("--load", str(save), "--ckpt-step", str(self.args.iterations))
+        return self._run(layout, f"resumed{number}", *loading)
+
+    def _run(self, layout: Layout, name: str, *flags: str) -> Path:
+        self.bar.set_postfix_str(layout.name)
+        results = self.launcher.run(layout, name, *flags)
+        self.bar.update()
+        return results
 
 
 def _device(wanted: str, ranks: int) -> str:
@@ -181,6 +207,8 @@ def _table(comparisons: list[Comparison]) -> str:
             for difference in differences:
                 row[title] = _larger(row.get(title), difference.relative)
         row[""] = "passed" if comparison.passed else "DIFFERS"
+        if comparison.failure is not None:
+            row[""] = "DID NOT FINISH"
         kinds[comparison.layout] = row
     head = list(dict.fromkeys(title for row in kinds.values() for title in row if title))
     rows = [
@@ -198,6 +226,7 @@ def _table(comparisons: list[Comparison]) -> str:
         for comparison in comparisons
         if comparison.first is not None
     ]
+    lines += [comparison.failure for comparison in comparisons if comparison.failure is not None]
     return "\n".join(lines)
 
 

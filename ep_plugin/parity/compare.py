@@ -42,6 +42,7 @@ class Comparison:
     scalars: list[Difference] = field(default_factory=list)
     gradients: list[Difference] = field(default_factory=list)
     resumed: list[Difference] = field(default_factory=list)
+    failure: str | None = None  # why a run at the layout did not finish
 
     @property
     def first(self) -> Difference | None:
@@ -52,7 +53,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return self.first is None
+        return self.first is None and self.failure is None
 
     def as_dict(self) -> dict[str, Any]:
         first = self.first
