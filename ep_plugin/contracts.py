@@ -49,6 +49,7 @@ class Dispatched:
     probs: Tensor  # [N, C]
     tokens_per_expert: Tensor  # [e] int64
     handle: Any  # the dispatcher's own; combine needs it
+    num_rows: int | None = None  # choices that are not -1, where the host knows
     # Tokens that travelled in e4m3 (Rows8, Blocks8); `tokens` then has no values of its own and
     # stands for them where gradients go.
     narrow: Any = None

@@ -140,7 +140,8 @@ class Experts(nn.Module):
         fc1_weight, fc2_weight = fc1(), fc2()
         saves_less = self.config.save != "bf16"
         if fc1.bias is None and (self.fp8 or saves_less or inbox.tokens.is_cuda):
-            planned = plan(inbox.expert_ids, inbox.tokens_per_expert, self.config.activation)
+            choices = inbox.expert_ids, inbox.tokens_per_expert
+            planned = plan(*choices, self.config.activation, inbox.num_rows)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
                 *(self.recipes(len(planned.order))(planned), self.config.save, self.totals),

@@ -8,10 +8,11 @@ For two choices of 3 tokens a b c that chose (E1 E0) (E0 -) (E2 E0), `-` meaning
     place                  3 0 1 - 4 2                          row of each choice
 
 Nothing waits for the device: there is a row for every choice, and those behind the last expert's
-belong to absent ones and hold zeros here.
+belong to absent ones and hold zeros here. On CUDA the kernels of `kernels/rows.py` do the work.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,14 +26,20 @@ class RowPlan:
     order: Tensor  # [R] flat choice of each row
     place: Tensor  # [N, C] row of each choice
     present: Tensor  # [N, C] bool
+    end: Tensor | None = None  # [1] int32, row behind the last present choice's; on CUDA
+    exact: bool = False  # no row is an absent choice's
 
     def first(self, num_rows: int) -> "RowPlan":
         """Return the plan without the rows behind the first `num_rows`, all of absent choices."""
-        return RowPlan(self.order[:num_rows], self.place * self.present, self.present)
+        return replace(self, order=self.order[:num_rows], exact=True)
 
 
 def plan_rows(expert_ids: Tensor, num_experts: int) -> RowPlan:
     """Return the plan for `expert_ids` [N, C], local experts or -1 for an absent choice."""
+    if expert_ids.is_cuda:
+        ends = count_choices(expert_ids, num_experts).cumsum(0, dtype=torch.int32)
+        order, place = _kernels().sort_choices(expert_ids, ends)
+        return RowPlan(order, place, expert_ids >= 0, ends[-1:])
     flat = expert_ids.flatten()
     order = flat.where(flat >= 0, num_experts).argsort(stable=True)  # [R]
     place = torch.empty_like(order)
@@ -59,8 +66,18 @@ def unpermute(rows: Tensor, plan: RowPlan) -> Tensor:
     return result
 
 
+def _kernels() -> Any:
+    return import_module("ep_plugin.kernels.rows")  # Triton, which only CUDA needs
+
+
 def _gather(tokens: Tensor, plan: RowPlan) -> Tensor:
-    rows = tokens[plan.order // max(plan.place.shape[1], 1)]
+    if plan.end is not None:
+        planned = plan.place, plan.end, len(plan.order)
+        rows: Tensor = _kernels().spread_rows(tokens.contiguous(), *planned)
+        if plan.exact:
+            return rows
+    else:
+        rows = tokens[plan.order // max(plan.place.shape[1], 1)]
     return rows.masked_fill(~plan.present.flatten()[plan.order].unsqueeze(1), 0)
 
 
@@ -68,8 +85,11 @@ def _sum(rows: Tensor, plan: RowPlan) -> Tensor:
     # Each choice's row is read, in the order of choices: no additions race.
     if not len(rows):
         return rows.new_zeros(len(plan.place), rows.shape[1])
-    chosen = rows[plan.place].masked_fill(~plan.present.unsqueeze(-1), 0)  # [N, C, H]
-    return chosen.sum(dim=1)
+    if plan.end is not None and rows.dtype != torch.float64:
+        summed: Tensor = _kernels().sum_rows(rows.contiguous(), plan.place, plan.end)
+        return summed
+    chosen = rows[plan.place * plan.present]  # [N, C, H]; an absent choice's: any
+    return chosen.masked_fill(~plan.present.unsqueeze(-1), 0).sum(dim=1)
 
 
 class _Permute(torch.autograd.Function):

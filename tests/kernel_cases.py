@@ -67,6 +67,8 @@ def check_moves(tokens: int, experts: int, choices: int, width: int, device: str
         source = torch.randn(tokens, width, device=device).to(dtype)
         found, expected = (m.spread_rows(source, place, ends)[:rows] for m in (kernels, twins))
         assert_same([found], [expected], "spread_rows")
+        exact = [m.spread_rows(source, place, ends, rows) for m in (kernels, twins)]
+        assert_same(exact, [expected, expected], "spread_rows, present choices alone")
         source = torch.randn(tokens * choices, width, device=device).to(dtype)
         source[rows:] = torch.nan  # nobody may read these
         sums = [module.sum_rows(source, place, ends) for module in (kernels, twins)]

@@ -45,7 +45,7 @@ TABLE = {
     "gemm": Row("contracts config", "torch transformer_engine deep_gemm"),
     "autotune": Row("contracts config registry", "torch"),
     "e4m3": Row("", "torch"),
-    "permute": Row("", "torch"),
+    "permute": Row("kernels", "torch"),  # on CUDA, from inside a function
     "replicas": Row("contracts permute", "torch"),
     "kernels": Row("config e4m3 permute", "torch triton"),
     "fp8": Row("contracts config e4m3 kernels", "torch"),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ep_plugin.permute import RowPlan, plan_rows
+from ep_plugin.permute import RowPlan, count_choices, plan_rows
 
 
 class Hosts(NamedTuple):
@@ -20,6 +20,11 @@ class Hosts(NamedTuple):
         host = expert_ids // self.experts  # [T, K] ep rank, -1 for none
         ranks = torch.arange(self.ep_size, device=host.device)
         return (host.unsqueeze(2) == ranks).any(1).repeat_interleave(self.etp_size, dim=1)
+
+    def choices(self, expert_ids: Tensor) -> Tensor:
+        """Return [G] int64: how many of `expert_ids` [T, K] each rank hosts, -1 = none."""
+        host = (expert_ids // self.experts).flatten()
+        return count_choices(host.unsqueeze(1), self.ep_size).repeat_interleave(self.etp_size)
 
     def local(self, expert_ids: Tensor, rank: Tensor) -> Tensor:
         """Return `expert_ids` [P, K] as the experts of each row's `rank` [P]; -1 = elsewhere."""

@@ -132,16 +132,19 @@ class AllToAllDispatcher:
     def _once_for_each_rank(self, hidden: Tensor, routing: Routing) -> Packed:
         hosts = Hosts(self.num_experts // self.ep_size, self.ep_size, self.etp_size)
         wanted = hosts.wanted(routing.expert_ids)  # [T, G]
-        splits = Splits(*self._both_ways(wanted.sum(0)).tolist())  # the host sync
+        choices = hosts.choices(routing.expert_ids)  # [G]
+        numbers = torch.stack([wanted.sum(0), choices], dim=1)  # [G, 2]
+        rows, chosen = self._both_ways(numbers).movedim(2, 0).tolist()  # the host sync
+        splits, num_rows = Splits(*rows), sum(chosen[1])
         plan, token, destination = once_for_each(wanted, sum(splits.sent))
-        chosen = hosts.local(routing.expert_ids[token], destination)  # [P, K]
-        expert_ids = exchange(chosen, splits, self.group)
-        probs = exchange(permute(routing.probs, plan).where(chosen >= 0, 0), splits, self.group)
+        names = hosts.local(routing.expert_ids[token], destination)  # [P, K]
+        expert_ids = exchange(names, splits, self.group)
+        probs = exchange(permute(routing.probs, plan).where(names >= 0, 0), splits, self.group)
 
         def complete(tokens: Tensor) -> Dispatched:
             ids = expert_ids()  # [N, K]
             counts = count_choices(ids, hosts.experts)
-            return Dispatched(tokens, ids, probs(), counts, _Handle(plan, splits))
+            return Dispatched(tokens, ids, probs(), counts, _Handle(plan, splits), num_rows)
 
         return Packed(permute(hidden, plan), self.group.rank(), *splits, complete)
 

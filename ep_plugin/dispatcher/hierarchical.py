@@ -124,7 +124,7 @@ class HierarchicalDispatcher:
         counts = count_choices(ids, self.hosts.experts)
         handle = between, _Leg(plan, splits, self.intra)
         arrived, arrived_record = received()
-        return Dispatched(arrived, ids, local_probs(), counts, handle, arrived_record)
+        return Dispatched(*(arrived, ids, local_probs(), counts, handle), narrow=arrived_record)
 
     def _by_node(self, wanted: Tensor) -> Tensor:
         """Return [T, D] bool: whether a node has any of the ranks that are `wanted` [T, G]."""

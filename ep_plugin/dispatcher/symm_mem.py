@@ -42,6 +42,7 @@ class _Plan(NamedTuple):
     place: Tensor  # [T, G] int32, row of each token among those of each rank, -1 = not sent
     received: int  # rows on this rank, N
     most: int  # rows on the rank that receives the most
+    choices: int  # of this rank's experts
 
 
 class _Link(NamedTuple):
@@ -110,7 +111,8 @@ class SymmetricMemoryDispatcher:
             here = (local >= 0) & (local < self.experts)
             ids = local.where(here, -1)
             counts = count_choices(ids, self.experts)
-            return Dispatched(tokens, ids, probs.where(here, 0), counts, plan)
+            own = tokens, ids, probs.where(here, 0), counts
+            return Dispatched(*own, handle=plan, num_rows=plan.choices)
 
         return Pending(wait)
 
@@ -129,15 +131,18 @@ class SymmetricMemoryDispatcher:
         """Tell all ranks how many rows go where; return where this rank's do."""
         hosts = expert_ids // self.experts  # [T, K] ep rank, -1 for dropped choices
         ranks = torch.arange(self.ep_size, device=expert_ids.device)
-        sent = (hosts.unsqueeze(2) == ranks).any(1).repeat_interleave(self.etp_size, dim=1)
-        own = sent.sum(0).repeat(sent.shape[1], 1)  # [G, G], the same for every rank
-        counts = torch.empty_like(own)  # [from, to]
-        dist.all_to_all_single(counts, own, group=self.group)
-        received = counts.sum(0).tolist()  # the host sync
+        hosted = (hosts.unsqueeze(2) == ranks).repeat_interleave(self.etp_size, dim=2)  # [T, K, G]
+        sent = hosted.any(1)
+        own = torch.stack([sent.sum(0), hosted.sum((0, 1))])  # [2, G]: rows and choices
+        table = own.new_empty(2 * sent.shape[1], sent.shape[1])
+        dist.all_gather_into_tensor(table, own, group=self.group)
+        table = table.view(-1, *own.shape)  # [from, 2, to]
+        counts = table[:, 0]
+        received, choices = table.sum(0).tolist()  # the host sync
         rank = self.link.buffer.rank
         place = counts[:rank].sum(0) + sent.cumsum(0) - 1
         place = place.where(sent, -1).to(torch.int32)  # [T, G]
-        return _Plan(place, received[rank], max(received))
+        return _Plan(place, received[rank], max(received), choices[rank])
 
 
 class _Dispatch(torch.autograd.Function):

@@ -89,8 +89,9 @@ class Blockwise:
 
     def _spread(self, tokens: Any) -> Tensor:
         """Return the token of each row, of `tokens` [N, H], rounded along features."""
-        rows: Tensor = self.rows.ops.spread_blocks(tokens, self.rows.place, self.rows.ends)
-        return rows
+        rows = self.rows
+        spread: Tensor = rows.ops.spread_blocks(tokens, rows.place, rows.ends, len(rows.order))
+        return spread
 
     def _tokens(self, tokens: Any) -> Tensor:
         """Return the token of each row as an operand of a weight gradient."""

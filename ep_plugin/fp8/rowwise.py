@@ -104,8 +104,9 @@ class Rowwise:
         return quantized
 
     def _spread(self, tokens: Rows8) -> Rows8:
-        rows: Rows8 = self.rows.ops.spread_rows8(tokens, self.rows.place, self.rows.ends)
-        return rows
+        rows = self.rows
+        spread: Rows8 = rows.ops.spread_rows8(tokens, rows.place, rows.ends, len(rows.order))
+        return spread
 
     def _columns(self, matrix: Rows8, are_tokens: bool) -> Columns8:
         """Return an operand of a weight gradient, from rows or from tokens."""

@@ -26,7 +26,7 @@ class Rows:
 
     def spread(self, tokens: Tensor) -> Tensor:
         """Return the token [R, X] of each row, of `tokens` [N, X]."""
-        rows: Tensor = self.ops.spread_rows(tokens, self.place, self.ends)
+        rows: Tensor = self.ops.spread_rows(tokens, self.place, self.ends, len(self.order))
         return rows
 
     def sum(self, rows: Tensor) -> Tensor:
@@ -65,9 +65,17 @@ class Rows:
         return found
 
 
-def plan(expert_ids: Tensor, tokens_per_expert: Tensor, activation: str) -> Rows:
-    """Return the rows for `expert_ids` [N, C] and their number for each expert [e]."""
+def plan(
+    expert_ids: Tensor,
+    tokens_per_expert: Tensor,
+    activation: str,
+    num_rows: int | None = None,
+) -> Rows:
+    """Return the rows for `expert_ids` [N, C] and their number for each expert [e].
+
+    R is `num_rows`, the choices that are present, where the host knows them; else N * C.
+    """
     ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
     ops = select(expert_ids)
     order, place = ops.sort_choices(expert_ids, ends)
-    return Rows(order, place, ends, activation, ops)
+    return Rows(order[:num_rows], place, ends, activation, ops)

@@ -194,7 +194,8 @@ def activate_backward(
     dtype = E4M3 if fp8 else grads.dtype
     d_hidden, out = torch.empty_like(kept, dtype=dtype), torch.empty_like(grads, dtype=dtype)
     scales = torch.empty(2, num_rows if fp8 else 1, dtype=torch.float32, device=grads.device)
-    d_probs = torch.empty(probs.shape, dtype=torch.float32, device=grads.device)
+    make = torch.empty if num_rows == probs.numel() else torch.zeros  # absent choices have no row
+    d_probs = make(probs.shape, dtype=torch.float32, device=grads.device)
     if grads.numel():
         block = triton.next_power_of_2(width)
         _activate_backward_kernel[(num_rows,)](

@@ -97,14 +97,18 @@ def _spread_kernel(
             tl.store(out + row * WIDTH + column, rounded, mask=there)
 
 
-def spread_blocks(tokens: Tensor | Blocks8, place: Tensor, ends: Tensor) -> Tensor:
+def spread_blocks(
+    tokens: Tensor | Blocks8, place: Tensor, ends: Tensor, num_rows: int | None = None
+) -> Tensor:
     """Return the token of each row, rounded to e4m3 by 128 columns: [R, X] bf16.
 
-    Rows of `tokens` [N, X] are at `place` [N, C].
+    Rows of `tokens` [N, X] are at `place` [N, C]. R is `num_rows`, at least the last of `ends`, or
+    N * C.
     """
     source, scale = (tokens, None) if isinstance(tokens, Tensor) else (tokens.data, tokens.scale)
     (num_tokens, choices), width = place.shape, source.shape[1]
-    out = torch.empty(num_tokens * choices, width, dtype=torch.bfloat16, device=source.device)
+    size = num_tokens * choices if num_rows is None else num_rows
+    out = torch.empty(size, width, dtype=torch.bfloat16, device=source.device)
     if out.numel():
         blocks = triton.next_power_of_2(width // BLOCK)
         _spread_kernel[(num_tokens,)](

@@ -26,17 +26,20 @@ def round_rows(rows: Tensor, ends: Tensor) -> Tensor:
     return dequantize_blocks(blocks).bfloat16()
 
 
-def spread_blocks(tokens: Tensor | Blocks8, place: Tensor, ends: Tensor) -> Tensor:
+def spread_blocks(
+    tokens: Tensor | Blocks8, place: Tensor, ends: Tensor, num_rows: int | None = None
+) -> Tensor:
     """Return the token of each row, rounded to e4m3 by 128 columns: [R, X] bf16.
 
-    Rows of `tokens` [N, X] are at `place` [N, C].
+    Rows of `tokens` [N, X] are at `place` [N, C]. R is `num_rows`, at least the last of `ends`, or
+    N * C.
     """
     blocks = tokens if isinstance(tokens, Blocks8) else quantize_blocks(tokens)
     rounded = dequantize_blocks(blocks).bfloat16().repeat_interleave(place.shape[1], dim=0)
     rows = torch.empty_like(rounded)
     rows[place.flatten()] = rounded
     inside = torch.arange(len(rows), device=ends.device) < ends[-1]
-    return rows.masked_fill(~inside.unsqueeze(1), 0)
+    return rows.masked_fill(~inside.unsqueeze(1), 0)[:num_rows]
 
 
 def round_columns(

@@ -48,24 +48,31 @@ def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return plan.order.int(), plan.place.int()
 
 
-def spread_rows(tokens: Tensor, place: Tensor, ends: Tensor) -> Tensor:
-    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X]."""
+def spread_rows(tokens: Tensor, place: Tensor, ends: Tensor, num_rows: int | None = None) -> Tensor:
+    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X].
+
+    R is `num_rows`, at least the last of `ends`, or N * C.
+    """
     num_tokens, choices = place.shape
     rows = tokens.new_empty(num_tokens * choices, tokens.shape[1])
     rows[place.flatten()] = tokens.repeat_interleave(choices, dim=0)
-    return rows.masked_fill(~_inside(len(rows), ends), 0)
+    return rows.masked_fill(~_inside(len(rows), ends), 0)[:num_rows]
 
 
-def spread_rows8(tokens: Rows8, place: Tensor, ends: Tensor) -> Rows8:
-    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X]."""
-    data = spread_rows(tokens.data.view(torch.uint8), place, ends).view(E4M3)
-    return Rows8(data, spread_rows(tokens.scale.unsqueeze(1), place, ends).squeeze(1))
+def spread_rows8(tokens: Rows8, place: Tensor, ends: Tensor, num_rows: int | None = None) -> Rows8:
+    """Do as `spread_rows` for tokens in e4m3."""
+    planned = place, ends, num_rows
+    data = spread_rows(tokens.data.view(torch.uint8), *planned).view(E4M3)
+    return Rows8(data, spread_rows(tokens.scale.unsqueeze(1), *planned).squeeze(1))
 
 
 def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
     """Return the sums in fp32 of each token's rows [R, X], absent choices left out: [N, X]."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    chosen = wide[place].masked_fill((place >= ends[-1]).unsqueeze(-1), 0)  # [N, C, X]
+    absent = place >= ends[-1]
+    if not len(rows):
+        return rows.new_zeros(len(place), rows.shape[1])
+    chosen = wide[place.masked_fill(absent, 0)].masked_fill(absent.unsqueeze(-1), 0)  # [N, C, X]
     return chosen.sum(dim=1).to(rows.dtype)
 
 
@@ -132,7 +139,7 @@ def activate_backward(
     wide = grads.to(value.dtype)
     weights = probs.flatten()[order].unsqueeze(1).to(value.dtype)
     d_rows = (wide * value).sum(dim=1).masked_fill(absent.squeeze(1), 0)
-    d_probs = torch.empty_like(d_rows).index_copy(0, order.long(), d_rows).view(probs.shape)
+    d_probs = d_rows.new_zeros(probs.numel()).index_copy(0, order.long(), d_rows).view_as(probs)
     slopes = (gate_slope, up_slope) if activation in GATED else (gate_slope,)
     d_hidden = torch.cat([wide * weights * slope for slope in slopes], dim=1).to(grads.dtype)
     d_hidden = d_hidden.masked_fill(absent, 0)

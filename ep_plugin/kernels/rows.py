@@ -102,9 +102,11 @@ def _spread_kernel(
                 tl.store(out_scales + row, scale)
 
 
-def _spread(tokens: Tensor, scales: Tensor | None, place: Tensor, ends: Tensor) -> Rows8:
+def _spread(
+    tokens: Tensor, scales: Tensor | None, place: Tensor, ends: Tensor, num_rows: int | None
+) -> Rows8:
     (num_tokens, choices), width = place.shape, tokens.shape[1]
-    out = tokens.new_empty(num_tokens * choices, width)
+    out = tokens.new_empty(num_tokens * choices if num_rows is None else num_rows, width)
     out_scales = torch.empty(
         len(out) if scales is not None else 1, dtype=torch.float32, device=out.device
     )
@@ -124,14 +126,17 @@ def _spread(tokens: Tensor, scales: Tensor | None, place: Tensor, ends: Tensor) 
     return Rows8(out, out_scales)
 
 
-def spread_rows(tokens: Tensor, place: Tensor, ends: Tensor) -> Tensor:
-    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X]."""
-    return _spread(tokens, None, place, ends).data
+def spread_rows(tokens: Tensor, place: Tensor, ends: Tensor, num_rows: int | None = None) -> Tensor:
+    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X].
+
+    R is `num_rows`, at least the last of `ends`, or N * C.
+    """
+    return _spread(tokens, None, place, ends, num_rows).data
 
 
-def spread_rows8(tokens: Rows8, place: Tensor, ends: Tensor) -> Rows8:
-    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X]."""
-    return _spread(tokens.data, tokens.scale, place, ends)
+def spread_rows8(tokens: Rows8, place: Tensor, ends: Tensor, num_rows: int | None = None) -> Rows8:
+    """Do as `spread_rows` for tokens in e4m3."""
+    return _spread(tokens.data, tokens.scale, place, ends, num_rows)
 
 
 @jit
