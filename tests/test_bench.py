@@ -181,7 +181,7 @@ def test_a_peer_that_breaks_does_not_end_the_run(
         (["layer", "--routing", "flat"], "--routing must be one of balanced, .*; got 'flat'"),
         (["layer", "--repeats", "0"], "--repeats must be at least 1; got 0; 1 would do"),
         (["layer", "--resume"], "--resume needs --output, .* would do"),
-        (["gemm", "--cuda-graph"], "--cuda-graph is for layer; got gemm; .* would do"),
+        (["gemm", "--cuda-graph"], "--cuda-graph is for layer and overlap; got gemm; .* would do"),
         (["layer", "--cuda-graph"], "--cuda-graph needs a CUDA device; .* would do"),
         (["layer", "--output", "bad.json"], "bad.json: is no list of rows.* would do"),
     ],

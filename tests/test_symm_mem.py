@@ -7,6 +7,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 from unittest.mock import patch
 
 import pytest
@@ -15,7 +16,17 @@ import torch
 import torch.distributed as dist
 from spawn import run_ranks
 
-from ep_plugin import ConfigError, ExpertGroups
+from ep_plugin import (
+    ConfigError,
+    ExpertGroups,
+    MoEConfig,
+    MoELayer,
+    ParallelConfig,
+    RoutingConfig,
+    create_expert_groups,
+)
+from ep_plugin.config import Fp8
+from ep_plugin.dispatcher import symm_mem
 from ep_plugin.registry import resolve
 
 NUM_GPUS = torch.cuda.device_count()
@@ -55,6 +66,25 @@ def refusal_on_hosts() -> str:
     with patch.object(socket, "gethostname", lambda: host), pytest.raises(ConfigError) as error:
         resolve("dispatcher", "symm_mem")(cases.CONFIG, cases.make_groups(4))
     return str(error.value)
+
+
+def test_rows_that_nobody_wrote_are_no_one_s() -> None:
+    for ranks in (2, 4):
+        assert run_ranks(ranks, cases.allows_for_all, "cpu") == [len(cases.CASES)] * ranks
+
+
+def graph_with_more_tokens() -> str:
+    dispatcher = cases.both(cases.make_groups(2))[1]
+    ids = cases.random_ids("random", 4, 2, seed=1)
+    with patch.object(symm_mem, "_captured", lambda _: True), pytest.raises(ConfigError) as refused:
+        dispatcher._plan(ids)
+    return str(refused.value)
+
+
+def test_a_graph_needs_a_step_before_it() -> None:
+    refusals = run_ranks(2, graph_with_more_tokens)
+    assert "(4) of a call before it (0 on any rank); a step that is not captured" in refusals[0]
+    assert "(7)" in refusals[1]
 
 
 def test_several_hosts_are_refused_on_every_rank() -> None:
@@ -98,6 +128,55 @@ def test_two_ranks_on_one_gpu_equal_alltoall(monkeypatch: pytest.MonkeyPatch) ->
     for name, value in {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", **MULTICAST_OFF}.items():
         monkeypatch.setenv(name, value)
     assert run_ranks(2, on_gpus, uses_gpu=True) == [4 * len(cases.CASES)] * 2
+
+
+def replays_equal_steps(fp8: Fp8) -> int:
+    """A layer on two GPUs, forward and backward, as a graph that waits for no host."""
+    device = torch.device("cuda", dist.get_rank())
+    config = MoEConfig(
+        hidden_size=256, ffn_hidden_size=128, num_experts=8, dispatcher="symm_mem",
+        routing=RoutingConfig(topk=2), fp8=fp8, deterministic=True,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2))
+    layer = MoELayer(config, groups, device=device, dtype=torch.bfloat16)
+    torch.manual_seed(11 + dist.get_rank())
+    inputs = [torch.randn(96, 256, device=device).bfloat16() for _ in range(3)]
+    tokens = inputs[0].clone().requires_grad_()
+
+    def step() -> list[torch.Tensor]:
+        for tensor in (tokens, *layer.parameters()):
+            tensor.grad = None
+        output = layer(tokens)
+        torch.autograd.backward(output, torch.ones_like(output))
+        return [output, *(tensor.grad for tensor in (tokens, *layer.parameters()))]
+
+    wanted = []
+    for values in inputs:
+        tokens.data.copy_(values)
+        wanted.append([tensor.detach().clone() for tensor in step()])
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = step()
+    for number, values in enumerate(inputs):
+        tokens.data.copy_(values)
+        graph.replay()
+        cases.assert_equal(captured, wanted[number], f"{fp8}, step {number}")
+    return len(wanted)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(NUM_GPUS < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("fp8", get_args(Fp8))
+def test_a_graph_s_replays_equal_steps(fp8: Fp8, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in MULTICAST_OFF.items():
+        monkeypatch.setenv(name, value)
+    assert run_ranks(2, replays_equal_steps, fp8, backend="nccl") == [3, 3]
 
 
 @pytest.mark.multi_gpu

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=int, default=default, help=f"rounds {summary} (default: {default})"
         )
     for name, summary in (
-        ("cuda-graph", "layer: steps as CUDA graphs where a backend allows it"),
+        ("cuda-graph", "layer, overlap: steps as CUDA graphs where a backend allows it"),
         ("resume", "keep the rows of --output and measure the others"),
         ("json", "print the rows on stdout"),
     ):
@@ -136,8 +136,10 @@ def _check(args: argparse.Namespace) -> None:
     for flag, value in (("--trace", args.trace), ("--trace-plot", args.trace_plot)):
         if value is not None and args.bench != "overlap":
             raise ConfigError(f"{flag} is for overlap; got {args.bench}; bench overlap would do")
-    if args.cuda_graph and args.bench != "layer":
-        raise ConfigError(f"--cuda-graph is for layer; got {args.bench}; bench layer would do")
+    if args.cuda_graph and args.bench not in ("layer", "overlap"):
+        raise ConfigError(
+            f"--cuda-graph is for layer and overlap; got {args.bench}; bench layer would do"
+        )
 
 
 def _measure(

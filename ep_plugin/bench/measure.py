@@ -54,7 +54,7 @@ class Protocol:
                 milliseconds = self.once(step, turn % SETS)
                 if turn >= self.warm:
                     seen[name].append(milliseconds)
-            if turn % 25 == 0 and turn >= self.warm:
+            if turn >= self.warm and (turn - self.warm) % 25 == 0:
                 states.append(gpu_state(self.device))
         times = {name: timing(values) for name, values in seen.items()}
         known = [state for state in states if state]
@@ -111,7 +111,7 @@ def captured(step: Step, pool: Any) -> Step:
     graphs: list[torch.cuda.CUDAGraph] = []
     for index in range(SETS):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step(index)
         graphs.append(graph)
     return lambda index: graphs[index].replay()

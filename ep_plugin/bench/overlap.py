@@ -24,7 +24,7 @@ from ep_plugin.bench.case import Case, Contender, make_case
 from ep_plugin.bench.contest import OURS, Contest, peer
 from ep_plugin.bench.floors import layer_floor
 from ep_plugin.bench.layer import saved_mib, train_step, weight_ms, weight_step, with_weights
-from ep_plugin.bench.measure import Protocol, Step, Timing
+from ep_plugin.bench.measure import Protocol, Step, Timing, captured
 from ep_plugin.bench.ours import as_contender, make_layer
 from ep_plugin.bench.rows import Row, make_row
 from ep_plugin.bench.shapes import Shape
@@ -43,6 +43,7 @@ DISPATCHERS: dict[str, dict[str, Any]] = {
     "hierarchical": {"dispatcher": "hierarchical"},
 }
 SCHEDULES = ("serial", "chunked")
+CAPTURABLE = ("symm_mem",)  # without a host sync while a graph is captured
 PEER = "megatron"  # the one that has experts on several ranks
 TIMEOUT = timedelta(minutes=2)  # of a rank that waits for one that failed
 
@@ -73,12 +74,13 @@ class _Entry:
     dispatcher: str
     schedule: str
     layer: MoELayer | None = None
+    graph: bool = False
 
     def identity(self, shape: Shape, routing: str, ranks: int) -> dict[str, Any]:
         return {
             **{"bench": "overlap", "shape": shape.name, "routing": routing, "ep": ranks},
             **{"backend": self.contender.backend, "precision": self.contender.precision},
-            **{"dispatcher": self.dispatcher, "schedule": self.schedule},
+            **{"dispatcher": self.dispatcher, "schedule": self.schedule, "graph": self.graph},
         }
 
     @property
@@ -100,12 +102,17 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
     entries = [e for e in entries if not contest.has(**e.identity(shape, routing, ranks))]
     alone = {e.way: Alone(e.layer, case) for e in entries if e.layer is not None}
     steps: dict[str, Step] = {}
+    pool = torch.cuda.graph_pool_handle() if contest.cuda_graph else None
     for entry in entries:
         train = train_step(case, entry.contender)
-        made = {"step": train, **weight_step(entry.contender, train)}
+        step = captured(train, pool) if entry.graph else train
+        made = {"step": step, **weight_step(entry.contender, train)}
         steps |= {f"{entry.name}/{part}": step for part, step in made.items()}
     for way, apart in alone.items():
-        steps |= {f"{way}/exchange": apart.exchange, f"{way}/compute": apart.compute}
+        made = {"exchange": apart.exchange, "compute": apart.compute}
+        if contest.cuda_graph:
+            made = {name: captured(step, pool) for name, step in made.items()}
+        steps |= {f"{way}/{name}": step for name, step in made.items()}
     times, gpu = protocol.interleave(steps, f"overlap {shape.name} {routing}")
     times = {name: _slowest(time, protocol.device) for name, time in times.items()}
     shared = {way: _parts(apart, way, times, protocol) for way, apart in alone.items()}
@@ -142,7 +149,9 @@ def _hidden(parts: dict[str, float] | None, together: float) -> dict[str, Any]:
 def _take_part(contest: Contest, case: Case, groups: ExpertGroups) -> list[_Entry]:
     """Return what can run, after a step each; why another cannot is noted."""
     found = []
-    for name, precision in contest.entries((OURS, PEER)):
+    graph = contest.cuda_graph
+    dispatchers = {n: o for n, o in DISPATCHERS.items() if n in CAPTURABLE or not graph}
+    for name, precision in contest.entries((OURS,) if graph else (OURS, PEER)):
         if name == PEER:
             with contest.attempt(name, precision):
                 for contender in peer(name)(case, precision):
@@ -153,13 +162,13 @@ def _take_part(contest: Contest, case: Case, groups: ExpertGroups) -> list[_Entr
             if (recipe == "off") != (precision == "bf16"):
                 continue
             backend = OURS if recipe == "off" else f"{OURS}+{recipe}"
-            for dispatcher, options in DISPATCHERS.items():
+            for dispatcher, options in dispatchers.items():
                 for schedule in SCHEDULES:
                     with contest.attempt(backend, precision):
                         layer = make_layer(case, groups, fp8=recipe, overlap=schedule, **options)
                         contender = as_contender(layer, backend, precision)
                         train_step(case, contender)(0)
-                        found.append(_Entry(contender, dispatcher, schedule, layer))
+                        found.append(_Entry(contender, dispatcher, schedule, layer, graph))
     return found
 
 

@@ -120,23 +120,25 @@ def _group(row: Row) -> tuple[Any, ...]:
 
 
 def _pair(row: Row) -> tuple[Any, ...]:
-    return (*_group(row), row["backend"], row["precision"], row["dispatcher"])
+    how = row["dispatcher"], row["graph"]
+    return (*_group(row), row["backend"], row["precision"], *how)
 
 
 def _overlap_line(row: Row, serial: float | None) -> str:
-    name = " ".join((row["backend"], row["precision"], row["dispatcher"], row["schedule"]))
-    parts = [f"  {name:50}"]
+    parts = row["backend"], row["precision"], row["dispatcher"], row["schedule"]
+    name = " ".join((*parts, "graph") if row["graph"] else parts)
+    shown = [f"  {name:56}"]
     if serial is not None:
-        parts.append(f"{row['ms'] / serial:6.2f} x serial")
+        shown.append(f"{row['ms'] / serial:6.2f} x serial")
     if row["device"] != "cpu":
-        parts.append(f"{row['ms']:9.3f} ms, floor {row['floor_ms']:8.3f}")
+        shown.append(f"{row['ms']:9.3f} ms, floor {row['floor_ms']:8.3f}")
     if row["exchange_ms"] is not None:
         if row["device"] != "cpu":
-            parts.append(f"exchange {row['exchange_ms']:7.3f}, compute {row['compute_ms']:8.3f}")
-        parts.append(f"{row['hidden_share']:6.0%} of the exchange hidden")
+            shown.append(f"exchange {row['exchange_ms']:7.3f}, compute {row['compute_ms']:8.3f}")
+        shown.append(f"{row['hidden_share']:6.0%} of the exchange hidden")
     if row["gbps"] is not None:
-        parts.append(f"{row['gbps']:6.0f} GB/s leaving")
-    return " ".join(parts)
+        shown.append(f"{row['gbps']:6.0f} GB/s leaving")
+    return " ".join(shown)
 
 
 def _is_base(row: Row) -> bool:

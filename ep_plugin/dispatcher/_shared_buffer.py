@@ -45,8 +45,7 @@ class SharedBuffer:
         Growing waits for all ranks, and what was in the buffers is lost.
         """
         if self.peers is None or num_bytes > self.num_bytes:
-            # A quarter more than asked for: routing changes, and growing stops all ranks.
-            self.num_bytes = -(-(num_bytes + num_bytes // 4) // _PAGE) * _PAGE or _PAGE
+            self.num_bytes = -(-num_bytes // _PAGE) * _PAGE or _PAGE
             self.peers, self._barrier = None, partial(dist.barrier, self.group)  # freed first
             share = self._share_gpu if device.type == "cuda" else self._share_host
             self.peers = share(device)

@@ -17,7 +17,9 @@ The copies let the next layer have the buffer: N rows are read and written once 
 memory, at about four times the speed of the link. The kernels run on `comm_sms` SMs, on a stream of
 their own. `dispatch_dedup` changes nothing here. All ranks of ep and etp must be on one host.
 
-Host syncs: one per dispatch, to read how many rows each rank receives.
+Host syncs: one per dispatch, to read how many rows each rank receives. While a CUDA graph is
+captured there is none: all tokens of all ranks are allowed for then, and rows that did not come
+are no one's choice. No rank may then have more tokens than a rank had in a call before.
 """
 
 from collections.abc import Sequence
@@ -40,9 +42,14 @@ _ALIGN = 128  # bytes; each tensor in the buffers starts at a multiple of it
 
 class _Plan(NamedTuple):
     place: Tensor  # [T, G] int32, row of each token among those of each rank, -1 = not sent
-    received: int  # rows on this rank, N
-    most: int  # rows on the rank that receives the most
-    choices: int  # of this rank's experts
+    received: int  # rows on this rank, N; while a graph is captured `most`
+    most: int  # rows that a rank can receive
+    choices: int | None  # of this rank's experts, where the host knows
+    came: Tensor  # [] int64, rows on this rank
+
+
+def _captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Link(NamedTuple):
@@ -97,6 +104,7 @@ class SymmetricMemoryDispatcher:
         self.ep_size, self.ep_rank, self.etp_size = groups.ep_size, groups.ep_rank, groups.etp_size
         self.experts = num_experts // groups.ep_size  # of a rank
         self.link = _Link(shared_buffer(groups), comm_sms)
+        self.most_tokens = 0  # that a rank had in a call
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         plan = self._plan(routing.expert_ids)
@@ -109,6 +117,9 @@ class SymmetricMemoryDispatcher:
             finish()
             local = chosen - self.ep_rank * self.experts
             here = (local >= 0) & (local < self.experts)
+            if plan.choices is None:  # there may be rows that nobody wrote
+                rows = torch.arange(len(here), device=here.device)
+                here &= (rows < plan.came).unsqueeze(1)
             ids = local.where(here, -1)
             counts = count_choices(ids, self.experts)
             own = tokens, ids, probs.where(here, 0), counts
@@ -129,20 +140,37 @@ class SymmetricMemoryDispatcher:
 
     def _plan(self, expert_ids: Tensor) -> _Plan:
         """Tell all ranks how many rows go where; return where this rank's do."""
+        captured = _captured(expert_ids)
+        if captured:
+            self._check_capture(len(expert_ids))
         hosts = expert_ids // self.experts  # [T, K] ep rank, -1 for dropped choices
         ranks = torch.arange(self.ep_size, device=expert_ids.device)
         hosted = (hosts.unsqueeze(2) == ranks).repeat_interleave(self.etp_size, dim=2)  # [T, K, G]
         sent = hosted.any(1)
-        own = torch.stack([sent.sum(0), hosted.sum((0, 1))])  # [2, G]: rows and choices
-        table = own.new_empty(2 * sent.shape[1], sent.shape[1])
+        tokens = torch.full_like(ranks.repeat_interleave(self.etp_size), len(sent))
+        own = torch.stack([sent.sum(0), hosted.sum((0, 1)), tokens])  # [3, G]
+        table = own.new_empty(3 * sent.shape[1], sent.shape[1])
         dist.all_gather_into_tensor(table, own, group=self.group)
-        table = table.view(-1, *own.shape)  # [from, 2, to]
-        counts = table[:, 0]
-        received, choices = table.sum(0).tolist()  # the host sync
-        rank = self.link.buffer.rank
+        table = table.view(-1, *own.shape)  # [from, 3, to]
+        rank, counts = self.link.buffer.rank, table[:, 0]
         place = counts[:rank].sum(0) + sent.cumsum(0) - 1
         place = place.where(sent, -1).to(torch.int32)  # [T, G]
-        return _Plan(place, received[rank], max(received), choices[rank])
+        came = counts[:, rank].sum()
+        if captured:
+            most = self.most_tokens * len(counts)
+            return _Plan(place, most, most, None, came)
+        numbers = torch.stack([came, table[:, 1, rank].sum(), table[:, 2].max()])
+        received, choices, tokens_of_a_rank = numbers.tolist()  # the host sync
+        self.most_tokens = max(self.most_tokens, tokens_of_a_rank)
+        return _Plan(place, received, self.most_tokens * len(counts), choices, came)
+
+    def _check_capture(self, num_tokens: int) -> None:
+        if num_tokens > self.most_tokens:
+            raise ConfigError(
+                f"a graph of dispatcher 'symm_mem' must have at most the tokens ({num_tokens}) of "
+                f"a call before it ({self.most_tokens} on any rank); a step that is not captured, "
+                "with as many tokens, would do"
+            )
 
 
 class _Dispatch(torch.autograd.Function):
