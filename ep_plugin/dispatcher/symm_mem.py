@@ -153,7 +153,9 @@ class SymmetricMemoryDispatcher:
         dist.all_gather_into_tensor(table, own, group=self.group)
         table = table.view(-1, *own.shape)  # [from, 3, to]
         rank, counts = self.link.buffer.rank, table[:, 0]
-        place = counts[:rank].sum(0) + sent.cumsum(0) - 1
+        # Along rows that lie in memory: torch sums down columns one after another on a GPU.
+        earlier = sent.T.contiguous().cumsum(1).T - 1
+        place = counts[:rank].sum(0) + earlier
         place = place.where(sent, -1).to(torch.int32)  # [T, G]
         came = counts[:, rank].sum()
         if captured:
