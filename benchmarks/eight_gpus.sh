@@ -30,14 +30,22 @@ if ! "$PYTHON" -c 'import torch, transformer_engine; assert torch.cuda.is_availa
     precisions=(bf16) # Megatron has FP8 experts with Transformer Engine alone
 fi
 
+bench_overlap() {
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1" -m ep_plugin.cli \
+        bench overlap --shapes "${shapes[@]}" --repeats "$repeats" --warm 5 --resume \
+        --output "$rows" "${@:2}"
+}
+
 run_scaling() {
-    local ep
+    local ep graph=()
+    if "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+        graph=(--cuda-graph)
+    fi
     "$PYTHON" -m ep_plugin.cli bench layer --shapes "${shapes[@]}" --backends ep_plugin \
         --repeats "$repeats" --warm 5 --resume --output "$rows"
     for ((ep = 2; ep <= RANKS; ep *= 2)); do
-        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ep" -m ep_plugin.cli \
-            bench overlap --shapes "${shapes[@]}" --repeats "$repeats" --warm 5 --resume \
-            --output "$rows"
+        bench_overlap "$ep"
+        if ((${#graph[@]})); then bench_overlap "$ep" "${graph[@]}"; fi
     done
 }
 

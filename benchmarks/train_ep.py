@@ -41,7 +41,7 @@ RUN = """
 --moe-token-dispatcher-type alltoall --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine
 --lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --num-workers 0 --bf16 --seed 7
 --log-interval 1 --eval-iters 0 --eval-interval 100000 --use-distributed-optimizer
---tokenizer-type NullTokenizer
+--tokenizer-type NullTokenizer --moe-router-dtype fp32
 """
 PLAIN = """
 --transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion

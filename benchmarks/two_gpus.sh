@@ -21,6 +21,10 @@ run_tests() {
 }
 
 run_bench() {
+    if "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+        "${ranks[@]}" -m ep_plugin.cli bench overlap --shapes "${shapes[@]}" --cuda-graph \
+            --repeats "$REPEATS" --warm 5 --resume --output "$OUT/two_gpus.json"
+    fi
     "${ranks[@]}" -m ep_plugin.cli bench overlap --shapes "${shapes[@]}" --repeats "$REPEATS" \
         --warm 5 --resume --output "$OUT/two_gpus.json" --plot "$OUT/../two_gpus.png" \
         --trace "$OUT/../two_gpus_trace.json" --trace-plot "$OUT/../two_gpus_trace.png"

@@ -26,14 +26,16 @@ def draw(rows: list[Row]) -> Figure:
     panels: dict[str, list[Row]] = {}
     for row in rows:
         panels.setdefault(f"{row['shape']}, {row['routing']}", []).append(row)
-    columns = min(2, max(1, len(panels)))
-    lines = max(1, math.ceil(len(panels) / columns))
-    tallest = max(map(len, panels.values()), default=1)
-    size = (6.5 * columns, lines * (BAR_INCHES * tallest + 1.0) + 0.7)
+    counts = [len(members) for members in panels.values()] or [1]
+    columns = min(2, len(counts)) if 2 * min(counts) >= max(counts) else 1
+    lines = math.ceil(len(counts) / columns)
+    slots = [max(counts[columns * line :][:columns]) for line in range(lines)]
+    heights = [BAR_INCHES * bars + 1.0 for bars in slots]
+    size = (6.5 * columns if columns > 1 else 9.0, sum(heights) + 0.7)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for panel, (title, members) in zip(axes, panels.items(), strict=False):
-        _panel(panel, title, members, tallest)
+    axes = figure.subplots(lines, columns, squeeze=False, height_ratios=heights).flatten()
+    for number, (title, members) in enumerate(panels.items()):
+        _panel(axes[number], title, members, slots[number // columns])
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
     bench, device = (rows[0]["bench"], rows[0]["device"]) if rows else ("nothing measured", "")
@@ -73,7 +75,8 @@ def _panel(axes: Axes, title: str, rows: list[Row], slots: int) -> None:
 
 def _label(row: Row) -> str:
     graph = "graph" if row["graph"] else None
-    return " ".join(filter(None, (row["op"], row["backend"], row["precision"], graph)))
+    how = row.get("dispatcher"), row.get("schedule"), graph
+    return " ".join(filter(None, (row["op"], row["backend"], row["precision"], *how)))
 
 
 def _legend() -> list[Any]:
