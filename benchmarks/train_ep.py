@@ -51,8 +51,8 @@ UNFUSED_TOTALS = "--no-gradient-accumulation-fusion"  # Megatron's output layer 
 SIDES = {  # backend -> how the script is started, flags of its own, flags of its own with FP8
     "ep_plugin": (
         ("-m", "ep_plugin.run"),
-        "--ep-dispatch-dedup on --ep-overlap chunked",
-        "--ep-fp8 rowwise --ep-dispatch-dtype fp8",
+        "--ep-dispatcher symm_mem",
+        "--ep-fp8 rowwise",
     ),
     "megatron": (
         (str(ROOT / "tests" / "edge" / "stock_run.py"),),

@@ -68,6 +68,26 @@ def check_timeline(events: list[dict[str, Any]]) -> None:
             open_ends.append(end)
 
 
+def test_a_gpu_s_step_is_drawn_with_its_backward() -> None:
+    """There the range of a step ends with the forward."""
+    pytest.importorskip("matplotlib")
+    from ep_plugin.bench.timeline_plot import draw
+
+    ranges = [
+        *(("router", 2000, 50, 7), ("router", 900, 50, 7), ("step 1", 2500, 1000, 7)),
+        *(("experts first", 2600, 800, 7), ("experts fc1_grads", 6000, 2000, 7)),
+        ("nccl:coalesced", 2300, 1000, 46),
+    ]
+    events = [
+        {"ph": "X", "cat": "gpu_user_annotation", "name": name, "ts": ts, "dur": dur, "tid": tid}
+        for name, ts, dur, tid in ranges
+    ]
+    axes = draw({"traceEvents": events}).axes[0]
+    boxes = [c.get_paths()[0].get_extents() for c in axes.collections]
+    drawn = sorted((box.x0, box.x1) for box in boxes)
+    assert sum(drawn, ()) == pytest.approx((0, 0.05, 0.3, 1.3, 0.6, 1.4, 4, 6))
+
+
 def test_a_process_on_its_own_is_told_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "overlap", "--shapes", "tiny"]) == 2
     assert "torchrun --nproc-per-node 2" in capsys.readouterr().err

@@ -73,11 +73,29 @@ def test_rows_that_nobody_wrote_are_no_one_s() -> None:
         assert run_ranks(ranks, cases.allows_for_all, "cpu") == [len(cases.CASES)] * ranks
 
 
+def large_group() -> str:
+    """Its buffers have room for what comes, and it is not captured."""
+    with patch.object(symm_mem, "_GRAPH_RANKS", 1):
+        cases.agree(2, 1, "cpu")
+        sizes = cases.grows("cpu")
+        assert sizes[0] < sizes[1] == sizes[2]
+        dispatcher = cases.both(cases.make_groups(2))[1]
+        captured = patch.object(symm_mem, "_captured", lambda _: True)
+        with captured, pytest.raises(ConfigError) as refused:
+            dispatcher._plan(cases.random_ids("random", 4, 2, seed=1))  # type: ignore[attr-defined]
+    return str(refused.value)
+
+
+def test_a_large_group_has_room_for_what_comes() -> None:
+    for refusal in run_ranks(2, large_group):
+        assert "at most 1 ranks of ep and etp; got 2; steps that are not captured" in refusal
+
+
 def graph_with_more_tokens() -> str:
     dispatcher = cases.both(cases.make_groups(2))[1]
     ids = cases.random_ids("random", 4, 2, seed=1)
     with patch.object(symm_mem, "_captured", lambda _: True), pytest.raises(ConfigError) as refused:
-        dispatcher._plan(ids)
+        dispatcher._plan(ids)  # type: ignore[attr-defined]
     return str(refused.value)
 
 

@@ -27,9 +27,8 @@ def draw(timeline: dict[str, Any]) -> Figure:
     events = [event for event in timeline["traceEvents"] if event.get("ph") == "X"]
     on_gpu = [event for event in events if event.get("cat") in ("gpu_user_annotation", "kernel")]
     events = on_gpu or events
-    step = [event for event in events if event["name"].startswith("step ")][-1]
-    begin, end = step["ts"], step["ts"] + step["dur"]
-    scale = 1e-3 if on_gpu else 100 / step["dur"]  # of microseconds
+    begin, end = _span(events, bool(on_gpu))
+    scale = 1e-3 if on_gpu else 100 / (end - begin)  # of microseconds
     inside = [e for e in events if begin <= e["ts"] and e["ts"] + e["dur"] <= end]
     lanes: dict[str, list[Bar]] = {}
     for event in inside:
@@ -53,6 +52,19 @@ def draw(timeline: dict[str, Any]) -> Figure:
         ncols=len(COLORS),
     )
     return figure
+
+
+def _span(events: list[dict[str, Any]], on_gpu: bool) -> tuple[float, float]:
+    """Return where the last step begins and ends, in microseconds.
+
+    On a GPU the range of a step ends with its forward, since the backward is another thread's, and
+    begins late: a step lasts from its router to the last of all.
+    """
+    name = "router" if on_gpu else "step "
+    begins = [event for event in events if event["name"].startswith(name)]
+    first = max(begins, key=lambda event: float(event["ts"]))
+    last = max(events, key=lambda event: float(event["ts"]) + event["dur"]) if on_gpu else first
+    return first["ts"], last["ts"] + last["dur"]
 
 
 def _key(event: dict[str, Any]) -> str | None:

@@ -19,7 +19,8 @@ their own. `dispatch_dedup` changes nothing here. All ranks of ep and etp must b
 
 Host syncs: one per dispatch, to read how many rows each rank receives. While a CUDA graph is
 captured there is none: all tokens of all ranks are allowed for then, and rows that did not come
-are no one's choice. No rank may then have more tokens than a rank had in a call before.
+are no one's choice. No rank may then have more tokens than a rank had in a call before, and a
+group at most 8 ranks; buffers of such a group always have room for all.
 """
 
 from collections.abc import Sequence
@@ -38,12 +39,13 @@ from ep_plugin.kernels.peers_torch import Peers, rows_of
 from ep_plugin.permute import count_choices
 
 _ALIGN = 128  # bytes; each tensor in the buffers starts at a multiple of it
+_GRAPH_RANKS = 8  # with more, buffers for all tokens of all ranks would be too large
 
 
 class _Plan(NamedTuple):
     place: Tensor  # [T, G] int32, row of each token among those of each rank, -1 = not sent
     received: int  # rows on this rank, N; while a graph is captured `most`
-    most: int  # rows that a rank can receive
+    most: int  # rows that the buffers have room for, the same on every rank
     choices: int | None  # of this rank's experts, where the host knows
     came: Tensor  # [] int64, rows on this rank
 
@@ -161,12 +163,21 @@ class SymmetricMemoryDispatcher:
         if captured:
             most = self.most_tokens * len(counts)
             return _Plan(place, most, most, None, came)
-        numbers = torch.stack([came, table[:, 1, rank].sum(), table[:, 2].max()])
-        received, choices, tokens_of_a_rank = numbers.tolist()  # the host sync
+        busiest = counts.sum(0).max()
+        numbers = torch.stack([came, table[:, 1, rank].sum(), table[:, 2].max(), busiest])
+        received, choices, tokens_of_a_rank, most = numbers.tolist()  # the host sync
         self.most_tokens = max(self.most_tokens, tokens_of_a_rank)
-        return _Plan(place, received, self.most_tokens * len(counts), choices, came)
+        # Routing changes, and growing stops all ranks: a quarter more than this call needs.
+        room = self.most_tokens * len(counts) if len(counts) <= _GRAPH_RANKS else most + most // 4
+        return _Plan(place, received, room, choices, came)
 
     def _check_capture(self, num_tokens: int) -> None:
+        ranks = self.ep_size * self.etp_size
+        if ranks > _GRAPH_RANKS:
+            raise ConfigError(
+                f"a graph of dispatcher 'symm_mem' must have at most {_GRAPH_RANKS} ranks of ep "
+                f"and etp; got {ranks}; steps that are not captured would do"
+            )
         if num_tokens > self.most_tokens:
             raise ConfigError(
                 f"a graph of dispatcher 'symm_mem' must have at most the tokens ({num_tokens}) of "
