@@ -37,15 +37,14 @@ bench_overlap() {
 }
 
 run_scaling() {
-    local ep graph=()
-    if "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-        graph=(--cuda-graph)
-    fi
+    local ep
     "$PYTHON" -m ep_plugin.cli bench layer --shapes "${shapes[@]}" --backends ep_plugin \
         --repeats "$repeats" --warm 5 --resume --output "$rows"
     for ((ep = 2; ep <= RANKS; ep *= 2)); do
         bench_overlap "$ep"
-        if ((${#graph[@]})); then bench_overlap "$ep" "${graph[@]}"; fi
+        if "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+            bench_overlap "$ep" --cuda-graph
+        fi
     done
 }
 

@@ -1,4 +1,4 @@
-"""Sorting the choices of this rank's tokens by expert, and summing them back: plain torch.
+"""Sorting the choices of this rank's tokens by expert, and summing them back.
 
 For two choices of 3 tokens a b c that chose (E1 E0) (E0 -) (E2 E0), `-` meaning none:
 
@@ -8,7 +8,8 @@ For two choices of 3 tokens a b c that chose (E1 E0) (E0 -) (E2 E0), `-` meaning
     place                  3 0 1 - 4 2                          row of each choice
 
 Nothing waits for the device: there is a row for every choice, and those behind the last expert's
-belong to absent ones and hold zeros here. On CUDA the kernels of `kernels/rows.py` do the work.
+belong to absent ones and hold zeros here. Plain torch; on CUDA the kernels of
+`kernels/rows.py`.
 """
 
 from dataclasses import dataclass, replace

@@ -74,13 +74,12 @@ class _Entry:
     dispatcher: str
     schedule: str
     layer: MoELayer | None = None
-    graph: bool = False
 
-    def identity(self, shape: Shape, routing: str, ranks: int) -> dict[str, Any]:
+    def identity(self, shape: Shape, routing: str, ranks: int, graph: bool) -> dict[str, Any]:
         return {
             **{"bench": "overlap", "shape": shape.name, "routing": routing, "ep": ranks},
             **{"backend": self.contender.backend, "precision": self.contender.precision},
-            **{"dispatcher": self.dispatcher, "schedule": self.schedule, "graph": self.graph},
+            **{"dispatcher": self.dispatcher, "schedule": self.schedule, "graph": graph},
         }
 
     @property
@@ -96,16 +95,17 @@ class _Entry:
 def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
     """Return a row for each recipe, dispatcher and schedule that is not measured yet."""
     ranks, protocol = dist.get_world_size(), contest.protocol
+    where = shape, routing, ranks, contest.cuda_graph
     case = make_case(replace(shape, experts=shape.experts * ranks), routing, protocol.device)
     groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ranks))
     entries = _take_part(contest, case, groups)
-    entries = [e for e in entries if not contest.has(**e.identity(shape, routing, ranks))]
+    entries = [e for e in entries if not contest.has(**e.identity(*where))]
     alone = {e.way: Alone(e.layer, case) for e in entries if e.layer is not None}
     steps: dict[str, Step] = {}
     pool = torch.cuda.graph_pool_handle() if contest.cuda_graph else None
     for entry in entries:
         train = train_step(case, entry.contender)
-        step = captured(train, pool) if entry.graph else train
+        step = captured(train, pool) if contest.cuda_graph else train
         made = {"step": step, **weight_step(entry.contender, train)}
         steps |= {f"{entry.name}/{part}": step for part, step in made.items()}
     for way, apart in alone.items():
@@ -125,7 +125,7 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
             make_row(
                 protocol.device,
                 with_weights(own["step"], weights),
-                **entry.identity(shape, routing, ranks),
+                **entry.identity(*where),
                 **_hidden(shared.get(entry.way), own["step"].median),
                 weight_quant_ms=weights,
                 dims={"tokens": shape.tokens, "topk": shape.topk, "hidden": shape.hidden},
@@ -168,7 +168,7 @@ def _take_part(contest: Contest, case: Case, groups: ExpertGroups) -> list[_Entr
                         layer = make_layer(case, groups, fp8=recipe, overlap=schedule, **options)
                         contender = as_contender(layer, backend, precision)
                         train_step(case, contender)(0)
-                        found.append(_Entry(contender, dispatcher, schedule, layer, graph))
+                        found.append(_Entry(contender, dispatcher, schedule, layer))
     return found
 
 
@@ -180,24 +180,25 @@ def _parts(
     wire = alone.wire(protocol)
     if wire is not None:
         # A rank that is early waits in its kernels: the last one's are closest to the wire's time.
-        milliseconds = _over_ranks(wire.ms, dist.ReduceOp.MIN, protocol.device)
-        leaving = _over_ranks(wire.num_bytes, dist.ReduceOp.SUM, protocol.device)
+        (milliseconds,) = _over_ranks([wire.ms], dist.ReduceOp.MIN, protocol.device)
+        (leaving,) = _over_ranks([wire.num_bytes], dist.ReduceOp.SUM, protocol.device)
         leaving /= dist.get_world_size()
         parts |= {"wire_ms": milliseconds, "gbps": leaving / milliseconds / 1e6}
     return parts
 
 
-def _over_ranks(value: float, how: dist.ReduceOp.RedOpType, device: torch.device) -> float:
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, how)
-    return float(tensor)
-
-
 def _slowest(time: Timing, device: torch.device) -> Timing:
     """Return the times of the rank that took longest."""
-    values = torch.tensor([time.median, time.p10, time.p90], dtype=torch.float64, device=device)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return Timing(*values.tolist())
+    return Timing(*_over_ranks([time.median, time.p10, time.p90], dist.ReduceOp.MAX, device))
+
+
+def _over_ranks(
+    values: list[float], how: dist.ReduceOp.RedOpType, device: torch.device
+) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, how)
+    found: list[float] = tensor.tolist()
+    return found
 
 
 def trace(shape: Shape, routing: str, device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,7 @@ EMPTY: Row = {
     **dict.fromkeys(("ms", "p10_ms", "p90_ms", "fwd_ms", "weight_quant_ms", "floor_ms")),
     **dict.fromkeys(("saved_mib", "tflops", "gbps", "error", "grad_error", "gpu")),
     **dict.fromkeys(("dispatcher", "schedule", "exchange_ms", "compute_ms", "wire_ms")),
-    **dict.fromkeys(("hidden_share",)),
+    "hidden_share": None,
 }
 PACKAGES = (
     *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),

@@ -43,7 +43,8 @@ def read_prompts(path: Path, tokenizer: Path | None) -> list[list[int]]:
             prompts = json.loads(text)
         else:
             lines = [line for line in text.splitlines() if line.strip()]
-            prompts = [_load_tokenizer(path, tokenizer)(line)["input_ids"] for line in lines]
+            encode: Any = _load_tokenizer(path, tokenizer) if lines else None
+            prompts = [encode(line)["input_ids"] for line in lines]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"--prompts {path} cannot be read ({error})") from error
     if not _are_ids(prompts):

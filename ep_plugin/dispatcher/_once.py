@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ep_plugin.permute import RowPlan, count_choices, plan_rows
+from ep_plugin.permute import RowPlan, plan_rows
 
 
 class Hosts(NamedTuple):
@@ -17,14 +17,13 @@ class Hosts(NamedTuple):
 
     def wanted(self, expert_ids: Tensor) -> Tensor:
         """Return [T, G] bool: whether a rank hosts any of the `expert_ids` [T, K], -1 = none."""
+        return self.hosted(expert_ids).any(1)
+
+    def hosted(self, expert_ids: Tensor) -> Tensor:
+        """Return [T, K, G] bool: whether a rank hosts each of the `expert_ids`, -1 = none."""
         host = expert_ids // self.experts  # [T, K] ep rank, -1 for none
         ranks = torch.arange(self.ep_size, device=host.device)
-        return (host.unsqueeze(2) == ranks).any(1).repeat_interleave(self.etp_size, dim=1)
-
-    def choices(self, expert_ids: Tensor) -> Tensor:
-        """Return [G] int64: how many of `expert_ids` [T, K] each rank hosts, -1 = none."""
-        host = (expert_ids // self.experts).flatten()
-        return count_choices(host.unsqueeze(1), self.ep_size).repeat_interleave(self.etp_size)
+        return (host.unsqueeze(2) == ranks).repeat_interleave(self.etp_size, dim=2)
 
     def local(self, expert_ids: Tensor, rank: Tensor) -> Tensor:
         """Return `expert_ids` [P, K] as the experts of each row's `rank` [P]; -1 = elsewhere."""

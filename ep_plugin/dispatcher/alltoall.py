@@ -131,9 +131,9 @@ class AllToAllDispatcher:
 
     def _once_for_each_rank(self, hidden: Tensor, routing: Routing) -> Packed:
         hosts = Hosts(self.num_experts // self.ep_size, self.ep_size, self.etp_size)
-        wanted = hosts.wanted(routing.expert_ids)  # [T, G]
-        choices = hosts.choices(routing.expert_ids)  # [G]
-        numbers = torch.stack([wanted.sum(0), choices], dim=1)  # [G, 2]
+        hosted = hosts.hosted(routing.expert_ids)  # [T, K, G]
+        wanted = hosted.any(1)
+        numbers = torch.stack([wanted.sum(0), hosted.sum((0, 1))], dim=1)  # [G, 2]
         rows, chosen = self._both_ways(numbers).movedim(2, 0).tolist()  # the host sync
         splits, num_rows = Splits(*rows), sum(chosen[1])
         plan, token, destination = once_for_each(wanted, sum(splits.sent))

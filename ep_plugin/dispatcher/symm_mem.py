@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ep_plugin.config import ConfigError, MoEConfig
 from ep_plugin.contracts import Dispatched, Pending, Routing
+from ep_plugin.dispatcher._once import Hosts
 from ep_plugin.dispatcher._shared_buffer import SharedBuffer, shared_buffer
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.kernels.peers_torch import Peers, rows_of
@@ -145,13 +146,12 @@ class SymmetricMemoryDispatcher:
         captured = _captured(expert_ids)
         if captured:
             self._check_capture(len(expert_ids))
-        hosts = expert_ids // self.experts  # [T, K] ep rank, -1 for dropped choices
-        ranks = torch.arange(self.ep_size, device=expert_ids.device)
-        hosted = (hosts.unsqueeze(2) == ranks).repeat_interleave(self.etp_size, dim=2)  # [T, K, G]
+        hosts = Hosts(self.experts, self.ep_size, self.etp_size)
+        hosted = hosts.hosted(expert_ids)  # [T, K, G]
         sent = hosted.any(1)
-        tokens = torch.full_like(ranks.repeat_interleave(self.etp_size), len(sent))
-        own = torch.stack([sent.sum(0), hosted.sum((0, 1)), tokens])  # [3, G]
-        table = own.new_empty(3 * sent.shape[1], sent.shape[1])
+        rows = sent.sum(0)
+        own = torch.stack([rows, hosted.sum((0, 1)), torch.full_like(rows, len(sent))])  # [3, G]
+        table = own.new_empty(3 * len(rows), len(rows))
         dist.all_gather_into_tensor(table, own, group=self.group)
         table = table.view(-1, *own.shape)  # [from, 3, to]
         rank, counts = self.link.buffer.rank, table[:, 0]

@@ -129,7 +129,7 @@ def _compare(
         launcher = Launcher(args.script, arguments.all, Path(folder), device)
         runs = _Runs(args, launcher, Path(folder), bar)
         one, save = runs.fresh(ONE_RANK, 0)
-        comparisons = []
+        expected, comparisons = read_scalars(one), []
         for number, layout in enumerate(layouts, start=1):
             tolerance = args.tolerance
             comparison = Comparison(
@@ -138,11 +138,11 @@ def _compare(
             comparisons.append(comparison)
             try:
                 other, saved = runs.fresh(layout, number)
-                comparison.scalars = compare_scalars(read_scalars(one), read_scalars(other))
+                comparison.scalars = compare_scalars(expected, read_scalars(other))
                 comparison.gradients = compare_gradients(one, other)
                 if args.resume:
                     resumed = runs.resumed(layout, number, save)
-                    comparison.resumed = compare_scalars(read_scalars(one), read_scalars(resumed))
+                    comparison.resumed = compare_scalars(expected, read_scalars(resumed))
                     save = saved
             except RunFailed as error:  # the other layouts can still be looked at
                 comparison.failure = str(error)
