@@ -74,6 +74,7 @@ class Packed:
     sent: list[int]  # rows to each rank, P in all
     received: list[int]  # rows from each rank, N in all
     complete: Callable[[Tensor], Dispatched]  # with the tokens [N, H], received or to be
+    to_all: bool = False  # each rank gets all P rows, and what comes home is summed to P rows
 
 
 class Router(Protocol):
@@ -109,7 +110,8 @@ class PeerDispatcher(Dispatcher, Protocol):
     """A dispatcher that can also exchange with some ranks at a time, and says so.
 
     Dispatch is pack, swap with every other rank, complete; combine is swap, unpack. All ranks must
-    call `swap` for the same pairs in the same order.
+    call `swap` for the same pairs in the same order, and forward and backward each with `after` = 0
+    first.
     """
 
     swaps: bool
@@ -119,12 +121,18 @@ class PeerDispatcher(Dispatcher, Protocol):
         """Sort `hidden` [T, H] by destination and exchange numbers, experts, probabilities."""
         ...
 
-    def swap(self, outs: Mapping[int, Tensor], ins: Mapping[int, Tensor]) -> Pending[None]:
-        """Start sending `outs` to, and filling `ins` from, other ranks; no gradient is recorded."""
+    def swap(
+        self, outs: Mapping[int, Tensor], ins: Mapping[int, int], after: int
+    ) -> Pending[Tensor]:
+        """Start sending `outs` [*, W] to other ranks; no gradient is recorded.
+
+        Returns what comes from others, the rows `ins` says of each, one rank's after another's. It
+        may be read until the next exchange, and until a swap that is `after` as many rows or fewer.
+        """
         ...
 
     def unpack(self, returned: Tensor, inbox: Dispatched) -> Tensor:
-        """Sum the rows that came home, `returned` [P, H] in the order packed, per token: [T, H]."""
+        """Sum the rows that came home, `returned` [P, H] as they were packed, per token: [T, H]."""
         ...
 
 

@@ -40,6 +40,7 @@ class Recipe(Protocol):
     """
 
     has_own_products: bool
+    takes_pieces: bool  # fc1_grads takes what is kept of several pieces of the tokens as a list
     rows: Rows
 
     def keep(self, tokens: Tensor) -> Any:
@@ -60,6 +61,10 @@ class Recipe(Protocol):
 
     def incoming(self, grads: Tensor) -> Any:
         """Return the gradients of the output, `grads` [N, H], as the next two read them."""
+        ...
+
+    def all_incoming(self, grads: list[Tensor], pieces: list[Any]) -> Any:
+        """Return `incoming` for gradients in pieces; `pieces` are what it returned for each."""
         ...
 
     def hidden_grads(
@@ -85,6 +90,7 @@ class Bf16:
     """Products of the tensors as they are: bf16, or whatever their dtype is."""
 
     has_own_products = False
+    takes_pieces = True
 
     def __init__(self, rows: Rows, gemm: GroupedGemm) -> None:
         self.rows, self.gemm = rows, gemm
@@ -105,6 +111,9 @@ class Bf16:
     def incoming(self, grads: Tensor) -> Tensor:
         return self.rows.spread(grads)
 
+    def all_incoming(self, grads: list[Tensor], pieces: list[Tensor]) -> Tensor:
+        return self.rows.spread(grads)
+
     def hidden_grads(
         self, incoming: Tensor, hidden: Any, probs: Tensor, fc2: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +126,9 @@ class Bf16:
     def token_grads(self, d_hidden: Tensor, fc1: Tensor) -> Tensor:
         return self.rows.sum(self.gemm.dgrad(d_hidden, fc1, self.rows.ends))
 
-    def fc1_grads(self, d_hidden: Tensor, kept: Tensor, into: Tensor | None) -> Tensor | None:
+    def fc1_grads(
+        self, d_hidden: Tensor, kept: Tensor | list[Tensor], into: Tensor | None
+    ) -> Tensor | None:
         return self.rows.wgrad(self.gemm, d_hidden, self.rows.spread(kept), into)
 
 
@@ -140,7 +151,8 @@ class FusedExperts(torch.autograd.Function):
         narrow: Any,
     ) -> Tensor:
         probs, kept = probs.contiguous(), recipe.keep(tokens) if narrow is None else narrow
-        output, held = through(recipe, kept, probs, fc1, fc2, save)
+        hidden = recipe.first(kept, fc1)
+        output, held = recipe.second(hidden, probs, fc2), saved(recipe, hidden, save)
         ctx.recipe, ctx.totals, ctx.kinds = recipe, totals, (type(kept), type(held))
         ctx.num_kept = len(parts_of(kept))
         ctx.save_for_backward(probs, fc1, fc2, *parts_of(kept), *parts_of(held))
@@ -178,15 +190,11 @@ def delivered(grad: Tensor | None, weight: Tensor) -> Tensor:
     return torch.empty_like(weight) if grad is None else grad.to(weight.dtype)
 
 
-def through(
-    recipe: Recipe, kept: Any, probs: Tensor, fc1: Tensor, fc2: Tensor, save: Save
-) -> tuple[Tensor, Any]:
-    """Return the output [N, H] for tokens `kept`, and what `save` holds of the pre-activations."""
-    hidden = recipe.first(kept, fc1)
-    output = recipe.second(hidden, probs, fc2)
+def saved(recipe: Recipe, hidden: Tensor, save: Save) -> Any:
+    """Return what `save` holds of the pre-activations."""
     if save == "recompute":
-        return output, None
-    return output, hidden if save == "bf16" else recipe.narrow(hidden)
+        return None
+    return hidden if save == "bf16" else recipe.narrow(hidden)
 
 
 def parts_of(value: Any) -> list[Tensor]:
@@ -201,3 +209,9 @@ def whole_of(kind: Any, parts: list[Tensor]) -> Any:
     if kind is type(None):
         return None
     return parts[0] if issubclass(kind, Tensor) else kind(*parts)
+
+
+def joined(pieces: list[Any]) -> Any:
+    """Return one matrix, or record of matrices, with the rows of all pieces."""
+    tensors = [torch.cat(same) for same in zip(*map(parts_of, pieces), strict=True)]
+    return whole_of(type(pieces[0]), tensors)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ep_plugin.config import GATED
-from ep_plugin.e4m3 import Rows8
+from ep_plugin.e4m3 import E4M3, Rows8
+from ep_plugin.kernels import Target
 from ep_plugin.kernels import experts as kernels
 from ep_plugin.kernels import experts_torch as twins
 
@@ -69,6 +70,12 @@ def check_moves(tokens: int, experts: int, choices: int, width: int, device: str
         assert_same([found], [expected], "spread_rows")
         exact = [m.spread_rows(source, place, ends, rows) for m in (kernels, twins)]
         assert_same(exact, [expected, expected], "spread_rows, present choices alone")
+        halves = zip(source.tensor_split(2), place.tensor_split(2), strict=True)
+        pieces = [torch.zeros_like(expected) for _ in range(2)]
+        for tokens_of, places in halves:
+            for module, into in zip((kernels, twins), pieces, strict=True):
+                module.spread_rows(tokens_of, places, ends, into=into)
+        assert_same(pieces, [expected, expected], "spread_rows, in pieces")
         source = torch.randn(tokens * choices, width, device=device).to(dtype)
         source[rows:] = torch.nan  # nobody may read these
         sums = [module.sum_rows(source, place, ends) for module in (kernels, twins)]
@@ -199,8 +206,32 @@ def check_activations(width: int, device: str) -> None:
                     expected = twins.activate_backward(grads, kept, *args)
                     for x, y in zip(found[:2], expected[:2], strict=True):
                         assert_near(x, y, rows, f"{activation} backward")
+                    check_target(grads, kept, args, (found, expected), rows)
                     assert torch.allclose(found[2], expected[2], rtol=1e-5, atol=1e-5)
                     assert bool(found[2].isfinite().all())
+
+
+def check_target(grads: Tensor, kept: Any, args: Any, own: Any, rows: int) -> None:
+    """Rows of larger matrices, written in two calls, are those of matrices of their own."""
+    num_rows = 2 * len(grads) + 1
+    first = torch.randperm(num_rows, device=grads.device)[: len(grads)].int()
+    left = torch.ones(num_rows, dtype=torch.bool, device=grads.device)
+    left[first.long()] = False
+    for module, expected in zip((kernels, twins), own, strict=True):
+        matrices = None
+        for at in (first, left.nonzero().flatten()[: len(grads)].int()):
+            target = Target(at, num_rows, matrices)
+            *matrices, d_probs = module.activate_backward(grads, kept, *args, target)
+            for found, wanted in zip(matrices, expected[:2], strict=True):
+                there = at[:rows].long()
+                if isinstance(found, Rows8):
+                    found = Rows8(
+                        found.data.view(torch.uint8)[there].view(E4M3), found.scale[there]
+                    )
+                else:
+                    found = found[there]
+                assert_near(found, wanted, rows, "backward into larger matrices")
+            assert torch.allclose(d_probs, expected[2], rtol=1e-5, atol=1e-5)
 
 
 def check_activation_by_blocks(device: str) -> None:

@@ -19,6 +19,7 @@ from ep_plugin.dispatcher import symm_mem
 from ep_plugin.registry import resolve
 
 EXPERTS = 16
+MULTICAST_OFF = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
 CONFIG = MoEConfig(hidden_size=8, ffn_hidden_size=8, num_experts=EXPERTS, comm_sms=3)
 
 

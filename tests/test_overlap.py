@@ -9,6 +9,7 @@ import torch.distributed as dist
 from overlap_cases import ALL, BASE, SOME, VARIANTS, routings, run, sized
 from routings import NUM_EXPERTS
 from spawn import run_ranks
+from symm_mem_cases import MULTICAST_OFF
 from tolerance import assert_close
 
 from ep_plugin import ConfigError, ParallelConfig, create_expert_groups
@@ -19,10 +20,13 @@ SCHEDULES = [name for name in available("overlap") if name not in ("serial", "tw
 LAYOUTS = [(2, 2, 1), (4, 4, 1), (4, 2, 2)]  # ranks, ep, etp
 
 
-def changes_of(schedule: str, ranks: int) -> list[dict[str, Any]]:
-    """Return the settings of `schedule` to try."""
-    chunks: list[int | None] = [None, 1, ranks - 1] if schedule == "chunked" else [None]
-    return [{"overlap": schedule, "overlap_chunks": n} for n in chunks]
+def changes_of(schedule: str, ranks: int, dedup: bool) -> list[dict[str, Any]]:
+    """Return the settings of `schedule` to try; symm_mem rounds as dispatch_dedup does."""
+    if schedule != "chunked":
+        return [{"overlap": schedule}]
+    chunked = [{"overlap": schedule, "overlap_chunks": n} for n in (None, 1, ranks - 1)]
+    blocks = [{**changes, "dispatcher": "symm_mem"} for changes in chunked if dedup]
+    return [*chunked, *blocks[::2]]
 
 
 def check_bits(schedule: str, ranks: int, ep: int, etp: int) -> int:
@@ -32,7 +36,7 @@ def check_bits(schedule: str, ranks: int, ep: int, etp: int) -> int:
         for dedup in (False, True):
             config = sized(BASE, dispatch_dedup=dedup, **variant)
             expected = run(config, groups, routings()[case], whole=True)
-            for changes in changes_of(schedule, ranks):
+            for changes in changes_of(schedule, ranks, dedup):
                 found = run(replace(config, **changes), groups, routings()[case], whole=True)
                 for name, value in expected.items():
                     what = f"{case}, {variant}, dedup {dedup}, {changes}: {name}"
@@ -45,7 +49,7 @@ def check_bits(schedule: str, ranks: int, ep: int, etp: int) -> int:
 @pytest.mark.parametrize(("ranks", "ep", "etp"), LAYOUTS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_whole_numbers_give_equal_bits(schedule: str, ranks: int, ep: int, etp: int) -> None:
-    cases = len(ALL) * 2 * len(changes_of(schedule, ranks))
+    cases = len(ALL) * sum(len(changes_of(schedule, ranks, dedup)) for dedup in (False, True))
     assert run_ranks(ranks, check_bits, schedule, ranks, ep, etp) == [cases] * ranks
 
 
@@ -100,10 +104,12 @@ def check_on_gpus(schedule: str) -> int:
             config = sized(base, dispatch_dedup=dedup, **variant)
             config = replace(config, hidden_size=512, ffn_hidden_size=1024)
             expected = run(config, groups, chosen, whole=False, device=device)
-            config = replace(config, overlap=schedule)
-            found = run(config, groups, chosen, whole=False, device=device)
-            for name, value in expected.items():
-                assert torch.equal(found[name], value), f"{variant}, dedup {dedup}: {name}"
+            for changes in changes_of(schedule, 2, dedup):
+                changed = replace(config, **changes)
+                found = run(changed, groups, chosen, whole=False, device=device)
+                for name, value in expected.items():
+                    what = f"{variant}, dedup {dedup}, {changes}: {name}"
+                    assert torch.equal(found[name], value), what
             checked += 1
     return checked
 
@@ -111,7 +117,11 @@ def check_on_gpus(schedule: str) -> int:
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_on_two_gpus_random_numbers_give_equal_bits(schedule: str) -> None:
+def test_on_two_gpus_random_numbers_give_equal_bits(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A product's row does not depend on how many rows there are: kernels sum along it alike."""
+    for name, value in MULTICAST_OFF.items():
+        monkeypatch.setenv(name, value)
     cases = 3 * (2 + len(VARIANTS))
     assert run_ranks(2, check_on_gpus, schedule, backend="nccl") == [cases] * 2

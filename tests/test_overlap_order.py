@@ -54,9 +54,9 @@ def recorded(start: Callable[..., Any], events: Events, counts: Callable[..., bo
         events.append("start")
 
         class Waited:
-            def wait(self) -> None:
+            def wait(self) -> Any:
                 events.append("wait")
-                pending.wait()
+                return pending.wait()
 
         return Waited()
 
@@ -83,14 +83,17 @@ class Shared(nn.Module):
         return output
 
 
-def run(overlap: str, chunks: int | None, shared: bool) -> tuple[Events, Events, list[Tensor]]:
+def run(
+    overlap: str, chunks: int | None, shared: bool, dispatcher: str = "alltoall"
+) -> tuple[Events, Events, list[Tensor]]:
     """Return forward and backward events of a layer over all ranks, and wgrad's operands."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ranks))
     events: Events = []
     config = replace(
-        BASE, overlap=overlap, overlap_chunks=chunks, save="recompute", dispatch_dedup=True
-    )
+        BASE, overlap=overlap, overlap_chunks=chunks, save="recompute", dispatch_dedup=True,
+        dispatcher=dispatcher,
+    )  # fmt: skip
     ids = routings()["different counts"][rank]
     torch.manual_seed(rank)
     layer = MoELayer(config, groups, shared_expert=Shared(events) if shared else None)
@@ -100,8 +103,9 @@ def run(overlap: str, chunks: int | None, shared: bool) -> tuple[Events, Events,
             weight.copy_(torch.randint(-2, 3, weight.shape))
     gemm = RecordingGemm(events)
     layer.experts.linear_fc1.pick_gemm = lambda num_rows: gemm  # type: ignore[method-assign]
-    dispatcher: Any = layer.dispatcher
-    dispatcher.swap = recorded(dispatcher.swap, events, lambda *_: True)
+    swaps: Any = layer.dispatcher
+    if hasattr(swaps, "swap"):
+        swaps.swap = recorded(swaps.swap, events, lambda *_: True)
     hidden = torch.randint(-2, 3, (len(ids), H)).float().requires_grad_()
     exchange = recorded(dist.all_to_all_single, events, is_hidden)
     with patch.object(dist, "all_to_all_single", exchange):
@@ -116,16 +120,24 @@ RECOMPUTED = ["product"]  # of fc1, with save = recompute
 FORTH, BACK = ["product"] * 2, [*RECOMPUTED, "dgrad", "dgrad"]
 
 
-@pytest.mark.parametrize(("ranks", "chunks"), [(2, None), (4, None), (4, 3)])
-def test_chunked_computes_own_rows_while_others_travel(ranks: int, chunks: int | None) -> None:
+CHUNKS = [(2, None), (4, None), (4, 3)]
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "symm_mem"])
+@pytest.mark.parametrize(("ranks", "chunks"), CHUNKS)
+def test_chunked_computes_own_rows_while_others_travel(
+    ranks: int, chunks: int | None, dispatcher: str
+) -> None:
     """And the others' results and token gradients travel while the rest is computed."""
     num = chunks or min(2, ranks - 1)
-    for forward, backward, _ in run_ranks(ranks, run, "chunked", chunks, False):
-        others = ["wait", *FORTH, "start"] * num
-        assert forward == ["start"] * num + FORTH + others + FORTH + ["wait"] * num
-        others = ["wait", *BACK, "start"] * num
-        weights = ["wgrad", "wgrad"]
-        assert backward == ["start"] * num + BACK * 2 + others + weights + ["wait"] * num
+    out, home, weights = ["start"] * num, ["wait"] * num, ["wgrad", "wgrad"]
+    for forward, backward, _ in run_ranks(ranks, run, "chunked", chunks, False, dispatcher):
+        assert forward == out + FORTH[:1] + ["wait", *FORTH, "start"] * num + FORTH[1:] + home
+        if dispatcher == "alltoall":
+            parts = BACK + ["wait", *BACK, "start"] * num
+        else:
+            parts = BACK[:-1] + ["wait", *BACK[:-1]] * num + BACK[-1:] + out
+        assert backward == out + parts + weights + home
 
 
 def test_shared_expert_runs_while_tokens_and_their_gradients_travel() -> None:

@@ -30,7 +30,6 @@ from ep_plugin.dispatcher import symm_mem
 from ep_plugin.registry import resolve
 
 NUM_GPUS = torch.cuda.device_count()
-MULTICAST_OFF = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
 
 
 @pytest.mark.parametrize(("ranks", "ep", "etp"), [(2, 2, 1), (4, 2, 2), (4, 2, 1), (8, 8, 1)])
@@ -143,17 +142,18 @@ def on_gpus() -> int:
 @pytest.mark.skipif(NUM_GPUS < 1, reason="no GPU")
 def test_two_ranks_on_one_gpu_equal_alltoall(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch lets ranks share a GPU if told so; NCCL does not, so gloo carries the counts."""
-    for name, value in {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", **MULTICAST_OFF}.items():
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    for name, value in cases.MULTICAST_OFF.items():
         monkeypatch.setenv(name, value)
     assert run_ranks(2, on_gpus, uses_gpu=True) == [4 * len(cases.CASES)] * 2
 
 
-def replays_equal_steps(fp8: Fp8) -> int:
+def replays_equal_steps(fp8: Fp8, overlap: str) -> int:
     """A layer on two GPUs, forward and backward, as a graph that waits for no host."""
     device = torch.device("cuda", dist.get_rank())
     config = MoEConfig(
         hidden_size=256, ffn_hidden_size=128, num_experts=8, dispatcher="symm_mem",
-        routing=RoutingConfig(topk=2), fp8=fp8, deterministic=True,
+        routing=RoutingConfig(topk=2), fp8=fp8, deterministic=True, overlap=overlap,
     )  # fmt: skip
     torch.manual_seed(3)
     groups = create_expert_groups(ParallelConfig(world_size=2, ep=2))
@@ -190,16 +190,19 @@ def replays_equal_steps(fp8: Fp8) -> int:
 
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(NUM_GPUS < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("overlap", ["serial", "chunked"])
 @pytest.mark.parametrize("fp8", get_args(Fp8))
-def test_a_graph_s_replays_equal_steps(fp8: Fp8, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in MULTICAST_OFF.items():
+def test_a_graph_s_replays_equal_steps(
+    fp8: Fp8, overlap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cases.MULTICAST_OFF.items():
         monkeypatch.setenv(name, value)
-    assert run_ranks(2, replays_equal_steps, fp8, backend="nccl") == [3, 3]
+    assert run_ranks(2, replays_equal_steps, fp8, overlap, backend="nccl") == [3, 3]
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(NUM_GPUS < 2, reason="fewer than two GPUs")
 def test_two_gpus_equal_alltoall(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in MULTICAST_OFF.items():
+    for name, value in cases.MULTICAST_OFF.items():
         monkeypatch.setenv(name, value)
     assert run_ranks(2, on_gpus, backend="nccl") == [4 * len(cases.CASES)] * 2

@@ -11,8 +11,10 @@ from ep_plugin.bench.case import SETS, Case
 from ep_plugin.bench.measure import Protocol
 from ep_plugin.contracts import Dispatched, Routing, combine, dispatch
 from ep_plugin.layer import MoELayer
+from ep_plugin.overlap._parts import Trip
 
-WIRE_KERNELS = ("SendRecv", "_push_kernel", "_sum_kernel")  # NCCL's, and those of symm_mem
+# NCCL's, those of symm_mem, and the copy engines'.
+WIRE_KERNELS = ("SendRecv", "_push_kernel", "_sum_kernel", "Memcpy PtoP")
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,28 @@ class Wire:
     num_bytes: float  # of tokens and their gradients that leave this rank
 
 
+class _Swaps(torch.autograd.Function):
+    """Rows of `packed` to the other ranks and home as they are, part by part; its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, outgoing: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        came = {part: trip.away(outgoing, part) for part in (*trip.others, trip.own)}
+        homes = {part: trip.home(rows.wait(), part) for part, rows in came.items()}
+        return trip.collected({part: home.wait() for part, home in homes.items()})
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Swaps.apply(grads[0].contiguous(), ctx.trip), None
+
+
 class Alone:
     """Exchange and computation of `layer`, each a step of its own, forward and backward."""
 
     def __init__(self, layer: MoELayer, case: Case) -> None:
         self.layer, self.case = layer, case
+        # A schedule that has rows go another way than the dispatcher's own has that measured.
+        self.by_swaps = layer.config.overlap == "chunked" and layer.config.dispatcher == "symm_mem"
         self.routings = [self._routing(tokens) for tokens in case.tokens]
         self.inboxes = [self._received(index) for index in range(SETS)]
         self.grads = [torch.randn_like(inbox.tokens) for inbox in self.inboxes]
@@ -35,13 +54,23 @@ class Alone:
     def exchange(self, index: int) -> None:
         """Dispatch and combine; experts return the tokens they get."""
         tokens, routing = self.case.tokens[index], self.routings[index]
-        probs = routing.probs.detach().requires_grad_()
-        inbox = dispatch(self.layer.dispatcher, tokens, replace(routing, probs=probs))
-        returned = combine(self.layer.dispatcher, inbox.tokens, inbox)
+        routing = replace(routing, probs=routing.probs.detach().requires_grad_())
+        inbox, returned = self._there_and_back(tokens, routing)
         # The experts' gradients of probabilities travel home beside those of tokens.
         loss = inbox.probs, torch.ones_like(inbox.probs)
         torch.autograd.backward((returned, loss[0]), (self.case.grads[index], loss[1]))
         self._forget(tokens)
+
+    def _there_and_back(self, tokens: Tensor, routing: Routing) -> tuple[Dispatched, Tensor]:
+        dispatcher: Any = self.layer.dispatcher
+        if not self.by_swaps:
+            inbox = dispatch(dispatcher, tokens, routing)
+            return inbox, combine(dispatcher, inbox.tokens, inbox)
+        packed = dispatcher.pack(tokens, routing)
+        inbox = packed.complete(tokens)
+        trip = Trip(dispatcher, packed, 1)
+        returned: Tensor = _Swaps.apply(packed.outgoing, trip)
+        return inbox, dispatcher.unpack(returned, inbox)
 
     def compute(self, index: int) -> None:
         """Router and experts, on tokens that were received before."""
@@ -75,6 +104,8 @@ class Alone:
         once = config.dispatcher != "alltoall" or config.dispatch_dedup
         sent = [hosts == rank for rank in others]
         rows = sum(int((here.any(1) if once else here).sum()) for here in sent)
+        if self.by_swaps:  # all of them, to all ranks
+            rows = len(hosts) * len(others)
         hidden = config.hidden_size
         there = 2.0 * hidden
         if config.dispatch_dtype == "fp8":

@@ -85,7 +85,9 @@ class _Entry:
     @property
     def way(self) -> str:
         """What exchange and computation alone depend on."""
-        return f"{self.contender.backend}/{self.dispatcher}"
+        engines = self.dispatcher == "symm_mem" and self.schedule == "chunked"
+        way = f"{self.contender.backend}/{self.dispatcher}"
+        return f"{way} by copy engines" if engines else way
 
     @property
     def name(self) -> str:

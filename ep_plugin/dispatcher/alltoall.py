@@ -88,18 +88,24 @@ class AllToAllDispatcher:
         pack = self._once_for_each_rank if self.dedup else self._once_for_each_choice
         return pack(hidden, routing)
 
-    def swap(self, outs: Mapping[int, Tensor], ins: Mapping[int, Tensor]) -> Pending[None]:
+    def swap(
+        self, outs: Mapping[int, Tensor], ins: Mapping[int, int], after: int
+    ) -> Pending[Tensor]:
+        like = next(iter(outs.values()))
+        came = like.new_empty(sum(ins.values()), *like.shape[1:])
+        pieces = dict(zip(ins, torch.split(came, list(ins.values())), strict=True))
         operations = [
             dist.P2POp(operation, tensor, group=self.group, group_peer=rank)
-            for operation, tensors in ((dist.isend, outs), (dist.irecv, ins))
+            for operation, tensors in ((dist.isend, outs), (dist.irecv, pieces))
             for rank, tensor in tensors.items()
             if tensor.numel()
         ]
         works = dist.batch_isend_irecv(operations) if operations else []
 
-        def wait() -> None:
+        def wait() -> Tensor:
             for work in works:
                 work.wait()
+            return came
 
         return Pending(wait)
 

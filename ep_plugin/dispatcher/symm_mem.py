@@ -17,22 +17,30 @@ The copies let the next layer have the buffer: N rows are read and written once 
 memory, at about four times the speed of the link. The kernels run on `comm_sms` SMs, on a stream of
 their own. `dispatch_dedup` changes nothing here. All ranks of ep and etp must be on one host.
 
+Schedule `chunked` does without the kernels: `swap` has the copy engines move rows, which takes no
+SM from the experts and fills the link better. They move blocks, so every rank gets all tokens of
+all ranks, the experts' names beside them, and what is no one's choice is not computed.
+
+    buffer      tokens (or gradients) on their way out, by sender | the same on their way home
+
 Host syncs: one per dispatch, to read how many rows each rank receives. While a CUDA graph is
 captured there is none: all tokens of all ranks are allowed for then, and rows that did not come
 are no one's choice. No rank may then have more tokens than a rank had in a call before, and a
 group at most 8 ranks; buffers of such a group always have room for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ep_plugin.config import ConfigError, MoEConfig
-from ep_plugin.contracts import Dispatched, Pending, Routing
+from ep_plugin.contracts import Dispatched, Packed, Pending, Routing
 from ep_plugin.dispatcher._once import Hosts
 from ep_plugin.dispatcher._shared_buffer import SharedBuffer, shared_buffer
 from ep_plugin.groups import ExpertGroups
@@ -109,26 +117,37 @@ class SymmetricMemoryDispatcher:
         self.link = _Link(shared_buffer(groups), comm_sms)
         self.most_tokens = 0  # that a rank had in a call
 
+    swaps = True
+    narrow = None
+
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         plan = self._plan(routing.expert_ids)
         inputs = (hidden, routing.probs, routing.expert_ids)
         (tokens, probs, chosen), finish = self.link.buffer.beside(
-            (*inputs, plan.place), lambda: _Dispatch.apply(*inputs, self.link, plan)
+            (*inputs, plan.place), lambda: _Dispatch.apply(self.link, plan, *inputs)
         )
 
         def wait() -> Dispatched:
             finish()
-            local = chosen - self.ep_rank * self.experts
-            here = (local >= 0) & (local < self.experts)
+            here = self._is_here(chosen)
             if plan.choices is None:  # there may be rows that nobody wrote
                 rows = torch.arange(len(here), device=here.device)
                 here &= (rows < plan.came).unsqueeze(1)
-            ids = local.where(here, -1)
-            counts = count_choices(ids, self.experts)
-            own = tokens, ids, probs.where(here, 0), counts
-            return Dispatched(*own, handle=plan, num_rows=plan.choices)
+            return self._dispatched(tokens, chosen, probs, here, plan)
 
         return Pending(wait)
+
+    def _is_here(self, chosen: Tensor) -> Tensor:
+        first = self.ep_rank * self.experts
+        return (chosen >= first) & (chosen < first + self.experts)
+
+    def _dispatched(
+        self, tokens: Tensor, chosen: Tensor, probs: Tensor, here: Tensor, plan: _Plan
+    ) -> Dispatched:
+        """Return what came; of the choices those `here` are of this rank's experts."""
+        ids = (chosen - self.ep_rank * self.experts).where(here, -1)
+        own = tokens, ids, probs.where(here, 0), count_choices(ids, self.experts)
+        return Dispatched(*own, handle=plan, num_rows=plan.choices)
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         (summed,), finish = self.link.buffer.beside(
@@ -140,6 +159,76 @@ class SymmetricMemoryDispatcher:
             return summed
 
         return Pending(wait)
+
+    def pack(self, hidden: Tensor, routing: Routing) -> Packed:
+        """Send names and probabilities of all tokens to all ranks; the tokens are yet to go."""
+        num_tokens, device = len(hidden), hidden.device
+        most = self._most_tokens(hidden)
+        ranks, rank = self.ep_size * self.etp_size, self.link.buffer.rank
+        if num_tokens < most:  # every rank has as many rows, some of nobody
+            hidden, probs, ids = (
+                pad(rows, (0, 0, 0, most - num_tokens), value=value)
+                for rows, value in ((hidden, 0), (routing.probs, 0), (routing.expert_ids, -1))
+            )
+        else:
+            probs, ids = routing.probs, routing.expert_ids
+        own = torch.arange(rank * most, (rank + 1) * most, dtype=torch.int32, device=device)
+        rows = ranks * most
+        plan = _Plan(own.unsqueeze(1).expand(-1, ranks).contiguous(), rows, rows, None, own)
+        size = hidden.shape[1] * hidden.element_size()
+        self.link.buffer.reserve(2 * (ranks - 1) * most * size, device)
+        (all_probs, chosen), finish = self.link.buffer.beside(
+            (probs, ids, plan.place), lambda: _Dispatch.apply(self.link, plan, probs, ids)
+        )
+
+        def complete(tokens: Tensor) -> Dispatched:
+            finish()
+            here = self._is_here(chosen)
+            found = self._dispatched(tokens, chosen, all_probs, here, plan)
+            return replace(found, handle=num_tokens)
+
+        return Packed(hidden, rank, [most] * ranks, [most] * ranks, complete, to_all=True)
+
+    def swap(
+        self, outs: Mapping[int, Tensor], ins: Mapping[int, int], after: int
+    ) -> Pending[Tensor]:
+        like = next(iter(outs.values()))
+        buffer = self.link.buffer
+        peers = buffer.reserve(0, like.device)
+        size = like.shape[1] * like.element_size()
+
+        def move() -> tuple[Tensor, ...]:
+            if not after:  # and later ones write where no rank reads any more
+                buffer.barrier()
+            for slot, (rank, rows) in enumerate(outs.items()):
+                offset = (after + slot * len(rows)) * size
+                rows_of(peers.buffers[rank], offset, len(rows), rows).copy_(rows)
+            buffer.barrier()
+            return (rows_of(peers.buffers[buffer.rank], after * size, sum(ins.values()), like),)
+
+        (came,), finish = buffer.beside(list(outs.values()), move)
+
+        def wait() -> Tensor:
+            finish()
+            return came
+
+        return Pending(wait)
+
+    def unpack(self, returned: Tensor, inbox: Dispatched) -> Tensor:
+        num_tokens: int = inbox.handle
+        return returned if num_tokens == len(returned) else returned[:num_tokens]
+
+    def _most_tokens(self, hidden: Tensor) -> int:
+        """Return the most tokens of any rank; while a graph is captured, of any call before."""
+        if _captured(hidden):
+            self._check_capture(len(hidden))
+            return self.most_tokens
+        own = torch.tensor([len(hidden)], device=hidden.device)
+        of_ranks = own.new_empty(self.ep_size * self.etp_size)
+        dist.all_gather_into_tensor(of_ranks, own, group=self.group)
+        most = int(of_ranks.max())  # the host sync
+        self.most_tokens = max(self.most_tokens, most)
+        return most
 
     def _plan(self, expert_ids: Tensor) -> _Plan:
         """Tell all ranks how many rows go where; return where this rank's do."""
@@ -187,19 +276,18 @@ class SymmetricMemoryDispatcher:
 
 
 class _Dispatch(torch.autograd.Function):
+    """Rows of matrices to where the plan says; the last are whole numbers."""
+
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, probs: Tensor, expert_ids: Tensor, link: _Link, plan: _Plan
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, link: _Link, plan: _Plan, *rows: Tensor) -> tuple[Tensor, ...]:
         ctx.link, ctx.plan = link, plan
-        tokens, received_probs, ids = link.push((hidden, probs, expert_ids), plan)
-        ctx.mark_non_differentiable(ids)
-        return tokens, received_probs, ids
+        received = link.push(rows, plan)
+        ctx.mark_non_differentiable(received[-1])
+        return received
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, probs = ctx.link.sum_home(grads[:2], ctx.plan)
-        return hidden, probs, None, None, None
+        return None, None, *ctx.link.sum_home(grads[:-1], ctx.plan), None
 
 
 class _Combine(torch.autograd.Function):

@@ -22,6 +22,7 @@ from torch import Tensor
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.e4m3 import BLOCK, Blocks8
 from ep_plugin.fp8._check import check_recipe
+from ep_plugin.fused_experts import joined
 from ep_plugin.kernels import Rows, select
 
 
@@ -48,6 +49,7 @@ class Blockwise:
     """The `Recipe` of `fused_experts`; `wgrad8` says whether weight gradients are in FP8."""
 
     has_own_products = False  # all are those of the grouped GEMM
+    takes_pieces = False
 
     def __init__(self, rows: Rows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
         self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
@@ -68,6 +70,9 @@ class Blockwise:
 
     def incoming(self, grads: Tensor) -> Tensor:
         return grads
+
+    def all_incoming(self, grads: list[Tensor], pieces: list[Any]) -> Any:
+        return joined(pieces)
 
     def hidden_grads(
         self, incoming: Tensor, hidden: Any, probs: Tensor, fc2: Tensor

@@ -15,6 +15,7 @@ from torch import Tensor
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.e4m3 import Columns8, Rows8, Weight8
 from ep_plugin.fp8._check import check_recipe
+from ep_plugin.fused_experts import joined
 from ep_plugin.kernels import Rows, select
 
 MULTIPLE = 16  # of every dimension: the product reads 16 bytes at a time
@@ -45,6 +46,7 @@ class Rowwise:
     """The `Recipe` of `fused_experts`; weight gradients in bf16 keep the tokens in bf16."""
 
     has_own_products = True  # but for weight gradients in bf16
+    takes_pieces = False
 
     def __init__(self, rows: Rows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
         self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
@@ -65,6 +67,9 @@ class Rowwise:
 
     def incoming(self, grads: Tensor) -> Any:
         return self._quantize(grads) if self.wgrad8 else grads
+
+    def all_incoming(self, grads: list[Tensor], pieces: list[Any]) -> Any:
+        return joined(pieces)
 
     def hidden_grads(
         self, incoming: Any, hidden: Any, probs: Tensor, fc2: Tensor

@@ -15,6 +15,15 @@ def select(tensor: Tensor) -> ModuleType:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Larger matrices that some rows are part of."""
+
+    at: Tensor  # [R] int32, the row there of each row
+    num_rows: int  # there
+    matrices: Any = None  # None before the first rows are written
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of this rank's experts, and the kernels on them; the same in the backward."""
 
@@ -23,10 +32,16 @@ class Rows:
     ends: Tensor  # [e] int32 row behind each expert's last
     activation: str
     ops: Any  # kernels.experts, or its twin
+    target: Target | None = None  # where `activate_backward` writes, unless matrices of its own
 
-    def spread(self, tokens: Tensor) -> Tensor:
-        """Return the token [R, X] of each row, of `tokens` [N, X]."""
-        rows: Tensor = self.ops.spread_rows(tokens, self.place, self.ends, len(self.order))
+    def spread(self, tokens: Tensor | list[Tensor]) -> Tensor:
+        """Return the token [R, X] of each row, of `tokens` [N, X], whole or in pieces."""
+        pieces = [tokens] if isinstance(tokens, Tensor) else tokens
+        places = torch.split(self.place, [len(piece) for piece in pieces])
+        rows: Tensor | None = None
+        for piece, place in zip(pieces, places, strict=True):
+            rows = self.ops.spread_rows(piece, place, self.ends, len(self.order), rows)
+        assert rows is not None
         return rows
 
     def sum(self, rows: Tensor) -> Tensor:
@@ -60,7 +75,7 @@ class Rows:
     ) -> tuple[Any, Any, Tensor]:
         """Return gradients of `hidden`, the activation again, gradients of `probs`."""
         found: tuple[Any, Any, Tensor] = self.ops.activate_backward(
-            grads, hidden, probs, self.order, self.ends, self.activation, fp8
+            grads, hidden, probs, self.order, self.ends, self.activation, fp8, self.target
         )
         return found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ep_plugin.config import GATED
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, Rows8
+from ep_plugin.kernels import Target
 from ep_plugin.kernels._launch import jit
 from ep_plugin.kernels.quantize import power_of_two_scale
 
@@ -121,10 +122,10 @@ def activate(
 
 @jit
 def _activate_backward_kernel(
-    grads, hidden, hidden_scales, probs, order, ends, num_experts, d_hidden, d_scales, out,
+    grads, hidden, hidden_scales, probs, order, at, ends, num_experts, d_hidden, d_scales, out,
     out_scales, d_probs, WIDTH,
     ACT: tl.constexpr, IS_GATED: tl.constexpr, FP8: tl.constexpr, HIDDEN8: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    AT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     flat = tl.load(order + row)
@@ -151,6 +152,8 @@ def _activate_backward_kernel(
         else:
             up = gate
     grad = tl.load(grads + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    if AT:
+        row = tl.load(at + row).to(tl.int64)
     prob = tl.load(probs + flat).to(tl.float32)
     value, gate_slope, up_slope = _activate(gate, up, ACT)
     tl.store(d_probs + flat, tl.sum(tl.where(inside, grad * value, 0.0)))
@@ -183,33 +186,45 @@ def activate_backward(
     ends: Tensor,
     activation: str,
     fp8: bool,
+    target: Target | None = None,
 ) -> tuple[Tensor | Rows8, Tensor | Rows8, Tensor]:
     """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
 
-    `grads` [R, F] are the activation's. The first two are in e4m3 when asked.
+    `grads` [R, F] are the activation's. The first two are in e4m3 when asked, and rows of larger
+    matrices with a `target`.
     """
     gated = activation in GATED
     num_rows, width = grads.shape
     kept, kept_scale = (hidden, None) if isinstance(hidden, Tensor) else (hidden.data, hidden.scale)
-    dtype = E4M3 if fp8 else grads.dtype
-    d_hidden, out = torch.empty_like(kept, dtype=dtype), torch.empty_like(grads, dtype=dtype)
-    scales = torch.empty(2, num_rows if fp8 else 1, dtype=torch.float32, device=grads.device)
+    if target is not None and target.matrices is not None:
+        found = target.matrices
+    else:
+        rows = num_rows if target is None else target.num_rows
+        found = tuple(_empty(rows, like.shape[1], fp8, grads) for like in (kept, grads))
+    d_hidden, out = (matrix.data for matrix in found)
+    d_scales, out_scales = (matrix.scale if fp8 else ends for matrix in found)
     make = torch.empty if num_rows == probs.numel() else torch.zeros  # absent choices have no row
     d_probs = make(probs.shape, dtype=torch.float32, device=grads.device)
     if grads.numel():
         block = triton.next_power_of_2(width)
         _activate_backward_kernel[(num_rows,)](
-            *(grads, kept, scales if kept_scale is None else kept_scale),
-            *(probs, order, ends, len(ends)),
-            *(d_hidden, scales[0], out, scales[1], d_probs, width),
+            *(grads, kept, ends if kept_scale is None else kept_scale),
+            *(probs, order, order if target is None else target.at, ends, len(ends)),
+            *(d_hidden, d_scales, out, out_scales, d_probs, width),
             ACT=ACTIVATIONS[activation],
             IS_GATED=gated,
             FP8=fp8,
             HIDDEN8=isinstance(hidden, Rows8),
+            AT=target is not None,
             BLOCKS=BLOCK if isinstance(hidden, Blocks8) else 0,
             BLOCK=block,
             num_warps=_warps(block),
         )
-    if fp8:
-        return Rows8(d_hidden, scales[0]), Rows8(out, scales[1]), d_probs
-    return d_hidden, out, d_probs
+    return *found, d_probs
+
+
+def _empty(rows: int, width: int, fp8: bool, like: Tensor) -> Tensor | Rows8:
+    if not fp8:
+        return like.new_empty(rows, width)
+    scale = torch.empty(rows, dtype=torch.float32, device=like.device)
+    return Rows8(like.new_empty(rows, width, dtype=E4M3), scale)

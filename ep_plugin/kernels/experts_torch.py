@@ -3,12 +3,15 @@
 Where the kernels leave rows behind the last expert's as they are, the twins hold zeros.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ep_plugin.config import GATED
 from ep_plugin.e4m3 import E4M3, Blocks8, Columns8, Rows8, Weight8, dequantize_rows, quantize_rows
+from ep_plugin.kernels import Target
 from ep_plugin.kernels.blocks_torch import (
     dequantize_blocks,
     quantize_blocks,
@@ -48,15 +51,26 @@ def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return plan.order.int(), plan.place.int()
 
 
-def spread_rows(tokens: Tensor, place: Tensor, ends: Tensor, num_rows: int | None = None) -> Tensor:
+def spread_rows(
+    tokens: Tensor,
+    place: Tensor,
+    ends: Tensor,
+    num_rows: int | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
     """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X].
 
-    R is `num_rows`, at least the last of `ends`, or N * C.
+    R is `num_rows`, at least the last of `ends`, or N * C. Rows of other tokens stay as they are
+    in `into`, where that is given.
     """
     num_tokens, choices = place.shape
-    rows = tokens.new_empty(num_tokens * choices, tokens.shape[1])
-    rows[place.flatten()] = tokens.repeat_interleave(choices, dim=0)
-    return rows.masked_fill(~_inside(len(rows), ends), 0)[:num_rows]
+    if into is None:
+        size = num_tokens * choices if num_rows is None else num_rows
+        into = tokens.new_zeros(size, tokens.shape[1])
+    at = place.flatten()
+    present = at < ends[-1]
+    into[at[present].long()] = tokens.repeat_interleave(choices, dim=0)[present]
+    return into
 
 
 def spread_rows8(tokens: Rows8, place: Tensor, ends: Tensor, num_rows: int | None = None) -> Rows8:
@@ -126,10 +140,12 @@ def activate_backward(
     ends: Tensor,
     activation: str,
     fp8: bool,
+    target: Target | None = None,
 ) -> tuple[Tensor | Rows8, Tensor | Rows8, Tensor]:
     """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
 
-    `grads` [R, F] are the activation's. The first two are in e4m3 when asked.
+    `grads` [R, F] are the activation's. The first two are in e4m3 when asked, and rows of larger
+    matrices with a `target`.
     """
     absent = ~_inside(len(grads), ends)
     if isinstance(hidden, Rows8):
@@ -144,9 +160,32 @@ def activate_backward(
     d_hidden = torch.cat([wide * weights * slope for slope in slopes], dim=1).to(grads.dtype)
     d_hidden = d_hidden.masked_fill(absent, 0)
     out = (value * weights).to(grads.dtype).masked_fill(absent, 0)
-    if fp8:
-        return quantize_rows(d_hidden), quantize_rows(out), d_probs
-    return d_hidden, out, d_probs
+    matrices = (quantize_rows(d_hidden), quantize_rows(out)) if fp8 else (d_hidden, out)
+    return *(matrices if target is None else _placed(matrices, target, ends)), d_probs
+
+
+def _placed(matrices: Any, target: Target, ends: Tensor) -> Any:
+    """Return `target` 's matrices with the present rows of `matrices` in their places."""
+    inside = _inside(len(target.at), ends).squeeze(1)
+    at = target.at[inside].long()
+
+    def placed(rows: Tensor, found: Tensor | None) -> Tensor:
+        if found is None:
+            found = rows.new_zeros(target.num_rows, *rows.shape[1:])
+        found[at] = rows[inside]
+        return found
+
+    results: list[Any] = []
+    for rows, found in zip(matrices, target.matrices or (None, None), strict=True):
+        if isinstance(rows, Tensor):
+            results.append(placed(rows, found))
+        else:
+            data, scale = (
+                (None, None) if found is None else (found.data.view(torch.uint8), found.scale)
+            )
+            data = placed(rows.data.view(torch.uint8), data)
+            results.append(Rows8(data.view(E4M3), placed(rows.scale, scale)))
+    return tuple(results)
 
 
 def pad_columns(num_rows: int, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:

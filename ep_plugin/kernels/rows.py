@@ -103,17 +103,23 @@ def _spread_kernel(
 
 
 def _spread(
-    tokens: Tensor, scales: Tensor | None, place: Tensor, ends: Tensor, num_rows: int | None
+    tokens: Tensor,
+    scales: Tensor | None,
+    place: Tensor,
+    ends: Tensor,
+    num_rows: int | None,
+    into: Tensor | None = None,
 ) -> Rows8:
     (num_tokens, choices), width = place.shape, tokens.shape[1]
-    out = tokens.new_empty(num_tokens * choices if num_rows is None else num_rows, width)
+    if into is None:
+        into = tokens.new_empty(num_tokens * choices if num_rows is None else num_rows, width)
     out_scales = torch.empty(
-        len(out) if scales is not None else 1, dtype=torch.float32, device=out.device
+        len(into) if scales is not None else 1, dtype=torch.float32, device=into.device
     )
-    if out.numel():
+    if into.numel() and num_tokens:
         # Bytes are moved, so any dtype may be; eight at a time where rows allow it.
         unit = torch.int64 if width * tokens.element_size() % 8 == 0 else torch.uint8
-        moved, target = tokens.view(unit), out.view(unit)
+        moved, target = tokens.view(unit), into.view(unit)
         block = triton.next_power_of_2(moved.shape[1])
         _spread_kernel[(num_tokens,)](
             *(moved, out_scales if scales is None else scales, place, ends, target, out_scales),
@@ -123,15 +129,22 @@ def _spread(
             BLOCK=block,
             num_warps=max(1, min(8, block // 256)),
         )
-    return Rows8(out, out_scales)
+    return Rows8(into, out_scales)
 
 
-def spread_rows(tokens: Tensor, place: Tensor, ends: Tensor, num_rows: int | None = None) -> Tensor:
+def spread_rows(
+    tokens: Tensor,
+    place: Tensor,
+    ends: Tensor,
+    num_rows: int | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
     """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X].
 
-    R is `num_rows`, at least the last of `ends`, or N * C.
+    R is `num_rows`, at least the last of `ends`, or N * C. Rows of other tokens stay as they are
+    in `into`, where that is given.
     """
-    return _spread(tokens, None, place, ends, num_rows).data
+    return _spread(tokens, None, place, ends, num_rows, into).data
 
 
 def spread_rows8(tokens: Rows8, place: Tensor, ends: Tensor, num_rows: int | None = None) -> Rows8:

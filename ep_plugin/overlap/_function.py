@@ -5,9 +5,8 @@ rows, in the order that one after another would give them, for the weight gradie
 has the same bits. What that costs beside `FusedExperts`, in bytes of device memory traffic for a
 row of the experts, b bytes wide in what weight gradients read (2, or 1 for rowwise): the activation
 and the gradients of the pre-activations are moved once, 6 F b (gated); with bf16 the gradients of
-the output are spread a second time, 2 H b; with FP8 the tokens are kept part by part and then
-joined, and rowwise quantises the gradients of the output twice, about 2 H and 3 H for each token
-received, which dispatch_dedup makes fewer than rows.
+the output are spread a second time, 2 H b; the tokens are kept part by part and then joined, as are
+the gradients of the output, 2 H b each for each token received; rowwise quantises those twice, 3 H.
 """
 
 from collections.abc import Callable
@@ -23,12 +22,13 @@ from ep_plugin.fused_experts import (
     Recipe,
     Totals,
     delivered,
+    joined,
     parts_of,
+    saved,
     take,
-    through,
     whole_of,
 )
-from ep_plugin.kernels import Rows, plan
+from ep_plugin.kernels import Rows, Target, plan
 from ep_plugin.overlap._parts import Part, Trip
 from ep_plugin.permute import count_choices
 
@@ -70,118 +70,147 @@ class ChunkedExperts(torch.autograd.Function):
     ) -> Tensor:
         trip, probs = call.trip, probs.contiguous()
         sent = outgoing if call.narrow is None else call.narrow(outgoing)
-        incoming, arrivals = _set_out(trip, sent)
-        returned = torch.empty_like(outgoing)
-        first, second = trip.own
-        recipes, kept, held, homes = {}, {}, {}, []
-        for part in (first, *trip.others, second):
-            recipe = recipes[part] = call.recipe(part)
-            _wait(arrivals[part])
-            came = _rows_of(incoming, part)
-            kept[part] = recipe.keep(came) if call.narrow is None else came
-            output, held[part] = through(recipe, kept[part], probs[part.rows], fc1, fc2, call.save)
-            homes.append(trip.home(output.to(outgoing.dtype), returned, part))
-        for home in homes:
-            home.wait()
-        whole = incoming
-        if call.narrow is None:
-            whole = _joined([kept[part] for part in trip.parts], incoming)
+        arrivals = _set_out(trip, sent)
+        recipes = {part: call.recipe(part) for part in trip.parts}
+        kept, held, homes = {}, {}, {}
+
+        def first(part: Part) -> Tensor:
+            came = arrivals[part].wait()
+            tokens = recipes[part].keep(came) if call.narrow is None else came
+            # The swapped rows are borrowed, or the own are a view of all that were sent.
+            if tokens is came and bool(part.distances) == trip.to_all:
+                tokens = whole_of(type(came), [tensor.clone() for tensor in parts_of(came)])
+            kept[part] = tokens
+            hidden = recipes[part].first(tokens, fc1)
+            held[part] = saved(recipes[part], hidden, call.save)
+            return hidden
+
+        def second(part: Part, hidden: Tensor) -> None:
+            output = recipes[part].second(hidden, probs[part.rows], fc2)
+            homes[part] = trip.home(output.to(outgoing.dtype), part)
+
+        own = first(trip.own)
+        for part in trip.others:
+            second(part, first(part))
+        second(trip.own, own)
         ctx.call, ctx.recipes = call, [recipes[part] for part in trip.parts]
-        _save(ctx, (probs, fc1, fc2), [whole, *(held[part] for part in trip.parts)])
-        return returned
+        records = [by_part[part] for by_part in (kept, held) for part in trip.parts]
+        _save(ctx, (probs, fc1, fc2), records)
+        return trip.collected({part: home.wait() for part, home in homes.items()})
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         call: Call = ctx.call
-        trip, (probs, fc1, fc2), (kept, *held) = call.trip, *_saved(ctx)
-        incoming, arrivals = _set_out(trip, grads[0].contiguous())
-        returned = torch.empty_like(grads[0], memory_format=torch.contiguous_format)
-        rows = call.all_rows()
-        d_hidden, active, d_probs, homes = _Sorted(rows), _Sorted(rows), [], []
-        for part, recipe, hidden in zip(trip.parts, ctx.recipes, held, strict=True):
-            _wait(arrivals[part])
+        trip, (probs, fc1, fc2), records = call.trip, *_saved(ctx)
+        kept, held = records[: len(trip.parts)], records[len(trip.parts) :]
+        arrivals = _set_out(trip, grads[0].contiguous())
+        recipe = call.recipes(call.all_rows())
+        sums = (_AtOnce if trip.to_all else _PartByPart)(trip, recipe, fc1, grads[0].dtype)
+        came, incoming, d_probs = [], [], []
+        for part, own, tokens, hidden in zip(trip.parts, ctx.recipes, kept, held, strict=True):
+            came.append(arrivals[part].wait())
+            incoming.append(own.incoming(came[-1]))
             if hidden is None:
-                hidden = recipe.first(_rows_of(kept, part), fc1)
-            d_part, active_part, d_probs_part = recipe.hidden_grads(
-                recipe.incoming(incoming[part.rows]), hidden, probs[part.rows], fc2
-            )
-            d_tokens = recipe.token_grads(d_part, fc1)
-            homes.append(trip.home(d_tokens.to(returned.dtype), returned, part))
-            d_hidden.add(d_part, part, recipe.rows)
-            active.add(active_part, part, recipe.rows)
-            d_probs.append(d_probs_part)
-        recipe = call.recipes(rows)
+                hidden = own.first(tokens, fc1)
+            aimed = call.recipes(sums.aimed(part, own.rows))
+            *d_part, d_probs_part = aimed.hidden_grads(incoming[-1], hidden, probs[part.rows], fc2)
+            sums.add(part, own, *d_part)
+            d_probs.append(d_probs_part.to(probs.dtype))
+        d_hidden, active = sums.finish()
         into = take(call.totals)
-        d_fc2 = delivered(recipe.fc2_grads(recipe.incoming(incoming), active.value(), into[1]), fc2)
-        d_fc1 = delivered(recipe.fc1_grads(d_hidden.value(), kept, into[0]), fc1)
-        for home in homes:
-            home.wait()
-        return returned, torch.cat(d_probs).to(probs.dtype), d_fc1, d_fc2, None
+        d_fc2 = recipe.fc2_grads(recipe.all_incoming(came, incoming), active, into[1])
+        d_fc1 = recipe.fc1_grads(d_hidden, kept if recipe.takes_pieces else joined(kept), into[0])
+        returned = trip.collected({part: home.wait() for part, home in sums.homes.items()})
+        weights = delivered(d_fc1, fc1), delivered(d_fc2, fc2)
+        return returned, torch.cat(d_probs), *weights, None
 
 
-class _Sorted:
-    """A matrix of all rows in the order of `rows`, put together of the parts' rows."""
+class _Gradients:
+    """What the parts' rows give in the backward, for all rows."""
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-        self.kind: Any = None
-        self.tensors: list[Tensor] = []
+    def __init__(self, trip: Trip, recipe: Recipe, fc1: Tensor, dtype: torch.dtype) -> None:
+        self.trip, self.recipe, self.fc1, self.dtype = trip, recipe, fc1, dtype
+        self.homes: dict[Part, Pending[Tensor]] = {}  # of token gradients
+        self.wholes: list[Any] = []  # gradients of pre-activations, activation
 
-    def add(self, value: Any, part: Part, rows: Rows) -> None:
-        """Put the part's rows, in the order of its own `rows`, where they belong."""
-        if self.kind is None:
-            self.kind, count = type(value), len(self.rows.order)
-            self.tensors = [t.new_empty(count, *t.shape[1:]) for t in parts_of(value)]
-        target = self.rows.place[part.rows].flatten()[rows.order].long()
-        for whole, tensor in zip(self.tensors, parts_of(value), strict=True):
-            _words(whole).index_copy_(0, target, _words(tensor))
-
-    def value(self) -> Any:
-        """Return the whole matrix; it is no longer held here."""
-        tensors, self.tensors = self.tensors, []
-        return whole_of(self.kind, tensors)
+    def at(self, part: Part, rows: Rows) -> Tensor:
+        """Return where among all rows those of the part are: [R] int32."""
+        return self.recipe.rows.place[part.rows].flatten()[rows.order]
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """Return a matrix as one of 8 byte words where its rows are made of such: faster to move."""
-    is_wide = tensor.dim() == 2 and tensor.shape[1] * tensor.itemsize % 8 == 0
-    return tensor.view(torch.int64) if is_wide else tensor
+class _PartByPart(_Gradients):
+    """Token gradients travel home as soon as a part has them; all else is joined behind it."""
+
+    def aimed(self, part: Part, rows: Rows) -> Rows:
+        """Return the part's `rows`, with where the two matrices are to be written."""
+        return rows
+
+    def add(self, part: Part, recipe: Recipe, *matrices: Any) -> None:
+        """Take what the part's rows gave, by its own recipe."""
+        d_tokens = recipe.token_grads(matrices[0], self.fc1)
+        self.homes[part] = self.trip.home(d_tokens.to(self.dtype), part)
+        if not self.wholes:
+            self.wholes = [self._empty(matrix) for matrix in matrices]
+        at, ends = self.at(part, recipe.rows).unsqueeze(1), self.recipe.rows.ends
+        for whole, matrix in zip(self.wholes, matrices, strict=True):
+            for into, piece in zip(parts_of(whole), parts_of(matrix), strict=True):
+                rows = _matrix(_bytes(piece))
+                recipe.rows.ops.spread_rows(rows, at, ends, into=_matrix(_bytes(into)))
+
+    def _empty(self, like: Any) -> Any:
+        count = len(self.recipe.rows.order)
+        return whole_of(type(like), [t.new_empty(count, *t.shape[1:]) for t in parts_of(like)])
+
+    def finish(self) -> list[Any]:
+        """Return the matrices of all rows; token gradients are on their way home."""
+        return self.wholes
 
 
-def _set_out(trip: Trip, source: Any) -> tuple[Any, dict[Part, list[Pending[None]]]]:
-    """Start all of the way out for `source` [P, H], or a record of it; the network's part first.
+class _AtOnce(_Gradients):
+    """Parts write rows of the same matrices; token gradients come last, of all rows together.
 
-    Returns what is received [N, H], of the same kind, and each part's arrival.
+    Nothing is joined, and travel is hidden by the weight gradients: enough where a link is fast.
     """
+
+    def aimed(self, part: Part, rows: Rows) -> Rows:
+        num_rows = len(self.recipe.rows.order)
+        return replace(rows, target=Target(self.at(part, rows), num_rows, self.wholes or None))
+
+    def add(self, part: Part, recipe: Recipe, *matrices: Any) -> None:
+        self.wholes = list(matrices)
+
+    def finish(self) -> list[Any]:
+        d_tokens = self.recipe.token_grads(self.wholes[0], self.fc1).to(self.dtype)
+        for part in self.trip.parts:
+            self.homes[part] = self.trip.home(d_tokens[part.rows], part)
+        return self.wholes
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(1) if tensor.dim() == 1 else tensor
+
+
+def _set_out(trip: Trip, source: Any) -> dict[Part, Pending[Any]]:
+    """Start all of the way out for `source` [P, H], or a record of it; the network's part first."""
     sources = parts_of(source)
-    targets = [tensor.new_empty(trip.num_received, *tensor.shape[1:]) for tensor in sources]
-    arrivals = {
-        part: [trip.away(_bytes(s), _bytes(t), part) for s, t in zip(sources, targets, strict=True)]
-        for part in (*trip.others, *trip.own)
-    }
-    return whole_of(type(source), targets), arrivals
 
+    def away(part: Part) -> Pending[Any]:
+        started = [trip.away(_bytes(tensor), part) for tensor in sources]
 
-def _wait(arrivals: list[Pending[None]]) -> None:
-    for arrival in arrivals:
-        arrival.wait()
+        def wait() -> Any:
+            came = [
+                pending.wait().view(t.dtype) for pending, t in zip(started, sources, strict=True)
+            ]
+            return whole_of(type(source), came)
+
+        return Pending(wait)
+
+    return {part: away(part) for part in (*trip.others, trip.own)}
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     """Return e4m3 as bytes, which every backend can send."""
     return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
-
-
-def _joined(pieces: list[Any], incoming: Tensor) -> Any:
-    """Return what the parts keep of `incoming` as one: itself where they keep it as it is."""
-    if isinstance(pieces[0], Tensor) and pieces[0].dtype == incoming.dtype:
-        return incoming
-    tensors = [torch.cat(same) for same in zip(*map(parts_of, pieces), strict=True)]
-    return whole_of(type(pieces[0]), tensors)
-
-
-def _rows_of(kept: Any, part: Part) -> Any:
-    return whole_of(type(kept), [tensor[part.rows] for tensor in parts_of(kept)])
 
 
 def _save(ctx: Any, tensors: tuple[Tensor, ...], records: list[Any]) -> None:

@@ -10,9 +10,11 @@ What a rank receives from the rank at distance d it computes while the rank at d
 what this one has sent; so every part is a balanced exchange, and all ranks agree on its partners.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+import torch
 from torch import Tensor
 
 from ep_plugin.contracts import Packed, PeerDispatcher, Pending
@@ -34,45 +36,50 @@ class Trip:
 
     def __init__(self, dispatcher: PeerDispatcher, packed: Packed, num_chunks: int) -> None:
         self.dispatcher, self.rank, self.size = dispatcher, packed.rank, len(packed.sent)
+        self.sent, self.received, self.to_all = packed.sent, packed.received, packed.to_all
         self.shift = sum(packed.received[: packed.rank])  # rows of lower ranks
         by_distance = [packed.received[self._source(d)] for d in range(self.size)]
-        self._received = [0, *accumulate(by_distance)]  # row at which each distance's start
-        self._sent = [0, *accumulate(packed.sent)]  # row at which each rank's start
-        own, others = by_distance[0], self.size - 1
-        half = own // 2
+        starts = [0, *accumulate(by_distance)]  # row at which each distance's start
+        self.num_received, others = starts[-1], self.size - 1
         bounds = [1 + others * chunk // num_chunks for chunk in range(num_chunks + 1)]
-        self.own = [Part(slice(0, half), range(0)), Part(slice(half, own), range(0))]
-        self.others = [
-            Part(slice(self._received[a], self._received[b]), range(a, b))
-            for a, b in pairwise(bounds)
-        ]
-        self.parts = [*self.own, *self.others]  # as their rows lie
+        self.own = Part(slice(0, starts[1]), range(0))
+        self.others = [Part(slice(starts[a], starts[b]), range(a, b)) for a, b in pairwise(bounds)]
+        self.parts = [self.own, *self.others]  # as their rows lie
 
-    @property
-    def num_received(self) -> int:
-        return self._received[-1]
-
-    def away(self, source: Tensor, target: Tensor, part: Part) -> Pending[None]:
-        """Start moving the part's rows from where they are `source` [P, ...] to `target` [N, ...].
+    def away(self, source: Tensor, part: Part) -> Pending[Tensor]:
+        """Start moving the part's rows from where they are `source` [P, ...]; those that come here.
 
         This rank sends what others count to the same part.
         """
+        rows = [source] * self.size if self.to_all else torch.split(source, self.sent)
         if not part.distances:
-            target[part.rows] = source[self._own(part)]
-            return Pending(lambda: None)
-        outs = {self._target(d): source[self._sent_to(d)] for d in part.distances}
-        ins = {self._source(d): target[self._received_from(d)] for d in part.distances}
-        return self.dispatcher.swap(outs, ins)
+            return Pending(lambda: rows[self.rank])
+        outs = {self._target(d): rows[self._target(d)] for d in part.distances}
+        ins = {self._source(d): self.received[self._source(d)] for d in part.distances}
+        return self.dispatcher.swap(outs, ins, part.rows.start - self.own.rows.stop)
 
-    def home(self, rows: Tensor, target: Tensor, part: Part) -> Pending[None]:
-        """Start moving the part's `rows` back to where they came from, into `target` [P, ...]."""
+    def home(self, rows: Tensor, part: Part) -> Pending[Tensor]:
+        """Start moving the part's `rows` back to where they came from; those that come home."""
         if not part.distances:
-            target[self._own(part)] = rows
-            return Pending(lambda: None)
-        first = part.rows.start
-        outs = {self._source(d): rows[self._received_from(d, first)] for d in part.distances}
-        ins = {self._target(d): target[self._sent_to(d)] for d in part.distances}
-        return self.dispatcher.swap(outs, ins)
+            return Pending(lambda: rows)
+        sources = [self._source(d) for d in part.distances]
+        counts = [self.received[source] for source in sources]
+        outs = dict(zip(sources, torch.split(rows, counts), strict=True))
+        ins = {self._target(d): self.sent[self._target(d)] for d in part.distances}
+        before = sum(self.sent[self._target(d)] for d in range(1, part.distances.start))
+        # What came on the way out may still be read.
+        return self.dispatcher.swap(outs, ins, self.num_received - self.own.rows.stop + before)
+
+    def collected(self, homes: Mapping[Part, Tensor]) -> Tensor:
+        """Return what came home with all parts as it was packed: [P, ...]."""
+        pieces: dict[int, Tensor] = {}
+        for part in self.others:
+            ranks = [self._target(d) for d in part.distances]
+            counts = [self.sent[rank] for rank in ranks]
+            pieces |= zip(ranks, torch.split(homes[part], counts), strict=True)
+        pieces[self.rank] = homes[self.own]
+        by_rank = [pieces[rank] for rank in range(self.size)]
+        return _sum(by_rank) if self.to_all else torch.cat(by_rank)
 
     def _source(self, distance: int) -> int:
         return (self.rank + distance) % self.size
@@ -80,13 +87,13 @@ class Trip:
     def _target(self, distance: int) -> int:
         return (self.rank - distance) % self.size
 
-    def _own(self, part: Part) -> slice:
-        first = self._sent[self.rank]
-        return slice(first + part.rows.start, first + part.rows.stop)
 
-    def _sent_to(self, distance: int) -> slice:
-        rank = self._target(distance)
-        return slice(self._sent[rank], self._sent[rank + 1])
-
-    def _received_from(self, distance: int, first: int = 0) -> slice:
-        return slice(self._received[distance] - first, self._received[distance + 1] - first)
+def _sum(pieces: list[Tensor]) -> Tensor:
+    """Sum `pieces` in their order, in fp32 at least and rounded once."""
+    if len(pieces) == 2:
+        return pieces[0] + pieces[1]
+    dtype = pieces[0].dtype
+    total = pieces[0].to(torch.promote_types(dtype, torch.float32), copy=True)
+    for piece in pieces[1:]:
+        total += piece
+    return total.to(dtype)
