@@ -74,6 +74,8 @@ class Packed:
     sent: list[int]  # rows to each rank, P in all
     received: list[int]  # rows from each rank, N in all
     complete: Callable[[Tensor], Dispatched]  # with the tokens [N, H], received or to be
+    # Choices of this rank's experts in the rows from each rank, where the host knows.
+    choices: list[int] | None = None
     to_all: bool = False  # each rank gets all P rows, and what comes home is summed to P rows
 
 

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FEW = 64  # experts
-
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -52,9 +50,9 @@ def plan_rows(expert_ids: Tensor, num_experts: int) -> RowPlan:
 
 def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
     """Return how many of `expert_ids` [N, C] are each expert's, -1 for none's: [e] int64."""
-    if expert_ids.is_cuda and num_experts <= _FEW:  # additions to so few places wait for each other
-        experts = torch.arange(num_experts, device=expert_ids.device)
-        return (expert_ids.flatten().unsqueeze(1) == experts).sum(0)
+    if expert_ids.is_cuda:
+        counted: Tensor = _kernels().count_choices(expert_ids, num_experts)
+        return counted
     bucket = expert_ids.where(expert_ids >= 0, num_experts).flatten()
     counts = bucket.new_zeros(num_experts + 1)
     return counts.scatter_add(0, bucket, torch.ones_like(bucket))[:-1]

@@ -17,6 +17,7 @@ from ep_plugin.e4m3 import E4M3, Rows8
 from ep_plugin.kernels import Target
 from ep_plugin.kernels import experts as kernels
 from ep_plugin.kernels import experts_torch as twins
+from ep_plugin.kernels.rows import count_choices
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STEP = {
@@ -61,6 +62,8 @@ def random_choices(tokens: int, experts: int, choices: int, device: str) -> tupl
 def check_moves(tokens: int, experts: int, choices: int, width: int, device: str) -> None:
     """Sorting, spreading, summing, padding and transposing: nothing is rounded, so all is equal."""
     ids, ends = random_choices(tokens, experts, choices, device)
+    counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+    assert_same([count_choices(ids, experts)], [counts], "count_choices")
     order, place = kernels.sort_choices(ids, ends)
     assert_same((order, place), twins.sort_choices(ids, ends), "sort_choices")
     rows = int(ends[-1])
@@ -80,6 +83,12 @@ def check_moves(tokens: int, experts: int, choices: int, width: int, device: str
         source[rows:] = torch.nan  # nobody may read these
         sums = [module.sum_rows(source, place, ends) for module in (kernels, twins)]
         assert_near(*sums, tokens, "sum_rows")
+        for number in (2, 3, 8, 9, 17):
+            parts = [torch.randn(tokens, width, device=device).to(dtype) for _ in range(number)]
+            sums = [module.sum_pieces(parts) for module in (kernels, twins)]
+            if not INTERPRETED:
+                assert_same(sums[:1], sums[1:], f"sum_pieces of {number}")
+            assert_near(*sums, tokens, f"sum_pieces of {number}")
     tokens8 = twins.quantize_rows(torch.randn(tokens, width, device=device))
     rows8 = twins.spread_rows8(tokens8, place, ends)
     spread = kernels.spread_rows8(tokens8, place, ends)

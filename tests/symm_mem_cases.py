@@ -13,7 +13,15 @@ from routings import count
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ep_plugin import ExpertGroups, MoEConfig, ParallelConfig, create_expert_groups
+from ep_plugin import (
+    ExpertGroups,
+    MoEConfig,
+    MoELayer,
+    ParallelConfig,
+    RoutingConfig,
+    create_expert_groups,
+)
+from ep_plugin.config import Fp8
 from ep_plugin.contracts import Dispatched, Dispatcher, Routing, combine, dispatch
 from ep_plugin.dispatcher import symm_mem
 from ep_plugin.registry import resolve
@@ -150,6 +158,34 @@ def allows_for_all(device: str) -> int:
         assert_equal(results[1], results[0], case)
         checked += 1
     return checked
+
+
+def chunks_allow_for_all(device: str, fp8: Fp8) -> int:
+    """Schedule chunked as while a graph is captured, with fewer tokens than a rank had before."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    config = MoEConfig(
+        hidden_size=128, ffn_hidden_size=256, num_experts=EXPERTS, routing=RoutingConfig(topk=2),
+        fp8=fp8, overlap="chunked", dispatcher="symm_mem",
+    )  # fmt: skip
+    torch.manual_seed(rank)
+    dtype = torch.float32 if fp8 == "off" else torch.bfloat16
+    layer = MoELayer(config, make_groups(ranks), device=device, dtype=dtype)
+    layer(torch.randn(40, 128, device=device).to(dtype))
+    own = layer.dispatcher.link.buffer  # type: ignore[attr-defined]
+    for tokens in (17, 0):
+        hidden, results = torch.randn(tokens + 3 * rank, 128, device=device).to(dtype), []
+        for bounded in (False, True):
+            leaf = hidden.clone().requires_grad_()
+            layer.zero_grad()
+            with patch.object(symm_mem, "_captured", lambda _, bounded=bounded: bounded):
+                output = layer(leaf)
+                output.square().sum().backward()
+            results.append((output, leaf.grad, *(w.grad for w in layer.parameters())))
+            dist.barrier()
+            own.peers.buffers[own.rank].fill_(255)  # not a number
+            dist.barrier()
+        assert_equal(results[1], results[0], f"{tokens} tokens, fp8 {fp8}")
+    return len(results[0])
 
 
 def grows(device: str) -> list[int]:

@@ -72,6 +72,11 @@ def test_rows_that_nobody_wrote_are_no_one_s() -> None:
         assert run_ranks(ranks, cases.allows_for_all, "cpu") == [len(cases.CASES)] * ranks
 
 
+@pytest.mark.parametrize("fp8", get_args(Fp8))
+def test_chunks_of_nobody_are_no_one_s(fp8: Fp8) -> None:
+    assert run_ranks(2, cases.chunks_allow_for_all, "cpu", fp8) == [5, 5]
+
+
 def large_group() -> str:
     """Its buffers have room for what comes, and it is not captured."""
     with patch.object(symm_mem, "_GRAPH_RANKS", 1):

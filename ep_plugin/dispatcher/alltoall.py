@@ -133,7 +133,8 @@ class AllToAllDispatcher:
                 _Handle(plan, splits),
             )
 
-        return Packed(permute(hidden, plan), self.group.rank(), *splits, complete)
+        outgoing, rank = permute(hidden, plan), self.group.rank()
+        return Packed(outgoing, rank, *splits, complete, choices=splits.received)
 
     def _once_for_each_rank(self, hidden: Tensor, routing: Routing) -> Packed:
         hosts = Hosts(self.num_experts // self.ep_size, self.ep_size, self.etp_size)
@@ -152,7 +153,8 @@ class AllToAllDispatcher:
             counts = count_choices(ids, hosts.experts)
             return Dispatched(tokens, ids, probs(), counts, _Handle(plan, splits), num_rows)
 
-        return Packed(permute(hidden, plan), self.group.rank(), *splits, complete)
+        outgoing, rank = permute(hidden, plan), self.group.rank()
+        return Packed(outgoing, rank, *splits, complete, choices=chosen[1])
 
     def _exchange_counts(self, tokens_per_expert: Tensor) -> Tensor:
         """Return the rows sent and received [2, G, e], per expert of each rank of the group."""

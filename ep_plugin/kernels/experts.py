@@ -12,7 +12,13 @@ from ep_plugin.kernels.quantize import (
     quantize_weight,
     transpose_rows,
 )
-from ep_plugin.kernels.rows import sort_choices, spread_rows, spread_rows8, sum_rows
+from ep_plugin.kernels.rows import (
+    sort_choices,
+    spread_rows,
+    spread_rows8,
+    sum_pieces,
+    sum_rows,
+)
 from ep_plugin.kernels.wgrad import add_wgrad, add_wgrad8
 
 __all__ = [
@@ -32,6 +38,7 @@ __all__ = [
     "spread_blocks",
     "spread_rows",
     "spread_rows8",
+    "sum_pieces",
     "sum_rows",
     "transpose_rows",
 ]

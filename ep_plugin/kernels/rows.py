@@ -28,6 +28,31 @@ def _count_kernel(
 
 
 @jit
+def _total_kernel(
+    expert_ids, totals, num_choices, NUM_EXPERTS, BLOCK: tl.constexpr, E: tl.constexpr
+):
+    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(expert_ids + choice, mask=choice < num_choices, other=-1).to(tl.int32)
+    column = tl.arange(0, E)
+    hits = tl.sum((expert[:, None] == column[None, :]).to(tl.int64), axis=0)
+    tl.atomic_add(totals + column, hits, mask=(column < NUM_EXPERTS) & (hits > 0))
+
+
+def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Return how many of `expert_ids` [N, C] are each expert's, -1 for none's: [e] int64."""
+    totals = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
+    if expert_ids.numel():
+        buckets = triton.next_power_of_2(num_experts)
+        block = max(16, min(512, 8192 // buckets))
+        _total_kernel[(triton.cdiv(expert_ids.numel(), block),)](
+            *(expert_ids.contiguous(), totals, expert_ids.numel(), num_experts),
+            BLOCK=block,
+            E=buckets,
+        )
+    return totals
+
+
+@jit
 def _scan_kernel(counts, num_blocks, NUM_EXPERTS, BLOCK: tl.constexpr):
     """Replace the counts of one bucket, block after block, by the sums of those before."""
     cell = tl.arange(0, BLOCK) * (NUM_EXPERTS + 1) + tl.program_id(0)
@@ -180,4 +205,39 @@ def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
             CHOICES=choices,
             BLOCK=block,
         )
+    return out
+
+
+@jit
+def _sum_pieces_kernel(out, a, b, c, d, e, f, g, h, size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.load(a + at, mask=inside).to(tl.float32)
+    total += tl.load(b + at, mask=inside).to(tl.float32)
+    if COUNT > 2:
+        total += tl.load(c + at, mask=inside).to(tl.float32)
+    if COUNT > 3:
+        total += tl.load(d + at, mask=inside).to(tl.float32)
+    if COUNT > 4:
+        total += tl.load(e + at, mask=inside).to(tl.float32)
+    if COUNT > 5:
+        total += tl.load(f + at, mask=inside).to(tl.float32)
+    if COUNT > 6:
+        total += tl.load(g + at, mask=inside).to(tl.float32)
+    if COUNT > 7:
+        total += tl.load(h + at, mask=inside).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def sum_pieces(pieces: list[Tensor]) -> Tensor:
+    """Return the sum [N, X] of at least two `pieces` [N, X], in their order, in fp32."""
+    out = torch.empty_like(pieces[0])
+    while len(pieces) > 1 and out.numel():
+        now, later = pieces[:8], pieces[8:]
+        summed = torch.empty_like(out, dtype=torch.float32) if later else out
+        unused = [now[0]] * (8 - len(now))
+        _sum_pieces_kernel[(triton.cdiv(out.numel(), 4096),)](
+            *(summed, *now, *unused, out.numel()), COUNT=len(now), BLOCK=4096, num_warps=8
+        )
+        pieces = [summed, *later]
     return out

@@ -50,13 +50,14 @@ class Call:
         """Return the recipe for the part's rows."""
         ids = self.expert_ids[part.rows]
         counts = count_choices(ids, len(self.tokens_per_expert))
-        return self.recipes(plan(ids, counts, self.activation))
+        return self.recipes(plan(ids, counts, self.activation, self.trip.num_choices(part)))
 
     def all_rows(self) -> Rows:
         """Return all rows in the order they have when received by rank: expert-major, stable."""
         choices, size = self.expert_ids.shape[1], max(self.expert_ids.numel(), 1)
         by_rank = self.expert_ids.roll(self.trip.shift, 0)
-        rows = plan(by_rank, self.tokens_per_expert, self.activation)
+        num_rows = self.trip.num_choices()
+        rows = plan(by_rank, self.tokens_per_expert, self.activation, num_rows)
         order = (rows.order - self.trip.shift * choices) % size
         return replace(rows, order=order, place=rows.place.roll(-self.trip.shift, 0))
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.contracts import Packed, PeerDispatcher, Pending
+from ep_plugin.kernels import select
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Trip:
     def __init__(self, dispatcher: PeerDispatcher, packed: Packed, num_chunks: int) -> None:
         self.dispatcher, self.rank, self.size = dispatcher, packed.rank, len(packed.sent)
         self.sent, self.received, self.to_all = packed.sent, packed.received, packed.to_all
+        self.choices = packed.choices
         self.shift = sum(packed.received[: packed.rank])  # rows of lower ranks
         by_distance = [packed.received[self._source(d)] for d in range(self.size)]
         starts = [0, *accumulate(by_distance)]  # row at which each distance's start
@@ -45,6 +47,14 @@ class Trip:
         self.own = Part(slice(0, starts[1]), range(0))
         self.others = [Part(slice(starts[a], starts[b]), range(a, b)) for a, b in pairwise(bounds)]
         self.parts = [self.own, *self.others]  # as their rows lie
+
+    def num_choices(self, part: Part | None = None) -> int | None:
+        """Return the choices of this rank's experts in the part's rows, or all, if known."""
+        if self.choices is None:
+            return None
+        if part is None:
+            return sum(self.choices)
+        return sum(self.choices[self._source(d)] for d in part.distances or [0])
 
     def away(self, source: Tensor, part: Part) -> Pending[Tensor]:
         """Start moving the part's rows from where they are `source` [P, ...]; those that come here.
@@ -79,21 +89,13 @@ class Trip:
             pieces |= zip(ranks, torch.split(homes[part], counts), strict=True)
         pieces[self.rank] = homes[self.own]
         by_rank = [pieces[rank] for rank in range(self.size)]
-        return _sum(by_rank) if self.to_all else torch.cat(by_rank)
+        if not self.to_all:
+            return torch.cat(by_rank)
+        summed: Tensor = select(by_rank[0]).sum_pieces(by_rank)
+        return summed
 
     def _source(self, distance: int) -> int:
         return (self.rank + distance) % self.size
 
     def _target(self, distance: int) -> int:
         return (self.rank - distance) % self.size
-
-
-def _sum(pieces: list[Tensor]) -> Tensor:
-    """Sum `pieces` in their order, in fp32 at least and rounded once."""
-    if len(pieces) == 2:
-        return pieces[0] + pieces[1]
-    dtype = pieces[0].dtype
-    total = pieces[0].to(torch.promote_types(dtype, torch.float32), copy=True)
-    for piece in pieces[1:]:
-        total += piece
-    return total.to(dtype)
