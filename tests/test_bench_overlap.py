@@ -68,23 +68,25 @@ def check_timeline(events: list[dict[str, Any]]) -> None:
 
 
 def test_a_gpu_s_step_is_drawn_with_its_backward() -> None:
-    """There the range of a step ends with the forward."""
+    """There the host is done with a step before the kernels are."""
     pytest.importorskip("matplotlib")
-    from ep_plugin.bench.timeline_plot import draw
+    from ep_plugin.bench.timeline_plot import ON_GPU, draw
 
-    ranges = [
-        *(("router", 2000, 50, 7), ("router", 900, 50, 7), ("step 1", 2500, 1000, 7)),
-        *(("experts first", 2600, 800, 7), ("experts fc1_grads", 6000, 2000, 7)),
-        ("nccl:coalesced", 2300, 1000, 46),
+    spans = [
+        *(("user_annotation", "step 1", 2000, 100), ("user_annotation", "step 0", 900, 50)),
+        *(("kernel", "gemm", 1000, 50), ("kernel", "gemm", 2500, 1000)),
+        *(("gpu_memcpy", "Memcpy PtoP", 3000, 800), ("kernel", "barrier_kernel", 3900, 100)),
     ]
     events = [
-        {"ph": "X", "cat": "gpu_user_annotation", "name": name, "ts": ts, "dur": dur, "tid": tid}
-        for name, ts, dur, tid in ranges
+        {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 7}
+        for cat, name, ts, dur in spans
     ]
     axes = draw({"traceEvents": events}).axes[0]
     boxes = [c.get_paths()[0].get_extents() for c in axes.collections]
-    drawn = sorted((box.x0, box.x1) for box in boxes)
-    assert sum(drawn, ()) == pytest.approx((0, 0.05, 0.3, 1.3, 0.6, 1.4, 4, 6))
+    drawn = {list(ON_GPU)[round(-(box.y0 + box.y1) / 2)]: (box.x0, box.x1) for box in boxes}
+    assert drawn["work"] == pytest.approx((0, 1.0))
+    assert drawn["network"] == pytest.approx((0.5, 1.3))
+    assert drawn["wait"] == pytest.approx((1.4, 1.5))
 
 
 def test_a_process_on_its_own_is_told_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ def test_shared_memory_suffices(kernel: str, dtype: torch.dtype, ranks: int, wid
     rows = torch.empty(1, width, dtype=dtype)
     function, tile = {
         "push": (peers._push_kernel, peers.push_tile(rows, ranks)),
-        "sum": (peers._sum_kernel, peers.sum_tile(rows, ranks)),
+        "sum": (peers._sum_home_kernel, peers.sum_tile(rows, ranks)),
     }[kernel]
     arguments = (f"*{TYPES[dtype]}", "*i64", "i32", "*i32", "i32", "i32")
     constants = (ranks, tile.rows, tile.block, peers.STAGES)

@@ -5,16 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from ep_plugin.bench.case import SETS, Case
+from ep_plugin.bench.covered import spans_of
 from ep_plugin.bench.measure import Protocol
 from ep_plugin.contracts import Dispatched, Routing, combine, dispatch
 from ep_plugin.layer import MoELayer
 from ep_plugin.overlap._parts import Trip
-
-# NCCL's, those of symm_mem, and the copy engines'.
-WIRE_KERNELS = ("SendRecv", "_push_kernel", "_sum_kernel", "Memcpy PtoP")
 
 
 @dataclass(frozen=True)
@@ -85,14 +82,8 @@ class Alone:
         """Return the mean over the sets of buffers; None on the CPU. All ranks must call it."""
         if protocol.device.type != "cuda":
             return None
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for index in range(SETS):
-                protocol.once(self.exchange, index)
-        microseconds = sum(
-            kernel.self_device_time_total
-            for kernel in profiler.key_averages()
-            if any(name in kernel.key for name in WIRE_KERNELS)
-        )
+        spans = spans_of(self.exchange, protocol)
+        microseconds = sum(span.end - span.start for span in spans if span.is_wire)
         leaving = sum(self._bytes_leaving(routing) for routing in self.routings)
         return Wire(microseconds / 1e3 / SETS, leaving / SETS)
 

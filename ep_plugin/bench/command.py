@@ -104,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
     rows = _measure(args, contest, shapes, kept)
     traced = args.trace is not None or picture is not None
     if traced:
-        timeline = overlap.trace(shapes[0], (args.routing or ["balanced"])[0], device)
+        routing = (args.routing or ["balanced"])[0]
+        timeline = overlap.trace(shapes[0], routing, device, args.cuda_graph)
     if args.bench == "overlap":
         overlap.leave_ranks()
         if os.environ["RANK"] != "0":

@@ -6,8 +6,10 @@ Every rank has the shape's tokens and experts, and all start each step together.
 dispatch and combine around experts that return their tokens, forward and backward, packing
 included; `compute_ms` is router and experts on tokens that were received before; `ms` is the layer,
 with an eighth of what quantising its weights takes, as in `bench layer`. What is hidden is how much
-less the layer takes than both together, as a share of the exchange. Times are those of the slowest
-rank. `wire_ms` are the kernels that move rows between GPUs, `gbps` what leaves a GPU meanwhile.
+less the layer takes than both together, as a share of the exchange: `hidden_share`, what hiding
+costs counted in. `covered_share` is the time on the wire beside which the GPU works. Times are
+those of the slowest rank. `wire_ms` are the kernels that move rows between GPUs, `gbps` what leaves
+a GPU meanwhile.
 """
 
 import os
@@ -22,6 +24,7 @@ from ep_plugin.bench import timeline
 from ep_plugin.bench.alone import Alone
 from ep_plugin.bench.case import Case, Contender, make_case
 from ep_plugin.bench.contest import OURS, Contest, peer
+from ep_plugin.bench.covered import covered_share, spans_of
 from ep_plugin.bench.floors import layer_floor
 from ep_plugin.bench.layer import saved_mib, train_step, weight_ms, weight_step, with_weights
 from ep_plugin.bench.measure import Protocol, Step, Timing, captured
@@ -118,6 +121,7 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
     times, gpu = protocol.interleave(steps, f"overlap {shape.name} {routing}")
     times = {name: _slowest(time, protocol.device) for name, time in times.items()}
     shared = {way: _parts(apart, way, times, protocol) for way, apart in alone.items()}
+    covered = {e.name: _covered(steps[f"{e.name}/step"], protocol) for e in entries}
     rows = []
     for entry in entries:
         prefix = f"{entry.name}/"
@@ -129,6 +133,7 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
                 with_weights(own["step"], weights),
                 **entry.identity(*where),
                 **_hidden(shared.get(entry.way), own["step"].median),
+                covered_share=covered[entry.name],
                 weight_quant_ms=weights,
                 dims={"tokens": shape.tokens, "topk": shape.topk, "hidden": shape.hidden},
                 floor_ms=layer_floor(shape, entry.contender.precision),
@@ -189,6 +194,15 @@ def _parts(
     return parts
 
 
+def _covered(step: Step, protocol: Protocol) -> float | None:
+    """Return the mean over ranks of the share of the wire's time beside work; None on the CPU."""
+    if protocol.device.type != "cuda":
+        return None
+    share = covered_share(spans_of(step, protocol)) or 0.0
+    (total,) = _over_ranks([share], dist.ReduceOp.SUM, protocol.device)
+    return total / dist.get_world_size()
+
+
 def _slowest(time: Timing, device: torch.device) -> Timing:
     """Return the times of the rank that took longest."""
     return Timing(*_over_ranks([time.median, time.p10, time.p90], dist.ReduceOp.MAX, device))
@@ -203,10 +217,15 @@ def _over_ranks(
     return found
 
 
-def trace(shape: Shape, routing: str, device: torch.device) -> dict[str, Any]:
+def trace(shape: Shape, routing: str, device: torch.device, graph: bool) -> dict[str, Any]:
     """Return a timeline of two steps of the layer in chunks, as this rank sees it."""
     case = make_case(replace(shape, experts=shape.experts * dist.get_world_size()), routing, device)
     groups = ExpertGroups(ep=dist.group.WORLD, ep_etp=dist.group.WORLD)
-    layer = make_layer(case, groups, overlap="chunked", **DISPATCHERS["alltoall+dedup"])
+    one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    way = "symm_mem" if device.type == "cuda" and one_host else "alltoall+dedup"
+    layer = make_layer(case, groups, overlap="chunked", **DISPATCHERS[way])
     timeline.mark(layer)
-    return timeline.record(train_step(case, as_contender(layer, OURS, "bf16")), device)
+    step = train_step(case, as_contender(layer, OURS, "bf16"))
+    if graph:
+        step = captured(step, torch.cuda.graph_pool_handle())
+    return timeline.record(step, device)

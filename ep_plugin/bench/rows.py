@@ -24,7 +24,7 @@ EMPTY: Row = {
     **dict.fromkeys(("ms", "p10_ms", "p90_ms", "fwd_ms", "weight_quant_ms", "floor_ms")),
     **dict.fromkeys(("saved_mib", "tflops", "gbps", "error", "grad_error", "gpu")),
     **dict.fromkeys(("dispatcher", "schedule", "exchange_ms", "compute_ms", "wire_ms")),
-    "hidden_share": None,
+    **dict.fromkeys(("hidden_share", "covered_share")),
 }
 PACKAGES = (
     *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),
@@ -136,6 +136,8 @@ def _overlap_line(row: Row, serial: float | None) -> str:
         if row["device"] != "cpu":
             shown.append(f"exchange {row['exchange_ms']:7.3f}, compute {row['compute_ms']:8.3f}")
         shown.append(f"{row['hidden_share']:6.0%} of the exchange hidden")
+    if row.get("covered_share") is not None:
+        shown.append(f"{row['covered_share']:5.0%} of the wire beside work")
     if row["gbps"] is not None:
         shown.append(f"{row['gbps']:6.0f} GB/s leaving")
     return " ".join(shown)

@@ -69,19 +69,24 @@ def record(step: Callable[[int], object], device: torch.device) -> dict[str, Any
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    dist.barrier()
     with profile(activities=activities) as profiler:
         for index in range(STEPS):
+            dist.barrier()
+            _wait_for(device)
             with record_function(f"step {index}"):
                 step(index)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+            _wait_for(device)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "timeline.json")
         profiler.export_chrome_trace(str(file))
         timeline: dict[str, Any] = json.loads(file.read_text())
     timeline["traceEvents"] += _own_tracks(timeline["traceEvents"])
     return timeline
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _own_tracks(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def push_rows(rows: Tensor, peers: Peers, offset: int, place: Tensor, programs: 
 
 
 @jit
-def _sum_kernel(
+def _sum_home_kernel(
     out, addresses, offset, place, num_rows, WIDTH,
     RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +110,7 @@ def sum_rows(like: Tensor, peers: Peers, offset: int, place: Tensor, programs: i
     if out.numel():
         ranks = place.shape[1]
         tile = sum_tile(out, ranks)
-        _sum_kernel[(programs,)](
+        _sum_home_kernel[(programs,)](
             *(out, peers.addresses, offset, place, len(out), out.shape[1]),
             RANKS=ranks,
             ROWS=tile.rows,
