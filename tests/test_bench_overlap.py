@@ -75,6 +75,7 @@ def test_a_gpu_s_step_is_drawn_with_its_backward() -> None:
     spans = [
         *(("user_annotation", "step 1", 2000, 100), ("user_annotation", "step 0", 900, 50)),
         *(("kernel", "gemm", 1000, 50), ("kernel", "gemm", 2500, 1000)),
+        ("gpu_user_annotation", "step 1", 2600, 50),
         *(("gpu_memcpy", "Memcpy PtoP", 3000, 800), ("kernel", "barrier_kernel", 3900, 100)),
     ]
     events = [

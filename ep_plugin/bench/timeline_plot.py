@@ -34,7 +34,8 @@ def draw(timeline: dict[str, Any]) -> Figure:
     matplotlib.rcParams.update({"font.size": 9, "legend.frameon": False})
     events = [event for event in timeline["traceEvents"] if event.get("ph") == "X"]
     kernels = [event for event in events if event.get("cat") in KERNELS]
-    step = max((e for e in events if e["name"].startswith("step ")), key=lambda e: float(e["ts"]))
+    steps = [e for e in events if e["name"].startswith("step ") and e["cat"] == "user_annotation"]
+    step = max(steps, key=lambda e: float(e["ts"]))
     begin, end, colors = step["ts"], step["ts"] + step["dur"], COLORS
     if kernels:  # the host may be done long before they are
         events, colors = [event for event in kernels if event["ts"] >= begin], ON_GPU
