@@ -22,7 +22,7 @@ backward of each is the forward of the other. Probabilities are applied once, be
 the experts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -76,7 +76,13 @@ class Packed:
     complete: Callable[[Tensor], Dispatched]  # with the tokens [N, H], received or to be
     # Choices of this rank's experts in the rows from each rank, where the host knows.
     choices: list[int] | None = None
-    to_all: bool = False  # each rank gets all P rows, and what comes home is summed to P rows
+    # Where each rank gets all P rows, and what comes home is summed to P rows: the probabilities
+    # [P, K], with their gradient; that of what `complete` gives is not recorded then.
+    probs: Tensor | None = None
+
+    @property
+    def to_all(self) -> bool:
+        return self.probs is not None
 
 
 class Router(Protocol):
@@ -124,12 +130,12 @@ class PeerDispatcher(Dispatcher, Protocol):
         ...
 
     def swap(
-        self, outs: Mapping[int, Tensor], ins: Mapping[int, int], after: int
-    ) -> Pending[Tensor]:
-        """Start sending `outs` [*, W] to other ranks; no gradient is recorded.
+        self, outs: Mapping[int, Sequence[Tensor]], ins: Mapping[int, int], after: int
+    ) -> Pending[list[Tensor]]:
+        """Start sending `outs` to other ranks, matrices with as many rows; no gradient is recorded.
 
-        Returns what comes from others, the rows `ins` says of each, one rank's after another's. It
-        may be read until the next exchange, and until a swap that is `after` as many rows or fewer.
+        Returns as many of what comes from others, the rows `ins` says of each, one rank's after
+        another's. They may be read until the next exchange, or a swap `after` as many rows or less.
         """
         ...
 

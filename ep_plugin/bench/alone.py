@@ -23,18 +23,26 @@ class Wire:
 
 
 class _Swaps(torch.autograd.Function):
-    """Rows of `packed` to the other ranks and home as they are, part by part; its own backward."""
+    """Rows to the other ranks and home as they are; gradients of `probs` go home beside theirs."""
 
     @staticmethod
-    def forward(ctx: Any, outgoing: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
-        came = {part: trip.away(outgoing, part) for part in (*trip.others, trip.own)}
-        homes = {part: trip.home(rows.wait(), part) for part, rows in came.items()}
-        return trip.collected({part: home.wait() for part, home in homes.items()})
+    def forward(ctx: Any, outgoing: Tensor, probs: Tensor, trip: Trip) -> Tensor:
+        ctx.trip, ctx.probs = trip, probs.detach()
+        return _there_and_back(trip, outgoing, [])[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Swaps.apply(grads[0].contiguous(), ctx.trip), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, probs = _there_and_back(ctx.trip, grads[0].contiguous(), [ctx.probs])
+        return hidden, probs, None
+
+
+def _there_and_back(trip: Trip, rows: Tensor, beside: list[Tensor]) -> list[Tensor]:
+    came = {part: trip.away([rows], part) for part in (*trip.others, trip.own)}
+    homes = {
+        part: trip.home([*pending.wait(), *beside], part).wait() for part, pending in came.items()
+    }
+    number = len(homes[trip.own])
+    return [trip.collected({part: home[i] for part, home in homes.items()}) for i in range(number)]
 
 
 class Alone:
@@ -54,8 +62,9 @@ class Alone:
         routing = replace(routing, probs=routing.probs.detach().requires_grad_())
         inbox, returned = self._there_and_back(tokens, routing)
         # The experts' gradients of probabilities travel home beside those of tokens.
-        loss = inbox.probs, torch.ones_like(inbox.probs)
-        torch.autograd.backward((returned, loss[0]), (self.case.grads[index], loss[1]))
+        probs = [inbox.probs] if inbox.probs.requires_grad else []
+        grads = self.case.grads[index], *map(torch.ones_like, probs)
+        torch.autograd.backward((returned, *probs), grads)
         self._forget(tokens)
 
     def _there_and_back(self, tokens: Tensor, routing: Routing) -> tuple[Dispatched, Tensor]:
@@ -66,7 +75,7 @@ class Alone:
         packed = dispatcher.pack(tokens, routing)
         inbox = packed.complete(tokens)
         trip = Trip(dispatcher, packed, 1)
-        returned: Tensor = _Swaps.apply(packed.outgoing, trip)
+        returned: Tensor = _Swaps.apply(packed.outgoing, packed.probs, trip)
         return inbox, dispatcher.unpack(returned, inbox)
 
     def compute(self, index: int) -> None:

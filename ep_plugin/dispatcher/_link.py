@@ -10,6 +10,7 @@ memory, at about four times the speed of the link.
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -73,30 +74,50 @@ class Link(NamedTuple):
         return import_module(f"ep_plugin.kernels.{kernels}"), offsets, peers
 
     def swap(
-        self, outs: Mapping[int, Tensor], ins: Mapping[int, int], after: int
-    ) -> Pending[Tensor]:
-        """Start what `PeerDispatcher.swap` says, by copy engines."""
-        like = next(iter(outs.values()))
+        self, outs: Mapping[int, Sequence[Tensor]], ins: Mapping[int, int], after: int
+    ) -> Pending[list[Tensor]]:
+        """Start what `PeerDispatcher.swap` says, by copy engines; every rank has as many rows."""
         buffer = self.buffer
-        peers = buffer.reserve(0, like.device)
-        size = like.shape[1] * like.element_size()
+        likes = next(iter(outs.values()))
+        num_rows, come = len(likes[0]), sum(ins.values())
+        sizes = [like.shape[1] * like.element_size() for like in likes]
+        bases = self._bases(num_rows, sizes)[:-1]
+        peers = buffer.reserve(0, likes[0].device)
 
         def move() -> tuple[Tensor, ...]:
             if not after:  # and later ones write where no rank reads any more
                 buffer.barrier()
-            for slot, (rank, rows) in enumerate(outs.items()):
-                offset = (after + slot * len(rows)) * size
-                rows_of(peers.buffers[rank], offset, len(rows), rows).copy_(rows)
+            for slot, (rank, tensors) in enumerate(outs.items()):
+                for base, size, rows in zip(bases, sizes, tensors, strict=True):
+                    offset = base + (after + slot * num_rows) * size
+                    rows_of(peers.buffers[rank], offset, num_rows, rows).copy_(rows)
             buffer.barrier()
-            return (rows_of(peers.buffers[buffer.rank], after * size, sum(ins.values()), like),)
+            own = peers.buffers[buffer.rank]
+            return tuple(
+                rows_of(own, base + after * size, come, like)
+                for base, size, like in zip(bases, sizes, likes, strict=True)
+            )
 
-        (came,), finish = buffer.beside(list(outs.values()), move)
+        came, finish = buffer.beside([t for tensors in outs.values() for t in tensors], move)
 
-        def wait() -> Tensor:
+        def wait() -> list[Tensor]:
             finish()
-            return came
+            return list(came)
 
         return Pending(wait)
+
+    def prepare_swaps(self, num_rows: int, sizes: Sequence[int], device: torch.device) -> None:
+        """Have room for swaps of `num_rows` with each rank, of rows of `sizes` bytes."""
+        self.buffer.reserve(self._bases(num_rows, sizes)[-1], device)
+
+    def _bases(self, num_rows: int, sizes: Sequence[int]) -> list[int]:
+        """Return where matrices with rows of `sizes` bytes begin, and where the last ends.
+
+        Each has room for what is on its way out, and behind it for what is on its way home.
+        """
+        room = 2 * (self.buffer.ranks - 1) * num_rows
+        aligned = [-(-room * size // _ALIGN) * _ALIGN for size in sizes]
+        return list(accumulate(aligned, initial=0))
 
 
 class Dispatch(torch.autograd.Function):

@@ -32,7 +32,7 @@ class SharedBuffer:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self.rank = dist.get_rank(group)
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         check_one_host(group, "symm_mem")
         self.peers: Peers | None = None
         self.num_bytes = 0
@@ -87,7 +87,7 @@ class SharedBuffer:
         handle = symm_mem.rendezvous(own, self.group)
         buffers = [
             own if rank == self.rank else handle.get_buffer(rank, (self.num_bytes,), torch.uint8)
-            for rank in range(dist.get_world_size(self.group))
+            for rank in range(self.ranks)
         ]
         self._barrier = handle.barrier
         addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], device=device)
@@ -95,7 +95,7 @@ class SharedBuffer:
 
     def _share_host(self, device: torch.device) -> Peers:
         """Map one file in every process; it has no name any more when all have it."""
-        first, ranks = dist.get_global_rank(self.group, 0), dist.get_world_size(self.group)
+        first, ranks = dist.get_global_rank(self.group, 0), self.ranks
         folder: list[str | None] = [tempfile.mkdtemp() if self.rank == 0 else None]
         dist.broadcast_object_list(folder, src=first, group=self.group)
         path = Path(str(folder[0])) / "buffers"

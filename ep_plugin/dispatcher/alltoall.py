@@ -20,7 +20,7 @@ Host syncs: one per dispatch, to read how many rows each rank sends and receives
 ranks are compared (`check_splits`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -89,20 +89,22 @@ class AllToAllDispatcher:
         return pack(hidden, routing)
 
     def swap(
-        self, outs: Mapping[int, Tensor], ins: Mapping[int, int], after: int
-    ) -> Pending[Tensor]:
-        like = next(iter(outs.values()))
-        came = like.new_empty(sum(ins.values()), *like.shape[1:])
-        pieces = dict(zip(ins, torch.split(came, list(ins.values())), strict=True))
+        self, outs: Mapping[int, Sequence[Tensor]], ins: Mapping[int, int], after: int
+    ) -> Pending[list[Tensor]]:
+        counts = list(ins.values())
+        came = [like.new_empty(sum(counts), *like.shape[1:]) for like in next(iter(outs.values()))]
+        split = [torch.split(tensor, counts) for tensor in came]
+        pieces = dict(zip(ins, zip(*split, strict=True), strict=True))
         operations = [
             dist.P2POp(operation, tensor, group=self.group, group_peer=rank)
-            for operation, tensors in ((dist.isend, outs), (dist.irecv, pieces))
-            for rank, tensor in tensors.items()
+            for operation, matrices in ((dist.isend, outs), (dist.irecv, pieces))
+            for rank, tensors in matrices.items()
+            for tensor in tensors
             if tensor.numel()
         ]
         works = dist.batch_isend_irecv(operations) if operations else []
 
-        def wait() -> Tensor:
+        def wait() -> list[Tensor]:
             for work in works:
                 work.wait()
             return came

@@ -25,7 +25,7 @@ are no one's choice. No rank may then have more tokens than a rank had in a call
 group at most 8 ranks; buffers of such a group always have room for all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -106,21 +106,18 @@ class SymmetricMemoryDispatcher:
         """Send names and probabilities of all tokens to all ranks; the tokens are yet to go."""
         num_tokens, device = len(hidden), hidden.device
         most, choices = self._most_tokens(routing.expert_ids)
-        ranks, rank = self.ep_size * self.etp_size, self.link.buffer.rank
+        probs, ids = routing.probs, routing.expert_ids
         if num_tokens < most:  # every rank has as many rows, some of nobody
-            hidden, probs, ids = (
-                pad(rows, (0, 0, 0, most - num_tokens), value=value)
-                for rows, value in ((hidden, 0), (routing.probs, 0), (routing.expert_ids, -1))
-            )
-        else:
-            probs, ids = routing.probs, routing.expert_ids
+            below = (0, 0, 0, most - num_tokens)
+            hidden, probs, ids = pad(hidden, below), pad(probs, below), pad(ids, below, value=-1)
+        ranks, rank = self.ep_size * self.etp_size, self.link.buffer.rank
         own = torch.arange(rank * most, (rank + 1) * most, dtype=torch.int32, device=device)
         rows = ranks * most
         plan = Plan(own.unsqueeze(1).expand(-1, ranks).contiguous(), rows, rows, None, own)
-        size = hidden.shape[1] * hidden.element_size()
-        self.link.buffer.reserve(2 * (ranks - 1) * most * size, device)
+        sizes = [tensor.shape[1] * tensor.element_size() for tensor in (hidden, probs)]
+        self.link.prepare_swaps(most, sizes, device)
         (all_probs, chosen), finish = self.link.buffer.beside(
-            (probs, ids, plan.place), lambda: Dispatch.apply(self.link, plan, probs, ids)
+            (probs, ids, plan.place), lambda: self.link.push((probs.detach(), ids), plan)
         )
 
         def complete(tokens: Tensor) -> Dispatched:
@@ -130,11 +127,11 @@ class SymmetricMemoryDispatcher:
             return replace(found, handle=num_tokens)
 
         counts = [most] * ranks
-        return Packed(hidden, rank, counts, counts, complete, choices, to_all=True)
+        return Packed(hidden, rank, counts, counts, complete, choices, probs)
 
     def swap(
-        self, outs: Mapping[int, Tensor], ins: Mapping[int, int], after: int
-    ) -> Pending[Tensor]:
+        self, outs: Mapping[int, Sequence[Tensor]], ins: Mapping[int, int], after: int
+    ) -> Pending[list[Tensor]]:
         return self.link.swap(outs, ins, after)
 
     def unpack(self, returned: Tensor, inbox: Dispatched) -> Tensor:

@@ -9,7 +9,7 @@ the output are spread a second time, 2 H b; the tokens are kept part by part and
 the gradients of the output, 2 H b each for each token received; rowwise quantises those twice, 3 H.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ class Call:
 
     trip: Trip
     expert_ids: Tensor  # [N, C] of the rows received, by distance
+    probs: Tensor  # [N, C], likewise
     tokens_per_expert: Tensor  # [e]
     activation: str
     recipes: Callable[[Rows], Recipe]
@@ -63,13 +64,17 @@ class Call:
 
 
 class ChunkedExperts(torch.autograd.Function):
-    """outgoing [P, H], probs [N, C] by distance, weights [e, out, in] -> [P, H], come home."""
+    """outgoing [P, H], probs, weights [e, out, in] -> [P, H], come home.
+
+    `probs` are those whose gradients are wanted: of the rows received, or of the rows sent where
+    all ranks get them.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, outgoing: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor, call: Call
     ) -> Tensor:
-        trip, probs = call.trip, probs.contiguous()
+        trip = call.trip
         sent = outgoing if call.narrow is None else call.narrow(outgoing)
         arrivals = _set_out(trip, sent)
         recipes = {part: call.recipe(part) for part in trip.parts}
@@ -87,8 +92,8 @@ class ChunkedExperts(torch.autograd.Function):
             return hidden
 
         def second(part: Part, hidden: Tensor) -> None:
-            output = recipes[part].second(hidden, probs[part.rows], fc2)
-            homes[part] = trip.home(output.to(outgoing.dtype), part)
+            output = recipes[part].second(hidden, call.probs[part.rows], fc2)
+            homes[part] = trip.home([output.to(outgoing.dtype)], part)
 
         own = first(trip.own)
         for part in trip.others:
@@ -96,8 +101,8 @@ class ChunkedExperts(torch.autograd.Function):
         second(trip.own, own)
         ctx.call, ctx.recipes = call, [recipes[part] for part in trip.parts]
         records = [by_part[part] for by_part in (kept, held) for part in trip.parts]
-        _save(ctx, (probs, fc1, fc2), records)
-        return trip.collected({part: home.wait() for part, home in homes.items()})
+        _save(ctx, (call.probs, fc1, fc2), records)
+        return _collected(trip, homes)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
@@ -107,67 +112,70 @@ class ChunkedExperts(torch.autograd.Function):
         arrivals = _set_out(trip, grads[0].contiguous())
         recipe = call.recipes(call.all_rows())
         sums = (_AtOnce if trip.to_all else _PartByPart)(trip, recipe, fc1, grads[0].dtype)
-        came, incoming, d_probs = [], [], []
+        came, incoming = [], []
         for part, own, tokens, hidden in zip(trip.parts, ctx.recipes, kept, held, strict=True):
             came.append(arrivals[part].wait())
             incoming.append(own.incoming(came[-1]))
             if hidden is None:
                 hidden = own.first(tokens, fc1)
             aimed = call.recipes(sums.aimed(part, own.rows))
-            *d_part, d_probs_part = aimed.hidden_grads(incoming[-1], hidden, probs[part.rows], fc2)
-            sums.add(part, own, *d_part)
-            d_probs.append(d_probs_part.to(probs.dtype))
+            d_hidden, active, d_probs = aimed.hidden_grads(
+                incoming[-1], hidden, probs[part.rows], fc2
+            )
+            sums.add(part, own, d_hidden, active, d_probs.to(probs.dtype))
         d_hidden, active = sums.finish()
         into = take(call.totals)
         d_fc2 = recipe.fc2_grads(recipe.all_incoming(came, incoming), active, into[1])
         d_fc1 = recipe.fc1_grads(d_hidden, kept if recipe.takes_pieces else joined(kept), into[0])
-        returned = trip.collected({part: home.wait() for part, home in sums.homes.items()})
         weights = delivered(d_fc1, fc1), delivered(d_fc2, fc2)
-        return returned, torch.cat(d_probs), *weights, None
+        return *sums.came_home(), *weights, None
 
 
-class _Gradients:
-    """What the parts' rows give in the backward, for all rows."""
+class _PartByPart:
+    """Token gradients travel home as soon as a part has them; all else is joined behind it."""
 
     def __init__(self, trip: Trip, recipe: Recipe, fc1: Tensor, dtype: torch.dtype) -> None:
         self.trip, self.recipe, self.fc1, self.dtype = trip, recipe, fc1, dtype
-        self.homes: dict[Part, Pending[Tensor]] = {}  # of token gradients
+        self.homes: dict[Part, Pending[list[Tensor]]] = {}
+        self.d_probs: dict[Part, Tensor] = {}
         self.wholes: list[Any] = []  # gradients of pre-activations, activation
 
     def at(self, part: Part, rows: Rows) -> Tensor:
         """Return where among all rows those of the part are: [R] int32."""
         return self.recipe.rows.place[part.rows].flatten()[rows.order]
 
-
-class _PartByPart(_Gradients):
-    """Token gradients travel home as soon as a part has them; all else is joined behind it."""
-
     def aimed(self, part: Part, rows: Rows) -> Rows:
         """Return the part's `rows`, with where the two matrices are to be written."""
         return rows
 
-    def add(self, part: Part, recipe: Recipe, *matrices: Any) -> None:
+    def add(self, part: Part, recipe: Recipe, d_hidden: Any, active: Any, d_probs: Tensor) -> None:
         """Take what the part's rows gave, by its own recipe."""
-        d_tokens = recipe.token_grads(matrices[0], self.fc1)
-        self.homes[part] = self.trip.home(d_tokens.to(self.dtype), part)
+        d_tokens = recipe.token_grads(d_hidden, self.fc1)
+        self.homes[part] = self.trip.home([d_tokens.to(self.dtype)], part)
+        self.d_probs[part] = d_probs
         if not self.wholes:
-            self.wholes = [self._empty(matrix) for matrix in matrices]
+            self.wholes = [self._empty(d_hidden), self._empty(active)]
         at, ends = self.at(part, recipe.rows).unsqueeze(1), self.recipe.rows.ends
-        for whole, matrix in zip(self.wholes, matrices, strict=True):
+        for whole, matrix in zip(self.wholes, (d_hidden, active), strict=True):
             for into, piece in zip(parts_of(whole), parts_of(matrix), strict=True):
                 rows = _matrix(_bytes(piece))
                 recipe.rows.ops.spread_rows(rows, at, ends, into=_matrix(_bytes(into)))
-
-    def _empty(self, like: Any) -> Any:
-        count = len(self.recipe.rows.order)
-        return whole_of(type(like), [t.new_empty(count, *t.shape[1:]) for t in parts_of(like)])
 
     def finish(self) -> list[Any]:
         """Return the matrices of all rows; token gradients are on their way home."""
         return self.wholes
 
+    def came_home(self) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the rows sent, and of the probabilities that are wanted."""
+        d_probs = torch.cat([self.d_probs[part] for part in self.trip.parts])
+        return _collected(self.trip, self.homes)[0], d_probs
 
-class _AtOnce(_Gradients):
+    def _empty(self, like: Any) -> Any:
+        count = len(self.recipe.rows.order)
+        return whole_of(type(like), [t.new_empty(count, *t.shape[1:]) for t in parts_of(like)])
+
+
+class _AtOnce(_PartByPart):
     """Parts write rows of the same matrices; token gradients come last, of all rows together.
 
     Nothing is joined, and travel is hidden by the weight gradients: enough where a link is fast.
@@ -177,14 +185,26 @@ class _AtOnce(_Gradients):
         num_rows = len(self.recipe.rows.order)
         return replace(rows, target=Target(self.at(part, rows), num_rows, self.wholes or None))
 
-    def add(self, part: Part, recipe: Recipe, *matrices: Any) -> None:
-        self.wholes = list(matrices)
+    def add(self, part: Part, recipe: Recipe, d_hidden: Any, active: Any, d_probs: Tensor) -> None:
+        self.wholes, self.d_probs[part] = [d_hidden, active], d_probs
 
     def finish(self) -> list[Any]:
         d_tokens = self.recipe.token_grads(self.wholes[0], self.fc1).to(self.dtype)
         for part in self.trip.parts:
-            self.homes[part] = self.trip.home(d_tokens[part.rows], part)
+            rows = [d_tokens[part.rows], self.d_probs[part]]
+            self.homes[part] = self.trip.home(rows, part)
         return self.wholes
+
+    def came_home(self) -> tuple[Tensor, Tensor]:
+        d_tokens, d_probs = _collected(self.trip, self.homes)
+        return d_tokens, d_probs
+
+
+def _collected(trip: Trip, homes: Mapping[Part, Pending[list[Tensor]]]) -> list[Tensor]:
+    """Return what came home with all parts, as it was packed."""
+    rows = {part: home.wait() for part, home in homes.items()}
+    number = len(next(iter(rows.values())))
+    return [trip.collected({part: came[i] for part, came in rows.items()}) for i in range(number)]
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -196,13 +216,11 @@ def _set_out(trip: Trip, source: Any) -> dict[Part, Pending[Any]]:
     sources = parts_of(source)
 
     def away(part: Part) -> Pending[Any]:
-        started = [trip.away(_bytes(tensor), part) for tensor in sources]
+        started = trip.away([_bytes(tensor) for tensor in sources], part)
 
         def wait() -> Any:
-            came = [
-                pending.wait().view(t.dtype) for pending, t in zip(started, sources, strict=True)
-            ]
-            return whole_of(type(source), came)
+            came = zip(started.wait(), sources, strict=True)
+            return whole_of(type(source), [rows.view(like.dtype) for rows, like in came])
 
         return Pending(wait)
 

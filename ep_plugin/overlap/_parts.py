@@ -10,7 +10,7 @@ What a rank receives from the rank at distance d it computes while the rank at d
 what this one has sent; so every part is a balanced exchange, and all ranks agree on its partners.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -56,25 +56,27 @@ class Trip:
             return sum(self.choices)
         return sum(self.choices[self._source(d)] for d in part.distances or [0])
 
-    def away(self, source: Tensor, part: Part) -> Pending[Tensor]:
-        """Start moving the part's rows from where they are `source` [P, ...]; those that come here.
+    def away(self, sources: Sequence[Tensor], part: Part) -> Pending[list[Tensor]]:
+        """Start moving the part's rows from where they are `sources` [P, ...]; those that come.
 
         This rank sends what others count to the same part.
         """
-        rows = [source] * self.size if self.to_all else torch.split(source, self.sent)
+        split = [[s] * self.size if self.to_all else torch.split(s, self.sent) for s in sources]
+        rows = [list(of_rank) for of_rank in zip(*split, strict=True)]
         if not part.distances:
             return Pending(lambda: rows[self.rank])
         outs = {self._target(d): rows[self._target(d)] for d in part.distances}
         ins = {self._source(d): self.received[self._source(d)] for d in part.distances}
         return self.dispatcher.swap(outs, ins, part.rows.start - self.own.rows.stop)
 
-    def home(self, rows: Tensor, part: Part) -> Pending[Tensor]:
+    def home(self, rows: Sequence[Tensor], part: Part) -> Pending[list[Tensor]]:
         """Start moving the part's `rows` back to where they came from; those that come home."""
         if not part.distances:
-            return Pending(lambda: rows)
+            return Pending(lambda: list(rows))
         sources = [self._source(d) for d in part.distances]
         counts = [self.received[source] for source in sources]
-        outs = dict(zip(sources, torch.split(rows, counts), strict=True))
+        split = [torch.split(tensor, counts) for tensor in rows]
+        outs = dict(zip(sources, zip(*split, strict=True), strict=True))
         ins = {self._target(d): self.sent[self._target(d)] for d in part.distances}
         before = sum(self.sent[self._target(d)] for d in range(1, part.distances.start))
         # What came on the way out may still be read.

@@ -42,10 +42,11 @@ def chunked(
     config: MoEConfig = experts.config
     recipes = experts.recipes(ids.numel())
     call = Call(
-        *(trip, ids, inbox.tokens_per_expert, config.activation, recipes),
+        *(trip, ids, probs.detach(), inbox.tokens_per_expert, config.activation, recipes),
         *(config.save, experts.totals, dispatcher.narrow),
     )
-    returned: Tensor = ChunkedExperts.apply(packed.outgoing, probs, *weights, call)
+    wanted = probs if packed.probs is None else packed.probs
+    returned: Tensor = ChunkedExperts.apply(packed.outgoing, wanted, *weights, call)
     output = dispatcher.unpack(returned, inbox)
     return output, None if block.shared_expert is None else block.shared_expert(hidden)
 
