@@ -10,24 +10,32 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}" RANKS="${RANKS:-2}" OUT="${OUT:-benchmarks/results}"
-SHAPES="${SHAPES:-dsv3 q3-235b q3-30b-ep8}" REPEATS="${REPEATS:-30}" ITERATIONS="${ITERATIONS:-100}"
+SHAPES="${SHAPES:-dsv3 q3-235b q3-30b-ep8}" REPEATS="${REPEATS:-20}" ITERATIONS="${ITERATIONS:-100}"
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 ranks=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS")
 read -ra shapes <<<"$SHAPES"
 mkdir -p "$OUT"
 
 run_tests() {
-    "$PYTHON" -m pytest -q -m multi_gpu tests
+    local side_by_side=()
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then side_by_side=(-n 4); fi
+    "$PYTHON" -m pytest -q "${side_by_side[@]}" -m multi_gpu tests
 }
 
 run_bench() {
+    local bench=("${ranks[@]}" -m ep_plugin.cli bench overlap --shapes "${shapes[@]}" --resume
+        --repeats "$REPEATS" --warm 5 --output "$OUT/two_gpus.json")
+    local trace=(--trace "$OUT/../two_gpus_trace.json" --trace-plot "$OUT/../two_gpus_trace.png")
+    local plot=(--plot "$OUT/../two_gpus.png")
+    # On one host; blockwise and hierarchical in steps that the host launches are left out.
+    local ways=(--recipes off rowwise
+        --dispatchers alltoall alltoall+dedup alltoall+dedup+fp8 symm_mem)
     if "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-        "${ranks[@]}" -m ep_plugin.cli bench overlap --shapes "${shapes[@]}" --cuda-graph \
-            --repeats "$REPEATS" --warm 5 --resume --output "$OUT/two_gpus.json"
+        "${bench[@]}" --cuda-graph "${trace[@]}"
+        "${bench[@]}" "${ways[@]}" "${plot[@]}"
+    else
+        "${bench[@]}" "${ways[@]}" "${plot[@]}" "${trace[@]}"
     fi
-    "${ranks[@]}" -m ep_plugin.cli bench overlap --shapes "${shapes[@]}" --repeats "$REPEATS" \
-        --warm 5 --resume --output "$OUT/two_gpus.json" --plot "$OUT/../two_gpus.png" \
-        --trace "$OUT/../two_gpus_trace.json" --trace-plot "$OUT/../two_gpus_trace.png"
 }
 
 run_train() {

@@ -93,5 +93,27 @@ def test_a_gpu_s_step_is_drawn_with_its_backward() -> None:
 def test_a_process_on_its_own_is_told_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "overlap", "--shapes", "tiny"]) == 2
     assert "torchrun --nproc-per-node 2" in capsys.readouterr().err
-    assert cli.main(["bench", "layer", "--trace", "x.json"]) == 2
-    assert "--trace is for overlap" in capsys.readouterr().err
+    for flag, value in (("--trace", "x.json"), ("--recipes", "off"), ("--dispatchers", "alltoall")):
+        assert cli.main(["bench", "layer", flag, value]) == 2
+        assert f"{flag} is for overlap" in capsys.readouterr().err
+
+
+def test_what_is_asked_for_is_measured_and_the_rest_resumed(tmp_path: Path) -> None:
+    rows_file = tmp_path / "rows.json"
+    found = []
+    for recipes, dispatchers in ((["off"], ["symm_mem"]), (["off", "rowwise"], ["symm_mem"])):
+        command = [
+            *(*RANKS, "-m", "ep_plugin.cli", "bench", "overlap", "--shapes", "tiny", "--resume"),
+            *("--repeats", "1", "--warm", "0", "--output", str(rows_file)),
+            *("--recipes", *recipes, "--dispatchers", *dispatchers),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(rows_file.read_text()))
+    first, both = found
+    assert [(row["backend"], row["schedule"]) for row in both] == [
+        *(("ep_plugin", "serial"), ("ep_plugin", "chunked")),
+        *(("ep_plugin+rowwise", "serial"), ("ep_plugin+rowwise", "chunked")),
+    ]
+    assert first == both[:2]

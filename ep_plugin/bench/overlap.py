@@ -15,7 +15,8 @@ a GPU meanwhile.
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, get_args
+from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from ep_plugin.bench.measure import Protocol, Step, Timing, captured
 from ep_plugin.bench.ours import as_contender, make_layer
 from ep_plugin.bench.rows import Row, make_row
 from ep_plugin.bench.shapes import Shape
-from ep_plugin.config import ConfigError, Fp8
+from ep_plugin.config import ConfigError
 from ep_plugin.groups import ExpertGroups, create_expert_groups
 from ep_plugin.layer import MoELayer
 from ep_plugin.parallel import ParallelConfig
@@ -69,6 +70,16 @@ def leave_ranks() -> None:
     dist.destroy_process_group()
 
 
+def _identity(
+    backend: str, precision: str, dispatcher: str, schedule: str, **where: Any
+) -> dict[str, Any]:
+    """Return what tells a row from others; `where` says shape, routing, ep and graph."""
+    return {
+        **{"bench": "overlap", "backend": backend, "precision": precision},
+        **{"dispatcher": dispatcher, "schedule": schedule, **where},
+    }
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A layer that takes part; ours also says how its exchange and computation go alone."""
@@ -78,12 +89,9 @@ class _Entry:
     schedule: str
     layer: MoELayer | None = None
 
-    def identity(self, shape: Shape, routing: str, ranks: int, graph: bool) -> dict[str, Any]:
-        return {
-            **{"bench": "overlap", "shape": shape.name, "routing": routing, "ep": ranks},
-            **{"backend": self.contender.backend, "precision": self.contender.precision},
-            **{"dispatcher": self.dispatcher, "schedule": self.schedule, "graph": graph},
-        }
+    def identity(self, **where: Any) -> dict[str, Any]:
+        name = self.contender.backend, self.contender.precision
+        return _identity(*name, self.dispatcher, self.schedule, **where)
 
     @property
     def way(self) -> str:
@@ -100,11 +108,14 @@ class _Entry:
 def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
     """Return a row for each recipe, dispatcher and schedule that is not measured yet."""
     ranks, protocol = dist.get_world_size(), contest.protocol
-    where = shape, routing, ranks, contest.cuda_graph
+    where = {"shape": shape.name, "routing": routing, "ep": ranks, "graph": contest.cuda_graph}
     case = make_case(replace(shape, experts=shape.experts * ranks), routing, protocol.device)
     groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ranks))
-    entries = _take_part(contest, case, groups)
-    entries = [e for e in entries if not contest.has(**e.identity(*where))]
+    entries = [
+        entry
+        for entry in _take_part(contest, case, groups, where)
+        if not contest.has(**entry.identity(**where))
+    ]
     alone = {e.way: Alone(e.layer, case) for e in entries if e.layer is not None}
     steps: dict[str, Step] = {}
     pool = torch.cuda.graph_pool_handle() if contest.cuda_graph else None
@@ -131,7 +142,7 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
             make_row(
                 protocol.device,
                 with_weights(own["step"], weights),
-                **entry.identity(*where),
+                **entry.identity(**where),
                 **_hidden(shared.get(entry.way), own["step"].median),
                 covered_share=covered[entry.name],
                 weight_quant_ms=weights,
@@ -153,29 +164,31 @@ def _hidden(parts: dict[str, float] | None, together: float) -> dict[str, Any]:
     return {**parts, "hidden_share": min(1.0, max(0.0, saved / exchange))}
 
 
-def _take_part(contest: Contest, case: Case, groups: ExpertGroups) -> list[_Entry]:
+def _take_part(
+    contest: Contest, case: Case, groups: ExpertGroups, where: dict[str, Any]
+) -> list[_Entry]:
     """Return what can run, after a step each; why another cannot is noted."""
     found = []
-    graph = contest.cuda_graph
-    dispatchers = {n: o for n, o in DISPATCHERS.items() if n in CAPTURABLE or not graph}
-    for name, precision in contest.entries((OURS,) if graph else (OURS, PEER)):
+    names = contest.dispatchers or tuple(DISPATCHERS)
+    dispatchers = [n for n in names if n in CAPTURABLE or not contest.cuda_graph]
+    for name, precision in contest.entries((OURS,) if contest.cuda_graph else (OURS, PEER)):
         if name == PEER:
             with contest.attempt(name, precision):
                 for contender in peer(name)(case, precision):
                     train_step(case, contender)(0)
                     found.append(_Entry(contender, "alltoall", "serial"))
             continue
-        for recipe in get_args(Fp8):
-            if (recipe == "off") != (precision == "bf16"):
-                continue
+        recipes = [r for r in contest.recipes if (r == "off") == (precision == "bf16")]
+        for recipe, dispatcher, schedule in product(recipes, dispatchers, SCHEDULES):
             backend = OURS if recipe == "off" else f"{OURS}+{recipe}"
-            for dispatcher, options in dispatchers.items():
-                for schedule in SCHEDULES:
-                    with contest.attempt(backend, precision):
-                        layer = make_layer(case, groups, fp8=recipe, overlap=schedule, **options)
-                        contender = as_contender(layer, backend, precision)
-                        train_step(case, contender)(0)
-                        found.append(_Entry(contender, dispatcher, schedule, layer))
+            if contest.has(**_identity(backend, precision, dispatcher, schedule, **where)):
+                continue
+            options = {"fp8": recipe, "overlap": schedule, **DISPATCHERS[dispatcher]}
+            with contest.attempt(backend, precision):
+                layer = make_layer(case, groups, **options)
+                contender = as_contender(layer, backend, precision)
+                train_step(case, contender)(0)
+                found.append(_Entry(contender, dispatcher, schedule, layer))
     return found
 
 

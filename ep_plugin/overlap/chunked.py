@@ -3,16 +3,18 @@
 A rank's own tokens need no exchange. For 3 ranks with the others in two chunks:
 
     network   dispatch 1 | dispatch 2 |            | combine 1 | combine 2
-    compute   own, first half | chunk 1 | chunk 2  | own, second half
+    compute   own, fc1 | chunk 1 | chunk 2 | own, fc2
 
     network   gradients 1 | gradients 2 |    | token gradients 1, 2
     compute   own           | chunk 1 | chunk 2 | weight gradients
 
 In the backward each part's rows get their gradients as they come, and the weights theirs once, last
 of all and over all rows in the order of `serial`: no sum is taken in another order, so no result
-differs. With one rank there is nothing to hide and the order is that of `serial`.
+differs. Through `alltoall` a part's token gradients set out before the next part is computed.
+Through `symm_mem` copy engines are fast enough to wait for all parts, and there is less to compute:
+no row is moved to join parts. With one rank there is nothing to hide and the order is `serial`'s.
 
-Host syncs: those of the dispatcher's `pack`.
+Host syncs: those of the dispatcher's `pack`; through `symm_mem` none while a graph is captured.
 """
 
 from functools import partial
