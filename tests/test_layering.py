@@ -45,15 +45,16 @@ TABLE = {
     "gemm": Row("contracts config", "torch transformer_engine deep_gemm"),
     "autotune": Row("contracts config registry", "torch"),
     "e4m3": Row("", "torch"),
+    "records": Row("", "torch"),
     "permute": Row("kernels", "torch"),  # on CUDA, from inside a function
     "replicas": Row("contracts permute", "torch"),
     "kernels": Row("config e4m3 permute", "torch triton"),
-    "fp8": Row("contracts config e4m3 kernels", "torch"),
-    "fused_experts": Row("contracts config kernels", "torch"),
+    "fp8": Row("contracts config e4m3 kernels records", "torch"),
+    "fused_experts": Row("contracts config kernels records", "torch"),
     "experts": Row(
         "contracts config registry autotune groups permute kernels fp8 fused_experts", "torch"
     ),
-    "overlap": Row("contracts config fused_experts kernels permute", "torch"),
+    "overlap": Row("contracts config fused_experts kernels permute records", "torch"),
     "layer": Row("contracts config parallel registry groups experts replicas", "torch"),
     # beside the core
     "convert": Row("config presets registry", "torch tqdm safetensors transformers"),
@@ -63,7 +64,7 @@ TABLE = {
     "presets": Row("config registry"),
     "plan": Row("config parallel presets", "matplotlib"),
     "bench": Row(
-        "autotune config contracts e4m3 registry groups parallel kernels fp8 router layer",
+        "autotune config contracts e4m3 registry groups parallel kernels fp8 router overlap layer",
         # its peers, beside what it draws with
         "torch tqdm matplotlib megatron transformer_engine sonicmoe liger_kernel deep_gemm",
     ),
@@ -75,8 +76,8 @@ TABLE = {
     "run": Row("config"),
     # the edge: the only folder that imports Megatron
     "megatron": Row(
-        "config parallel contracts groups registry router experts fused_experts layer presets "
-        "audit convert",
+        "config parallel contracts groups registry router experts fused_experts records layer "
+        "presets audit convert",
         "torch megatron",
     ),
 }

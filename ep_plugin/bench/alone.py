@@ -11,7 +11,7 @@ from ep_plugin.bench.covered import spans_of
 from ep_plugin.bench.measure import Protocol
 from ep_plugin.contracts import Dispatched, Routing, combine, dispatch
 from ep_plugin.layer import MoELayer
-from ep_plugin.overlap._parts import Trip
+from ep_plugin.overlap.chunked import exchange_alone
 
 
 @dataclass(frozen=True)
@@ -20,29 +20,6 @@ class Wire:
 
     ms: float  # of the kernels
     num_bytes: float  # of tokens and their gradients that leave this rank
-
-
-class _Swaps(torch.autograd.Function):
-    """Rows to the other ranks and home as they are; gradients of `probs` go home beside theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, outgoing: Tensor, probs: Tensor, trip: Trip) -> Tensor:
-        ctx.trip, ctx.probs = trip, probs.detach()
-        return _there_and_back(trip, outgoing, [])[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden, probs = _there_and_back(ctx.trip, grads[0].contiguous(), [ctx.probs])
-        return hidden, probs, None
-
-
-def _there_and_back(trip: Trip, rows: Tensor, beside: list[Tensor]) -> list[Tensor]:
-    came = {part: trip.away([rows], part) for part in (*trip.others, trip.own)}
-    homes = {
-        part: trip.home([*pending.wait(), *beside], part).wait() for part, pending in came.items()
-    }
-    number = len(homes[trip.own])
-    return [trip.collected({part: home[i] for part, home in homes.items()}) for i in range(number)]
 
 
 class Alone:
@@ -72,11 +49,7 @@ class Alone:
         if not self.by_swaps:
             inbox = dispatch(dispatcher, tokens, routing)
             return inbox, combine(dispatcher, inbox.tokens, inbox)
-        packed = dispatcher.pack(tokens, routing)
-        inbox = packed.complete(tokens)
-        trip = Trip(dispatcher, packed, 1)
-        returned: Tensor = _Swaps.apply(packed.outgoing, packed.probs, trip)
-        return inbox, dispatcher.unpack(returned, inbox)
+        return exchange_alone(dispatcher, tokens, routing)
 
     def compute(self, index: int) -> None:
         """Router and experts, on tokens that were received before."""

@@ -22,8 +22,8 @@ from torch import Tensor
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.e4m3 import BLOCK, Blocks8
 from ep_plugin.fp8._check import check_recipe
-from ep_plugin.fused_experts import joined
 from ep_plugin.kernels import Rows, select
+from ep_plugin.records import joined
 
 
 @dataclass(frozen=True)

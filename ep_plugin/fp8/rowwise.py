@@ -15,8 +15,8 @@ from torch import Tensor
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.e4m3 import Columns8, Rows8, Weight8
 from ep_plugin.fp8._check import check_recipe
-from ep_plugin.fused_experts import joined
 from ep_plugin.kernels import Rows, select
+from ep_plugin.records import joined
 
 MULTIPLE = 16  # of every dimension: the product reads 16 bytes at a time
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ep_plugin.config import ConfigError
 from ep_plugin.contracts import Dispatched, Routing, compute
-from ep_plugin.fused_experts import parts_of
+from ep_plugin.records import parts_of
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,11 @@ from torch import Tensor
 
 from ep_plugin.config import Save
 from ep_plugin.contracts import Pending
-from ep_plugin.fused_experts import (
-    Recipe,
-    Totals,
-    delivered,
-    joined,
-    parts_of,
-    saved,
-    take,
-    whole_of,
-)
+from ep_plugin.fused_experts import Recipe, Totals, delivered, saved, take
 from ep_plugin.kernels import Rows, Target, plan
 from ep_plugin.overlap._parts import Part, Trip
 from ep_plugin.permute import count_choices
+from ep_plugin.records import joined, parts_of, whole_of
 
 
 @dataclass(frozen=True)
@@ -129,6 +121,25 @@ class ChunkedExperts(torch.autograd.Function):
         d_fc1 = recipe.fc1_grads(d_hidden, kept if recipe.takes_pieces else joined(kept), into[0])
         weights = delivered(d_fc1, fc1), delivered(d_fc2, fc2)
         return *sums.came_home(), *weights, None
+
+
+class ThereAndBack(torch.autograd.Function):
+    """Rows to the other ranks and home as they are; gradients of `probs` go home beside theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, outgoing: Tensor, probs: Tensor, trip: Trip) -> Tensor:
+        ctx.trip, ctx.probs = trip, probs.detach()
+        return _there_and_back(trip, outgoing, [])[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, probs = _there_and_back(ctx.trip, grads[0].contiguous(), [ctx.probs])
+        return hidden, probs, None
+
+
+def _there_and_back(trip: Trip, rows: Tensor, beside: list[Tensor]) -> list[Tensor]:
+    came = _set_out(trip, rows)
+    return _collected(trip, {p: trip.home([c.wait(), *beside], p) for p, c in came.items()})
 
 
 class _PartByPart:

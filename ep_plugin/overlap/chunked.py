@@ -22,8 +22,8 @@ from functools import partial
 from torch import Tensor
 
 from ep_plugin.config import ConfigError, MoEConfig
-from ep_plugin.contracts import Block, PeerDispatcher, Routing, Schedule
-from ep_plugin.overlap._function import Call, ChunkedExperts
+from ep_plugin.contracts import Block, Dispatched, PeerDispatcher, Routing, Schedule
+from ep_plugin.overlap._function import Call, ChunkedExperts, ThereAndBack
 from ep_plugin.overlap._in_order import in_order
 from ep_plugin.overlap._parts import Trip
 
@@ -51,6 +51,20 @@ def chunked(
     returned: Tensor = ChunkedExperts.apply(packed.outgoing, wanted, *weights, call)
     output = dispatcher.unpack(returned, inbox)
     return output, None if block.shared_expert is None else block.shared_expert(hidden)
+
+
+def exchange_alone(
+    dispatcher: PeerDispatcher, hidden: Tensor, routing: Routing
+) -> tuple[Dispatched, Tensor]:
+    """Return what `hidden` [T, H] is dispatched as, without tokens, and itself, there and back.
+
+    The dispatcher must send all tokens to all ranks.
+    """
+    packed = dispatcher.pack(hidden, routing)
+    inbox = packed.complete(packed.outgoing.new_empty(0))
+    trip = Trip(dispatcher, packed, 1)
+    returned: Tensor = ThereAndBack.apply(packed.outgoing, packed.probs, trip)
+    return inbox, dispatcher.unpack(returned, inbox)
 
 
 def build(config: MoEConfig, block: Block) -> Schedule:
