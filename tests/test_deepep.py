@@ -86,6 +86,7 @@ def refusals() -> list[str]:
         lambda: build(replace(CONFIG, hidden_size=24), groups),
         lambda: build(replace(CONFIG, hidden_size=8192), groups),
         lambda: build(replace(CONFIG, routing=RoutingConfig(router_dtype="fp64")), groups),
+        lambda: build(replace(CONFIG, num_experts=516), groups),
     ]
     said = []
     for attempt in tries:
@@ -107,6 +108,7 @@ REFUSED = [
     "needs a hidden_size that is a multiple of 16, 8176 at most; got 24",
     "needs a hidden_size that is a multiple of 16, 8176 at most; got 8192",
     "needs probabilities in fp32; got fp64; router_dtype = fp32 would do",
+    "needs at most 128 experts of a rank; got 129; dispatcher 'alltoall' would do",
     "carries tokens in bfloat16; got torch.float32; a layer in bfloat16 or dispatcher 'alltoall'",
 ]
 

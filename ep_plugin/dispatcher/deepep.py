@@ -36,6 +36,7 @@ from ep_plugin.permute import count_choices
 RANKS = (2, 4, 8)  # that the kernels are compiled for
 STEP, MOST_HIDDEN = 16, 8176  # the hidden sizes they take: multiples, up to
 MOST_CHOICES = 32  # of a token
+MOST_EXPERTS = 128  # of a rank
 
 
 class _Trip:
@@ -175,6 +176,7 @@ def build(config: MoEConfig, groups: ExpertGroups) -> DeepEPDispatcher:
     Raises ConfigError for what DeepEP's kernels for one host do not take.
     """
     hidden, routing, alltoall = config.hidden_size, config.routing, "dispatcher 'alltoall'"
+    local = config.num_experts // groups.ep_size
     sizes = f"a hidden_size that is a multiple of {STEP}, {MOST_HIDDEN} at most"
     rules: list[tuple[bool, str, Any, str]] = [  # whether it is met, rule, value, what would do
         (groups.ep_etp is not None, "process groups", None, "dispatcher 'local'"),
@@ -183,6 +185,7 @@ def build(config: MoEConfig, groups: ExpertGroups) -> DeepEPDispatcher:
         (config.dispatch_dtype == "bf16", "dispatch_dtype = bf16", config.dispatch_dtype, alltoall),
         (hidden % STEP == 0 and hidden <= MOST_HIDDEN, sizes, hidden, alltoall),
         (routing.topk <= MOST_CHOICES, f"topk <= {MOST_CHOICES}", routing.topk, alltoall),
+        (local <= MOST_EXPERTS, f"at most {MOST_EXPERTS} experts of a rank", local, alltoall),
         (
             *(routing.router_dtype != "fp64", "probabilities in fp32"),
             *(routing.router_dtype, "router_dtype = fp32"),
