@@ -2,13 +2,13 @@
 # How speed and memory scale with expert parallelism on the GPUs of one host, and real-size models
 # beside Megatron's own MoE. Each step takes a few minutes and can be repeated alone:
 #
-#     ./benchmarks/eight_gpus.sh scaling          the layer at EP = 1, 2, 4, ... RANKS
+#     ./benchmarks/eight_gpus.sh ep1 ep2 ep4 ep8  the layer at EP = 1, 2, 4, 8
 #     ./benchmarks/eight_gpus.sh qwen3 mixtral    tokens per second in Megatron's loop, bf16 and FP8
 #     ./benchmarks/eight_gpus.sh layouts          tensor, pipeline and expert parallelism compared
 #     ./benchmarks/eight_gpus.sh foreseen         measured exchanges beside the network model's
 #
 # RANKS=8 by default. Rows go to benchmarks/results/eight_gpus.json. To see that it works without
-# GPUs: SMALL=1 RANKS=8 OUT=runs/eight_gpus ./benchmarks/eight_gpus.sh scaling qwen3 layouts
+# GPUs: SMALL=1 RANKS=8 OUT=runs/eight_gpus ./benchmarks/eight_gpus.sh ep1 ep8 qwen3 layouts
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}" RANKS="${RANKS:-8}" OUT="${OUT:-benchmarks/results}"
@@ -30,22 +30,19 @@ if ! "$PYTHON" -c 'import torch, transformer_engine; assert torch.cuda.is_availa
     precisions=(bf16) # Megatron has FP8 experts with Transformer Engine alone
 fi
 
-bench_overlap() {
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1" -m ep_plugin.cli \
-        bench overlap --shapes "${shapes[@]}" --repeats "$repeats" --warm 5 --resume \
-        --output "$rows" "${@:2}"
-}
-
-run_scaling() {
-    local ep
-    "$PYTHON" -m ep_plugin.cli bench layer --shapes "${shapes[@]}" --backends ep_plugin \
-        --repeats "$repeats" --warm 5 --resume --output "$rows"
-    for ((ep = 2; ep <= RANKS; ep *= 2)); do
-        bench_overlap "$ep"
-        if "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-            bench_overlap "$ep" --cuda-graph
-        fi
-    done
+run_ep() {
+    if [[ "$1" == 1 ]]; then
+        "$PYTHON" -m ep_plugin.cli bench layer --shapes "${shapes[@]}" --backends ep_plugin \
+            --repeats "$repeats" --warm 5 --resume --output "$rows"
+        return
+    fi
+    local bench=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1"
+        -m ep_plugin.cli bench overlap --shapes "${shapes[@]}" --repeats "$repeats" --warm 5
+        --resume --output "$rows" --recipes off rowwise)
+    if "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+        "${bench[@]}" --cuda-graph
+    fi
+    "${bench[@]}" --dispatchers alltoall+dedup symm_mem
 }
 
 train() {
@@ -73,9 +70,10 @@ if (($# == 0)); then
 fi
 for step in "$@"; do
     case "$step" in
-    scaling | qwen3 | mixtral | layouts | foreseen) "run_$step" ;;
+    qwen3 | mixtral | layouts | foreseen) "run_$step" ;;
+    ep[1-9]) run_ep "${step#ep}" ;;
     *)
-        echo "error: steps are scaling, qwen3, mixtral, layouts, foreseen; got '$step'" >&2
+        echo "error: steps are ep1 to ep9, qwen3, mixtral, layouts, foreseen; got '$step'" >&2
         exit 2
         ;;
     esac

@@ -24,6 +24,7 @@ from ep_plugin import (
 from ep_plugin.config import Fp8
 from ep_plugin.contracts import Dispatched, Dispatcher, Routing, combine, dispatch
 from ep_plugin.dispatcher import symm_mem
+from ep_plugin.overlap.chunked import exchange_alone
 from ep_plugin.registry import resolve
 
 EXPERTS = 16
@@ -186,6 +187,21 @@ def chunks_allow_for_all(device: str, fp8: Fp8) -> int:
             dist.barrier()
         assert_equal(results[1], results[0], f"{tokens} tokens, fp8 {fp8}")
     return len(results[0])
+
+
+def goes_there_and_back(device: str) -> int:
+    """The exchange of schedule chunked by itself: every rank returns what it got."""
+    ranks = dist.get_world_size()
+    dispatcher: Any = both(make_groups(ranks))[1]
+    ids = random_ids("random", 11, 3, seed=2).to(device)
+    hidden, probs = leaves(ids, 8, torch.float32)
+    routing = Routing(ids, probs, count(ids, EXPERTS))
+    inbox, returned = exchange_alone(dispatcher, hidden, routing)
+    returned.backward(torch.ones_like(returned))
+    wanted = ranks * hidden.detach(), torch.full_like(hidden, ranks), torch.full_like(probs, ranks)
+    torch.testing.assert_close((returned.detach(), hidden.grad, probs.grad), wanted)
+    assert len(inbox.expert_ids) == ranks * dispatcher.most_tokens
+    return len(ids)
 
 
 def grows(device: str) -> list[int]:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ep_plugin import cli
+from ep_plugin.bench.measure import Timing
+from ep_plugin.bench.rows import make_row, table
 
 RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -96,6 +99,26 @@ def test_a_process_on_its_own_is_told_how_to_start(capsys: pytest.CaptureFixture
     for flag, value in (("--trace", "x.json"), ("--recipes", "off"), ("--dispatchers", "alltoall")):
         assert cli.main(["bench", "layer", flag, value]) == 2
         assert f"{flag} is for overlap" in capsys.readouterr().err
+
+
+def test_rows_are_beside_serial_on_as_many_ranks() -> None:
+    cpu = torch.device("cpu")
+    where = {"bench": "overlap", "shape": "tiny", "routing": "balanced", "backend": "ep_plugin"}
+    where |= {"precision": "bf16", "dispatcher": "symm_mem"}
+    rows = [
+        make_row(cpu, Timing(ms, ms, ms), **where, ep=ep, schedule=schedule)
+        for ep, schedule, ms in (
+            *((2, "serial", 1.0), (2, "chunked", 2.0)),
+            *((4, "serial", 10.0), (4, "chunked", 5.0)),
+        )
+    ]
+    said = table(rows)
+    ratios = [
+        line.partition(" x serial")[0].split()[-1] for line in said.splitlines() if " x " in line
+    ]
+    assert ratios == ["1.00", "2.00", "1.00", "0.50"]
+    assert "tiny, ep=2, balanced" in said
+    assert "tiny, ep=4, balanced" in said
 
 
 def test_what_is_asked_for_is_measured_and_the_rest_resumed(tmp_path: Path) -> None:

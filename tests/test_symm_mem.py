@@ -77,6 +77,10 @@ def test_chunks_of_nobody_are_no_one_s(fp8: Fp8) -> None:
     assert run_ranks(2, cases.chunks_allow_for_all, "cpu", fp8) == [5, 5]
 
 
+def test_the_exchange_of_chunks_goes_there_and_back() -> None:
+    assert run_ranks(4, cases.goes_there_and_back, "cpu") == [11, 14, 17, 20]
+
+
 def large_group() -> str:
     """Its buffers have room for what comes, and it is not captured."""
     with patch.object(symm_mem, "_GRAPH_RANKS", 1):

@@ -25,7 +25,8 @@ def draw(rows: list[Row]) -> Figure:
     matplotlib.rcParams.update({"font.size": 9, "legend.frameon": False})
     panels: dict[str, list[Row]] = {}
     for row in rows:
-        panels.setdefault(f"{row['shape']}, {row['routing']}", []).append(row)
+        ranks = f", ep={row['ep']}" if row["ep"] > 1 else ""
+        panels.setdefault(f"{row['shape']}{ranks}, {row['routing']}", []).append(row)
     counts = [len(members) for members in panels.values()] or [1]
     columns = min(2, len(counts)) if 2 * min(counts) >= max(counts) else 1
     lines = math.ceil(len(counts) / columns)

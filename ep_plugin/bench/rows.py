@@ -104,7 +104,9 @@ def table(rows: list[Row]) -> str:
     serial = {_pair(row): row["ms"] for row in rows if row["schedule"] == "serial"}
     for row in sorted(rows, key=lambda row: str(_group(row))):
         floor = "copy here" if row["bench"] == "kernels" else "one H100"
-        title = f"{row['bench']} {row['shape']}, {row['routing']}, {row['device']}; floor: {floor}"
+        ranks = f", ep={row['ep']}" if row["ep"] > 1 else ""
+        title = f"{row['bench']} {row['shape']}{ranks}, {row['routing']}, {row['device']}"
+        title += f"; floor: {floor}"
         if title != heading:
             lines += ["", title]
             heading = title
@@ -116,7 +118,7 @@ def table(rows: list[Row]) -> str:
 
 
 def _group(row: Row) -> tuple[Any, ...]:
-    return (row["bench"], row["shape"], row["routing"], row["device"], row["op"])
+    return (row["bench"], row["shape"], row["ep"], row["routing"], row["device"], row["op"])
 
 
 def _pair(row: Row) -> tuple[Any, ...]:

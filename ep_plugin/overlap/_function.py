@@ -3,10 +3,10 @@
 The mathematics are those of `fused_experts`: a `Recipe` for the rows of each part, and one for all
 rows, in the order that one after another would give them, for the weight gradients; so every result
 has the same bits. What that costs beside `FusedExperts`, in bytes of device memory traffic for a
-row of the experts, b bytes wide in what weight gradients read (2, or 1 for rowwise): the activation
-and the gradients of the pre-activations are moved once, 6 F b (gated); with bf16 the gradients of
-the output are spread a second time, 2 H b; the tokens are kept part by part and then joined, as are
-the gradients of the output, 2 H b each for each token received; rowwise quantises those twice, 3 H.
+row of the experts, b bytes wide in what weight gradients read (2, or 1 for rowwise): with bf16 the
+gradients of the output are spread a second time, 2 H b; with FP8 what is kept of tokens and of
+gradients is joined, 2 H b each for a token received; and where token gradients go home part by
+part, the activation and the gradients of the pre-activations are moved once, 6 F b (gated).
 """
 
 from collections.abc import Callable, Mapping
@@ -124,22 +124,23 @@ class ChunkedExperts(torch.autograd.Function):
 
 
 class ThereAndBack(torch.autograd.Function):
-    """Rows to the other ranks and home as they are; gradients of `probs` go home beside theirs."""
+    """Rows to the other ranks and home as they are; ones go home as gradients of `probs`."""
 
     @staticmethod
     def forward(ctx: Any, outgoing: Tensor, probs: Tensor, trip: Trip) -> Tensor:
-        ctx.trip, ctx.probs = trip, probs.detach()
-        return _there_and_back(trip, outgoing, [])[0]
+        ctx.trip, ctx.choices = trip, probs.shape[1]
+        homes = {p: trip.home([came.wait()], p) for p, came in _set_out(trip, outgoing).items()}
+        return _collected(trip, homes)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden, probs = _there_and_back(ctx.trip, grads[0].contiguous(), [ctx.probs])
+        homes = {}
+        for part, pending in _set_out(ctx.trip, grads[0].contiguous()).items():
+            came = pending.wait()
+            beside = came.new_ones(len(came), ctx.choices, dtype=torch.float32)
+            homes[part] = ctx.trip.home([came, beside], part)
+        hidden, probs = _collected(ctx.trip, homes)
         return hidden, probs, None
-
-
-def _there_and_back(trip: Trip, rows: Tensor, beside: list[Tensor]) -> list[Tensor]:
-    came = _set_out(trip, rows)
-    return _collected(trip, {p: trip.home([c.wait(), *beside], p) for p, c in came.items()})
 
 
 class _PartByPart:
