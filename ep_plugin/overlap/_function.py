@@ -9,7 +9,7 @@ gradients is joined, 2 H b each for a token received; and where token gradients 
 part, the activation and the gradients of the pre-activations are moved once, 6 F b (gated).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ep_plugin.config import Save
-from ep_plugin.contracts import Pending
 from ep_plugin.fused_experts import Recipe, Totals, delivered, saved, take
-from ep_plugin.kernels import Rows, Target, plan
-from ep_plugin.overlap._parts import Part, Trip
+from ep_plugin.kernels import Rows, plan
+from ep_plugin.overlap._gradients import AtOnce, PartByPart
+from ep_plugin.overlap._parts import Part, Trip, collected, set_out
 from ep_plugin.permute import count_choices
 from ep_plugin.records import joined, parts_of, whole_of
 
@@ -68,7 +68,7 @@ class ChunkedExperts(torch.autograd.Function):
     ) -> Tensor:
         trip = call.trip
         sent = outgoing if call.narrow is None else call.narrow(outgoing)
-        arrivals = _set_out(trip, sent)
+        arrivals = set_out(trip, sent)
         recipes = {part: call.recipe(part) for part in trip.parts}
         kept, held, homes = {}, {}, {}
 
@@ -94,16 +94,16 @@ class ChunkedExperts(torch.autograd.Function):
         ctx.call, ctx.recipes = call, [recipes[part] for part in trip.parts]
         records = [by_part[part] for by_part in (kept, held) for part in trip.parts]
         _save(ctx, (call.probs, fc1, fc2), records)
-        return _collected(trip, homes)[0]
+        return collected(trip, homes)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         call: Call = ctx.call
         trip, (probs, fc1, fc2), records = call.trip, *_saved(ctx)
         kept, held = records[: len(trip.parts)], records[len(trip.parts) :]
-        arrivals = _set_out(trip, grads[0].contiguous())
+        arrivals = set_out(trip, grads[0].contiguous())
         recipe = call.recipes(call.all_rows())
-        sums = (_AtOnce if trip.to_all else _PartByPart)(trip, recipe, fc1, grads[0].dtype)
+        sums = (AtOnce if trip.to_all else PartByPart)(trip, recipe, fc1, grads[0].dtype)
         came, incoming = [], []
         for part, own, tokens, hidden in zip(trip.parts, ctx.recipes, kept, held, strict=True):
             came.append(arrivals[part].wait())
@@ -129,119 +129,18 @@ class ThereAndBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outgoing: Tensor, probs: Tensor, trip: Trip) -> Tensor:
         ctx.trip, ctx.choices = trip, probs.shape[1]
-        homes = {p: trip.home([came.wait()], p) for p, came in _set_out(trip, outgoing).items()}
-        return _collected(trip, homes)[0]
+        homes = {p: trip.home([came.wait()], p) for p, came in set_out(trip, outgoing).items()}
+        return collected(trip, homes)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         homes = {}
-        for part, pending in _set_out(ctx.trip, grads[0].contiguous()).items():
+        for part, pending in set_out(ctx.trip, grads[0].contiguous()).items():
             came = pending.wait()
             beside = came.new_ones(len(came), ctx.choices, dtype=torch.float32)
             homes[part] = ctx.trip.home([came, beside], part)
-        hidden, probs = _collected(ctx.trip, homes)
+        hidden, probs = collected(ctx.trip, homes)
         return hidden, probs, None
-
-
-class _PartByPart:
-    """Token gradients travel home as soon as a part has them; all else is joined behind it."""
-
-    def __init__(self, trip: Trip, recipe: Recipe, fc1: Tensor, dtype: torch.dtype) -> None:
-        self.trip, self.recipe, self.fc1, self.dtype = trip, recipe, fc1, dtype
-        self.homes: dict[Part, Pending[list[Tensor]]] = {}
-        self.d_probs: dict[Part, Tensor] = {}
-        self.wholes: list[Any] = []  # gradients of pre-activations, activation
-
-    def at(self, part: Part, rows: Rows) -> Tensor:
-        """Return where among all rows those of the part are: [R] int32."""
-        return self.recipe.rows.place[part.rows].flatten()[rows.order]
-
-    def aimed(self, part: Part, rows: Rows) -> Rows:
-        """Return the part's `rows`, with where the two matrices are to be written."""
-        return rows
-
-    def add(self, part: Part, recipe: Recipe, d_hidden: Any, active: Any, d_probs: Tensor) -> None:
-        """Take what the part's rows gave, by its own recipe."""
-        d_tokens = recipe.token_grads(d_hidden, self.fc1)
-        self.homes[part] = self.trip.home([d_tokens.to(self.dtype)], part)
-        self.d_probs[part] = d_probs
-        if not self.wholes:
-            self.wholes = [self._empty(d_hidden), self._empty(active)]
-        at, ends = self.at(part, recipe.rows).unsqueeze(1), self.recipe.rows.ends
-        for whole, matrix in zip(self.wholes, (d_hidden, active), strict=True):
-            for into, piece in zip(parts_of(whole), parts_of(matrix), strict=True):
-                rows = _matrix(_bytes(piece))
-                recipe.rows.ops.spread_rows(rows, at, ends, into=_matrix(_bytes(into)))
-
-    def finish(self) -> list[Any]:
-        """Return the matrices of all rows; token gradients are on their way home."""
-        return self.wholes
-
-    def came_home(self) -> tuple[Tensor, Tensor]:
-        """Return the gradients of the rows sent, and of the probabilities that are wanted."""
-        d_probs = torch.cat([self.d_probs[part] for part in self.trip.parts])
-        return _collected(self.trip, self.homes)[0], d_probs
-
-    def _empty(self, like: Any) -> Any:
-        count = len(self.recipe.rows.order)
-        return whole_of(type(like), [t.new_empty(count, *t.shape[1:]) for t in parts_of(like)])
-
-
-class _AtOnce(_PartByPart):
-    """Parts write rows of the same matrices; token gradients come last, of all rows together.
-
-    Nothing is joined, and travel is hidden by the weight gradients: enough where a link is fast.
-    """
-
-    def aimed(self, part: Part, rows: Rows) -> Rows:
-        num_rows = len(self.recipe.rows.order)
-        return replace(rows, target=Target(self.at(part, rows), num_rows, self.wholes or None))
-
-    def add(self, part: Part, recipe: Recipe, d_hidden: Any, active: Any, d_probs: Tensor) -> None:
-        self.wholes, self.d_probs[part] = [d_hidden, active], d_probs
-
-    def finish(self) -> list[Any]:
-        d_tokens = self.recipe.token_grads(self.wholes[0], self.fc1).to(self.dtype)
-        for part in self.trip.parts:
-            rows = [d_tokens[part.rows], self.d_probs[part]]
-            self.homes[part] = self.trip.home(rows, part)
-        return self.wholes
-
-    def came_home(self) -> tuple[Tensor, Tensor]:
-        d_tokens, d_probs = _collected(self.trip, self.homes)
-        return d_tokens, d_probs
-
-
-def _collected(trip: Trip, homes: Mapping[Part, Pending[list[Tensor]]]) -> list[Tensor]:
-    """Return what came home with all parts, as it was packed."""
-    rows = {part: home.wait() for part, home in homes.items()}
-    number = len(next(iter(rows.values())))
-    return [trip.collected({part: came[i] for part, came in rows.items()}) for i in range(number)]
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    return tensor.unsqueeze(1) if tensor.dim() == 1 else tensor
-
-
-def _set_out(trip: Trip, source: Any) -> dict[Part, Pending[Any]]:
-    """Start all of the way out for `source` [P, H], or a record of it; the network's part first."""
-    sources = parts_of(source)
-
-    def away(part: Part) -> Pending[Any]:
-        started = trip.away([_bytes(tensor) for tensor in sources], part)
-
-        def wait() -> Any:
-            came = zip(started.wait(), sources, strict=True)
-            return whole_of(type(source), [rows.view(like.dtype) for rows, like in came])
-
-        return Pending(wait)
-
-    return {part: away(part) for part in (*trip.others, trip.own)}
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """Return e4m3 as bytes, which every backend can send."""
-    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
 def _save(ctx: Any, tensors: tuple[Tensor, ...], records: list[Any]) -> None:

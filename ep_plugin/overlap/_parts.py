@@ -13,12 +13,14 @@ what this one has sent; so every part is a balanced exchange, and all ranks agre
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ep_plugin.contracts import Packed, PeerDispatcher, Pending
 from ep_plugin.kernels import select
+from ep_plugin.records import parts_of, whole_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,3 +103,31 @@ class Trip:
 
     def _target(self, distance: int) -> int:
         return (self.rank - distance) % self.size
+
+
+def set_out(trip: Trip, source: Any) -> dict[Part, Pending[Any]]:
+    """Start all of the way out for `source` [P, H], or a record of it; the network's part first."""
+    sources = parts_of(source)
+
+    def away(part: Part) -> Pending[Any]:
+        started = trip.away([as_bytes(tensor) for tensor in sources], part)
+
+        def wait() -> Any:
+            came = zip(started.wait(), sources, strict=True)
+            return whole_of(type(source), [rows.view(like.dtype) for rows, like in came])
+
+        return Pending(wait)
+
+    return {part: away(part) for part in (*trip.others, trip.own)}
+
+
+def collected(trip: Trip, homes: Mapping[Part, Pending[list[Tensor]]]) -> list[Tensor]:
+    """Return what came home with all parts, as it was packed."""
+    rows = {part: home.wait() for part, home in homes.items()}
+    number = len(next(iter(rows.values())))
+    return [trip.collected({part: came[i] for part, came in rows.items()}) for i in range(number)]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return e4m3 as bytes, which every backend can send."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor

@@ -45,10 +45,13 @@ def assert_agree(
          ("--sequence-parallel",)),  # without it Megatron's layer refuses to train
         (2, ("--expert-model-parallel-size", "2"),
          ("--ep-dispatcher", "symm_mem", "--ep-comm-sms", "16"), ()),
+        (2, ("--expert-model-parallel-size", "2", "--sequence-parallel",
+             "--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
+         ("--ep-dispatcher", "symm_mem", "--ep-overlap", "chunked"), ()),
         (2, ("--pipeline-model-parallel-size", "2", "--moe-layer-freq", "[0,1]"), (), ()),
     ],
     ids=["ep=1", "ep=2 chunked", "tp=2 ep=2 etp=1 hierarchical, replicated tokens",
-         "ep=2 symm_mem", "pp=2 mixed layers"],
+         "ep=2 symm_mem", "tp=2 ep=2 etp=1 symm_mem chunked", "pp=2 mixed layers"],
 )  # fmt: skip
 def test_twenty_iterations_agree(
     tmp_path: Path,
