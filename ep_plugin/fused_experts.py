@@ -153,7 +153,7 @@ class FusedExperts(torch.autograd.Function):
     ) -> Tensor:
         probs, kept = probs.contiguous(), recipe.keep(tokens) if narrow is None else narrow
         hidden = recipe.first(kept, fc1)
-        output, held = recipe.second(hidden, probs, fc2), saved(recipe, hidden, save)
+        output, held = recipe.second(hidden, probs, fc2), hold(recipe, hidden, save)
         ctx.recipe, ctx.totals, ctx.kinds = recipe, totals, (type(kept), type(held))
         ctx.num_kept = len(parts_of(kept))
         ctx.save_for_backward(probs, fc1, fc2, *parts_of(kept), *parts_of(held))
@@ -191,7 +191,7 @@ def delivered(grad: Tensor | None, weight: Tensor) -> Tensor:
     return torch.empty_like(weight) if grad is None else grad.to(weight.dtype)
 
 
-def saved(recipe: Recipe, hidden: Tensor, save: Save) -> Any:
+def hold(recipe: Recipe, hidden: Tensor, save: Save) -> Any:
     """Return what `save` holds of the pre-activations."""
     if save == "recompute":
         return None

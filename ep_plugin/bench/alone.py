@@ -22,13 +22,17 @@ class Wire:
     num_bytes: float  # of tokens and their gradients that leave this rank
 
 
+def goes_by_swaps(layer: MoELayer) -> bool:
+    """Whether the schedule has rows go another way than the dispatcher's own."""
+    return layer.config.overlap == "chunked" and layer.config.dispatcher == "symm_mem"
+
+
 class Alone:
     """Exchange and computation of `layer`, each a step of its own, forward and backward."""
 
     def __init__(self, layer: MoELayer, case: Case) -> None:
         self.layer, self.case = layer, case
-        # A schedule that has rows go another way than the dispatcher's own has that measured.
-        self.by_swaps = layer.config.overlap == "chunked" and layer.config.dispatcher == "symm_mem"
+        self.by_swaps = goes_by_swaps(layer)  # then that way is measured
         self.routings = [self._routing(tokens) for tokens in case.tokens]
         self.inboxes = [self._received(index) for index in range(SETS)]
         self.grads = [torch.randn_like(inbox.tokens) for inbox in self.inboxes]

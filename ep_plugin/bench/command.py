@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,7 +18,7 @@ from ep_plugin.bench.floors import PRECISIONS
 from ep_plugin.bench.measure import Protocol, default_device
 from ep_plugin.bench.rows import Row, merge, read, table, write
 from ep_plugin.bench.shapes import MODELS, TINY, Shape, pick
-from ep_plugin.config import BackendUnavailable, ConfigError, Fp8, check_choice
+from ep_plugin.config import BackendUnavailable, ConfigError, check_choice
 
 EXAMPLES = """examples:
   ep-plugin bench layer --output benchmarks/results/layer_h100.json --plot layer_h100.png
@@ -40,7 +40,6 @@ own router sends them to the same experts. Floors are those of one H100. Peers t
 named with the reason. Shapes: dsv3 q3-235b q3-30b-ep8 q3-30b mixtral tiny; without a GPU tiny is
 the default, and ratios to torch are printed in place of times.
 """
-RECIPES: tuple[str, ...] = get_args(Fp8)
 BENCHES: dict[str, Callable[[Contest, Shape, str], list[Row]]] = {
     "layer": layer.measure,
     "gemm": gemm.measure,
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("backends", "ep_plugin or peers; one asked for by name runs, or the command fails"),
         ("precision", f"{', '.join(PRECISIONS)} (default: both)"),
         ("routing", f"{', '.join(ROUTINGS)} (default: balanced)"),
-        ("recipes", f"overlap: {', '.join(RECIPES)} (default: all)"),
+        ("recipes", f"overlap: {', '.join(overlap.RECIPES)} (default: all)"),
         ("dispatchers", f"overlap: {', '.join(overlap.DISPATCHERS)} (default: all)"),
     ):
         parser.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help=summary)
@@ -103,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         tuple(args.backends),
         args.cuda_graph,
         [row for row in kept if row.get("bench") == args.bench] if args.resume else [],
-        tuple(args.recipes) or RECIPES,
+        tuple(args.recipes),
         tuple(args.dispatchers),
     )
     rows = _measure(args, contest, shapes, kept)
@@ -132,7 +131,7 @@ def _check(args: argparse.Namespace) -> None:
     check_choice("BENCH", args.bench, tuple(BENCHES))
     for name, legal in (
         *(("precision", PRECISIONS), ("routing", ROUTINGS)),
-        *(("recipes", RECIPES), ("dispatchers", tuple(overlap.DISPATCHERS))),
+        *(("recipes", overlap.RECIPES), ("dispatchers", tuple(overlap.DISPATCHERS))),
     ):
         for value in getattr(args, name):
             check_choice(f"--{name}", value, legal)

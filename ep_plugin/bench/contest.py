@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, get_args
+from typing import Any
 
 from ep_plugin.bench.floors import Precision
 from ep_plugin.bench.measure import Protocol
 from ep_plugin.bench.rows import EMPTY, Row, device_name, identity
-from ep_plugin.config import BackendUnavailable, ConfigError, Fp8
+from ep_plugin.config import BackendUnavailable, ConfigError
 
 OURS = "ep_plugin"
 INSTALL = {  # what a peer's file imports
@@ -44,8 +44,8 @@ class Contest:
     backends: tuple[str, ...] = ()  # asked for by name; none: all there are
     cuda_graph: bool = False
     kept: list[Row] = field(default_factory=list)  # measured before
-    recipes: tuple[str, ...] = get_args(Fp8)
-    dispatchers: tuple[str, ...] = ()  # of bench overlap; none: all there are
+    recipes: tuple[str, ...] = ()  # of bench overlap, as are these; none: all there are
+    dispatchers: tuple[str, ...] = ()
     absent: dict[tuple[str, str], list[Precision]] = field(default_factory=dict)  # with reason
 
     def entries(self, names: Iterable[str]) -> list[tuple[str, Precision]]:

@@ -16,13 +16,13 @@ import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
 from ep_plugin.bench import timeline
-from ep_plugin.bench.alone import Alone
+from ep_plugin.bench.alone import Alone, goes_by_swaps
 from ep_plugin.bench.case import Case, Contender, make_case
 from ep_plugin.bench.contest import OURS, Contest, peer
 from ep_plugin.bench.covered import covered_share, spans_of
@@ -32,7 +32,7 @@ from ep_plugin.bench.measure import Protocol, Step, Timing, captured
 from ep_plugin.bench.ours import as_contender, make_layer
 from ep_plugin.bench.rows import Row, make_row
 from ep_plugin.bench.shapes import Shape
-from ep_plugin.config import ConfigError
+from ep_plugin.config import ConfigError, Fp8
 from ep_plugin.groups import ExpertGroups, create_expert_groups
 from ep_plugin.layer import MoELayer
 from ep_plugin.parallel import ParallelConfig
@@ -46,6 +46,7 @@ DISPATCHERS: dict[str, dict[str, Any]] = {
     "symm_mem": {"dispatcher": "symm_mem"},
     "hierarchical": {"dispatcher": "hierarchical"},
 }
+RECIPES: tuple[str, ...] = get_args(Fp8)
 SCHEDULES = ("serial", "chunked")
 CAPTURABLE = ("symm_mem",)  # without a host sync while a graph is captured
 PEER = "megatron"  # the one that has experts on several ranks
@@ -96,9 +97,9 @@ class _Entry:
     @property
     def way(self) -> str:
         """What exchange and computation alone depend on."""
-        engines = self.dispatcher == "symm_mem" and self.schedule == "chunked"
+        swaps = self.layer is not None and goes_by_swaps(self.layer)
         way = f"{self.contender.backend}/{self.dispatcher}"
-        return f"{way} by copy engines" if engines else way
+        return f"{way} by swaps" if swaps else way
 
     @property
     def name(self) -> str:
@@ -178,7 +179,7 @@ def _take_part(
                     train_step(case, contender)(0)
                     found.append(_Entry(contender, "alltoall", "serial"))
             continue
-        recipes = [r for r in contest.recipes if (r == "off") == (precision == "bf16")]
+        recipes = [r for r in contest.recipes or RECIPES if (r == "off") == (precision == "bf16")]
         for recipe, dispatcher, schedule in product(recipes, dispatchers, SCHEDULES):
             backend = OURS if recipe == "off" else f"{OURS}+{recipe}"
             if contest.has(**_identity(backend, precision, dispatcher, schedule, **where)):

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ep_plugin.bench.contest import OURS
-from ep_plugin.bench.rows import Row
+from ep_plugin.bench.rows import Row, case_of
 
 OUR_COLOR, PEER_COLOR = "#0f766e", "#9ca3af"
 FLOOR_COLOR, GOAL_COLOR = "#b91c1c", "#1d4ed8"
@@ -25,8 +25,7 @@ def draw(rows: list[Row]) -> Figure:
     matplotlib.rcParams.update({"font.size": 9, "legend.frameon": False})
     panels: dict[str, list[Row]] = {}
     for row in rows:
-        ranks = f", ep={row['ep']}" if row["ep"] > 1 else ""
-        panels.setdefault(f"{row['shape']}{ranks}, {row['routing']}", []).append(row)
+        panels.setdefault(case_of(row), []).append(row)
     counts = [len(members) for members in panels.values()] or [1]
     columns = min(2, len(counts)) if 2 * min(counts) >= max(counts) else 1
     lines = math.ceil(len(counts) / columns)

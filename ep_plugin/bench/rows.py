@@ -104,9 +104,7 @@ def table(rows: list[Row]) -> str:
     serial = {_pair(row): row["ms"] for row in rows if row["schedule"] == "serial"}
     for row in sorted(rows, key=lambda row: str(_group(row))):
         floor = "copy here" if row["bench"] == "kernels" else "one H100"
-        ranks = f", ep={row['ep']}" if row["ep"] > 1 else ""
-        title = f"{row['bench']} {row['shape']}{ranks}, {row['routing']}, {row['device']}"
-        title += f"; floor: {floor}"
+        title = f"{row['bench']} {case_of(row)}, {row['device']}; floor: {floor}"
         if title != heading:
             lines += ["", title]
             heading = title
@@ -115,6 +113,12 @@ def table(rows: list[Row]) -> str:
         else:
             lines.append(_line(row, base.get(_group(row))))
     return "\n".join(lines[1:])
+
+
+def case_of(row: Row) -> str:
+    """Return shape, ranks where there are several, and routing, for a reader."""
+    ranks = f", ep={row['ep']}" if row["ep"] > 1 else ""
+    return f"{row['shape']}{ranks}, {row['routing']}"
 
 
 def _group(row: Row) -> tuple[Any, ...]:

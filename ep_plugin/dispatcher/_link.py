@@ -28,7 +28,7 @@ class Plan(NamedTuple):
     received: int  # rows on this rank, N; while a graph is captured `most`
     most: int  # rows that the buffers have room for, the same on every rank
     choices: int | None  # of this rank's experts, where the host knows
-    came: Tensor  # [] int64, rows on this rank
+    came: Tensor | None = None  # [] int64, rows on this rank, where the host does not know
 
 
 class Link(NamedTuple):
@@ -63,11 +63,7 @@ class Link(NamedTuple):
 
     def _begin(self, tensors: Sequence[Tensor], plan: Plan) -> tuple[Any, list[int], Peers]:
         """Return kernels, each tensor's offset and the buffers, which no rank uses any more."""
-        offsets, end = [], 0
-        for rows in tensors:
-            offsets.append(end)
-            size = plan.most * rows.shape[1] * rows.element_size()
-            end += -(-size // _ALIGN) * _ALIGN
+        *offsets, end = _offsets(tensors, plan.most)
         peers = self.buffer.reserve(end, plan.place.device)
         self.buffer.barrier()
         kernels = "peers" if plan.place.is_cuda else "peers_torch"
@@ -80,8 +76,8 @@ class Link(NamedTuple):
         buffer = self.buffer
         likes = next(iter(outs.values()))
         num_rows, come = len(likes[0]), sum(ins.values())
-        sizes = [like.shape[1] * like.element_size() for like in likes]
-        bases = self._bases(num_rows, sizes)[:-1]
+        sizes = [_row_bytes(like) for like in likes]
+        *bases, _ = self._bases(likes)
         peers = buffer.reserve(0, likes[0].device)
 
         def move() -> tuple[Tensor, ...]:
@@ -106,18 +102,26 @@ class Link(NamedTuple):
 
         return Pending(wait)
 
-    def prepare_swaps(self, num_rows: int, sizes: Sequence[int], device: torch.device) -> None:
-        """Have room for swaps of `num_rows` with each rank, of rows of `sizes` bytes."""
-        self.buffer.reserve(self._bases(num_rows, sizes)[-1], device)
+    def prepare_swaps(self, likes: Sequence[Tensor]) -> None:
+        """Have room for swaps of matrices such as `likes` with each rank."""
+        self.buffer.reserve(self._bases(likes)[-1], likes[0].device)
 
-    def _bases(self, num_rows: int, sizes: Sequence[int]) -> list[int]:
-        """Return where matrices with rows of `sizes` bytes begin, and where the last ends.
+    def _bases(self, likes: Sequence[Tensor]) -> list[int]:
+        """Return where the matrices of a swap begin, and where the last ends.
 
         Each has room for what is on its way out, and behind it for what is on its way home.
         """
-        room = 2 * (self.buffer.ranks - 1) * num_rows
-        aligned = [-(-room * size // _ALIGN) * _ALIGN for size in sizes]
-        return list(accumulate(aligned, initial=0))
+        return _offsets(likes, 2 * (self.buffer.ranks - 1) * len(likes[0]))
+
+
+def _row_bytes(rows: Tensor) -> int:
+    return rows.shape[1] * rows.element_size()
+
+
+def _offsets(likes: Sequence[Tensor], num_rows: int) -> list[int]:
+    """Return where matrices of `num_rows` as wide as `likes` begin, and where the last ends."""
+    sizes = (-(-num_rows * _row_bytes(like) // _ALIGN) * _ALIGN for like in likes)
+    return list(accumulate(sizes, initial=0))
 
 
 class Dispatch(torch.autograd.Function):

@@ -26,7 +26,6 @@ group at most 8 ranks; buffers of such a group always have room for all.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -51,16 +50,17 @@ def _captured(tensor: Tensor) -> bool:
 class SymmetricMemoryDispatcher:
     """Stores each token in the buffers of the ranks that host its experts; sums what they leave."""
 
+    swaps = True
+    narrow = None
+
     def __init__(self, num_experts: int, groups: ExpertGroups, comm_sms: int) -> None:
         assert groups.ep_etp is not None
         self.group = groups.ep_etp
-        self.ep_size, self.ep_rank, self.etp_size = groups.ep_size, groups.ep_rank, groups.etp_size
         self.experts = num_experts // groups.ep_size  # of a rank
+        self.first = groups.ep_rank * self.experts  # of this one
+        self.hosts = Hosts(self.experts, groups.ep_size, groups.etp_size)
         self.link = Link(shared_buffer(groups), comm_sms)
         self.most_tokens = 0  # that a rank had in a call
-
-    swaps = True
-    narrow = None
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         plan = self._plan(routing.expert_ids)
@@ -72,24 +72,21 @@ class SymmetricMemoryDispatcher:
         def wait() -> Dispatched:
             finish()
             here = self._is_here(chosen)
-            if plan.choices is None:  # there may be rows that nobody wrote
+            if plan.came is not None:  # there may be rows that nobody wrote
                 rows = torch.arange(len(here), device=here.device)
                 here &= (rows < plan.came).unsqueeze(1)
-            return self._dispatched(tokens, chosen, probs, here, plan)
+            own = self._own(chosen, probs, here)
+            return Dispatched(tokens, *own, handle=plan, num_rows=plan.choices)
 
         return Pending(wait)
 
     def _is_here(self, chosen: Tensor) -> Tensor:
-        first = self.ep_rank * self.experts
-        return (chosen >= first) & (chosen < first + self.experts)
+        return (chosen >= self.first) & (chosen < self.first + self.experts)
 
-    def _dispatched(
-        self, tokens: Tensor, chosen: Tensor, probs: Tensor, here: Tensor, plan: Plan
-    ) -> Dispatched:
-        """Return what came; of the choices those `here` are of this rank's experts."""
-        ids = (chosen - self.ep_rank * self.experts).where(here, -1)
-        own = tokens, ids, probs.where(here, 0), count_choices(ids, self.experts)
-        return Dispatched(*own, handle=plan, num_rows=plan.choices)
+    def _own(self, chosen: Tensor, probs: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return local experts, probabilities and tokens of each expert, of the choices `here`."""
+        ids = (chosen - self.first).where(here, -1)
+        return ids, probs.where(here, 0), count_choices(ids, self.experts)
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         (summed,), finish = self.link.buffer.beside(
@@ -110,21 +107,19 @@ class SymmetricMemoryDispatcher:
         if num_tokens < most:  # every rank has as many rows, some of nobody
             below = (0, 0, 0, most - num_tokens)
             hidden, probs, ids = pad(hidden, below), pad(probs, below), pad(ids, below, value=-1)
-        ranks, rank = self.ep_size * self.etp_size, self.link.buffer.rank
+        ranks, rank = self.link.buffer.ranks, self.link.buffer.rank
         own = torch.arange(rank * most, (rank + 1) * most, dtype=torch.int32, device=device)
         rows = ranks * most
-        plan = Plan(own.unsqueeze(1).expand(-1, ranks).contiguous(), rows, rows, None, own)
-        sizes = [tensor.shape[1] * tensor.element_size() for tensor in (hidden, probs)]
-        self.link.prepare_swaps(most, sizes, device)
+        plan = Plan(own.unsqueeze(1).expand(-1, ranks).contiguous(), rows, rows, None)
+        self.link.prepare_swaps((hidden, probs))
         (all_probs, chosen), finish = self.link.buffer.beside(
             (probs, ids, plan.place), lambda: self.link.push((probs.detach(), ids), plan)
         )
 
         def complete(tokens: Tensor) -> Dispatched:
             finish()
-            here = self._is_here(chosen)
-            found = self._dispatched(tokens, chosen, all_probs, here, plan)
-            return replace(found, handle=num_tokens)
+            own = self._own(chosen, all_probs, self._is_here(chosen))
+            return Dispatched(tokens, *own, handle=num_tokens)
 
         counts = [most] * ranks
         return Packed(hidden, rank, counts, counts, complete, choices, probs)
@@ -146,8 +141,7 @@ class SymmetricMemoryDispatcher:
         if _captured(expert_ids):
             self._check_capture(len(expert_ids))
             return self.most_tokens, None
-        hosts = Hosts(self.experts, self.ep_size, self.etp_size)
-        chosen = hosts.hosted(expert_ids).sum((0, 1))  # [G]
+        chosen = self.hosts.hosted(expert_ids).sum((0, 1))  # [G]
         own = torch.cat([chosen, chosen.new_full((1,), len(expert_ids))])
         of_ranks = self._of_ranks(own).tolist()  # the host sync
         most = max(tokens for *_, tokens in of_ranks)
@@ -159,8 +153,7 @@ class SymmetricMemoryDispatcher:
         captured = _captured(expert_ids)
         if captured:
             self._check_capture(len(expert_ids))
-        hosts = Hosts(self.experts, self.ep_size, self.etp_size)
-        hosted = hosts.hosted(expert_ids)  # [T, K, G]
+        hosted = self.hosts.hosted(expert_ids)  # [T, K, G]
         sent = hosted.any(1)
         rows = sent.sum(0)
         own = torch.stack([rows, hosted.sum((0, 1)), torch.full_like(rows, len(sent))])  # [3, G]
@@ -180,17 +173,17 @@ class SymmetricMemoryDispatcher:
         self.most_tokens = max(self.most_tokens, tokens_of_a_rank)
         # Routing changes, and growing stops all ranks: a quarter more than this call needs.
         room = self.most_tokens * len(counts) if len(counts) <= _GRAPH_RANKS else most + most // 4
-        return Plan(place, received, room, choices, came)
+        return Plan(place, received, room, choices)
 
     def _of_ranks(self, own: Tensor) -> Tensor:
         """Return every rank's `own` [a, ...]: [G, a, ...]."""
-        ranks = self.ep_size * self.etp_size
+        ranks = self.link.buffer.ranks
         gathered = own.new_empty(ranks * len(own), *own.shape[1:])
         dist.all_gather_into_tensor(gathered, own, group=self.group)
         return gathered.view(ranks, *own.shape)
 
     def _check_capture(self, num_tokens: int) -> None:
-        ranks = self.ep_size * self.etp_size
+        ranks = self.link.buffer.ranks
         if ranks > _GRAPH_RANKS:
             raise ConfigError(
                 f"a graph of dispatcher 'symm_mem' must have at most {_GRAPH_RANKS} ranks of ep "

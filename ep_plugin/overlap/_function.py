@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.config import Save
-from ep_plugin.fused_experts import Recipe, Totals, delivered, saved, take
+from ep_plugin.fused_experts import Recipe, Totals, delivered, hold, take
 from ep_plugin.kernels import Rows, plan
 from ep_plugin.overlap._gradients import AtOnce, PartByPart
 from ep_plugin.overlap._parts import Part, Trip, collected, set_out
@@ -80,7 +80,7 @@ class ChunkedExperts(torch.autograd.Function):
                 tokens = whole_of(type(came), [tensor.clone() for tensor in parts_of(came)])
             kept[part] = tokens
             hidden = recipes[part].first(tokens, fc1)
-            held[part] = saved(recipes[part], hidden, call.save)
+            held[part] = hold(recipes[part], hidden, call.save)
             return hidden
 
         def second(part: Part, hidden: Tensor) -> None:
