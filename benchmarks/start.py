@@ -1,6 +1,6 @@
 """How long until a layer's first step is done: with nothing compiled yet, and once more.
 
-python benchmarks/start.py [--shapes dsv3 ...] [--output F]
+python benchmarks/start.py [--shapes dsv3 ...] [--recipes off rowwise blockwise] [--output F]
 
 Each start is a process of its own, and its seconds are those of one forward and backward after
 torch, the layer and its data are there: compiling kernels and measuring GEMMs. The first start has
@@ -39,7 +39,11 @@ if device.type == "cuda":
     torch.cuda.synchronize()
 print(time.perf_counter() - begin)
 """
-VARIANTS = (("bf16", "ep_plugin"), ("fp8", "ep_plugin+rowwise"), ("fp8", "ep_plugin+blockwise"))
+VARIANTS = {  # of each recipe
+    "off": ("bf16", "ep_plugin"),
+    "rowwise": ("fp8", "ep_plugin+rowwise"),
+    "blockwise": ("fp8", "ep_plugin+blockwise"),
+}
 
 
 def seconds(shape: str, precision: str, backend: str, caches: str) -> float:
@@ -56,11 +60,12 @@ def main() -> None:
     """Start twice for each shape and recipe; print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["dsv3"])
+    parser.add_argument("--recipes", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     device: torch.device = default_device()
     for shape in args.shapes:
-        for precision, backend in VARIANTS:
+        for precision, backend in [VARIANTS[recipe] for recipe in args.recipes]:
             with tempfile.TemporaryDirectory() as caches:
                 for start in ("first start", "second start"):
                     taken = 1000 * seconds(shape, precision, backend, caches)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Expert parallelism on two GPUs of one host: right, how fast, how much hidden; beside Megatron.
 #
-#     ./benchmarks/two_gpus.sh [STEP ...]        steps: tests bench train (default: all, in turn)
+#     ./benchmarks/two_gpus.sh [STEP ...]        steps: tests bench train (default: these, in turn)
+#                                          and train_fp8, which takes Transformer Engine
 #
 # Rows go to benchmarks/results/two_gpus.json, a timeline beside it; each step can be repeated alone.
 # RANKS=N for more GPUs, DATA=FOLDER for text that recipes/prepare_data.py wrote (default: mock data).
@@ -17,9 +18,12 @@ read -ra shapes <<<"$SHAPES"
 mkdir -p "$OUT"
 
 run_tests() {
-    local side_by_side=()
-    if "$PYTHON" -c 'import xdist' 2>/dev/null; then side_by_side=(-n 4); fi
-    "$PYTHON" -m pytest -q "${side_by_side[@]}" -m multi_gpu tests
+    local side_by_side=() files
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+        side_by_side=(-n auto --maxprocesses 10)
+    fi
+    mapfile -t files < <(grep -l 'mark\.multi_gpu' tests/test_*.py)
+    "$PYTHON" -m pytest -q "${side_by_side[@]}" -m multi_gpu "${files[@]}"
 }
 
 run_bench() {
@@ -39,22 +43,20 @@ run_bench() {
 }
 
 run_train() {
-    local data=() precisions=(bf16 fp8)
+    local data=()
     if [[ -n "${DATA:-}" ]]; then data=(--data "$DATA"); fi
-    if ! "$PYTHON" -c 'import torch, transformer_engine; assert torch.cuda.is_available()' \
-        2>/dev/null; then
-        precisions=(bf16) # Megatron has FP8 experts with Transformer Engine alone
-    fi
-    "$PYTHON" benchmarks/train_ep.py --ranks "$RANKS" --precision "${precisions[@]}" \
+    "$PYTHON" benchmarks/train_ep.py --ranks "$RANKS" --precision "$1" \
         --iterations "$ITERATIONS" "${data[@]}" --output "$OUT/two_gpus.json"
 }
 
 for step in "${@:-tests bench train}"; do
     for name in $step; do
         case "$name" in
-        tests | bench | train) "run_$name" ;;
+        tests | bench) "run_$name" ;;
+        train) run_train bf16 ;;
+        train_fp8) run_train fp8 ;;
         *)
-            echo "error: steps are tests, bench, train; got '$name'" >&2
+            echo "error: steps are tests, bench, train, train_fp8; got '$name'" >&2
             exit 2
             ;;
         esac

@@ -88,9 +88,10 @@ def test_the_file_is_in_the_home_folder_unless_asked(monkeypatch: pytest.MonkeyP
     assert _times.path() == Path.home() / ".cache" / "ep_plugin" / "gemm.json"
 
 
-def test_a_single_backend_is_taken_unmeasured(cache: Path) -> None:
-    assert choose("key", lambda: {"slow": SLOW}, never, "other") == "slow"
-    assert not cache.exists()
+def test_a_later_start_with_a_single_backend_imports_none(cache: Path) -> None:
+    assert choose("key", lambda: {"slow": SLOW}, clock, "other") == "slow"
+    assert choose("key", never, never, "other") == "slow"
+    assert json.loads(cache.read_text()) == {"key": {"slow": 3.0}}
 
 
 def failing(gemms: list[GroupedGemm]) -> Callable[[GroupedGemm], float]:

@@ -22,7 +22,7 @@ from ep_plugin.contracts import GroupedGemm
 from ep_plugin.registry import available, resolve
 
 MAX_ROWS = 32768  # measured at most: beyond it the order no longer changes, and memory is short
-PACKAGES = ("transformer-engine", "deep-gemm")  # of backends, beside torch
+PACKAGES = ("transformer-engine", "deep-gemm", "sgl-deep-gemm")  # of backends, beside torch
 
 logger = logging.getLogger(__name__)
 
@@ -118,15 +118,15 @@ def choose(
 ) -> str:
     """Return the name of the fastest backend; `time` gives milliseconds.
 
-    Times in the file are taken as they are. A backend that fails is left out with a warning, and
-    then the file is not written, so that the next start tries it again; `default` where all fail.
+    Times in the file are taken as they are, and then `backends`, which imports their packages, is
+    not called: for that reason one that is alone is measured too. A backend that fails is left out
+    with a warning, and then the file is not written, so that the next start tries it again;
+    `default` where all fail.
     """
     path, start = _times.path(), perf_counter()
     times, source = _times.read(path).get(key), str(path)
     if not times:
         found = backends()
-        if len(found) == 1:
-            return next(iter(found))
         times = _measure(found, time)
         source = f"measured in {perf_counter() - start:.1f} s"
         if len(times) == len(found):

@@ -12,9 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 from ep_plugin.bench.case import SETS
 from ep_plugin.bench.measure import Protocol, Step
 
-# NCCL's, those of symm_mem, and the copy engines'.
-WIRE_KERNELS = ("SendRecv", "_push_kernel", "_sum_home_kernel", "Memcpy PtoP")
-WAITING = ("barrier", "nccl")  # for other ranks
+WIRE_KERNELS = (  # NCCL's, those of symm_mem, the copy engines', DeepEP's
+    *("SendRecv", "_push_kernel", "_sum_home_kernel", "Memcpy PtoP"),
+    *("intranode::dispatch", "intranode::combine"),
+)
+WAITING = ("barrier", "nccl", "intranode::")  # for other ranks
 
 
 class Span(NamedTuple):

@@ -45,6 +45,7 @@ DISPATCHERS: dict[str, dict[str, Any]] = {
     },
     "symm_mem": {"dispatcher": "symm_mem"},
     "hierarchical": {"dispatcher": "hierarchical"},
+    "deepep": {"dispatcher": "deepep"},
 }
 RECIPES: tuple[str, ...] = get_args(Fp8)
 SCHEDULES = ("serial", "chunked")

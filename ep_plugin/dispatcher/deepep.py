@@ -1,7 +1,7 @@
 """Dispatch by DeepEP's kernels for one host (`deep_ep.Buffer`), over NVLink.
 
-NOT RUN YET on GPUs: it is written to DeepEP's documented interface, and tested on CPU ranks against
-a stand-in of that interface alone.
+Written to the interface of DeepEP 1.2, with which it ran on two GPUs; CI tests it on CPU ranks
+against a stand-in of that interface.
 
 A token goes once to each rank that hosts any of its experts, the experts' names and probabilities
 beside it; on the way back DeepEP sums a token's rows over ranks. For 2 ranks x 2 local experts,
