@@ -5,10 +5,11 @@
 #     ./benchmarks/eight_gpus.sh ep1 ep2 ep4 ep8  the layer at EP = 1, 2, 4, 8
 #     ./benchmarks/eight_gpus.sh qwen3 mixtral    tokens per second in Megatron's loop, bf16 and FP8
 #     ./benchmarks/eight_gpus.sh layouts          tensor, pipeline and expert parallelism compared
+#     ./benchmarks/eight_gpus.sh scaling          efficiency over EP, a table and a picture
 #     ./benchmarks/eight_gpus.sh foreseen         measured exchanges beside the network model's
 #
 # RANKS=8 by default. Rows go to benchmarks/results/eight_gpus.json. To see that it works without
-# GPUs: SMALL=1 RANKS=8 OUT=runs/eight_gpus ./benchmarks/eight_gpus.sh ep1 ep8 qwen3 layouts
+# GPUs: SMALL=1 RANKS=8 OUT=runs/eight_gpus ./benchmarks/eight_gpus.sh ep1 ep8 qwen3 scaling
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}" RANKS="${RANKS:-8}" OUT="${OUT:-benchmarks/results}"
@@ -24,16 +25,18 @@ else
     qwen3=(--model qwen3-30b-a3b --num-layers "${QWEN3_LAYERS:-12}" --sequence 4096)
     mixtral=(--model mixtral-8x7b --num-layers "${MIXTRAL_LAYERS:-6}" --sequence 4096)
 fi
-precisions=(bf16 fp8)
+precisions=(bf16 fp8) alone=(ep_plugin megatron)
 if ! "$PYTHON" -c 'import torch, transformer_engine; assert torch.cuda.is_available()' \
     2>/dev/null; then
-    precisions=(bf16) # Megatron has FP8 experts with Transformer Engine alone
+    precisions=(bf16) alone=(ep_plugin) # Megatron has FP8 experts with Transformer Engine alone
 fi
 
 run_ep() {
     if [[ "$1" == 1 ]]; then
-        "$PYTHON" -m ep_plugin.cli bench layer --shapes "${shapes[@]}" --backends ep_plugin \
-            --repeats "$repeats" --warm 5 --resume --output "$rows"
+        local layer=("$PYTHON" -m ep_plugin.cli bench layer --shapes "${shapes[@]}"
+            --repeats "$repeats" --warm 5 --resume --output "$rows")
+        "${layer[@]}" --backends "${alone[@]}"
+        if ((${#alone[@]} > 1)); then "${layer[@]}" --backends ep_plugin --cuda-graph; fi
         return
     fi
     local bench=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1"
@@ -57,11 +60,20 @@ run_layouts() {
     train "${qwen3[@]}" --layouts "ep=$RANKS" "tp=2,ep=$half" "pp=2,ep=$half"
 }
 
+run_scaling() { "$PYTHON" benchmarks/scaling.py "$rows" --plot "$OUT/../scaling.png"; }
+
+foresee() { # NAME FLAG ...
+    "$PYTHON" -m ep_plugin.cli plan --ep 2 4 8 --measured "$rows" \
+        --plot "$OUT/../network_$1.png" "${@:2}"
+}
+
 run_foreseen() {
-    "$PYTHON" -m ep_plugin.cli plan --tokens 8192 --topk 4 --hidden 7168 --ep 2 4 8 \
-        --measured "$rows" --plot "$OUT/../network_dsv3.png"
-    "$PYTHON" -m ep_plugin.cli plan --tokens 8192 --topk 8 --hidden 4096 --experts 128 \
-        --ep 2 4 8 --measured "$rows" --plot "$OUT/../network_q3-235b.png"
+    if [[ -n "${SMALL:-}" ]]; then
+        foresee tiny --tokens 64 --topk 2 --hidden 128 --experts 32
+        return
+    fi
+    foresee dsv3 --tokens 8192 --topk 4 --hidden 7168
+    foresee q3-235b --tokens 8192 --topk 8 --hidden 4096 --experts 128
 }
 
 if (($# == 0)); then
@@ -70,10 +82,10 @@ if (($# == 0)); then
 fi
 for step in "$@"; do
     case "$step" in
-    qwen3 | mixtral | layouts | foreseen) "run_$step" ;;
+    qwen3 | mixtral | layouts | scaling | foreseen) "run_$step" ;;
     ep[1-9]) run_ep "${step#ep}" ;;
     *)
-        echo "error: steps are ep1 to ep9, qwen3, mixtral, layouts, foreseen; got '$step'" >&2
+        echo "error: steps are ep1 to ep9, qwen3, mixtral, layouts, scaling, foreseen; got '$step'" >&2
         exit 2
         ;;
     esac

@@ -2,13 +2,15 @@
 
 python benchmarks/train_ep.py --ranks 2 [--model gpt-20m] [--precision bf16 fp8]
                               [--iterations 100] [--data data/quickstart] [--layouts ep=2]
-                              [--output F]
+                              [--seeds 7 8 9] [--sides ep_plugin graph megatron] [--output F]
 
 Models are gpt-20m and every preset (`--num-layers N` keeps as many layers as fit). Both sides get
-the same flags, data, seed and initial values; Megatron's own side is given its best: grouped GEMM
-with Transformer Engine where that is installed, its sequential experts otherwise. A side's tokens
-per second are those of its median iteration after the first tenth. Rows are as `ep-plugin bench`
-writes them, with `loss`, the mean of the last tenth. Without a GPU only losses mean anything.
+the same flags, data and seeds; Megatron's own side is given its best: grouped GEMM with Transformer
+Engine where that is installed, whose experts draw their initial values in another order, and its
+sequential experts otherwise, with the same initial values. A side's tokens per second are those of
+its median iteration after the first tenth of each run. `graph` is our side with whole iterations in
+a CUDA graph. Rows are as `ep-plugin bench` writes them,
+with `losses`: of each seed, the mean of the last tenth. Without a GPU only losses mean anything.
 """
 
 import argparse
@@ -19,9 +21,12 @@ import statistics
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from ep_plugin.bench.measure import Timing
 from ep_plugin.bench.rows import Row, make_row, merge, read, write
@@ -39,7 +44,7 @@ GPT_20M = """
 """
 RUN = """
 --moe-token-dispatcher-type alltoall --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine
---lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --num-workers 0 --bf16 --seed 7
+--lr-warmup-fraction 0.1 --weight-decay 0.1 --clip-grad 1.0 --num-workers 0 --bf16
 --log-interval 1 --eval-iters 0 --eval-interval 100000 --use-distributed-optimizer
 --tokenizer-type NullTokenizer --moe-router-dtype fp32
 """
@@ -48,19 +53,51 @@ PLAIN = """
 """
 FUSED = "--transformer-impl transformer_engine"
 UNFUSED_TOTALS = "--no-gradient-accumulation-fusion"  # Megatron's output layer has it from apex
-SIDES = {  # backend -> how the script is started, flags of its own, flags of its own with FP8
-    "ep_plugin": (
-        ("-m", "ep_plugin.run"),
-        "--ep-dispatcher symm_mem",
-        "--ep-fp8 rowwise",
-    ),
-    "megatron": (
+
+
+class Side(NamedTuple):
+    """How a side is started, and the flags that are its own."""
+
+    runner: tuple[str, ...]
+    flags: str = ""
+    over_ranks: str = ""  # with more than one rank
+    fused: str = ""  # with Transformer Engine
+    fp8: str = "--ep-fp8 rowwise"
+
+
+OURS = ("-m", "ep_plugin.run")
+GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
+SIDES = {
+    "ep_plugin": Side(OURS, over_ranks="--ep-dispatcher symm_mem"),
+    "graph": Side(OURS, GRAPH, over_ranks="--ep-dispatcher symm_mem --ep-overlap chunked"),
+    "megatron": Side(
         (str(ROOT / "tests" / "edge" / "stock_run.py"),),
-        "--moe-grouped-gemm --moe-permute-fusion",
-        "--fp8-format e4m3 --fp8-recipe tensorwise",
+        fused="--moe-grouped-gemm --moe-permute-fusion",
+        fp8="--fp8-format e4m3 --fp8-recipe tensorwise",
     ),
 }
+PAIRS = (  # whose rows are compared
+    *(
+        ((ours, precision), ("megatron", precision))
+        for ours in ("ep_plugin", "graph")
+        for precision in ("bf16", "fp8")
+    ),
+    *(((side, "fp8"), (side, "bf16")) for side in SIDES),
+)
 ITERATION = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: (\S+)")
+
+
+class Run(NamedTuple):
+    """What one run's log says."""
+
+    steady: list[float]  # milliseconds of iterations after the first tenth
+    loss: float  # mean of the last tenth
+    tokens: int  # of an iteration
+
+
+def has_engine() -> bool:
+    """Whether Transformer Engine is here, and a GPU for it."""
+    return find_spec("transformer_engine") is not None and torch.cuda.is_available()
 
 
 def model_flags(name: str, num_layers: int | None, sequence: int | None) -> list[str]:
@@ -109,46 +146,59 @@ def data_flags(data: Path | None, log: Path) -> list[str]:
     ]
 
 
-def train(backend: str, fp8: bool, args: argparse.Namespace, layout: str) -> Row:
-    """Run one side and return its row; a side that fails shows the end of its log."""
-    runner, own, own_fp8 = SIDES[backend]
-    has_engine = find_spec("transformer_engine") is not None and torch.cuda.is_available()
-    if backend == "megatron" and not has_engine:
-        own = ""
-    log = args.logs / f"{args.model}_{layout}_{backend}_{'fp8' if fp8 else 'bf16'}.log"
+def run(name: str, fp8: bool, seed: int, args: argparse.Namespace, layout: str) -> Run:
+    """Train one side with one seed; one that fails shows the end of its log."""
+    side = SIDES[name]
+    own = [
+        side.flags,
+        side.over_ranks if args.ranks > 1 else "",
+        side.fused if has_engine() else "",
+        side.fp8 if fp8 else "",
+    ]
+    precision = "fp8" if fp8 else "bf16"
+    log = args.logs / f"{args.model}_{layout}_{name}_{precision}_seed{seed}.log"
     model = model_flags(args.model, args.num_layers, args.sequence)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(args.ranks), *runner, SCRIPT, *model, *shlex.split(RUN)),
-        *shlex.split(FUSED if has_engine else PLAIN),
+        *("--nproc-per-node", str(args.ranks), *side.runner, SCRIPT, *model, *shlex.split(RUN)),
+        *shlex.split(FUSED if has_engine() else PLAIN),
         *([] if find_spec("fused_weight_gradient_mlp_cuda") else [UNFUSED_TOTALS]),
         *layout_flags(layout, args.ranks),
         *("--micro-batch-size", str(args.micro_batch), "--global-batch-size", str(args.batch)),
-        *("--train-iters", str(args.iterations), *data_flags(args.data, log)),
-        *shlex.split(own + " " + (own_fp8 if fp8 else "")),
+        *("--train-iters", str(args.iterations), "--seed", str(seed), *data_flags(args.data, log)),
+        *shlex.split(" ".join(own)),
     ]
     with log.open("w") as out:
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
     text = log.read_text()
     if code != 0:
-        sys.exit(f"{backend} ended with {code}; the end of {log}:\n{text[-3000:]}")
+        sys.exit(f"{name} ended with {code}; the end of {log}:\n{text[-3000:]}")
     found = [(float(ms), float(loss)) for ms, loss in ITERATION.findall(text)]
-    steady = sorted(ms for ms, _ in found[len(found) // 10 :])
+    steady = [ms for ms, _ in found[len(found) // 10 :]]
     tenth = max(1, len(found) // 10)
     sequence = int(model[model.index("--seq-length") + 1])
+    return Run(steady, statistics.mean(loss for _, loss in found[-tenth:]), args.batch * sequence)
+
+
+def train(name: str, precision: str, args: argparse.Namespace, layout: str) -> Row:
+    """Run one side with each seed and return its row."""
+    bars = tqdm(args.seeds, f"{layout} {name} {precision}", disable=None, leave=False)
+    runs = [run(name, precision == "fp8", seed, args, layout) for seed in bars]
+    steady = sorted(ms for each in runs for ms in each.steady)
     median = statistics.median(steady)
-    kind = "te" if has_engine else "sequential experts"
+    kind = "te" if has_engine() else "sequential experts"
     return make_row(
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         Timing(median, steady[len(steady) // 10], steady[-1 - len(steady) // 10]),
         bench="train",
         shape=args.model,
         op=layout,
-        backend=backend if backend == "ep_plugin" else f"megatron ({kind})",
-        precision="fp8" if fp8 else "bf16",
+        backend=f"megatron ({kind})" if name == "megatron" else "ep_plugin",
+        graph=name == "graph",
+        precision=precision,
         ep=args.ranks,
-        tokens_per_second=args.batch * sequence / median * 1000,
-        loss=statistics.mean(loss for _, loss in found[-tenth:]),
+        tokens_per_second=runs[0].tokens / median * 1000,
+        losses=[round(each.loss, 6) for each in runs],
     )
 
 
@@ -162,6 +212,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, help="tokens of a sequence, other than the model's")
     parser.add_argument("--layouts", nargs="+", help="such as tp=2,ep=4 (default: ep=RANKS)")
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[7])
+    parser.add_argument("--sides", nargs="+", default=["ep_plugin", "megatron"], choices=SIDES)
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32, help="sequences of an iteration")
@@ -173,20 +225,30 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def compare(layout: str, precision: str, args: argparse.Namespace) -> None:
-    """Train both sides, print each as it comes and what they make of each other, write rows."""
-    rows: list[Row] = []
-    for backend in SIDES:
-        row = train(backend, precision == "fp8", args, layout)
-        rows.append(row)
+def compare(layout: str, args: argparse.Namespace) -> None:
+    """Train what was asked for in one layout; print each as it comes and then pairs, write rows."""
+    rows: dict[tuple[str, str], Row] = {}
+    for precision, side in product(args.precision, args.sides):
+        row = rows[side, precision] = train(side, precision, args, layout)
         speed = "" if row["device"] == "cpu" else f" {row['tokens_per_second']:9.0f} tokens/s"
-        print(f"{layout} {row['backend']:30} {precision} loss {row['loss']:.4f}{speed}")
+        losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
+        print(f"{layout} {side:10} {precision} loss {losses}{speed}", flush=True)
         if args.output is not None:
             write(args.output, merge(read(args.output), [row]))
-    ours, theirs = rows
-    speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
-    loss = 100 * (ours["loss"] / theirs["loss"] - 1)
-    print(f"{layout} {precision}: {speed:.2f} x tokens per second, loss {loss:+.2f} %")
+    for name, other in PAIRS:
+        if name in rows and other in rows:
+            print(f"{layout} {' '.join(name)}: {beside(rows[name], rows[other])} {' '.join(other)}")
+
+
+def beside(row: Row, other: Row) -> str:
+    """Return how a row's speed and losses differ from another's, seed by seed."""
+    percent = [100 * (a / b - 1) for a, b in zip(row["losses"], other["losses"], strict=True)]
+    loss = f"loss {statistics.mean(percent):+.2f} %"
+    if len(percent) > 1:
+        loss += f" (standard error {statistics.stdev(percent) / len(percent) ** 0.5:.2f})"
+    ratio = row["tokens_per_second"] / other["tokens_per_second"]
+    speed = "" if row["device"] == "cpu" else f"{ratio:.2f} x tokens per second, "
+    return f"{speed}{loss} beside"
 
 
 def main() -> None:
@@ -195,13 +257,17 @@ def main() -> None:
     try:
         for layout in args.layouts:
             layout_flags(layout, args.ranks)
+        if "fp8" in args.precision and "megatron" in args.sides and not has_engine():
+            raise ConfigError(
+                "--precision fp8 of side megatron needs a GPU and transformer_engine; "
+                "--sides ep_plugin would do"
+            )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     args.logs.mkdir(parents=True, exist_ok=True)
     for layout in args.layouts:
-        for precision in args.precision:
-            compare(layout, precision, args)
+        compare(layout, args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ep_plugin.routing_config import RoutingConfig, ScoreFunction
 
 __all__ = [
     "GATED",
+    "GRAPH_RANKS",
     "Activation",
     "BackendUnavailable",
     "CheckSplits",
@@ -39,6 +40,8 @@ Fp8Wgrad = Literal["fp8", "bf16"]
 Save = Literal["bf16", "fp8", "recompute"]
 CheckSplits = Literal["first", "always", "off"]
 DispatchDtype = Literal["bf16", "fp8"]
+# Most ranks of ep and etp in a CUDA graph: dispatcher symm_mem has room for all their tokens then.
+GRAPH_RANKS = 8
 
 _SIZES = {
     "hidden_size": (1, "hidden_size = 1024"),

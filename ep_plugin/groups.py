@@ -20,6 +20,9 @@ import torch.distributed as dist
 from ep_plugin.config import ConfigError
 from ep_plugin.parallel import ParallelConfig
 
+# Its name from torch 2.14 on, where the older one warns.
+all_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass(frozen=True)
 class RankGrid:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_plugin.contracts import Dispatched, Dispatcher, Pending, Routing
+from ep_plugin.groups import all_gather_single
 from ep_plugin.permute import count_choices
 
 
@@ -44,7 +45,7 @@ class _Share(NamedTuple):
         padded = rows.new_zeros(self.size, *rows.shape[1:])
         padded[: len(rows)] = rows
         everything = rows.new_empty(self.group.size() * self.size, *rows.shape[1:])
-        dist.all_gather_into_tensor(everything, padded, group=self.group)
+        all_gather_single(everything, padded, group=self.group)
         return everything[: self.num_rows]
 
 

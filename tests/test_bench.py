@@ -156,6 +156,11 @@ def test_a_peer_without_a_precision_is_named(capsys: pytest.CaptureFixture[str])
     assert "not measured: grouped_mm (fp8): it has no fp8\n" in capsys.readouterr().out
 
 
+def test_a_run_that_measures_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(command.BENCHES, "gemm", lambda *_: [])
+    assert main(["bench", "gemm", *FAST]) == 2
+
+
 def test_a_peer_that_breaks_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ COPY, NCCL, GEMM, BARRIER = (
     "gemm",
     "barrier_kernel",
 )
+DEEPEP, NOTIFY = (f"void deep_ep::intranode::{name}<2>" for name in ("dispatch", "notify_dispatch"))
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,7 @@ COPY, NCCL, GEMM, BARRIER = (
         ([(COPY, 0, 10), (GEMM, 0, 20)], 1.0),
         ([(COPY, 0, 10), (GEMM, 4, 6), (GEMM, 5, 8), (GEMM, 5, 6)], 0.4),  # counted once
         ([(COPY, 0, 10), (NCCL, 20, 30), (GEMM, 5, 25)], 0.5),
+        ([(DEEPEP, 0, 10), (GEMM, 5, 15), (NOTIFY, 0, 10)], 0.5),
         ([(COPY, 0, 10), (BARRIER, 0, 10), ("ncclDevKernel_AllGather", 0, 10)], 0.0),
     ],
 )

@@ -22,7 +22,7 @@ def test_two_ranks_measure_every_dispatcher_and_schedule(tmp_path: Path) -> None
     done = subprocess.run(
         [
             *(*RANKS, "-m", "ep_plugin.cli", "bench", "overlap", "--shapes", "tiny"),
-            *("--repeats", "2", "--warm", "1", "--precision", "bf16"),
+            *("--repeats", "2", "--warm", "1", "--precision", "bf16", "--backends", "ep_plugin"),
             *("--output", str(rows_file), "--trace", str(trace_file)),
             *("--trace-plot", str(tmp_path / "trace.png")),
         ],

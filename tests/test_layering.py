@@ -47,7 +47,7 @@ TABLE = {
     "e4m3": Row("", "torch"),
     "records": Row("", "torch"),
     "permute": Row("kernels", "torch"),  # on CUDA, from inside a function
-    "replicas": Row("contracts permute", "torch"),
+    "replicas": Row("contracts groups permute", "torch"),
     "kernels": Row("config e4m3 permute", "torch triton"),
     "fp8": Row("contracts config e4m3 kernels records", "torch"),
     "fused_experts": Row("contracts config kernels records", "torch"),

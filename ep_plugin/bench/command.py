@@ -80,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; raises ConfigError for unknown names and unreadable files."""
+    """Measure, print, write; 2 where nothing could be measured.
+
+    Raises ConfigError for unknown names and unreadable files.
+    """
     _check(args)
     # before minutes of measuring
     plot = _load("plot", "--plot") if args.plot is not None else None
@@ -106,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         tuple(args.dispatchers),
     )
     rows = _measure(args, contest, shapes, kept)
+    code = 0 if rows else 2
     traced = args.trace is not None or picture is not None
     if traced:
         routing = (args.routing or ["balanced"])[0]
@@ -113,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     if args.bench == "overlap":
         overlap.leave_ranks()
         if os.environ["RANK"] != "0":
-            return 0
+            return code
     if args.trace is not None:
         args.trace.parent.mkdir(parents=True, exist_ok=True)
         args.trace.write_text(json.dumps(timeline))
@@ -124,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(rows) if args.json else table(rows))
     if plot is not None:
         plot.draw(rows).savefig(args.plot, dpi=144)
-    return 0
+    return code
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -58,16 +58,19 @@ class Contest:
         return [(name, precision) for name in chosen for precision in self.precisions]
 
     @contextmanager
-    def attempt(self, name: str, precision: Precision) -> Iterator[None]:
+    def attempt(
+        self, name: str, precision: Precision, one_of_several: bool = False
+    ) -> Iterator[None]:
         """Note why a backend cannot run; raise it where the backend was asked for by name.
 
-        Of this package's own errors only ConfigError is noted.
+        With `one_of_several` ways to run it, it is noted even then. Of this package's own errors
+        only ConfigError is noted.
         """
         failures = (ConfigError,) if name.startswith(OURS) else FAILURES
         try:
             yield
         except failures as error:
-            if name in self.backends:
+            if name in self.backends and not one_of_several:
                 raise
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             first_line = str(error).partition("\n")[0]

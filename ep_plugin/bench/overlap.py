@@ -186,7 +186,7 @@ def _take_part(
             if contest.has(**_identity(backend, precision, dispatcher, schedule, **where)):
                 continue
             options = {"fp8": recipe, "overlap": schedule, **DISPATCHERS[dispatcher]}
-            with contest.attempt(backend, precision):
+            with contest.attempt(backend, precision, one_of_several=True):
                 layer = make_layer(case, groups, **options)
                 contender = as_contender(layer, backend, precision)
                 train_step(case, contender)(0)

@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 def make_row(device: torch.device, time: Timing, **fields: Any) -> Row:
     """Return a row with every key; what has no meaning for its bench is None."""
-    unknown = set(fields) - set(EMPTY) - {"largest_share", "dims", "tokens_per_second", "loss"}
+    unknown = set(fields) - set(EMPTY) - {"largest_share", "dims", "tokens_per_second", "losses"}
     assert not unknown, unknown
     figures = {"ms": time.median, "p10_ms": time.p10, "p90_ms": time.p90} | fields
     return {

@@ -28,19 +28,16 @@ group at most 8 ranks; buffers of such a group always have room for all.
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.config import GRAPH_RANKS, ConfigError, MoEConfig
 from ep_plugin.contracts import Dispatched, Packed, Pending, Routing
 from ep_plugin.dispatcher._link import Combine, Dispatch, Link, Plan
 from ep_plugin.dispatcher._once import Hosts
 from ep_plugin.dispatcher._shared_buffer import shared_buffer
-from ep_plugin.groups import ExpertGroups
+from ep_plugin.groups import ExpertGroups, all_gather_single
 from ep_plugin.permute import count_choices
-
-_GRAPH_RANKS = 8  # with more, buffers for all tokens of all ranks would be too large
 
 
 def _captured(tensor: Tensor) -> bool:
@@ -172,21 +169,21 @@ class SymmetricMemoryDispatcher:
         received, choices, tokens_of_a_rank, most = numbers.tolist()  # the host sync
         self.most_tokens = max(self.most_tokens, tokens_of_a_rank)
         # Routing changes, and growing stops all ranks: a quarter more than this call needs.
-        room = self.most_tokens * len(counts) if len(counts) <= _GRAPH_RANKS else most + most // 4
+        room = self.most_tokens * len(counts) if len(counts) <= GRAPH_RANKS else most + most // 4
         return Plan(place, received, room, choices)
 
     def _of_ranks(self, own: Tensor) -> Tensor:
         """Return every rank's `own` [a, ...]: [G, a, ...]."""
         ranks = self.link.buffer.ranks
         gathered = own.new_empty(ranks * len(own), *own.shape[1:])
-        dist.all_gather_into_tensor(gathered, own, group=self.group)
+        all_gather_single(gathered, own, group=self.group)
         return gathered.view(ranks, *own.shape)
 
     def _check_capture(self, num_tokens: int) -> None:
         ranks = self.link.buffer.ranks
-        if ranks > _GRAPH_RANKS:
+        if ranks > GRAPH_RANKS:
             raise ConfigError(
-                f"a graph of dispatcher 'symm_mem' must have at most {_GRAPH_RANKS} ranks of ep "
+                f"a graph of dispatcher 'symm_mem' must have at most {GRAPH_RANKS} ranks of ep "
                 f"and etp; got {ranks}; steps that are not captured would do"
             )
         if num_tokens > self.most_tokens:

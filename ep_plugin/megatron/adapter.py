@@ -20,6 +20,7 @@ from torch import Tensor
 from ep_plugin.contracts import Routing
 from ep_plugin.layer import MoELayer
 from ep_plugin.megatron import combined
+from ep_plugin.megatron.graphs import check_graphs
 from ep_plugin.megatron.groups import adopt_groups
 from ep_plugin.megatron.parameters import (
     MainGrads,
@@ -72,6 +73,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     def _build_block(self, submodules: Any, pg_collection: Any, name: str | None) -> None:
         """Make the block and its parameters; layers may differ in experts, by their number."""
         config = self.config
+        check_graphs(config, self.settings)
         groups = adopt_groups(
             *(pg_collection, config.pipeline_model_parallel_size, self.shared),
             ranks_per_node=ranks_per_node(self.settings),

@@ -128,6 +128,7 @@ def _with_our_checks(
     layer_class: Any, original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any
 ) -> Any:
     from ep_plugin.megatron.arguments import check_arguments, settings_from_args
+    from ep_plugin.megatron.graphs import check_graphs
     from ep_plugin.megatron.refusal import refuse
     from ep_plugin.megatron.resume import check_resumable, choose_format
     from ep_plugin.megatron.settings import check_supported, fp8_recipe
@@ -143,6 +144,7 @@ def _with_our_checks(
             _print(said)
         if args.num_experts is not None:
             check_supported(args)
+            check_graphs(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
     except ConfigError as error:
         refuse(error)

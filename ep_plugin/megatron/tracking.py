@@ -66,7 +66,7 @@ class RoutingTracker:
             wandb_writer.log(scalars, iteration)
 
     def _gather(self, num_layers: int) -> tuple[Tensor, Tensor]:
-        """Return rows [layers, E] and sums [layers, len(SUMS)] of all ranks; forget our own.
+        """Return rows [layers, E] and sums [layers, len(SUMS)] of all ranks; ours begin anew.
 
         A layer with fewer experts than another has -1 where it has none.
         """
@@ -80,9 +80,10 @@ class RoutingTracker:
         for number, counts in self._rows.items():
             rows[number - 1, : len(counts)] = counts
             experts[number - 1] = len(counts)
+            counts.zero_()
         for number, values in self._sums.items():
             sums[number - 1] = values
-        self._rows, self._sums = {}, {}
+            values.zero_()
         dist.all_reduce(rows)
         dist.all_reduce(experts, op=dist.ReduceOp.MAX)
         dist.all_reduce(sums)
@@ -91,7 +92,11 @@ class RoutingTracker:
 
 
 def _accumulate(store: dict[int, Tensor], number: int, values: Tensor) -> None:
-    store[number] = store[number] + values if number in store else values.clone()
+    """Add in place, into memory that stays: replays of a CUDA graph add there too."""
+    if number in store:
+        store[number] += values
+    else:
+        store[number] = values.clone()
 
 
 def _loads(rows: Tensor) -> dict[str, float]:

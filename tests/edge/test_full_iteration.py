@@ -1,0 +1,80 @@
+"""Whole iterations in a CUDA graph: Megatron captures its loop, and our blocks do not wait."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loop import MOE, OURS, RUN, SCRIPT, SHAPE
+from megatron.core.transformer import TransformerConfig
+
+from ep_plugin.config import ConfigError
+from ep_plugin.megatron import cpu
+from ep_plugin.megatron.graphs import check_graphs
+from ep_plugin.megatron.settings import EdgeSettings
+from ep_plugin.megatron.tracking import _accumulate
+from ep_plugin.report.events import Run, read_run
+
+pytestmark = pytest.mark.megatron
+ITERATIONS = 10
+CAPTURE = (
+    *("--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad"),
+    *("--cuda-graph-warmup-steps", "3"),
+)
+PLAIN = "--transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm"
+
+
+def test_sums_stay_where_a_replay_adds_to_them() -> None:
+    store: dict[int, torch.Tensor] = {}
+    _accumulate(store, 1, torch.tensor([1, 2]))
+    place = store[1].data_ptr()
+    _accumulate(store, 1, torch.tensor([10, 20]))
+    assert store[1].tolist() == [11, 22]
+    assert store[1].data_ptr() == place
+
+
+def test_without_a_gpu_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    check_graphs(config, EdgeSettings())
+    config.cuda_graph_impl = "local"
+    monkeypatch.setattr(cpu, "active", lambda: True)
+    with pytest.raises(ConfigError, match=r"\(local\) needs a GPU; --cuda-graph-impl none would"):
+        check_graphs(config, EdgeSettings())
+
+
+def train_on_gpus(folder: Path, *flags: str) -> Run:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(*OURS, SCRIPT, *SHAPE, *RUN, *MOE, *PLAIN.split(), "--no-rope-fusion", "--bf16"),
+        *("--no-gradient-accumulation-fusion", "--use-distributed-optimizer"),
+        *("--expert-model-parallel-size", "2", "--ep-dispatcher", "symm_mem"),
+        *("--train-iters", str(ITERATIONS), "--tensorboard-dir", str(folder), *flags),
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return read_run(folder)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("flags", [(), ("--ep-overlap", "chunked"), ("--ep-fp8", "rowwise")])
+def test_captured_iterations_train_as_launched_ones(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    launched = train_on_gpus(tmp_path / "launched", *flags)
+    captured = train_on_gpus(tmp_path / "captured", *flags, *CAPTURE)
+    for tag, bound in (("lm loss", 2e-3), ("load_balancing_loss", 1e-2), ("grad-norm", 5e-2)):
+        pairs = zip(captured.series(tag), launched.series(tag), strict=True)
+        seen = [
+            (iteration, value == pytest.approx(expected, rel=bound))
+            for (iteration, value), (_, expected) in pairs
+        ]
+        assert seen == [(iteration, True) for iteration in range(1, ITERATIONS + 1)], tag
+    loads = [captured.series(f"ep/tokens_per_expert/layer_1/expert_{e}") for e in range(4)]
+    for values in zip(*loads, strict=True):
+        assert sum(value for _, value in values) == pytest.approx(1)
