@@ -9,12 +9,12 @@ from ep_plugin.megatron.flags import BLOCK, KINDS, ROUTING, automatic
 from ep_plugin.megatron.settings import (
     SCOPES,
     EdgeSettings,
-    check_supported,
     moe_pattern,
     overlap_schedule,
     ranks_per_node,
     routing_config,
 )
+from ep_plugin.megatron.supported import check_supported
 from ep_plugin.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.registry import available, resolve
 

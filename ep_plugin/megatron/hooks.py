@@ -131,7 +131,8 @@ def _with_our_checks(
     from ep_plugin.megatron.graphs import check_graphs
     from ep_plugin.megatron.refusal import refuse
     from ep_plugin.megatron.resume import check_resumable, choose_format
-    from ep_plugin.megatron.settings import check_supported, fp8_recipe
+    from ep_plugin.megatron.settings import fp8_recipe
+    from ep_plugin.megatron.supported import check_supported
 
     try:
         layer_class.settings = settings_from_args(args)

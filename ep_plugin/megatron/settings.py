@@ -1,8 +1,4 @@
-"""Megatron's words in ours: TransformerConfig to MoEConfig, and the settings we refuse.
-
-A Megatron setting the plugin cannot honour is an error with its name and what to use instead; it is
-never changed behind the user's back.
-"""
+"""Megatron's words in ours: TransformerConfig to MoEConfig; supported.py has what we refuse."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +18,7 @@ from ep_plugin.config import (
     SharedExpert,
 )
 from ep_plugin.groups import node_size
+from ep_plugin.megatron.supported import check_supported, one
 
 
 @dataclass(frozen=True)
@@ -50,44 +47,6 @@ class EdgeSettings:
     metrics: bool = False  # whether somebody reads the routers' metrics
 
 
-# TransformerConfig field -> (legal values, the flag's name and what to write instead)
-_LEGAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "moe_router_load_balancing_type": (
-        ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
-        "--moe-router-load-balancing-type aux_loss, seq_aux_loss, global_aux_loss or none, one",
-    ),
-    "moe_router_score_function": (
-        ("softmax", "sigmoid"),
-        "--moe-router-score-function softmax or sigmoid",
-    ),
-    "moe_router_force_load_balancing": ((False,), "no --moe-router-force-load-balancing"),
-    "moe_router_force_biased": ((None,), "no --moe-router-force-biased"),
-    "moe_pad_expert_input_to_capacity": ((False,), "no --moe-pad-expert-input-to-capacity"),
-    "moe_apply_probs_on_input": ((False,), "no --moe-apply-probs-on-input"),
-    "moe_latent_size": ((None,), "no --moe-latent-size"),
-    "moe_token_dispatcher_type": (
-        ("allgather", "alltoall"),
-        "--moe-token-dispatcher-type alltoall; --ep-dispatcher chooses ours",
-    ),
-    "moe_shared_expert_overlap": (
-        (False,),
-        "no --moe-shared-expert-overlap; --ep-overlap shared_expert is ours",
-    ),
-    "delay_wgrad_compute": ((False,), "no --delay-wgrad-compute"),
-    "overlap_dispatch_backward_with_experts_wgrad": (
-        (False,),
-        "no --overlap-dispatch-backward-with-experts-wgrad; --ep-overlap chunked is ours",
-    ),
-    "moe_enable_routing_replay": ((False,), "no --moe-enable-routing-replay"),
-    "moe_mlp_glu_interleave_size": ((None,), "no --moe-mlp-glu-interleave-size"),
-    "activation_func_clamp_value": ((None,), "no --activation-func-clamp-value"),
-    "fp4": ((None,), "no --fp4-format"),
-    "transformer_impl": (
-        ("local", "transformer_engine"),
-        "--transformer-impl local or transformer_engine",
-    ),
-}
-
 ACTIVATIONS: dict[Activation, tuple[Any, bool]] = {  # -> (activation_func, gated_linear_unit)
     name: (function, name in GATED) for name, function in experts.ACTIVATIONS.items()
 }
@@ -104,22 +63,6 @@ SCOPES = {
 }
 
 
-def check_supported(config: Any) -> None:
-    """Raise ConfigError for the first setting of a TransformerConfig that we cannot honour."""
-    recomputed = config.recompute_modules or ()
-    if config.fp8 and config.moe_shared_expert_intermediate_size and "layernorm" in recomputed:
-        raise ConfigError(
-            f"--fp8-format ({config.fp8}) with a shared expert cannot recompute the layernorm "
-            "before it; --recompute-modules without layernorm would do"
-        )
-    for name, (legal, instead) in _LEGAL.items():
-        value = _one(getattr(config, name, legal[0]))
-        if value not in legal:
-            raise ConfigError(
-                f"{name} = {value!r} is not supported by ep_plugin's MoE block; use {instead}"
-            )
-
-
 def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
     """Return the routing that a TransformerConfig, or Megatron's arguments, and our flags ask for.
 
@@ -132,7 +75,7 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
             "--moe-router-pre-softmax: without it Megatron ranks groups by sums of raw logits"
         )
     normalized = not config.moe_router_pre_softmax if softmax else config.moe_router_topk > 1
-    balancing = _one(config.moe_router_load_balancing_type)
+    balancing = one(config.moe_router_load_balancing_type)
     scopes = {value: scope for scope, value in SCOPES.items() if scope != "group"}
     values = {
         "topk": config.moe_router_topk,
@@ -146,7 +89,7 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
         "group_topk": config.moe_router_group_topk,
         "expert_bias": config.moe_router_enable_expert_bias,
         "bias_update_rate": config.moe_router_bias_update_rate,
-        "aux_loss_coeff": 0.0 if balancing == "none" else float(_one(config.moe_aux_loss_coeff)),
+        "aux_loss_coeff": 0.0 if balancing == "none" else float(one(config.moe_aux_loss_coeff)),
         "aux_loss_scope": scopes.get(balancing, "micro_batch"),
         "z_loss_coeff": config.moe_z_loss_coeff or 0.0,
         **_capacity(config, settings.routing),
@@ -272,7 +215,3 @@ def _activation(config: Any) -> Activation:
         f"activation {config.activation_func} with gated_linear_unit = {config.gated_linear_unit} "
         f"is not one the experts have; --ep-expert-activation {', '.join(ACTIVATIONS)} would do"
     )
-
-
-def _one(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and len(value) == 1 else value

@@ -12,7 +12,7 @@ from ep_plugin.config import ConfigError
 from ep_plugin.megatron.arguments import check_arguments, settings_from_args
 from ep_plugin.megatron.flags import add_ep_arguments
 from ep_plugin.megatron.graphs import check_graphs
-from ep_plugin.megatron.settings import check_supported
+from ep_plugin.megatron.supported import check_supported
 from ep_plugin.report.events import Run
 
 pytestmark = pytest.mark.megatron
@@ -169,6 +169,10 @@ MISTAKES = {
     "unsupported setting": (
         ("--num-experts", "4", "--moe-pad-expert-input-to-capacity"),
         "moe_pad_expert_input_to_capacity = True is not supported",
+    ),
+    "room of a rank": (
+        ("--num-experts", "4", "--moe-expert-rank-capacity-factor", "1.5"),
+        "moe_expert_rank_capacity_factor = 1.5 is not supported by ep_plugin's MoE block; use no",
     ),
     "a graph that waits for the host": (
         (
