@@ -4,13 +4,19 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ep_plugin.config import ConfigError
 from ep_plugin.plan import _fit
-from ep_plugin.plan.network import NETWORKS, Forecast, Network, Traffic, forecast
+from ep_plugin.plan.network import HOWS, NETWORKS, ONE_DOMAIN, Forecast, Network, Traffic, forecast
 
-HOWS = ("flat", "dedup", "hierarchical")
-SENT_AS = {"alltoall": "flat", "alltoall+dedup": "dedup", "hierarchical": "hierarchical"}
+SENT_AS = {  # dispatcher, schedule where it matters
+    ("alltoall", None): "flat",
+    ("alltoall+dedup", None): "dedup",
+    ("hierarchical", None): "hierarchical",
+    ("symm_mem", "serial"): "symm_mem",
+    ("symm_mem", "chunked"): "swaps",
+}
 EXAMPLES = """examples:
   ep-plugin plan --tokens 8192 --topk 8 --hidden 7168 --experts 256 --compute-ms 10
   ep-plugin plan --topk 8 --hidden 2048 --experts 128 --ep 2 4 8 --network nvlink72 --json
@@ -96,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [
         forecast(traffic, network, ep, how, args.compute_ms, args.chunks)
         for ep in args.ep
-        for how in HOWS
+        for how in (*HOWS, *(ONE_DOMAIN if ep <= network.domain else ()))
     ]
     measured = read_measured(args.measured, traffic) if args.measured is not None else []
     if args.plot is not None:
@@ -108,18 +114,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
-    """Return the bf16 exchanges of `bench overlap` for such a layer; raises ConfigError."""
+    """Return the bf16 exchanges of `bench overlap` for such a layer; raises ConfigError.
+
+    Of `symm_mem` those in a CUDA graph: else the time is that of the host's launches.
+    """
+    dims = {"tokens": traffic.tokens, "topk": traffic.topk, "hidden": traffic.hidden}
     try:
         rows = json.loads(path.read_text())
         found = [
-            Measured(row["ep"], SENT_AS[row["dispatcher"]], row["exchange_ms"], row["hidden_share"])
+            Measured(row["ep"], how, row["exchange_ms"], row["hidden_share"])
             for row in rows
             if row["bench"] == "overlap"
             and row["precision"] == "bf16"
-            and row["dispatcher"] in SENT_AS
             and row["exchange_ms"] is not None
-            and row["dims"]
-            == {"tokens": traffic.tokens, "topk": traffic.topk, "hidden": traffic.hidden}
+            and row["dims"] == dims
+            and (how := _sent_as(row)) is not None
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -133,14 +142,18 @@ def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
     return found
 
 
+def _sent_as(row: dict[str, Any]) -> str | None:
+    """Return how a row's tokens went, in the model's words; None for one that it does not have."""
+    how = SENT_AS.get((row["dispatcher"], None))
+    return SENT_AS.get((row["dispatcher"], row["schedule"])) if row["graph"] else how
+
+
 def _beside(measured: list[Measured], traffic: Traffic, network: Network) -> str:
     """Return a line for each measured exchange, with what is foreseen of it."""
     lines = ["measured, over what is foreseen:"]
-    for row in measured:
-        foreseen = forecast(traffic, network, row.ep, row.how, 1.0, 1).exchange_ms
-        lines.append(
-            f"{row.ep:4} {row.how:13} {row.exchange_ms:12.2f} ms {row.exchange_ms / foreseen:6.2f}"
-        )
+    for ep, how, exchange in dict.fromkeys((r.ep, r.how, r.exchange_ms) for r in measured):
+        foreseen = forecast(traffic, network, ep, how, 1.0, 1).exchange_ms
+        lines.append(f"{ep:4} {how:13} {exchange:12.2f} ms {exchange / foreseen:6.2f}")
     return "\n".join(lines)
 
 
@@ -162,9 +175,9 @@ def _draw(rows: list[Forecast], measured: list[Measured], args: argparse.Namespa
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(f"--plot needs matplotlib ({error}); leave --plot out") from error
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(9.5, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for index, how in enumerate(HOWS):
+    for index, how in enumerate((*HOWS, *ONE_DOMAIN)):
         color = f"C{index}"
         mine = [row for row in rows if row.how == how]
         ranks = [str(row.ep) for row in mine]
@@ -182,5 +195,5 @@ def _draw(rows: list[Forecast], measured: list[Measured], args: argparse.Namespa
     bottom.set_xlabel("expert-parallel ranks")
     bottom.set_ylim(0, 105)
     top.set_title(f"{args.network}: {args.tokens} tokens, top-{args.topk}, hidden {args.hidden}")
-    top.legend()
+    figure.legend(*top.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(args.plot, dpi=120)

@@ -9,6 +9,7 @@ Assumptions, each of them optimistic unless said otherwise:
   are full duplex, and so is the network between domains (rail-optimised InfiniBand, nowhere
   oversubscribed).
 - An exchange starts after `base_us`, and each message to another domain takes `message_us` more.
+- `symm_mem` and its swaps copy what arrives once more, out of the buffers, at `copy_gbps`.
 - Four exchanges make a step: dispatch, combine, and their gradients', which travel as combine does.
 - Chunks are equal, and neither copies nor products slow each other down.
 """
@@ -28,14 +29,22 @@ class Network:
     rail_gbps: float = 45.0  # of a 400 Gb/s adapter
     base_us: float = 40.0  # what the same measurements leave beside their bytes
     message_us: float = 1.0
+    # of dispatcher symm_mem in a CUDA graph, from two H100s too: its kernels' stores, on 32 SMs ...
+    store_gbps: float = 310.0
+    store_us: float = 60.0
+    # ... the copy engines' swaps, under `chunked` ...
+    engine_gbps: float = 380.0
+    engine_us: float = 30.0
+    copy_gbps: float = 2600.0  # ... and memory that is read and written
 
 
 NETWORKS = {
     "nvlink8": Network(domain=8),  # one adapter for each GPU between hosts of 8
-    "nvlink72": Network(
-        domain=72, nvlink_gbps=600.0
-    ),  # the fifth generation, scaled from the above
+    # the fifth generation, scaled from the above
+    "nvlink72": Network(domain=72, nvlink_gbps=600.0, store_gbps=740.0, engine_gbps=910.0),
 }
+HOWS = ("flat", "dedup", "hierarchical")
+ONE_DOMAIN = ("symm_mem", "swaps")  # ways to send that end at its border
 
 
 @dataclass(frozen=True)
@@ -58,29 +67,41 @@ class Load:
     inside: float  # over NVLink
     outside: float
     messages: int
+    copied: float = 0.0  # in this rank's memory, read and written
 
 
 def load(traffic: Traffic, network: Network, ep: int, how: str, value_bytes: float) -> Load:
-    """Return what leaves a rank; `how` is flat, dedup or hierarchical.
+    """Return what leaves a rank; `how` is one of HOWS and ONE_DOMAIN.
 
     flat            a row for each choice
     dedup           a row for each rank that hosts any of a token's experts
     hierarchical    a row for each domain that hosts any, to the rank of the same place there, which
                     passes it on inside
+    symm_mem        as dedup, a domain's ranks alone, by stores into each other's buffers
+    swaps           all tokens to all ranks of a domain: copy engines move whole blocks
 
     Raises ConfigError when the ranks do not divide the experts, or domains the ranks.
     """
     near = min(network.domain, ep)  # ranks of a domain
     _check(traffic, ep, near)
+    if how in ONE_DOMAIN and ep > near:
+        raise ConfigError(
+            f"{how} needs all ranks (ep = {ep}) in one NVLink domain ({near}); ep = {near} would do"
+        )
     row, domains = traffic.tokens * traffic.hidden * value_bytes * traffic.imbalance, ep // near
     if how == "flat":
         each = row * traffic.topk / ep
         return Load(each * (near - 1), each * (ep - near), ep - near)
     chosen = _any_of(traffic, traffic.experts // ep)  # that a token goes to a given rank
+    if how == "swaps":
+        sent = row * (near - 1)
+        return Load(sent, 0.0, 0, copied=2 * sent)
+    if how == "symm_mem":  # its own tokens are in the buffers too
+        return Load(row * chosen * (near - 1), 0.0, 0, copied=2 * row * chosen * near)
     if how == "dedup":
         return Load(row * chosen * (near - 1), row * chosen * (ep - near), ep - near)
     if how != "hierarchical":
-        raise ConfigError(f"how must be flat, dedup or hierarchical; got {how!r}")
+        raise ConfigError(f"how must be one of {', '.join((*HOWS, *ONE_DOMAIN))}; got {how!r}")
     crossing = row * _any_of(traffic, near * traffic.experts // ep) * (domains - 1)
     return Load(row * chosen * (near - 1) * domains, crossing, domains - 1)
 
@@ -117,6 +138,11 @@ def exchange_ms(load: Load, network: Network, how: str) -> float:
     )
     if load.inside == load.outside == 0:
         return 0.0
+    if how in ONE_DOMAIN:
+        stores = how == "symm_mem"
+        rate = network.store_gbps if stores else network.engine_gbps
+        base = network.store_us if stores else network.engine_us
+        return load.inside / rate * 1e-6 + load.copied / network.copy_gbps * 1e-6 + base * 1e-3
     both = near + far if how == "hierarchical" else max(near, far)
     return both + network.base_us * 1e-3
 
