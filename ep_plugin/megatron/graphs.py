@@ -43,7 +43,8 @@ def _modules(config: Any) -> list[str]:
 
 
 def _check_iteration(config: Any, settings: EdgeSettings) -> None:
-    ranks = config.expert_model_parallel_size * (config.expert_tensor_parallel_size or 1)
+    etp = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
+    ranks = config.expert_model_parallel_size * etp
     sent = ranks > 1 and "." not in settings.dispatcher
     if sent and settings.dispatcher != "symm_mem":
         raise ConfigError(
