@@ -9,8 +9,8 @@ the same flags, data and seeds; Megatron's own side is given its best: grouped G
 Engine where that is installed, whose experts draw their initial values in another order, and its
 sequential experts otherwise, with the same initial values. A side's tokens per second are those of
 its median iteration after the first tenth of each run. `graph` is our side with whole iterations in
-a CUDA graph. Rows are as `ep-plugin bench` writes them, with `losses`: of each seed, the mean of the
-last tenth. Without a GPU only losses mean anything.
+a CUDA graph. Rows are as `ep-plugin bench` writes them, with `losses`: of each seed, the mean of
+the last tenth. Without a GPU only losses mean anything.
 """
 
 import argparse
