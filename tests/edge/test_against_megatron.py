@@ -11,7 +11,6 @@ from loop import MODEL, MOE, NEWEST, OURS, STOCK, launch, train
 from ep_plugin.config import ConfigError
 from ep_plugin.megatron.arguments import check_arguments, settings_from_args
 from ep_plugin.megatron.flags import add_ep_arguments
-from ep_plugin.megatron.graphs import check_graphs
 from ep_plugin.megatron.supported import check_supported
 from ep_plugin.report.events import Run
 
@@ -170,35 +169,6 @@ MISTAKES = {
         ("--num-experts", "4", "--moe-pad-expert-input-to-capacity"),
         "moe_pad_expert_input_to_capacity = True is not supported",
     ),
-    "room of a rank": (
-        ("--num-experts", "4", "--moe-expert-rank-capacity-factor", "1.5"),
-        "moe_expert_rank_capacity_factor = 1.5 is not supported by ep_plugin's MoE block; use no",
-    ),
-    "a graph that waits for the host": (
-        (
-            *("--num-experts", "4", "--expert-model-parallel-size", "2"),
-            *("--cuda-graph-impl", "full_iteration"),
-        ),
-        "does not wait for the host; got auto; --ep-dispatcher symm_mem would do",
-    ),
-    "a graph whose products wait": (
-        (
-            *("--num-experts", "4", "--ep-gemm", "loop"),
-            *("--cuda-graph-impl", "full_iteration"),
-        ),
-        "a grouped GEMM that does not wait for the host; got loop; --ep-gemm auto would do",
-    ),
-    "a graph of whole layers": (
-        ("--num-experts", "4", "--cuda-graph-impl", "local"),
-        "--cuda-graph-impl (local) of whole layers would capture parts of an MoE layer",
-    ),
-    "a graph of Megatron's router": (
-        (
-            *("--num-experts", "4", "--cuda-graph-impl", "transformer_engine"),
-            *("--cuda-graph-modules", "attn", "moe_router"),
-        ),
-        "--cuda-graph-impl (transformer_engine) of attn, moe_router would capture parts of an MoE",
-    ),
     "two capacities": (
         (
             *("--num-experts", "4", "--moe-expert-capacity-factor", "1.0"),
@@ -265,23 +235,8 @@ def test_mistakes_are_one_sentence(mistake: str) -> None:
 
 
 def check_everything(args: Any) -> None:
-    settings = settings_from_args(args)
-    check_arguments(args, settings)
+    check_arguments(args, settings_from_args(args))
     check_supported(args)
-    check_graphs(args, settings)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--cuda-graph-impl", "full_iteration"),
-        ("--cuda-graph-impl", "full_iteration", "--expert-model-parallel-size", "2",
-         "--ep-dispatcher", "symm_mem"),
-        ("--cuda-graph-impl", "local", "--cuda-graph-modules", "attn"),
-    ],
-)  # fmt: skip
-def test_graphs_that_can_be_are_let_through(flags: tuple[str, ...]) -> None:
-    check_everything(parse("--num-experts", "4", *flags))
 
 
 def test_a_mistake_stops_every_rank_with_code_2_and_writes_nothing(tmp_path: Path) -> None:

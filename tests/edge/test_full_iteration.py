@@ -1,19 +1,25 @@
 """Whole iterations in a CUDA graph: Megatron captures its loop, and our blocks do not wait."""
 
+import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from loop import MOE, OURS, RUN, SCRIPT, SHAPE
+from loop import MODEL, MOE, NEWEST, OURS, RUN, SCRIPT, SHAPE
 from megatron.core.transformer import TransformerConfig
 
 from ep_plugin.config import ConfigError
 from ep_plugin.megatron import cpu
+from ep_plugin.megatron.arguments import settings_from_args
+from ep_plugin.megatron.flags import add_ep_arguments
 from ep_plugin.megatron.graphs import check_graphs
 from ep_plugin.megatron.settings import EdgeSettings
+from ep_plugin.megatron.supported import check_supported
 from ep_plugin.megatron.tracking import _accumulate
 from ep_plugin.report.events import Run, read_run
 
@@ -42,6 +48,71 @@ def test_without_a_gpu_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cpu, "active", lambda: True)
     with pytest.raises(ConfigError, match=r"\(local\) needs a GPU; --cuda-graph-impl none would"):
         check_graphs(config, EdgeSettings())
+
+
+def config_of(**fields: Any) -> Any:
+    """Stand for a TransformerConfig of any release: names of these fields differ."""
+    parallel = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+    return SimpleNamespace(**{**parallel, "tensor_model_parallel_size": 1, **fields})
+
+
+ITERATION = (
+    {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []},
+    {"cuda_graph_impl": "local", "cuda_graph_scope": ["full_iteration"]},  # until 0.17
+)
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (
+        {"expert_model_parallel_size": 2},
+        {},
+        "wait for the host; got auto; --ep-dispatcher symm_mem",
+    ),
+    (
+        {"tensor_model_parallel_size": 2},
+        {},
+        "wait for the host; got auto; --ep-dispatcher symm_mem",
+    ),
+    ({"expert_model_parallel_size": 16}, {"dispatcher": "symm_mem"}, "at most 8 ranks .* got 16"),
+    ({}, {"gemm": "loop"}, "does not wait for the host; got loop; --ep-gemm auto would do"),
+]
+
+
+@pytest.mark.parametrize("graph", ITERATION)
+@pytest.mark.parametrize(("fields", "settings", "message"), REFUSED)
+def test_an_iteration_that_waits_for_the_host_is_refused(
+    graph: dict[str, Any], fields: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_graphs(config_of(**graph, **fields), EdgeSettings(**settings))
+    check_graphs(config_of(**graph), EdgeSettings())
+    check_graphs(
+        config_of(**graph, expert_model_parallel_size=8), EdgeSettings(dispatcher="symm_mem")
+    )
+
+
+def test_parts_of_megatron_s_moe_layer_are_refused() -> None:
+    for modules, said in (([], "whole layers"), (["attn", "moe_router"], "attn, moe_router")):
+        config = config_of(cuda_graph_impl="local", cuda_graph_modules=modules)
+        with pytest.raises(ConfigError, match=f"of {said} would capture parts of an MoE layer"):
+            check_graphs(config, EdgeSettings())
+    check_graphs(config_of(cuda_graph_impl="local", cuda_graph_scope=["attn"]), EdgeSettings())
+
+
+@pytest.mark.skipif(not NEWEST, reason="the flags of 0.19")
+def test_megatron_s_own_flags_are_read() -> None:
+    from megatron.training import arguments
+
+    parser = add_ep_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser()))
+    flags = [*MODEL, "--num-experts", "4"]
+    for asked, message in (
+        (["--cuda-graph-impl", "full_iteration", "--ep-gemm", "loop"], "got loop"),
+        (["--cuda-graph-impl", "local", "--cuda-graph-modules", "moe"], r"\(local\) of moe would"),
+    ):
+        args = parser.parse_args([*flags, *asked])
+        with pytest.raises(ConfigError, match=message):
+            check_graphs(args, settings_from_args(args))
+    args = parser.parse_args([*flags, "--moe-expert-rank-capacity-factor", "1.5"])
+    with pytest.raises(ConfigError, match=r"rank_capacity_factor = 1\.5 is not supported"):
+        check_supported(args)
 
 
 def train_on_gpus(folder: Path, *flags: str) -> Run:
