@@ -25,9 +25,9 @@ else
     qwen3=(--model qwen3-30b-a3b --num-layers "${QWEN3_LAYERS:-12}" --sequence 4096)
     mixtral=(--model mixtral-8x7b --num-layers "${MIXTRAL_LAYERS:-6}" --sequence 4096)
 fi
+on_gpus() { "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; }
 precisions=(bf16 fp8) alone=(ep_plugin megatron)
-if ! "$PYTHON" -c 'import torch, transformer_engine; assert torch.cuda.is_available()' \
-    2>/dev/null; then
+if ! { on_gpus && "$PYTHON" -c 'import transformer_engine' 2>/dev/null; }; then
     precisions=(bf16) alone=(ep_plugin) # Megatron has FP8 experts with Transformer Engine alone
 fi
 
@@ -36,15 +36,13 @@ run_ep() {
         local layer=("$PYTHON" -m ep_plugin.cli bench layer --shapes "${shapes[@]}"
             --repeats "$repeats" --warm 5 --resume --output "$rows")
         "${layer[@]}" --backends "${alone[@]}"
-        if ((${#alone[@]} > 1)); then "${layer[@]}" --backends ep_plugin --cuda-graph; fi
+        if on_gpus; then "${layer[@]}" --backends ep_plugin --cuda-graph; fi
         return
     fi
     local bench=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1"
         -m ep_plugin.cli bench overlap --shapes "${shapes[@]}" --repeats "$repeats" --warm 5
         --resume --output "$rows" --recipes off rowwise)
-    if "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-        "${bench[@]}" --cuda-graph
-    fi
+    if on_gpus; then "${bench[@]}" --cuda-graph; fi
     "${bench[@]}" --dispatchers alltoall+dedup symm_mem
 }
 

@@ -10,13 +10,8 @@ from ep_plugin.config import ConfigError
 from ep_plugin.plan import _fit
 from ep_plugin.plan.network import HOWS, NETWORKS, ONE_DOMAIN, Forecast, Network, Traffic, forecast
 
-SENT_AS = {  # dispatcher, schedule where it matters
-    ("alltoall", None): "flat",
-    ("alltoall+dedup", None): "dedup",
-    ("hierarchical", None): "hierarchical",
-    ("symm_mem", "serial"): "symm_mem",
-    ("symm_mem", "chunked"): "swaps",
-}
+SENT_AS = {"alltoall": "flat", "alltoall+dedup": "dedup", "hierarchical": "hierarchical"}
+SENT_IN_A_GRAPH = {"serial": "symm_mem", "chunked": "swaps"}  # through symm_mem, by its schedule
 EXAMPLES = """examples:
   ep-plugin plan --tokens 8192 --topk 8 --hidden 7168 --experts 256 --compute-ms 10
   ep-plugin plan --topk 8 --hidden 2048 --experts 128 --ep 2 4 8 --network nvlink72 --json
@@ -144,8 +139,9 @@ def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
 
 def _sent_as(row: dict[str, Any]) -> str | None:
     """Return how a row's tokens went, in the model's words; None for one that it does not have."""
-    how = SENT_AS.get((row["dispatcher"], None))
-    return SENT_AS.get((row["dispatcher"], row["schedule"])) if row["graph"] else how
+    if row["dispatcher"] == "symm_mem" and row["graph"]:
+        return SENT_IN_A_GRAPH.get(row["schedule"])
+    return SENT_AS.get(row["dispatcher"])
 
 
 def _beside(measured: list[Measured], traffic: Traffic, network: Network) -> str:

@@ -80,7 +80,8 @@ def load(traffic: Traffic, network: Network, ep: int, how: str, value_bytes: flo
     symm_mem        as dedup, a domain's ranks alone, by stores into each other's buffers
     swaps           all tokens to all ranks of a domain: copy engines move whole blocks
 
-    Raises ConfigError when the ranks do not divide the experts, or domains the ranks.
+    Raises ConfigError when the ranks do not divide the experts, or domains the ranks, and for
+    ranks of several domains where the way ends at a domain's border.
     """
     near = min(network.domain, ep)  # ranks of a domain
     _check(traffic, ep, near)
