@@ -18,10 +18,10 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 rows="$OUT/eight_gpus.json"
 mkdir -p "$OUT"
 if [[ -n "${SMALL:-}" ]]; then
-    shapes=(tiny) repeats=2 iterations=3 size=(--num-layers 2 --sequence 32)
+    shapes=(tiny) repeats=2 iterations="${ITERATIONS:-3}" size=(--num-layers 2 --sequence 32)
     qwen3=(--model qwen3-nano "${size[@]}") mixtral=(--model mixtral-nano "${size[@]}")
 else
-    shapes=(dsv3 q3-235b q3-30b-ep8 mixtral) repeats=20 iterations=50
+    shapes=(dsv3 q3-235b q3-30b-ep8 mixtral) repeats=20 iterations="${ITERATIONS:-50}"
     qwen3=(--model qwen3-30b-a3b --num-layers "${QWEN3_LAYERS:-12}" --sequence 4096)
     mixtral=(--model mixtral-8x7b --num-layers "${MIXTRAL_LAYERS:-6}" --sequence 4096)
 fi

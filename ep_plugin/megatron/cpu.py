@@ -12,6 +12,7 @@ serves as both the CPU's and the GPU's: Megatron saves and restores the state it
 is all it needs.
 """
 
+import atexit
 import functools
 import importlib
 import importlib.util
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ep_plugin.config import ConfigError
 from ep_plugin.megatron import _cpu_torch as words
@@ -88,6 +90,16 @@ def enable() -> None:
     mode.mode.__enter__()  # type: ignore[no-untyped-call]
     for owner, name, value in _megatron_replacements():
         mode.replace(owner, name, value)
+    atexit.register(_end_groups)
+
+
+def _end_groups() -> None:
+    """End gloo's threads while Python can still wait for them; Megatron leaves its groups as they are.
+
+    A thread that drops its last tensor after Python has ended takes the process down with SIGABRT.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def disable() -> None:
@@ -106,6 +118,7 @@ def disable() -> None:
         if value is None:
             os.environ.pop(name, None)
     mode.environment.clear()
+    atexit.unregister(_end_groups)
     torch.compiler.set_stance("default")
     mode.active = False
 

@@ -83,6 +83,23 @@ def test_it_leaves_no_trace() -> None:
     assert done.stdout.strip().endswith("no trace")
 
 
+GROUPS_END = """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: print(f"groups at the end: {dist.is_initialized()}"))  # runs last
+from ep_plugin.megatron import cpu
+cpu.enable()
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+"""
+
+
+def test_gloo_s_threads_end_before_python() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GROUPS_END], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "groups at the end: False"), done.stderr
+
+
 def test_the_device_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EP_PLUGIN_DEVICE", "tpu")
     with pytest.raises(ConfigError, match="must be one of cpu, cuda; got 'tpu'"):
