@@ -51,7 +51,11 @@ train() {
         --batch "$((4 * RANKS))" --output "$rows" "$@"
 }
 
-run_qwen3() { train "${qwen3[@]}" --precision "${precisions[@]}"; }
+run_qwen3() {
+    local sides=(ep_plugin megatron)
+    if on_gpus; then sides=(ep_plugin graph megatron); fi
+    train "${qwen3[@]}" --precision "${precisions[@]}" --sides "${sides[@]}"
+}
 run_mixtral() { train "${mixtral[@]}" --precision "${precisions[@]}"; }
 run_layouts() {
     local half=$((RANKS / 2))

@@ -94,7 +94,7 @@ def enable() -> None:
 
 
 def _end_groups() -> None:
-    """End gloo's threads while Python can still wait for them; Megatron leaves its groups as they are.
+    """End gloo's threads while Python can still wait for them; Megatron leaves them running.
 
     A thread that drops its last tensor after Python has ended takes the process down with SIGABRT.
     """

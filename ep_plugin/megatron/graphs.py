@@ -5,6 +5,7 @@ whole iteration a block must not wait for the host, which leaves `symm_mem`, or 
 etp. Parts that Megatron cuts its own MoE layer into do not exist in ours.
 """
 
+import sys
 from typing import Any
 
 from ep_plugin.config import GRAPH_RANKS, ConfigError
@@ -33,6 +34,21 @@ def check_graphs(config: Any, settings: EdgeSettings) -> None:
             f"parts of an MoE layer that ep_plugin's does not have; of {' and '.join(OUTSIDE)}, or "
             "--cuda-graph-impl full_iteration, would do"
         )
+
+
+def end_graphs() -> None:
+    """Free the graphs of whole iterations: until then NCCL's groups cannot end, and Python waits.
+
+    Megatron keeps them for as long as the process lives.
+    """
+    module = sys.modules.get("megatron.core.full_cuda_graph")
+    if module is None:
+        return
+    graphs = module.FullCudaGraphWrapper.cuda_graph
+    for stage, graph in graphs.items():
+        if graph is not None:
+            graph.reset()
+            graphs[stage] = None
 
 
 def _modules(config: Any) -> list[str]:

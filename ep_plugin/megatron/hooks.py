@@ -53,7 +53,7 @@ def install(settings: Any = None) -> None:
         layer_class.wrapped.append((owner, name))
     wheel.without_compilation()
     torch_adam.correct()
-    atexit.register(_write_last_scalars)
+    atexit.register(_end)
     _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
 
 
@@ -65,7 +65,7 @@ def uninstall() -> None:
             setattr(owner, name, getattr(owner, name).ep_original)
         wheel.with_compilation()
         torch_adam.uncorrect()
-        atexit.unregister(_write_last_scalars)
+        atexit.unregister(_end)
         specs.MoELayer = specs.MoELayer.ep_original
     cpu.disable()
 
@@ -189,8 +189,14 @@ def _with_our_metrics(
     return text
 
 
-def _write_last_scalars() -> None:
-    """Flush TensorBoard: Megatron logs its last evaluation after it flushed for the last time."""
+def _end() -> None:
+    """Free graphs, which Megatron does not, and flush TensorBoard.
+
+    Megatron logs its last evaluation after it flushed for the last time.
+    """
+    from ep_plugin.megatron.graphs import end_graphs
+
+    end_graphs()
     global_vars = sys.modules.get(GLOBAL_VARS)
     writer = global_vars.get_tensorboard_writer() if global_vars is not None else None
     if writer is not None:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from loop import MODEL, MOE, NEWEST, OURS, RUN, SCRIPT, SHAPE
+from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer import TransformerConfig
 
 from ep_plugin.config import ConfigError
 from ep_plugin.megatron import cpu
 from ep_plugin.megatron.arguments import settings_from_args
 from ep_plugin.megatron.flags import add_ep_arguments
-from ep_plugin.megatron.graphs import check_graphs
+from ep_plugin.megatron.graphs import check_graphs, end_graphs
 from ep_plugin.megatron.settings import EdgeSettings
 from ep_plugin.megatron.supported import check_supported
 from ep_plugin.megatron.tracking import _accumulate
@@ -115,6 +116,18 @@ def test_megatron_s_own_flags_are_read() -> None:
         check_supported(args)
 
 
+def test_graphs_are_freed_before_nccl_s_groups_wait_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    freed = []
+    graphs = {"training": SimpleNamespace(reset=lambda: freed.append("training"))}
+    monkeypatch.setattr(FullCudaGraphWrapper, "cuda_graph", {**graphs, "validation": None})
+    end_graphs()
+    end_graphs()
+    assert freed == ["training"]
+    assert FullCudaGraphWrapper.cuda_graph == {"training": None, "validation": None}
+
+
 def train_on_gpus(folder: Path, *flags: str) -> Run:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -128,6 +141,7 @@ def train_on_gpus(folder: Path, *flags: str) -> Run:
         env={**os.environ, "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
         capture_output=True,
         text=True,
+        timeout=240,  # a graph that is not freed keeps a rank from ending
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return read_run(folder)

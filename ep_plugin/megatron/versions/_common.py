@@ -129,6 +129,8 @@ COMMON = (
             *("cp_comm_type", "pg_collection"),
         ),
     ),
+    # how a process ends
+    Touchpoint("megatron.core.full_cuda_graph:FullCudaGraphWrapper.cuda_graph"),
     # CPU mode, and the wheel
     Touchpoint(f"{_TENSOR_PARALLEL}.random:_lazy_call"),
     Touchpoint(f"{_TENSOR_PARALLEL}.random:device_ctx_manager"),
