@@ -60,7 +60,7 @@ class Side(NamedTuple):
 
     runner: tuple[str, ...]
     flags: str = ""
-    over_ranks: str = ""  # with more than one rank
+    over_ranks: str = ""  # with experts on more than one rank
     fused: str = ""  # with Transformer Engine
     fp8: str = "--ep-fp8 rowwise"
 
@@ -119,13 +119,17 @@ def model_flags(name: str, num_layers: int | None, sequence: int | None) -> list
     return flags
 
 
-def layout_flags(layout: str, ranks: int) -> list[str]:
-    """Return the flags of a layout such as tp=2,ep=4; raises ConfigError where it is none."""
+def parallel_of(layout: str, ranks: int) -> ParallelConfig:
+    """Return a layout such as tp=2,ep=4; raises ConfigError where it is none."""
     parts = [part.partition("=") for part in layout.split(",")]
     if not all(key in ("tp", "pp", "ep", "etp") and size.isdecimal() for key, _, size in parts):
         raise ConfigError(f"--layouts takes tp, pp, ep, etp, as tp=2,ep=4; got {layout!r}")
     sizes = {key: int(size) for key, _, size in parts}
-    parallel = ParallelConfig(world_size=ranks, **{"etp": 1, **sizes})
+    return ParallelConfig(world_size=ranks, **{"etp": 1, **sizes})
+
+
+def layout_flags(parallel: ParallelConfig) -> list[str]:
+    """Return the flags of a layout."""
     flags = [
         *("--tensor-model-parallel-size", str(parallel.tp)),
         *("--pipeline-model-parallel-size", str(parallel.pp)),
@@ -148,10 +152,10 @@ def data_flags(data: Path | None, log: Path) -> list[str]:
 
 def run(name: str, fp8: bool, seed: int, args: argparse.Namespace, layout: str) -> Run:
     """Train one side with one seed; one that fails shows the end of its log."""
-    side = SIDES[name]
+    side, parallel = SIDES[name], parallel_of(layout, args.ranks)
     own = [
         side.flags,
-        side.over_ranks if args.ranks > 1 else "",
+        side.over_ranks if parallel.ep * parallel.expert_tp > 1 else "",
         side.fused if has_engine() else "",
         side.fp8 if fp8 else "",
     ]
@@ -163,7 +167,7 @@ def run(name: str, fp8: bool, seed: int, args: argparse.Namespace, layout: str) 
         *("--nproc-per-node", str(args.ranks), *side.runner, SCRIPT, *model, *shlex.split(RUN)),
         *shlex.split(FUSED if has_engine() else PLAIN),
         *([] if find_spec("fused_weight_gradient_mlp_cuda") else [UNFUSED_TOTALS]),
-        *layout_flags(layout, args.ranks),
+        *layout_flags(parallel),
         *("--micro-batch-size", str(args.micro_batch), "--global-batch-size", str(args.batch)),
         *("--train-iters", str(args.iterations), "--seed", str(seed), *data_flags(args.data, log)),
         *shlex.split(" ".join(own)),
@@ -256,7 +260,7 @@ def main() -> None:
     args = parse()
     try:
         for layout in args.layouts:
-            layout_flags(layout, args.ranks)
+            parallel_of(layout, args.ranks)
         if "fp8" in args.precision and "megatron" in args.sides and not has_engine():
             raise ConfigError(
                 "--precision fp8 of side megatron needs a GPU and transformer_engine; "

@@ -61,6 +61,6 @@ def test_losses_are_compared_seed_by_seed() -> None:
 
 
 def test_layouts_are_megatron_s_flags() -> None:
-    assert train_ep.layout_flags("tp=2,ep=4", 8)[-1] == "--sequence-parallel"
+    assert train_ep.layout_flags(train_ep.parallel_of("tp=2,ep=4", 8))[-1] == "--sequence-parallel"
     with pytest.raises(ValueError, match="--layouts takes tp, pp, ep, etp"):
-        train_ep.layout_flags("xp=2", 8)
+        train_ep.parallel_of("xp=2", 8)
