@@ -5,12 +5,11 @@ python benchmarks/train_ep.py --ranks 2 [--model gpt-20m] [--precision bf16 fp8]
                               [--seeds 7 8 9] [--sides ep_plugin graph megatron] [--output F]
 
 Models are gpt-20m and every preset (`--num-layers N` keeps as many layers as fit). Both sides get
-the same flags, data and seeds; Megatron's own side is given its best: grouped GEMM with Transformer
-Engine where that is installed, whose experts draw their initial values in another order, and its
-sequential experts otherwise, with the same initial values. A side's tokens per second are those of
-its median iteration after the first tenth of each run. `graph` is our side with whole iterations in
-a CUDA graph. Rows are as `ep-plugin bench` writes them, with `losses`: of each seed, the mean of
-the last tenth. Without a GPU only losses mean anything.
+the same flags, data, seeds and initial values; Megatron's own side is given its best: grouped GEMM
+with Transformer Engine where that is installed, and its sequential experts otherwise. A side's
+tokens per second are those of its median iteration after the first tenth of each run. `graph` is
+our side with whole iterations in a CUDA graph. Rows are as `ep-plugin bench` writes them, with
+`losses`: of each seed, the mean of the last tenth. Without a GPU only losses mean anything.
 """
 
 import argparse
@@ -51,7 +50,7 @@ RUN = """
 PLAIN = """
 --transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion
 """
-FUSED = "--transformer-impl transformer_engine"
+FUSED = "--transformer-impl transformer_engine --moe-grouped-gemm"
 UNFUSED_TOTALS = "--no-gradient-accumulation-fusion"  # Megatron's output layer has it from apex
 
 
@@ -72,7 +71,7 @@ SIDES = {
     "graph": Side(OURS, GRAPH, over_ranks="--ep-dispatcher symm_mem --ep-overlap chunked"),
     "megatron": Side(
         (str(ROOT / "tests" / "edge" / "stock_run.py"),),
-        fused="--moe-grouped-gemm --moe-permute-fusion",
+        fused="--moe-permute-fusion",
         fp8="--fp8-format e4m3 --fp8-recipe tensorwise",
     ),
 }
@@ -195,7 +194,7 @@ def train(name: str, precision: str, args: argparse.Namespace, layout: str) -> R
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         Timing(median, steady[len(steady) // 10], steady[-1 - len(steady) // 10]),
         bench="train",
-        shape=args.model,
+        shape=args.model if args.num_layers is None else f"{args.model}, {args.num_layers} layers",
         op=layout,
         backend=f"megatron ({kind})" if name == "megatron" else "ep_plugin",
         graph=name == "graph",

@@ -24,6 +24,7 @@ from ep_plugin.megatron.graphs import check_graphs
 from ep_plugin.megatron.groups import adopt_groups
 from ep_plugin.megatron.parameters import (
     MainGrads,
+    are_grouped,
     initialize_experts,
     initialize_replicated,
     set_tags,
@@ -95,7 +96,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         if config.perform_initialization:
             for part in replicated:
                 initialize_replicated(part, config)
-            initialize_experts(layer.experts, config, groups)
+            grouped = are_grouped(submodules)
+            initialize_experts(layer.experts, config, groups, grouped=grouped)
         set_tags(replicated, layer.experts, config, groups)
         layer.experts.totals = MainGrads(layer.experts)
         router.attach_loss = self._attach_loss

@@ -4,6 +4,7 @@ The tags decide which ranks average a gradient and whether the gradient norm cou
 missing one is silent. See `set_tags`.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,15 +26,30 @@ def initialize_replicated(module: nn.Module, config: Any) -> None:
         parameter.data.copy_(values)
 
 
-def initialize_experts(experts: Experts, config: Any, groups: ExpertGroups) -> None:
-    """Fill each expert's fc1 and fc2 in Megatron's order: equal seeds give equal experts."""
-    gated_stride = 2 if experts.gated else 1
-    for fc1, fc2 in zip(experts.linear_fc1.weight, experts.linear_fc2.weight, strict=True):
-        _initialize_matrix(fc1, 0, gated_stride, config.init_method, config, groups)
-        _initialize_matrix(fc2, 1, 1, config.output_layer_init_method, config, groups)
+def initialize_experts(
+    experts: Experts, config: Any, groups: ExpertGroups, *, grouped: bool = False
+) -> None:
+    """Fill each expert's fc1 and fc2 in Megatron's order: equal seeds give equal experts.
+
+    `grouped`: Megatron's own would be Transformer Engine's, which draw every fc1 before any fc2.
+    """
+    gated = 2 if experts.gated else 1  # halves, each sharded for itself
+    first, second = config.init_method, config.output_layer_init_method
+    fc1 = [(weight, 0, gated, first) for weight in experts.linear_fc1.weight]
+    fc2 = [(weight, 1, 1, second) for weight in experts.linear_fc2.weight]
+    expert_by_expert = chain.from_iterable(zip(fc1, fc2, strict=True))
+    for weight, dim, stride, init_method in (*fc1, *fc2) if grouped else expert_by_expert:
+        _initialize_matrix(weight, dim, stride, init_method, config, groups)
     for linear in (experts.linear_fc1, experts.linear_fc2):
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
+
+
+def are_grouped(submodules: Any) -> bool:
+    """Whether the experts of Megatron's own MoE layer of these `MoESubmodules` are TEGroupedMLP."""
+    builder = getattr(submodules, "experts", None)
+    own = getattr(builder, "func", None) or getattr(builder, "module", None)  # from 0.17 on, before
+    return getattr(own, "__name__", None) == "TEGroupedMLP"
 
 
 def _initialize_matrix(
