@@ -67,3 +67,13 @@ def test_a_package_that_does_not_load_is_named(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(BackendUnavailable, match=r"does not load .*library\.so"):
         resolve("router", "users_router.router")
+
+
+def test_a_fork_that_refuses_our_products_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    module_of_tvm = type("Module", (), {"__module__": "tvm_ffi.module"})
+    fork = types.ModuleType("deep_gemm")
+    fork._C = module_of_tvm()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deep_gemm", fork)
+    monkeypatch.delitem(sys.modules, "ep_plugin.gemm.deepgemm", raising=False)
+    with pytest.raises(BackendUnavailable, match=r"is sgl-deep-gemm, .* DeepGEMM would do"):
+        resolve("gemm", "deepgemm")

@@ -19,6 +19,11 @@ try:
 except AssertionError as error:  # it says nothing more when it finds no compiler
     raise ImportError("deep_gemm finds no CUDA toolkit to compile with; set CUDA_HOME") from error
 
+if type(deep_gemm._C).__module__.partition(".")[0] == "tvm_ffi":
+    raise ImportError(
+        "deep_gemm here is sgl-deep-gemm, which refuses these bf16 products; DeepGEMM would do"
+    )
+
 ALIGNMENT = 64  # features; the kernels' step along the summed dimension
 
 
