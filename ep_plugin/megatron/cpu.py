@@ -17,6 +17,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -97,8 +98,9 @@ def _end_groups() -> None:
     """End gloo's threads while Python can still wait for them; Megatron leaves them running.
 
     A thread that drops its last tensor after Python has ended takes the process down with SIGABRT.
+    After an error they are left: what is under way may wait for ranks that will never come.
     """
-    if dist.is_initialized():
+    if dist.is_initialized() and not hasattr(sys, "last_exc"):
         dist.destroy_process_group()
 
 
