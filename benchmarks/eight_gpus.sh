@@ -8,8 +8,9 @@
 #     ./benchmarks/eight_gpus.sh scaling          efficiency over EP, a table and a picture
 #     ./benchmarks/eight_gpus.sh foreseen         measured exchanges beside the network model's
 #
-# RANKS=8 by default. Rows go to benchmarks/results/eight_gpus.json. To see that it works without
-# GPUs: SMALL=1 RANKS=8 OUT=runs/eight_gpus ./benchmarks/eight_gpus.sh ep1 ep8 qwen3 scaling
+# RANKS=8 by default, and QWEN3_LAYERS=12, MIXTRAL_LAYERS=6, ITERATIONS=50: fewer GPUs want less of
+# each. Rows go to benchmarks/results/eight_gpus.json. To see that it works without GPUs:
+# SMALL=1 RANKS=8 OUT=runs/eight_gpus ./benchmarks/eight_gpus.sh ep1 ep8 qwen3 scaling
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}" RANKS="${RANKS:-8}" OUT="${OUT:-benchmarks/results}"

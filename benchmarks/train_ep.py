@@ -9,7 +9,8 @@ the same flags, data, seeds and initial values; Megatron's own side is given its
 with Transformer Engine where that is installed, and its sequential experts otherwise. A side's
 tokens per second are those of its median iteration after the first tenth of each run. `graph` is
 our side with whole iterations in a CUDA graph. Rows are as `ep-plugin bench` writes them, with
-`losses`: of each seed, the mean of the last tenth. Without a GPU only losses mean anything.
+`first_losses`, of each seed before any step, which equal values make equal but for rounding, and
+`losses`, the mean of the last tenth. Without a GPU only losses mean anything.
 """
 
 import argparse
@@ -90,6 +91,7 @@ class Run(NamedTuple):
     """What one run's log says."""
 
     steady: list[float]  # milliseconds of iterations after the first tenth
+    first: float  # loss: of equal initial values
     loss: float  # mean of the last tenth
     tokens: int  # of an iteration
 
@@ -180,7 +182,8 @@ def run(name: str, fp8: bool, seed: int, args: argparse.Namespace, layout: str) 
     steady = [ms for ms, _ in found[len(found) // 10 :]]
     tenth = max(1, len(found) // 10)
     sequence = int(model[model.index("--seq-length") + 1])
-    return Run(steady, statistics.mean(loss for _, loss in found[-tenth:]), args.batch * sequence)
+    last = statistics.mean(loss for _, loss in found[-tenth:])
+    return Run(steady, found[0][1], last, args.batch * sequence)
 
 
 def train(name: str, precision: str, args: argparse.Namespace, layout: str) -> Row:
@@ -201,6 +204,7 @@ def train(name: str, precision: str, args: argparse.Namespace, layout: str) -> R
         precision=precision,
         ep=args.ranks,
         tokens_per_second=runs[0].tokens / median * 1000,
+        first_losses=[round(each.first, 6) for each in runs],
         losses=[round(each.loss, 6) for each in runs],
     )
 
@@ -234,7 +238,8 @@ def compare(layout: str, args: argparse.Namespace) -> None:
     for precision, side in product(args.precision, args.sides):
         row = rows[side, precision] = train(side, precision, args, layout)
         speed = "" if row["device"] == "cpu" else f" {row['tokens_per_second']:9.0f} tokens/s"
-        losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
+        both = zip(row["first_losses"], row["losses"], strict=True)
+        losses = " ".join(f"{first:.4f} to {last:.4f}" for first, last in both)
         print(f"{layout} {side:10} {precision} loss {losses}{speed}", flush=True)
         if args.output is not None:
             write(args.output, merge(read(args.output), [row]))

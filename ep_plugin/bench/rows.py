@@ -26,6 +26,7 @@ EMPTY: Row = {
     **dict.fromkeys(("dispatcher", "schedule", "exchange_ms", "compute_ms", "wire_ms")),
     **dict.fromkeys(("hidden_share", "covered_share")),
 }
+OF_SOME = {"largest_share", "dims", "tokens_per_second", "first_losses", "losses"}  # benches
 PACKAGES = (
     *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),
     *("sonic-moe", "quack-kernels", "liger-kernel", "sgl-deep-gemm", "deep-gemm"),
@@ -51,7 +52,7 @@ def versions() -> dict[str, str]:
 
 def make_row(device: torch.device, time: Timing, **fields: Any) -> Row:
     """Return a row with every key; what has no meaning for its bench is None."""
-    unknown = set(fields) - set(EMPTY) - {"largest_share", "dims", "tokens_per_second", "losses"}
+    unknown = set(fields) - set(EMPTY) - OF_SOME
     assert not unknown, unknown
     figures = {"ms": time.median, "p10_ms": time.p10, "p90_ms": time.p90} | fields
     return {
