@@ -2,7 +2,8 @@
 
 python core_loop.py WANTED.json RESULTS.json
 
-WANTED has "cases", each a `Case` as a dictionary, and "checks", names of `release_checks.CHECKS`.
+WANTED has "cases", each a `Case` as a dictionary, the "iterations" of each, and "checks", names of
+`release_checks.CHECKS`.
 A case's result is {"values": [one dictionary of scalars for each iteration]}, a check's {}, or
 {"error": text}. Imports happen once: every world of ranks is forked.
 """
@@ -30,7 +31,6 @@ from core_model import (
 )
 from forked import connect, run_world
 
-ITERATIONS = 10
 LOSSES = ["load_balancing_loss", "z_loss"]
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         if block == "untagged":
             adapter.set_tags = without_norm_tags(adapter.set_tags)
         for case in group:
-            results[case.name] = run_world(case.world, train_and_keep, case)
+            results[case.name] = run_world(case.world, train_and_keep, case, wanted["iterations"])
         uninstall()
     Path(sys.argv[2]).write_text(json.dumps(results))
 
@@ -81,16 +81,16 @@ def without_norm_tags(set_tags: Callable[..., None]) -> Callable[..., None]:
     return tag
 
 
-def train_and_keep(case: Case) -> dict[str, Any]:
+def train_and_keep(case: Case, iterations: int) -> dict[str, Any]:
     """Train one case on this rank of its world."""
     connect()
-    values = train(case)
+    values = train(case, iterations)
     dist.barrier()
     dist.destroy_process_group()
     return {"values": values}
 
 
-def train(case: Case) -> list[dict[str, float]]:
+def train(case: Case, iterations: int) -> list[dict[str, float]]:
     """Train this rank's part and return what every rank knows of each iteration."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import (
@@ -138,7 +138,7 @@ def train(case: Case) -> list[dict[str, float]]:
     )
     cp_rank = parallel_state.get_context_parallel_rank()
     values = []
-    for iteration in range(ITERATIONS):
+    for iteration in range(iterations):
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()

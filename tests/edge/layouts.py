@@ -67,14 +67,14 @@ def layouts_of(version: str) -> tuple[Case, ...]:
 
 
 @functools.cache
-def results(version: str, layouts: tuple[Case, ...]) -> dict[str, Any]:
+def results(version: str, layouts: tuple[Case, ...], iterations: int) -> dict[str, Any]:
     """Run layouts and the checks of a release, once, in one process; raises if that fails."""
     bugs = () if version == RELEASES[-1] else BUGS
     alone = {case.alone().name: case.alone() for case in layouts}
     cases = [asdict(case) for case in (*alone.values(), *layouts, *bugs)]
     with tempfile.TemporaryDirectory() as folder:
         wanted, found = Path(folder, "cases.json"), Path(folder, "results.json")
-        wanted.write_text(json.dumps({"cases": cases, "checks": CHECKS}))
+        wanted.write_text(json.dumps({"cases": cases, "iterations": iterations, "checks": CHECKS}))
         done = subprocess.run(
             [sys.executable, str(ROOT / "tests" / "edge" / "core_loop.py"), wanted, found],
             env=environment(version),

@@ -22,11 +22,12 @@ FILE = ROOT / "benchmarks" / "results" / "support_matrix.json"
 README = ROOT / "README.md"
 MARKS = ("<!-- support matrix -->\n", "<!-- /support matrix -->")
 RELATIVE = 1e-5
+ITERATIONS = 10
 
 
 def measure(version: str) -> dict[str, Any]:
     """Return what is kept of a release."""
-    found = results(version, CASES)
+    found = results(version, CASES, ITERATIONS)
     return {
         "layouts": {case.name: _layout(found, case) for case in CASES},
         "checks": {name: {"passed": found[name] == {}} for name in CHECKS},

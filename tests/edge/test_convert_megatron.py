@@ -206,6 +206,7 @@ def test_a_name_per_expert(dense: tuple[Path, dict[int, float]], tmp_path: Path)
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 4))  # tensor- and expert-parallel size
 
 
+@pytest.mark.newest
 def test_granular_with_a_residual_expert_loads_in_every_layout(
     dense: tuple[Path, dict[int, float]], tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
 """
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("last", "code", "left"), [("", 0, False), ("1 / 0", 1, True)])
 def test_gloo_s_threads_end_before_python(last: str, code: int, left: bool) -> None:
     """After an error nothing is waited for: another rank may be gone."""

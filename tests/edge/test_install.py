@@ -104,6 +104,7 @@ global_vars.get_tensorboard_writer().add_scalar("lm loss validation", 4.5, 6)
 """
 
 
+@pytest.mark.newest
 def test_what_is_logged_last_is_written() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LOGS_AT_THE_END], capture_output=True, text=True, check=True

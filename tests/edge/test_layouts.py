@@ -1,14 +1,14 @@
 """At every layout and on every release training equals one rank's.
 
-Loss, auxiliary losses, gradient norm, the experts' gradients and the routers' loads over 10
+Loss, auxiliary losses, gradient norm, the experts' gradients and the routers' loads over three
 iterations in fp32: over megatron-core's own schedule, DDP and optimizer, on gloo ranks.
+`support_matrix.py` runs ten.
 """
 
 import subprocess
 from typing import Any
 
 import pytest
-from core_loop import ITERATIONS
 from core_model import LAYERS, Case
 from layouts import BUGS, CHECKS, difference, layouts_of, results
 from releases import RELEASES, installed
@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"),
 ]
 RELATIVE = 1e-5
+ITERATIONS = 3  # the first and the last read the same tokens
 
 
 def found_on(version: str) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def found_on(version: str) -> dict[str, Any]:
         installed(version)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"megatron-core {version} cannot be installed here: {error}")
-    return results(version, layouts_of(version))
+    return results(version, layouts_of(version), ITERATIONS)
 
 
 def layouts() -> list[Any]:
@@ -46,7 +47,7 @@ def test_a_layout_trains_as_one_rank(version: str, case: Case) -> None:
     assert len(values) == ITERATIONS
     assert {"loss", "gradient norm", "load_balancing_loss", "z_loss"} <= values[0].keys()
     assert f"ep/router_entropy/layer_{LAYERS}" in values[0]  # install(settings) asks for metrics
-    assert sum(values[-1][name] < values[1][name] for name in ("loss", "z_loss")) >= 1  # it trains
+    assert sum(values[-1][name] < values[0][name] for name in ("loss", "z_loss")) >= 1  # it trains
     assert difference(found, case) < RELATIVE
     if case.bias:
         idle = [f"ep/tokens_per_expert/layer_{LAYERS}/expert_{e}" for e in (4, 5, 6, 7)]

@@ -3,12 +3,15 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from loop import SCRIPT
+from warm import torchrun
 
 from ep_plugin.cli import main
+from ep_plugin.parity import launch
 
 pytestmark = pytest.mark.megatron
 PLANTED = str(Path(__file__).with_name("planted.py"))
@@ -34,6 +37,7 @@ def parity(
 ) -> tuple[int, list[dict[str, Any]]]:
     """Return the exit code and what the JSON says of each layout."""
     monkeypatch.setenv("EP_TEST_BUGS", bugs)
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(run=torchrun))
     code = main(["parity", PLANTED, SCRIPT, *LARGE, "--tiny", "--json", *flags])
     said = capsys.readouterr()
     assert said.out, said.err

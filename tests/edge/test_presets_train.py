@@ -64,6 +64,7 @@ def decoder(preset: Preset) -> Preset:
     return replace(preset, model=model, routing=routing)
 
 
+@pytest.mark.newest
 def test_models_without_storage_have_the_parameters_counted() -> None:
     """Every preset built by Megatron under fake tensors, in one process."""
     command = [sys.executable, str(ROOT / "tests" / "edge" / "count_parameters.py"), *NAMES]
@@ -79,6 +80,7 @@ def test_models_without_storage_have_the_parameters_counted() -> None:
         assert counted[name] == total_params(decoder(load(name))), name
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", NANOS)
 def test_every_nano_twin_trains_at_ep_2(name: str, tmp_path: Path) -> None:
     done = launch_with(

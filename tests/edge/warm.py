@@ -1,12 +1,13 @@
 """Start a script on gloo ranks as torchrun does, from a process that has imported Megatron.
 
 A rank's first ten seconds are imports; here they are forked. What torchrun itself does to a script
-is seen by `test_applied.py`, `test_releases.py`, `parity` and the quickstart.
+is seen by `test_applied.py`, `test_releases.py`, `test_parity.py` and the quickstart.
 """
 
 import atexit
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
 import os
 import runpy
 import socket
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 from spawn import preload
 
@@ -22,7 +24,12 @@ GRACE = 5  # seconds between a rank's failure and the end of the others
 
 preload(
     "ep_plugin.megatron.adapter",
+    "ep_plugin.megatron.arguments",
+    "megatron.core.datasets.blended_megatron_dataset_builder",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.models.gpt.fine_grained_callables",
     "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.tokenizers.text",  # imports transformers
     "megatron.training.checkpointing",
     "megatron.training.training",
     "torch.utils.tensorboard",
@@ -63,6 +70,12 @@ def run_script(ranks: int, argv: list[str], environment: dict[str, str]) -> "Don
 Done = subprocess.CompletedProcess[str]
 
 
+def torchrun(command: list[str], env: dict[str, str], **_: Any) -> Done:
+    """Stand in for `subprocess.run` of torchrun on one node, its output captured."""
+    ranks = command.index("--nproc-per-node") + 1
+    return run_script(int(command[ranks]), command[ranks + 1 :], env)
+
+
 def _rank(argv: list[str], environment: dict[str, str], out: str, err: str) -> None:
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         stream.flush()
@@ -73,6 +86,9 @@ def _rank(argv: list[str], environment: dict[str, str], out: str, err: str) -> N
     # What a new process would have.
     atexit._clear()
     multiprocessing.set_start_method("fork", force=True)
+    # Each rank that saves spawns a queue's server, which would import the script once more.
+    contexts: Any = multiprocessing.context
+    contexts._concrete_contexts["spawn"] = multiprocessing.get_context("fork")
     code = 1
     try:
         _run(argv)
