@@ -11,7 +11,7 @@ from loop import MODEL, MOE, OURS, ROOT, SCRIPT
 from ep_plugin.cli import main
 from ep_plugin.report.events import Run, read_run
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.newest]  # the recipe is its own
 FLAGS = ("--train-iters", "3", *MOE, "--expert-model-parallel-size", "2")
 
 

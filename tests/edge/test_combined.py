@@ -12,7 +12,7 @@ from ep_plugin.megatron.arguments import settings_from_args
 from ep_plugin.megatron.settings import overlap_schedule
 from ep_plugin.report.events import read_run
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.newest]  # the schedule is its own
 in_cpu_mode = pytest.mark.skipif(
     not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
 )

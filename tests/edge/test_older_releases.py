@@ -18,10 +18,6 @@ pytestmark = [
     pytest.mark.skipif(not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"),
 ]
 RUN_ELSEWHERE = ("test_layouts", "test_releases", "test_older_releases")
-OF_THE_NEWEST = (
-    *("test_combined", "test_applied"),  # its own schedule; the recipe, which is its own
-    "test_parity",  # whose bugs are planted in functions that older releases do not use with us
-)
 Running = dict[str, tuple[subprocess.Popen[str], Path]]  # release -> its tests, what they say
 
 
@@ -29,7 +25,7 @@ Running = dict[str, tuple[subprocess.Popen[str], Path]]  # release -> its tests,
 def running(tmp_path_factory: pytest.TempPathFactory) -> Running:
     """Start the tests of all releases at once: a run waits more than it computes."""
     files = sorted(Path(__file__).parent.glob("test_*.py"))
-    chosen = [path for path in files if path.stem not in (*RUN_ELSEWHERE, *OF_THE_NEWEST)]
+    chosen = [path for path in files if path.stem not in RUN_ELSEWHERE]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-m", "not newest", *map(str, chosen)]
     started = {}
