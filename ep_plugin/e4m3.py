@@ -41,11 +41,11 @@ class Weight8:
 class Columns8:
     """Rows of all experts, transposed, in e4m3: value = data * scale of the column's expert.
 
-    Each expert's columns are padded with zeros to a multiple of 16.
+    Each expert's columns are padded with zeros to a multiple of 128; see `kernels.Tiles`.
     """
 
     data: Tensor  # [X, P] e4m3
-    scale: Tensor  # [e, X] fp32, powers of two; the same for every feature of an expert
+    scale: Tensor  # [e] fp32, powers of two
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Triton's interpreter moreover cuts bf16 and, in e4m3, loses the carry of a manti
 
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ep_plugin.config import GATED
 from ep_plugin.e4m3 import E4M3, Rows8
-from ep_plugin.kernels import Target
+from ep_plugin.kernels import TILE, Target
 from ep_plugin.kernels import experts as kernels
 from ep_plugin.kernels import experts_torch as twins
 from ep_plugin.kernels.rows import count_choices
@@ -94,13 +95,14 @@ def check_moves(tokens: int, experts: int, choices: int, width: int, device: str
     spread = kernels.spread_rows8(tokens8, place, ends)
     assert_same([spread.data[:rows]], [rows8.data[:rows]], "spread_rows8")
     assert_same([spread.scale[:rows]], [rows8.scale[:rows]], "spread_rows8")
-    padded = kernels.pad_columns(len(order), ends)
-    assert_same(padded, twins.pad_columns(len(order), ends), "pad_columns")
+    tiles, twin_tiles = (module.plan_tiles(len(order), ends) for module in (kernels, twins))
+    assert_same(vars(tiles).values(), vars(twin_tiles).values(), "plan_tiles")
+    size = TILE * int(tiles.ends[-1])
     for matrix, count in ((rows8, 0), (tokens8, choices)):
-        columns = kernels.transpose_rows(matrix, padded, order, ends, count)
-        twin = twins.transpose_rows(matrix, padded, order, ends, count)
+        columns = kernels.transpose_rows(matrix, tiles, order, ends, count)
+        twin = twins.transpose_rows(matrix, tiles, order, ends, count)
         assert_same([columns.scale], [twin.scale], "transpose_rows")
-        assert_near(columns.data, twin.data, len(twin.data), "transpose_rows")
+        assert_near(columns.data[:, :size], twin.data[:, :size], len(twin.data), "transpose_rows")
 
 
 def check_rounding(width: int, device: str) -> None:
@@ -158,6 +160,7 @@ def check_blocks(tokens: int, experts: int, choices: int, width: int, device: st
     ids, ends = random_choices(tokens, experts, choices, device)
     order, place = twins.sort_choices(ids, ends)
     rows, source = int(ends[-1]), uneven(tokens, width, device)
+    tiles = twins.plan_tiles(len(order), ends)
     starts = [0, *ends.tolist()[:-1]]
     matrix = uneven(tokens * choices, width, device)
     matrix[[start for start in starts if start < rows]] *= 2**12  # not to be seen one row before
@@ -174,13 +177,13 @@ def check_blocks(tokens: int, experts: int, choices: int, width: int, device: st
         assert_rounded(found, expected, largest(given[:rows], edges, columns), what)
 
     compare(lambda m: m.round_rows(matrix, ends), matrix, False, "round_rows")
-    compare(lambda m: m.round_columns(matrix, order, ends), matrix, True, "round_columns")
+    compare(lambda m: m.round_columns(matrix, tiles, order, ends), matrix, True, "round_columns")
     narrow = [module.quantize_blocks(source) for module in (kernels, twins)]
     assert_same([narrow[0].scale], [narrow[1].scale], "scale of blocks")
     spread = twins.spread_rows(source, place, ends)
     for kept in (source, narrow[1]):
         compare(lambda m, t=kept: m.spread_blocks(t, place, ends), spread, False, "spread_blocks")
-        turn = lambda m, t=kept: m.round_columns(t, order, ends, choices)  # noqa: E731
+        turn = lambda m, t=kept: m.round_columns(t, tiles, order, ends, choices)  # noqa: E731
         compare(turn, spread, True, "round_columns of tokens")
     wide = [module.spread_blocks(narrow[1], place, ends)[:rows] for module in (kernels, twins)]
     assert_same(wide[:1], wide[1:], "spread_blocks of e4m3")
@@ -278,26 +281,56 @@ def check_wgrad(rows: int, b: int, a: int, device: str) -> None:
     for name, sums in (("kernel", found), ("twin", twin)):
         assert float((sums - oracle).norm() / oracle.norm()) < 1e-6, f"add_wgrad, {name}"
     assert torch.equal(found[1], before[1]), "add_wgrad of no rows"
-    order = torch.arange(rows, dtype=torch.int32, device=device)
-    padded = twins.pad_columns(rows, ends)
-    columns = [
-        twins.transpose_rows(twins.quantize_rows(m.nan_to_num()), padded, order, ends, 0)
-        for m in (left, right)
-    ]
-    found, twin = before.clone(), before.clone()
-    twins.add_wgrad8(twin, *columns, padded[2])
-    assert float((twin - oracle).norm() / oracle.norm()) < 0.06, "add_wgrad8, twin"
-    if INTERPRETED:
-        return
-    kernels.add_wgrad8(found, *columns, padded[2])
-    # Tensor cores keep 14 bits of a sum of e4m3 products.
-    assert float((found - twin).norm() / twin.norm()) < 1e-3, "add_wgrad8"
+
+
+def check_products(rows: int, b: int, a: int, device: str) -> None:
+    """The products in e4m3: rows by weights, weight gradients alone and added; float64 too.
+
+    The interpreter multiplies no e4m3, so there the same kernels are given fp16.
+    """
+    ends = torch.tensor([rows // 3, rows // 3, rows - 2], dtype=torch.int32, device=device)
+    inside, order = rows - 2, torch.arange(rows, dtype=torch.int32, device=device)
+    tiles, dtype = twins.plan_tiles(rows, ends), torch.float16 if INTERPRETED else E4M3
+    weight = torch.randn(3, b, a, device=device)
+    weight8, _ = twins.quantize_weight(weight)
+    left, right = (twins.quantize_rows(torch.randn(rows, size, device=device)) for size in (b, a))
+
+    def cast(narrow: Any) -> Any:
+        return replace(narrow, data=narrow.data.to(dtype))
+
+    found = kernels.multiply(cast(right), cast(weight8), ends, tiles)[:inside]
+    twin = twins.multiply(right, weight8, ends, tiles)[:inside]
+    wide = values(right).double()
+    experts = weight8.data.double() * weight8.scale.unsqueeze(2)
+    blocks = torch.tensor_split(wide, ends.tolist())[:-1]
+    oracle = torch.cat([x @ w.T for x, w in zip(blocks, experts, strict=True)])
+    for name, product in (("kernel", found), ("twin", twin)):
+        assert float((product - oracle).norm() / oracle.norm()) < 4e-3, f"multiply, {name}"
+    columns = [twins.transpose_rows(m, tiles, order, ends, 0) for m in (left, right)]
+    operands = [cast(m) for m in columns]
+    parts = [torch.tensor_split(values(m).double(), ends.tolist())[:-1] for m in (left, right)]
+    oracle = torch.stack([x.T @ y for x, y in zip(*parts, strict=True)])
+    for name, product in (
+        ("kernel", kernels.multiply_columns(operands[0], operands[1], tiles)),
+        ("twin", twins.multiply_columns(columns[0], columns[1], tiles)),
+    ):
+        assert float((product - oracle).norm() / oracle.norm()) < 4e-3, f"multiply_columns, {name}"
+        assert not bool(product[1].any()), f"multiply_columns of no rows, {name}"
+    before = torch.randn(3, b, a, device=device)
+    sums, twin_sums = before.clone(), before.clone()
+    kernels.add_wgrad8(sums, operands[0], operands[1], tiles)
+    twins.add_wgrad8(twin_sums, columns[0], columns[1], tiles)
+    for name, total in (("kernel", sums), ("twin", twin_sums)):
+        # Tensor cores keep 14 bits of a sum of e4m3 products.
+        assert float((total - before - oracle).norm() / oracle.norm()) < 1e-3, f"add_wgrad8, {name}"
+    assert torch.equal(sums[1], before[1]), "add_wgrad8 of no rows"
 
 
 def check_all(device: str) -> None:
     torch.manual_seed(0)
     for rows, b, a in ((40, 48, 32), (300, 160, 272)):
         check_wgrad(rows, b, a, device)
+        check_products(rows, b, a, device)
     for tokens, experts, choices, width in ((13, 4, 3, 48), (200, 16, 2, 40), (1, 5, 1, 16)):
         check_moves(tokens, experts, choices, width, device)
     for tokens, experts, width in ((30, 3, 128), (150, 2, 256), (140, 1, 128), (1, 8, 256)):

@@ -111,7 +111,7 @@ def _arguments(case: Case, index: int) -> dict[tuple[str, str], Arguments]:
     tokens, hidden = case.tokens[index].detach(), _normal(case, index, 2 * shape.ffn)
     probs = torch.rand(choices.shape, device=case.device)
     grads, tokens8 = _normal(case, index, shape.ffn), ops.quantize_rows(tokens)
-    hidden8, padded = ops.quantize_rows(hidden), ops.pad_columns(shape.rows, ends)
+    hidden8, tiles = ops.quantize_rows(hidden), ops.plan_tiles(shape.rows, ends)
     logits = tokens.float() @ case.router.float().T
     rows = (probs, order, ends, SWIGLU)
     return {
@@ -126,8 +126,8 @@ def _arguments(case: Case, index: int) -> dict[tuple[str, str], Arguments]:
         ("activate_backward", "bf16"): (grads, hidden, *rows, False),
         ("activate_backward", "fp8"): (grads, hidden, *rows, True),
         ("activate_backward, kept in fp8", "fp8"): (grads, hidden8, *rows, True),
-        ("transpose_rows, tokens", "fp8"): (tokens8, padded, order, ends, shape.topk),
-        ("transpose_rows, pre-activations", "fp8"): (hidden8, padded, order, ends, 0),
+        ("transpose_rows, tokens", "fp8"): (tokens8, tiles, order, ends, shape.topk),
+        ("transpose_rows, pre-activations", "fp8"): (hidden8, tiles, order, ends, 0),
         ("sum_rows", "bf16"): (_normal(case, index, shape.hidden), place, ends),
         ("quantize_weight, fc1", "fp8"): (case.fc1,),
         ("quantize_weight, fc2", "fp8"): (case.fc2,),

@@ -13,7 +13,6 @@ from ep_plugin.bench.case import SETS, Case
 from ep_plugin.bench.floors import Direction, Precision
 from ep_plugin.config import BackendUnavailable, ConfigError
 from ep_plugin.e4m3 import BLOCK
-from ep_plugin.fp8 import rowwise
 from ep_plugin.kernels import select
 from ep_plugin.registry import available, resolve
 
@@ -93,15 +92,15 @@ def _rowwise(problem: Problem) -> list[Product]:
     rows = [ops.quantize_rows(matrix) for matrix in problem.rows]
     grads = [ops.quantize_rows(matrix) for matrix in problem.grads]
     order = torch.arange(len(problem.rows[0]), dtype=torch.int32, device=ends[0].device)
-    padded = [ops.pad_columns(len(order), end) for end in ends]
+    tiles = [ops.plan_tiles(len(order), end) for end in ends]
     left, right = (
-        [ops.transpose_rows(m, *(padded[i], order, ends[i], 0)) for i, m in enumerate(matrices)]
+        [ops.transpose_rows(m, *(tiles[i], order, ends[i], 0)) for i, m in enumerate(matrices)]
         for matrices in (grads, rows)
     )
     runs: dict[Direction, Callable[[int], Tensor]] = {
-        "forward": lambda i: rowwise.multiply(rows[i], straight, ends[i]),
-        "dgrad": lambda i: rowwise.multiply(grads[i], transposed, ends[i]),
-        "wgrad": lambda i: rowwise.multiply_columns(left[i], right[i], padded[i][2]),
+        "forward": lambda i: ops.multiply(rows[i], straight, ends[i], tiles[i]),
+        "dgrad": lambda i: ops.multiply(grads[i], transposed, ends[i], tiles[i]),
+        "wgrad": lambda i: ops.multiply_columns(left[i], right[i], tiles[i]),
     }
     return [Product("ep_plugin+rowwise", "fp8", d, run) for d, run in runs.items()]
 
@@ -117,8 +116,9 @@ def _blockwise(problem: Problem) -> list[Product]:
         for matrices in (problem.rows, problem.grads)
     )
     order = torch.arange(len(problem.rows[0]), device=weight.device)
+    tiles = [ops.plan_tiles(len(order), end) for end in ends]
     left, right = (
-        [ops.round_columns(matrix, order, ends[i]) for i, matrix in enumerate(matrices)]
+        [ops.round_columns(matrix, tiles[i], order, ends[i]) for i, matrix in enumerate(matrices)]
         for matrices in (problem.grads, problem.rows)
     )
     gemm = autotune.AutoGemm().pick(weight, len(rows[0]))

@@ -1,8 +1,7 @@
-"""FP8 products with one scale per row, through torch's scaled grouped GEMM: e4m3 in, bf16 out.
+"""FP8 products with one scale per row: e4m3 in, bf16 out.
 
 Operands have powers of two as scales (see `ep_plugin.e4m3`): activations, gradients and weights one
-per row in forward; transposed weights, and both sides of a weight gradient, one per expert. On the
-CPU the same values are multiplied in fp32.
+per row in forward; transposed weights, and both sides of a weight gradient, one per expert.
 """
 
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from torch import Tensor
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.e4m3 import Columns8, Rows8, Weight8
 from ep_plugin.fp8._check import check_recipe
-from ep_plugin.kernels import Rows, select
+from ep_plugin.kernels import Rows, Tiles, select
 from ep_plugin.records import joined
 
-MULTIPLE = 16  # of every dimension: the product reads 16 bytes at a time
+MULTIPLE = 16  # of every dimension: rows start at addresses that are multiples of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,11 @@ class Rowwise:
 
     def first(self, kept: Any, fc1: Tensor) -> Tensor:
         kept = kept if self.wgrad8 else self._quantize(kept)
-        return multiply(self._spread(kept), self.weights.fc1, self.rows.ends)
+        return self._multiply(self._spread(kept), self.weights.fc1)
 
     def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
         active = self.rows.activate(hidden, probs, fp8=True)
-        return self.rows.sum(multiply(active, self.weights.fc2, self.rows.ends))
+        return self.rows.sum(self._multiply(active, self.weights.fc2))
 
     def narrow(self, hidden: Tensor) -> Rows8:
         return self._quantize(hidden)
@@ -75,7 +74,7 @@ class Rowwise:
         self, incoming: Any, hidden: Any, probs: Tensor, fc2: Tensor
     ) -> tuple[Any, Any, Tensor]:
         incoming = incoming if self.wgrad8 else self._quantize(incoming)
-        d_active = multiply(self._spread(incoming), self.weights.fc2_transposed, self.rows.ends)
+        d_active = self._multiply(self._spread(incoming), self.weights.fc2_transposed)
         return self.rows.activate_backward(d_active, hidden, probs, self.wgrad8)
 
     def fc2_grads(self, incoming: Any, active: Any, into: Tensor | None) -> Tensor | None:
@@ -86,23 +85,29 @@ class Rowwise:
 
     def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
         narrow = d_hidden if self.wgrad8 else self._quantize(d_hidden)
-        return self.rows.sum(multiply(narrow, self.weights.fc1_transposed, self.rows.ends))
+        return self.rows.sum(self._multiply(narrow, self.weights.fc1_transposed))
 
     def fc1_grads(self, d_hidden: Any, kept: Any, into: Tensor | None) -> Tensor | None:
         if not self.wgrad8:
             return self.rows.wgrad(self.gemm, d_hidden, self.rows.spread(kept), into)
         return self._wgrad8(self._columns(d_hidden, False), self._columns(kept, True), into)
 
+    @cached_property
+    def _tiles(self) -> Tiles:
+        """The rows as products take them, the same for all six."""
+        tiles: Tiles = self.rows.ops.plan_tiles(len(self.rows.order), self.rows.ends)
+        return tiles
+
+    def _multiply(self, rows: Rows8, weight: Weight8) -> Tensor:
+        product: Tensor = self.rows.ops.multiply(rows, weight, self.rows.ends, self._tiles)
+        return product
+
     def _wgrad8(self, grads: Columns8, rows: Columns8, into: Tensor | None) -> Tensor | None:
         if into is None:
-            return multiply_columns(grads, rows, self._padded[2])
-        self.rows.ops.add_wgrad8(into, grads, rows, self._padded[2])
+            gradient: Tensor = self.rows.ops.multiply_columns(grads, rows, self._tiles)
+            return gradient
+        self.rows.ops.add_wgrad8(into, grads, rows, self._tiles)
         return None
-
-    @cached_property
-    def _padded(self) -> Any:
-        """Where the columns of weight gradients come from, the same for all four operands."""
-        return self.rows.ops.pad_columns(len(self.rows.order), self.rows.ends)
 
     def _quantize(self, matrix: Tensor) -> Rows8:
         quantized: Rows8 = self.rows.ops.quantize_rows(matrix)
@@ -115,52 +120,8 @@ class Rowwise:
 
     def _columns(self, matrix: Rows8, are_tokens: bool) -> Columns8:
         """Return an operand of a weight gradient, from rows or from tokens."""
-        rows, padded = self.rows, self._padded
-        choices = rows.place.shape[1] if are_tokens else 0
-        columns: Columns8 = rows.ops.transpose_rows(matrix, padded, rows.order, rows.ends, choices)
+        rows, choices = self.rows, self.rows.place.shape[1] if are_tokens else 0
+        columns: Columns8 = rows.ops.transpose_rows(
+            matrix, self._tiles, rows.order, rows.ends, choices
+        )
         return columns
-
-
-def multiply(rows: Rows8, weight: Weight8, ends: Tensor) -> Tensor:
-    """Return `rows` [R, a] times each expert's `weight` transposed: [R, b] bf16."""
-    if not rows.data.is_cuda:
-        return _multiply_on_cpu(rows, weight, ends)
-    return torch._scaled_grouped_mm(
-        rows.data,
-        weight.data.transpose(1, 2),
-        rows.scale,
-        weight.scale,
-        offs=ends,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-
-
-def multiply_columns(left: Columns8, right: Columns8, ends: Tensor) -> Tensor:
-    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16.
-
-    `ends` [e] int32 are the columns at which experts end, multiples of 16.
-    """
-    if not left.data.is_cuda:
-        blocks = [torch.tensor_split(m.data.float(), ends.long(), dim=1) for m in (left, right)]
-        products = [b @ a.T for b, a in list(zip(*blocks, strict=True))[:-1]]
-        scales = left.scale.unsqueeze(2) * right.scale.unsqueeze(1)
-        return (torch.stack(products) * scales).bfloat16()
-    return torch._scaled_grouped_mm(
-        left.data,
-        right.data.T,
-        left.scale.flatten(),
-        right.scale.flatten(),
-        offs=ends,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-
-
-def _multiply_on_cpu(rows: Rows8, weight: Weight8, ends: Tensor) -> Tensor:
-    blocks = torch.tensor_split(rows.data.float(), ends.long())
-    products = [b @ w.T for b, w in zip(blocks[:-1], weight.data.float(), strict=True)]
-    scales = weight.scale.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), dim=0)
-    inside = torch.cat(products) * scales * rows.scale[: len(scales), None]
-    rest = inside.new_zeros(len(rows.data) - len(inside), inside.shape[1])
-    return torch.cat([inside, rest]).bfloat16()

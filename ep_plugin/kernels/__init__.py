@@ -14,6 +14,18 @@ def select(tensor: Tensor) -> ModuleType:
     return import_module(f"ep_plugin.kernels.{'experts' if tensor.is_cuda else 'experts_torch'}")
 
 
+TILE = 128  # rows
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Each expert's rows in tiles of 128, the last of an expert shorter."""
+
+    expert: Tensor  # [n] int32, whose rows; -1 behind the last tile
+    row: Tensor  # [n] int32, the first of them
+    ends: Tensor  # [e] int32, the tile behind each expert's last
+
+
 @dataclass(frozen=True)
 class Target:
     """Larger matrices that some rows are part of."""
@@ -57,7 +69,8 @@ class Rows:
         if into is None:
             gradient: Tensor = gemm.wgrad(grads, rows, self.ends)
             return gradient
-        if grads.dtype == torch.bfloat16:
+        aligned = grads.shape[1] % 8 == rows.shape[1] % 8 == 0
+        if grads.dtype == torch.bfloat16 and aligned:
             self.ops.add_wgrad(into, grads, rows, self.ends)
         else:
             into += gemm.wgrad(grads, rows, self.ends)

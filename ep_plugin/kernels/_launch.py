@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Kernel:
@@ -46,6 +47,8 @@ def _kind(argument: Any) -> Any:
         return argument.dtype, argument.data_ptr() % 16 == 0
     if type(argument) is int:
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape
     return type(argument)
 
 

@@ -1,7 +1,7 @@
 """Rounding to e4m3 by 128 rows of an expert, as weight gradients want; twins in `blocks_torch`.
 
-One program handles one tile: a block of an expert's rows, some features. Blocks begin at an
-expert's first row, and its last one may be shorter. Rows behind the last expert's are not touched.
+One program handles one block: a tile of an expert's rows, some features. Rows behind the last
+expert's are not touched.
 """
 
 import torch
@@ -9,26 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ep_plugin.e4m3 import BLOCK, Blocks8
+from ep_plugin.e4m3 import Blocks8
+from ep_plugin.kernels import TILE, Tiles
 from ep_plugin.kernels._launch import jit
 from ep_plugin.kernels.quantize import power_of_two_scale
 
 FEATURES = 64  # of a tile of round_columns
-
-
-@triton.jit
-def _block_of_rows(ends, num_experts, SIZE: tl.constexpr, E: tl.constexpr):
-    """First row of this program's block and the row behind its expert's last; 0, 0 for none."""
-    index = tl.arange(0, E)
-    inside = index < num_experts
-    end = tl.load(ends + index, mask=inside, other=0)
-    start = tl.load(ends + index - 1, mask=inside & (index > 0), other=0)
-    blocks = tl.where(inside, (end - start + SIZE - 1) // SIZE, 0)
-    behind = tl.cumsum(blocks, axis=0)
-    block = tl.program_id(0)
-    mine = (block < behind) & (block >= behind - blocks)
-    first = tl.sum(tl.where(mine, start + (block - behind + blocks) * SIZE, 0))
-    return first, tl.sum(tl.where(mine, end, 0))
 
 
 @triton.jit
@@ -40,14 +26,14 @@ def _round(values, AXIS: tl.constexpr):
 
 @jit
 def _columns_kernel(
-    source, scales, order, ends, out, choices, num_experts, WIDTH,
+    source, scales, order, ends, expert_of, row_of, out, choices, WIDTH,
     TOKENS: tl.constexpr, SCALED: tl.constexpr, SIZE: tl.constexpr, FEATURES: tl.constexpr,
-    E: tl.constexpr,
 ):  # fmt: skip
-    first, last = _block_of_rows(ends, num_experts, SIZE, E)
-    if first >= last:
+    expert = tl.load(expert_of + tl.program_id(0))
+    if expert < 0:
         return
-    row = first + tl.arange(0, SIZE)
+    last = tl.load(ends + expert)
+    row = tl.load(row_of + tl.program_id(0)) + tl.arange(0, SIZE)
     origin = row
     if TOKENS:
         origin = tl.load(order + row, mask=row < last, other=0) // choices
@@ -63,9 +49,9 @@ def _columns_kernel(
 
 
 def round_columns(
-    source: Tensor | Blocks8, order: Tensor, ends: Tensor, choices: int = 0
+    source: Tensor | Blocks8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int = 0
 ) -> Tensor:
-    """Return rows [R, X] rounded to e4m3 by 128 rows of an expert: bf16.
+    """Return rows [R, X] rounded to e4m3, each tile of an expert's rows with its scales: bf16.
 
     `choices` 0 says that `source` are the rows; else they are tokens with so many choices each,
     and `order` [R] says which choice a row is of.
@@ -74,15 +60,13 @@ def round_columns(
     num_rows, width = len(order), data.shape[1]
     out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=data.device)
     if out.numel():
-        grid = (num_rows // BLOCK + len(ends), triton.cdiv(width, FEATURES))
-        _columns_kernel[grid](
-            *(data, ends if scale is None else scale, order, ends, out),
-            *(choices, len(ends), width),
+        _columns_kernel[(len(tiles.expert), triton.cdiv(width, FEATURES))](
+            *(data, ends if scale is None else scale, order, ends, tiles.expert, tiles.row, out),
+            *(choices, width),
             TOKENS=choices > 0,
             SCALED=scale is not None,
-            SIZE=BLOCK,
+            SIZE=TILE,
             FEATURES=FEATURES,
-            E=triton.next_power_of_2(len(ends)),
             num_warps=8,
         )
     return out

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, power_of_two_scale
+from ep_plugin.kernels import Tiles
 
 
 def quantize_blocks(matrix: Tensor) -> Blocks8:
@@ -43,27 +44,22 @@ def spread_blocks(
 
 
 def round_columns(
-    source: Tensor | Blocks8, order: Tensor, ends: Tensor, choices: int = 0
+    source: Tensor | Blocks8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int = 0
 ) -> Tensor:
-    """Return rows [R, X] rounded to e4m3 by 128 rows of an expert: bf16.
+    """Return rows [R, X] rounded to e4m3, each tile of an expert's rows with its scales: bf16.
 
     `choices` 0 says that `source` are the rows; else they are tokens with so many choices each,
-    and `order` [R] says which choice a row is of. Each expert's blocks begin at its first row, and
-    its last block may be shorter.
+    and `order` [R] says which choice a row is of.
     """
     rows = dequantize_blocks(source) if isinstance(source, Blocks8) else source
     if choices:
         rows = rows[order.long() // choices]
-    row = torch.arange(len(rows), device=ends.device)
-    expert = torch.searchsorted(ends, row.int(), right=True).clamp(max=len(ends) - 1)
-    first = torch.cat([ends.new_zeros(1), ends])[expert]
-    widest = len(rows) // BLOCK + 1  # blocks of one expert at most
-    block = expert * widest + (row - first) // BLOCK
-    inside = (row < ends[-1]).unsqueeze(1)
-    wide = rows.float().masked_fill(~inside, 0)
-    largest = wide.new_zeros(len(ends) * widest, rows.shape[1])
-    largest.scatter_reduce_(0, block.unsqueeze(1).expand_as(wide), wide.abs(), "amax")
-    scale = power_of_two_scale(largest)[block]
+    row = torch.arange(len(rows), dtype=torch.int32, device=ends.device)
+    wide = rows.float().masked_fill((row >= ends[-1]).unsqueeze(1), 0)
+    tile = torch.searchsorted(tiles.row[tiles.expert >= 0], row, right=True)
+    largest = wide.new_zeros(1 + len(tiles.row), rows.shape[1])
+    largest.scatter_reduce_(0, tile.unsqueeze(1).expand_as(wide), wide.abs(), "amax")
+    scale = power_of_two_scale(largest)[tile]
     rounded: Tensor = (wide / scale).to(E4M3).float() * scale
     return rounded.bfloat16()
 

@@ -1,4 +1,4 @@
-"""Memory-bound steps of the experts in Triton: each reads and writes every byte once.
+"""Steps of the experts in Triton: products in e4m3, and what is bound by memory around products.
 
 The functions have the same names, arguments and results as their twins in `experts_torch`.
 """
@@ -6,8 +6,8 @@ The functions have the same names, arguments and results as their twins in `expe
 from ep_plugin.kernels.activation import ACTIVATIONS, activate, activate_backward
 from ep_plugin.kernels.block_columns import round_columns
 from ep_plugin.kernels.blocks import quantize_blocks, round_rows, round_weight, spread_blocks
+from ep_plugin.kernels.product import multiply
 from ep_plugin.kernels.quantize import (
-    pad_columns,
     quantize_rows,
     quantize_weight,
     transpose_rows,
@@ -19,7 +19,8 @@ from ep_plugin.kernels.rows import (
     sum_pieces,
     sum_rows,
 )
-from ep_plugin.kernels.wgrad import add_wgrad, add_wgrad8
+from ep_plugin.kernels.tiles import plan_tiles
+from ep_plugin.kernels.wgrad import add_wgrad, add_wgrad8, multiply_columns
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,7 +28,9 @@ __all__ = [
     "activate_backward",
     "add_wgrad",
     "add_wgrad8",
-    "pad_columns",
+    "multiply",
+    "multiply_columns",
+    "plan_tiles",
     "quantize_blocks",
     "quantize_rows",
     "quantize_weight",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.e4m3 import E4M3, Columns8, Rows8, Weight8, quantize_rows
+from ep_plugin.kernels import TILE, Tiles
 from ep_plugin.kernels.activation_torch import activate, activate_backward
 from ep_plugin.kernels.blocks_torch import (
     quantize_blocks,
@@ -27,7 +28,6 @@ __all__ = [  # as they are elsewhere
     "round_weight",
     "spread_blocks",
 ]
-TILE, ALIGN = 128, 16
 
 
 def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,46 +88,41 @@ def sum_pieces(pieces: list[Tensor]) -> Tensor:
     return total.to(dtype)
 
 
-def pad_columns(num_rows: int, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the row of each column [P] or -1, its expert [P], and the padded ends [e], int32.
-
-    Each expert's rows are padded to a multiple of ALIGN columns; P is enough for any counts.
-    """
+def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:
+    """Return the tiles of experts whose rows end at `ends` [e] int32, of `num_rows` at most."""
     num_experts = len(ends)
-    counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    padded = (counts + ALIGN - 1) // ALIGN * ALIGN
-    padded_ends = padded.cumsum(0, dtype=torch.int32)
-    size = -(-(num_rows + num_experts * (ALIGN - 1)) // TILE) * TILE
-    column = torch.arange(size, dtype=torch.int32, device=ends.device)
-    bucket = torch.searchsorted(padded_ends, column, right=True)
-    expert = bucket.where(bucket < num_experts, 0)
-    row = column - (padded_ends - padded)[expert] + (ends - counts)[expert]
-    there = (bucket < num_experts) & (row < ends[expert])
-    return row.where(there, -1).int(), expert.int(), padded_ends
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    tiles = (ends - starts + TILE - 1) // TILE
+    tile_ends = tiles.cumsum(0, dtype=torch.int32)
+    tile = torch.arange(num_rows // TILE + num_experts, dtype=torch.int32, device=ends.device)
+    owner = torch.searchsorted(tile_ends, tile, right=True)
+    known = owner.clamp(max=num_experts - 1)
+    row = starts[known] + (tile - (tile_ends - tiles)[known]) * TILE
+    absent = owner == num_experts
+    return Tiles(owner.int().masked_fill(absent, -1), row.int().masked_fill(absent, -1), tile_ends)
 
 
 def transpose_rows(
-    rows: Rows8, columns: tuple[Tensor, Tensor, Tensor], order: Tensor, ends: Tensor, choices: int
+    rows: Rows8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int
 ) -> Columns8:
-    """Return `rows` transposed and padded as `columns` says, an expert's largest scale for all.
+    """Return `rows` transposed, a tile after the other, an expert's largest scale for all.
 
     `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
     """
-    row_of, expert_of, _ = columns
-    width = rows.data.shape[1]
+    row = (tiles.row.unsqueeze(1) + torch.arange(TILE, device=ends.device)).flatten()
+    expert = tiles.expert.repeat_interleave(TILE).long()
+    there = (expert >= 0) & (row < ends[expert])
+    width, largest = rows.data.shape[1], torch.ones(len(ends), device=ends.device)
     if not (len(rows.data) and len(order)):  # columns are padding alone
-        empty = torch.zeros(width, len(row_of), device=ends.device).to(E4M3)
-        return Columns8(empty, torch.ones(len(ends), width, device=ends.device))
-    there = row_of >= 0
-    source = row_of.clamp(min=0).long()
+        return Columns8(torch.zeros(width, len(row), device=ends.device).to(E4M3), largest)
+    source = torch.where(there, row, 0).long()
     source = order[source] // choices if choices else source
     scale = torch.where(there, rows.scale[source], 0.0)  # [P]
-    largest = scale.new_zeros(len(ends)).scatter_reduce(0, expert_of.long(), scale, "amax")
-    largest = torch.where(largest > 0, largest, 1.0)
-    ratio = scale / largest[expert_of]
+    found = scale.new_zeros(len(ends)).scatter_reduce(0, expert.clamp(min=0), scale, "amax")
+    largest = torch.where(found > 0, found, largest)
+    ratio = scale / largest[expert]
     moved = (rows.data.float()[source] * ratio.unsqueeze(1)).masked_fill(~there.unsqueeze(1), 0)
-    data = moved.to(E4M3).T.contiguous()
-    return Columns8(data, largest.unsqueeze(1).repeat(1, width))
+    return Columns8(moved.to(E4M3).T.contiguous(), largest)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
@@ -149,9 +144,28 @@ def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
         matrix += x.T @ y
 
 
-def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, ends: Tensor) -> None:
+def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor:
+    """Return `rows` [R, a] times each expert's `weight` [e, b, a] transposed: [R, b] bf16."""
+    blocks = torch.tensor_split(rows.data.float(), ends.tolist())
+    products = [b @ w.T for b, w in zip(blocks[:-1], weight.data.float(), strict=True)]
+    scales = weight.scale.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), dim=0)
+    inside = torch.cat(products) * scales * rows.scale[: len(scales), None]
+    rest = inside.new_zeros(len(rows.data) - len(inside), inside.shape[1])
+    return torch.cat([inside, rest]).bfloat16()
+
+
+def multiply_columns(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
+    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16."""
+    return _columns_product(left, right, tiles).bfloat16()
+
+
+def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> None:
     """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
-    blocks = [torch.tensor_split(m.data.float(), ends.tolist(), dim=1)[:-1] for m in (left, right)]
-    scales = left.scale[:, :1] * right.scale[:, :1]  # [e, 1]
-    for matrix, scale, x, y in zip(total, scales, *blocks, strict=True):
-        matrix += (x @ y.T) * scale
+    total += _columns_product(left, right, tiles)
+
+
+def _columns_product(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
+    ends = (tiles.ends * TILE).tolist()
+    blocks = [torch.tensor_split(m.data.float(), ends, dim=1)[:-1] for m in (left, right)]
+    products = torch.stack([x @ y.T for x, y in zip(*blocks, strict=True)])
+    return products * (left.scale * right.scale)[:, None, None]

@@ -11,10 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ep_plugin.e4m3 import E4M3, Columns8, Rows8, Weight8
+from ep_plugin.kernels import TILE, Tiles
 from ep_plugin.kernels._launch import jit
-
-TILE = 128  # columns written by one program of transpose_rows
-ALIGN = 16  # columns; a product wants each expert's to start at a 16-byte address
 
 
 def warps(width: int) -> int:
@@ -57,49 +55,7 @@ def quantize_rows(matrix: Tensor) -> Rows8:
 
 
 @jit
-def _columns_kernel(
-    ends, row_of, expert_of, padded_ends, num_experts, BLOCK: tl.constexpr, ALIGN: tl.constexpr
-):
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.full((BLOCK,), -1, tl.int32)
-    expert = tl.zeros((BLOCK,), tl.int32)
-    start = 0
-    padded_start = 0
-    for index in range(num_experts):
-        end = tl.load(ends + index)
-        padded_end = padded_start + (end - start + ALIGN - 1) // ALIGN * ALIGN
-        mine = (column >= padded_start) & (column < padded_end)
-        candidate = start + column - padded_start
-        row = tl.where(mine & (candidate < end), candidate, row)
-        expert = tl.where(mine, index, expert)
-        if tl.program_id(0) == 0:
-            tl.store(padded_ends + index, padded_end)
-        start = end
-        padded_start = padded_end
-    tl.store(row_of + column, row)
-    tl.store(expert_of + column, expert)
-
-
-def pad_columns(num_rows: int, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the row of each column [P] or -1, its expert [P], and the padded ends [e], int32.
-
-    Each expert's rows are padded to a multiple of ALIGN columns; P is enough for any counts.
-    """
-    num_experts = len(ends)
-    size = triton.cdiv(num_rows + num_experts * (ALIGN - 1), TILE) * TILE
-    row, expert = torch.empty(2, size, dtype=torch.int32, device=ends.device)
-    padded = torch.empty_like(ends)
-    if size:
-        _columns_kernel[(size // TILE,)](
-            *(ends, row, expert, padded, num_experts), BLOCK=TILE, ALIGN=ALIGN
-        )
-    return row, expert, padded
-
-
-@jit
-def _largest_kernel(
-    scale, order, ends, out, choices, WIDTH, TOKENS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _largest_kernel(scale, order, ends, out, choices, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
     end = tl.load(ends + expert)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
@@ -111,54 +67,53 @@ def _largest_kernel(
             source = tl.load(order + row, mask=row < end, other=0) // choices
         largest = tl.maximum(largest, tl.load(scale + source, mask=row < end, other=0.0))
     whole = tl.max(largest)
-    whole = tl.where(whole > 0, whole, 1.0)
-    for first in range(0, WIDTH, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        tl.store(out + expert * WIDTH + column, whole, mask=column < WIDTH)
+    tl.store(out + expert, tl.where(whole > 0, whole, 1.0))
 
 
 @jit
 def _transpose_kernel(
-    data, scale, largest, order, row_of, expert_of, out, choices, WIDTH, NUM_COLUMNS,
-    TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_X: tl.constexpr,
+    data, scale, largest, order, ends, expert_of, row_of, out, choices, WIDTH, NUM_COLUMNS,
+    TOKENS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    feature = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    row = tl.load(row_of + column)
-    present = row >= 0
+    expert = tl.load(expert_of + tl.program_id(0))
+    if expert < 0:
+        return
+    row = tl.load(row_of + tl.program_id(0)) + tl.arange(0, TILE)
+    present = row < tl.load(ends + expert)
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = row
     if TOKENS:
         source = tl.load(order + row, mask=present, other=0) // choices
-    whole = tl.load(largest + tl.load(expert_of + column) * WIDTH)
-    ratio = (tl.load(scale + source, mask=present, other=0.0) / whole).to(tl.float16)
+    ratio = tl.load(scale + source, mask=present, other=0.0) / tl.load(largest + expert)
     there = present[:, None] & (feature < WIDTH)[None, :]
     start = source.to(tl.int64)[:, None] * WIDTH
     values = tl.load(data + start + feature[None, :], mask=there, other=0.0)
-    moved = (values.to(tl.float16) * ratio[:, None]).to(tl.float8e4nv)
+    moved = (values.to(tl.float16) * ratio.to(tl.float16)[:, None]).to(tl.float8e4nv)
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     target = out + feature[:, None].to(tl.int64) * NUM_COLUMNS + column[None, :]
     tl.store(target, tl.trans(moved), mask=(feature < WIDTH)[:, None])
 
 
 def transpose_rows(
-    rows: Rows8, columns: tuple[Tensor, Tensor, Tensor], order: Tensor, ends: Tensor, choices: int
+    rows: Rows8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int
 ) -> Columns8:
-    """Return `rows` transposed and padded as `columns` says, an expert's largest scale for all.
+    """Return `rows` transposed, a tile after the other, an expert's largest scale for all.
 
     `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
     """
-    row_of, expert_of, _ = columns
-    width, size = rows.data.shape[1], len(row_of)
-    out = rows.data.new_empty(width, size)
-    largest = torch.empty(len(ends), width, dtype=torch.float32, device=ends.device)
-    if size and width:
+    width, num_tiles = rows.data.shape[1], len(tiles.expert)
+    out = rows.data.new_empty(width, num_tiles * TILE)
+    largest = torch.empty(len(ends), dtype=torch.float32, device=ends.device)
+    if out.numel():
         _largest_kernel[(len(ends),)](
-            *(rows.scale, order, ends, largest, choices, width), TOKENS=choices > 0, BLOCK=1024
+            *(rows.scale, order, ends, largest, choices), TOKENS=choices > 0, BLOCK=4096
         )
-        _transpose_kernel[(size // TILE, triton.cdiv(width, 128))](
-            *(rows.data, rows.scale, largest, order, row_of, expert_of, out, choices, width, size),
+        _transpose_kernel[(num_tiles, triton.cdiv(width, 128))](
+            *(rows.data, rows.scale, largest, order, ends, tiles.expert, tiles.row, out, choices),
+            *(width, num_tiles * TILE),
             TOKENS=choices > 0,
-            BLOCK_R=TILE,
-            BLOCK_X=128,
+            TILE=TILE,
+            BLOCK=128,
         )
     return Columns8(out, largest)
 
@@ -189,9 +144,9 @@ def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
     largest = scale.amax(dim=1)
     out = rows.data.new_empty(num_experts, width, num_rows)
     if out.numel():
-        grid = (triton.cdiv(num_rows, TILE), triton.cdiv(width, 128), num_experts)
+        grid = (triton.cdiv(num_rows, 128), triton.cdiv(width, 128), num_experts)
         _transpose_weight_kernel[grid](
-            *(rows.data, scale, largest, out, num_rows, width), BLOCK_R=TILE, BLOCK_X=128
+            *(rows.data, scale, largest, out, num_rows, width), BLOCK_R=128, BLOCK_X=128
         )
     straight = Weight8(rows.data.view(weight.shape), scale)
     return straight, Weight8(out, largest.unsqueeze(1).repeat(1, width))
