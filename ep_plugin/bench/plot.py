@@ -27,7 +27,8 @@ def draw(rows: list[Row]) -> Figure:
     for row in rows:
         panels.setdefault(case_of(row), []).append(row)
     counts = [len(members) for members in panels.values()] or [1]
-    columns = min(2, len(counts)) if 2 * min(counts) >= max(counts) else 1
+    alike = len(counts) > 1 and 2 * min(counts) >= max(counts)
+    columns = 3 if len(counts) > 6 else 2 if alike else 1
     lines = math.ceil(len(counts) / columns)
     slots = [max(counts[columns * line :][:columns]) for line in range(lines)]
     heights = [BAR_INCHES * bars + 1.0 for bars in slots]
