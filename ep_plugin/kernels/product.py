@@ -65,14 +65,9 @@ def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor
         across = triton.cdiv(out_features, WIDE)
         matrix = weight.data.view(num_experts * out_features, in_features)
         _rows_kernel[(min(_processors(ends.device), len(tiles.expert) * across),)](
-            *(
-                tiled(rows.data, TILE, DEPTH),
-                tiled(matrix, WIDE, DEPTH),
-                rows.scale,
-                weight.scale,
-                ends,
-            ),
-            *(tiles.expert, tiles.row, tiles.ends, out, num_experts, in_features, out_features),
+            *(tiled(rows.data, TILE, DEPTH), tiled(matrix, WIDE, DEPTH)),
+            *(rows.scale, weight.scale, ends, tiles.expert, tiles.row, tiles.ends, out),
+            *(num_experts, in_features, out_features),
             TILE=TILE,
             WIDE=WIDE,
             DEPTH=DEPTH,

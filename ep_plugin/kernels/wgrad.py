@@ -86,7 +86,7 @@ def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> 
 
 
 def _columns(out: Tensor, left: Columns8, right: Columns8, tiles: Tiles, add: bool) -> None:
-    if out.numel() and left.data.numel():
+    if out.numel():
         depth = TILE  # columns of an expert are whole tiles
         _columns_kernel[_grid(out)](
             *(tiled(left.data, TILE, depth), tiled(right.data, WIDE, depth)),
@@ -99,8 +99,6 @@ def _columns(out: Tensor, left: Columns8, right: Columns8, tiles: Tiles, add: bo
             num_warps=8,
             num_stages=4,
         )
-    elif not add:
-        out.zero_()
 
 
 @jit
