@@ -14,7 +14,6 @@ they came: twice the bytes of e4m3, but no copy where they are bf16 already.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.e4m3 import BLOCK, Blocks8
 from ep_plugin.fp8._check import check_recipe
-from ep_plugin.kernels import Rows, Tiles, select
+from ep_plugin.kernels import Rows, select
 from ep_plugin.records import joined
 
 
@@ -105,16 +104,10 @@ class Blockwise:
             return self.rows.spread(tokens.bfloat16())
         return self._columns(tokens, self.rows.place.shape[1])
 
-    @cached_property
-    def _tiles(self) -> Tiles:
-        """The rows that share scales in weight gradients, the same for all four operands."""
-        tiles: Tiles = self.rows.ops.plan_tiles(len(self.rows.order), self.rows.ends)
-        return tiles
-
     def _columns(self, source: Any, choices: int) -> Tensor:
         """Return rows [R, X], or those of tokens, rounded along rows where `wgrad8` says so."""
         rows = self.rows
         operand: Tensor = source
         if self.wgrad8:
-            operand = rows.ops.round_columns(source, self._tiles, rows.order, rows.ends, choices)
+            operand = rows.ops.round_columns(source, rows.tiles, rows.order, rows.ends, choices)
         return operand

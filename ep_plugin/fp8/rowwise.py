@@ -5,7 +5,6 @@ per row in forward; transposed weights, and both sides of a weight gradient, one
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from ep_plugin.contracts import GroupedGemm
 from ep_plugin.e4m3 import Columns8, Rows8, Weight8
 from ep_plugin.fp8._check import check_recipe
-from ep_plugin.kernels import Rows, Tiles, select
+from ep_plugin.kernels import Rows, select
 from ep_plugin.records import joined
 
 MULTIPLE = 16  # of every dimension: rows start at addresses that are multiples of 16 bytes
@@ -92,21 +91,15 @@ class Rowwise:
             return self.rows.wgrad(self.gemm, d_hidden, self.rows.spread(kept), into)
         return self._wgrad8(self._columns(d_hidden, False), self._columns(kept, True), into)
 
-    @cached_property
-    def _tiles(self) -> Tiles:
-        """The rows as products take them, the same for all six."""
-        tiles: Tiles = self.rows.ops.plan_tiles(len(self.rows.order), self.rows.ends)
-        return tiles
-
     def _multiply(self, rows: Rows8, weight: Weight8) -> Tensor:
-        product: Tensor = self.rows.ops.multiply(rows, weight, self.rows.ends, self._tiles)
+        product: Tensor = self.rows.ops.multiply(rows, weight, self.rows.ends, self.rows.tiles)
         return product
 
     def _wgrad8(self, grads: Columns8, rows: Columns8, into: Tensor | None) -> Tensor | None:
         if into is None:
-            gradient: Tensor = self.rows.ops.multiply_columns(grads, rows, self._tiles)
+            gradient: Tensor = self.rows.ops.multiply_columns(grads, rows, self.rows.tiles)
             return gradient
-        self.rows.ops.add_wgrad8(into, grads, rows, self._tiles)
+        self.rows.ops.add_wgrad8(into, grads, rows, self.rows.tiles)
         return None
 
     def _quantize(self, matrix: Tensor) -> Rows8:
@@ -121,7 +114,6 @@ class Rowwise:
     def _columns(self, matrix: Rows8, are_tokens: bool) -> Columns8:
         """Return an operand of a weight gradient, from rows or from tokens."""
         rows, choices = self.rows, self.rows.place.shape[1] if are_tokens else 0
-        columns: Columns8 = rows.ops.transpose_rows(
-            matrix, self._tiles, rows.order, rows.ends, choices
-        )
+        planned = rows.tiles, rows.order, rows.ends
+        columns: Columns8 = rows.ops.transpose_rows(matrix, *planned, choices)
         return columns

@@ -1,6 +1,7 @@
 """Fused kernels in Triton, for CUDA tensors, beside plain-torch twins that run anywhere."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -8,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ep_plugin.e4m3 import BLOCK
+
 
 def select(tensor: Tensor) -> ModuleType:
     """Return `kernels.experts` for a CUDA tensor, else its twin, which has the same functions."""
     return import_module(f"ep_plugin.kernels.{'experts' if tensor.is_cuda else 'experts_torch'}")
 
 
-TILE = 128  # rows
+TILE = BLOCK  # rows; in weight gradients by blocks they share scales
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ class Rows:
     activation: str
     ops: Any  # kernels.experts, or its twin
     target: Target | None = None  # where `activate_backward` writes, unless matrices of its own
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """The rows as products in e4m3 take them, and rounding by blocks."""
+        tiles: Tiles = self.ops.plan_tiles(len(self.order), self.ends)
+        return tiles
 
     def spread(self, tokens: Tensor | list[Tensor]) -> Tensor:
         """Return the token [R, X] of each row, of `tokens` [N, X], whole or in pieces."""

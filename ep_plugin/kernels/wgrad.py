@@ -23,6 +23,14 @@ BAND = 8  # rows of tiles
 
 
 @triton.jit
+def _corner(B, A, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr):
+    """First row and column of this program's tile of its expert's matrix."""
+    down, across = (B + TILE - 1) // TILE, (A + WIDE - 1) // WIDE
+    tile_b, tile_a = in_bands(tl.program_id(0), down, across, BAND)
+    return tile_b * TILE, tile_a * WIDE
+
+
+@triton.jit
 def _store(
     out, sums, expert, first_b, first_a, B, A,
     ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
@@ -50,10 +58,9 @@ def _deliver(
 
 
 @jit
-def _columns_kernel(
+def _wgrad8_kernel(
     left, right, left_scale, right_scale, tile_ends, out, B, A,
-    ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr,
-    BAND: tl.constexpr,
+    ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
     end = tl.load(tile_ends + expert)
@@ -61,15 +68,14 @@ def _columns_kernel(
     if ADD:  # noqa: SIM102
         if start >= end:
             return
-    down, across = (B + TILE - 1) // TILE, (A + WIDE - 1) // WIDE
-    tile_b, tile_a = in_bands(tl.program_id(0), down, across, BAND)
+    first_b, first_a = _corner(B, A, TILE, WIDE, BAND)
     sums = tl.zeros((TILE, WIDE), tl.float32)
-    for step in range(start, end):
-        x = left.load([tile_b * TILE, step * DEPTH])
-        y = right.load([tile_a * WIDE, step * DEPTH])
+    for step in range(start, end):  # an expert's columns are whole tiles
+        x = left.load([first_b, step * TILE])
+        y = right.load([first_a, step * TILE])
         sums = tl.dot(x, y.T, sums)
     sums *= tl.load(left_scale + expert) * tl.load(right_scale + expert)
-    _deliver(out, sums, expert, tile_b * TILE, tile_a * WIDE, B, A, ADD, TILE, WIDE)
+    _deliver(out, sums, expert, first_b, first_a, B, A, ADD, TILE, WIDE)
 
 
 def multiply_columns(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
@@ -87,14 +93,12 @@ def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> 
 
 def _columns(out: Tensor, left: Columns8, right: Columns8, tiles: Tiles, add: bool) -> None:
     if out.numel():
-        depth = TILE  # columns of an expert are whole tiles
-        _columns_kernel[_grid(out)](
-            *(tiled(left.data, TILE, depth), tiled(right.data, WIDE, depth)),
+        _wgrad8_kernel[_grid(out)](
+            *(tiled(left.data, TILE, TILE), tiled(right.data, WIDE, TILE)),
             *(left.scale, right.scale, tiles.ends, out, *out.shape[1:]),
             ADD=add,
             TILE=TILE,
             WIDE=WIDE,
-            DEPTH=depth,
             BAND=BAND,
             num_warps=8,
             num_stages=4,
@@ -102,7 +106,7 @@ def _columns(out: Tensor, left: Columns8, right: Columns8, tiles: Tiles, add: bo
 
 
 @jit
-def _rows_kernel(
+def _wgrad_kernel(
     left, right, ends, total, B, A,
     TILE: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
@@ -111,20 +115,19 @@ def _rows_kernel(
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     if start >= end:
         return
-    down, across = (B + TILE - 1) // TILE, (A + WIDE - 1) // WIDE
-    tile_b, tile_a = in_bands(tl.program_id(0), down, across, BAND)
+    first_b, first_a = _corner(B, A, TILE, WIDE, BAND)
     sums = tl.zeros((TILE, WIDE), tl.float32)
     rest = start + (end - start) // DEPTH * DEPTH
     for row in range(start, rest, DEPTH):
-        x = left.load([row, tile_b * TILE])
-        y = right.load([row, tile_a * WIDE])
+        x = left.load([row, first_b])
+        y = right.load([row, first_a])
         sums = tl.dot(x.T, y, sums)
     if rest < end:  # the next expert's rows come with this one's last
         mine = (rest + tl.arange(0, DEPTH) < end)[:, None]
-        x = tl.where(mine, left.load([rest, tile_b * TILE]), 0.0)
-        y = tl.where(mine, right.load([rest, tile_a * WIDE]), 0.0)
+        x = tl.where(mine, left.load([rest, first_b]), 0.0)
+        y = tl.where(mine, right.load([rest, first_a]), 0.0)
         sums = tl.dot(x.T, y, sums)
-    _deliver(total, sums, expert, tile_b * TILE, tile_a * WIDE, B, A, True, TILE, WIDE)
+    _deliver(total, sums, expert, first_b, first_a, B, A, True, TILE, WIDE)
 
 
 def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
@@ -135,7 +138,7 @@ def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
     """
     if total.numel() and left.numel():
         depth = 64
-        _rows_kernel[_grid(total)](
+        _wgrad_kernel[_grid(total)](
             *(tiled(left.contiguous(), depth, TILE), tiled(right.contiguous(), depth, WIDE)),
             *(ends, total, *total.shape[1:]),
             TILE=TILE,
