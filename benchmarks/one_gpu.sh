@@ -3,11 +3,12 @@
 #
 #     ./benchmarks/one_gpu.sh tests            kernels and layers beside twins and oracle
 #     ./benchmarks/one_gpu.sh sanitizer        the same kernels under compute-sanitizer
-#     ./benchmarks/one_gpu.sh layer kernels    ep-plugin bench, with the peers that are installed
+#     ./benchmarks/one_gpu.sh layer gemm kernels
+#                                              ep-plugin bench, with the peers that are installed
 #     ./benchmarks/one_gpu.sh start            seconds until the first step is done
 #     ./benchmarks/one_gpu.sh curves           losses of 500 iterations; DATA=FOLDER, real text
 #
-# Rows go to benchmarks/results/{layer,kernels,start,curves}_$GPU.json; GPU=h100 by default.
+# Rows go to benchmarks/results/{layer,gemm,kernels,start,curves}_$GPU.json; GPU=h100 by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}" GPU="${GPU:-h100}" OUT="${OUT:-benchmarks/results}"
@@ -31,6 +32,8 @@ run_layer() {
         --routing zipf one_empty half --plot "$OUT/../layer_$GPU.png"
 }
 
+run_gemm() { "${bench[@]}" gemm --warm 5 --repeats 20 --output "$OUT/gemm_$GPU.json"; }
+
 run_kernels() {
     "${bench[@]}" kernels --warm 5 --repeats 30 --output "$OUT/kernels_$GPU.json"
 }
@@ -48,9 +51,9 @@ if (($# == 0)); then
 fi
 for step in "$@"; do
     case "$step" in
-    tests | sanitizer | layer | kernels | start | curves) "run_$step" ;;
+    tests | sanitizer | layer | gemm | kernels | start | curves) "run_$step" ;;
     *)
-        echo "error: steps are tests, sanitizer, layer, kernels, start, curves; got '$step'" >&2
+        echo "error: steps are tests, sanitizer, layer, gemm, kernels, start, curves; got '$step'" >&2
         exit 2
         ;;
     esac

@@ -7,17 +7,21 @@ forward and data gradient, and along the column, over all rows of an expert, in 
 There every row is moved to the largest scale among its expert's rows, which only shifts exponents:
 nothing is rounded twice, but for values that fall below the smallest normal number.
 
-By blocks there is one for each 128 values that a product sums over. An e4m3 value times a power of
-two is also a bf16 value (unless it is smaller than 2^-133), so rounding to blocks gives bf16.
+By blocks there is one for each 128 values that a product sums over, and weights have one for each
+128 x 128. Rows that are to be read along columns are moved to the largest scale of 128 rows and 128
+columns, so those are blocks like a weight's, and again nothing is rounded twice but for values
+below the smallest normal number.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
+SMALLEST = 2.0**-126  # scale
 BLOCK = 128  # values that share a scale, by blocks
 
 
@@ -56,12 +60,37 @@ class Blocks8:
     scale: Tensor  # [R, X / 128] fp32, powers of two
 
 
+Narrow8 = TypeVar("Narrow8", Rows8, Blocks8)
+
+
+@dataclass(frozen=True)
+class WeightBlocks8:
+    """A matrix for each expert in e4m3: value = data * scale of its 128 x 128 values."""
+
+    data: Tensor  # [e, b, a] e4m3
+    scale: Tensor  # [e, b / 128, a / 128] fp32, powers of two
+
+
+@dataclass(frozen=True)
+class ColumnBlocks8:
+    """Rows of all experts, transposed, in e4m3: value = data * scale of its 128 x 128 values.
+
+    Columns are padded as those of `Columns8`.
+    """
+
+    data: Tensor  # [X, P] e4m3
+    scale: Tensor  # [P / 128, X / 128] fp32, powers of two
+
+
 def power_of_two_scale(largest: Tensor) -> Tensor:
-    """Return the smallest power of two s with largest / s <= 448; 1 where `largest` is 0."""
+    """Return the smallest power of two s with largest / s <= 448, 2^-126 or larger.
+
+    That of zeros is the smallest of all: where scales are compared, zeros have no say.
+    """
     mantissa, exponent = torch.frexp(largest.float() / LARGEST)  # in [0.5, 1) * 2^exponent
     exponent = exponent - (mantissa == 0.5).int()
     scale = torch.ldexp(torch.ones_like(mantissa), exponent.clamp(-126, 127))
-    return torch.where(largest > 0, scale, 1.0)
+    return torch.where(largest > 0, scale, SMALLEST)
 
 
 def quantize_rows(matrix: Tensor) -> Rows8:

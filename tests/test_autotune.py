@@ -193,6 +193,7 @@ def test_deterministic_layers_measure_nothing(monkeypatch: pytest.MonkeyPatch) -
             ffn_hidden_size=128,
             num_experts=4,
             fp8="blockwise",
+            fp8_wgrad="bf16",
             deterministic=deterministic,
         )
         MoELayer(config, dtype=torch.bfloat16)(torch.randn(8, 128).bfloat16())

@@ -108,6 +108,7 @@ def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert operations == {
         *("route", "sort", "spread", "quantise", "activate", "activate_backward"),
         *("transpose_rows", "sum_rows", "quantize_weight"),
+        *("quantize_blocks", "transpose_blocks", "quantize_weight_blocks"),
     }
     shape = SHAPES["tiny"]
     (spread,) = (row for row in rows if row["op"] == "spread")
@@ -146,14 +147,12 @@ def test_absent_peers_are_named(
     assert line.partition(": ")[2].partition(": ")[2] in capsys.readouterr().err
 
 
-def test_a_peer_that_needs_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "layer", *FAST]) == 0
-    assert "not measured: torch (fp8): torch fp8 needs a CUDA device" in capsys.readouterr().out
-
-
-def test_a_peer_without_a_precision_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "gemm", *FAST, "--precision", "fp8"]) == 0
-    assert "not measured: grouped_mm (fp8): it has no fp8\n" in capsys.readouterr().out
+@pytest.mark.parametrize(("bench", "name"), [("layer", "torch"), ("gemm", "grouped_mm")])
+def test_a_peer_that_needs_a_gpu_is_named(
+    bench: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", bench, *FAST]) == 0
+    assert f"not measured: {name} (fp8): torch fp8 needs a CUDA device" in capsys.readouterr().out
 
 
 def test_a_run_that_measures_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,3 +276,19 @@ def test_fp8_refuses_sizes_it_has_no_product_for() -> None:
         message = rf"ffn_hidden_size on each rank \(40\).*{legal} or fp8 = off"
         with pytest.raises(ConfigError, match=message):
             Experts(config, ExpertGroups())
+
+
+@pytest.mark.parametrize("fp8", LINES)
+def test_rows_of_zeros_leave_small_gradients_alone(fp8: Any) -> None:
+    """Tokens that no loss comes from share scales with the others in weight gradients."""
+    generator = torch.Generator().manual_seed(5)
+    count, width, ffn, _ = SIZES[fp8]
+    config = MoEConfig(hidden_size=width, ffn_hidden_size=ffn, num_experts=E, fp8=fp8)
+    experts = make_experts(config, torch.bfloat16, generator)
+    inbox = make_inbox(generator, torch.bfloat16, False, count, width)
+    seed = torch.randn(count, width, generator=generator)
+    seed[::3] = 0
+    plain = gradients(experts(inbox), inbox, experts, seed)
+    small = gradients(experts(inbox), inbox, experts, seed * 2**-30)
+    for name, x, y in zip(NAMES[1:], small[1:], plain[1:], strict=True):
+        assert torch.equal(x * 2**30, y), name

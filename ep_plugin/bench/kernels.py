@@ -92,6 +92,9 @@ def _steps(case: Case) -> dict[tuple[str, str], Step]:
         "transpose_rows": ops.transpose_rows,
         "sum_rows": ops.sum_rows,
         "quantize_weight": ops.quantize_weight,
+        "quantize_blocks": ops.quantize_blocks,
+        "transpose_blocks": ops.transpose_blocks,
+        "quantize_weight_blocks": ops.quantize_weight_blocks,
     }
     return {
         (op, precision): (functions[op.partition(",")[0]], [s[op, precision] for s in sets])
@@ -112,6 +115,7 @@ def _arguments(case: Case, index: int) -> dict[tuple[str, str], Arguments]:
     probs = torch.rand(choices.shape, device=case.device)
     grads, tokens8 = _normal(case, index, shape.ffn), ops.quantize_rows(tokens)
     hidden8, tiles = ops.quantize_rows(hidden), ops.plan_tiles(shape.rows, ends)
+    tokens_blocks, hidden_blocks = ops.quantize_blocks(tokens), ops.quantize_blocks(hidden)
     logits = tokens.float() @ case.router.float().T
     rows = (probs, order, ends, SWIGLU)
     return {
@@ -121,16 +125,24 @@ def _arguments(case: Case, index: int) -> dict[tuple[str, str], Arguments]:
         ("spread rows8", "fp8"): (tokens8, place, ends),
         ("quantise, tokens", "fp8"): (tokens,),
         ("quantise, pre-activations", "fp8"): (hidden,),
-        ("activate", "bf16"): (hidden, *rows, False),
-        ("activate", "fp8"): (hidden, *rows, True),
-        ("activate_backward", "bf16"): (grads, hidden, *rows, False),
-        ("activate_backward", "fp8"): (grads, hidden, *rows, True),
-        ("activate_backward, kept in fp8", "fp8"): (grads, hidden8, *rows, True),
+        ("activate", "bf16"): (hidden, *rows),
+        ("activate", "fp8"): (hidden, *rows, "rows"),
+        ("activate_backward", "bf16"): (grads, hidden, *rows),
+        ("activate_backward", "fp8"): (grads, hidden, *rows, "rows"),
+        ("activate_backward, kept in fp8", "fp8"): (grads, hidden8, *rows, "rows"),
         ("transpose_rows, tokens", "fp8"): (tokens8, tiles, order, ends, shape.topk),
         ("transpose_rows, pre-activations", "fp8"): (hidden8, tiles, order, ends, 0),
         ("sum_rows", "bf16"): (_normal(case, index, shape.hidden), place, ends),
         ("quantize_weight, fc1", "fp8"): (case.fc1,),
         ("quantize_weight, fc2", "fp8"): (case.fc2,),
+        ("spread rows8, by blocks", "fp8"): (tokens_blocks, place, ends),
+        ("quantize_blocks, tokens", "fp8"): (tokens,),
+        ("activate, by blocks", "fp8"): (hidden, *rows, "blocks"),
+        ("activate_backward, by blocks", "fp8"): (grads, hidden, *rows, "blocks"),
+        ("transpose_blocks, tokens", "fp8"): (tokens_blocks, tiles, order, ends, shape.topk),
+        ("transpose_blocks, pre-activations", "fp8"): (hidden_blocks, tiles, order, ends, 0),
+        ("quantize_weight_blocks, fc1", "fp8"): (case.fc1,),
+        ("quantize_weight_blocks, fc2", "fp8"): (case.fc2,),
     }
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin import autotune
 from ep_plugin.bench.case import SETS, Case
 from ep_plugin.bench.floors import Direction, Precision
 from ep_plugin.config import BackendUnavailable, ConfigError
 from ep_plugin.e4m3 import BLOCK
-from ep_plugin.kernels import select
+from ep_plugin.kernels import Tiles, select
 from ep_plugin.registry import available, resolve
 
 
@@ -85,49 +84,77 @@ def _backend(name: str, problem: Problem) -> list[Product]:
     return [Product(f"ep_plugin+{name}", "bf16", d, run) for d, run in runs.items()]
 
 
-def _rowwise(problem: Problem) -> list[Product]:
-    """Products of values with one power of two for each row; see `ep_plugin.fp8.rowwise`."""
+@dataclass(frozen=True)
+class Narrow:
+    """The operands in e4m3; all but the weight for each set."""
+
+    straight: Any  # weight
+    turned: Any  # transposed
+    rows: list[Any]
+    grads: list[Any]
+    tiles: list[Tiles]
+    left: list[Any]  # gradients, transposed
+    right: list[Any]  # rows, transposed
+
+
+def narrow(
+    problem: Problem,
+    quantize_weight: Callable[..., Any],
+    quantize: Callable[..., Any],
+    transpose: Callable[..., Any],
+) -> Narrow:
+    """Return the operands as these kernels quantise them."""
     ops, ends = select(problem.weight), problem.ends
-    straight, transposed = ops.quantize_weight(problem.weight)
-    rows = [ops.quantize_rows(matrix) for matrix in problem.rows]
-    grads = [ops.quantize_rows(matrix) for matrix in problem.grads]
+    rows, grads = ([quantize(m) for m in matrices] for matrices in (problem.rows, problem.grads))
     order = torch.arange(len(problem.rows[0]), dtype=torch.int32, device=ends[0].device)
     tiles = [ops.plan_tiles(len(order), end) for end in ends]
     left, right = (
-        [ops.transpose_rows(m, *(tiles[i], order, ends[i], 0)) for i, m in enumerate(matrices)]
+        [transpose(m, tiles[i], order, ends[i], 0) for i, m in enumerate(matrices)]
         for matrices in (grads, rows)
     )
-    runs: dict[Direction, Callable[[int], Tensor]] = {
-        "forward": lambda i: ops.multiply(rows[i], straight, ends[i], tiles[i]),
-        "dgrad": lambda i: ops.multiply(grads[i], transposed, ends[i], tiles[i]),
-        "wgrad": lambda i: ops.multiply_columns(left[i], right[i], tiles[i]),
-    }
-    return [Product("ep_plugin+rowwise", "fp8", d, run) for d, run in runs.items()]
+    straight, turned = quantize_weight(problem.weight)
+    return Narrow(straight, turned, rows, grads, tiles, left, right)
+
+
+def by_rows(problem: Problem) -> Narrow:
+    """Return operands with one power of two for each row; see `ep_plugin.fp8.rowwise`."""
+    ops = select(problem.weight)
+    return narrow(problem, ops.quantize_weight, ops.quantize_rows, ops.transpose_rows)
+
+
+def by_blocks(problem: Problem) -> Narrow:
+    """Return operands with one for each 128 of a sum; see `ep_plugin.fp8.blockwise`."""
+    ops, (_, outputs, inputs) = select(problem.weight), problem.weight.shape
+    if inputs % BLOCK or outputs % BLOCK:
+        raise ConfigError(f"fp8 blockwise needs multiples of {BLOCK}, not {inputs}, {outputs}")
+    return narrow(problem, ops.quantize_weight_blocks, ops.quantize_blocks, ops.transpose_blocks)
+
+
+def _rowwise(problem: Problem) -> list[Product]:
+    ops = select(problem.weight)
+    return _recipe("rowwise", problem, by_rows(problem), ops.multiply, ops.multiply_columns)
 
 
 def _blockwise(problem: Problem) -> list[Product]:
-    """bf16 products of operands rounded by blocks; see `ep_plugin.fp8.blockwise`."""
-    ops, ends, (_, outputs, inputs) = select(problem.weight), problem.ends, problem.weight.shape
-    if inputs % BLOCK or outputs % BLOCK:
-        raise ConfigError(f"fp8 blockwise needs multiples of {BLOCK}, not {inputs}, {outputs}")
-    weight = ops.round_weight(problem.weight)
-    rows, grads = (
-        [ops.round_rows(matrix, ends[i]) for i, matrix in enumerate(matrices)]
-        for matrices in (problem.rows, problem.grads)
-    )
-    order = torch.arange(len(problem.rows[0]), device=weight.device)
-    tiles = [ops.plan_tiles(len(order), end) for end in ends]
-    left, right = (
-        [ops.round_columns(matrix, tiles[i], order, ends[i]) for i, matrix in enumerate(matrices)]
-        for matrices in (problem.grads, problem.rows)
-    )
-    gemm = autotune.AutoGemm().pick(weight, len(rows[0]))
+    ops = select(problem.weight)
+    products = ops.multiply_blocks, ops.multiply_column_blocks
+    return _recipe("blockwise", problem, by_blocks(problem), *products)
+
+
+def _recipe(
+    name: str,
+    problem: Problem,
+    of: Narrow,
+    multiply: Callable[..., Tensor],
+    multiply_columns: Callable[..., Tensor],
+) -> list[Product]:
+    ends, tiles = problem.ends, of.tiles
     runs: dict[Direction, Callable[[int], Tensor]] = {
-        "forward": lambda i: gemm.forward(rows[i], weight, ends[i]),
-        "dgrad": lambda i: gemm.dgrad(grads[i], weight, ends[i]),
-        "wgrad": lambda i: gemm.wgrad(left[i], right[i], ends[i]),
+        "forward": lambda i: multiply(of.rows[i], of.straight, ends[i], tiles[i]),
+        "dgrad": lambda i: multiply(of.grads[i], of.turned, ends[i], tiles[i]),
+        "wgrad": lambda i: multiply_columns(of.left[i], of.right[i], tiles[i]),
     }
-    return [Product("ep_plugin+blockwise", "fp8", d, run) for d, run in runs.items()]
+    return [Product(f"ep_plugin+{name}", "fp8", d, run) for d, run in runs.items()]
 
 
 RECIPES: dict[str, Maker] = {"rowwise": _rowwise, "blockwise": _blockwise}

@@ -1,37 +1,19 @@
-"""FP8 with one scale for each 128 values that a product sums over, weights for each 128 x 128.
+"""FP8 products with one scale for each 128 values of a sum, weights for each 128 x 128: bf16 out.
 
-The recipe of DeepSeek-V3 (arXiv:2412.19437, section 3.3.2), with powers of two as scales: tokens,
-activations and gradients along features in forward and data gradient, along an expert's rows in
-weight gradients. A rounded value is exact in bf16 then, so the products are bf16 products of
-rounded operands: FP8's numbers and memory at the speed of bf16, whatever grouped GEMM is installed.
-What is kept in e4m3 along features is rounded once more along rows; powers of two differ by whole
-exponents, so this changes only values below the smallest normal number of their new block.
-
-The activation is rounded where it is computed, tokens where they move to rows. The results of its
-backward are read once more, since 128 rows share a scale there: gradients for both products they
-are in at once. Weight gradients in bf16 want tokens that were not rounded, so those are kept as
-they came: twice the bytes of e4m3, but no copy where they are bf16 already.
+The recipe of DeepSeek-V3 (arXiv:2412.19437, section 3.3.2), with powers of two as scales. Tokens,
+activations and gradients have one for each 128 features in forward and data gradient. Operands of
+weight gradients have one for 128 rows of an expert and 128 features, where that recipe has one for
+128 rows and each feature: a power of two decides only which values are below the smallest normal
+number, so the bytes of the forward can be read again and need not be rounded anew.
 """
-
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ep_plugin.contracts import GroupedGemm
-from ep_plugin.e4m3 import BLOCK, Blocks8
+from ep_plugin.e4m3 import BLOCK, Blocks8, ColumnBlocks8, WeightBlocks8
 from ep_plugin.fp8._check import check_recipe
-from ep_plugin.kernels import Rows, select
-from ep_plugin.records import joined
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Both weights in bf16, rounded; one layout serves forward and data gradient."""
-
-    fc1: Tensor  # [e, 2F or F, H]
-    fc2: Tensor  # [e, H, F]
+from ep_plugin.fp8._recipe import Fp8, Weights
+from ep_plugin.kernels import select
 
 
 def check(hidden_size: int, ffn_hidden_size: int, device: torch.device) -> None:
@@ -40,74 +22,35 @@ def check(hidden_size: int, ffn_hidden_size: int, device: torch.device) -> None:
 
 
 def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
-    """Return both weights [e, out, in] rounded; once per optimizer step is enough."""
+    """Return both weights [e, out, in] in e4m3; once per optimizer step is enough."""
     ops = select(fc1)
-    return Weights(ops.round_weight(fc1), ops.round_weight(fc2))
+    return Weights(*ops.quantize_weight_blocks(fc1), *ops.quantize_weight_blocks(fc2))
 
 
-class Blockwise:
-    """The `Recipe` of `fused_experts`; `wgrad8` says whether weight gradients are in FP8."""
+class Blockwise(Fp8):
+    """The kernels of this recipe."""
 
-    has_own_products = False  # all are those of the grouped GEMM
-    takes_pieces = False
+    narrow_as = "blocks"
 
-    def __init__(self, rows: Rows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
-        self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
+    def _quantize(self, matrix: Tensor) -> Blocks8:
+        quantized: Blocks8 = self.rows.ops.quantize_blocks(matrix)
+        return quantized
 
-    def keep(self, tokens: Tensor) -> Any:
-        return self.rows.ops.quantize_blocks(tokens) if self.wgrad8 else tokens.bfloat16()
+    def _multiply(self, rows: Blocks8, weight: WeightBlocks8) -> Tensor:
+        ops, ends, tiles = self.rows.ops, self.rows.ends, self.rows.tiles
+        product: Tensor = ops.multiply_blocks(rows, weight, ends, tiles)
+        return product
 
-    def first(self, kept: Any, fc1: Tensor) -> Tensor:
-        return self.gemm.forward(self._spread(kept), self.weights.fc1, self.rows.ends)
+    def _transpose(self, rows: Blocks8, choices: int) -> ColumnBlocks8:
+        planned = self.rows.tiles, self.rows.order, self.rows.ends
+        columns: ColumnBlocks8 = self.rows.ops.transpose_blocks(rows, *planned, choices)
+        return columns
 
-    def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
-        active = self.rows.activate(hidden, probs, blocks=True)
-        return self.rows.sum(self.gemm.forward(active, self.weights.fc2, self.rows.ends))
-
-    def narrow(self, hidden: Tensor) -> Blocks8:
-        blocks: Blocks8 = self.rows.ops.quantize_blocks(hidden)
-        return blocks
-
-    def incoming(self, grads: Tensor) -> Tensor:
-        return grads
-
-    def all_incoming(self, grads: list[Tensor], pieces: list[Any]) -> Any:
-        return joined(pieces)
-
-    def hidden_grads(
-        self, incoming: Tensor, hidden: Any, probs: Tensor, fc2: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        d_active = self.gemm.dgrad(self._spread(incoming), self.weights.fc2, self.rows.ends)
-        return self.rows.activate_backward(d_active, hidden, probs)
-
-    def fc2_grads(self, incoming: Tensor, active: Tensor, into: Tensor | None) -> Tensor | None:
-        operands = self._tokens(incoming), self._columns(active, 0)
-        return self.rows.wgrad(self.gemm, *operands, into)
-
-    def token_grads(self, d_hidden: Tensor, fc1: Tensor) -> Tensor:
-        rounded = self.rows.ops.round_rows(d_hidden, self.rows.ends)
-        return self.rows.sum(self.gemm.dgrad(rounded, self.weights.fc1, self.rows.ends))
-
-    def fc1_grads(self, d_hidden: Tensor, kept: Any, into: Tensor | None) -> Tensor | None:
-        operands = self._columns(d_hidden, 0), self._tokens(kept)
-        return self.rows.wgrad(self.gemm, *operands, into)
-
-    def _spread(self, tokens: Any) -> Tensor:
-        """Return the token of each row, of `tokens` [N, H], rounded along features."""
-        rows = self.rows
-        spread: Tensor = rows.ops.spread_blocks(tokens, rows.place, rows.ends, len(rows.order))
-        return spread
-
-    def _tokens(self, tokens: Any) -> Tensor:
-        """Return the token of each row as an operand of a weight gradient."""
-        if not self.wgrad8:
-            return self.rows.spread(tokens.bfloat16())
-        return self._columns(tokens, self.rows.place.shape[1])
-
-    def _columns(self, source: Any, choices: int) -> Tensor:
-        """Return rows [R, X], or those of tokens, rounded along rows where `wgrad8` says so."""
-        rows = self.rows
-        operand: Tensor = source
-        if self.wgrad8:
-            operand = rows.ops.round_columns(source, rows.tiles, rows.order, rows.ends, choices)
-        return operand
+    def _wgrad8(
+        self, grads: ColumnBlocks8, rows: ColumnBlocks8, into: Tensor | None
+    ) -> Tensor | None:
+        if into is None:
+            gradient: Tensor = self.rows.ops.multiply_column_blocks(grads, rows, self.rows.tiles)
+            return gradient
+        self.rows.ops.add_wgrad_blocks(into, grads, rows, self.rows.tiles)
+        return None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ def select(tensor: Tensor) -> ModuleType:
 
 
 TILE = BLOCK  # rows; in weight gradients by blocks they share scales
+Narrow = Literal["rows", "blocks"]  # e4m3 with one scale for each row, or each 128 columns of it
 
 
 @dataclass(frozen=True)
@@ -85,19 +86,16 @@ class Rows:
             into += gemm.wgrad(grads, rows, self.ends)
         return None
 
-    def activate(
-        self, hidden: Tensor, probs: Tensor, fp8: bool = False, blocks: bool = False
-    ) -> Any:
+    def activate(self, hidden: Tensor, probs: Tensor, narrow: Narrow | None = None) -> Any:
         """Return activation times probability [R, F]; see `kernels.experts`."""
-        planned = (self.order, self.ends, self.activation)
-        return self.ops.activate(hidden, probs, *planned, fp8, blocks)
+        return self.ops.activate(hidden, probs, self.order, self.ends, self.activation, narrow)
 
     def activate_backward(
-        self, grads: Tensor, hidden: Any, probs: Tensor, fp8: bool = False
+        self, grads: Tensor, hidden: Any, probs: Tensor, narrow: Narrow | None = None
     ) -> tuple[Any, Any, Tensor]:
         """Return gradients of `hidden`, the activation again, gradients of `probs`."""
         found: tuple[Any, Any, Tensor] = self.ops.activate_backward(
-            grads, hidden, probs, self.order, self.ends, self.activation, fp8, self.target
+            grads, hidden, probs, self.order, self.ends, self.activation, narrow, self.target
         )
         return found
 

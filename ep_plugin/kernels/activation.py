@@ -1,7 +1,9 @@
-"""The activation times the probability, and its backward; in e4m3, or rounded to it, where asked.
+"""The activation times the probability, and its backward; in e4m3 where asked.
 
 One program handles one row; rows behind the last expert's are not touched.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from ep_plugin.config import GATED
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, Rows8
-from ep_plugin.kernels import Target
+from ep_plugin.kernels import Narrow, Target
 from ep_plugin.kernels._launch import jit
 from ep_plugin.kernels.quantize import power_of_two_scale
 
@@ -54,17 +56,19 @@ def _activate(gate, up, ACT: tl.constexpr):
 
 
 @triton.jit
-def _round_blocks(row, BLOCK: tl.constexpr, SIZE: tl.constexpr):
-    """Values of one row rounded to e4m3, each SIZE of them with one scale."""
+def _narrow(row, scales, BLOCK: tl.constexpr, SIZE: tl.constexpr, NUM_SCALES):
+    """Store the scales of one row's values, one for each SIZE; the values in their units."""
     blocks = tl.reshape(row, (BLOCK // SIZE, SIZE))
-    scale = power_of_two_scale(tl.max(tl.abs(blocks), axis=1))[:, None]
-    return tl.reshape((blocks / scale).to(tl.float8e4nv).to(tl.float32) * scale, (BLOCK,))
+    scale = power_of_two_scale(tl.max(tl.abs(blocks), axis=1))
+    block = tl.arange(0, BLOCK // SIZE)
+    tl.store(scales + block, scale, mask=block < NUM_SCALES)
+    return tl.reshape(blocks / scale[:, None], (BLOCK,))
 
 
 @jit
 def _activate_kernel(
     hidden, probs, order, ends, num_experts, out, scales, WIDTH,
-    ACT: tl.constexpr, IS_GATED: tl.constexpr, FP8: tl.constexpr, BLOCKS: tl.constexpr,
+    ACT: tl.constexpr, IS_GATED: tl.constexpr, ROWS8: tl.constexpr, BLOCKS8: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -80,12 +84,13 @@ def _activate_kernel(
     value, _, _ = _activate(gate, up, ACT)
     value = value * tl.load(probs + tl.load(order + row)).to(tl.float32)
     value = value.to(hidden.dtype.element_ty).to(tl.float32)  # what bf16 would have carried
-    if FP8:
+    if ROWS8:
         scale = power_of_two_scale(tl.max(tl.abs(value)))
         tl.store(scales + row, scale)
         value = value / scale
-    if BLOCKS > 0:
-        value = _round_blocks(value, BLOCK, BLOCKS)
+    if BLOCKS8 > 0:
+        num_scales = WIDTH // BLOCKS8
+        value = _narrow(value, scales + row * num_scales, BLOCK, BLOCKS8, num_scales)
     tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -95,37 +100,37 @@ def activate(
     order: Tensor,
     ends: Tensor,
     activation: str,
-    fp8: bool,
-    blocks: bool = False,
-) -> Tensor | Rows8:
+    narrow: Narrow | None = None,
+) -> Tensor | Rows8 | Blocks8:
     """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
 
-    In e4m3 when asked; with `blocks` rounded to it by 128 columns, and F a multiple of 128.
+    In e4m3 as `narrow` says; by blocks F is a multiple of 128.
     """
     gated = activation in GATED
     num_rows, width = len(hidden), hidden.shape[1] // (2 if gated else 1)
-    out = hidden.new_empty(num_rows, width, dtype=E4M3 if fp8 else hidden.dtype)
-    scale = torch.empty(num_rows if fp8 else 1, dtype=torch.float32, device=hidden.device)
-    if out.numel():
+    active = _empty(num_rows, width, narrow, hidden)
+    if active.data.numel():
         block = triton.next_power_of_2(width)
         _activate_kernel[(num_rows,)](
-            *(hidden, probs, order, ends, len(ends), out, scale, width),
+            *(hidden, probs, order, ends, len(ends)),
+            *(active.data, ends if isinstance(active, Tensor) else active.scale, width),
             ACT=ACTIVATIONS[activation],
             IS_GATED=gated,
-            FP8=fp8,
-            BLOCKS=BLOCK if blocks else 0,
+            ROWS8=narrow == "rows",
+            BLOCKS8=BLOCK if narrow == "blocks" else 0,
             BLOCK=block,
             num_warps=_warps(block),
         )
-    return Rows8(out, scale) if fp8 else out
+    return active
 
 
 @jit
 def _activate_backward_kernel(
     grads, hidden, hidden_scales, probs, order, at, ends, num_experts, d_hidden, d_scales, out,
     out_scales, d_probs, WIDTH,
-    ACT: tl.constexpr, IS_GATED: tl.constexpr, FP8: tl.constexpr, HIDDEN8: tl.constexpr,
-    AT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    ACT: tl.constexpr, IS_GATED: tl.constexpr, ROWS8: tl.constexpr, BLOCKS8: tl.constexpr,
+    HIDDEN_ROWS8: tl.constexpr, HIDDEN_BLOCKS8: tl.constexpr, AT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     flat = tl.load(order + row)
@@ -140,15 +145,16 @@ def _activate_backward_kernel(
     up = gate
     if IS_GATED:
         up = tl.load(base + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    if HIDDEN8:
+    if HIDDEN_ROWS8:
         hidden_scale = tl.load(hidden_scales + row)
         gate *= hidden_scale
         up *= hidden_scale
-    if BLOCKS > 0:
-        cell = hidden_scales + row * (WIDTH * factor // BLOCKS) + column // BLOCKS
+    if HIDDEN_BLOCKS8 > 0:
+        num_scales = WIDTH // HIDDEN_BLOCKS8
+        cell = hidden_scales + row * factor * num_scales + column // HIDDEN_BLOCKS8
         gate *= tl.load(cell, mask=inside, other=0.0)
         if IS_GATED:
-            up *= tl.load(cell + WIDTH // BLOCKS, mask=inside, other=0.0)
+            up *= tl.load(cell + num_scales, mask=inside, other=0.0)
         else:
             up = gate
     grad = tl.load(grads + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
@@ -160,7 +166,7 @@ def _activate_backward_kernel(
     value = (value * prob).to(grads.dtype.element_ty).to(tl.float32)
     d_gate = (grad * prob * gate_slope).to(grads.dtype.element_ty).to(tl.float32)
     d_up = (grad * prob * up_slope).to(grads.dtype.element_ty).to(tl.float32)
-    if FP8:
+    if ROWS8:
         scale = power_of_two_scale(tl.max(tl.abs(value)))
         tl.store(out_scales + row, scale)
         value = value / scale
@@ -171,6 +177,13 @@ def _activate_backward_kernel(
         tl.store(d_scales + row, scale)
         d_gate = d_gate / scale
         d_up = d_up / scale
+    if BLOCKS8 > 0:
+        each = WIDTH // BLOCKS8  # scales of the activation
+        value = _narrow(value, out_scales + row * each, BLOCK, BLOCKS8, each)
+        start = d_scales + row * factor * each
+        d_gate = _narrow(d_gate, start, BLOCK, BLOCKS8, each)
+        if IS_GATED:
+            d_up = _narrow(d_up, start + each, BLOCK, BLOCKS8, each)
     tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
     target = d_hidden + row * WIDTH * factor + column
     tl.store(target, d_gate.to(d_hidden.dtype.element_ty), mask=inside)
@@ -185,13 +198,13 @@ def activate_backward(
     order: Tensor,
     ends: Tensor,
     activation: str,
-    fp8: bool,
+    narrow: Narrow | None = None,
     target: Target | None = None,
-) -> tuple[Tensor | Rows8, Tensor | Rows8, Tensor]:
+) -> tuple[Any, Any, Tensor]:
     """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
 
-    `grads` [R, F] are the activation's. The first two are in e4m3 when asked, and rows of larger
-    matrices with a `target`.
+    `grads` [R, F] are the activation's. The first two are in e4m3 as `narrow` says, and rows of
+    larger matrices with a `target`.
     """
     gated = activation in GATED
     num_rows, width = grads.shape
@@ -200,9 +213,9 @@ def activate_backward(
         found = target.matrices
     else:
         rows = num_rows if target is None else target.num_rows
-        found = tuple(_empty(rows, like.shape[1], fp8, grads) for like in (kept, grads))
+        found = tuple(_empty(rows, like.shape[1], narrow, grads) for like in (kept, grads))
     d_hidden, out = (matrix.data for matrix in found)
-    d_scales, out_scales = (matrix.scale if fp8 else ends for matrix in found)
+    d_scales, out_scales = (matrix.scale if narrow else ends for matrix in found)
     make = torch.empty if num_rows == probs.numel() else torch.zeros  # absent choices have no row
     d_probs = make(probs.shape, dtype=torch.float32, device=grads.device)
     if grads.numel():
@@ -213,18 +226,21 @@ def activate_backward(
             *(d_hidden, d_scales, out, out_scales, d_probs, width),
             ACT=ACTIVATIONS[activation],
             IS_GATED=gated,
-            FP8=fp8,
-            HIDDEN8=isinstance(hidden, Rows8),
+            ROWS8=narrow == "rows",
+            BLOCKS8=BLOCK if narrow == "blocks" else 0,
+            HIDDEN_ROWS8=isinstance(hidden, Rows8),
+            HIDDEN_BLOCKS8=BLOCK if isinstance(hidden, Blocks8) else 0,
             AT=target is not None,
-            BLOCKS=BLOCK if isinstance(hidden, Blocks8) else 0,
             BLOCK=block,
             num_warps=_warps(block),
         )
     return *found, d_probs
 
 
-def _empty(rows: int, width: int, fp8: bool, like: Tensor) -> Tensor | Rows8:
-    if not fp8:
+def _empty(rows: int, width: int, narrow: Narrow | None, like: Tensor) -> Tensor | Rows8 | Blocks8:
+    if narrow is None:
         return like.new_empty(rows, width)
-    scale = torch.empty(rows, dtype=torch.float32, device=like.device)
-    return Rows8(like.new_empty(rows, width, dtype=E4M3), scale)
+    data = like.new_empty(rows, width, dtype=E4M3)
+    if narrow == "rows":
+        return Rows8(data, like.new_empty(rows, dtype=torch.float32))
+    return Blocks8(data, like.new_empty(rows, width // BLOCK, dtype=torch.float32))

@@ -3,6 +3,7 @@
 Where the kernels leave rows behind the last expert's as they are, the twins hold zeros.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from ep_plugin.config import GATED
 from ep_plugin.e4m3 import E4M3, Blocks8, Rows8, dequantize_rows, quantize_rows
-from ep_plugin.kernels import Target
-from ep_plugin.kernels.blocks_torch import dequantize_blocks, round_rows
+from ep_plugin.kernels import Narrow, Target
+from ep_plugin.kernels.blocks_torch import dequantize_blocks, quantize_blocks
+
+QUANTIZE: dict[Narrow, Callable[[Tensor], Any]] = {"rows": quantize_rows, "blocks": quantize_blocks}
 
 # GELU by tanh, x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), is x sigmoid(2 u).
 _TANH = 1.5957691216057308  # 2 sqrt(2 / pi)
@@ -50,20 +53,17 @@ def activate(
     order: Tensor,
     ends: Tensor,
     activation: str,
-    fp8: bool,
-    blocks: bool = False,
-) -> Tensor | Rows8:
+    narrow: Narrow | None = None,
+) -> Tensor | Rows8 | Blocks8:
     """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
 
-    In e4m3 when asked; with `blocks` rounded to it by 128 columns, and F a multiple of 128.
+    In e4m3 as `narrow` says; by blocks F is a multiple of 128.
     """
     value = _slopes(hidden, activation)[0]
     row_probs = probs.flatten()[order].unsqueeze(1).to(value.dtype)
     out = (value * row_probs).to(hidden.dtype)
     out = out.masked_fill(~_inside(len(out), ends), 0)
-    if blocks:
-        return round_rows(out, ends)
-    return quantize_rows(out) if fp8 else out
+    return out if narrow is None else QUANTIZE[narrow](out)
 
 
 def activate_backward(
@@ -73,13 +73,13 @@ def activate_backward(
     order: Tensor,
     ends: Tensor,
     activation: str,
-    fp8: bool,
+    narrow: Narrow | None = None,
     target: Target | None = None,
-) -> tuple[Tensor | Rows8, Tensor | Rows8, Tensor]:
+) -> tuple[Any, Any, Tensor]:
     """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
 
-    `grads` [R, F] are the activation's. The first two are in e4m3 when asked, and rows of larger
-    matrices with a `target`.
+    `grads` [R, F] are the activation's. The first two are in e4m3 as `narrow` says, and rows of
+    larger matrices with a `target`.
     """
     absent = ~_inside(len(grads), ends)
     if isinstance(hidden, Rows8):
@@ -94,7 +94,9 @@ def activate_backward(
     d_hidden = torch.cat([wide * weights * slope for slope in slopes], dim=1).to(grads.dtype)
     d_hidden = d_hidden.masked_fill(absent, 0)
     out = (value * weights).to(grads.dtype).masked_fill(absent, 0)
-    matrices = (quantize_rows(d_hidden), quantize_rows(out)) if fp8 else (d_hidden, out)
+    matrices: tuple[Any, Any] = d_hidden, out
+    if narrow is not None:
+        matrices = QUANTIZE[narrow](d_hidden), QUANTIZE[narrow](out)
     return *(matrices if target is None else _placed(matrices, target, ends)), d_probs
 
 
@@ -118,5 +120,5 @@ def _placed(matrices: Any, target: Target, ends: Tensor) -> Any:
                 (None, None) if found is None else (found.data.view(torch.uint8), found.scale)
             )
             data = placed(rows.data.view(torch.uint8), data)
-            results.append(Rows8(data.view(E4M3), placed(rows.scale, scale)))
+            results.append(type(rows)(data.view(E4M3), placed(rows.scale, scale)))
     return tuple(results)

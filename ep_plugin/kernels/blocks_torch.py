@@ -1,10 +1,10 @@
-"""Rounding to e4m3 by blocks: the plain-torch twins of `kernels.blocks` and `block_columns`."""
+"""Blocks of 128 values in e4m3: the plain-torch twins of `kernels.blocks` and `block_product`."""
 
 import torch
 from torch import Tensor
 
-from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, power_of_two_scale
-from ep_plugin.kernels import Tiles
+from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, ColumnBlocks8, WeightBlocks8, power_of_two_scale
+from ep_plugin.kernels import TILE, Tiles
 
 
 def quantize_blocks(matrix: Tensor) -> Blocks8:
@@ -20,53 +20,74 @@ def dequantize_blocks(blocks: Blocks8) -> Tensor:
     return wide.flatten(1)
 
 
-def round_rows(rows: Tensor, ends: Tensor) -> Tensor:
-    """Return `rows` [R, X] rounded to e4m3 by 128 columns: bf16."""
-    inside = torch.arange(len(rows), device=ends.device) < ends[-1]
-    blocks = quantize_blocks(rows.masked_fill(~inside.unsqueeze(1), 0))
-    return dequantize_blocks(blocks).bfloat16()
-
-
-def spread_blocks(
-    tokens: Tensor | Blocks8, place: Tensor, ends: Tensor, num_rows: int | None = None
-) -> Tensor:
-    """Return the token of each row, rounded to e4m3 by 128 columns: [R, X] bf16.
-
-    Rows of `tokens` [N, X] are at `place` [N, C]. R is `num_rows`, at least the last of `ends`, or
-    N * C.
-    """
-    blocks = tokens if isinstance(tokens, Blocks8) else quantize_blocks(tokens)
-    rounded = dequantize_blocks(blocks).bfloat16().repeat_interleave(place.shape[1], dim=0)
-    rows = torch.empty_like(rounded)
-    rows[place.flatten()] = rounded
-    inside = torch.arange(len(rows), device=ends.device) < ends[-1]
-    return rows.masked_fill(~inside.unsqueeze(1), 0)[:num_rows]
-
-
-def round_columns(
-    source: Tensor | Blocks8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int = 0
-) -> Tensor:
-    """Return rows [R, X] rounded to e4m3, each tile of an expert's rows with its scales: bf16.
-
-    `choices` 0 says that `source` are the rows; else they are tokens with so many choices each,
-    and `order` [R] says which choice a row is of.
-    """
-    rows = dequantize_blocks(source) if isinstance(source, Blocks8) else source
-    if choices:
-        rows = rows[order.long() // choices]
-    row = torch.arange(len(rows), dtype=torch.int32, device=ends.device)
-    wide = rows.float().masked_fill((row >= ends[-1]).unsqueeze(1), 0)
-    tile = torch.searchsorted(tiles.row[tiles.expert >= 0], row, right=True)
-    largest = wide.new_zeros(1 + len(tiles.row), rows.shape[1])
-    largest.scatter_reduce_(0, tile.unsqueeze(1).expand_as(wide), wide.abs(), "amax")
-    scale = power_of_two_scale(largest)[tile]
-    rounded: Tensor = (wide / scale).to(E4M3).float() * scale
-    return rounded.bfloat16()
-
-
-def round_weight(weight: Tensor) -> Tensor:
-    """Return `weight` [e, b, a] rounded to e4m3 by 128 x 128 values: bf16."""
+def quantize_weight_blocks(weight: Tensor) -> tuple[WeightBlocks8, WeightBlocks8]:
+    """Return `weight` [e, b, a] and its transpose in e4m3, each 128 x 128 with one scale."""
     blocks = weight.float().unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
-    scale = power_of_two_scale(blocks.abs().amax(dim=(2, 4), keepdim=True))
-    rounded: Tensor = (blocks / scale).to(E4M3).float() * scale  # [e, b / 128, 128, a / 128, 128]
-    return rounded.bfloat16().flatten(3, 4).flatten(1, 2)
+    scale = power_of_two_scale(blocks.abs().amax(dim=(2, 4)))  # [e, b / 128, a / 128]
+    data = (blocks / scale[:, :, None, :, None]).to(E4M3).flatten(3, 4).flatten(1, 2)
+    turned = data.transpose(1, 2).contiguous(), scale.transpose(1, 2).contiguous()
+    return WeightBlocks8(data, scale), WeightBlocks8(*turned)
+
+
+def dequantize_weight_blocks(weight: WeightBlocks8) -> Tensor:
+    """Return [e, b, a] fp32; nothing is rounded."""
+    scale = weight.scale.repeat_interleave(BLOCK, dim=1).repeat_interleave(BLOCK, dim=2)
+    return weight.data.float() * scale
+
+
+def transpose_blocks(
+    rows: Blocks8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int
+) -> ColumnBlocks8:
+    """Return `rows` transposed, a tile after the other, each 128 x 128 with its largest scale.
+
+    `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
+    """
+    row = (tiles.row.unsqueeze(1) + torch.arange(TILE, device=ends.device)).flatten()
+    expert = tiles.expert.repeat_interleave(TILE).long()
+    there = (expert >= 0) & (row < ends[expert])
+    width, num_blocks = rows.data.shape[1], rows.scale.shape[1]
+    if not (len(rows.data) and len(order)):  # columns are padding alone
+        data = torch.zeros(width, len(row), device=ends.device).to(E4M3)
+        return ColumnBlocks8(data, torch.ones(len(tiles.row), num_blocks, device=ends.device))
+    source = torch.where(there, row, 0).long()
+    source = order[source].long() // choices if choices else source
+    scale = rows.scale[source].masked_fill(~there.unsqueeze(1), 0)  # [P, X / 128]
+    largest = scale.unflatten(0, (-1, TILE)).amax(dim=1)  # [P / 128, X / 128]
+    largest = torch.where(largest > 0, largest, 1.0)
+    ratio = scale / largest.repeat_interleave(TILE, dim=0)
+    values = rows.data.float()[source].masked_fill(~there.unsqueeze(1), 0)
+    moved = (values.unflatten(1, (-1, BLOCK)) * ratio.unsqueeze(2)).flatten(1)
+    return ColumnBlocks8(moved.to(E4M3).T.contiguous(), largest)
+
+
+def dequantize_columns(columns: ColumnBlocks8) -> Tensor:
+    """Return [X, P] fp32; nothing is rounded."""
+    scale = columns.scale.T.repeat_interleave(BLOCK, dim=0).repeat_interleave(TILE, dim=1)
+    return columns.data.float() * scale
+
+
+def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: Tiles) -> Tensor:
+    """Return `rows` [R, a] times each expert's `weight` [e, b, a] transposed: [R, b] bf16."""
+    parts = torch.tensor_split(dequantize_blocks(rows), ends.tolist())
+    weights = dequantize_weight_blocks(weight)
+    products = [part @ w.T for part, w in zip(parts[:-1], weights, strict=True)]
+    rest = parts[-1].new_zeros(len(parts[-1]), weights.shape[1])
+    return torch.cat([*products, rest]).bfloat16()
+
+
+def multiply_column_blocks(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
+    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16."""
+    return _columns_product(left, right, tiles).bfloat16()
+
+
+def add_wgrad_blocks(
+    total: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles
+) -> None:
+    """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
+    total += _columns_product(left, right, tiles)
+
+
+def _columns_product(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
+    ends = (tiles.ends * TILE).tolist()
+    parts = [torch.tensor_split(dequantize_columns(m), ends, dim=1)[:-1] for m in (left, right)]
+    return torch.stack([x @ y.T for x, y in zip(*parts, strict=True)])

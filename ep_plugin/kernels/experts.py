@@ -4,12 +4,17 @@ The functions have the same names, arguments and results as their twins in `expe
 """
 
 from ep_plugin.kernels.activation import ACTIVATIONS, activate, activate_backward
-from ep_plugin.kernels.block_columns import round_columns
-from ep_plugin.kernels.blocks import quantize_blocks, round_rows, round_weight, spread_blocks
+from ep_plugin.kernels.block_product import (
+    add_wgrad_blocks,
+    multiply_blocks,
+    multiply_column_blocks,
+)
+from ep_plugin.kernels.blocks import quantize_blocks, quantize_weight_blocks
 from ep_plugin.kernels.product import multiply
 from ep_plugin.kernels.quantize import (
     quantize_rows,
     quantize_weight,
+    transpose_blocks,
     transpose_rows,
 )
 from ep_plugin.kernels.rows import (
@@ -28,20 +33,21 @@ __all__ = [
     "activate_backward",
     "add_wgrad",
     "add_wgrad8",
+    "add_wgrad_blocks",
     "multiply",
+    "multiply_blocks",
+    "multiply_column_blocks",
     "multiply_columns",
     "plan_tiles",
     "quantize_blocks",
     "quantize_rows",
     "quantize_weight",
-    "round_columns",
-    "round_rows",
-    "round_weight",
+    "quantize_weight_blocks",
     "sort_choices",
-    "spread_blocks",
     "spread_rows",
     "spread_rows8",
     "sum_pieces",
     "sum_rows",
+    "transpose_blocks",
     "transpose_rows",
 ]

@@ -6,27 +6,29 @@ Where the kernels leave rows behind the last expert's as they are, the twins hol
 import torch
 from torch import Tensor
 
-from ep_plugin.e4m3 import E4M3, Columns8, Rows8, Weight8, quantize_rows
+from ep_plugin.e4m3 import E4M3, Columns8, Narrow8, Rows8, Weight8, quantize_rows
 from ep_plugin.kernels import TILE, Tiles
 from ep_plugin.kernels.activation_torch import activate, activate_backward
 from ep_plugin.kernels.blocks_torch import (
+    add_wgrad_blocks,
+    multiply_blocks,
+    multiply_column_blocks,
     quantize_blocks,
-    round_columns,
-    round_rows,
-    round_weight,
-    spread_blocks,
+    quantize_weight_blocks,
+    transpose_blocks,
 )
 from ep_plugin.permute import plan_rows
 
 __all__ = [  # as they are elsewhere
     "activate",
     "activate_backward",
+    "add_wgrad_blocks",
+    "multiply_blocks",
+    "multiply_column_blocks",
     "quantize_blocks",
     "quantize_rows",
-    "round_columns",
-    "round_rows",
-    "round_weight",
-    "spread_blocks",
+    "quantize_weight_blocks",
+    "transpose_blocks",
 ]
 
 
@@ -62,11 +64,14 @@ def spread_rows(
     return into
 
 
-def spread_rows8(tokens: Rows8, place: Tensor, ends: Tensor, num_rows: int | None = None) -> Rows8:
+def spread_rows8(
+    tokens: Narrow8, place: Tensor, ends: Tensor, num_rows: int | None = None
+) -> Narrow8:
     """Do as `spread_rows` for tokens in e4m3."""
-    planned = place, ends, num_rows
+    planned, scale = (place, ends, num_rows), tokens.scale
     data = spread_rows(tokens.data.view(torch.uint8), *planned).view(E4M3)
-    return Rows8(data, spread_rows(tokens.scale.unsqueeze(1), *planned).squeeze(1))
+    rows = spread_rows(scale.reshape(len(scale), scale[:1].numel()), *planned)
+    return type(tokens)(data, rows.view(len(rows), *scale.shape[1:]))
 
 
 def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ tiles at work at one time lie in a square band, to share operands in L2. Sums ar
 scaled grouped GEMM, bit for bit.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from torch import Tensor
 from ep_plugin.e4m3 import Rows8, Weight8
 from ep_plugin.kernels import TILE, Tiles
 from ep_plugin.kernels._launch import jit
-from ep_plugin.kernels.tiles import in_bands, tiled
+from ep_plugin.kernels.tiles import in_bands, num_programs, tiled
 
 WIDE = 256  # the other side of a tile
 DEPTH = 128  # of one step along the sum
@@ -64,7 +62,7 @@ def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor
     if out.numel():
         across = triton.cdiv(out_features, WIDE)
         matrix = weight.data.view(num_experts * out_features, in_features)
-        _multiply_kernel[(min(_processors(ends.device), len(tiles.expert) * across),)](
+        _multiply_kernel[(num_programs(ends.device, len(tiles.expert) * across),)](
             *(tiled(rows.data, TILE, DEPTH), tiled(matrix, WIDE, DEPTH)),
             *(rows.scale, weight.scale, ends, tiles.expert, tiles.row, tiles.ends, out),
             *(num_experts, in_features, out_features),
@@ -76,11 +74,3 @@ def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor
             num_stages=3,
         )
     return out
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """Return how many programs run at one time: one on each multiprocessor."""
-    if device.type != "cuda":
-        return 1  # interpreted
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ep_plugin.e4m3 import E4M3, Columns8, Rows8, Weight8
+from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, ColumnBlocks8, Columns8, Rows8, Weight8
 from ep_plugin.kernels import TILE, Tiles
 from ep_plugin.kernels._launch import jit
 
@@ -22,12 +22,11 @@ def warps(width: int) -> int:
 
 @triton.jit
 def power_of_two_scale(largest):
-    """Smallest power of two s with largest / s <= 448, from the bits of the quotient."""
+    """Smallest power of two s >= 2^-126 with largest / s <= 448, from the quotient's bits."""
     bits = (largest * (1.0 / 448.0)).to(tl.int32, bitcast=True)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
     exponent = tl.minimum(tl.maximum(exponent, 1), 254)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    return tl.where(largest > 0, scale, 1.0)
+    return (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -73,8 +72,9 @@ def _largest_kernel(scale, order, ends, out, choices, TOKENS: tl.constexpr, BLOC
 @jit
 def _transpose_kernel(
     data, scale, largest, order, ends, expert_of, row_of, out, choices, WIDTH, NUM_COLUMNS,
-    TOKENS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A tile of rows, BLOCK features; with BLOCKS these have scales of their own."""
     expert = tl.load(expert_of + tl.program_id(0))
     if expert < 0:
         return
@@ -84,7 +84,16 @@ def _transpose_kernel(
     source = row
     if TOKENS:
         source = tl.load(order + row, mask=present, other=0) // choices
-    ratio = tl.load(scale + source, mask=present, other=0.0) / tl.load(largest + expert)
+    if BLOCKS:
+        num_blocks = WIDTH // BLOCK
+        cell = source.to(tl.int64) * num_blocks + tl.program_id(1)
+        own = tl.load(scale + cell, mask=present, other=0.0)
+        most = tl.max(own)  # of at least one row
+        tl.store(largest + tl.program_id(0) * num_blocks + tl.program_id(1), most)
+    else:
+        own = tl.load(scale + source, mask=present, other=0.0)
+        most = tl.load(largest + expert)
+    ratio = own / most
     there = present[:, None] & (feature < WIDTH)[None, :]
     start = source.to(tl.int64)[:, None] * WIDTH
     values = tl.load(data + start + feature[None, :], mask=there, other=0.0)
@@ -101,27 +110,53 @@ def transpose_rows(
 
     `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
     """
+    largest = torch.empty(len(ends), dtype=torch.float32, device=ends.device)
+    _largest_kernel[(len(ends),)](
+        *(rows.scale, order, ends, largest, choices), TOKENS=choices > 0, BLOCK=4096
+    )
+    return Columns8(_transposed(rows, largest, tiles, order, ends, choices), largest)
+
+
+def transpose_blocks(
+    rows: Blocks8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int
+) -> ColumnBlocks8:
+    """Return `rows` transposed, a tile after the other, each 128 x 128 with its largest scale.
+
+    `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
+    """
+    size = len(tiles.expert), rows.scale.shape[1]
+    largest = torch.empty(size, dtype=torch.float32, device=ends.device)
+    return ColumnBlocks8(_transposed(rows, largest, tiles, order, ends, choices), largest)
+
+
+def _transposed(
+    rows: Rows8 | Blocks8,
+    largest: Tensor,
+    tiles: Tiles,
+    order: Tensor,
+    ends: Tensor,
+    choices: int,
+) -> Tensor:
+    """Return the columns [X, P] with the scales `largest`, which blocks write there."""
     width, num_tiles = rows.data.shape[1], len(tiles.expert)
     out = rows.data.new_empty(width, num_tiles * TILE)
-    largest = torch.empty(len(ends), dtype=torch.float32, device=ends.device)
     if out.numel():
-        _largest_kernel[(len(ends),)](
-            *(rows.scale, order, ends, largest, choices), TOKENS=choices > 0, BLOCK=4096
-        )
-        _transpose_kernel[(num_tiles, triton.cdiv(width, 128))](
+        _transpose_kernel[(num_tiles, triton.cdiv(width, BLOCK))](
             *(rows.data, rows.scale, largest, order, ends, tiles.expert, tiles.row, out, choices),
             *(width, num_tiles * TILE),
             TOKENS=choices > 0,
+            BLOCKS=isinstance(rows, Blocks8),
             TILE=TILE,
-            BLOCK=128,
+            BLOCK=BLOCK,
         )
-    return Columns8(out, largest)
+    return out
 
 
 @jit
 def _transpose_weight_kernel(
-    data, scale, largest, out, ROWS, WIDTH, BLOCK_R: tl.constexpr, BLOCK_X: tl.constexpr
-):
+    data, scale, largest, out, out_scale, ROWS, WIDTH,
+    BLOCK_R: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
     expert = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     feature = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -130,10 +165,13 @@ def _transpose_weight_kernel(
     start = matrix + row.to(tl.int64)[:, None] * WIDTH
     values = tl.load(data + start + feature[None, :], mask=there, other=0.0).to(tl.float32)
     ratio = tl.load(scale + expert * ROWS + row, mask=row < ROWS, other=0.0)
-    ratio = (ratio / tl.load(largest + expert)).to(tl.float16)
-    moved = (values.to(tl.float16) * ratio[:, None]).to(tl.float8e4nv)
+    most = tl.load(largest + expert)
+    moved = (values.to(tl.float16) * (ratio / most).to(tl.float16)[:, None]).to(tl.float8e4nv)
     target = out + matrix + feature.to(tl.int64)[:, None] * ROWS + row[None, :]
     tl.store(target, tl.trans(moved), mask=tl.trans(there))
+    if tl.program_id(0) == 0:
+        scales = tl.zeros((BLOCK_X,), tl.float32) + most
+        tl.store(out_scale + expert * WIDTH + feature, scales, mask=feature < WIDTH)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
@@ -141,12 +179,14 @@ def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
     num_experts, num_rows, width = weight.shape
     rows = quantize_rows(weight.reshape(-1, width))
     scale = rows.scale.view(num_experts, num_rows)
-    largest = scale.amax(dim=1)
-    out = rows.data.new_empty(num_experts, width, num_rows)
-    if out.numel():
+    turned = Weight8(
+        rows.data.new_empty(num_experts, width, num_rows), scale.new_empty(num_experts, width)
+    )
+    if weight.numel():
         grid = (triton.cdiv(num_rows, 128), triton.cdiv(width, 128), num_experts)
         _transpose_weight_kernel[grid](
-            *(rows.data, scale, largest, out, num_rows, width), BLOCK_R=128, BLOCK_X=128
+            *(rows.data, scale, scale.amax(dim=1), turned.data, turned.scale, num_rows, width),
+            BLOCK_R=128,
+            BLOCK_X=128,
         )
-    straight = Weight8(rows.data.view(weight.shape), scale)
-    return straight, Weight8(out, largest.unsqueeze(1).repeat(1, width))
+    return Weight8(rows.data.view(weight.shape), scale), turned

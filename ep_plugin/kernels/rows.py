@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ep_plugin.e4m3 import Rows8
+from ep_plugin.e4m3 import Narrow8
 from ep_plugin.kernels._launch import jit
 
 
@@ -108,8 +108,8 @@ def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
 
 @jit
 def _spread_kernel(
-    source, scales, place, ends, out, out_scales, num_experts, WIDTH,
-    CHOICES: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    source, scales, place, ends, out, out_scales, num_experts, WIDTH, NUM_SCALES,
+    CHOICES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Token by token: each is read once, although it goes to several rows.
     last = tl.load(ends + num_experts - 1)
@@ -117,14 +117,15 @@ def _spread_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     values = tl.load(source + token * WIDTH + column, mask=inside)
-    if SCALED:
-        scale = tl.load(scales + token)
+    if SCALES > 0:
+        of = tl.arange(0, SCALES)
+        scale = tl.load(scales + token * NUM_SCALES + of, mask=of < NUM_SCALES)
     for choice in tl.static_range(CHOICES):
         row = tl.load(place + token * CHOICES + choice).to(tl.int64)
         if row < last:
             tl.store(out + row * WIDTH + column, values, mask=inside)
-            if SCALED:
-                tl.store(out_scales + row, scale)
+            if SCALES > 0:
+                tl.store(out_scales + row * NUM_SCALES + of, scale, mask=of < NUM_SCALES)
 
 
 def _spread(
@@ -134,27 +135,28 @@ def _spread(
     ends: Tensor,
     num_rows: int | None,
     into: Tensor | None = None,
-) -> Rows8:
+) -> tuple[Tensor, Tensor]:
+    """Return rows and their scales; without `scales` the latter are not to be read."""
     (num_tokens, choices), width = place.shape, tokens.shape[1]
     if into is None:
         into = tokens.new_empty(num_tokens * choices if num_rows is None else num_rows, width)
-    out_scales = torch.empty(
-        len(into) if scales is not None else 1, dtype=torch.float32, device=into.device
-    )
+    each, out_scales = 0, ends  # scales of a token
+    if scales is not None:
+        each, out_scales = scales[:1].numel(), scales.new_empty(len(into), *scales.shape[1:])
     if into.numel() and num_tokens:
         # Bytes are moved, so any dtype may be; eight at a time where rows allow it.
         unit = torch.int64 if width * tokens.element_size() % 8 == 0 else torch.uint8
         moved, target = tokens.view(unit), into.view(unit)
         block = triton.next_power_of_2(moved.shape[1])
         _spread_kernel[(num_tokens,)](
-            *(moved, out_scales if scales is None else scales, place, ends, target, out_scales),
-            *(len(ends), moved.shape[1]),
+            *(moved, ends if scales is None else scales, place, ends, target, out_scales),
+            *(len(ends), moved.shape[1], each),
             CHOICES=choices,
-            SCALED=scales is not None,
+            SCALES=triton.next_power_of_2(each) if each else 0,
             BLOCK=block,
             num_warps=max(1, min(8, block // 256)),
         )
-    return Rows8(into, out_scales)
+    return into, out_scales
 
 
 def spread_rows(
@@ -169,12 +171,14 @@ def spread_rows(
     R is `num_rows`, at least the last of `ends`, or N * C. Rows of other tokens stay as they are
     in `into`, where that is given.
     """
-    return _spread(tokens, None, place, ends, num_rows, into).data
+    return _spread(tokens, None, place, ends, num_rows, into)[0]
 
 
-def spread_rows8(tokens: Rows8, place: Tensor, ends: Tensor, num_rows: int | None = None) -> Rows8:
+def spread_rows8(
+    tokens: Narrow8, place: Tensor, ends: Tensor, num_rows: int | None = None
+) -> Narrow8:
     """Do as `spread_rows` for tokens in e4m3."""
-    return _spread(tokens.data, tokens.scale, place, ends, num_rows)
+    return type(tokens)(*_spread(tokens.data, tokens.scale, place, ends, num_rows))
 
 
 @jit

@@ -1,5 +1,7 @@
 """Tiles of grouped products: which rows make one, in which order they go, how they are fetched."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -64,3 +66,15 @@ def tiled(matrix: Tensor, height: int, width: int) -> TensorDescriptor:
     Rows start at multiples of 16 bytes. Beyond the matrix there are zeros.
     """
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [height, width])
+
+
+def num_programs(device: torch.device, num_tiles: int, each: int = 1) -> int:
+    """Return how many programs share so many tiles: `each` on a multiprocessor."""
+    return min(each * _processors(device), num_tiles)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # interpreted
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -23,7 +23,7 @@ BAND = 8  # rows of tiles
 
 
 @triton.jit
-def _corner(B, A, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr):
+def corner(B, A, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr):
     """First row and column of this program's tile of its expert's matrix."""
     down, across = (B + TILE - 1) // TILE, (A + WIDE - 1) // WIDE
     tile_b, tile_a = in_bands(tl.program_id(0), down, across, BAND)
@@ -31,7 +31,7 @@ def _corner(B, A, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr):
 
 
 @triton.jit
-def _store(
+def store_tile(
     out, sums, expert, first_b, first_a, B, A,
     ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -53,8 +53,8 @@ def _deliver(
     # In halves: a whole tile of sums and of what they are added to is more than the registers hold.
     halves = tl.permute(tl.reshape(sums, (TILE, 2, WIDE // 2)), (0, 2, 1))
     left, right = tl.split(halves)
-    _store(out, left, expert, first_b, first_a, B, A, ADD, TILE, WIDE // 2)
-    _store(out, right, expert, first_b, first_a + WIDE // 2, B, A, ADD, TILE, WIDE // 2)
+    store_tile(out, left, expert, first_b, first_a, B, A, ADD, TILE, WIDE // 2)
+    store_tile(out, right, expert, first_b, first_a + WIDE // 2, B, A, ADD, TILE, WIDE // 2)
 
 
 @jit
@@ -68,7 +68,7 @@ def _wgrad8_kernel(
     if ADD:  # noqa: SIM102
         if start >= end:
             return
-    first_b, first_a = _corner(B, A, TILE, WIDE, BAND)
+    first_b, first_a = corner(B, A, TILE, WIDE, BAND)
     sums = tl.zeros((TILE, WIDE), tl.float32)
     for step in range(start, end):  # an expert's columns are whole tiles
         x = left.load([first_b, step * TILE])
@@ -115,7 +115,7 @@ def _wgrad_kernel(
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     if start >= end:
         return
-    first_b, first_a = _corner(B, A, TILE, WIDE, BAND)
+    first_b, first_a = corner(B, A, TILE, WIDE, BAND)
     sums = tl.zeros((TILE, WIDE), tl.float32)
     rest = start + (end - start) // DEPTH * DEPTH
     for row in range(start, rest, DEPTH):
