@@ -93,10 +93,13 @@ def _forward(case: Case, contender: Contender) -> Step:
 def _steps(case: Case, contender: Contender, pool: Any) -> dict[str, Step]:
     """Return what is timed of one contender."""
     train, forward = train_step(case, contender), _forward(case, contender)
-    steps = {"step": train, "forward": forward}
+    steps, weights = {"step": train, "forward": forward}, weight_step(contender, train)
     if pool is not None and contender.capturable:
+        if contender.quantize is not None:
+            weights = {"weights": captured(weights["weights"], pool)}
+            contender.quantize()  # what the graphs quantise lies in memory that all of them share
         steps = {name: captured(step, pool) for name, step in steps.items()}
-    return steps | weight_step(contender, train)
+    return steps | weights
 
 
 def weight_step(contender: Contender, train: Step) -> dict[str, Step]:
