@@ -14,7 +14,7 @@ from torch import Tensor
 from ep_plugin.e4m3 import BLOCK, Blocks8, ColumnBlocks8, WeightBlocks8
 from ep_plugin.kernels import TILE, Tiles
 from ep_plugin.kernels._launch import jit
-from ep_plugin.kernels.tiles import in_bands, num_programs, tiled
+from ep_plugin.kernels.tiles import in_bands, num_programs, span, tiled
 from ep_plugin.kernels.wgrad import corner, store_tile
 
 PART = BLOCK // 2  # columns
@@ -90,8 +90,7 @@ def _wgrad_kernel(
     BAND: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
-    end = tl.load(tile_ends + expert)
-    start = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
+    start, end = span(tile_ends, expert)
     if ADD:  # noqa: SIM102
         if start >= end:
             return

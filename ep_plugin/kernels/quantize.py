@@ -13,6 +13,7 @@ from torch import Tensor
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, ColumnBlocks8, Columns8, Rows8, Weight8
 from ep_plugin.kernels import TILE, Tiles
 from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels.tiles import span
 
 
 def warps(width: int) -> int:
@@ -56,8 +57,7 @@ def quantize_rows(matrix: Tensor) -> Rows8:
 @jit
 def _largest_kernel(scale, order, ends, out, choices, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
-    end = tl.load(ends + expert)
-    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    start, end = span(ends, expert)
     largest = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, end, BLOCK):
         row = first + tl.arange(0, BLOCK)

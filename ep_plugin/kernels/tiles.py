@@ -60,6 +60,14 @@ def in_bands(tile, down, across, BAND: tl.constexpr):
     return band * BAND + inside % height, inside // height
 
 
+@triton.jit
+def span(ends, expert):
+    """First row, or tile, of an expert, and the one behind its last."""
+    end = tl.load(ends + expert)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    return start, end
+
+
 def tiled(matrix: Tensor, height: int, width: int) -> TensorDescriptor:
     """Return `matrix` [X, Y] as what the copy engine reads tiles [height, width] from.
 

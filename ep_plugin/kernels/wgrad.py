@@ -16,7 +16,7 @@ from torch import Tensor
 from ep_plugin.e4m3 import Columns8
 from ep_plugin.kernels import TILE, Tiles
 from ep_plugin.kernels._launch import jit
-from ep_plugin.kernels.tiles import in_bands, tiled
+from ep_plugin.kernels.tiles import in_bands, span, tiled
 
 WIDE = 256  # the other side of a tile
 BAND = 8  # rows of tiles
@@ -63,8 +63,7 @@ def _wgrad8_kernel(
     ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
-    end = tl.load(tile_ends + expert)
-    start = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
+    start, end = span(tile_ends, expert)
     if ADD:  # noqa: SIM102
         if start >= end:
             return
@@ -111,8 +110,7 @@ def _wgrad_kernel(
     TILE: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
-    end = tl.load(ends + expert)
-    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    start, end = span(ends, expert)
     if start >= end:
         return
     first_b, first_a = corner(B, A, TILE, WIDE, BAND)
