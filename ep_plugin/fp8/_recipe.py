@@ -5,6 +5,7 @@ finds where they are computed. Each is rounded once, along features: weight grad
 bytes transposed, moved to larger scales. In bf16 those want what was not rounded, so that is kept.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class Weights:
     fc2_transposed: Weight8 | WeightBlocks8  # [e, F, H]
 
 
-class Fp8:
+class Fp8(ABC):
     """A `Recipe` of `fused_experts`, but for its kernels.
 
     `wgrad8` says whether they make the weight gradients.
@@ -39,21 +40,21 @@ class Fp8:
     def __init__(self, rows: Rows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
         self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
 
+    @abstractmethod
     def _quantize(self, matrix: Tensor) -> Any:
         """Return `matrix` [R, X] in e4m3."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _multiply(self, rows: Any, weight: Any) -> Tensor:
         """Return rows times their expert's weight transposed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _transpose(self, rows: Any, choices: int) -> Any:
         """Return rows, or tokens with so many choices, as an operand of a weight gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _wgrad8(self, grads: Any, rows: Any, into: Tensor | None) -> Tensor | None:
         """Return a weight gradient of what `_transpose` returned, or add it."""
-        raise NotImplementedError
 
     def keep(self, tokens: Tensor) -> Any:
         return self._quantize(tokens) if self.wgrad8 else tokens.bfloat16()

@@ -29,7 +29,7 @@ def _more(sums, x, y, scale):
 
 
 @jit
-def _multiply_kernel(
+def _multiply_blocks_kernel(
     rows, weight, row_scale, weight_scale, ends, expert_of, row_of, tile_ends, out,
     num_experts, IN, OUT,
     TILE: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, BAND: tl.constexpr,
@@ -70,7 +70,7 @@ def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: T
     if out.numel():
         num_tiles = len(tiles.expert) * (out_features // BLOCK)
         matrix = weight.data.view(num_experts * out_features, in_features)
-        _multiply_kernel[(num_programs(ends.device, num_tiles, each=2),)](
+        _multiply_blocks_kernel[(num_programs(ends.device, num_tiles, each=2),)](
             *(tiled(rows.data, TILE, BLOCK), tiled(matrix, PART, BLOCK)),
             *(rows.scale, weight.scale, ends, tiles.expert, tiles.row, tiles.ends, out),
             *(num_experts, in_features, out_features),
@@ -84,7 +84,7 @@ def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: T
 
 
 @jit
-def _wgrad_kernel(
+def _wgrad_blocks_kernel(
     left, right, left_scale, right_scale, tile_ends, out, B, A,
     ADD: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
     BAND: tl.constexpr,
@@ -130,7 +130,7 @@ def _columns(
 ) -> None:
     if out.numel():
         num_experts, b, a = out.shape
-        _wgrad_kernel[(b // BLOCK * (a // BLOCK), num_experts)](
+        _wgrad_blocks_kernel[(b // BLOCK * (a // BLOCK), num_experts)](
             *(tiled(left.data, BLOCK, TILE), tiled(right.data, PART, TILE)),
             *(left.scale, right.scale, tiles.ends, out, b, a),
             ADD=add,

@@ -14,7 +14,7 @@ from ep_plugin.kernels.quantize import power_of_two_scale, warps
 
 
 @jit
-def _quantize_kernel(matrix, data, scales, WIDTH, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
+def _quantize_blocks_kernel(matrix, data, scales, WIDTH, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
     column = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
@@ -33,7 +33,7 @@ def quantize_blocks(matrix: Tensor) -> Blocks8:
     scale = torch.empty(num_rows, width // BLOCK, dtype=torch.float32, device=matrix.device)
     if matrix.numel():
         blocks = triton.next_power_of_2(width // BLOCK)
-        _quantize_kernel[(num_rows,)](
+        _quantize_blocks_kernel[(num_rows,)](
             *(matrix.contiguous(), data, scale, width),
             BLOCKS=blocks,
             SIZE=BLOCK,
@@ -43,7 +43,9 @@ def quantize_blocks(matrix: Tensor) -> Blocks8:
 
 
 @jit
-def _weight_kernel(weight, data, scales, turned, turned_scales, ROWS, WIDTH, SIZE: tl.constexpr):
+def _quantize_weight_kernel(
+    weight, data, scales, turned, turned_scales, ROWS, WIDTH, SIZE: tl.constexpr
+):
     down, across = ROWS // SIZE, WIDTH // SIZE
     expert = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -79,7 +81,7 @@ def quantize_weight_blocks(weight: Tensor) -> tuple[WeightBlocks8, WeightBlocks8
         empty(num_experts, across, down, dtype=torch.float32),
     )
     if weight.numel():
-        _weight_kernel[(down, across, num_experts)](
+        _quantize_weight_kernel[(down, across, num_experts)](
             *(weight.contiguous(), straight.data, straight.scale, turned.data, turned.scale),
             *(rows, width),
             SIZE=BLOCK,
