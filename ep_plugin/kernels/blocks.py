@@ -54,7 +54,7 @@ def _quantize_weight_kernel(
     values = tl.load(weight + cell).to(tl.float32)
     scale = power_of_two_scale(tl.max(tl.abs(values)))
     tl.store(data + cell, (values / scale).to(tl.float8e4nv))
-    # Read again, from the cache: what was just rounded Triton 3.6 turns into other values.
+    # Read again, from the cache: Triton 3.6 transposes what it just rounded into other values.
     tl.debug_barrier()
     small = tl.trans(tl.load(data + cell))
     cell = expert * ROWS * WIDTH + column.to(tl.int64)[:, None] * ROWS + row[None, :]
