@@ -259,7 +259,7 @@ def multiply_scaled(left: Tensor, right: Tensor, a: Tensor, b: Tensor, ends: Ten
 def test_the_fp8_peer_in_torch_computes_the_layer(
     routing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_peer, "_scaled", multiply_scaled)
+    monkeypatch.setattr(torch_peer, "scaled_product", multiply_scaled)
     monkeypatch.setattr(torch_peer, "require_cuda", lambda *_: None)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     case = make_case(SHAPES["tiny"], routing, CPU)

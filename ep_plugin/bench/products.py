@@ -85,8 +85,8 @@ def _backend(name: str, problem: Problem) -> list[Product]:
 
 
 @dataclass(frozen=True)
-class Narrow:
-    """The operands in e4m3; all but the weight for each set."""
+class Operands8:
+    """Those of a problem in e4m3; all but the weight for each set."""
 
     straight: Any  # weight
     turned: Any  # transposed
@@ -97,12 +97,12 @@ class Narrow:
     right: list[Any]  # rows, transposed
 
 
-def narrow(
+def _operands8(
     problem: Problem,
     quantize_weight: Callable[..., Any],
     quantize: Callable[..., Any],
     transpose: Callable[..., Any],
-) -> Narrow:
+) -> Operands8:
     """Return the operands as these kernels quantise them."""
     ops, ends = select(problem.weight), problem.ends
     rows, grads = ([quantize(m) for m in matrices] for matrices in (problem.rows, problem.grads))
@@ -113,21 +113,23 @@ def narrow(
         for matrices in (grads, rows)
     )
     straight, turned = quantize_weight(problem.weight)
-    return Narrow(straight, turned, rows, grads, tiles, left, right)
+    return Operands8(straight, turned, rows, grads, tiles, left, right)
 
 
-def by_rows(problem: Problem) -> Narrow:
+def by_rows(problem: Problem) -> Operands8:
     """Return operands with one power of two for each row; see `ep_plugin.fp8.rowwise`."""
     ops = select(problem.weight)
-    return narrow(problem, ops.quantize_weight, ops.quantize_rows, ops.transpose_rows)
+    return _operands8(problem, ops.quantize_weight, ops.quantize_rows, ops.transpose_rows)
 
 
-def by_blocks(problem: Problem) -> Narrow:
+def by_blocks(problem: Problem) -> Operands8:
     """Return operands with one for each 128 of a sum; see `ep_plugin.fp8.blockwise`."""
     ops, (_, outputs, inputs) = select(problem.weight), problem.weight.shape
     if inputs % BLOCK or outputs % BLOCK:
         raise ConfigError(f"fp8 blockwise needs multiples of {BLOCK}, not {inputs}, {outputs}")
-    return narrow(problem, ops.quantize_weight_blocks, ops.quantize_blocks, ops.transpose_blocks)
+    return _operands8(
+        problem, ops.quantize_weight_blocks, ops.quantize_blocks, ops.transpose_blocks
+    )
 
 
 def _rowwise(problem: Problem) -> list[Product]:
@@ -144,7 +146,7 @@ def _blockwise(problem: Problem) -> list[Product]:
 def _recipe(
     name: str,
     problem: Problem,
-    of: Narrow,
+    of: Operands8,
     multiply: Callable[..., Tensor],
     multiply_columns: Callable[..., Tensor],
 ) -> list[Product]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, ColumnBlocks8, WeightBlocks8, power_of_two_scale
 from ep_plugin.kernels import TILE, Tiles
+from ep_plugin.kernels._columns_torch import products, sources
 
 
 def quantize_blocks(matrix: Tensor) -> Blocks8:
@@ -42,15 +43,11 @@ def transpose_blocks(
 
     `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
     """
-    row = (tiles.row.unsqueeze(1) + torch.arange(TILE, device=ends.device)).flatten()
-    expert = tiles.expert.repeat_interleave(TILE).long()
-    there = (expert >= 0) & (row < ends[expert])
-    width, num_blocks = rows.data.shape[1], rows.scale.shape[1]
+    width, num_blocks, num_tiles = rows.data.shape[1], rows.scale.shape[1], len(tiles.row)
     if not (len(rows.data) and len(order)):  # columns are padding alone
-        data = torch.zeros(width, len(row), device=ends.device).to(E4M3)
-        return ColumnBlocks8(data, torch.ones(len(tiles.row), num_blocks, device=ends.device))
-    source = torch.where(there, row, 0).long()
-    source = order[source].long() // choices if choices else source
+        data = torch.zeros(width, num_tiles * TILE, device=ends.device).to(E4M3)
+        return ColumnBlocks8(data, torch.ones(num_tiles, num_blocks, device=ends.device))
+    _, there, source = sources(tiles, order, ends, choices)
     scale = rows.scale[source].masked_fill(~there.unsqueeze(1), 0)  # [P, X / 128]
     largest = scale.unflatten(0, (-1, TILE)).amax(dim=1)  # [P / 128, X / 128]
     largest = torch.where(largest > 0, largest, 1.0)
@@ -88,6 +85,4 @@ def add_wgrad_blocks(
 
 
 def _columns_product(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
-    ends = (tiles.ends * TILE).tolist()
-    parts = [torch.tensor_split(dequantize_columns(m), ends, dim=1)[:-1] for m in (left, right)]
-    return torch.stack([x @ y.T for x, y in zip(*parts, strict=True)])
+    return products(dequantize_columns(left), dequantize_columns(right), tiles)

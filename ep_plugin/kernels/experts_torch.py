@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ep_plugin.e4m3 import E4M3, Columns8, Narrow8, Rows8, Weight8, quantize_rows
 from ep_plugin.kernels import TILE, Tiles
+from ep_plugin.kernels._columns_torch import products, sources
 from ep_plugin.kernels.activation_torch import activate, activate_backward
 from ep_plugin.kernels.blocks_torch import (
     add_wgrad_blocks,
@@ -114,14 +115,11 @@ def transpose_rows(
 
     `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
     """
-    row = (tiles.row.unsqueeze(1) + torch.arange(TILE, device=ends.device)).flatten()
-    expert = tiles.expert.repeat_interleave(TILE).long()
-    there = (expert >= 0) & (row < ends[expert])
     width, largest = rows.data.shape[1], torch.ones(len(ends), device=ends.device)
     if not (len(rows.data) and len(order)):  # columns are padding alone
-        return Columns8(torch.zeros(width, len(row), device=ends.device).to(E4M3), largest)
-    source = torch.where(there, row, 0).long()
-    source = order[source] // choices if choices else source
+        columns = torch.zeros(width, len(tiles.row) * TILE, device=ends.device)
+        return Columns8(columns.to(E4M3), largest)
+    expert, there, source = sources(tiles, order, ends, choices)
     scale = torch.where(there, rows.scale[source], 0.0)  # [P]
     found = scale.new_zeros(len(ends)).scatter_reduce(0, expert.clamp(min=0), scale, "amax")
     largest = torch.where(found > 0, found, largest)
@@ -170,7 +168,5 @@ def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> 
 
 
 def _columns_product(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
-    ends = (tiles.ends * TILE).tolist()
-    blocks = [torch.tensor_split(m.data.float(), ends, dim=1)[:-1] for m in (left, right)]
-    products = torch.stack([x @ y.T for x, y in zip(*blocks, strict=True)])
-    return products * (left.scale * right.scale)[:, None, None]
+    scale = (left.scale * right.scale)[:, None, None]
+    return products(left.data.float(), right.data.float(), tiles) * scale

@@ -4,10 +4,10 @@ The e4m3 operands are those of this package's `rowwise`, so that the products al
 """
 
 import torch
-from torch import Tensor
 
 from ep_plugin.bench.case import require_cuda
 from ep_plugin.bench.floors import Precision
+from ep_plugin.bench.peers.torch import scaled_product
 from ep_plugin.bench.products import Problem, Product, by_rows
 from ep_plugin.kernels import TILE
 
@@ -41,30 +41,24 @@ def _scaled(problem: Problem) -> list[Product]:
     lines = [
         [m.scale.repeat_interleave(len(m.data)) for m in columns] for columns in (of.left, of.right)
     ]
-
-    def multiply(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, offs: Tensor) -> Tensor:
-        return torch._scaled_grouped_mm(
-            *(a, b, a_scale, b_scale), offs=offs, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-
     return [
         Product(
             *("torch", "fp8", "forward"),
-            lambda i: multiply(
+            lambda i: scaled_product(
                 *(of.rows[i].data, of.straight.data.transpose(1, 2)),
                 *(of.rows[i].scale, of.straight.scale, ends[i]),
             ),
         ),
         Product(
             *("torch", "fp8", "dgrad"),
-            lambda i: multiply(
+            lambda i: scaled_product(
                 *(of.grads[i].data, of.turned.data.transpose(1, 2)),
                 *(of.grads[i].scale, of.turned.scale, ends[i]),
             ),
         ),
         Product(
             *("torch", "fp8", "wgrad"),
-            lambda i: multiply(
+            lambda i: scaled_product(
                 *(of.left[i].data, of.right[i].data.T, lines[0][i], lines[1][i], column_ends[i]),
             ),
         ),

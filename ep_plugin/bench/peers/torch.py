@@ -83,21 +83,22 @@ class _Product8(torch.autograd.Function):
         ctx.save_for_backward(rows, ends)
         ctx.weight8 = weight8
         data, scale = weight8.quantized(rows, 1)
-        return _scaled(data, weight8.data.transpose(1, 2), scale, weight8.scale, ends)
+        return scaled_product(data, weight8.data.transpose(1, 2), scale, weight8.scale, ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (rows, ends), weight8, grad = ctx.saved_tensors, ctx.weight8, grads[0].contiguous()
         data, scale = weight8.quantized(grad, 1)
         right = weight8.transposed.transpose(1, 2)
-        d_rows = _scaled(data, right, scale, weight8.transposed_scale, ends)
+        d_rows = scaled_product(data, right, scale, weight8.transposed_scale, ends)
         left, left_scale = _columns(grad, ends, weight8)
         right, right_scale = _columns(rows, ends, weight8)
-        d_weight = _scaled(left, right.T, left_scale, right_scale, _padded_ends(ends))
+        d_weight = scaled_product(left, right.T, left_scale, right_scale, _padded_ends(ends))
         return d_rows, d_weight, None, None
 
 
-def _scaled(left: Tensor, right: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+def scaled_product(left: Tensor, right: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Return torch's grouped product of e4m3 matrices with scales `a` and `b`, in bf16."""
     return torch._scaled_grouped_mm(
         *(left, right, a, b), offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
     )
