@@ -65,12 +65,10 @@ class Contender:
     capturable: bool = False  # into a CUDA graph: no host sync
 
 
-def require_cuda(name: str, device: torch.device) -> None:
-    """Raise BackendUnavailable unless `device` is a GPU."""
+def require_cuda(name: str, device: torch.device, legal: str = "--backends ep_plugin") -> None:
+    """Raise BackendUnavailable, which names what is `legal`, unless `device` is a GPU."""
     if device.type != "cuda":
-        raise BackendUnavailable(
-            f"{name} needs a CUDA device; this is {device}; --backends ep_plugin torch would do"
-        )
+        raise BackendUnavailable(f"{name} needs a CUDA device; this is {device}; {legal} would do")
 
 
 def draw_choices(shape: Shape, routing: str, generator: torch.Generator) -> Tensor:

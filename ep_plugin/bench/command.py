@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     picture = _load("timeline_plot", "--trace-plot") if args.trace_plot is not None else None
     device = default_device()
     if args.cuda_graph:
-        require_cuda("--cuda-graph", device)
+        require_cuda("--cuda-graph", device, "a run without it")
     if args.bench == "overlap":
         overlap.join_ranks(device)
     shapes = pick(args.shapes) or list(MODELS if device.type == "cuda" else [TINY])
