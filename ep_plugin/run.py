@@ -7,7 +7,6 @@ Alone, without torchrun, the script runs as the only rank.
 
 import os
 import runpy
-import socket
 import sys
 from pathlib import Path
 
@@ -55,11 +54,9 @@ def run_script(script: str, arguments: list[str]) -> None:
 
 
 def _be_the_only_rank() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    any_port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}  # nobody else has to find it
+    for name, value in {**alone, **any_port}.items():
         os.environ[name] = str(value)
 
 

@@ -10,7 +10,6 @@ import multiprocessing.connection
 import multiprocessing.context
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from spawn import preload
+from torch.distributed import TCPStore
 
+HOST = "127.0.0.1"
 GRACE = 5  # seconds between a rank's failure and the end of the others
 
 preload(
@@ -41,11 +42,10 @@ def run_script(ranks: int, argv: list[str], environment: dict[str, str]) -> "Don
 
     `argv` begins with a path, or with -m and a module. The exit code is the first that is not 0.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # As torchrun's agent does: a port that is only looked up may be another's when rank 0 listens.
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "TORCHELASTIC_USE_AGENT_STORE": True}
+    world |= {"MASTER_ADDR": HOST, "MASTER_PORT": store.port}
     common = environment | {name: str(value) for name, value in world.items()}
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:

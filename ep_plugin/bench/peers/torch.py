@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ep_plugin.bench.case import Case, Contender, require_cuda
 from ep_plugin.bench.floors import Precision
+from ep_plugin.bench.peers._scaled import scaled_product
 
 E4M3, LARGEST, MULTIPLE = torch.float8_e4m3fn, 448.0, 16
 Product = Callable[[Tensor, nn.Parameter, Tensor], Tensor]  # rows, weight [e, out, in], ends
@@ -95,13 +96,6 @@ class _Product8(torch.autograd.Function):
         right, right_scale = _columns(rows, ends, weight8)
         d_weight = scaled_product(left, right.T, left_scale, right_scale, _padded_ends(ends))
         return d_rows, d_weight, None, None
-
-
-def scaled_product(left: Tensor, right: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """Return torch's grouped product of e4m3 matrices with scales `a` and `b`, in bf16."""
-    return torch._scaled_grouped_mm(
-        *(left, right, a, b), offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
 
 
 def _columns(matrix: Tensor, ends: Tensor, weight8: Weight8) -> tuple[Tensor, Tensor]:
