@@ -21,7 +21,6 @@ import torch.distributed as dist
 from core_model import (
     LAYERS,
     LENGTH,
-    SEQUENCES,
     Case,
     batches,
     build,
@@ -146,7 +145,7 @@ def train(case: Case, iterations: int) -> list[dict[str, float]]:
             forward_step_func=forward_step,
             data_iterator=[batches(case, iteration, dp_rank, dp, cp_rank) for _ in chunks],
             model=chunks,
-            num_microbatches=SEQUENCES // dp,
+            num_microbatches=case.sequences // dp,
             seq_length=LENGTH,
             micro_batch_size=1,
         )
@@ -155,7 +154,7 @@ def train(case: Case, iterations: int) -> list[dict[str, float]]:
         total = torch.stack([torch.zeros(2), *(part["lm loss"] for part in sums)]).sum(0)
         dist.all_reduce(total)  # of last stages; those of one TP group report the same
         found["loss"] = float(total[0] / total[1])
-        values.append(found | report(config, iteration, SEQUENCES // dp))
+        values.append(found | report(config, iteration, case.sequences // dp))
     return values
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAYERS, HIDDEN, VOCAB, LENGTH, SEQUENCES, EXPERTS = 4, 32, 64, 16, 8, 8
+LAYERS, HIDDEN, VOCAB, LENGTH, EXPERTS = 4, 32, 64, 16, 8
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Case:
 
     name: str
     world: int = 1
+    sequences: int = 4  # of an iteration, each a micro-batch of its own
     tp: int = 1
     cp: int = 1
     pp: int = 1
@@ -33,7 +34,8 @@ class Case:
     def alone(self) -> "Case":
         """Return the same model on one rank."""
         return Case(
-            f"one rank: {self.per_token}, {self.dense_layers}, {self.bias}",
+            f"one rank: {self.sequences}, {self.per_token}, {self.dense_layers}, {self.bias}",
+            sequences=self.sequences,
             per_token=self.per_token,
             dense_layers=self.dense_layers,
             bias=self.bias,
@@ -173,11 +175,12 @@ def batches(
     case: Case, iteration: int, dp_rank: int, dp: int, cp_rank: int
 ) -> Iterator[dict[str, Tensor]]:
     """Yield this rank's micro-batches of its part of one sequence; tensors [1, S / CP]."""
-    generator = torch.Generator().manual_seed(iteration % 2)
-    tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
-    kept = torch.rand(SEQUENCES, LENGTH, generator=generator) > (1 / 3 if case.per_token else 0)
+    generator = torch.Generator().manual_seed(iteration // 2)
+    tokens = torch.randint(VOCAB, (case.sequences, LENGTH + 1), generator=generator)
+    masked = 1 / 3 if case.per_token else 0
+    kept = torch.rand(case.sequences, LENGTH, generator=generator) > masked
     here = places(cp_rank, case.cp)
-    for index in range(dp_rank, SEQUENCES, dp):
+    for index in range(dp_rank, case.sequences, dp):
         yield {
             "tokens": tokens[index : index + 1, here],
             "labels": tokens[index : index + 1, here + 1],

@@ -32,10 +32,10 @@ EVERYWHERE = (  # in every test run on every release
     Case("TP 2, CP 2, PP 2, EP 4, ETP 1", 8, tp=2, cp=2, pp=2, ep=4),
 )  # fmt: skip
 MORE = (
-    Case("EP 8", 8, ep=8),
-    Case("EP 2, expert data parallelism 4, distributed optimizer", 8, ep=2,
+    Case("EP 8", 8, sequences=8, ep=8),
+    Case("EP 2, expert data parallelism 4, distributed optimizer", 8, sequences=8, ep=2,
          distributed_optimizer=True),
-    Case("PP 4, EP 2, four micro-batches", 8, pp=4, ep=2),
+    Case("PP 4, EP 2, four micro-batches", 8, sequences=8, pp=4, ep=2),
     Case("TP 2, PP 2, EP 4, ETP 1, distributed optimizer", 8, tp=2, pp=2, ep=4,
          distributed_optimizer=True),
     Case("EP 2, ETP 2 over TP 1, distributed optimizer", 4, ep=2, etp=2,

@@ -36,7 +36,7 @@ def assert_agree(
 @pytest.mark.parametrize(
     ("ranks", "flags", "only_ours", "only_theirs"),
     [
-        (1, (), (), ()),
+        pytest.param(1, (), (), (), marks=pytest.mark.newest),
         (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer"),
          ("--ep-overlap", "chunked"), ()),
         pytest.param(

@@ -1,6 +1,6 @@
 """At every layout and on every release training equals one rank's.
 
-Loss, auxiliary losses, gradient norm, the experts' gradients and the routers' loads over three
+Loss, auxiliary losses, gradient norm, the experts' gradients and the routers' loads over two
 iterations in fp32: over megatron-core's own schedule, DDP and optimizer, on gloo ranks.
 `support_matrix.py` runs ten.
 """
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"),
 ]
 RELATIVE = 1e-5
-ITERATIONS = 3  # the first and the last read the same tokens
+ITERATIONS = 2  # both read the same tokens
 
 
 def found_on(version: str) -> dict[str, Any]:

@@ -141,6 +141,7 @@ def scalars(folder: Path) -> dict[str, float]:
     return {tag.removeprefix("ep/"): events.Scalars(tag)[-1].value for tag in tags}
 
 
+@pytest.mark.newest
 def test_a_residual_pyramid_trains_alike_on_any_ep_and_resumes(tmp_path: Path) -> None:
     """Layers of 4 and 8 experts with a learned residual, dropping by position."""
     saved = str(tmp_path / "checkpoint")
