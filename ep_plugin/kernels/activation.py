@@ -36,10 +36,17 @@ def _erf_gelu_slope(x):
 
 
 @triton.jit
+def _sigmoid(x):
+    """1 / (1 + e^-x), in half the instructions: a quotient is kept from overflow, a root is not."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
 def _activate(gate, up, ACT: tl.constexpr):
     """Activation of one row, and its slopes with respect to gate and up."""
     if ACT == 0:
-        sigma = tl.sigmoid(gate)
+        sigma = _sigmoid(gate)
         return gate * sigma * up, up * sigma * (1.0 + gate * (1.0 - sigma)), gate * sigma
     if ACT == 1:
         value = _erf_gelu(gate)
@@ -48,7 +55,7 @@ def _activate(gate, up, ACT: tl.constexpr):
         return _erf_gelu(gate), _erf_gelu_slope(gate), gate
     if ACT == 4:
         # x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3) is x sigmoid(2 u)
-        sigma = tl.sigmoid(gate * (1.5957691216057308 + 0.07135481627260025 * gate * gate))
+        sigma = _sigmoid(gate * (1.5957691216057308 + 0.07135481627260025 * gate * gate))
         steep = 1.5957691216057308 + 0.21406444881780075 * gate * gate  # slope of 2 u
         slope = sigma + gate * sigma * (1.0 - sigma) * steep
         return gate * sigma * up, up * slope, gate * sigma
@@ -56,13 +63,19 @@ def _activate(gate, up, ACT: tl.constexpr):
 
 
 @triton.jit
-def _narrow(row, scales, BLOCK: tl.constexpr, SIZE: tl.constexpr, NUM_SCALES):
+def _scale(largest, DTYPE: tl.constexpr):
+    """Scale of values that are rounded to DTYPE first."""
+    return power_of_two_scale(largest.to(DTYPE).to(tl.float32))
+
+
+@triton.jit
+def _narrow(row, scales, BLOCK: tl.constexpr, SIZE: tl.constexpr, NUM_SCALES, DTYPE: tl.constexpr):
     """Store the scales of one row's values, one for each SIZE; the values in their units."""
     blocks = tl.reshape(row, (BLOCK // SIZE, SIZE))
-    scale = power_of_two_scale(tl.max(tl.abs(blocks), axis=1))
+    scale = _scale(tl.max(tl.abs(blocks), axis=1), DTYPE)
     block = tl.arange(0, BLOCK // SIZE)
     tl.store(scales + block, scale, mask=block < NUM_SCALES)
-    return tl.reshape(blocks / scale[:, None], (BLOCK,))
+    return tl.reshape(blocks * (1.0 / scale)[:, None], (BLOCK,))
 
 
 @jit
@@ -83,15 +96,16 @@ def _activate_kernel(
         up = tl.load(base + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     value, _, _ = _activate(gate, up, ACT)
     value = value * tl.load(probs + tl.load(order + row)).to(tl.float32)
-    value = value.to(hidden.dtype.element_ty).to(tl.float32)  # what bf16 would have carried
+    carried: tl.constexpr = hidden.dtype.element_ty
     if ROWS8:
-        scale = power_of_two_scale(tl.max(tl.abs(value)))
+        scale = _scale(tl.max(tl.abs(value)), carried)
         tl.store(scales + row, scale)
-        value = value / scale
+        value *= 1.0 / scale
     if BLOCKS8 > 0:
         num_scales = WIDTH // BLOCKS8
-        value = _narrow(value, scales + row * num_scales, BLOCK, BLOCKS8, num_scales)
-    tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
+        value = _narrow(value, scales + row * num_scales, BLOCK, BLOCKS8, num_scales, carried)
+    small = value.to(carried).to(out.dtype.element_ty)
+    tl.store(out + row * WIDTH + column, small, mask=inside)
 
 
 def activate(
@@ -163,32 +177,34 @@ def _activate_backward_kernel(
     prob = tl.load(probs + flat).to(tl.float32)
     value, gate_slope, up_slope = _activate(gate, up, ACT)
     tl.store(d_probs + flat, tl.sum(tl.where(inside, grad * value, 0.0)))
-    value = (value * prob).to(grads.dtype.element_ty).to(tl.float32)
-    d_gate = (grad * prob * gate_slope).to(grads.dtype.element_ty).to(tl.float32)
-    d_up = (grad * prob * up_slope).to(grads.dtype.element_ty).to(tl.float32)
+    value *= prob
+    d_gate = grad * prob * gate_slope
+    d_up = grad * prob * up_slope
+    carried: tl.constexpr = grads.dtype.element_ty
     if ROWS8:
-        scale = power_of_two_scale(tl.max(tl.abs(value)))
+        scale = _scale(tl.max(tl.abs(value)), carried)
         tl.store(out_scales + row, scale)
-        value = value / scale
+        value *= 1.0 / scale
         largest = tl.max(tl.abs(d_gate))
         if IS_GATED:
             largest = tl.maximum(largest, tl.max(tl.abs(d_up)))
-        scale = power_of_two_scale(largest)
+        scale = _scale(largest, carried)
         tl.store(d_scales + row, scale)
-        d_gate = d_gate / scale
-        d_up = d_up / scale
+        d_gate *= 1.0 / scale
+        d_up *= 1.0 / scale
     if BLOCKS8 > 0:
         each = WIDTH // BLOCKS8  # scales of the activation
-        value = _narrow(value, out_scales + row * each, BLOCK, BLOCKS8, each)
+        value = _narrow(value, out_scales + row * each, BLOCK, BLOCKS8, each, carried)
         start = d_scales + row * factor * each
-        d_gate = _narrow(d_gate, start, BLOCK, BLOCKS8, each)
+        d_gate = _narrow(d_gate, start, BLOCK, BLOCKS8, each, carried)
         if IS_GATED:
-            d_up = _narrow(d_up, start + each, BLOCK, BLOCKS8, each)
-    tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
+            d_up = _narrow(d_up, start + each, BLOCK, BLOCKS8, each, carried)
+    stored: tl.constexpr = out.dtype.element_ty
+    tl.store(out + row * WIDTH + column, value.to(carried).to(stored), mask=inside)
     target = d_hidden + row * WIDTH * factor + column
-    tl.store(target, d_gate.to(d_hidden.dtype.element_ty), mask=inside)
+    tl.store(target, d_gate.to(carried).to(stored), mask=inside)
     if IS_GATED:
-        tl.store(target + WIDTH, d_up.to(d_hidden.dtype.element_ty), mask=inside)
+        tl.store(target + WIDTH, d_up.to(carried).to(stored), mask=inside)
 
 
 def activate_backward(

@@ -21,7 +21,7 @@ def _quantize_blocks_kernel(matrix, data, scales, WIDTH, BLOCKS: tl.constexpr, S
     there = column < WIDTH
     values = tl.load(matrix + row * WIDTH + column, mask=there, other=0.0).to(tl.float32)
     scale = power_of_two_scale(tl.max(tl.abs(values), axis=1))
-    small = (values / scale[:, None]).to(tl.float8e4nv)
+    small = (values * (1.0 / scale)[:, None]).to(tl.float8e4nv)
     tl.store(data + row * WIDTH + column, small, mask=there)
     tl.store(scales + row * (WIDTH // SIZE) + block, scale, mask=block < WIDTH // SIZE)
 
@@ -53,7 +53,7 @@ def _quantize_weight_kernel(
     cell = expert * ROWS * WIDTH + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     values = tl.load(weight + cell).to(tl.float32)
     scale = power_of_two_scale(tl.max(tl.abs(values)))
-    tl.store(data + cell, (values / scale).to(tl.float8e4nv))
+    tl.store(data + cell, (values * (1.0 / scale)).to(tl.float8e4nv))
     # Read again, from the cache: Triton 3.6 transposes what it just rounded into other values.
     tl.debug_barrier()
     small = tl.trans(tl.load(data + cell))

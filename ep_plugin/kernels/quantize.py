@@ -23,7 +23,10 @@ def warps(width: int) -> int:
 
 @triton.jit
 def power_of_two_scale(largest):
-    """Smallest power of two s >= 2^-126 with largest / s <= 448, from the quotient's bits."""
+    """Smallest power of two s >= 2^-126 with largest / s <= 448, from the quotient's bits.
+
+    1 / s is exact, and multiplying by it takes a third of what dividing takes.
+    """
     bits = (largest * (1.0 / 448.0)).to(tl.int32, bitcast=True)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
     exponent = tl.minimum(tl.maximum(exponent, 1), 254)
@@ -37,7 +40,7 @@ def _quantize_kernel(matrix, data, scales, WIDTH, BLOCK: tl.constexpr):
     inside = column < WIDTH
     values = tl.load(matrix + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     scale = power_of_two_scale(tl.max(tl.abs(values)))
-    tl.store(data + row * WIDTH + column, (values / scale).to(tl.float8e4nv), mask=inside)
+    tl.store(data + row * WIDTH + column, (values * (1.0 / scale)).to(tl.float8e4nv), mask=inside)
     tl.store(scales + row, scale)
 
 
