@@ -54,10 +54,9 @@ def run_script(script: str, arguments: list[str]) -> None:
 
 
 def _be_the_only_rank() -> None:
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    any_port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}  # nobody else has to find it
-    for name, value in {**alone, **any_port}.items():
-        os.environ[name] = str(value)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    # Any port: nobody else has to find it.
+    os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,11 @@ def _activate(gate, up, ACT: tl.constexpr):
 
 @triton.jit
 def _scale(largest, DTYPE: tl.constexpr):
-    """Scale of values that are rounded to DTYPE first."""
+    """Scale of values that are rounded to DTYPE first, as they would be carried in memory.
+
+    Rounding keeps their order, so the largest is rounded alone. They are brought to units of the
+    scale, which is exact, before both roundings: the compiler then makes those in pairs.
+    """
     return power_of_two_scale(largest.to(DTYPE).to(tl.float32))
 
 

@@ -56,8 +56,8 @@ CHECKS = (
 )
 # Megatron until 0.18, as it is without us: each must differ from one rank.
 BUGS = (
-    Case("Megatron's own block: EP 1, ETP 1 under TP 2", 4, tp=2, block="stock"),
-    Case("untagged experts: TP 2, EP 4, ETP 1", 4, tp=2, ep=4, block="untagged"),
+    Case("Megatron's own block: EP 1, ETP 1 under TP 2", 4, sequences=8, tp=2, block="stock"),
+    Case("untagged experts: TP 2, EP 4, ETP 1", 4, sequences=8, tp=2, ep=4, block="untagged"),
 )
 
 
@@ -70,7 +70,7 @@ def layouts_of(version: str) -> tuple[Case, ...]:
 def results(version: str, layouts: tuple[Case, ...], iterations: int) -> dict[str, Any]:
     """Run layouts and the checks of a release, once, in one process; raises if that fails."""
     bugs = () if version == RELEASES[-1] else BUGS
-    alone = {case.alone().name: case.alone() for case in layouts}
+    alone = {case.alone().name: case.alone() for case in (*layouts, *bugs)}
     cases = [asdict(case) for case in (*alone.values(), *layouts, *bugs)]
     with tempfile.TemporaryDirectory() as folder:
         wanted, found = Path(folder, "cases.json"), Path(folder, "results.json")
