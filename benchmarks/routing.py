@@ -64,8 +64,8 @@ def router_variants(args: argparse.Namespace, **capacity: Any) -> dict[str, Call
     seed = torch.randn(args.tokens, args.topk, device="cuda")
 
     class FromLogits(TopKRouter):
-        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-            return hidden
+        def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return hidden, hidden
 
     class Plain(FromLogits):
         def _choose(self, logits: torch.Tensor, num_sequences: int) -> Choice:
@@ -90,8 +90,8 @@ def gate_variants(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     weight = torch.randn(args.experts, args.hidden, device="cuda") / args.hidden**0.5
     wide = hidden.float()
     return {
-        "gate bf16 weight ep_plugin": lambda: gate_logits(hidden, weight.bfloat16()),
-        "gate fp32 weight ep_plugin": lambda: gate_logits(hidden, weight),
+        "gate bf16 weight ep_plugin": lambda: gate_logits(hidden, weight.bfloat16())[0],
+        "gate fp32 weight ep_plugin": lambda: gate_logits(hidden, weight)[0],
         "gate torch fp32 matmul": lambda: wide @ weight.T,
     }
 

@@ -38,6 +38,9 @@ class Routing:
     tokens_per_expert: Tensor  # [E] int64, choices of this rank that are not dropped
     losses: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, detached, no coefficient
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, sums over tokens
+    # [T, H] the tokens that were routed: who goes on with these has the gate's share of their
+    # gradient added where it is computed, which saves a pass over them.
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,8 @@ class MoELayer(nn.Module):
         sequence, and who comes first when an expert is full.
         """
         routing = self.route(hidden)
+        if routing.hidden is not None:
+            hidden = routing.hidden.view_as(hidden)
         routed, shared = self.schedule(self, hidden, routing)
         return self.merge(routed, shared, hidden)
 

@@ -6,13 +6,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tolerance import error
+from tolerance import assert_close, error
 from torch import Tensor
 
 from ep_plugin.config import RoutingConfig
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.kernels import routing as kernel
-from ep_plugin.kernels.gate import gate_logits, split, split_torch
+from ep_plugin.kernels.gate import (
+    add_product,
+    add_product_torch,
+    gate_logits,
+    split,
+    split_torch,
+)
 from ep_plugin.router import _fused
 from ep_plugin.router._capacity import keep, place_by_sequence
 from ep_plugin.router._choose import PlainChoice, choose
@@ -201,23 +207,47 @@ def check_gate() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         hidden = torch.randn(512, 1024, device="cuda").bfloat16().requires_grad_()
         weight = (torch.randn(96, 1024, device="cuda") / 32).to(dtype).requires_grad_()
-        seed = torch.randn(512, 96, device="cuda")
+        seed, later = torch.randn(512, 96, device="cuda"), torch.randn_like(hidden)
 
-        def gradients(logits: Tensor, hidden: Tensor, weight: Tensor, seed: Tensor) -> list[Tensor]:
-            return [logits, *torch.autograd.grad(logits, (hidden, weight), seed.to(logits.dtype))]
+        def gradients(
+            logits: Tensor,
+            passed: Tensor,
+            *leaves: Tensor,
+            seed: Tensor = seed,
+            later: Tensor = later,
+        ) -> list[Tensor]:
+            total = (logits * seed).sum() + (passed * later).sum()
+            return [logits, *torch.autograd.grad(total, leaves)]
 
         doubles = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-        exact = gradients(doubles[0] @ doubles[1].T, *doubles, seed)
-        found = gradients(gate_logits(hidden, weight), hidden, weight, seed)
-        plain = gradients(hidden.float() @ weight.float().T, hidden, weight, seed)
+        exact = gradients(doubles[0] @ doubles[1].T, doubles[0], *doubles)
+        found = gradients(*gate_logits(hidden, weight), hidden, weight)
+        wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+        plain = [
+            x.to(t.dtype)
+            for x, t in zip(gradients(wide[0] @ wide[1].T, wide[0], *wide), found, strict=True)
+        ]
         for name, x, y, z in zip(("logits", "tokens", "weight"), found, plain, exact, strict=True):
             ours, fp32 = error(x, z) ** 0.5, error(y, z) ** 0.5
             print(f"{dtype} {name}: error {ours:.2e}, torch fp32 {fp32:.2e}")
             assert ours <= (2 * fp32 if name == "logits" else 1.1 * fp32 + 1e-6), (dtype, name)
 
 
+def check_add_product(device: str) -> None:
+    """Of any sizes; the left matrix may be part of a wider one."""
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16  # interpreted: it has no bf16
+    for rows, depth, columns in ((5, 6, 40), (130, 100, 200), (0, 8, 16)):
+        left = torch.randn(rows, depth + 8, device=device).to(dtype)[:, :depth]
+        right, added = (torch.randn(n, columns, device=device).to(dtype) for n in (depth, rows))
+        exact = added.double() + left.double() @ right.double()
+        for found in (add_product(added, left, right), add_product_torch(added, left, right)):
+            assert found.dtype == dtype
+            assert_close(found, exact, torch.bfloat16, "sum")
+
+
 def check_all(device: str) -> None:
     torch.manual_seed(0)
+    check_add_product(device)
     for case in CASES:
         check(*case, device)
     check_ties(device)

@@ -106,7 +106,7 @@ def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     rows = bench(capsys, "kernels")
     operations = {str(row["op"]).partition(",")[0].partition(" ")[0] for row in rows}
     assert operations == {
-        *("route", "sort", "spread", "quantise", "activate", "activate_backward"),
+        *("route", "add_gate", "sort", "spread", "quantise", "activate", "activate_backward"),
         *("transpose_rows", "sum_rows", "quantize_weight"),
         *("quantize_blocks", "transpose_blocks", "quantize_weight_blocks"),
     }

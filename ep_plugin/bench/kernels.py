@@ -18,7 +18,7 @@ from ep_plugin.bench.rows import Row, make_row
 from ep_plugin.bench.shapes import Shape
 from ep_plugin.config import MoEConfig, RoutingConfig
 from ep_plugin.groups import ExpertGroups
-from ep_plugin.kernels import select
+from ep_plugin.kernels import gate, select
 from ep_plugin.router.topk import TopKRouter
 
 Arguments = tuple[Any, ...]
@@ -83,6 +83,7 @@ def _steps(case: Case) -> dict[tuple[str, str], Step]:
     ops = select(case.router)
     functions = {
         "route": _route(case),
+        "add_gate": gate.add_product if case.device.type == "cuda" else gate.add_product_torch,
         "sort": ops.sort_choices,
         "spread": ops.spread_rows,
         "spread rows8": ops.spread_rows8,
@@ -117,9 +118,11 @@ def _arguments(case: Case, index: int) -> dict[tuple[str, str], Arguments]:
     hidden8, tiles = ops.quantize_rows(hidden), ops.plan_tiles(shape.rows, ends)
     tokens_blocks, hidden_blocks = ops.quantize_blocks(tokens), ops.quantize_blocks(hidden)
     logits = tokens.float() @ case.router.float().T
+    d_logits, router = logits.to(tokens.dtype).repeat(1, 2), case.router.repeat(2, 1)
     rows = (probs, order, ends, SWIGLU)
     return {
         ("route", "bf16"): (logits,),
+        ("add_gate", "bf16"): (tokens, d_logits, router.to(tokens.dtype)),
         ("sort", "bf16"): (choices, ends),
         ("spread", "bf16"): (tokens, place, ends),
         ("spread rows8", "fp8"): (tokens8, place, ends),
@@ -155,8 +158,8 @@ def _normal(case: Case, index: int, width: int) -> Tensor:
 class _FromLogits(TopKRouter):
     """A router whose input are the logits, so that the gate's product is not timed."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return hidden
+    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden, hidden
 
 
 def _route(case: Case) -> Callable[[Tensor], Tensor]:

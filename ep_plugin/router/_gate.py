@@ -39,8 +39,8 @@ class Gate(nn.Module):
         )
         self.attach_loss: Callable[[Tensor, Tensor], Tensor] = add_loss
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return [T, E] in fp32 (fp64 when asked) for `hidden` [T, H].
+    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [T, E] in fp32 (fp64 when asked) for `hidden` [T, H], and `hidden` to go on with.
 
         Switch Transformer (arXiv:2101.03961, section 2.4) casts the input before the product;
         `router_dtype` model casts the product.
@@ -54,7 +54,7 @@ class Gate(nn.Module):
         dtype = _DTYPES.get(self.routing.router_dtype, hidden.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         logits = F.linear(self._jitter(hidden).to(dtype), self.weight.to(dtype), bias)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits if logits.dtype == torch.float64 else logits.float(), hidden
 
     def _jitters(self) -> bool:
         return self.training and self.routing.jitter_eps > 0

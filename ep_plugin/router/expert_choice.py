@@ -36,7 +36,8 @@ class ExpertChoiceRouter(Gate):
 
     def forward(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
         """Route `hidden` [T, H]; token t is of sequence t % num_sequences."""
-        scores = self.logits(hidden).softmax(dim=-1)  # [T, E]
+        logits, hidden = self.logits(hidden)
+        scores = logits.softmax(dim=-1)  # [T, E]
         num_tokens, num_experts = scores.shape
         with torch.no_grad():
             taken = torch.zeros_like(scores, dtype=torch.bool)
@@ -50,7 +51,7 @@ class ExpertChoiceRouter(Gate):
                 taken.scatter_(0, tokens[best], True)
         experts = torch.arange(num_experts, device=scores.device).expand(num_tokens, -1)
         expert_ids = torch.where(taken, experts, -1)
-        return Routing(expert_ids, scores * taken, taken.sum(dim=0))
+        return Routing(expert_ids, scores * taken, taken.sum(dim=0), hidden=hidden)
 
     def _take(self, num_tokens: int) -> int:
         routing = self.routing

@@ -69,7 +69,8 @@ class TopKRouter(Gate):
         In training all ranks of `groups.tp_cp` (for a global loss of `tp_dp_cp`) must call it
         together.
         """
-        choice = self._choose(self.logits(hidden), num_sequences)
+        logits, hidden = self.logits(hidden)
+        choice = self._choose(logits, num_sequences)
         expert_ids, probs = self._drop(choice, num_sequences)
         losses: dict[str, Tensor] = {}
         if self.wants_losses():
@@ -80,7 +81,7 @@ class TopKRouter(Gate):
             self.local_tokens_per_expert += tokens_per_expert
         detached = {name: loss.detach() for name, loss in losses.items()}
         seen = metrics(choice, expert_ids) if self.collect_metrics else {}
-        return Routing(expert_ids, probs, tokens_per_expert, detached, seen)
+        return Routing(expert_ids, probs, tokens_per_expert, detached, seen, hidden)
 
     def _choose(self, logits: Tensor, num_sequences: int) -> Choice:
         routing, bias = self.routing, self.expert_bias
