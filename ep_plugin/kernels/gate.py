@@ -114,7 +114,6 @@ def _add_product_kernel(
     depth = tl.arange(0, BLOCK_D)
     cell = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
     inside = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
-    before = tl.load(rows + cell, mask=inside, other=0.0)  # on its way during the product
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(0, DEPTH, BLOCK_D):
         at = start + depth
@@ -129,7 +128,7 @@ def _add_product_kernel(
             other=0.0,
         )
         total = tl.dot(a, b, total)
-    total += before.to(tl.float32)
+    total += tl.load(rows + cell, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + cell, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -141,7 +140,8 @@ def add_product(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     (num_rows, num_columns), depth = rows.shape, len(right)
     out = torch.empty_like(rows)
     if out.numel():
-        # 64 rows and 4 warps: measured best on H100 of eight tiles, for widths of 2048 to 7168.
+        # Of tiles measured on H100, best or nearly so for 8 to 256 experts; `rows` loaded first
+        # would take 3 to 6 % less time with up to 32 experts, and 6 to 11 % more with 128 or more.
         _add_product_kernel[triton.cdiv(num_columns, 128), triton.cdiv(num_rows, 64)](
             *(left, right, rows, out, num_rows, num_columns, depth, left.stride(0)),
             BLOCK_R=64,
