@@ -8,5 +8,6 @@ export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
 mypy
+mypy --config-file tests/mypy.ini
 python tests/edge/releases.py # the releases of Megatron that the tests run side by side
 pytest "$@"

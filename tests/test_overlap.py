@@ -111,7 +111,7 @@ def check_on_gpus(schedule: str) -> int:
             config = sized(base, dispatch_dedup=dedup, **variant)
             config = replace(config, hidden_size=512, ffn_hidden_size=1024)
             expected = run(config, groups, chosen, whole=False, device=device)
-            for changes in changes_of(schedule, 2, dedup):
+            for changes in changes_of(schedule, 2, dedup, variant):
                 changed = replace(config, **changes)
                 found = run(changed, groups, chosen, whole=False, device=device)
                 for name, value in expected.items():

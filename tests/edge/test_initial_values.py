@@ -26,6 +26,8 @@ FC1, FC2 = [2 * 8, 16], [16, 8]
 class TEGroupedMLP:
     """Bears the name of Megatron's experts over Transformer Engine."""
 
+    def __init__(self, submodules: None) -> None: ...
+
 
 @pytest.mark.parametrize(
     ("experts", "grouped"),
