@@ -234,12 +234,12 @@ def check_gate() -> None:
 
 
 def check_add_product(device: str) -> None:
-    """Of any sizes; the left matrix may be part of a wider one."""
+    """Of any sizes; the left matrix may be part of a wider one, the right one is taken twice."""
     dtype = torch.float16 if device == "cpu" else torch.bfloat16  # interpreted: it has no bf16
-    for rows, depth, columns in ((5, 6, 40), (130, 100, 200), (0, 8, 16)):
+    for rows, depth, columns, height in ((5, 6, 40, 6), (130, 100, 200, 50), (0, 8, 16, 4)):
         left = torch.randn(rows, depth + 8, device=device).to(dtype)[:, :depth]
-        right, added = (torch.randn(n, columns, device=device).to(dtype) for n in (depth, rows))
-        exact = added.double() + left.double() @ right.double()
+        right, added = (torch.randn(n, columns, device=device).to(dtype) for n in (height, rows))
+        exact = added.double() + left.double() @ right.double().repeat(depth // height, 1)
         for found in (add_product(added, left, right), add_product_torch(added, left, right)):
             assert found.dtype == dtype
             assert_close(found, exact, torch.bfloat16, "sum")

@@ -118,11 +118,11 @@ def _arguments(case: Case, index: int) -> dict[tuple[str, str], Arguments]:
     hidden8, tiles = ops.quantize_rows(hidden), ops.plan_tiles(shape.rows, ends)
     tokens_blocks, hidden_blocks = ops.quantize_blocks(tokens), ops.quantize_blocks(hidden)
     logits = tokens.float() @ case.router.float().T
-    d_logits, router = logits.to(tokens.dtype).repeat(1, 2), case.router.repeat(2, 1)
+    d_logits, router = logits.to(tokens.dtype).repeat(1, 2), case.router.to(tokens.dtype)
     rows = (probs, order, ends, SWIGLU)
     return {
         ("route", "bf16"): (logits,),
-        ("add_gate", "bf16"): (tokens, d_logits, router.to(tokens.dtype)),
+        ("add_gate", "bf16"): (tokens, d_logits, router),
         ("sort", "bf16"): (choices, ends),
         ("spread", "bf16"): (tokens, place, ends),
         ("spread rows8", "fp8"): (tokens8, place, ends),

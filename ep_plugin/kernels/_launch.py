@@ -3,7 +3,7 @@
 Triton binds and specialises the arguments of every launch anew, which takes the host longer than
 many of these kernels take the GPU. What it would find depends on little: a tensor's dtype and
 whether it starts at a multiple of 16 bytes, whether an integer is 1, a multiple of 16 or wide. That
-little is looked up here, and the compiled kernel called.
+little is looked up here, and the compiled kernel run.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,17 @@ import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+# Triton's own two are meant for kernels as well, and take the host 4 microseconds.
+def cdiv(number: int, by: int) -> int:
+    """Return `number` / `by`, rounded up."""
+    return -(-number // by)
+
+
+def next_power_of_2(number: int) -> int:
+    """Return the least power of two that is at least `number`, which is 1 or more."""
+    return 1 << (number - 1).bit_length()
 
 
 class Kernel:
@@ -30,7 +41,8 @@ class Kernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
-        key = (torch.cuda.current_device(), *settings.items(), *map(_kind, args))
+        device = torch.cuda.current_device()
+        key = (device, *settings, *settings.values(), *_kinds(args))
         found = self._compiled.get(key)
         if found is None:
             compiled = self.kernel[grid](*args, **settings)
@@ -38,18 +50,29 @@ class Kernel:
             self._compiled[key] = compiled, constants
             return
         compiled, constants = found
-        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        sizes = (*grid, 1, 1)[:3]
+        hooks = triton.knobs.runtime
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler's
+            compiled[sizes](*args, *constants)
+            return
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        handles = compiled.function, compiled.packed_metadata
+        compiled.run(*sizes, stream, *handles, None, None, None, *args, *constants)
 
 
-def _kind(argument: Any) -> Any:
+def _kinds(args: tuple[Any, ...]) -> list[Any]:
     """Return what Triton specialises on."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype, *argument.block_shape
-    return type(argument)
+    kinds: list[Any] = []
+    for argument in args:
+        if isinstance(argument, Tensor):
+            kinds += argument.dtype, argument.data_ptr() % 16 == 0
+        elif type(argument) is int:
+            kinds += argument == 1, argument % 16 == 0, argument.bit_length() < 32
+        elif isinstance(argument, TensorDescriptor):
+            kinds += argument.base.dtype, *argument.block_shape
+        else:
+            kinds.append(type(argument))
+    return kinds
 
 
 def jit(function: Callable[..., Any]) -> Any:

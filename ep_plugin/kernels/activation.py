@@ -13,7 +13,7 @@ from torch import Tensor
 from ep_plugin.config import GATED
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, Rows8
 from ep_plugin.kernels import Narrow, Target
-from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels._launch import jit, next_power_of_2
 from ep_plugin.kernels.quantize import power_of_two_scale
 
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "geglu_tanh": 4}
@@ -128,7 +128,7 @@ def activate(
     num_rows, width = len(hidden), hidden.shape[1] // (2 if gated else 1)
     active = _empty(num_rows, width, narrow, hidden)
     if active.data.numel():
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         _activate_kernel[(num_rows,)](
             *(hidden, probs, order, ends, len(ends)),
             *(active.data, ends if isinstance(active, Tensor) else active.scale, width),
@@ -239,7 +239,7 @@ def activate_backward(
     make = torch.empty if num_rows == probs.numel() else torch.zeros  # absent choices have no row
     d_probs = make(probs.shape, dtype=torch.float32, device=grads.device)
     if grads.numel():
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         _activate_backward_kernel[(num_rows,)](
             *(grads, kept, ends if kept_scale is None else kept_scale),
             *(probs, order, order if target is None else target.at, ends, len(ends)),

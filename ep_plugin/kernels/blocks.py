@@ -4,12 +4,11 @@ Each value is read once; the twins are in `blocks_torch`.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, WeightBlocks8
-from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels._launch import jit, next_power_of_2
 from ep_plugin.kernels.quantize import power_of_two_scale, warps
 
 
@@ -32,7 +31,7 @@ def quantize_blocks(matrix: Tensor) -> Blocks8:
     data = torch.empty_like(matrix, dtype=E4M3)
     scale = torch.empty(num_rows, width // BLOCK, dtype=torch.float32, device=matrix.device)
     if matrix.numel():
-        blocks = triton.next_power_of_2(width // BLOCK)
+        blocks = next_power_of_2(width // BLOCK)
         _quantize_blocks_kernel[(num_rows,)](
             *(matrix.contiguous(), data, scale, width),
             BLOCKS=blocks,

@@ -8,11 +8,10 @@ where logits decide, adds every 64 products of the first part outside of them, i
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels._launch import cdiv, jit, next_power_of_2
 
 
 @jit
@@ -52,7 +51,7 @@ def product(left: Tensor, right: Tensor, parts: int) -> Tensor:
     out = torch.empty(num_rows, num_columns, dtype=torch.float32, device=left.device)
     if out.numel():
         one = torch.ones(1, dtype=torch.float32, device=left.device)
-        grid = (triton.cdiv(num_rows, 128), triton.cdiv(num_columns, 128))
+        grid = (cdiv(num_rows, 128), cdiv(num_columns, 128))
         _product_kernel[grid](
             *(left.contiguous(), right.contiguous(), out, one, num_rows, num_columns, depth),
             PARTS=parts,
@@ -88,7 +87,7 @@ def split(matrix: Tensor, dim: int) -> Tensor:
     parts = torch.empty(shape, dtype=torch.bfloat16, device=matrix.device)
     strides = (columns, rows * columns) if dim == 0 else (3 * columns, columns)
     if matrix.numel():
-        _split_kernel[(triton.cdiv(matrix.numel(), 1024),)](
+        _split_kernel[(cdiv(matrix.numel(), 1024),)](
             matrix.contiguous(), parts, matrix.numel(), columns, *strides, BLOCK=1024
         )
     return parts
@@ -105,7 +104,7 @@ def split_torch(matrix: Tensor, dim: int) -> Tensor:
 
 @jit
 def _add_product_kernel(
-    left, right, rows, out, ROWS, COLUMNS, DEPTH, STRIDE,
+    left, right, rows, out, ROWS, COLUMNS, DEPTH, HEIGHT, STRIDE,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Programs go along a row first: `left` is read once, `right` stays in the cache.
@@ -122,8 +121,9 @@ def _add_product_kernel(
             mask=(row < ROWS)[:, None] & (at < DEPTH)[None, :],
             other=0.0,
         )
+        of = tl.where(at < HEIGHT, at, at - HEIGHT)
         b = tl.load(
-            right + at[:, None] * COLUMNS + column[None, :],
+            right + of[:, None] * COLUMNS + column[None, :],
             mask=(at < DEPTH)[:, None] & (column < COLUMNS)[None, :],
             other=0.0,
         )
@@ -135,18 +135,20 @@ def _add_product_kernel(
 def add_product(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return `rows` [R, C] plus `left` [R, D] times `right` [D, C], rounded once; D unit-strided.
 
-    In place would do with a library's product, but autograd's gradients may be others' as well.
+    `right` [D / 2, C] is taken twice. A library's product would add in place, but gradients that
+    autograd hands over may be others' as well.
     """
-    (num_rows, num_columns), depth = rows.shape, len(right)
+    (num_rows, num_columns), depth = rows.shape, left.shape[1]
     out = torch.empty_like(rows)
     if out.numel():
         # Of tiles measured on H100, best or nearly so for 8 to 256 experts; `rows` loaded first
         # would take 3 to 6 % less time with up to 32 experts, and 6 to 11 % more with 128 or more.
-        _add_product_kernel[triton.cdiv(num_columns, 128), triton.cdiv(num_rows, 64)](
-            *(left, right, rows, out, num_rows, num_columns, depth, left.stride(0)),
+        _add_product_kernel[cdiv(num_columns, 128), cdiv(num_rows, 64)](
+            *(left, right.contiguous(), rows, out),
+            *(num_rows, num_columns, depth, len(right), left.stride(0)),
             BLOCK_R=64,
             BLOCK_C=128,
-            BLOCK_D=max(16, min(64, triton.next_power_of_2(depth))),
+            BLOCK_D=max(16, min(64, next_power_of_2(depth))),
             num_warps=4,
             num_stages=2,
         )
@@ -155,7 +157,8 @@ def add_product(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def add_product_torch(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Do as `add_product`; its twin, in plain torch."""
-    return (rows.float() + left.float() @ right.float()).to(rows.dtype)
+    right = right.float().repeat(left.shape[1] // len(right), 1)
+    return (rows.float() + left.float() @ right).to(rows.dtype)
 
 
 class GateLogits(torch.autograd.Function):
@@ -180,14 +183,14 @@ class GateLogits(torch.autograd.Function):
         parts, experts = split(d_logits, 1), len(weight)  # [T, 3E]
         # The gradient of tokens is rounded to bf16, so 16 bits of each operand are enough for it.
         if weight.dtype == torch.bfloat16:
-            left, right = parts[:, : 2 * experts], weight.repeat(2, 1)
+            left, right = parts[:, : 2 * experts], weight
         else:
             first, second, _ = parts.chunk(3, dim=1)
             high = weight.bfloat16()
             low = (weight - high).bfloat16()
             left, right = torch.cat([first, second, first], 1), torch.cat([high, high, low])
         if d_hidden is None:
-            d_hidden = left @ right  # [T, H]
+            d_hidden = left @ right.repeat(left.shape[1] // len(right), 1)  # [T, H]
         else:
             d_hidden = add_product(d_hidden.contiguous(), left, right)
         d_parts = torch.mm(parts.T, hidden, out_dtype=torch.float32)  # [3E, H]

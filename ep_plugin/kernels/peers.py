@@ -8,11 +8,10 @@ under way (num_stages) while it works on one. See `peers_torch` for the layout.
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels._launch import jit, next_power_of_2
 from ep_plugin.kernels.peers_torch import Peers
 
 STAGES = 3  # the places, then the rows they name, then the work
@@ -31,8 +30,8 @@ class _Tile(NamedTuple):
     def of(cls, rows: Tensor, ranks: int, num_bytes: int) -> "_Tile":
         """Return one of at most `num_bytes` of `rows` [T, W], whose places are few enough."""
         size = rows.element_size()
-        block = min(triton.next_power_of_2(rows.shape[1]), 2048 // size)
-        most = max(1, PLACES // triton.next_power_of_2(ranks))
+        block = min(next_power_of_2(rows.shape[1]), 2048 // size)
+        most = max(1, PLACES // next_power_of_2(ranks))
         return cls(min(num_bytes // (block * size), most), block)
 
 
@@ -42,7 +41,7 @@ def push_tile(rows: Tensor, ranks: int) -> _Tile:
 
 def sum_tile(rows: Tensor, ranks: int) -> _Tile:
     """Two tiles of each rank are in shared memory."""
-    return _Tile.of(rows, ranks, max(2048, 65536 // triton.next_power_of_2(ranks)))
+    return _Tile.of(rows, ranks, max(2048, 65536 // next_power_of_2(ranks)))
 
 
 @jit

@@ -7,13 +7,12 @@ scaled grouped GEMM, bit for bit.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ep_plugin.e4m3 import Rows8, Weight8
 from ep_plugin.kernels import TILE, Tiles
-from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels._launch import cdiv, jit
 from ep_plugin.kernels.tiles import in_bands, num_programs, tiled
 
 WIDE = 256  # the other side of a tile
@@ -60,7 +59,7 @@ def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor
     (num_experts, out_features, in_features), num_rows = weight.data.shape, len(rows.data)
     out = torch.empty(num_rows, out_features, dtype=torch.bfloat16, device=ends.device)
     if out.numel():
-        across = triton.cdiv(out_features, WIDE)
+        across = cdiv(out_features, WIDE)
         matrix = weight.data.view(num_experts * out_features, in_features)
         _multiply_kernel[(num_programs(ends.device, len(tiles.expert) * across),)](
             *(tiled(rows.data, TILE, DEPTH), tiled(matrix, WIDE, DEPTH)),

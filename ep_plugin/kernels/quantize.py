@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ep_plugin.e4m3 import BLOCK, E4M3, Blocks8, ColumnBlocks8, Columns8, Rows8, Weight8
 from ep_plugin.kernels import TILE, Tiles
-from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels._launch import cdiv, jit, next_power_of_2
 from ep_plugin.kernels.tiles import span
 
 
@@ -50,7 +50,7 @@ def quantize_rows(matrix: Tensor) -> Rows8:
     data = torch.empty_like(matrix, dtype=E4M3)
     scale = torch.empty(num_rows, dtype=torch.float32, device=matrix.device)
     if matrix.numel():
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         _quantize_kernel[(num_rows,)](
             *(matrix.contiguous(), data, scale, width), BLOCK=block, num_warps=warps(block)
         )
@@ -144,7 +144,7 @@ def _transposed(
     width, num_tiles = rows.data.shape[1], len(tiles.expert)
     out = rows.data.new_empty(width, num_tiles * TILE)
     if out.numel():
-        _transpose_kernel[(num_tiles, triton.cdiv(width, BLOCK))](
+        _transpose_kernel[(num_tiles, cdiv(width, BLOCK))](
             *(rows.data, rows.scale, largest, order, ends, tiles.expert, tiles.row, out, choices),
             *(width, num_tiles * TILE),
             TOKENS=choices > 0,
@@ -186,7 +186,7 @@ def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
         rows.data.new_empty(num_experts, width, num_rows), scale.new_empty(num_experts, width)
     )
     if weight.numel():
-        grid = (triton.cdiv(num_rows, 128), triton.cdiv(width, 128), num_experts)
+        grid = (cdiv(num_rows, 128), cdiv(width, 128), num_experts)
         _transpose_weight_kernel[grid](
             *(rows.data, scale, scale.amax(dim=1), turned.data, turned.scale, num_rows, width),
             BLOCK_R=128,

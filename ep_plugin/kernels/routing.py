@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ep_plugin.config import RoutingConfig
+from ep_plugin.kernels._launch import cdiv, next_power_of_2
 from ep_plugin.kernels._route import finish_kernel, route_backward_kernel, route_kernel
 from ep_plugin.kernels.capacity import MAX_TOKENS, POLICIES, SERVED, Capacity
 
@@ -52,10 +52,10 @@ class _Route(torch.autograd.Function):
         capacity: Capacity | None,
     ) -> tuple[Tensor, ...]:
         (num_tokens, experts), topk, device = logits.shape, routing.topk, logits.device
-        width = triton.next_power_of_2(experts)
+        width = next_power_of_2(experts)
         block = max(1, min(16, HELD // width))  # tokens held at a time
-        tiles = max(1, triton.cdiv(triton.cdiv(num_tokens, block), PROGRAMS))  # of each program
-        num_rows = triton.cdiv(num_tokens, block * tiles)
+        tiles = max(1, cdiv(cdiv(num_tokens, block), PROGRAMS))  # of each program
+        num_rows = cdiv(num_tokens, block * tiles)
         logits = logits.contiguous()
         ids = torch.empty(num_tokens, topk, dtype=torch.int64, device=device)
         sent_ids = ids if capacity is None else torch.empty_like(ids)
@@ -100,7 +100,7 @@ class _Route(torch.autograd.Function):
                 EACH=routing.each_of_group,
                 **settings,
             )
-            adders = triton.cdiv(experts + 3, COLUMNS)
+            adders = cdiv(experts + 3, COLUMNS)
             finish_kernel[(adders + queues * experts,)](
                 *(partials, counted, sums, losses, arrived, keys, waiting, sent, sent_ids),
                 *(weights, num_rows, num_tokens, sequences, experts, adders, queues, room),
@@ -127,7 +127,7 @@ class _Route(torch.autograd.Function):
         if num_tokens:
             block = max(1, min(16, HELD_BACKWARD // ctx.settings["E"]))
             optional = [logits if g is None else g.contiguous() for g in (d_sums, d_balancing, d_z)]
-            route_backward_kernel[(triton.cdiv(num_tokens, block),)](
+            route_backward_kernel[(cdiv(num_tokens, block),)](
                 *(logits, ids, sent_ids, counted, *per_token, d_weights.contiguous(), *optional),
                 *(d_logits, num_tokens, experts),
                 SUMS=d_sums is not None,

@@ -5,12 +5,11 @@ touched.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ep_plugin.e4m3 import Narrow8
-from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels._launch import cdiv, jit, next_power_of_2
 
 
 @jit
@@ -42,9 +41,9 @@ def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
     """Return how many of `expert_ids` [N, C] are each expert's, -1 for none's: [e] int64."""
     totals = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
     if expert_ids.numel():
-        buckets = triton.next_power_of_2(num_experts)
+        buckets = next_power_of_2(num_experts)
         block = max(16, min(512, 8192 // buckets))
-        _total_kernel[(triton.cdiv(expert_ids.numel(), block),)](
+        _total_kernel[(cdiv(expert_ids.numel(), block),)](
             *(expert_ids.contiguous(), totals, expert_ids.numel(), num_experts),
             BLOCK=block,
             E=buckets,
@@ -90,15 +89,15 @@ def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.empty(expert_ids.shape, dtype=torch.int32, device=expert_ids.device)
     if num_choices:
         block = 128
-        num_blocks = triton.cdiv(num_choices, block)
+        num_blocks = cdiv(num_choices, block)
         counts = order.new_empty(num_blocks, num_experts + 1)
         ids = expert_ids.contiguous()
-        buckets = triton.next_power_of_2(num_experts + 1)
+        buckets = next_power_of_2(num_experts + 1)
         _count_kernel[(num_blocks,)](
             *(ids, counts, num_choices, num_experts), BLOCK=block, E=buckets
         )
         _scan_kernel[(num_experts + 1,)](
-            *(counts, num_blocks, num_experts), BLOCK=triton.next_power_of_2(num_blocks)
+            *(counts, num_blocks, num_experts), BLOCK=next_power_of_2(num_blocks)
         )
         _place_kernel[(num_blocks,)](
             *(ids, counts, ends, order, place, num_choices, num_experts), BLOCK=block
@@ -147,12 +146,12 @@ def _spread(
         # Bytes are moved, so any dtype may be; eight at a time where rows allow it.
         unit = torch.int64 if width * tokens.element_size() % 8 == 0 else torch.uint8
         moved, target = tokens.view(unit), into.view(unit)
-        block = triton.next_power_of_2(moved.shape[1])
+        block = next_power_of_2(moved.shape[1])
         _spread_kernel[(num_tokens,)](
             *(moved, ends if scales is None else scales, place, ends, target, out_scales),
             *(len(ends), moved.shape[1], each),
             CHOICES=choices,
-            SCALES=triton.next_power_of_2(each) if each else 0,
+            SCALES=next_power_of_2(each) if each else 0,
             BLOCK=block,
             num_warps=max(1, min(8, block // 256)),
         )
@@ -202,8 +201,8 @@ def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
     (num_tokens, choices), width = place.shape, rows.shape[1]
     out = rows.new_empty(num_tokens, width)
     if out.numel():
-        block = min(1024, triton.next_power_of_2(width))
-        grid = (num_tokens, triton.cdiv(width, block))
+        block = min(1024, next_power_of_2(width))
+        grid = (num_tokens, cdiv(width, block))
         _sum_kernel[grid](
             *(rows, place, ends, out, len(ends), width),
             CHOICES=choices,
@@ -240,7 +239,7 @@ def sum_pieces(pieces: list[Tensor]) -> Tensor:
         now, later = pieces[:8], pieces[8:]
         summed = torch.empty_like(out, dtype=torch.float32) if later else out
         unused = [now[0]] * (8 - len(now))
-        _sum_pieces_kernel[(triton.cdiv(out.numel(), 4096),)](
+        _sum_pieces_kernel[(cdiv(out.numel(), 4096),)](
             *(summed, *now, *unused, out.numel()), COUNT=len(now), BLOCK=4096, num_warps=8
         )
         pieces = [summed, *later]

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ep_plugin.kernels import TILE, Tiles
-from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels._launch import cdiv, jit, next_power_of_2
 
 BLOCK = 64  # tiles of one program
 
@@ -42,11 +42,11 @@ def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:
     num_tiles = num_rows // TILE + num_experts  # enough for any counts
     expert, row = torch.empty(2, num_tiles, dtype=torch.int32, device=ends.device)
     tile_ends = torch.empty_like(ends)
-    _plan_kernel[(triton.cdiv(num_tiles, BLOCK),)](
+    _plan_kernel[(cdiv(num_tiles, BLOCK),)](
         *(ends, expert, row, tile_ends, num_experts, num_tiles),
         TILE=TILE,
         BLOCK=BLOCK,
-        EXPERTS=triton.next_power_of_2(num_experts),
+        EXPERTS=next_power_of_2(num_experts),
     )
     return Tiles(expert, row, tile_ends)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ep_plugin.e4m3 import Columns8
 from ep_plugin.kernels import TILE, Tiles
-from ep_plugin.kernels._launch import jit
+from ep_plugin.kernels._launch import cdiv, jit
 from ep_plugin.kernels.tiles import in_bands, span, tiled
 
 WIDE = 256  # the other side of a tile
@@ -150,4 +150,4 @@ def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
 
 def _grid(out: Tensor) -> tuple[int, int]:
     num_experts, b, a = out.shape
-    return triton.cdiv(b, TILE) * triton.cdiv(a, WIDE), num_experts
+    return cdiv(b, TILE) * cdiv(a, WIDE), num_experts
