@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -204,10 +205,10 @@ def check_gate() -> None:
     for dim in (0, 1):
         matrix = torch.randn(75, 50, device="cuda")
         assert torch.equal(split(matrix, dim), split_torch(matrix, dim))
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, experts in product((torch.bfloat16, torch.float32), (6, 96, 200)):
         hidden = torch.randn(512, 1024, device="cuda").bfloat16().requires_grad_()
-        weight = (torch.randn(96, 1024, device="cuda") / 32).to(dtype).requires_grad_()
-        seed, later = torch.randn(512, 96, device="cuda"), torch.randn_like(hidden)
+        weight = (torch.randn(experts, 1024, device="cuda") / 32).to(dtype).requires_grad_()
+        seed, later = torch.randn(512, experts, device="cuda"), torch.randn_like(hidden)
 
         def gradients(
             logits: Tensor,
@@ -229,8 +230,12 @@ def check_gate() -> None:
         ]
         for name, x, y, z in zip(("logits", "tokens", "weight"), found, plain, exact, strict=True):
             ours, fp32 = error(x, z) ** 0.5, error(y, z) ** 0.5
-            print(f"{dtype} {name}: error {ours:.2e}, torch fp32 {fp32:.2e}")
-            assert ours <= (2 * fp32 if name == "logits" else 1.1 * fp32 + 1e-6), (dtype, name)
+            print(f"{dtype} {experts} {name}: error {ours:.2e}, torch fp32 {fp32:.2e}")
+            assert ours <= (2 * fp32 if name == "logits" else 1.1 * fp32 + 1e-6), (
+                dtype,
+                experts,
+                name,
+            )
 
 
 def check_add_product(device: str) -> None:

@@ -51,15 +51,21 @@ def product(left: Tensor, right: Tensor, parts: int) -> Tensor:
     out = torch.empty(num_rows, num_columns, dtype=torch.float32, device=left.device)
     if out.numel():
         one = torch.ones(1, dtype=torch.float32, device=left.device)
-        grid = (cdiv(num_rows, 128), cdiv(num_columns, 128))
-        _product_kernel[grid](
+        # Measured on H100 with 8 to 256 experts. Up to 128 it is tokens that take time to read,
+        # and twice as many programs, with more tiles on their way, read them faster.
+        if num_columns > 128:
+            height, width, stages = 128, 128, 4 if parts == 1 else 3
+        else:
+            height, width = 64, max(16, min(64, next_power_of_2(num_columns)))
+            stages = 6 if parts * num_columns <= 192 else 3
+        _product_kernel[cdiv(num_rows, height), cdiv(num_columns, width)](
             *(left.contiguous(), right.contiguous(), out, one, num_rows, num_columns, depth),
             PARTS=parts,
-            BLOCK_R=128,
-            BLOCK_C=128,
+            BLOCK_R=height,
+            BLOCK_C=width,
             BLOCK_D=64,
-            num_warps=8,
-            num_stages=4 if parts == 1 else 3,  # of 32 KiB and of 64 KiB
+            num_warps=height // 16,
+            num_stages=stages,
         )
     return out
 

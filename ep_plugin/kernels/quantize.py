@@ -115,7 +115,7 @@ def transpose_rows(
     """
     largest = torch.empty(len(ends), dtype=torch.float32, device=ends.device)
     _largest_kernel[(len(ends),)](
-        *(rows.scale, order, ends, largest, choices), TOKENS=choices > 0, BLOCK=4096
+        *(rows.scale, order, ends, largest, choices), TOKENS=choices > 0, BLOCK=4096, num_warps=16
     )
     return Columns8(_transposed(rows, largest, tiles, order, ends, choices), largest)
 
