@@ -28,8 +28,8 @@ run_layer() {
     local rows="$OUT/layer_$GPU.json"
     "${bench[@]}" layer --warm 10 --repeats 40 --output "$rows"
     "${bench[@]}" layer --warm 10 --repeats 30 --output "$rows" --backends ep_plugin --cuda-graph
-    "${bench[@]}" layer --warm 5 --repeats 20 --output "$rows" --backends ep_plugin --resume \
-        --routing zipf one_empty half --plot "$OUT/../layer_$GPU.png"
+    "${bench[@]}" layer --warm 5 --repeats 20 --output "$rows" --backends ep_plugin --cuda-graph \
+        --resume --routing zipf one_empty half --plot "$OUT/../layer_$GPU.png"
 }
 
 run_gemm() { "${bench[@]}" gemm --warm 5 --repeats 20 --output "$OUT/gemm_$GPU.json"; }

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ep_plugin.plan.network import (
     load,
 )
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "two_gpus.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 # One NCCL all-to-all between two H100s, EP=2: tokens, topk, hidden, measured milliseconds.
 MEASURED = {
     "dsv3": (8192, 4, 7168, 0.94),
@@ -38,19 +39,23 @@ def test_times_are_those_measured_on_two_gpus(shape: str) -> None:
 @pytest.mark.parametrize("shape", MEASURED)
 @pytest.mark.parametrize(("schedule", "how"), [("serial", "symm_mem"), ("chunked", "swaps")])
 def test_a_step_in_a_graph_takes_what_the_model_says(shape: str, schedule: str, how: str) -> None:
-    """Within 10 %: the results of two GPUs that are kept here were what it was fitted to."""
+    """Within 10 % of the median start on two H100, which differ by up to 20 %."""
     tokens, topk, hidden, _ = MEASURED[shape]
-    want = {"shape": shape, "schedule": schedule, "dispatcher": "symm_mem", "graph": True}
-    (row,) = (
-        row
-        for row in json.loads(RESULTS.read_text())
-        if row["precision"] == "bf16" and all(row[key] == value for key, value in want.items())
-    )
+    want = {"bench": "overlap", "shape": shape, "schedule": schedule, "ep": 2}
+    want |= {"dispatcher": "symm_mem", "graph": True, "precision": "bf16"}
+    files = ("two_gpus.json", "two_gpus_other_starts.json", "eight_gpus.json")
+    rows = [row for file in files for row in json.loads((RESULTS / file).read_text())]
+    starts = [row for row in rows if all(row[key] == value for key, value in want.items())]
+    assert len(starts) == 5
+
+    def middle(what: str) -> float:
+        return median(start[what] for start in starts)
+
     experts = {"dsv3": 16, "q3-235b": 32, "q3-30b-ep8": 32}[shape]
     traffic = Traffic(tokens, topk, hidden, experts)
-    found = forecast(traffic, NETWORKS["nvlink8"], 2, how, row["compute_ms"], 1)
-    assert found.exchange_ms == pytest.approx(row["exchange_ms"], rel=0.1)
-    assert found.step_ms == pytest.approx(row["ms"], rel=0.1)
+    found = forecast(traffic, NETWORKS["nvlink8"], 2, how, middle("compute_ms"), 1)
+    assert found.exchange_ms == pytest.approx(middle("exchange_ms"), rel=0.1)
+    assert found.step_ms == pytest.approx(middle("ms"), rel=0.1)
 
 
 def test_swaps_send_all_tokens_and_end_at_the_domain() -> None:
