@@ -38,9 +38,14 @@ class Routing:
     tokens_per_expert: Tensor  # [E] int64, choices of this rank that are not dropped
     losses: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, detached, no coefficient
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, sums over tokens
-    # [T, H] the tokens that were routed: who goes on with these has the gate's share of their
-    # gradient added where it is computed, which saves a pass over them.
-    hidden: Tensor | None = None
+    hidden: Tensor | None = None  # [T, H] the tokens routed, to go on with; None: as they came
+
+    def onward(self, hidden: Tensor) -> Tensor:
+        """Return `hidden` [..., H], which was routed, as the layer is to go on with it.
+
+        The gate's share of its gradient is then added where it is computed, which saves a pass.
+        """
+        return hidden if self.hidden is None else self.hidden.view_as(hidden)
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,7 @@ class MoELayer(nn.Module):
         sequence, and who comes first when an expert is full.
         """
         routing = self.route(hidden)
-        if routing.hidden is not None:
-            hidden = routing.hidden.view_as(hidden)
+        hidden = routing.onward(hidden)
         routed, shared = self.schedule(self, hidden, routing)
         return self.merge(routed, shared, hidden)
 

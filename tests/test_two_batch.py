@@ -27,7 +27,7 @@ Pairs = dict[str, Tensor]
 
 
 class Alternating(nn.Module):
-    """A router for each of two micro-batches, in turn."""
+    """A router for each of two micro-batches, in turn; the layer goes on with what it hands on."""
 
     def __init__(self, *routers: nn.Module) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Alternating(nn.Module):
 
     def forward(self, hidden: Tensor, num_sequences: int) -> Routing:
         routing: Routing = next(self.turn)(hidden, num_sequences)
-        return routing
+        return replace(routing, hidden=-hidden)
 
 
 def results(layer: MoELayer, batches: list[Tensor], together: bool) -> Pairs:

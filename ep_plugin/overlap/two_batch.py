@@ -41,6 +41,7 @@ class Batch[Result]:
 def depart(layer: Layer, hidden: Tensor) -> Batch[Dispatched]:
     """Route `hidden` and start its dispatch; the shared expert runs while tokens travel."""
     routing = layer.route(hidden)
+    hidden = routing.onward(hidden)
     tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
     pending = layer.dispatcher.start_dispatch(tokens, routing)
     shared = None if layer.shared_expert is None else layer.shared_expert(hidden)
