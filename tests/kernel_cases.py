@@ -7,6 +7,7 @@ Triton's interpreter moreover cuts bf16 and, in e4m3, loses the carry of a manti
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -194,13 +195,18 @@ def check_weights_by_blocks(device: str) -> None:
             assert_rounded(found, expected, "quantize_weight_blocks")
 
 
-def check_activations(width: int, narrows: tuple[Any, ...], device: str) -> None:
+def check_activations(
+    width: int,
+    narrows: tuple[Any, ...],
+    device: str,
+    activations: Iterable[str] = kernels.ACTIVATIONS,
+) -> None:
     tokens = 4 if INTERPRETED else 11  # it takes its time for each row
     ids, ends = random_choices(tokens, 4, 3, device)
     order, _ = twins.sort_choices(ids, ends)
     num_rows, rows = 3 * tokens, int(ends[-1])
     quantize = {"rows": twins.quantize_rows, "blocks": twins.quantize_blocks}
-    for activation in kernels.ACTIVATIONS:
+    for activation in activations:
         full = width * (2 if activation in GATED else 1)
         for dtype in (torch.float32, torch.bfloat16):
             hidden = torch.randn(num_rows, full, device=device)
@@ -347,6 +353,8 @@ def check_all(device: str) -> None:
         check_rounding(width, device)
         check_activations(width, (None, "rows"), device)
     check_activations(384, ("blocks",), device)
+    for width in () if INTERPRETED else (4096, 6016, 14336):  # 8, 16 and 32 warps
+        check_activations(width, ("rows",), device, ["swiglu"])
     check_weights_by_blocks(device)
 
 

@@ -22,7 +22,7 @@ def _product_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     depth = tl.arange(0, BLOCK_D)
-    unit = tl.load(one)  # 1, but the compiler does not know, so it cannot add in the tensor core
+    # `one` is 1.0, but the compiler does not know, so it cannot add in the tensor core.
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     rest = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # small: what the tensor core cuts is smaller
     for start in range(0, DEPTH, BLOCK_D):
@@ -34,7 +34,7 @@ def _product_kernel(
         )
         there = (column < COLUMNS)[None, :] & (at < DEPTH)[:, None]
         source = right + column.to(tl.int64)[None, :] * DEPTH + at[:, None]
-        total += tl.dot(a, tl.load(source, mask=there, other=0.0)) * unit
+        total += tl.dot(a, tl.load(source, mask=there, other=0.0)) * one
         for part in tl.static_range(1, PARTS):
             smaller = tl.load(source + part * COLUMNS * DEPTH, mask=there, other=0.0)
             rest = tl.dot(a, smaller, rest)
@@ -50,7 +50,6 @@ def product(left: Tensor, right: Tensor, parts: int) -> Tensor:
     (num_rows, depth), num_columns = left.shape, len(right) // parts
     out = torch.empty(num_rows, num_columns, dtype=torch.float32, device=left.device)
     if out.numel():
-        one = torch.ones(1, dtype=torch.float32, device=left.device)
         # Measured on H100 with 8 to 256 experts. Up to 128 it is tokens that take time to read,
         # and twice as many programs, with more tiles on their way, read them faster.
         if num_columns > 128:
@@ -59,7 +58,7 @@ def product(left: Tensor, right: Tensor, parts: int) -> Tensor:
             height, width = 64, max(16, min(64, next_power_of_2(num_columns)))
             stages = 6 if parts * num_columns <= 192 else 3
         _product_kernel[cdiv(num_rows, height), cdiv(num_columns, width)](
-            *(left.contiguous(), right.contiguous(), out, one, num_rows, num_columns, depth),
+            *(left.contiguous(), right.contiguous(), out, 1.0, num_rows, num_columns, depth),
             PARTS=parts,
             BLOCK_R=height,
             BLOCK_C=width,
