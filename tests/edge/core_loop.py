@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from core_model import (
-    LAYERS,
     LENGTH,
     Case,
     batches,
@@ -196,7 +195,7 @@ def report(config: Any, iteration: int, num_microbatches: int) -> Scalars:
         writer=writer,
         force_initialize=True,
         track_names=LOSSES,
-        num_layers=LAYERS,
+        num_layers=config.num_layers,
         moe_layer_freq=config.moe_layer_freq,
     )
     return writer

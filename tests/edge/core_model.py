@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAYERS, HIDDEN, VOCAB, LENGTH, EXPERTS = 4, 32, 64, 16, 8
+HIDDEN, VOCAB, LENGTH, EXPERTS = 32, 64, 16, 8
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Case:
     distributed_optimizer: bool = False
     recompute: str | None = None  # selective: the MoE layers; full
     per_token: bool = False  # --calculate-per-token-loss, and a third of the tokens masked out
+    layers: int = 4
     dense_layers: int = 0  # the first ones
     bias: bool = False  # everywhere; with a shared expert, and nobody chooses the second half
     block: str = "ours"  # stock: Megatron's own; untagged: ours without its tags for the norm
@@ -34,9 +35,11 @@ class Case:
     def alone(self) -> "Case":
         """Return the same model on one rank."""
         return Case(
-            f"one rank: {self.sequences}, {self.per_token}, {self.dense_layers}, {self.bias}",
+            f"one rank: {self.sequences}, {self.per_token}, {self.layers}, {self.dense_layers}, "
+            f"{self.bias}",
             sequences=self.sequences,
             per_token=self.per_token,
+            layers=self.layers,
             dense_layers=self.dense_layers,
             bias=self.bias,
         )
@@ -56,14 +59,14 @@ def transformer_config(case: Case) -> Any:
             "recompute_num_layers": 1,
         }
     return TransformerConfig(
-        num_layers=LAYERS,
+        num_layers=case.layers,
         hidden_size=HIDDEN,
         num_attention_heads=4,
         ffn_hidden_size=48,
         moe_ffn_hidden_size=32,
         num_moe_experts=EXPERTS,
         moe_router_topk=2,
-        moe_layer_freq=[int(layer >= case.dense_layers) for layer in range(LAYERS)],
+        moe_layer_freq=[int(layer >= case.dense_layers) for layer in range(case.layers)],
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=2e-2,
         moe_z_loss_coeff=1e-3,
