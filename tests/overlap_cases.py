@@ -31,13 +31,13 @@ def routings() -> dict[str, list[Tensor]]:
 class ScriptedRouter(nn.Module):
     """Sends tokens where a case says, with weights that are parameters."""
 
-    def __init__(self, ids: Tensor, probs: Tensor) -> None:
+    def __init__(self, ids: Tensor, probs: Tensor, num_experts: int = NUM_EXPERTS) -> None:
         super().__init__()
-        self.ids = ids
+        self.ids, self.num_experts = ids, num_experts
         self.probs = nn.Parameter(probs.masked_fill(ids < 0, 0))
 
     def forward(self, hidden: Tensor, num_sequences: int) -> Routing:
-        return Routing(self.ids, self.probs, count(self.ids))
+        return Routing(self.ids, self.probs, count(self.ids, self.num_experts))
 
 
 @dataclass(frozen=True)

@@ -158,14 +158,15 @@ def test_two_ranks_on_one_gpu_equal_alltoall(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def replays_equal_steps(fp8: Fp8, overlap: str) -> int:
-    """A layer on two GPUs, forward and backward, as a graph that waits for no host."""
+    """A layer on all GPUs, forward and backward, as a graph that waits for no host."""
     device = torch.device("cuda", dist.get_rank())
     config = MoEConfig(
         hidden_size=256, ffn_hidden_size=128, num_experts=8, dispatcher="symm_mem",
         routing=RoutingConfig(topk=2), fp8=fp8, deterministic=True, overlap=overlap,
     )  # fmt: skip
     torch.manual_seed(3)
-    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2))
+    ranks = dist.get_world_size()
+    groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ranks))
     layer = MoELayer(config, groups, device=device, dtype=torch.bfloat16)
     torch.manual_seed(11 + dist.get_rank())
     inputs = [torch.randn(96, 256, device=device).bfloat16() for _ in range(3)]
@@ -198,15 +199,17 @@ def replays_equal_steps(fp8: Fp8, overlap: str) -> int:
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.skipif(NUM_GPUS < 2, reason="fewer than two GPUs")
 @pytest.mark.parametrize("overlap", ["serial", "chunked"])
 @pytest.mark.parametrize("fp8", get_args(Fp8))
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_a_graph_s_replays_equal_steps(
-    fp8: Fp8, overlap: str, monkeypatch: pytest.MonkeyPatch
+    ranks: int, fp8: Fp8, overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if ranks > NUM_GPUS:
+        pytest.skip(f"fewer than {ranks} GPUs")
     for name, value in cases.MULTICAST_OFF.items():
         monkeypatch.setenv(name, value)
-    assert run_ranks(2, replays_equal_steps, fp8, overlap, backend="nccl") == [3, 3]
+    assert run_ranks(ranks, replays_equal_steps, fp8, overlap, backend="nccl") == [3] * ranks
 
 
 @pytest.mark.multi_gpu

@@ -1,8 +1,8 @@
-"""The layer on two ranks equals the whole layer on one, whatever carries its tokens and when.
+"""The layer on two and four ranks equals the whole layer on one, whatever carries its tokens.
 
-One rank computes both ranks' tokens with all experts. In FP8 both are held against the float64
+One rank computes all ranks' tokens with all experts. In FP8 both are held against the float64
 oracle: spreading the experts may not add to the error. The same function runs on the CPU and, with
-NCCL, on two GPUs.
+NCCL, on GPUs.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ from ep_plugin import (
 )
 
 H, F, E, K = 128, 128, 8, 3
-TOKENS = (40, 24)  # of each rank
+TOKENS = (40, 24, 0, 17)  # of each rank
 BASE = MoEConfig(hidden_size=H, ffn_hidden_size=F, num_experts=E, routing=RoutingConfig(topk=K))
 WAYS: list[dict[str, Any]] = [
     {"dispatcher": "alltoall"},
@@ -35,7 +35,7 @@ WAYS: list[dict[str, Any]] = [
     {"dispatcher": "alltoall", "overlap": "chunked"},
     {"dispatcher": "alltoall", "dispatch_dedup": True, "overlap": "chunked"},
     {"dispatcher": "symm_mem"},
-    {"dispatcher": "hierarchical"},  # on two nodes of one rank
+    {"dispatcher": "hierarchical"},  # on two nodes
 ]
 FP8_WAYS: list[dict[str, Any]] = [
     {"dispatcher": "alltoall", "dispatch_dtype": "fp8"},
@@ -44,18 +44,18 @@ FP8_WAYS: list[dict[str, Any]] = [
 ]
 ADDED_ERROR = {  # times what the same costs on one rank, squared
     "fp8": 1.05,
-    "off": 1.5,  # a rank's sum for a token is rounded to bf16 on its way home: 3 roundings, not 2
+    "off": 1.5,  # ranks' sums for a token are rounded to bf16 on their way home: once more
 }
 
 
-def draw(dtype: torch.dtype) -> dict[str, Tensor]:
+def draw(dtype: torch.dtype, ranks: int) -> dict[str, Tensor]:
     """Weights of all experts, tokens and gradients of all ranks; the same everywhere."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
-    count = sum(TOKENS)
+    count = sum(TOKENS[:ranks])
     ids = torch.rand(count, E, generator=generator).topk(K, dim=1).indices
     return {
         "fc1": normal(E, 2 * F, H, scale=H**-0.5),
@@ -72,7 +72,7 @@ def compute(
 ) -> dict[str, Tensor]:
     """Return the output and all gradients for the tokens of `case`, on this rank's experts."""
     layer = MoELayer(config, groups, init_method=None, device=device, dtype=case["hidden"].dtype)
-    router = ScriptedRouter(case["ids"].to(device), case["probs"].to(device))
+    router = ScriptedRouter(case["ids"].to(device), case["probs"].to(device), E)
     layer.router = router
     with torch.no_grad():
         for name in ("fc1", "fc2"):
@@ -98,37 +98,39 @@ def oracle(case: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"output": output.detach()} | {k: v.grad for k, v in leaves.items()}  # type: ignore[misc]
 
 
-def part(whole: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+def part(whole: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
     """What one rank has of tokens and weights."""
     first = sum(TOKENS[:rank])
     tokens = slice(first, first + TOKENS[rank])
-    experts = slice(rank * E // 2, (rank + 1) * E // 2)
+    experts = slice(rank * E // ranks, (rank + 1) * E // ranks)
     return {k: v[experts if k in ("fc1", "fc2") else tokens] for k, v in whole.items()}
 
 
 def check_ways(device_type: str) -> int:
     """Every way in every precision; returns how many were compared."""
-    rank = dist.get_rank()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
-    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2), ranks_per_node=1)
+    parallel = ParallelConfig(world_size=ranks, ep=ranks)
+    groups = create_expert_groups(parallel, ranks_per_node=ranks // 2)
     exact = torch.bfloat16 if device_type == "cuda" else torch.float32
     checked = 0
     for fp8 in ("off", "rowwise", "blockwise"):
         dtype = exact if fp8 == "off" else torch.bfloat16
-        case = draw(dtype)
+        case = draw(dtype, ranks)
         config = replace(BASE, fp8=fp8, deterministic=True)
         whole = compute(config, ExpertGroups(), case, device)
         truth = oracle(case)
-        mine = case | part({k: v for k, v in case.items() if k not in ("fc1", "fc2")}, rank)
+        of_tokens = {k: v for k, v in case.items() if k not in ("fc1", "fc2")}
+        mine = case | part(of_tokens, rank, ranks)
         for how in WAYS + (FP8_WAYS if fp8 != "off" else []):
             found = compute(replace(config, **how), groups, mine, device)
             again = compute(replace(config, **how), groups, mine, device)
-            for name, value in part(whole, rank).items():
+            for name, value in part(whole, rank, ranks).items():
                 what = f"{fp8}, {how}: {name}"
                 assert torch.equal(found[name], again[name]), what
                 if fp8 == "off":
                     assert_close(found[name], value.double(), dtype, what)
-                expected = part(truth, rank)[name]
+                expected = part(truth, rank, ranks)[name]
                 least = error(value, expected)
                 added = ADDED_ERROR["off" if fp8 == "off" else "fp8"]
                 assert error(found[name], expected) <= added * least + 1e-12, what
@@ -139,13 +141,16 @@ def check_ways(device_type: str) -> int:
 CASES = 3 * len(WAYS) + 2 * len(FP8_WAYS)
 
 
-def test_two_cpu_ranks() -> None:
-    assert run_ranks(2, check_ways, "cpu") == [CASES] * 2
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_cpu_ranks(ranks: int) -> None:
+    assert run_ranks(ranks, check_ways, "cpu") == [CASES] * ranks
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-def test_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gpus(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"fewer than {ranks} GPUs")
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
     monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    assert run_ranks(2, check_ways, "cuda", backend="nccl") == [CASES] * 2
+    assert run_ranks(ranks, check_ways, "cuda", backend="nccl") == [CASES] * ranks
