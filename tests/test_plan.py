@@ -58,6 +58,22 @@ def test_a_step_in_a_graph_takes_what_the_model_says(shape: str, schedule: str, 
     assert found.step_ms == pytest.approx(middle("ms"), rel=0.1)
 
 
+@pytest.mark.parametrize("shape", MEASURED)
+@pytest.mark.parametrize(("schedule", "how"), [("serial", "symm_mem"), ("chunked", "swaps")])
+def test_four_gpus_take_what_was_fitted_to_two(shape: str, schedule: str, how: str) -> None:
+    """Steps to 15 % and exchanges to 20 % on four H200, which no rate was fitted to."""
+    tokens, topk, hidden, _ = MEASURED[shape]
+    want = {"bench": "overlap", "shape": shape, "schedule": schedule, "ep": 4}
+    want |= {"dispatcher": "symm_mem", "graph": True, "precision": "bf16"}
+    rows = json.loads((RESULTS / "four_gpus_h200.json").read_text())
+    (start,) = [row for row in rows if all(row[key] == value for key, value in want.items())]
+    experts = {"dsv3": 32, "q3-235b": 64, "q3-30b-ep8": 64}[shape]
+    traffic = Traffic(tokens, topk, hidden, experts)
+    found = forecast(traffic, NETWORKS["nvlink8"], 4, how, start["compute_ms"], 1)
+    assert start["exchange_ms"] == pytest.approx(found.exchange_ms, rel=0.2)
+    assert start["ms"] == pytest.approx(found.step_ms, rel=0.15)
+
+
 def test_swaps_send_all_tokens_and_end_at_the_domain() -> None:
     traffic, network = Traffic(100, 2, 1, experts=32), Network(domain=4)
     assert load(traffic, network, 4, "swaps", 1.0).inside == 300
