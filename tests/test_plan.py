@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ep_plugin.cli import main
 from ep_plugin.config import ConfigError
 from ep_plugin.plan.network import (
     NETWORKS,
+    Forecast,
     Network,
     Traffic,
     exchange_ms,
@@ -36,40 +38,46 @@ def test_times_are_those_measured_on_two_gpus(shape: str) -> None:
     assert exchange_ms(sent, network, "flat") == pytest.approx(measured, rel=0.06)
 
 
+SCHEDULES = [("serial", "symm_mem"), ("chunked", "swaps")]
+
+
+def steps_in_a_graph(ep: int, shape: str, schedule: str, *files: str) -> list[dict[str, Any]]:
+    """Rows of `bench overlap` through symm_mem, in bf16."""
+    want = {"bench": "overlap", "shape": shape, "schedule": schedule, "ep": ep}
+    want |= {"dispatcher": "symm_mem", "graph": True, "precision": "bf16"}
+    rows = [row for file in files for row in json.loads((RESULTS / file).read_text())]
+    return [row for row in rows if all(row[key] == value for key, value in want.items())]
+
+
+def foresee(ep: int, shape: str, how: str, compute_ms: float) -> Forecast:
+    tokens, topk, hidden, _ = MEASURED[shape]
+    experts = {"dsv3": 8, "q3-235b": 16, "q3-30b-ep8": 16}[shape] * ep
+    traffic = Traffic(tokens, topk, hidden, experts)
+    return forecast(traffic, NETWORKS["nvlink8"], ep, how, compute_ms, 1)
+
+
 @pytest.mark.parametrize("shape", MEASURED)
-@pytest.mark.parametrize(("schedule", "how"), [("serial", "symm_mem"), ("chunked", "swaps")])
+@pytest.mark.parametrize(("schedule", "how"), SCHEDULES)
 def test_a_step_in_a_graph_takes_what_the_model_says(shape: str, schedule: str, how: str) -> None:
     """Within 10 % of the median start on two H100, which differ by up to 20 %."""
-    tokens, topk, hidden, _ = MEASURED[shape]
-    want = {"bench": "overlap", "shape": shape, "schedule": schedule, "ep": 2}
-    want |= {"dispatcher": "symm_mem", "graph": True, "precision": "bf16"}
     files = ("two_gpus.json", "two_gpus_other_starts.json", "eight_gpus.json")
-    rows = [row for file in files for row in json.loads((RESULTS / file).read_text())]
-    starts = [row for row in rows if all(row[key] == value for key, value in want.items())]
+    starts = steps_in_a_graph(2, shape, schedule, *files)
     assert len(starts) == 5
 
     def middle(what: str) -> float:
         return median(start[what] for start in starts)
 
-    experts = {"dsv3": 16, "q3-235b": 32, "q3-30b-ep8": 32}[shape]
-    traffic = Traffic(tokens, topk, hidden, experts)
-    found = forecast(traffic, NETWORKS["nvlink8"], 2, how, middle("compute_ms"), 1)
+    found = foresee(2, shape, how, middle("compute_ms"))
     assert found.exchange_ms == pytest.approx(middle("exchange_ms"), rel=0.1)
     assert found.step_ms == pytest.approx(middle("ms"), rel=0.1)
 
 
 @pytest.mark.parametrize("shape", MEASURED)
-@pytest.mark.parametrize(("schedule", "how"), [("serial", "symm_mem"), ("chunked", "swaps")])
+@pytest.mark.parametrize(("schedule", "how"), SCHEDULES)
 def test_four_gpus_take_what_was_fitted_to_two(shape: str, schedule: str, how: str) -> None:
     """Steps to 15 % and exchanges to 20 % on four H200, which no rate was fitted to."""
-    tokens, topk, hidden, _ = MEASURED[shape]
-    want = {"bench": "overlap", "shape": shape, "schedule": schedule, "ep": 4}
-    want |= {"dispatcher": "symm_mem", "graph": True, "precision": "bf16"}
-    rows = json.loads((RESULTS / "four_gpus_h200.json").read_text())
-    (start,) = [row for row in rows if all(row[key] == value for key, value in want.items())]
-    experts = {"dsv3": 32, "q3-235b": 64, "q3-30b-ep8": 64}[shape]
-    traffic = Traffic(tokens, topk, hidden, experts)
-    found = forecast(traffic, NETWORKS["nvlink8"], 4, how, start["compute_ms"], 1)
+    (start,) = steps_in_a_graph(4, shape, schedule, "four_gpus_h200.json")
+    found = foresee(4, shape, how, start["compute_ms"])
     assert start["exchange_ms"] == pytest.approx(found.exchange_ms, rel=0.2)
     assert start["ms"] == pytest.approx(found.step_ms, rel=0.15)
 

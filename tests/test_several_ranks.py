@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from overlap_cases import ScriptedRouter
 from spawn import run_ranks
+from symm_mem_cases import MULTICAST_OFF
 from tolerance import assert_close, error
 from torch import Tensor
 
@@ -120,8 +121,7 @@ def check_ways(device_type: str) -> int:
         config = replace(BASE, fp8=fp8, deterministic=True)
         whole = compute(config, ExpertGroups(), case, device)
         truth = oracle(case)
-        of_tokens = {k: v for k, v in case.items() if k not in ("fc1", "fc2")}
-        mine = case | part(of_tokens, rank, ranks)
+        mine = part(case, rank, ranks) | {name: case[name] for name in ("fc1", "fc2")}
         for how in WAYS + (FP8_WAYS if fp8 != "off" else []):
             found = compute(replace(config, **how), groups, mine, device)
             again = compute(replace(config, **how), groups, mine, device)
@@ -151,6 +151,6 @@ def test_cpu_ranks(ranks: int) -> None:
 def test_gpus(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"fewer than {ranks} GPUs")
-    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
-    monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    for name, value in MULTICAST_OFF.items():
+        monkeypatch.setenv(name, value)
     assert run_ranks(ranks, check_ways, "cuda", backend="nccl") == [CASES] * ranks

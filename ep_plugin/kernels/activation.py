@@ -250,6 +250,7 @@ def activate_backward(
     d_probs = make(probs.shape, dtype=torch.float32, device=grads.device)
     if grads.numel():
         block = next_power_of_2(width)
+        warps = _warps(block)
         _activate_backward_kernel[(num_rows,)](
             *(grads, kept, ends if kept_scale is None else kept_scale),
             *(probs, order, order if target is None else target.at, ends, len(ends)),
@@ -262,8 +263,8 @@ def activate_backward(
             HIDDEN_BLOCKS8=BLOCK if isinstance(hidden, Blocks8) else 0,
             AT=target is not None,
             BLOCK=block,
-            num_warps=_warps(block),
-            maxnreg=_registers(_warps(block), hidden),
+            num_warps=warps,
+            maxnreg=_registers(warps, hidden),
         )
     return *found, d_probs
 
