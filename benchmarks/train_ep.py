@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ep_plugin.bench.measure import Timing
 from ep_plugin.bench.rows import Row, make_row, merge, read, write
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.parallel import ParallelConfig
 
 ROOT = Path(__file__).parents[1]

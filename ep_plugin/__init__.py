@@ -8,10 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ep_plugin.config import ConfigError, MoEConfig, RoutingConfig
+    from ep_plugin.config import MoEConfig
+    from ep_plugin.errors import ConfigError
     from ep_plugin.groups import ExpertGroups, create_expert_groups
     from ep_plugin.layer import MoELayer
     from ep_plugin.parallel import ParallelConfig
+    from ep_plugin.routing_config import RoutingConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,9 +27,9 @@ __all__ = [
 ]
 
 _HOME = {
-    "ConfigError": "config",
+    "ConfigError": "errors",
     "MoEConfig": "config",
-    "RoutingConfig": "config",
+    "RoutingConfig": "routing_config",
     "ParallelConfig": "parallel",
     "ExpertGroups": "groups",
     "create_expert_groups": "groups",

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 from ep_plugin import __version__
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 # command -> (module with add_arguments(parser) and run(args) -> int, one line of help)
 COMMANDS = {

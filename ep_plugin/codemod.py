@@ -23,7 +23,7 @@ import tokenize
 from collections.abc import Callable
 from pathlib import Path
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.pretrain_script import (
     GUARD,
     check_pretrain,

@@ -3,33 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ep_plugin.errors import (
-    BackendUnavailable,
-    ConfigError,
-    check_choice,
-    check_counts,
-    largest_divisor,
-)
-from ep_plugin.routing_config import RoutingConfig, ScoreFunction
-
-__all__ = [
-    "GATED",
-    "GRAPH_RANKS",
-    "Activation",
-    "BackendUnavailable",
-    "CheckSplits",
-    "ConfigError",
-    "DispatchDtype",
-    "Fp8",
-    "Fp8Wgrad",
-    "MoEConfig",
-    "RoutingConfig",
-    "Save",
-    "ScoreFunction",
-    "SharedExpert",
-    "check_choice",
-    "largest_divisor",
-]
+from ep_plugin.errors import ConfigError, check_choice, check_counts
+from ep_plugin.routing_config import RoutingConfig
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "relu"]
 # with a gate half, so that fc1 has twice as many outputs as fc2 has inputs

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from ep_plugin import __version__
-from ep_plugin.config import BackendUnavailable, ConfigError
+from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.registry import available, resolve
 
 KINDS = ("router", "dispatcher", "gemm", "overlap")

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ep_plugin.autotune import AutoGemm
-from ep_plugin.config import Activation, ConfigError, MoEConfig, largest_divisor
+from ep_plugin.config import Activation, MoEConfig
 from ep_plugin.contracts import Dispatched, GroupedGemm
+from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.fp8 import blockwise, rowwise
 from ep_plugin.fused_experts import Bf16, FusedExperts, Recipe, Totals
 from ep_plugin.groups import ExpertGroups

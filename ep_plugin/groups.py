@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.parallel import ParallelConfig
 
 # Its name from torch 2.14 on, where the older one warns.

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.config import MoEConfig
 from ep_plugin.contracts import Dispatcher, Router, Routing, Schedule
+from ep_plugin.errors import ConfigError
 from ep_plugin.experts import Experts
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.parallel import check_experts_over_ranks

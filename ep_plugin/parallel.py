@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ep_plugin.config import ConfigError, largest_divisor
+from ep_plugin.errors import ConfigError, largest_divisor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import ast
 import io
 from collections.abc import Iterator
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 GUARD = 'if __name__ == "__main__":'
 NO_EDIT = "`python -m ep_plugin.run SCRIPT` needs no edit"

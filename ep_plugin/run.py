@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 USAGE = """usage: [torchrun ...] python -m ep_plugin.run SCRIPT [ARGS ...]
 

@@ -10,20 +10,14 @@ import torch
 from tolerance import assert_close, error
 from torch import Tensor
 
-from ep_plugin.config import RoutingConfig
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.kernels import routing as kernel
-from ep_plugin.kernels.gate import (
-    add_product,
-    add_product_torch,
-    gate_logits,
-    split,
-    split_torch,
-)
+from ep_plugin.kernels.gate import add_product, add_product_torch, gate_logits, split, split_torch
 from ep_plugin.router import _fused
 from ep_plugin.router._capacity import keep, place_by_sequence
 from ep_plugin.router._choose import PlainChoice, choose
 from ep_plugin.router._losses import Pools, load_balancing_loss
+from ep_plugin.routing_config import RoutingConfig
 
 V3 = {"score_function": "sigmoid", "num_groups": 4, "group_topk": 2, "expert_bias": True}
 CASES: list[tuple[int, int, dict[str, Any]]] = [  # tokens, experts, settings

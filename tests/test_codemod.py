@@ -12,7 +12,7 @@ import pytest
 
 from ep_plugin.cli import main
 from ep_plugin.codemod import apply, diff, revert, rewrite
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 PATCHES = Path(__file__).parent.parent / "patches"
 PAIRS = {

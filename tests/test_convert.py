@@ -26,13 +26,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ep_plugin.cli import build_parser, main
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.command import settings_from
 from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.convert.names import Rule, match_names
 from ep_plugin.convert.stream import NewTensor
 from ep_plugin.convert.upcycling.layers import moe_layers, parse_layers
 from ep_plugin.convert.upcycling.plan import Upcycling, plan
+from ep_plugin.errors import ConfigError
 
 L, H, F, V, E = 4, 8, 12, 32, 4
 ITERATION = 30

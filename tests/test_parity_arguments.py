@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ep_plugin import cli
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.parity.arguments import comparable, expand_preset, value, without
 from ep_plugin.parity.launch import Launcher, RunFailed
 from ep_plugin.parity.layouts import ONE_RANK, Layout, parse

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ep_plugin.cli import main
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.plan.network import (
     NETWORKS,
     Forecast,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ep_plugin.cli import main
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.presets import active_params, load, megatron_arguments, presets, total_params
 from ep_plugin.presets._command import short
 from ep_plugin.presets._model import Model, Preset

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ep_plugin.config import BackendUnavailable, ConfigError
-from ep_plugin.registry import available, resolve
+from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.registry import HOME, available, resolve
 
 
 def test_options_are_the_files_of_the_folder() -> None:
@@ -47,6 +47,15 @@ def test_a_dotted_name_is_the_users_own_module(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "users", types.ModuleType("users"))
     monkeypatch.setitem(sys.modules, "users.router", module)
     assert resolve("router", "users.router")() == "built"
+
+
+def test_one_of_ours_may_be_named_in_full() -> None:
+    name = "ep_plugin.dispatcher.alltoall"
+    assert resolve("dispatcher", name) is resolve("dispatcher", "alltoall")
+
+
+def test_every_choice_is_a_folder() -> None:
+    assert all(available(kind) for kind in HOME)
 
 
 def test_a_missing_package_is_named() -> None:

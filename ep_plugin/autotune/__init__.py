@@ -17,8 +17,8 @@ from torch import Tensor
 from ep_plugin import __version__
 from ep_plugin.autotune import _times
 from ep_plugin.autotune._clock import time_on_gpu
-from ep_plugin.config import BackendUnavailable, ConfigError
 from ep_plugin.contracts import GroupedGemm
+from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.registry import available, resolve
 
 MAX_ROWS = 32768  # measured at most: beyond it the order no longer changes, and memory is short

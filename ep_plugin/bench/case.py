@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ep_plugin.bench.floors import Precision
 from ep_plugin.bench.shapes import Shape
-from ep_plugin.config import BackendUnavailable
+from ep_plugin.errors import BackendUnavailable
 
 ROUTINGS = ("balanced", "zipf", "one_empty", "half")
 SETS = 3  # of tokens and gradients, taken in turn, so that none stays in a cache

@@ -18,7 +18,7 @@ from ep_plugin.bench.floors import PRECISIONS
 from ep_plugin.bench.measure import Protocol, default_device
 from ep_plugin.bench.rows import Row, merge, read, table, write
 from ep_plugin.bench.shapes import MODELS, TINY, Shape, pick
-from ep_plugin.config import BackendUnavailable, ConfigError, check_choice
+from ep_plugin.errors import BackendUnavailable, ConfigError, check_choice
 
 EXAMPLES = """examples:
   ep-plugin bench layer --output benchmarks/results/layer_h100.json --plot layer_h100.png

@@ -9,7 +9,7 @@ from typing import Any
 from ep_plugin.bench.floors import Precision
 from ep_plugin.bench.measure import Protocol
 from ep_plugin.bench.rows import EMPTY, Row, device_name, identity
-from ep_plugin.config import BackendUnavailable, ConfigError
+from ep_plugin.errors import BackendUnavailable, ConfigError
 
 OURS = "ep_plugin"
 INSTALL = {  # what a peer's file imports

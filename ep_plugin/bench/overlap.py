@@ -32,7 +32,8 @@ from ep_plugin.bench.measure import Protocol, Step, Timing, captured
 from ep_plugin.bench.ours import as_contender, make_layer
 from ep_plugin.bench.rows import Row, make_row
 from ep_plugin.bench.shapes import Shape
-from ep_plugin.config import ConfigError, Fp8
+from ep_plugin.config import Fp8
+from ep_plugin.errors import ConfigError
 from ep_plugin.groups import ExpertGroups, create_expert_groups
 from ep_plugin.layer import MoELayer
 from ep_plugin.parallel import ParallelConfig

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ep_plugin.bench.case import SETS, Case
 from ep_plugin.bench.floors import Direction, Precision
-from ep_plugin.config import BackendUnavailable, ConfigError
 from ep_plugin.e4m3 import BLOCK
+from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.kernels import Tiles, select
 from ep_plugin.registry import available, resolve
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ep_plugin.bench.measure import Timing
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 Row = dict[str, Any]
 IDENTITY = (

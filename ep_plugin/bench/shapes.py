@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ep_plugin.config import BackendUnavailable, ConfigError
 from ep_plugin.convert import manifest, translation
 from ep_plugin.convert.conversion import is_hf
 from ep_plugin.convert.flags import add_arguments as add_arguments
@@ -24,6 +23,7 @@ from ep_plugin.convert.staging import check_free, check_room, source_request, st
 from ep_plugin.convert.stream import Source, finite
 from ep_plugin.convert.upcycling.plan import Plan, plan
 from ep_plugin.convert.upcycling.settings import Upcycling
+from ep_plugin.errors import BackendUnavailable, ConfigError
 
 PARITY_REPORT = "parity.json"
 EXAMPLES = r"""examples:

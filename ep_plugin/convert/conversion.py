@@ -16,7 +16,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.config import BackendUnavailable, ConfigError
 from ep_plugin.convert import family as families
 from ep_plugin.convert import fold, manifest
 from ep_plugin.convert.family import Family
@@ -30,6 +29,7 @@ from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, finit
 from ep_plugin.convert.translate import arguments, left_out, to_hf, to_megatron
 from ep_plugin.convert.upcycling.plan import Upcycling, plan
 from ep_plugin.convert.work import OnBytes
+from ep_plugin.errors import BackendUnavailable, ConfigError
 
 _KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
-from ep_plugin.config import GATED, ConfigError
+from ep_plugin.config import GATED
 from ep_plugin.convert.names import LayerKind
 from ep_plugin.convert.upcycling.layers import moe_layers
+from ep_plugin.errors import ConfigError
 from ep_plugin.registry import available
 
 Config = dict[str, Any]  # of config.json
@@ -104,7 +105,7 @@ class Pair:
 
 def names() -> tuple[str, ...]:
     """Return the supported values of `model_type`."""
-    return tuple(name for name in available("convert/families") if name != "megatron_gpt")
+    return tuple(name for name in available("families") if name != "megatron_gpt")
 
 
 def load(model_type: str) -> Family:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ep_plugin import presets
-from ep_plugin.config import ConfigError, ScoreFunction
 from ep_plugin.convert.upcycling.gates import Gates
 from ep_plugin.convert.upcycling.settings import MODES, RouterInit, SharedFrom, Upcycling
+from ep_plugin.errors import ConfigError
 from ep_plugin.registry import available
+from ep_plugin.routing_config import ScoreFunction
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

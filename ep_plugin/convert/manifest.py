@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin import __version__
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.stream import NewObject, NewTensor
+from ep_plugin.errors import ConfigError
 
 NAME = "manifest.json"
 

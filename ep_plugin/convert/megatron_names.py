@@ -25,9 +25,9 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.family import gated, pattern
 from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, TensorInfo
+from ep_plugin.errors import ConfigError
 
 _FC1 = re.compile(r"(.+\.linear_fc1\.weight)(_w|_v)")
 _WHOLE_FC1 = re.compile(r"decoder\.layers\.\d+\.mlp\.(.+\.)?linear_fc1\.weight")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 FIELDS = {
     "layer": r"\d+",

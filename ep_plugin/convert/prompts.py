@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.config import BackendUnavailable, ConfigError
+from ep_plugin.errors import BackendUnavailable, ConfigError
 
 MAX_SEQUENCE = 256
 Prompts = Sequence[Sequence[int]]

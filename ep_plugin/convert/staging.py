@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 MARGIN_BYTES = 64 << 20  # of free room beside the tensors: headers, metadata, the report
 _PATIENCE_S = 10  # for the workers of a run that was killed to notice

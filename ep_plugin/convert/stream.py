@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 _AT_ONCE = 1 << 22  # elements looked at together
 

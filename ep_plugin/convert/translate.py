@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.family import Config, Family, Pair, pairs, query_groups
 from ep_plugin.convert.names import compile_pattern
 from ep_plugin.convert.stream import Source, TensorInfo
+from ep_plugin.errors import ConfigError
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_LISTED = 100  # names in a message

@@ -14,7 +14,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ep_plugin.config import BackendUnavailable, ConfigError
 from ep_plugin.convert.conversion import (
     Result,
     is_hf,
@@ -29,6 +28,7 @@ from ep_plugin.convert.prompts import Prompts
 from ep_plugin.convert.report import time_expected, time_line, tokens_of
 from ep_plugin.convert.staging import check_free, check_room, source_request, staged
 from ep_plugin.convert.upcycling.plan import Upcycling
+from ep_plugin.errors import BackendUnavailable, ConfigError
 
 REPORT = "parity.json"
 EXAMPLES = r"""

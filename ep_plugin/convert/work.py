@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import torch
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.staging import Journal
+from ep_plugin.errors import ConfigError
 
 OnBytes = Callable[[int], object]  # called with a number of bytes just written
 

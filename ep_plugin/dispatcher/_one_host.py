@@ -4,7 +4,7 @@ import socket
 
 import torch.distributed as dist
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 
 def check_one_host(group: dist.ProcessGroup, dispatcher: str) -> None:

@@ -27,9 +27,10 @@ import torch
 from deep_ep import Buffer, topk_idx_t
 from torch import Tensor
 
-from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.config import MoEConfig
 from ep_plugin.contracts import Dispatched, Pending, Routing
 from ep_plugin.dispatcher._one_host import check_one_host
+from ep_plugin.errors import ConfigError
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.permute import count_choices
 

@@ -36,12 +36,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ep_plugin.config import CheckSplits, ConfigError, MoEConfig
+from ep_plugin.config import CheckSplits, MoEConfig
 from ep_plugin.contracts import Dispatched, Pending, Routing
 from ep_plugin.dispatcher._agreement import Agreement
 from ep_plugin.dispatcher._exchange import Narrow, Splits, exchange, exchange_tokens
 from ep_plugin.dispatcher._narrow import narrow_of
 from ep_plugin.dispatcher._once import Hosts, once_for_each
+from ep_plugin.errors import ConfigError
 from ep_plugin.groups import ExpertGroups, by_node, relays
 from ep_plugin.permute import RowPlan, count_choices, permute, unpermute
 

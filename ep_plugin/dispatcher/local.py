@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.config import MoEConfig
 from ep_plugin.contracts import Dispatched, Pending, Routing
+from ep_plugin.errors import ConfigError
 from ep_plugin.groups import ExpertGroups
 
 

@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ep_plugin.config import GRAPH_RANKS, ConfigError, MoEConfig
+from ep_plugin.config import GRAPH_RANKS, MoEConfig
 from ep_plugin.contracts import Dispatched, Packed, Pending, Routing
 from ep_plugin.dispatcher._link import Combine, Dispatch, Link, Plan
 from ep_plugin.dispatcher._once import Hosts
 from ep_plugin.dispatcher._shared_buffer import shared_buffer
+from ep_plugin.errors import ConfigError
 from ep_plugin.groups import ExpertGroups, all_gather_single
 from ep_plugin.permute import count_choices
 

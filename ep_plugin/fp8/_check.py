@@ -2,7 +2,7 @@
 
 import torch
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 
 def check_recipe(

@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
 from ep_plugin.contracts import GroupedGemm
+from ep_plugin.errors import ConfigError
 from ep_plugin.gemm._blocks import BLOCK, place_rows, spread
 
 try:

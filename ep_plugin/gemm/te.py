@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
 from ep_plugin.contracts import GroupedGemm
+from ep_plugin.errors import ConfigError
 
 try:
     from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
 from ep_plugin.contracts import GroupedGemm
+from ep_plugin.errors import ConfigError
 
 ALIGNMENT = 16  # bytes
 

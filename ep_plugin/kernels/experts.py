@@ -17,13 +17,7 @@ from ep_plugin.kernels.quantize import (
     transpose_blocks,
     transpose_rows,
 )
-from ep_plugin.kernels.rows import (
-    sort_choices,
-    spread_rows,
-    spread_rows8,
-    sum_pieces,
-    sum_rows,
-)
+from ep_plugin.kernels.rows import sort_choices, spread_rows, spread_rows8, sum_pieces, sum_rows
 from ep_plugin.kernels.tiles import plan_tiles
 from ep_plugin.kernels.wgrad import add_wgrad, add_wgrad8, multiply_columns
 

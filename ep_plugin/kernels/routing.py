@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.config import RoutingConfig
 from ep_plugin.kernels._launch import cdiv, next_power_of_2
 from ep_plugin.kernels._route import finish_kernel, route_backward_kernel, route_kernel
 from ep_plugin.kernels.capacity import MAX_TOKENS, POLICIES, SERVED, Capacity
+from ep_plugin.routing_config import RoutingConfig
 
 MAX_EXPERTS, MAX_TOPK = 1024, 16
 PROGRAMS = 2112  # 16 for each multiprocessor; each leaves one row of sums

@@ -3,7 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
-from ep_plugin.config import ConfigError, MoEConfig, RoutingConfig
+from ep_plugin.config import MoEConfig
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import touchpoints
 from ep_plugin.megatron.flags import BLOCK, KINDS, ROUTING, automatic
 from ep_plugin.megatron.settings import (
@@ -17,6 +18,7 @@ from ep_plugin.megatron.settings import (
 from ep_plugin.megatron.supported import check_supported
 from ep_plugin.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.registry import available, resolve
+from ep_plugin.routing_config import RoutingConfig
 
 
 def settings_from_args(args: Any) -> EdgeSettings:

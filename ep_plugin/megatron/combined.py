@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
 from ep_plugin.contracts import Dispatched, Routing, compute
+from ep_plugin.errors import ConfigError
 from ep_plugin.records import parts_of
 
 

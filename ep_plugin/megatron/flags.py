@@ -14,15 +14,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ep_plugin.config import (
     Activation,
     CheckSplits,
-    ConfigError,
     DispatchDtype,
     Fp8,
     Fp8Wgrad,
-    RoutingConfig,
     Save,
     SharedExpert,
 )
+from ep_plugin.errors import ConfigError
 from ep_plugin.registry import available
+from ep_plugin.routing_config import RoutingConfig
 
 # field -> (Megatron's argument, or None when it has none; help)
 ROUTING: dict[str, tuple[str | None, str]] = {

@@ -8,7 +8,8 @@ etp. Parts that Megatron cuts its own MoE layer into do not exist in ours.
 import sys
 from typing import Any
 
-from ep_plugin.config import GRAPH_RANKS, ConfigError
+from ep_plugin.config import GRAPH_RANKS
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import cpu
 from ep_plugin.megatron.settings import EdgeSettings
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.groups import ExpertGroups, RankGrid, by_node, dense_grid, expert_grid, rails
 from ep_plugin.parallel import ParallelConfig
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from ep_plugin import __version__
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import apex, chained, cpu, dump, saved, torch_adam, touchpoints, wheel
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 
 def refuse(error: ConfigError) -> NoReturn:

@@ -8,8 +8,8 @@ says so. Runs with experts therefore save by parameter (`fully_reshardable`).
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.formats.megatron_dist import TRACKER, open_stored
+from ep_plugin.errors import ConfigError
 
 BY_PARAMETER, BY_BUCKET = "fully_reshardable", "dp_reshardable"
 SIZES = {

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from ep_plugin.audit import Report, damaged, judge, open_stored, read_facts
 from ep_plugin.audit.facts import Facts
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.stream import Damaged, Stored
+from ep_plugin.errors import ConfigError
 
 TRAINING = "megatron.training.training"
 

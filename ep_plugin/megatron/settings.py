@@ -8,17 +8,17 @@ from ep_plugin.config import (
     GATED,
     Activation,
     CheckSplits,
-    ConfigError,
     DispatchDtype,
     Fp8,
     Fp8Wgrad,
     MoEConfig,
-    RoutingConfig,
     Save,
     SharedExpert,
 )
+from ep_plugin.errors import ConfigError
 from ep_plugin.groups import node_size
 from ep_plugin.megatron.supported import check_supported, one
+from ep_plugin.routing_config import RoutingConfig
 
 
 @dataclass(frozen=True)

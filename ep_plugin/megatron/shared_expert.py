@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 
 def build_shared_expert(config: Any, submodules: Any, pg_collection: Any, name: str | None) -> Any:

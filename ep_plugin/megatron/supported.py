@@ -6,7 +6,7 @@ behind the user's back.
 
 from typing import Any
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 # TransformerConfig field -> (legal values, the flag's name and what to write instead)
 _LEGAL: dict[str, tuple[tuple[Any, ...], str]] = {

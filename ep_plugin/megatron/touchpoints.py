@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 _TRAINING = "megatron.training"
 _UNUSABLE = (ImportError, OSError, RuntimeError)  # the latter two: a library under it does not load

@@ -21,8 +21,9 @@ from functools import partial
 
 from torch import Tensor
 
-from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.config import MoEConfig
 from ep_plugin.contracts import Block, Dispatched, PeerDispatcher, Routing, Schedule
+from ep_plugin.errors import ConfigError
 from ep_plugin.overlap._function import Call, ChunkedExperts, ThereAndBack
 from ep_plugin.overlap._in_order import in_order
 from ep_plugin.overlap._parts import Trip

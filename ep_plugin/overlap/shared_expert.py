@@ -10,8 +10,9 @@ exchange of token gradients and the wait for that. Both hide as much as the shar
 
 from torch import Tensor
 
-from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.config import MoEConfig
 from ep_plugin.contracts import Block, Routing, Schedule, combine, compute
+from ep_plugin.errors import ConfigError
 
 
 def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:

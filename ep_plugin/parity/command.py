@@ -11,14 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.parity.arguments import Arguments, comparable, expand_preset
-from ep_plugin.parity.compare import (
-    Comparison,
-    compare_gradients,
-    compare_scalars,
-    read_scalars,
-)
+from ep_plugin.parity.compare import Comparison, compare_gradients, compare_scalars, read_scalars
 from ep_plugin.parity.launch import Launcher, RunFailed
 from ep_plugin.parity.layouts import ONE_RANK, Layout, parse
 from ep_plugin.parity.tiny import shrink

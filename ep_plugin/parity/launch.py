@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.parity.layouts import Layout
 
 ERROR = "ep_plugin: error: "  # how a refused run begins its one sentence

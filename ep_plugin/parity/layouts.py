@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import lcm
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.parallel import ParallelConfig
 
 DEGREES = {

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from math import lcm
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.upcycling.layers import moe_layers, parse_layers
+from ep_plugin.errors import ConfigError
 from ep_plugin.parity.arguments import Arguments, value, without
 from ep_plugin.parity.layouts import Layout
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.plan import _fit
 from ep_plugin.plan.network import HOWS, NETWORKS, ONE_DOMAIN, Forecast, Network, Traffic, forecast
 

@@ -18,7 +18,8 @@ Assumptions:
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ep_plugin.config import GATED, ConfigError
+from ep_plugin.config import GATED
+from ep_plugin.errors import ConfigError
 from ep_plugin.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.plan.network import Traffic, received
 from ep_plugin.presets import Model, Preset, layer_params

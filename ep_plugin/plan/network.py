@@ -17,7 +17,7 @@ Assumptions, each of them optimistic unless said otherwise:
 from dataclasses import dataclass
 from math import comb
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,7 @@ import json
 import shlex
 from typing import Any
 
-from ep_plugin.presets import (
-    Preset,
-    active_params,
-    load,
-    megatron_arguments,
-    presets,
-    total_params,
-)
+from ep_plugin.presets import Preset, active_params, load, megatron_arguments, presets, total_params
 
 EXAMPLES = """examples:
   ep-plugin presets                   every preset with its parameters

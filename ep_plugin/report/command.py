@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.config import BackendUnavailable, ConfigError
+from ep_plugin.errors import BackendUnavailable, ConfigError
 
 EXAMPLES = """examples:
   ep-plugin report --run runs/quickstart

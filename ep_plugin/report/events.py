@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 TRAIN, VALIDATION = "lm loss", "lm loss validation"
 BALANCE = "load_balancing_loss"

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 GIB = 1 << 30
 VALIDATION = re.compile(r"on validation set \| lm loss value: (\S+)")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.routing_config import RoutingConfig
 
 
 def capacity(

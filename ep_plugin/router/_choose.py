@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ep_plugin.config import RoutingConfig
 from ep_plugin.router import _random
 from ep_plugin.router._losses import Pools
+from ep_plugin.routing_config import RoutingConfig
 
 NEVER = float("-inf")
 

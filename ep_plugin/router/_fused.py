@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ep_plugin.config import RoutingConfig
 from ep_plugin.kernels import routing as kernel
 from ep_plugin.kernels.capacity import Capacity
 from ep_plugin.router import _random
 from ep_plugin.router._capacity import limits
 from ep_plugin.router._losses import Pools
+from ep_plugin.routing_config import RoutingConfig
 
 fits = kernel.fits
 

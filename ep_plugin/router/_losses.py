@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_plugin.config import RoutingConfig
 from ep_plugin.groups import ExpertGroups, group_size
+from ep_plugin.routing_config import RoutingConfig
 
 NAMES = {  # scope -> name, Megatron's where it has one
     "micro_batch": "load_balancing_loss",

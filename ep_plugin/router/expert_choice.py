@@ -7,11 +7,13 @@ ones too: for encoders alone. `MoEConfig` refuses it unless forced.
 import torch
 from torch import Tensor
 
-from ep_plugin.config import ConfigError, MoEConfig, RoutingConfig
+from ep_plugin.config import MoEConfig
 from ep_plugin.contracts import Routing
+from ep_plugin.errors import ConfigError
 from ep_plugin.groups import ExpertGroups
 from ep_plugin.router._capacity import capacity, place_by_sequence
 from ep_plugin.router._gate import Gate
+from ep_plugin.routing_config import RoutingConfig
 
 # What a router of tokens has and this one has not: setting -> why.
 UNUSED = {

@@ -18,15 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from core_model import (
-    LENGTH,
-    Case,
-    batches,
-    build,
-    fill,
-    forward_step,
-    transformer_config,
-)
+from core_model import LENGTH, Case, batches, build, fill, forward_step, transformer_config
 from forked import connect, run_world
 
 LOSSES = ["load_balancing_loss", "z_loss"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import cpu, hooks, touchpoints, wheel
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from loop import MODEL, MOE, NEWEST, OURS, STOCK, launch, train
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import check_arguments, settings_from_args
 from ep_plugin.megatron.flags import add_ep_arguments
 from ep_plugin.megatron.supported import check_supported

@@ -6,7 +6,7 @@ import pytest
 from loop import MOE, OURS, ROOT, launch, train
 from test_against_megatron import TAGS, check_everything, parse
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import cpu
 from ep_plugin.megatron.arguments import settings_from_args
 from ep_plugin.megatron.settings import overlap_schedule

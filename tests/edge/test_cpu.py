@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from loop import OURS, train
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import cpu
 
 pytestmark = [

@@ -14,7 +14,7 @@ from loop import MODEL, MOE, NEWEST, OURS, RUN, SCRIPT, SHAPE
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer import TransformerConfig
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import cpu
 from ep_plugin.megatron.arguments import settings_from_args
 from ep_plugin.megatron.flags import add_ep_arguments

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ep_plugin import megatron as edge
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import cpu, hooks, touchpoints
 from ep_plugin.megatron.hooks import install, uninstall
 

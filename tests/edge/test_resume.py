@@ -8,7 +8,7 @@ import pytest
 from loop import MOE, OURS, launch
 from stored import healthy, write
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.chained import dealt
 from ep_plugin.megatron.resume import check_resumable
 from ep_plugin.report.events import read_run

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import ep_plugin.megatron
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import touchpoints
 from ep_plugin.megatron.touchpoints import (
     Touchpoint,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from loop import MOE, OURS, train
 
-from ep_plugin.config import ConfigError, MoEConfig
+from ep_plugin.config import MoEConfig
+from ep_plugin.errors import ConfigError
 from ep_plugin.layer import MoELayer
 from ep_plugin.megatron.hooks import install, uninstall
 from ep_plugin.report.events import Run

@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.family import Config, query_groups
 from ep_plugin.convert.upcycling.layers import moe_layers
+from ep_plugin.errors import ConfigError
 
 FIELDS = {
     "hidden_size": "hidden_size",

@@ -3,10 +3,10 @@
 import argparse
 from typing import Any
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.families import _config, _rows
 from ep_plugin.convert.family import Config
 from ep_plugin.convert.upcycling.layers import moe_layers
+from ep_plugin.errors import ConfigError
 
 ROWS = (
     *(_rows.EMBEDDING + _rows.LATENT_ATTENTION + _rows.DENSE + _rows.MOE_NORM),

@@ -8,9 +8,9 @@ prediction behind the last one, which transformers does not read, is left out.
 import argparse
 from typing import Any
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.families import _deepseek
 from ep_plugin.convert.family import Config, Family, Row
+from ep_plugin.errors import ConfigError
 
 
 def _to_args(config: Config) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import argparse
 from math import isclose
 from typing import Any
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.families import _config, _rows
 from ep_plugin.convert.family import Config, Family
+from ep_plugin.errors import ConfigError
 
 _KEYS = ("hidden_activation", "hidden_act")  # transformers reads the first before 5, then the other
 OWN: dict[str, Any] = {

@@ -3,10 +3,10 @@
 import argparse
 from typing import Any
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.families import _config, _rows
 from ep_plugin.convert.family import Config, Family, Row
 from ep_plugin.convert.upcycling.layers import moe_layers
+from ep_plugin.errors import ConfigError
 
 _HF, _MEGATRON = "model.layers.{layer}.block_sparse_moe.", "decoder.layers.{layer}.mlp."
 _EXPERT, _FC = _HF + "experts.{expert}.", _MEGATRON + "experts.experts.{expert}."

@@ -10,16 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.formats._mapped import map_tensor
 from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
 from ep_plugin.convert.stream import Chunk, Damaged, TensorInfo
+from ep_plugin.errors import ConfigError
 
 # What unpickling damaged bytes raises.
 DAMAGE = (

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.regions import whole
 from ep_plugin.convert.staging import Journal
 from ep_plugin.convert.stream import NewTensor, Source, TensorInfo
 from ep_plugin.convert.work import HashedFile, OnBytes, Unit, write_units
+from ep_plugin.errors import ConfigError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.formats import _dcp_writer
 from ep_plugin.convert.formats._dcp_reader import DAMAGE, Files, Reader
 from ep_plugin.convert.formats._iteration import TRACKER as TRACKER
@@ -37,6 +36,7 @@ from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
 from ep_plugin.convert.staging import Journal
 from ep_plugin.convert.stream import Damaged, NewObject, NewTensor, Source, Stored
 from ep_plugin.convert.work import write_units
+from ep_plugin.errors import ConfigError
 
 COMMON_STATE = "common_state/shard_0_1"
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.family import gated
 from ep_plugin.convert.formats._dcp_reader import DAMAGE
 from ep_plugin.convert.formats._iteration import iteration_folder
 from ep_plugin.convert.formats._opaque_pickle import OpaquePickle
 from ep_plugin.convert.stream import Source, TensorInfo
+from ep_plugin.errors import ConfigError
 
 FILE = "model_optim_rng.pt"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")

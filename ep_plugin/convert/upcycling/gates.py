@@ -25,7 +25,8 @@ is not either, bf16 included. An FFN without gate has no linear part before fc2:
 import math
 from dataclasses import dataclass
 
-from ep_plugin.config import ConfigError, RoutingConfig, ScoreFunction
+from ep_plugin.errors import ConfigError
+from ep_plugin.routing_config import RoutingConfig, ScoreFunction
 
 
 @dataclass(frozen=True, kw_only=True)

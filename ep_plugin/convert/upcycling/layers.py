@@ -3,7 +3,7 @@
 
 import ast
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 LEGAL = "legal are all, every:N, and one 0 or 1 per layer, such as [0,1,0,1] or [0]*1+[1]*3"
 

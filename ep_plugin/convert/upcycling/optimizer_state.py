@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.stream import Source
+from ep_plugin.errors import ConfigError
 
 MASTER_COPIES = ("param", "fp32_param", "master_param")
 _STATE = re.compile(r"(optimizer\.state\.(\w+)\.)(.+)")

@@ -9,7 +9,6 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from ep_plugin.config import ConfigError
 from ep_plugin.convert.families import megatron_gpt
 from ep_plugin.convert.names import Match, compile_pattern, match_names
 from ep_plugin.convert.run_arguments import new_common
@@ -19,6 +18,7 @@ from ep_plugin.convert.upcycling.entries import EntryBuilder, new_states
 from ep_plugin.convert.upcycling.experts import deviations, make_experts
 from ep_plugin.convert.upcycling.layers import moe_layers, parse_layers
 from ep_plugin.convert.upcycling.settings import Upcycling
+from ep_plugin.errors import ConfigError
 
 __all__ = ["Plan", "Upcycling", "plan"]
 

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ep_plugin.config import ConfigError, check_choice, largest_divisor
 from ep_plugin.convert.upcycling.gates import Gates
+from ep_plugin.errors import ConfigError, check_choice, largest_divisor
 from ep_plugin.registry import available
 
-MODES = "convert.upcycling.modes"
+MODES = "modes"
 RouterInit = Literal["normal", "virtual-group", "zero"]
 SharedFrom = Literal["none", "copy", "learned"]
 
