@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ep_plugin.bench.measure import Timing
 from ep_plugin.bench.rows import Row, make_row, merge, read, write
 from ep_plugin.errors import ConfigError
-from ep_plugin.parallel import ParallelConfig
+from ep_plugin.moe.parallel import ParallelConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "recipes" / "pretrain_gpt.py")

@@ -16,11 +16,11 @@ from ep_plugin.errors import BackendUnavailable, ConfigError
 
 # choice -> its folder, below ep_plugin
 HOME = {
-    "router": "router",
-    "dispatcher": "dispatcher",
-    "gemm": "gemm",
-    "fp8": "fp8",
-    "overlap": "overlap",
+    "router": "moe.router",
+    "dispatcher": "moe.dispatcher",
+    "gemm": "moe.experts.gemm",
+    "fp8": "moe.experts.fp8",
+    "overlap": "moe.schedule",
     "presets": "presets",
     "families": "convert.families",
     "formats": "convert.formats",
@@ -41,7 +41,8 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     Raises ConfigError for an unknown name, BackendUnavailable when the option's package is missing
     or does not load, as one that was built for another torch.
     """
-    name = name.removeprefix(f"ep_plugin.{kind}.")  # one of ours, in full
+    for folder in (kind, HOME[kind]):  # one of ours, in full; the first is its public name
+        name = name.removeprefix(f"ep_plugin.{folder}.")
     if "." not in name and name not in available(kind):
         raise ConfigError(f"unknown {kind} {name!r}; choose from {', '.join(available(kind))}")
     path = f"ep_plugin.{HOME[kind]}.{name}" if "." not in name else name

@@ -83,6 +83,6 @@ def test_a_fork_that_refuses_our_products_is_named(monkeypatch: pytest.MonkeyPat
     fork = types.ModuleType("deep_gemm")
     fork._C = module_of_tvm()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deep_gemm", fork)
-    monkeypatch.delitem(sys.modules, "ep_plugin.gemm.deepgemm", raising=False)
+    monkeypatch.delitem(sys.modules, "ep_plugin.moe.experts.gemm.deepgemm", raising=False)
     with pytest.raises(BackendUnavailable, match=r"is sgl-deep-gemm, .* DeepGEMM would do"):
         resolve("gemm", "deepgemm")

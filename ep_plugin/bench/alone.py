@@ -9,9 +9,9 @@ from torch import Tensor
 from ep_plugin.bench.case import SETS, Case
 from ep_plugin.bench.covered import spans_of
 from ep_plugin.bench.measure import Protocol
-from ep_plugin.contracts import Dispatched, Routing, combine, dispatch
-from ep_plugin.layer import MoELayer
-from ep_plugin.overlap.chunked import exchange_alone
+from ep_plugin.moe.interfaces import Dispatched, Routing, combine, dispatch
+from ep_plugin.moe.layer import MoELayer
+from ep_plugin.moe.schedule.chunked import exchange_alone
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from ep_plugin.bench.contest import OURS, Contest
 from ep_plugin.bench.measure import copy_bandwidth
 from ep_plugin.bench.rows import Row, make_row
 from ep_plugin.bench.shapes import Shape
-from ep_plugin.config import MoEConfig
-from ep_plugin.groups import ExpertGroups
-from ep_plugin.kernels import gate, select
-from ep_plugin.router.topk import TopKRouter
-from ep_plugin.routing_config import RoutingConfig
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.kernels import gate, select
+from ep_plugin.moe.router.topk import TopKRouter
+from ep_plugin.moe.routing_config import RoutingConfig
 
 Arguments = tuple[Any, ...]
 Step = tuple[Callable[..., Any], list[Arguments]]  # and its arguments, for each set

@@ -5,10 +5,10 @@ from typing import Any, get_args
 
 from ep_plugin.bench.case import Case, Contender
 from ep_plugin.bench.floors import Precision
-from ep_plugin.config import Fp8, MoEConfig, Save
-from ep_plugin.groups import ExpertGroups
-from ep_plugin.layer import MoELayer
-from ep_plugin.routing_config import RoutingConfig
+from ep_plugin.moe.config import Fp8, MoEConfig, Save
+from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.layer import MoELayer
+from ep_plugin.moe.routing_config import RoutingConfig
 
 SAVES: tuple[Save, ...] = ("bf16", "fp8")
 AUX_LOSS = 0.01  # its cost is part of a training step; Megatron's layer has it too

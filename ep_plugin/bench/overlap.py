@@ -32,11 +32,11 @@ from ep_plugin.bench.measure import Protocol, Step, Timing, captured
 from ep_plugin.bench.ours import as_contender, make_layer
 from ep_plugin.bench.rows import Row, make_row
 from ep_plugin.bench.shapes import Shape
-from ep_plugin.config import Fp8
 from ep_plugin.errors import ConfigError
-from ep_plugin.groups import ExpertGroups, create_expert_groups
-from ep_plugin.layer import MoELayer
-from ep_plugin.parallel import ParallelConfig
+from ep_plugin.moe.config import Fp8
+from ep_plugin.moe.groups import ExpertGroups, create_expert_groups
+from ep_plugin.moe.layer import MoELayer
+from ep_plugin.moe.parallel import ParallelConfig
 
 DISPATCHERS: dict[str, dict[str, Any]] = {
     "alltoall": {"dispatcher": "alltoall"},

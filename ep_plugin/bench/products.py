@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ep_plugin.bench.case import SETS, Case
 from ep_plugin.bench.floors import Direction, Precision
-from ep_plugin.e4m3 import BLOCK
 from ep_plugin.errors import BackendUnavailable, ConfigError
-from ep_plugin.kernels import Tiles, select
+from ep_plugin.moe.e4m3 import BLOCK
+from ep_plugin.moe.kernels import Tiles, select
 from ep_plugin.registry import available, resolve
 
 
@@ -59,7 +59,7 @@ Maker = Callable[[Problem], list[Product]]
 
 
 def makers(precision: Precision) -> dict[str, Maker]:
-    """Return what makes the products of each option of `ep_plugin/gemm`, or of `ep_plugin/fp8`.
+    """Return what makes the products of each option of `moe/experts/gemm`, or of `moe/experts/fp8`.
 
     A maker raises BackendUnavailable where the option's package is missing.
     """
@@ -117,13 +117,13 @@ def _operands8(
 
 
 def by_rows(problem: Problem) -> Operands8:
-    """Return operands with one power of two for each row; see `ep_plugin.fp8.rowwise`."""
+    """Return operands with one power of two for each row; see `moe/experts/fp8/rowwise.py`."""
     ops = select(problem.weight)
     return _operands8(problem, ops.quantize_weight, ops.quantize_rows, ops.transpose_rows)
 
 
 def by_blocks(problem: Problem) -> Operands8:
-    """Return operands with one for each 128 of a sum; see `ep_plugin.fp8.blockwise`."""
+    """Return operands with one for each 128 of a sum; see `ep_plugin.moe.experts.fp8.blockwise`."""
     ops, (_, outputs, inputs) = select(problem.weight), problem.weight.shape
     if inputs % BLOCK or outputs % BLOCK:
         raise ConfigError(f"fp8 blockwise needs multiples of {BLOCK}, not {inputs}, {outputs}")

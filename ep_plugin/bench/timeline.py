@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ep_plugin.contracts import Pending
-from ep_plugin.layer import MoELayer
+from ep_plugin.moe.interfaces import Pending
+from ep_plugin.moe.layer import MoELayer
 
 STEPS = 2
 NETWORK = "network"

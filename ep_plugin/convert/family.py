@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
-from ep_plugin.config import GATED
 from ep_plugin.convert.names import LayerKind
 from ep_plugin.convert.upcycling.layers import moe_layers
 from ep_plugin.errors import ConfigError
+from ep_plugin.moe.config import GATED
 from ep_plugin.registry import available
 
 Config = dict[str, Any]  # of config.json

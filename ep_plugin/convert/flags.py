@@ -8,8 +8,8 @@ from ep_plugin import presets
 from ep_plugin.convert.upcycling.gates import Gates
 from ep_plugin.convert.upcycling.settings import MODES, RouterInit, SharedFrom, Upcycling
 from ep_plugin.errors import ConfigError
+from ep_plugin.moe.routing_config import ScoreFunction
 from ep_plugin.registry import available
-from ep_plugin.routing_config import ScoreFunction
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,6 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from ep_plugin.contracts import Routing
-from ep_plugin.layer import MoELayer
 from ep_plugin.megatron import combined
 from ep_plugin.megatron.graphs import check_graphs
 from ep_plugin.megatron.groups import adopt_groups
@@ -30,6 +28,8 @@ from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
 from ep_plugin.megatron.sharded_state import EXTRA_STATE, expert_sharded_state
 from ep_plugin.megatron.shared_expert import build_shared_expert
 from ep_plugin.megatron.tracking import RoutingTracker
+from ep_plugin.moe.interfaces import Routing
+from ep_plugin.moe.layer import MoELayer
 
 
 class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]

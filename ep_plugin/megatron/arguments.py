@@ -3,7 +3,6 @@
 from dataclasses import fields
 from typing import Any
 
-from ep_plugin.config import MoEConfig
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import touchpoints
 from ep_plugin.megatron.flags import BLOCK, KINDS, ROUTING, automatic
@@ -16,9 +15,10 @@ from ep_plugin.megatron.settings import (
     routing_config,
 )
 from ep_plugin.megatron.supported import check_supported
-from ep_plugin.parallel import ParallelConfig, check_experts_over_ranks
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.registry import available, resolve
-from ep_plugin.routing_config import RoutingConfig
 
 
 def settings_from_args(args: Any) -> EdgeSettings:

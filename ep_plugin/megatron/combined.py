@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.contracts import Dispatched, Routing, compute
 from ep_plugin.errors import ConfigError
-from ep_plugin.records import parts_of
+from ep_plugin.moe.interfaces import Dispatched, Routing, compute
+from ep_plugin.moe.records import parts_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ep_plugin.config import (
+from ep_plugin.errors import ConfigError
+from ep_plugin.moe.config import (
     Activation,
     CheckSplits,
     DispatchDtype,
@@ -20,9 +21,8 @@ from ep_plugin.config import (
     Save,
     SharedExpert,
 )
-from ep_plugin.errors import ConfigError
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.registry import available
-from ep_plugin.routing_config import RoutingConfig
 
 # field -> (Megatron's argument, or None when it has none; help)
 ROUTING: dict[str, tuple[str | None, str]] = {

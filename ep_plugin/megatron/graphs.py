@@ -8,10 +8,10 @@ etp. Parts that Megatron cuts its own MoE layer into do not exist in ours.
 import sys
 from typing import Any
 
-from ep_plugin.config import GRAPH_RANKS
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron import cpu
 from ep_plugin.megatron.settings import EdgeSettings
+from ep_plugin.moe.config import GRAPH_RANKS
 
 OUTSIDE = ("attn", "mlp")  # modules of Megatron's layers that are not ours
 WAITS = ("loop", "te", "deepgemm")  # grouped GEMMs that want row counts on the host

@@ -5,8 +5,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.groups import ExpertGroups, RankGrid, by_node, dense_grid, expert_grid, rails
-from ep_plugin.parallel import ParallelConfig
+from ep_plugin.moe.groups import ExpertGroups, RankGrid, by_node, dense_grid, expert_grid, rails
+from ep_plugin.moe.parallel import ParallelConfig
 
 ORDERS = ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp")  # Megatron's default, and --use-tp-pp-dp-mapping
 

@@ -168,7 +168,7 @@ def _with_our_weights(original: Callable[..., Any], module: Any) -> None:
 
     Megatron's schedules call it; under a loop that does not, experts quantise at every call.
     """
-    from ep_plugin.experts import Experts
+    from ep_plugin.moe.experts.experts import Experts
 
     original(module)
     for part in module.modules():

@@ -14,8 +14,8 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor, nn
 
-from ep_plugin.experts import Experts
-from ep_plugin.groups import ExpertGroups
+from ep_plugin.moe.experts.experts import Experts
+from ep_plugin.moe.groups import ExpertGroups
 
 
 def initialize_replicated(module: nn.Module, config: Any) -> None:

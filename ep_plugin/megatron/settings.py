@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ep_plugin import experts
-from ep_plugin.config import (
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.supported import check_supported, one
+from ep_plugin.moe.config import (
     GATED,
     Activation,
     CheckSplits,
@@ -15,10 +16,9 @@ from ep_plugin.config import (
     Save,
     SharedExpert,
 )
-from ep_plugin.errors import ConfigError
-from ep_plugin.groups import node_size
-from ep_plugin.megatron.supported import check_supported, one
-from ep_plugin.routing_config import RoutingConfig
+from ep_plugin.moe.experts import experts
+from ep_plugin.moe.groups import node_size
+from ep_plugin.moe.routing_config import RoutingConfig
 
 
 @dataclass(frozen=True)

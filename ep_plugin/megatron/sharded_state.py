@@ -19,8 +19,8 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
-from ep_plugin.experts import Experts
-from ep_plugin.groups import ExpertGroups, group_rank
+from ep_plugin.moe.experts.experts import Experts
+from ep_plugin.moe.groups import ExpertGroups, group_rank
 
 EXTRA_STATE = "_extra_state"
 Offset = tuple[int, int, int]  # (axis, index along it, number of pieces)

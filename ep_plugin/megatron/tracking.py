@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_plugin.contracts import Routing
+from ep_plugin.moe.interfaces import Routing
 
 # Sums over tokens that routers report, and the name of each divided by the number of tokens.
 MEANS = {

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.parallel import ParallelConfig
+from ep_plugin.moe.parallel import ParallelConfig
 
 DEGREES = {
     "tp": "--tensor-model-parallel-size",

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.parallel import ParallelConfig
+from ep_plugin.moe.parallel import ParallelConfig
 from ep_plugin.plan.memory import Memory, split_layers, stage_memory
 from ep_plugin.presets import Preset, load
 

@@ -18,9 +18,9 @@ Assumptions:
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ep_plugin.config import GATED
 from ep_plugin.errors import ConfigError
-from ep_plugin.parallel import ParallelConfig, check_experts_over_ranks
+from ep_plugin.moe.config import GATED
+from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.plan.network import Traffic, received
 from ep_plugin.presets import Model, Preset, layer_params
 

@@ -4,8 +4,8 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
-from ep_plugin.routing_config import RoutingConfig
 
 # RoutingConfig field -> Megatron's flag for it; the rest are `--ep-FIELD`.
 MEGATRON = {

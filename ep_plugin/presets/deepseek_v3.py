@@ -9,8 +9,8 @@ dropped. The bias rate is 0 for the last 500B tokens: `--moe-router-bias-update-
 
 from dataclasses import replace
 
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import LatentAttention, Model, Preset
-from ep_plugin.routing_config import RoutingConfig
 
 ROUTING = RoutingConfig(
     topk=8,

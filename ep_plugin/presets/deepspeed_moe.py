@@ -17,8 +17,8 @@ the two largest models but one; only swapped do they give its sizes, as here.
 
 from dataclasses import replace
 
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
-from ep_plugin.routing_config import RoutingConfig
 
 ROUTING = RoutingConfig(
     topk=1,

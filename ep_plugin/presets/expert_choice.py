@@ -7,8 +7,8 @@ future: published for encoders, and here only because the preset forces it.
 
 from dataclasses import replace
 
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
-from ep_plugin.routing_config import RoutingConfig
 
 ROUTING = RoutingConfig(
     topk=2, capacity_factor=2.0, capacity_rounding="floor", force_expert_choice=True

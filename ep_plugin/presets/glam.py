@@ -14,8 +14,8 @@ one of 256,000. Table 4's total of 1.7B/32E (20B) does not fit its own shape, wh
 
 from dataclasses import replace
 
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
-from ep_plugin.routing_config import RoutingConfig
 
 ROUTING = RoutingConfig(
     topk=2,

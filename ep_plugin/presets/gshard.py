@@ -12,8 +12,8 @@ parameters.
 
 from dataclasses import replace
 
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
-from ep_plugin.routing_config import RoutingConfig
 
 ROUTING = RoutingConfig(
     topk=2,

@@ -7,8 +7,8 @@ meant for fine-tuning: the one of pretraining is not published.
 
 from dataclasses import replace
 
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
-from ep_plugin.routing_config import RoutingConfig
 
 ROUTING = RoutingConfig(topk=2, aux_loss_coeff=0.02)
 MODEL = Model(

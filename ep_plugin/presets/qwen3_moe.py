@@ -7,8 +7,8 @@ balancing loss takes its fractions over all micro-batches and data-parallel rank
 
 from dataclasses import replace
 
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
-from ep_plugin.routing_config import RoutingConfig
 
 ROUTING = RoutingConfig(topk=8, aux_loss_coeff=1e-3, aux_loss_scope="global")
 SMALL = Model(

@@ -13,8 +13,8 @@ T5X: `--ep-normalize none`. T5X's loss is 2 when balanced, twice the one here:
 
 from dataclasses import replace
 
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
-from ep_plugin.routing_config import RoutingConfig
 
 ROUTING = RoutingConfig(
     topk=2,

@@ -12,10 +12,10 @@ from loop import MODEL, OURS, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ep_plugin import RoutingConfig
-from ep_plugin.config import Activation
 from ep_plugin.megatron.arguments import settings_from_args
 from ep_plugin.megatron.flags import ROUTING, add_ep_arguments, experts_per_layer
 from ep_plugin.megatron.settings import _activation, routing_config
+from ep_plugin.moe.config import Activation
 
 pytestmark = pytest.mark.megatron
 SAMPLES: dict[str, tuple[Any, str]] = {  # field -> (value, flags with what else it needs)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from loop import MOE, OURS, train
 
-from ep_plugin.config import MoEConfig
 from ep_plugin.errors import ConfigError
-from ep_plugin.layer import MoELayer
 from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.layer import MoELayer
 from ep_plugin.report.events import Run
 
 pytestmark = pytest.mark.megatron
@@ -65,7 +65,7 @@ def test_ddp_is_told_what_its_buffers_hold() -> None:
 def test_weights_are_quantised_once_a_step_under_megatron_s_schedules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ep_plugin.fp8 import rowwise
+    from ep_plugin.moe.experts.fp8 import rowwise
 
     made: list[Any] = []
     real = rowwise.prepare

@@ -9,7 +9,7 @@ from ep_plugin.bench.case import require_cuda
 from ep_plugin.bench.floors import Precision
 from ep_plugin.bench.peers._scaled import scaled_product
 from ep_plugin.bench.products import Problem, Product, by_rows
-from ep_plugin.kernels import TILE
+from ep_plugin.moe.kernels import TILE
 
 
 def build(problem: Problem, precision: Precision) -> list[Product]:

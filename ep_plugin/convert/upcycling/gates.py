@@ -26,7 +26,7 @@ import math
 from dataclasses import dataclass
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.routing_config import RoutingConfig, ScoreFunction
+from ep_plugin.moe.routing_config import RoutingConfig, ScoreFunction
 
 
 @dataclass(frozen=True, kw_only=True)
