@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from ep_plugin.bench.measure import Timing
-from ep_plugin.bench.rows import Row, make_row, merge, read, write
+from ep_plugin.commands.bench.figures import Row, make_row, merge, read, write
+from ep_plugin.commands.bench.measure import Timing
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.parallel import ParallelConfig
 

@@ -1,8 +1,9 @@
 """Expert parallelism for an existing LLM training stack.
 
 Four storeys, each using those before it: `moe` is the layer, `checkpoint` reads and writes files,
-`megatron` is the edge to Megatron, `commands` is what `ep-plugin` runs. Read `moe/interfaces.py` and
-`moe/layer.py` first. Importing this package imports nothing heavy: public names load on first use.
+`megatron` is the edge to Megatron, `commands` is what `ep-plugin` runs. Read `moe/interfaces.py`
+and `moe/layer.py` first. Importing this package imports nothing heavy: public names load on first
+use.
 """
 
 from importlib import import_module

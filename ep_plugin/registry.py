@@ -22,9 +22,9 @@ HOME = {
     "fp8": "moe.experts.fp8",
     "overlap": "moe.schedule",
     "presets": "presets",
-    "families": "convert.families",
-    "formats": "convert.formats",
-    "modes": "convert.upcycling.modes",
+    "families": "checkpoint.families",
+    "formats": "checkpoint.formats",
+    "modes": "checkpoint.adapt.modes",
 }
 
 

@@ -34,17 +34,17 @@ def install(settings: "EdgeSettings | None" = None) -> None:
 
     A Megatron we do not know is one sentence on rank 0 and exit code 2 on every rank.
     """
-    from ep_plugin.megatron import hooks
-    from ep_plugin.megatron.refusal import refuse
+    from ep_plugin.megatron.seams import install
+    from ep_plugin.megatron.seams.refusal import refuse
 
     try:
-        hooks.install(settings)
+        install.install(settings)
     except ConfigError as error:
         refuse(error)
 
 
 def uninstall() -> None:
     """Put back every attribute that `install` replaced, CPU mode included, if it did."""
-    from ep_plugin.megatron import hooks
+    from ep_plugin.megatron.seams import install
 
-    hooks.uninstall()
+    install.uninstall()

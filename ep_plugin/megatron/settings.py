@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.supported import check_supported, one
+from ep_plugin.megatron.arguments.supported import check_supported, one
 from ep_plugin.moe.config import (
     GATED,
     Activation,

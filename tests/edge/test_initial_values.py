@@ -13,8 +13,8 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
-from ep_plugin.megatron import parameters
-from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.megatron.block import parameters
+from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.layer import MoELayer

@@ -7,11 +7,11 @@ import pytest
 import torch
 from loop import MOE, OURS, train
 
+from ep_plugin.commands.report.events import Run
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.layer import MoELayer
-from ep_plugin.report.events import Run
 
 pytestmark = pytest.mark.megatron
 FP8 = ("--ep-fp8", "rowwise", "--train-iters", "6")
@@ -41,7 +41,7 @@ def test_gradients_are_summed_in_megatron_s_buffers_over_micro_batches(tmp_path:
 
 
 def test_ddp_is_told_what_its_buffers_hold() -> None:
-    from ep_plugin.megatron.parameters import MainGrads
+    from ep_plugin.megatron.block.parameters import MainGrads
 
     config = MoEConfig(hidden_size=32, ffn_hidden_size=32, num_experts=4, fp8="rowwise")
     layer, tokens = MoELayer(config), torch.randn(8, 32)

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ep_plugin.moe.kernels._capacity import place_of, queue_key, serve
 from ep_plugin.moe.kernels._launch import jit
+from ep_plugin.moe.kernels.capacity import place_of, queue_key, serve
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # divisors are at least this
 NOBODY = tl.constexpr(-(2**31))  # below the rank of any logit

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.kernels._capacity import MAX_TOKENS, POLICIES, SERVED, Capacity
 from ep_plugin.moe.kernels._launch import cdiv, next_power_of_2
 from ep_plugin.moe.kernels._route_code import finish_kernel, route_backward_kernel, route_kernel
+from ep_plugin.moe.kernels.capacity import MAX_TOKENS, POLICIES, SERVED, Capacity
 from ep_plugin.moe.routing_config import RoutingConfig
 
 MAX_EXPERTS, MAX_TOPK = 1024, 16

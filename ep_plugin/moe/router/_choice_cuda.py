@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.moe.kernels import route as kernel
-from ep_plugin.moe.kernels._capacity import Capacity
+from ep_plugin.moe.kernels.capacity import Capacity
 from ep_plugin.moe.router import _random
 from ep_plugin.moe.router._capacity import limits
 from ep_plugin.moe.router._losses import Pools

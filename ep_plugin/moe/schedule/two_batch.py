@@ -14,8 +14,9 @@ started and waited for apart; so the backward overlaps as the forward does, B be
 
 Outputs and gradients are those of two calls of the layer whose losses are added, to the bit.
 Megatron's own schedule overlaps the forward of one micro-batch with the backward of another, and
-runs a layer's steps through `ep_plugin/megatron/combined.py`. One call alone is one micro-batch: as
-an option (`overlap = two_batch`) this is the order of `serial`, and `chunked` is for inside a call.
+runs a layer's steps through `ep_plugin/megatron/block/combined.py`. One call alone is one
+micro-batch: as an option (`overlap = two_batch`) this is the order of `serial`, and `chunked` is
+for inside a call.
 
 Host syncs: those of the dispatcher, where the dispatch is started.
 """
