@@ -83,7 +83,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exited.value.code == 0
     shown = capsys.readouterr().out
-    for command, (_, summary) in COMMANDS.items():
+    for command, summary in COMMANDS.items():
         assert command in shown
         assert summary.split()[0] in shown
 

@@ -36,7 +36,7 @@ def installed_version() -> str:
 
 def supported() -> dict[str, str]:
     """Return the releases with a table: "0.19" -> the table's module."""
-    files = (Path(__file__).parent / "versions").glob("core_*.py")
+    files = (Path(__file__).parents[1] / "versions").glob("core_*.py")
     releases = sorted(tuple(map(int, file.stem.split("_")[1:])) for file in files)
     return {
         ".".join(map(str, release)): "ep_plugin.megatron.versions.core_"
