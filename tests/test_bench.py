@@ -187,7 +187,7 @@ def test_a_peer_that_breaks_does_not_end_the_run(
         (["layer", "--repeats", "0"], "--repeats must be at least 1; got 0; use 1"),
         (["layer", "--resume"], "--resume needs --output, .*"),
         (["gemm", "--cuda-graph"], "--cuda-graph is for layer and overlap; got gemm; use .*"),
-        (["layer", "--cuda-graph"], "--cuda-graph needs a CUDA device; use .*"),
+        (["layer", "--cuda-graph"], "--cuda-graph needs a CUDA device; this is cpu; use .*"),
         (["layer", "--output", "bad.json"], "bad.json: is no list of rows.*"),
     ],
 )
