@@ -23,7 +23,7 @@ class Storey(NamedTuple):
     others: str = ""
 
 
-SETTINGS = "moe.config moe.routing_config moe.parallel"
+SETTINGS = "moe.config moe.routing_config moe.rules moe.parallel"
 # The longest prefix of a module's name that stands here says what it may import. Everything may
 # import errors and registry, and what lies in its own part.
 STOREYS = {
@@ -38,7 +38,8 @@ STOREYS = {
     # storey 1: the layer; ground to top
     "moe": Storey(),
     "moe.routing_config": Storey(),
-    "moe.config": Storey("moe.routing_config"),
+    "moe.rules": Storey("moe.routing_config"),
+    "moe.config": Storey("moe.routing_config moe.rules"),
     "moe.parallel": Storey("moe.config"),
     "moe.groups": Storey(SETTINGS, "torch"),
     "moe.interfaces": Storey("", "torch"),
@@ -110,6 +111,8 @@ def imports_of(source: str) -> set[Import]:
     found: set[Import] = set()
 
     def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return  # for types alone
         if isinstance(node, ast.Import):
             found.update(Import(alias.name, lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -227,6 +230,8 @@ LIGHT = (
     ".commands.presets",
     ".megatron",
     ".megatron.arguments.spell",
+    ".megatron.arguments.table",
+    ".megatron.arguments.words",
     ".moe.config",
     ".presets",
     ".registry",

@@ -129,14 +129,23 @@ def _with_our_flags(original: Callable[..., Any], parser: Any) -> Any:
 def _with_our_checks(
     layer_class: Any, original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any
 ) -> Any:
-    from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
+    from ep_plugin.megatron.arguments.checks import (
+        check_arguments,
+        check_block,
+        check_typed,
+        settings_from_args,
+        take_typed,
+    )
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
     from ep_plugin.megatron.arguments.supported import check_supported
+    from ep_plugin.megatron.arguments.words import in_flags
     from ep_plugin.megatron.block.graphs import check_graphs
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.megatron.settings import fp8_recipe
 
+    typed = take_typed(args)
     try:
+        check_typed(args, typed)
         layer_class.settings = settings_from_args(args)
         layer_class.log_interval = args.tensorboard_log_interval
         check_arguments(args, layer_class.settings)
@@ -148,9 +157,10 @@ def _with_our_checks(
         if args.num_experts is not None:
             check_supported(args)
             check_graphs(args, layer_class.settings)
+            check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
     except ConfigError as error:
-        refuse(error)
+        refuse(ConfigError(error.spelled(in_flags(typed))))
     return validated
 
 
