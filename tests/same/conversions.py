@@ -1,4 +1,4 @@
-"""SHA-256 of every file that `ep-plugin convert` writes, and what it prints."""
+"""Every file that `ep-plugin convert` writes, by SHA-256 or as JSON, and what it prints."""
 
 import hashlib
 import re
@@ -64,8 +64,11 @@ def convert(checkout: Checkout, inputs: Path, name: str) -> dict[str, str]:
     found = {"printed": untimed(checkout.run(*command, cwd=root).check().out)}
     for path in sorted((root / name).rglob("*")):
         if path.is_file() and path.name not in LEFT_OUT:
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            found[str(path.relative_to(root / name))] = content
+            file = str(path.relative_to(root / name))
+            if path.suffix == ".json":  # as it is, so that the table shows where it differs
+                found[file] = path.read_text()
+            else:
+                found[file] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 

@@ -14,8 +14,11 @@ UPCYCLING = ("--num-experts", "4", "--topk", "2", "--dry-run", "--json")
 # name -> command; INPUTS stands for the folder of tiny checkpoints
 COMMANDS: dict[str, tuple[str, ...]] = {
     "doctor": ("doctor", "--json"),
-    "plan": ("plan", "--topk", "8", "--hidden", "2048", "--experts", "128", "--json"),
-    "plan-ib": (
+    "plan": (
+        *("plan", "--topk", "8", "--hidden", "2048", "--experts", "128", "--ep", "2", "8"),
+        "--json",
+    ),
+    "plan-fp8": (
         *("plan", "--experts", "512", "--ep", "8", "64", "--chunks", "8", "--fp8-dispatch"),
         "--json",
     ),
@@ -30,7 +33,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *UPCYCLING,
     ),
     "convert-refused": ("convert", "--from", "INPUTS/dense", "--to", "dry", "--topk", "2"),
-    "report": ("report", "--run", "run", "--experts", "4", "--json"),
+    "report-unfinished": ("report", "--run", "run", "--experts", "4", "--json"),
     "report-refused": ("report", "--run", "INPUTS", "--json"),
 }
 PARITY = (*MODEL, "--tiny", "--iterations", "1", "--layouts", "ep=2", "--device", "cpu", "--json")

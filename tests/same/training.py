@@ -101,7 +101,7 @@ RUNS = {
         2,
         f"{EP2} --ep-router expert_choice --ep-force-expert-choice on --ep-capacity-factor 1.0 "
         "--ep-overlap shared_expert --moe-shared-expert-intermediate-size 32 "
-        "--moe-aux-loss-coeff 0",
+        "--moe-aux-loss-coeff 0 --moe-z-loss-coeff 0",
     ),
     "biases": Run(2, f"{EP2} --ep-save recompute --ep-expert-activation gelu", bias=True),
     "virtual-stages-recompute": Run(
