@@ -4,39 +4,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.e4m3 import BLOCK
+from ep_plugin.moe.kernels.types import Narrow, Target, Tiles
 
 
 def select(tensor: Tensor) -> ModuleType:
     """Return `kernels._on_cuda` for a CUDA tensor, else its twin, which has the same functions."""
     return import_module(f"ep_plugin.moe.kernels.{'_on_cuda' if tensor.is_cuda else '_on_any'}")
-
-
-TILE = BLOCK  # rows; in weight gradients by blocks they share scales
-Narrow = Literal["rows", "blocks"]  # e4m3 with one scale for each row, or each 128 columns of it
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Each expert's rows in tiles of 128, the last of an expert shorter."""
-
-    expert: Tensor  # [n] int32, whose rows; -1 behind the last tile
-    row: Tensor  # [n] int32, the first of them
-    ends: Tensor  # [e] int32, the tile behind each expert's last
-
-
-@dataclass(frozen=True)
-class Target:
-    """Larger matrices that some rows are part of."""
-
-    at: Tensor  # [R] int32, the row there of each row
-    num_rows: int  # there
-    matrices: Any = None  # None before the first rows are written
 
 
 @dataclass(frozen=True)
@@ -47,7 +25,7 @@ class Rows:
     place: Tensor  # [N, C] int32 row of each choice
     ends: Tensor  # [e] int32 row behind each expert's last
     activation: str
-    ops: Any  # kernels.experts, or its twin
+    ops: Any  # kernels._on_cuda, or its twin
     target: Target | None = None  # where `activate_backward` writes, unless matrices of its own
 
     @cached_property
@@ -87,7 +65,7 @@ class Rows:
         return None
 
     def activate(self, hidden: Tensor, probs: Tensor, narrow: Narrow | None = None) -> Any:
-        """Return activation times probability [R, F]; see `kernels.experts`."""
+        """Return activation times probability [R, F]; see `kernels.activation`."""
         return self.ops.activate(hidden, probs, self.order, self.ends, self.activation, narrow)
 
     def activate_backward(

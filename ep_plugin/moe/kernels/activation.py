@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ep_plugin.moe.config import GATED
 from ep_plugin.moe.e4m3 import BLOCK, E4M3, Blocks8, Rows8
-from ep_plugin.moe.kernels import Narrow, Target
 from ep_plugin.moe.kernels._launch import jit, next_power_of_2
 from ep_plugin.moe.kernels.quantize import power_of_two_scale
+from ep_plugin.moe.kernels.types import Narrow, Target
 
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "geglu_tanh": 4}
 

@@ -11,8 +11,8 @@ from ep_plugin.moe.e4m3 import (
     WeightBlocks8,
     power_of_two_scale,
 )
-from ep_plugin.moe.kernels import TILE, Tiles
 from ep_plugin.moe.kernels._columns_torch import products, sources
+from ep_plugin.moe.kernels.types import TILE, Tiles
 
 
 def quantize_blocks(matrix: Tensor) -> Blocks8:
