@@ -160,6 +160,14 @@ class Block(Protocol):
     experts: Any  # ep_plugin.moe.experts.experts.Experts: [N, H] for what was dispatched
     shared_expert: Callable[[Tensor], Tensor] | None
 
+    def in_order(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """Dispatch, compute, combine one after another; return what a schedule returns."""
+        ...
+
+    def compute(self, inbox: Dispatched) -> Tensor:
+        """Return what the experts make of `inbox`: [N, H]; if they fail, waiting ranks are told."""
+        ...
+
 
 class Schedule(Protocol):
     """The order of a layer's verbs; no result depends on it.
@@ -212,18 +220,6 @@ class GroupedGemm(Protocol):
 def dispatch(dispatcher: Dispatcher, hidden: Tensor, routing: Routing) -> Dispatched:
     """Start and wait: the serial form of `Dispatcher.start_dispatch`."""
     return dispatcher.start_dispatch(hidden, routing).wait()
-
-
-def compute(block: Block, inbox: Dispatched) -> Tensor:
-    """Return what the experts make of `inbox`; when they fail, ranks that wait for it are told."""
-    try:
-        outbox: Tensor = block.experts(inbox)
-    except Exception:
-        agreement = getattr(block.dispatcher, "agreement", None)
-        if agreement is not None:
-            agreement.fail()
-        raise
-    return outbox
 
 
 def combine(dispatcher: Dispatcher, outbox: Tensor, inbox: Dispatched) -> Tensor:

@@ -1,6 +1,7 @@
-"""READ SECOND: the Mixture-of-Experts block, four verbs in a row.
+"""READ SECOND: the Mixture-of-Experts block: route, then dispatch, compute, combine; then merge.
 
-Route here; dispatch, experts, combine in `overlap/_in_order.py`, and in other orders beside it.
+`MoELayer.in_order` runs the three in the middle one after another; schedules (`schedule/`) run them
+in other orders.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,15 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.groups import ExpertGroups
-from ep_plugin.moe.interfaces import Dispatcher, Router, Routing, Schedule
+from ep_plugin.moe.interfaces import (
+    Dispatched,
+    Dispatcher,
+    Router,
+    Routing,
+    Schedule,
+    combine,
+    dispatch,
+)
 from ep_plugin.moe.parallel import check_experts_over_ranks
 from ep_plugin.moe.replicas import OncePerReplica
 from ep_plugin.registry import resolve
@@ -95,6 +104,24 @@ class MoELayer(nn.Module):
         num_sequences = hidden.shape[-2] if hidden.dim() > 2 else 1
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
         return self.router(tokens, num_sequences)
+
+    def in_order(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """Dispatch, compute, combine, and then the shared expert: what a schedule returns."""
+        tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
+        inbox = dispatch(self.dispatcher, tokens, routing)
+        routed = combine(self.dispatcher, self.compute(inbox), inbox)
+        return routed, None if self.shared_expert is None else self.shared_expert(hidden)
+
+    def compute(self, inbox: Dispatched) -> Tensor:
+        """Return what the experts make of `inbox`, [N, H]; if they fail, waiting ranks are told."""
+        try:
+            outbox: Tensor = self.experts(inbox)
+        except Exception:
+            agreement = getattr(self.dispatcher, "agreement", None)
+            if agreement is not None:
+                agreement.fail()
+            raise
+        return outbox
 
     def merge(self, routed: Tensor, shared: Tensor | None, hidden: Tensor) -> Tensor:
         """Return `routed` [T, H], shaped as `hidden`, and `shared` in one.

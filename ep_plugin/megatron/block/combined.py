@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.moe.interfaces import Dispatched, Routing, compute
+from ep_plugin.moe.interfaces import Dispatched, Routing
 from ep_plugin.moe.records import parts_of
 
 
@@ -82,7 +82,7 @@ def routed_experts_compute(block: Any, stand_in: Tensor, probs: Tensor) -> tuple
         for tensor in (*used, *parts_of(inbox.narrow)):
             tensor.record_stream(torch.cuda.current_stream())
     tokens = _Behind.apply(stand_in, inbox.tokens)
-    outbox = compute(block.layer, replace(inbox, tokens=tokens, probs=probs))
+    outbox = block.layer.compute(replace(inbox, tokens=tokens, probs=probs))
     without_tokens = replace(inbox, tokens=inbox.tokens.new_empty(0), narrow=None)
     block.under_way = replace(block.under_way, inbox=without_tokens)
     return outbox, None

@@ -5,13 +5,28 @@ back and `Start` waits for it, so that what was computed between the two hides t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.kernels import select
+
 Narrow = Callable[[Tensor], Any]  # rows [P, H] to Rows8 or Blocks8
+
+
+def narrow_of(config: MoEConfig) -> Narrow | None:
+    """Return what makes rows [P, H] narrow as the experts' recipe would; None for bf16."""
+    if config.dispatch_dtype != "fp8":
+        return None
+    return partial(_narrow, "quantize_rows" if config.fp8 == "rowwise" else "quantize_blocks")
+
+
+def _narrow(quantize: str, rows: Tensor) -> Any:
+    return getattr(select(rows), quantize)(rows)
 
 
 class Splits(NamedTuple):

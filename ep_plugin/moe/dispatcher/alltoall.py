@@ -31,8 +31,13 @@ from torch import Tensor
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import CheckSplits, MoEConfig
 from ep_plugin.moe.dispatcher._agreement import Agreement
-from ep_plugin.moe.dispatcher._exchange import Narrow, Splits, exchange, exchange_tokens
-from ep_plugin.moe.dispatcher._narrow import narrow_of
+from ep_plugin.moe.dispatcher._exchange import (
+    Narrow,
+    Splits,
+    exchange,
+    exchange_tokens,
+    narrow_of,
+)
 from ep_plugin.moe.dispatcher._once_per_rank import Hosts, once_for_each
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched, Packed, Pending, Routing

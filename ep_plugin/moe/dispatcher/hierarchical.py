@@ -39,8 +39,13 @@ from torch.nn.utils.rnn import pad_sequence
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import CheckSplits, MoEConfig
 from ep_plugin.moe.dispatcher._agreement import Agreement
-from ep_plugin.moe.dispatcher._exchange import Narrow, Splits, exchange, exchange_tokens
-from ep_plugin.moe.dispatcher._narrow import narrow_of
+from ep_plugin.moe.dispatcher._exchange import (
+    Narrow,
+    Splits,
+    exchange,
+    exchange_tokens,
+    narrow_of,
+)
 from ep_plugin.moe.dispatcher._once_per_rank import Hosts, once_for_each
 from ep_plugin.moe.groups import ExpertGroups, by_node, relays
 from ep_plugin.moe.interfaces import Dispatched, Pending, Routing

@@ -25,8 +25,8 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.interfaces import Block, Dispatched, PeerDispatcher, Routing, Schedule
 from ep_plugin.moe.schedule._chunked_experts import Call, ChunkedExperts, ThereAndBack
-from ep_plugin.moe.schedule._in_order import in_order
 from ep_plugin.moe.schedule._trip import Trip
+from ep_plugin.registry import resolve
 
 DEFAULT_CHUNKS = 2  # of the other ranks, where there are as many
 
@@ -77,7 +77,8 @@ def build(config: MoEConfig, block: Block) -> Schedule:
             "or bias = False"
         )
     if not others:
-        return in_order
+        serial: Schedule = resolve("overlap", "serial")(config, block)
+        return serial
     if block.groups.replicas is not None:
         raise ConfigError(
             f"overlap (chunked) exchanges part by part, and the {block.groups.replicas.size()} "

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ep_plugin.moe.config import MoEConfig
-from ep_plugin.moe.interfaces import Block, Dispatched, Layer, Pending, Schedule, compute
-from ep_plugin.moe.schedule._in_order import in_order
+from ep_plugin.moe.interfaces import Block, Dispatched, Layer, Pending, Schedule
+from ep_plugin.registry import resolve
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def depart(layer: Layer, hidden: Tensor) -> Batch[Dispatched]:
 def work(layer: Layer, batch: Batch[Dispatched]) -> Batch[Tensor]:
     """Wait for the tokens of `batch`, compute them and start their combine."""
     inbox = batch.pending.wait()
-    pending = layer.dispatcher.start_combine(compute(layer, inbox), inbox)
+    pending = layer.dispatcher.start_combine(layer.compute(inbox), inbox)
     return Batch(batch.hidden, batch.shared, pending)
 
 
@@ -73,4 +73,5 @@ def two_batch(layer: Layer, first: Tensor, second: Tensor) -> tuple[Tensor, Tens
 
 def build(config: MoEConfig, block: Block) -> Schedule:
     """Return the schedule of one call; every block will do."""
-    return in_order
+    serial: Schedule = resolve("overlap", "serial")(config, block)
+    return serial
