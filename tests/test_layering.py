@@ -41,7 +41,7 @@ STOREYS = {
     "moe.config": Storey("moe.routing_config"),
     "moe.parallel": Storey("moe.config"),
     "moe.groups": Storey(SETTINGS, "torch"),
-    "moe.interfaces": Storey("", "torch"),
+    "moe.interfaces": Storey("moe.groups", "torch"),
     "moe.e4m3": Storey("", "torch"),
     "moe.records": Storey("", "torch"),
     "moe.kernels": Storey(f"{SETTINGS} moe.e4m3 moe.records", "torch triton"),

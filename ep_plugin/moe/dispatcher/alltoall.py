@@ -52,8 +52,6 @@ class _Handle(NamedTuple):
 class AllToAllDispatcher:
     """Sends each row straight to the ranks that host its expert."""
 
-    swaps = True
-
     def __init__(
         self,
         num_experts: int,
@@ -81,6 +79,9 @@ class AllToAllDispatcher:
             return replace(packed.complete(received), narrow=record)
 
         return Pending(wait)
+
+    def fail(self) -> None:
+        self.agreement.fail()
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         self.agreement.before_combine()

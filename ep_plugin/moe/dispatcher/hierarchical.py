@@ -103,6 +103,9 @@ class HierarchicalDispatcher:
         tokens = exchange_tokens(rows, between, self.inter, self.narrow)
         return Pending(lambda: self._pass_on(expert_ids(), probs, tokens, leg, inside))
 
+    def fail(self) -> None:
+        self.agreement.fail()
+
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         self.agreement.before_combine()
         between, inside = inbox.handle

@@ -48,7 +48,6 @@ def _captured(tensor: Tensor) -> bool:
 class SymmetricMemoryDispatcher:
     """Stores each token in the buffers of the ranks that host its experts; sums what they leave."""
 
-    swaps = True
     narrow = None
 
     def __init__(self, num_experts: int, groups: ExpertGroups, comm_sms: int) -> None:
