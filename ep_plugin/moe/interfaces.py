@@ -42,13 +42,6 @@ class Routing:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, sums over tokens
     hidden: Tensor | None = None  # [T, H] the tokens routed, to go on with; None: as they came
 
-    def onward(self, hidden: Tensor) -> Tensor:
-        """Return `hidden` [..., H], which was routed, as the layer is to go on with it.
-
-        The gate's share of its gradient is then added where it is computed, which saves a pass.
-        """
-        return hidden if self.hidden is None else self.hidden.view_as(hidden)
-
 
 @dataclass(frozen=True)
 class Dispatched:
@@ -205,6 +198,10 @@ class Layer(Block, Protocol):
 
     def route(self, hidden: Tensor) -> Routing:
         """Route `hidden` [S, B, H] or [T, H]."""
+        ...
+
+    def onward(self, hidden: Tensor, routing: Routing) -> Tensor:
+        """Return `hidden`, which was routed, as the layer is to go on with it."""
         ...
 
     def merge(self, routed: Tensor, shared: Tensor | None, hidden: Tensor) -> Tensor:

@@ -19,8 +19,6 @@ from ep_plugin.moe.interfaces import (
     Router,
     Routing,
     Schedule,
-    combine,
-    dispatch,
     tell_failure,
 )
 from ep_plugin.moe.parallel import check_experts_over_ranks
@@ -97,7 +95,7 @@ class MoELayer(nn.Module):
         sequence, and who comes first when an expert is full.
         """
         routing = self.route(hidden)
-        hidden = routing.onward(hidden)
+        hidden = self.onward(hidden, routing)
         routed, shared = self.schedule(self, hidden, routing)
         return self.merge(routed, shared, hidden)
 
@@ -114,11 +112,18 @@ class MoELayer(nn.Module):
             self._routing_checked = True
         return routing
 
+    def onward(self, hidden: Tensor, routing: Routing) -> Tensor:
+        """Return `hidden`, which was routed, as the layer is to go on with it.
+
+        The gate's share of its gradient is then added where it is computed, which saves a pass.
+        """
+        return hidden if routing.hidden is None else routing.hidden.view_as(hidden)
+
     def in_order(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
         """Dispatch, compute, combine, and then the shared expert: what a schedule returns."""
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
-        inbox = dispatch(self.dispatcher, tokens, routing)
-        routed = combine(self.dispatcher, self.compute(inbox), inbox)
+        inbox = self.dispatcher.start_dispatch(tokens, routing).wait()
+        routed = self.dispatcher.start_combine(self.compute(inbox), inbox).wait()
         return routed, None if self.shared_expert is None else self.shared_expert(hidden)
 
     def compute(self, inbox: Dispatched) -> Tensor:

@@ -117,7 +117,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Return ([S, B, H], no bias) for `hidden_states` [S, B, H]."""
-        combined.refuse_padding(padding_mask)
+        if padding_mask is not None:
+            combined.refuse_padding(padding_mask)
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._compute, False, hidden_states), None
         return self._compute(hidden_states), None

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.moe.experts.fused import parts_of
 from ep_plugin.moe.interfaces import Dispatched, Routing
-from ep_plugin.moe.records import parts_of
 
 
 @dataclass(frozen=True)

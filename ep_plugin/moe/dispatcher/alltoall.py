@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import CheckSplits, MoEConfig
-from ep_plugin.moe.dispatcher._agreement import Agreement
+from ep_plugin.moe.dispatcher._agreement import agreement
 from ep_plugin.moe.dispatcher._exchange import (
     Narrow,
     Splits,
@@ -67,7 +67,7 @@ class AllToAllDispatcher:
         self.num_experts = num_experts
         self.dedup = dedup
         self.narrow = narrow
-        self.agreement = Agreement(self.group, check_splits)
+        self.agreement = agreement(self.group, check_splits)
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         packed = self.pack(hidden, routing)
@@ -81,17 +81,20 @@ class AllToAllDispatcher:
         return Pending(wait)
 
     def fail(self) -> None:
-        self.agreement.fail()
+        if self.agreement is not None:
+            self.agreement.fail()
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
-        self.agreement.before_combine()
+        if self.agreement is not None:
+            self.agreement.before_combine()
         handle: _Handle = inbox.handle
         back = Splits(sent=handle.splits.received, received=handle.splits.sent)
         returned = exchange(outbox, back, self.group)  # [P, H]
         return Pending(lambda: self.unpack(returned(), inbox))
 
     def pack(self, hidden: Tensor, routing: Routing) -> Packed:
-        self.agreement.begin_dispatch(hidden, routing.expert_ids, self.num_experts)
+        if self.agreement is not None:
+            self.agreement.begin_dispatch(hidden, routing.expert_ids, self.num_experts)
         pack = self._once_for_each_rank if self.dedup else self._once_for_each_choice
         return pack(hidden, routing)
 

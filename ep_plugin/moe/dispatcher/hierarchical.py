@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import CheckSplits, MoEConfig
-from ep_plugin.moe.dispatcher._agreement import Agreement
+from ep_plugin.moe.dispatcher._agreement import agreement
 from ep_plugin.moe.dispatcher._exchange import (
     Narrow,
     Splits,
@@ -86,13 +86,14 @@ class HierarchicalDispatcher:
         first = [0, *accumulate(self.sizes)][here]
         self.own = slice(first, first + self.sizes[here])  # this node's ranks in the expert group
         self.narrow = narrow
-        self.agreement = Agreement(groups.ep_etp, check_splits)
+        self.agreement = agreement(groups.ep_etp, check_splits)
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         ids = routing.expert_ids
-        self.agreement.begin_dispatch(
-            hidden, ids, self.num_experts, **{"ranks of a node": self.ranks_per_node}
-        )
+        if self.agreement is not None:
+            self.agreement.begin_dispatch(
+                hidden, ids, self.num_experts, **{"ranks of a node": self.ranks_per_node}
+            )
         wanted = self.hosts.wanted(ids)  # [T, G]
         between, inside = self._count(wanted)
         copies = once_for_each(self._by_node(wanted), sum(between.sent))
@@ -104,10 +105,12 @@ class HierarchicalDispatcher:
         return Pending(lambda: self._pass_on(expert_ids(), probs, tokens, leg, inside))
 
     def fail(self) -> None:
-        self.agreement.fail()
+        if self.agreement is not None:
+            self.agreement.fail()
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
-        self.agreement.before_combine()
+        if self.agreement is not None:
+            self.agreement.before_combine()
         between, inside = inbox.handle
         at_relay = _start_home(outbox, inside)
         return Pending(lambda: _start_home(at_relay(), between)())

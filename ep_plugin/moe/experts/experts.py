@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.moe.config import Activation, MoEConfig
-from ep_plugin.moe.experts.autotune import AutoGemm
+from ep_plugin.moe.experts import autotune
 from ep_plugin.moe.experts.fp8 import blockwise, rowwise
 from ep_plugin.moe.experts.fused import Bf16, FusedExperts, Recipe, Totals
 from ep_plugin.moe.groups import ExpertGroups
@@ -41,6 +41,11 @@ FP8: dict[str, tuple[Any, Any]] = {  # module with check and prepare, and the re
 }
 
 
+def captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is captured with `tensor` in it."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class GroupedLinear(nn.Module):
     """One linear map per local expert: weight [e, out, in], bias [e, out] or None.
 
@@ -64,14 +69,25 @@ class GroupedLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype)) if bias else None
         )
-        self.gemm: GroupedGemm | AutoGemm = AutoGemm()
+        self._gemm: GroupedGemm | None = None  # None: whatever `auto` picks
         if gemm != "auto":
-            self.gemm = resolve("gemm", gemm)(in_features, out_features, self.weight.dtype)
+            self._gemm = resolve("gemm", gemm)(in_features, out_features, self.weight.dtype)
+        self._picked: dict[Any, GroupedGemm] = {}
 
     def pick_gemm(self, num_rows: int) -> GroupedGemm:
-        """Return the backend; `auto` is settled at the first rows, since a layer may be moved."""
-        auto = self.gemm
-        return auto.pick(self.weight, num_rows) if isinstance(auto, AutoGemm) else auto
+        """Return the backend for a call with `num_rows` rows.
+
+        `auto` is settled at the first rows, and anew where the layer is moved. While a CUDA graph
+        is captured, and without rows, nothing can be measured, and it goes by a rule.
+        """
+        if self._gemm is not None:
+            return self._gemm
+        weight = self.weight
+        measured = num_rows > 0 and not captured(weight)
+        where = weight.device, weight.dtype, measured
+        if where not in self._picked:
+            self._picked[where] = autotune.pick(weight, num_rows if measured else 0)
+        return self._picked[where]
 
     def forward(self) -> Tensor:
         """Return the weight [e, out, in]."""

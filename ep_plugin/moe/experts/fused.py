@@ -19,7 +19,6 @@ from torch import Tensor
 from ep_plugin.moe.config import Save
 from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.moe.kernels import Rows
-from ep_plugin.moe.records import parts_of, whole_of
 
 Into = tuple[Tensor | None, Tensor | None]  # where the gradients of fc1 and fc2 are added
 
@@ -196,3 +195,23 @@ def hold(recipe: Recipe, hidden: Tensor, save: Save) -> Any:
     if save == "recompute":
         return None
     return hidden if save == "bf16" else recipe.narrow(hidden)
+
+
+def parts_of(value: Any) -> list[Tensor]:
+    """Return the tensors of a tensor, of a record of tensors, or of nothing."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, Tensor) else list(vars(value).values())
+
+
+def whole_of(kind: Any, parts: list[Tensor]) -> Any:
+    """Return what `parts_of` was given, of type `kind`."""
+    if kind is type(None):
+        return None
+    return parts[0] if issubclass(kind, Tensor) else kind(*parts)
+
+
+def joined(pieces: list[Any]) -> Any:
+    """Return one matrix, or record of matrices, with the rows of all pieces."""
+    tensors = [torch.cat(same) for same in zip(*map(parts_of, pieces), strict=True)]
+    return whole_of(type(pieces[0]), tensors)

@@ -6,7 +6,7 @@ Where the kernels leave rows behind the last expert's as they are, the twins hol
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.e4m3 import E4M3, Columns8, Rows8, Weight8, quantize_rows
+from ep_plugin.moe.e4m3 import E4M3, Columns8, Rows8, Weight8
 from ep_plugin.moe.kernels._columns_torch import products, sources
 from ep_plugin.moe.kernels.activation_torch import activate, activate_backward
 from ep_plugin.moe.kernels.blocks_torch import (
@@ -17,6 +17,7 @@ from ep_plugin.moe.kernels.blocks_torch import (
     quantize_weight_blocks,
     transpose_blocks,
 )
+from ep_plugin.moe.kernels.quantize_torch import quantize_rows
 from ep_plugin.moe.kernels.rows_torch import (
     count_choices,
     sort_choices,

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ep_plugin.moe.config import GATED
-from ep_plugin.moe.e4m3 import E4M3, Blocks8, Rows8, dequantize_rows, quantize_rows
+from ep_plugin.moe.e4m3 import E4M3, Blocks8, Rows8
 from ep_plugin.moe.kernels.blocks_torch import dequantize_blocks, quantize_blocks
+from ep_plugin.moe.kernels.quantize_torch import dequantize_rows, quantize_rows
 from ep_plugin.moe.kernels.types import Narrow, Target
 
 QUANTIZE: dict[Narrow, Callable[[Tensor], Any]] = {"rows": quantize_rows, "blocks": quantize_blocks}

@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 
 from ep_plugin.moe.config import Save
-from ep_plugin.moe.experts.fused import Recipe, Totals, delivered, hold, take
+from ep_plugin.moe.experts.fused import (
+    Recipe,
+    Totals,
+    delivered,
+    hold,
+    joined,
+    parts_of,
+    take,
+    whole_of,
+)
 from ep_plugin.moe.kernels import Rows, plan
-from ep_plugin.moe.records import joined, parts_of, whole_of
 from ep_plugin.moe.rows import count_choices
 from ep_plugin.moe.schedule._chunked_gradients import AtOnce, PartByPart
 from ep_plugin.moe.schedule._trip import Part, Trip, collected, set_out

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.experts.fused import Recipe
+from ep_plugin.moe.experts.fused import Recipe, parts_of, whole_of
 from ep_plugin.moe.interfaces import Pending
 from ep_plugin.moe.kernels import Rows
 from ep_plugin.moe.kernels.types import Target
-from ep_plugin.moe.records import parts_of, whole_of
 from ep_plugin.moe.schedule._trip import Part, Trip, as_bytes, collected
 
 

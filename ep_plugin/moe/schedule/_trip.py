@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ep_plugin.moe.experts.fused import parts_of, whole_of
 from ep_plugin.moe.interfaces import Packed, PeerDispatcher, Pending
 from ep_plugin.moe.kernels import select
-from ep_plugin.moe.records import parts_of, whole_of
 
 
 @dataclass(frozen=True, eq=False)

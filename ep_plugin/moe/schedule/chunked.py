@@ -28,7 +28,6 @@ from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.interfaces import Block, Dispatched, PeerDispatcher, Routing, Schedule
 from ep_plugin.moe.schedule._chunked_experts import Call, ChunkedExperts, ThereAndBack
 from ep_plugin.moe.schedule._trip import Trip
-from ep_plugin.registry import resolve
 
 DEFAULT_CHUNKS = 2  # of the other ranks, where there are as many
 
@@ -79,8 +78,7 @@ def build(config: MoEConfig, block: Block) -> Schedule:
             "or bias = False"
         )
     if not others:
-        serial: Schedule = resolve("overlap", "serial")(config, block)
-        return serial
+        return type(block).in_order
     if block.groups.replicas is not None:
         raise ConfigError(
             f"overlap (chunked) exchanges part by part, and the {block.groups.replicas.size()} "

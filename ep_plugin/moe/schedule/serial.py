@@ -1,16 +1,9 @@
-"""One verb after another; nothing is hidden."""
-
-from torch import Tensor
+"""One verb after another, each exchange waited for where it is started; nothing is hidden."""
 
 from ep_plugin.moe.config import MoEConfig
-from ep_plugin.moe.interfaces import Block, Routing, Schedule
-
-
-def serial(block: Block, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
-    """Wait for each exchange where it is started."""
-    return block.in_order(hidden, routing)
+from ep_plugin.moe.interfaces import Block, Schedule
 
 
 def build(config: MoEConfig, block: Block) -> Schedule:
     """Return the schedule; every block will do."""
-    return serial
+    return type(block).in_order

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.interfaces import Block, Dispatched, Layer, Pending, Schedule
-from ep_plugin.registry import resolve
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Batch[Result]:
 def depart(layer: Layer, hidden: Tensor) -> Batch[Dispatched]:
     """Route `hidden` and start its dispatch; the shared expert runs while tokens travel."""
     routing = layer.route(hidden)
-    hidden = routing.onward(hidden)
+    hidden = layer.onward(hidden, routing)
     tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
     pending = layer.dispatcher.start_dispatch(tokens, routing)
     shared = None if layer.shared_expert is None else layer.shared_expert(hidden)
@@ -73,5 +72,4 @@ def two_batch(layer: Layer, first: Tensor, second: Tensor) -> tuple[Tensor, Tens
 
 def build(config: MoEConfig, block: Block) -> Schedule:
     """Return the schedule of one call; every block will do."""
-    serial: Schedule = resolve("overlap", "serial")(config, block)
-    return serial
+    return type(block).in_order

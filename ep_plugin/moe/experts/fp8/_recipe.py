@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from ep_plugin.moe.e4m3 import Weight8, WeightBlocks8
+from ep_plugin.moe.experts.fused import joined
 from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.moe.kernels import Rows
 from ep_plugin.moe.kernels.types import Narrow
-from ep_plugin.moe.records import joined
 
 
 @dataclass(frozen=True)
