@@ -213,7 +213,7 @@ def test_what_a_schedule_cannot_do_is_refused(
 
 def test_more_chunks_than_other_ranks_are_refused() -> None:
     class Peers:
-        narrow = None
+        wire_format = None
         start_dispatch = start_combine = pack = swap = unpack = print
 
     class WithSwaps(Block):

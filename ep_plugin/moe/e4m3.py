@@ -43,7 +43,7 @@ class Weight8:
 class Columns8:
     """Rows of all experts, transposed, in e4m3: value = data * scale of the column's expert.
 
-    Each expert's columns are padded with zeros to a multiple of 128; see `kernels.Tiles`.
+    Each expert's columns are padded with zeros to a multiple of 128; see `kernels.types.Tiles`.
     """
 
     data: Tensor  # [X, P] e4m3
@@ -58,7 +58,7 @@ class Blocks8:
     scale: Tensor  # [R, X / 128] fp32, powers of two
 
 
-Narrow8 = TypeVar("Narrow8", Rows8, Blocks8)
+Values8 = TypeVar("Values8", Rows8, Blocks8)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Dispatched:
     num_rows: int | None = None  # choices that are not -1, where the host knows
     # Tokens that travelled in e4m3 (Rows8, Blocks8); `tokens` then has no values of its own and
     # stands for them where gradients go.
-    narrow: Any = None
+    tokens8: Any = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class PeerDispatcher(Dispatcher, Protocol):
     first.
     """
 
-    narrow: Callable[[Tensor], Any] | None  # what tokens [P, H] travel as, where it is not bf16
+    wire_format: Callable[[Tensor], Any] | None  # makes what tokens [P, H] travel as; None: bf16
 
     def pack(self, hidden: Tensor, routing: Routing) -> Packed:
         """Sort `hidden` [T, H] by destination and exchange numbers, experts, probabilities."""
@@ -193,7 +193,7 @@ class Schedule(Protocol):
         ...
 
 
-class Layer(Block, Protocol):
+class RoutedBlock(Block, Protocol):
     """A layer with its router, for what runs several calls of it at a time."""
 
     def route(self, hidden: Tensor) -> Routing:

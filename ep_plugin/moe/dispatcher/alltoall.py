@@ -32,11 +32,11 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import CheckSplits, MoEConfig
 from ep_plugin.moe.dispatcher._agreement import agreement
 from ep_plugin.moe.dispatcher._exchange import (
-    Narrow,
     Splits,
+    WireFormat,
     exchange,
     exchange_tokens,
-    narrow_of,
+    wire_format_of,
 )
 from ep_plugin.moe.dispatcher._once_per_rank import Hosts, once_for_each
 from ep_plugin.moe.groups import ExpertGroups
@@ -57,7 +57,7 @@ class AllToAllDispatcher:
         num_experts: int,
         groups: ExpertGroups,
         dedup: bool = False,
-        narrow: Narrow | None = None,
+        wire_format: WireFormat | None = None,
         check_splits: CheckSplits = "first",
     ) -> None:
         assert groups.ep_etp is not None
@@ -66,17 +66,17 @@ class AllToAllDispatcher:
         self.etp_size = groups.etp_size
         self.num_experts = num_experts
         self.dedup = dedup
-        self.narrow = narrow
+        self.wire_format = wire_format
         self.agreement = agreement(self.group, check_splits)
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         packed = self.pack(hidden, routing)
         splits = Splits(packed.sent, packed.received)
-        tokens = exchange_tokens(packed.outgoing, splits, self.group, self.narrow)
+        tokens = exchange_tokens(packed.outgoing, splits, self.group, self.wire_format)
 
         def wait() -> Dispatched:
             received, record = tokens()
-            return replace(packed.complete(received), narrow=record)
+            return replace(packed.complete(received), tokens8=record)
 
         return Pending(wait)
 
@@ -199,5 +199,9 @@ def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
             f"etp = {groups.etp_size} without one; use dispatcher 'local'"
         )
     return AllToAllDispatcher(
-        config.num_experts, groups, config.dispatch_dedup, narrow_of(config), config.check_splits
+        config.num_experts,
+        groups,
+        config.dispatch_dedup,
+        wire_format_of(config),
+        config.check_splits,
     )

@@ -40,11 +40,11 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import CheckSplits, MoEConfig
 from ep_plugin.moe.dispatcher._agreement import agreement
 from ep_plugin.moe.dispatcher._exchange import (
-    Narrow,
     Splits,
+    WireFormat,
     exchange,
     exchange_tokens,
-    narrow_of,
+    wire_format_of,
 )
 from ep_plugin.moe.dispatcher._once_per_rank import Hosts, once_for_each
 from ep_plugin.moe.groups import ExpertGroups, by_node, relays
@@ -67,7 +67,7 @@ class HierarchicalDispatcher:
         self,
         num_experts: int,
         groups: ExpertGroups,
-        narrow: Narrow | None = None,
+        wire_format: WireFormat | None = None,
         check_splits: CheckSplits = "first",
     ) -> None:
         assert groups.ep_etp is not None
@@ -85,7 +85,7 @@ class HierarchicalDispatcher:
         here = next(i for i, node in enumerate(nodes) if rank in node)
         first = [0, *accumulate(self.sizes)][here]
         self.own = slice(first, first + self.sizes[here])  # this node's ranks in the expert group
-        self.narrow = narrow
+        self.wire_format = wire_format
         self.agreement = agreement(groups.ep_etp, check_splits)
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
@@ -101,7 +101,7 @@ class HierarchicalDispatcher:
         expert_ids = exchange(ids[copies.token], between, self.inter)
         probs = exchange(permute(routing.probs, copies.plan), between, self.inter)
         rows = permute(hidden, copies.plan)  # [P, H]
-        tokens = exchange_tokens(rows, between, self.inter, self.narrow)
+        tokens = exchange_tokens(rows, between, self.inter, self.wire_format)
         return Pending(lambda: self._pass_on(expert_ids(), probs, tokens, leg, inside))
 
     def fail(self) -> None:
@@ -128,15 +128,15 @@ class HierarchicalDispatcher:
         plan, token, destination = once_for_each(wanted, sum(splits.sent))
         chosen = self.hosts.local(expert_ids[token], destination + self.own.start)  # [P, K]
         at_relay, record = tokens()  # before the exchanges below, so that no two legs compete
-        narrow = None if record is None else lambda _: _rows_of(record, token)
+        wire_format = None if record is None else lambda _: _rows_of(record, token)
         local_ids = exchange(chosen, splits, self.intra)
         local_probs = exchange(permute(probs(), plan).where(chosen >= 0, 0), splits, self.intra)
-        received = exchange_tokens(permute(at_relay, plan), splits, self.intra, narrow)
+        received = exchange_tokens(permute(at_relay, plan), splits, self.intra, wire_format)
         ids = local_ids()  # [N, K]
         counts = count_choices(ids, self.hosts.experts)
         handle = between, _Leg(plan, splits, self.intra)
         arrived, arrived_record = received()
-        return Dispatched(*(arrived, ids, local_probs(), counts, handle), narrow=arrived_record)
+        return Dispatched(*(arrived, ids, local_probs(), counts, handle), tokens8=arrived_record)
 
     def _by_node(self, wanted: Tensor) -> Tensor:
         """Return [T, D] bool: whether a node has any of the ranks that are `wanted` [T, G]."""
@@ -191,5 +191,5 @@ def build(config: MoEConfig, groups: ExpertGroups) -> HierarchicalDispatcher:
             "ranks_per_node=8) or dispatcher 'alltoall'"
         )
     return HierarchicalDispatcher(
-        config.num_experts, groups, narrow_of(config), config.check_splits
+        config.num_experts, groups, wire_format_of(config), config.check_splits
     )

@@ -162,7 +162,7 @@ class Experts(nn.Module):
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
                 *(self.recipes(len(planned.order))(planned), self.config.save, self.totals),
-                inbox.narrow,
+                inbox.tokens8,
             )
             return output
         ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]

@@ -55,7 +55,7 @@ class Recipe(Protocol):
         """Return the sum [N, H] over each token's outputs."""
         ...
 
-    def narrow(self, hidden: Tensor) -> Any:
+    def held(self, hidden: Tensor) -> Any:
         """Return `hidden` in e4m3, as save = fp8 keeps it."""
         ...
 
@@ -105,7 +105,7 @@ class Bf16:
         active = self.rows.activate(hidden, probs)
         return self.rows.sum(self.gemm.forward(active, fc2, self.rows.ends))
 
-    def narrow(self, hidden: Tensor) -> Any:
+    def held(self, hidden: Tensor) -> Any:
         return self.rows.ops.quantize_rows(hidden)
 
     def incoming(self, grads: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class Bf16:
 class FusedExperts(torch.autograd.Function):
     """tokens [N, H], probs [N, C], weights [e, out, in] -> [N, H].
 
-    `narrow` are the tokens as the recipe would keep them, where they came so.
+    `tokens8` are the tokens as the recipe would keep them, where they came so.
     """
 
     @staticmethod
@@ -148,9 +148,9 @@ class FusedExperts(torch.autograd.Function):
         recipe: Recipe,
         save: Save,
         totals: Totals | None,
-        narrow: Any,
+        tokens8: Any,
     ) -> Tensor:
-        probs, kept = probs.contiguous(), recipe.keep(tokens) if narrow is None else narrow
+        probs, kept = probs.contiguous(), recipe.keep(tokens) if tokens8 is None else tokens8
         hidden = recipe.first(kept, fc1)
         output, held = recipe.second(hidden, probs, fc2), hold(recipe, hidden, save)
         ctx.recipe, ctx.totals, ctx.kinds = recipe, totals, (type(kept), type(held))
@@ -194,7 +194,7 @@ def hold(recipe: Recipe, hidden: Tensor, save: Save) -> Any:
     """Return what `save` holds of the pre-activations."""
     if save == "recompute":
         return None
-    return hidden if save == "bf16" else recipe.narrow(hidden)
+    return hidden if save == "bf16" else recipe.held(hidden)
 
 
 def parts_of(value: Any) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.kernels.types import Narrow, Target, Tiles
+from ep_plugin.moe.kernels.types import Scales, Target, Tiles
 
 
 def select(tensor: Tensor) -> ModuleType:
@@ -64,16 +64,16 @@ class Rows:
             into += gemm.wgrad(grads, rows, self.ends)
         return None
 
-    def activate(self, hidden: Tensor, probs: Tensor, narrow: Narrow | None = None) -> Any:
+    def activate(self, hidden: Tensor, probs: Tensor, scales: Scales | None = None) -> Any:
         """Return activation times probability [R, F]; see `kernels.activation`."""
-        return self.ops.activate(hidden, probs, self.order, self.ends, self.activation, narrow)
+        return self.ops.activate(hidden, probs, self.order, self.ends, self.activation, scales)
 
     def activate_backward(
-        self, grads: Tensor, hidden: Any, probs: Tensor, narrow: Narrow | None = None
+        self, grads: Tensor, hidden: Any, probs: Tensor, scales: Scales | None = None
     ) -> tuple[Any, Any, Tensor]:
         """Return gradients of `hidden`, the activation again, gradients of `probs`."""
         found: tuple[Any, Any, Tensor] = self.ops.activate_backward(
-            grads, hidden, probs, self.order, self.ends, self.activation, narrow, self.target
+            grads, hidden, probs, self.order, self.ends, self.activation, scales, self.target
         )
         return found
 

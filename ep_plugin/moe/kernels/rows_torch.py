@@ -6,7 +6,7 @@ Where the kernels leave rows behind the last expert's as they are, the twins hol
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.e4m3 import E4M3, Narrow8
+from ep_plugin.moe.e4m3 import E4M3, Values8
 
 
 def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
@@ -52,8 +52,8 @@ def spread_rows(
 
 
 def spread_rows8(
-    tokens: Narrow8, place: Tensor, ends: Tensor, num_rows: int | None = None
-) -> Narrow8:
+    tokens: Values8, place: Tensor, ends: Tensor, num_rows: int | None = None
+) -> Values8:
     """Do as `spread_rows` for tokens in e4m3."""
     planned, scale = (place, ends, num_rows), tokens.scale
     data = spread_rows(tokens.data.view(torch.uint8), *planned).view(E4M3)

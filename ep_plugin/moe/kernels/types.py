@@ -8,7 +8,7 @@ from torch import Tensor
 from ep_plugin.moe.e4m3 import BLOCK
 
 TILE = BLOCK  # rows; in weight gradients by blocks they share scales
-Narrow = Literal["rows", "blocks"]  # e4m3 with one scale for each row, or each 128 columns of it
+Scales = Literal["rows", "blocks"]  # e4m3 with one scale for each row, or each 128 columns of it
 
 
 @dataclass(frozen=True)
