@@ -49,13 +49,13 @@ from ep_plugin.moe.dispatcher._exchange import (
 from ep_plugin.moe.dispatcher._once_per_rank import Hosts, once_for_each
 from ep_plugin.moe.groups import ExpertGroups, by_node, relays
 from ep_plugin.moe.interfaces import Dispatched, Pending, Routing
-from ep_plugin.moe.rows import RowPlan, count_choices, permute, unpermute
+from ep_plugin.moe.rows import Rows, count_choices, permute, unpermute
 
 
 class _Leg(NamedTuple):
     """One exchange, as combine needs it for the way back."""
 
-    plan: RowPlan  # of the rows sent
+    rows: Rows  # those sent
     splits: Splits
     group: dist.ProcessGroup
 
@@ -97,10 +97,10 @@ class HierarchicalDispatcher:
         wanted = self.hosts.wanted(ids)  # [T, G]
         between, inside = self._count(wanted)
         copies = once_for_each(self._by_node(wanted), sum(between.sent))
-        leg = _Leg(copies.plan, between, self.inter)
+        leg = _Leg(copies.rows, between, self.inter)
         expert_ids = exchange(ids[copies.token], between, self.inter)
-        probs = exchange(permute(routing.probs, copies.plan), between, self.inter)
-        rows = permute(hidden, copies.plan)  # [P, H]
+        probs = exchange(permute(routing.probs, copies.rows), between, self.inter)
+        rows = permute(hidden, copies.rows)  # [P, H]
         tokens = exchange_tokens(rows, between, self.inter, self.wire_format)
         return Pending(lambda: self._pass_on(expert_ids(), probs, tokens, leg, inside))
 
@@ -125,16 +125,16 @@ class HierarchicalDispatcher:
     ) -> Dispatched:
         """Send what comes over the rail, [M, K] and [M, H], to the ranks of this node."""
         wanted = self.hosts.wanted(expert_ids)[:, self.own]
-        plan, token, destination = once_for_each(wanted, sum(splits.sent))
+        where, token, destination = once_for_each(wanted, sum(splits.sent))
         chosen = self.hosts.local(expert_ids[token], destination + self.own.start)  # [P, K]
         at_relay, record = tokens()  # before the exchanges below, so that no two legs compete
         wire_format = None if record is None else lambda _: _rows_of(record, token)
         local_ids = exchange(chosen, splits, self.intra)
-        local_probs = exchange(permute(probs(), plan).where(chosen >= 0, 0), splits, self.intra)
-        received = exchange_tokens(permute(at_relay, plan), splits, self.intra, wire_format)
+        local_probs = exchange(permute(probs(), where).where(chosen >= 0, 0), splits, self.intra)
+        received = exchange_tokens(permute(at_relay, where), splits, self.intra, wire_format)
         ids = local_ids()  # [N, K]
         counts = count_choices(ids, self.hosts.experts)
-        handle = between, _Leg(plan, splits, self.intra)
+        handle = between, _Leg(where, splits, self.intra)
         arrived, arrived_record = received()
         return Dispatched(*(arrived, ids, local_probs(), counts, handle), tokens8=arrived_record)
 
@@ -168,7 +168,7 @@ def _start_home(rows: Tensor, leg: _Leg) -> Callable[[], Tensor]:
     """Start sending `rows` back along `leg`; the function returned sums them where they split."""
     sent, received = leg.splits
     returned = exchange(rows, Splits(sent=received, received=sent), leg.group)
-    return lambda: unpermute(returned(), leg.plan)
+    return lambda: unpermute(returned(), leg.rows)
 
 
 def _rows_of(record: Any, rows: Tensor) -> Any:

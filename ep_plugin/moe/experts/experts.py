@@ -14,8 +14,7 @@ from ep_plugin.moe.experts.fp8 import blockwise, rowwise
 from ep_plugin.moe.experts.fused import Bf16, FusedExperts, Recipe, Totals
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched, GroupedGemm
-from ep_plugin.moe.kernels import Rows, plan
-from ep_plugin.moe.rows import permute, plan_rows, unpermute
+from ep_plugin.moe.rows import ExpertRows, expert_rows, permute, rows_of, unpermute
 from ep_plugin.registry import resolve
 
 
@@ -158,15 +157,15 @@ class Experts(nn.Module):
         saves_less = self.config.save != "bf16"
         if fc1.bias is None and (self.fp8 or saves_less or inbox.tokens.is_cuda):
             choices = inbox.expert_ids, inbox.tokens_per_expert
-            planned = plan(*choices, self.config.activation, inbox.num_rows)
+            rows = expert_rows(*choices, self.config.activation, inbox.num_rows)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
-                *(self.recipes(len(planned.order))(planned), self.config.save, self.totals),
+                *(self.recipes(len(rows.order))(rows), self.config.save, self.totals),
                 inbox.tokens8,
             )
             return output
-        ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
-        moves = plan_rows(inbox.expert_ids, self.num_local_experts)
+        moves = rows_of(inbox.expert_ids, inbox.tokens_per_expert)
+        ends = moves.ends
         probs = inbox.probs.flatten()[moves.order].unsqueeze(1)  # [R, 1]
         expert = torch.searchsorted(ends, torch.arange(len(probs), device=ends.device), right=True)
         expert = expert.clamp(max=self.num_local_experts - 1)  # [R]; rows of absent choices: any
@@ -180,7 +179,7 @@ class Experts(nn.Module):
             rows = rows + (bias * probs).to(rows.dtype)
         return unpermute(rows, moves)
 
-    def recipes(self, num_rows: int) -> Callable[[Rows], Recipe]:
+    def recipes(self, num_rows: int) -> Callable[[ExpertRows], Recipe]:
         """Return what makes the recipe of some of a call's `num_rows` rows, or of all of them."""
         wgrad8 = self.config.fp8_wgrad == "fp8"
         kind: Any = FP8[self.config.fp8][1] if self.fp8 else Bf16

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ep_plugin.moe.config import Save
 from ep_plugin.moe.interfaces import GroupedGemm
-from ep_plugin.moe.kernels import Rows
+from ep_plugin.moe.rows import ExpertRows
 
 Into = tuple[Tensor | None, Tensor | None]  # where the gradients of fc1 and fc2 are added
 
@@ -41,7 +41,7 @@ class Recipe(Protocol):
 
     has_own_products: bool
     takes_pieces: bool  # fc1_grads takes what is kept of several pieces of the tokens as a list
-    rows: Rows
+    rows: ExpertRows
 
     def keep(self, tokens: Tensor) -> Any:
         """Return `tokens` [N, H] as they are kept for the backward."""
@@ -92,7 +92,7 @@ class Bf16:
     has_own_products = False
     takes_pieces = True
 
-    def __init__(self, rows: Rows, gemm: GroupedGemm) -> None:
+    def __init__(self, rows: ExpertRows, gemm: GroupedGemm) -> None:
         self.rows, self.gemm = rows, gemm
 
     def keep(self, tokens: Tensor) -> Tensor:

@@ -27,8 +27,7 @@ from ep_plugin.moe.experts.fused import (
     take,
     whole_of,
 )
-from ep_plugin.moe.kernels import Rows, plan
-from ep_plugin.moe.rows import count_choices
+from ep_plugin.moe.rows import ExpertRows, count_choices, expert_rows
 from ep_plugin.moe.schedule._chunked_gradients import AtOnce, LegByLeg
 from ep_plugin.moe.schedule._trip import Leg, Trip, collected, set_out
 
@@ -42,7 +41,7 @@ class Call:
     probs: Tensor  # [N, C], likewise
     tokens_per_expert: Tensor  # [e]
     activation: str
-    recipes: Callable[[Rows], Recipe]
+    recipes: Callable[[ExpertRows], Recipe]
     save: Save
     totals: Totals | None
     wire_format: Callable[[Tensor], Any] | None  # tokens travel as it makes them, and are kept so
@@ -51,14 +50,15 @@ class Call:
         """Return the recipe for the leg's rows."""
         ids = self.expert_ids[leg.rows]
         counts = count_choices(ids, len(self.tokens_per_expert))
-        return self.recipes(plan(ids, counts, self.activation, self.trip.num_choices(leg)))
+        num_rows = self.trip.num_choices(leg)
+        return self.recipes(expert_rows(ids, counts, self.activation, num_rows))
 
-    def all_rows(self) -> Rows:
+    def all_rows(self) -> ExpertRows:
         """Return all rows in the order they have when received by rank: expert-major, stable."""
         choices, size = self.expert_ids.shape[1], max(self.expert_ids.numel(), 1)
         by_rank = self.expert_ids.roll(self.trip.shift, 0)
         num_rows = self.trip.num_choices()
-        rows = plan(by_rank, self.tokens_per_expert, self.activation, num_rows)
+        rows = expert_rows(by_rank, self.tokens_per_expert, self.activation, num_rows)
         order = (rows.order - self.trip.shift * choices) % size
         return replace(rows, order=order, place=rows.place.roll(-self.trip.shift, 0))
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ep_plugin.moe.experts.fused import Recipe, parts_of, whole_of
 from ep_plugin.moe.interfaces import Pending
-from ep_plugin.moe.kernels import Rows
 from ep_plugin.moe.kernels.types import Target
+from ep_plugin.moe.rows import ExpertRows
 from ep_plugin.moe.schedule._trip import Leg, Trip, as_bytes, collected
 
 
@@ -22,11 +22,11 @@ class LegByLeg:
         self.d_probs: dict[Leg, Tensor] = {}
         self.wholes: list[Any] = []  # gradients of pre-activations, activation
 
-    def at(self, leg: Leg, rows: Rows) -> Tensor:
+    def at(self, leg: Leg, rows: ExpertRows) -> Tensor:
         """Return where among all rows those of the leg are: [R] int32."""
         return self.recipe.rows.place[leg.rows].flatten()[rows.order]
 
-    def aimed(self, leg: Leg, rows: Rows) -> Rows:
+    def aimed(self, leg: Leg, rows: ExpertRows) -> ExpertRows:
         """Return the leg's `rows`, with where the two matrices are to be written."""
         return rows
 
@@ -63,7 +63,7 @@ class AtOnce(LegByLeg):
     Nothing is joined, and travel is hidden by the weight gradients: enough where a link is fast.
     """
 
-    def aimed(self, leg: Leg, rows: Rows) -> Rows:
+    def aimed(self, leg: Leg, rows: ExpertRows) -> ExpertRows:
         num_rows = len(self.recipe.rows.order)
         return replace(rows, target=Target(self.at(leg, rows), num_rows, self.wholes or None))
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from ep_plugin.moe.e4m3 import Weight8, WeightBlocks8
 from ep_plugin.moe.experts.fused import joined
 from ep_plugin.moe.interfaces import GroupedGemm
-from ep_plugin.moe.kernels import Rows
 from ep_plugin.moe.kernels.types import Scales
+from ep_plugin.moe.rows import ExpertRows
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Fp8(ABC):
     takes_pieces = False
     scales: Scales
 
-    def __init__(self, rows: Rows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
+    def __init__(self, rows: ExpertRows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
         self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
 
     @abstractmethod
