@@ -207,7 +207,8 @@ MISTAKES = {
             *("--num-experts", "4", "--moe-layer-freq", "[1,1]"),
             *("--ep-experts-per-layer", "4"),
         ),
-        "must have one entry per MoE layer (2) with --num-experts (4) the largest; got (4,); use 4*2",
+        "must have one entry per MoE layer (2) with --num-experts (4) the largest; got (4,); "
+        "use 4*2",
     ),
     "a pyramid over ranks": (
         (
