@@ -1,5 +1,6 @@
-# Sourced by quickstart.sh and tests/run.sh: finds a Python >= 3.12, makes .venv, installs the project.
-# EP_PYTHON names an interpreter to use instead of searching.
+# Sourced by quickstart.sh, convert.sh and tests/run.sh. In a checkout it finds a Python >= 3.12,
+# makes .venv and installs the project; EP_PYTHON names an interpreter to use instead of searching.
+# Beside a copy of the recipes it only looks whether the project is installed.
 
 usable() {
     # usable PYTHON: whether it starts, is new enough and can make environments.
@@ -31,10 +32,24 @@ find_python() {
     return 1
 }
 
+installed() {
+    # Whether python, of .venv or else the first on PATH, has the project; says so when not.
+    local python
+    python="$(PATH="$PWD/.venv/bin:$PATH" command -v python || echo "no python")"
+    if "$python" -c 'import ep_plugin' >/dev/null 2>&1; then return 0; fi
+    echo "error: ep_plugin must be installed where recipes are no checkout; got $python on PATH," \
+        "without it; use an environment that has it: source ENVIRONMENT/bin/activate" >&2
+    return 2
+}
+
 setup_project() {
     # Leaves an environment in .venv with the project and its extras; does nothing when it is there.
     # Each failure is returned by name: under `setup_project || ...` bash ignores set -e in here.
     local python stamp made=no
+    if [[ ! -f ep_plugin/__init__.py ]]; then
+        installed
+        return
+    fi
     stamp="$(cksum <pyproject.toml)"
     if usable .venv/bin/python; then made=yes; fi
     if [[ "$made" == yes && "$(cat .venv/ep_plugin.stamp 2>/dev/null)" == "$stamp" ]]; then

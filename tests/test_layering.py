@@ -225,6 +225,7 @@ LIGHT = (
     ".commands.doctor",
     ".commands.plan",
     ".commands.presets",
+    ".commands.recipes",
     ".megatron",
     ".megatron.arguments.spell",
     ".moe.config",

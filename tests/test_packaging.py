@@ -1,6 +1,8 @@
 """What users get: a wheel that holds all they need, with types that their checker reads."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ep_plugin
+from ep_plugin.cli import main
 
 ROOT = Path(__file__).parents[1]
 USER = """
@@ -75,3 +78,83 @@ def test_a_user_s_type_checker_sees_our_types(wheel: Path, tmp_path: Path) -> No
         'user.py:4: error: Argument "num_experts" to "MoEConfig" has incompatible'
     )
     assert summary.startswith("Found 1 error")
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to put on Python's path, with the wheel as pip installs it."""
+    folder = tmp_path_factory.mktemp("installed")
+    done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, wheel)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_a_copy_from_the_wheel_is_the_checkout_s_and_runs(installed: Path, tmp_path: Path) -> None:
+    path = {"PYTHONPATH": str(installed)}
+    command = (sys.executable, "-m", "ep_plugin.cli", "recipes", "--copy", "mine")
+    done = run(*command, cwd=tmp_path, **path)
+    assert done.returncode == 0, done.stderr
+    mine = tmp_path / "mine"
+    copied = {path.relative_to(mine) for path in mine.rglob("*") if path.is_file()}
+    tracked = run("git", "ls-files", "recipes", "patches").stdout.split()
+    assert {str(path) for path in copied} == {name for name in tracked if "README" not in name}
+    for name in copied:
+        assert (mine / name).read_bytes() == (ROOT / name).read_bytes(), name
+        assert os.access(mine / name, os.X_OK) is os.access(ROOT / name, os.X_OK), name
+    recipe = {"MODEL": "qwen3-nano", "LAYOUT": "ep2", "DRY_RUN": "1"}
+    done = run("recipes/run.sh", "recipes/pretrain_gpt.py", cwd=mine, **path, **recipe)
+    assert done.returncode == 0, done.stderr
+    assert "ep_plugin.run recipes/pretrain_gpt.py" in done.stdout
+    done = run("bash", "recipes/slurm/pretrain.sbatch", "mine.py", cwd=mine, **path, **recipe)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_copied_quickstart_uses_the_python_on_path(installed: Path, tmp_path: Path) -> None:
+    """The first step, making data, runs; with a Python that lacks the project nothing does."""
+    command = (sys.executable, "-m", "ep_plugin.cli", "recipes", "--copy", "mine", "quickstart.sh")
+    path = {"PYTHONPATH": str(installed)}
+    assert run(*command, cwd=tmp_path, **path).returncode == 0
+    (tmp_path / "text").mkdir()
+    settings = {"DATA_INPUT": "text", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = run("mine/recipes/quickstart.sh", cwd=tmp_path, **path, **settings)
+    assert done.stdout.startswith("data -> data/quickstart")
+    assert "error: step data failed" in done.stderr
+    assert "text" in done.stderr
+    venv.create(tmp_path / "env")
+    settings["PATH"] = f"{tmp_path}/env/bin:{os.environ['PATH']}"
+    done = run("mine/recipes/quickstart.sh", cwd=tmp_path, PYTHONPATH="", **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ep_plugin must be installed where")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mine"
+    assert main(["recipes", "--copy", str(folder), "qwen3-nano", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert files == sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert {"recipes/models/qwen3-nano.sh", "recipes/run.sh"} <= set(files)
+    (folder / "recipes" / "run.sh").write_text("mine")
+    assert main(["recipes", "--copy", str(folder), "ep2"]) == 2
+    assert re.search(
+        rf"{folder}/recipes/\S+ is there and is not overwritten; use --copy ANOTHER_FOLDER",
+        capsys.readouterr().err,
+    )
+    assert not (folder / "recipes" / "layouts").exists()
+    assert (folder / "recipes" / "run.sh").read_text() == "mine"
+    assert main(["recipes", "--copy", str(folder / "recipes" / "run.sh")]) == 2
+    assert "--copy must be a folder; " in capsys.readouterr().err
+
+
+def test_every_recipe_is_listed_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert main(["recipes", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [line.split()[:2] for line in lines] == [[r["kind"], r["name"]] for r in listed]
+    assert all(len(line.split()) > 4 for line in lines)
+    own = {recipe["files"][0] for recipe in listed}
+    scripts = run("git", "ls-files", "recipes", "patches").stdout.split()
+    assert own == {name for name in scripts if not re.search(r"README|/_", name)}
+    (needs,) = (recipe["files"] for recipe in listed if recipe["name"] == "quickstart.sh")
+    assert {"recipes/_setup.sh", "recipes/_measure.py", "recipes/prepare_data.py"} <= set(needs)
