@@ -1,5 +1,6 @@
 # Sourced by quickstart.sh, convert.sh and tests/run.sh. In a checkout it finds a Python >= 3.12,
-# makes .venv and installs the project; EP_PYTHON names an interpreter to use instead of searching.
+# makes .venv and installs the project; EP_PYTHON names an interpreter to use instead of searching,
+# and EP_NEWEST=1 takes the newest of what it needs, not the versions of constraints.txt.
 # Beside a copy of the recipes it only looks whether the project is installed.
 
 usable() {
@@ -45,14 +46,18 @@ installed() {
 setup_project() {
     # Leaves an environment in .venv with the project and its extras; does nothing when it is there.
     # Each failure is returned by name: under `setup_project || ...` bash ignores set -e in here.
-    local python stamp made=no
+    local python stamp made=no versions=(--constraint constraints.txt)
     if [[ ! -f ep_plugin/__init__.py ]]; then
         installed
         return
     fi
-    stamp="$(cksum <pyproject.toml)"
+    stamp="$(cat pyproject.toml constraints.txt | cksum)"
+    if [[ "${EP_NEWEST:-0}" == 1 ]]; then
+        stamp=newest versions=(--upgrade --upgrade-strategy eager)
+    fi
     if usable .venv/bin/python; then made=yes; fi
-    if [[ "$made" == yes && "$(cat .venv/ep_plugin.stamp 2>/dev/null)" == "$stamp" ]]; then
+    if [[ "$made" == yes && "$stamp" != newest &&
+        "$(cat .venv/ep_plugin.stamp 2>/dev/null)" == "$stamp" ]]; then
         return 0
     fi
     if ! python="$(find_python)"; then
@@ -66,6 +71,7 @@ setup_project() {
         "$python" -m venv --clear .venv || return
     fi
     .venv/bin/python -m pip install --quiet --upgrade pip || return
-    .venv/bin/python -m pip install --quiet --editable '.[megatron,hf,report,dev]' || return
+    .venv/bin/python -m pip install --quiet "${versions[@]}" \
+        --editable '.[megatron,hf,report,dev]' || return
     echo "$stamp" >.venv/ep_plugin.stamp
 }

@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import ep_plugin
 from ep_plugin.cli import main
@@ -158,3 +160,15 @@ def test_every_recipe_is_listed_with_what_it_is(capsys: pytest.CaptureFixture[st
     assert own == {name for name in scripts if not re.search(r"README|/_", name)}
     (needs,) = (recipe["files"] for recipe in listed if recipe["name"] == "quickstart.sh")
     assert {"recipes/_setup.sh", "recipes/_measure.py", "recipes/prepare_data.py"} <= set(needs)
+
+
+def test_every_dependency_has_a_tested_version_that_the_project_allows() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    tested = dict(re.findall(r"^([\w-]+)==([\w.]+)$", text, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = [Requirement(r) for r in sum(extras.values(), project["dependencies"])]
+    ours = {need.name: need.specifier for need in named if need.name != "transformer-engine"}
+    assert tested.keys() == {*ours, "numpy"}  # which our own code imports too
+    for name, specifier in ours.items():
+        assert specifier.contains(tested[name]), name

@@ -11,7 +11,11 @@ import pytest
 from conftest import SLOW
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted(ROOT.glob("recipes/*.sh")), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted(ROOT.glob("recipes/*.sh")),
+    ROOT / "tests" / "run.sh",
+    *sorted(ROOT.glob(".ci/*")),
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -32,7 +36,7 @@ def executable(path: Path, body: str) -> Path:
 def checkout(folder: Path) -> None:
     """Make a folder look like a checkout of the project."""
     (folder / "ep_plugin").mkdir(parents=True)
-    for name in ("pyproject.toml", "ep_plugin/__init__.py"):
+    for name in ("pyproject.toml", "constraints.txt", "ep_plugin/__init__.py"):
         (folder / name).touch()
 
 
@@ -105,6 +109,22 @@ def test_an_install_that_failed_is_tried_again(tmp_path: Path) -> None:
     for _ in range(2):  # the second time there is nothing to do
         assert source_setup(tmp_path, call, **extra).returncode == 0
     assert (tmp_path / "calls").read_text().split() == ["venv", "install", "install"]
+
+
+def test_versions_are_those_tested_unless_the_newest_are_asked_for(tmp_path: Path) -> None:
+    """Each choice undoes the other's; the newest are looked for every time."""
+    checkout(tmp_path)
+    executable(tmp_path / ".venv" / "bin" / "python", 'echo "$*" >>calls')
+    executable(tmp_path / "bin" / "python3", "echo Python 3.12")
+    call = "setup_project || exit $?"
+    for newest in ("0", "0", "1", "1", "0"):
+        done = source_setup(tmp_path, call, EP_PYTHON="python3", EP_NEWEST=newest)
+        assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    tested, newest = "--constraint constraints.txt", "--upgrade --upgrade-strategy eager"
+    installs = [call for call in calls if "--editable" in call]
+    assert [tested in call for call in installs] == [True, False, False, True]
+    assert [newest in call for call in installs] == [False, True, True, False]
 
 
 def test_a_named_python_is_the_only_candidate(tmp_path: Path) -> None:
