@@ -36,6 +36,13 @@ def run(*words: object, cwd: Path = ROOT, **settings: str) -> subprocess.Complet
     )
 
 
+def files_of(folder: Path) -> set[str]:
+    """Return the files of recipes/ and patches/ in a folder."""
+    found = (path for name in ("recipes", "patches") for path in (folder / name).rglob("*"))
+    files = (path.relative_to(folder) for path in found if path.is_file())
+    return {str(path) for path in files if "__pycache__" not in path.parts}
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel, built from a copy so that nothing is left in the checkout."""
@@ -97,10 +104,8 @@ def test_a_copy_from_the_wheel_is_the_checkout_s_and_runs(installed: Path, tmp_p
     done = run(*command, cwd=tmp_path, **path)
     assert done.returncode == 0, done.stderr
     mine = tmp_path / "mine"
-    copied = {path.relative_to(mine) for path in mine.rglob("*") if path.is_file()}
-    tracked = run("git", "ls-files", "recipes", "patches").stdout.split()
-    assert {str(path) for path in copied} == {name for name in tracked if "README" not in name}
-    for name in copied:
+    assert files_of(mine) == files_of(ROOT)
+    for name in files_of(mine):
         assert (mine / name).read_bytes() == (ROOT / name).read_bytes(), name
         assert os.access(mine / name, os.X_OK) is os.access(ROOT / name, os.X_OK), name
     recipe = {"MODEL": "qwen3-nano", "LAYOUT": "ep2", "DRY_RUN": "1"}
@@ -134,7 +139,7 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     folder = tmp_path / "mine"
     assert main(["recipes", "--copy", str(folder), "qwen3-nano", "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
-    assert files == sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert set(files) == files_of(folder)
     assert {"recipes/models/qwen3-nano.sh", "recipes/run.sh"} <= set(files)
     (folder / "recipes" / "run.sh").write_text("mine")
     assert main(["recipes", "--copy", str(folder), "ep2"]) == 2
@@ -156,8 +161,7 @@ def test_every_recipe_is_listed_with_what_it_is(capsys: pytest.CaptureFixture[st
     assert [line.split()[:2] for line in lines] == [[r["kind"], r["name"]] for r in listed]
     assert all(len(line.split()) > 4 for line in lines)
     own = {recipe["files"][0] for recipe in listed}
-    scripts = run("git", "ls-files", "recipes", "patches").stdout.split()
-    assert own == {name for name in scripts if not re.search(r"README|/_", name)}
+    assert own == {name for name in files_of(ROOT) if not re.search(r"README|/_", name)}
     (needs,) = (recipe["files"] for recipe in listed if recipe["name"] == "quickstart.sh")
     assert {"recipes/_setup.sh", "recipes/_measure.py", "recipes/prepare_data.py"} <= set(needs)
 
@@ -169,6 +173,6 @@ def test_every_dependency_has_a_tested_version_that_the_project_allows() -> None
     extras = project["optional-dependencies"]
     named = [Requirement(r) for r in sum(extras.values(), project["dependencies"])]
     ours = {need.name: need.specifier for need in named if need.name != "transformer-engine"}
-    assert tested.keys() == {*ours, "numpy"}  # which our own code imports too
+    assert tested.keys() == {*ours, "numpy"}  # which the tests import
     for name, specifier in ours.items():
         assert specifier.contains(tested[name]), name

@@ -19,6 +19,7 @@ EXAMPLES = """examples:
 """
 FILES = Path(__file__).parent / "files"  # links to recipes/ and patches/; in a wheel their content
 LAUNCHER = "recipes/run.sh"
+BESIDE = {"model": [LAUNCHER], "layout": [LAUNCHER], "patch": ["patches/README.md"]}
 KINDS = {  # what each matches, below FILES
     "model": "recipes/models/*.sh",
     "layout": "recipes/layouts/*.sh",
@@ -66,8 +67,8 @@ def recipes() -> list[Recipe]:
         for path in sorted(FILES.glob(pattern)):
             file = str(path.relative_to(FILES))
             name = path.stem if kind in ("model", "layout") else file.partition("/")[2]
-            first = [LAUNCHER] if kind in ("model", "layout") else []
-            found.append(Recipe(kind, name, _summary(path), used([file, *first])))
+            files = used([file, *BESIDE.get(kind, [])])
+            found.append(Recipe(kind, name, _summary(path), files))
     return found
 
 
