@@ -1,7 +1,5 @@
 """What is slow, and is left out by `tests/run.sh --quick`."""
 
-from pathlib import Path
-
 import pytest
 
 # A file, or one test of a file with all its cases. To see what belongs here:
@@ -51,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-def pytest_report_header(config: pytest.Config) -> list[str]:
-    if "not slow" not in config.option.markexpr:
-        return []
-    return [f"left out, as they take long ({Path(__file__).name}): {', '.join(SLOW)}"]
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if "not slow" in terminalreporter.config.option.markexpr:
+        names = ", ".join(SLOW)
+        terminalreporter.write_line(f"left out, as they take long (tests/conftest.py): {names}")

@@ -11,7 +11,7 @@ Sets up .venv as the quickstart does, then checks style and types and runs the t
 arguments go to pytest.
 
   --quick           for every change: without the tests that train or take long, two at a time;
-                    pytest's first lines name what is left out
+                    pytest's last lines name what is left out
   --releases WHICH  releases of Megatron to test in full beside the newest: all, newest (none
                     beside it), turn (an older one, each day another) or one, such as 0.17.1;
                     the others are tested where releases differ (turn)
