@@ -223,6 +223,7 @@ LIGHT = (
     ".commands.doctor",
     ".commands.plan",
     ".commands.presets",
+    ".commands.recipes",
     ".megatron",
     ".megatron.arguments.spell",
     ".megatron.arguments.table",
