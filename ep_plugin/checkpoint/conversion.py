@@ -26,13 +26,12 @@ from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.names import plain, stored, stored_name
 from ep_plugin.checkpoint.regions import whole
+from ep_plugin.checkpoint.run_arguments import KEPT
 from ep_plugin.checkpoint.run_flags import run_flags
 from ep_plugin.checkpoint.staging import Staging
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, finite
 from ep_plugin.checkpoint.writer import OnBytes
 from ep_plugin.errors import BackendUnavailable, ConfigError
-
-_KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -135,7 +134,7 @@ def to_megatron_checkpoint(opened: Opened, implementation: str | None) -> Result
         common={"content_metadata": {"singleton_local_shards": False}},
         common_in_file=True,
     )
-    kept = {key: opened.source.common[key] for key in _KEPT if key in opened.source.common}
+    kept = {key: opened.source.common[key] for key in KEPT if key in opened.source.common}
     content = stored(opened.source, args)
 
     def write(staging: Staging, processes: int, on_bytes: OnBytes) -> Path:

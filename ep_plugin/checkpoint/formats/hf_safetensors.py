@@ -50,11 +50,6 @@ _DTYPES = {
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 
 
-def is_folder(path: Path) -> bool:
-    """Whether `path` looks like a Hugging Face model."""
-    return (path / CONFIG).is_file()
-
-
 def open_folder(folder: Path) -> Source:
     """Open a model; its config.json is under "config" in `common`. Reads no tensor.
 

@@ -24,6 +24,7 @@ from megatron.training import arguments as megatron_arguments
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from ep_plugin.checkpoint.names import norms
 from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, Batch, Prompts, draw, fill
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.cpu import mode as cpu_mode
@@ -236,27 +237,15 @@ def _load(model: Any, folder: Path, metadata: dict[str, Any], fused_norm_kept: b
     model.load_state_dict(loaded["model"])
 
 
-# Of a norm in a local layer: its module's name, and the one that Transformer Engine saves.
-_MOE_NORM = ("pre_mlp_layernorm.", "pre_mlp_layernorm.")
-_LATENT_NORMS = (
-    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
-    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
-)
-_LATENT_DENSE_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
-
-
 def _rename_norms(model: Any, state: dict[str, Any]) -> None:
     """Name norms as Transformer Engine does, which fuses others into what follows than we do."""
     latent = model.config.multi_latent_attention
     for number, layer in enumerate(model.decoder.layers):
-        is_moe = hasattr(layer.mlp, "router")
-        names = [*_LATENT_NORMS] if latent else []
-        names += [_MOE_NORM] if is_moe else [_LATENT_DENSE_NORM] if latent else []
-        for module, saved in names:
+        for norm in norms(latent, hasattr(layer.mlp, "router")):
             for kind in ("weight", "bias"):
-                tensor = state.get(f"decoder.layers.{number}.{module}{kind}")
+                tensor = state.get(f"decoder.layers.{number}.{norm.module}{kind}")
                 if tensor is not None:
-                    tensor.key = f"decoder.layers.{number}.{saved}{kind}"
+                    tensor.key = f"decoder.layers.{number}.{norm.engine}{kind}"
 
 
 def _record_experts(trace: Trace, layer: int) -> Any:
