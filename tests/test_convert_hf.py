@@ -144,7 +144,10 @@ def test_a_mode_that_does_not_says_so(
     flags = ["--mode", "drop", "--format", "hf", *EXPERTS, "--verify"]
     assert convert(models("llama"), tmp_path / "moe", *flags) == 0
     assert "the output is not kept: --mode drop draws 50%" in capsys.readouterr().out
-    assert not parity(tmp_path / "moe")["passed"]
+    report = parity(tmp_path / "moe")
+    assert report["passed"]  # it was not to be kept
+    assert not report["same"]
+    assert report["deviations"] == ["--mode drop draws 50% of each expert's channels anew"]
 
 
 def test_some_layers_stay_dense(models: Any, tmp_path: Path) -> None:

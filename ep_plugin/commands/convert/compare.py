@@ -102,14 +102,11 @@ def compare(
         report = _report(comparison, request, target, written)
     same = report["logits_max_abs_diff"] <= request.tolerance  # False for nan
     deviations = list(target.model.deviations)
-    report["tolerance"] = request.tolerance
-    if request.moments_go_along:
-        report |= {"deviations": deviations, "same": same, "passed": same or bool(deviations)}
-    else:
-        report["passed"] = same
+    report |= {"tolerance": request.tolerance, "deviations": deviations, "same": same}
+    report["passed"] = same or bool(deviations)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     print(comparison_table(report, deviations), file=sys.stderr if request.json else sys.stdout)
-    if not same and not deviations:
+    if not report["passed"]:
         raise Differs(
             f"comparison failed: logits differ by {report['logits_max_abs_diff']:.3e}, more than "
             f"--parity-tolerance {request.tolerance:.1e}; {request.target} was not written"
@@ -127,11 +124,13 @@ def _report(
     is_moe = pattern(target.model.args)
     layers = []
     for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True)):
-        row: dict[str, Any] = {"layer": layer}
-        if request.moments_go_along:
-            row |= {"moe": is_moe[layer], "experts_used": new.experts_used.get(layer)}
-        row["max_abs_diff"] = batch.max_abs(before - after)
-        row["max_abs"] = batch.max_abs(before)
+        row = {
+            "layer": layer,
+            "moe": is_moe[layer],
+            "experts_used": new.experts_used.get(layer),
+            "max_abs_diff": batch.max_abs(before - after),
+            "max_abs": batch.max_abs(before),
+        }
         layers.append(row)
     return {
         "logits_max_abs_diff": batch.max_abs(old.logits - new.logits),

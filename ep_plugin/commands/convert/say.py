@@ -34,10 +34,13 @@ def say_plan(request: Request, target: Target) -> int:
         sizes = {
             t.name: {"shape": t.info.shape, "num_bytes": t.info.num_bytes} for t in target.tensors
         }
-        found = {"names": target.name_map, "tensors": sizes, "num_bytes": target.num_bytes}
-        found["seconds"] = seconds
-        if request.moments_go_along:
-            found["deviations"] = list(target.model.deviations)
+        found = {
+            "names": target.name_map,
+            "tensors": sizes,
+            "num_bytes": target.num_bytes,
+            "seconds": seconds,
+            "deviations": list(target.model.deviations),
+        }
         print(json.dumps(found))
         return 0
     for old, name in target.name_map:
@@ -78,48 +81,40 @@ def comparison_table(report: dict[str, Any], deviations: list[str]) -> str:
 
 def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
     """Print what was made and how to go on; returns exit code 0."""
-    made = _experts(request, target) if request.moments_go_along else _model(request, target)
-    made |= {"parity": report, "megatron_flags": _flags(request, target)}
     if request.json:
-        print(json.dumps(made))
+        print(json.dumps(_summary(request, target, report)))
     else:
         _print(request, target, report)
     return 0
 
 
-def _experts(request: Request, target: Target) -> dict[str, Any]:
-    settings, made = request.settings, target.model.upcycled
-    assert settings is not None
-    assert made is not None
-    return {
-        "checkpoint": str(request.target),
-        "iteration_folder": target.iteration,
-        "mode": settings.mode,
-        "granularity": settings.granularity,
-        "router_init": settings.router_init,
-        "shared_expert": settings.shared_expert,
-        "num_experts": settings.num_experts,
-        "topk": settings.topk,
-        "moe_layers": _moe_layers(target),
-        "num_layers": target.model.args.num_layers,
-        "num_bytes": target.num_bytes,
-        "ep": settings.ep,
-        "optimizer": made.optimizer,
-        "dropped_entries": made.dropped,
-        "seed": settings.seed,
-        "deviations": list(target.model.deviations),
-    }
-
-
-def _model(request: Request, target: Target) -> dict[str, Any]:
+def _summary(request: Request, target: Target, report: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what was made, as one JSON object; None where a setting has no meaning."""
+    num_experts = getattr(target.model.args, "num_experts", None)
+    model, settings, made = target.model, request.settings, target.model.upcycled
     return {
         "checkpoint": str(request.target),
         "format": request.format,
+        "iteration_folder": target.iteration,
         "family": _family(target),
-        "left_out": target.model.left_out,
-        "deviations": target.model.deviations,
+        "left_out": list(model.left_out),
+        "mode": settings.mode if settings else None,
+        "granularity": settings.granularity if settings else None,
+        "router_init": settings.router_init if settings else None,
+        "shared_expert": settings.shared_expert if settings else None,
+        "num_experts": num_experts,
+        "topk": model.args.moe_router_topk if num_experts else None,
+        "moe_layers": _moe_layers(target),
+        "num_layers": model.args.num_layers,
         "num_tensors": len(target.tensors),
         "num_bytes": target.num_bytes,
+        "ep": settings.ep if settings else None,
+        "optimizer": _resumes(target),
+        "dropped_entries": made.dropped if made else 0,
+        "seed": request.seed,
+        "deviations": list(model.deviations),
+        "parity": report,
+        "megatron_flags": _flags(request, target),
     }
 
 
@@ -139,9 +134,12 @@ def _flags(request: Request, target: Target) -> list[str]:
 
 
 def _load(request: Request, target: Target) -> list[str]:
-    made = target.model.upcycled
-    resumes = made is not None and made.optimizer
-    return ["--load", str(request.target), *([] if resumes else ["--finetune"])]
+    return ["--load", str(request.target), *([] if _resumes(target) else ["--finetune"])]
+
+
+def _resumes(target: Target) -> bool:
+    """Whether the optimizer goes on."""
+    return target.model.upcycled is not None and target.model.upcycled.optimizer
 
 
 def _print(request: Request, target: Target, report: dict[str, Any] | None) -> None:
