@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.supported import check_supported, one
 from ep_plugin.megatron.arguments.table import SCOPES, feeding
@@ -154,10 +155,7 @@ def fp8_recipe(config: Any, settings: EdgeSettings) -> Fp8:
 
 def moe_pattern(config: Any) -> list[int]:
     """Return 1 for each MoE layer of the model and 0 for each dense one, first to last."""
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return [int(layer % frequency == 0) for layer in range(config.num_layers)]
-    return list(frequency)
+    return [int(is_moe) for is_moe in moe_layers(config.moe_layer_freq, config.num_layers)]
 
 
 def _activation(config: Any, settings: EdgeSettings) -> Activation:

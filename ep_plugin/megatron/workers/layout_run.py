@@ -20,11 +20,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ep_plugin.checkpoint.formats.megatron_dist import FIRST_ITERATION
 from ep_plugin.megatron.seams.patches import Patches
 
 TRAINING = "megatron.training.training"
 INITIAL, GRADIENTS, SCALARS = "initial", "gradients", "scalars.json"
-ITERATION = "iter_0000001"  # a name that readers of checkpoints know
 
 
 def changes(patches: Patches, writers: tuple[str, ...]) -> None:
@@ -88,7 +88,7 @@ def _equal_start(model: list[Any], optimizer: Any, folder: Path) -> None:
     """Load the initial weights, or save them where no run has yet. Every rank must call it."""
     from megatron.core import dist_checkpointing
 
-    place = folder / ITERATION
+    place = folder / FIRST_ITERATION
     state, first = _sharded(model), not (place / ".metadata").is_file()
     dist.barrier()  # all have looked
     if first:
@@ -113,7 +113,7 @@ def _dumping(
             chunk.force_all_reduce = True
         result = forward_backward(*rest, **{**settings, "force_all_reduce": True})
         with _gradients_as_values(model):
-            _save(_sharded(model), folder / ITERATION)
+            _save(_sharded(model), folder / FIRST_ITERATION)
         return result
 
     return replacement
