@@ -63,7 +63,8 @@ def _graphs(given: Any) -> bool:
 
 
 def _more_shards(given: Any) -> bool:
-    return given.tensor_parallel_num_weight_shards != (given.tensor_model_parallel_size or 1)
+    size = given.tensor_model_parallel_size or 1
+    return bool(given.tensor_parallel_num_weight_shards != size)
 
 
 def _more_expert_shards(given: Any) -> bool:
