@@ -193,6 +193,11 @@ SOME_VALUES = (
         ("none", "local", "transformer_engine", "full_iteration"),
         "is not an implementation of Megatron's",
     ),
+    _some(
+        "optimizer",
+        ("adam", "sgd", "lion"),
+        "steps matrices, and leaves the experts' weights, of three dimensions here, to Adam",
+    ),
     *(
         _some(field, ("attn", "mlp", "full_iteration"), _SOME_GRAPHS, flag=flag, when=_graphs)
         for field, flag in (
