@@ -1,11 +1,11 @@
-"""Megatron's words in ours: TransformerConfig to MoEConfig; supported.py has what we refuse."""
+"""Megatron's words in ours: TransformerConfig to MoEConfig. `arguments/theirs.py` says what is refused."""
 
 from typing import Any
 
 from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.supported import check_supported, one
 from ep_plugin.megatron.arguments.table import SCOPES, feeding
+from ep_plugin.megatron.arguments.theirs import check, one
 from ep_plugin.megatron.edge_settings import EdgeSettings as EdgeSettings
 from ep_plugin.moe.config import GATED, Activation, Fp8, MoEConfig
 from ep_plugin.moe.experts import experts
@@ -78,7 +78,7 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
     `layer_number` counts from 1; it is needed when layers differ in experts. Raises ConfigError
     for settings that have no counterpart.
     """
-    check_supported(config)
+    check(config, settings)
     pattern = moe_pattern(config)
     num_experts = getattr(config, "num_moe_experts", None) or config.num_experts
     if settings.experts_per_layer is not None and layer_number is not None:

@@ -18,7 +18,7 @@ from ep_plugin.commands.report.events import Run, read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.arguments.parser import add_ep_arguments
-from ep_plugin.megatron.arguments.supported import check_supported
+from ep_plugin.megatron.arguments.theirs import check as check_theirs
 from ep_plugin.megatron.block.graphs import check_graphs, end_graphs
 from ep_plugin.megatron.block.tracking import _accumulate
 from ep_plugin.megatron.cpu import mode as cpu_mode
@@ -113,7 +113,7 @@ def test_megatron_s_own_flags_are_read() -> None:
             check_graphs(args, settings_from_args(args))
     args = parser.parse_args([*flags, "--moe-expert-rank-capacity-factor", "1.5"])
     with pytest.raises(ConfigError, match=r"rank_capacity_factor = 1\.5 is not supported"):
-        check_supported(args)
+        check_theirs(args)
 
 
 def test_graphs_are_freed_before_nccl_s_groups_wait_for_them(
