@@ -16,9 +16,9 @@ import torch
 import triton
 
 from ep_plugin import ExpertGroups, MoEConfig, RoutingConfig
-from ep_plugin.kernels.gate import gate_logits
-from ep_plugin.router._choose import Choice, choose
-from ep_plugin.router.topk import TopKRouter
+from ep_plugin.moe.kernels.gate import gate_logits
+from ep_plugin.moe.router._choice import Choice, choose
+from ep_plugin.moe.router.topk import TopKRouter
 
 REPEATS = 50
 

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.bench.contest import OURS
-from ep_plugin.bench.rows import EMPTY, Row, merge, read
-from ep_plugin.config import ConfigError
+from ep_plugin.commands.bench.contest import OURS
+from ep_plugin.commands.bench.figures import EMPTY, Row, merge, read
+from ep_plugin.errors import ConfigError
 
 GOAL = 0.92  # of EP=8 over EP=1
 Series = dict[int, Row]  # by EP

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from ep_plugin.bench.measure import Timing, default_device
-from ep_plugin.bench.rows import make_row, merge, read, write
+from ep_plugin.commands.bench.figures import make_row, merge, read, write
+from ep_plugin.commands.bench.measure import Timing, default_device
 
 STEP = """
 import sys, time, torch
-from ep_plugin.bench.case import make_case
-from ep_plugin.bench.measure import default_device
-from ep_plugin.bench.ours import build
-from ep_plugin.bench.shapes import pick
+from ep_plugin.commands.bench.case import make_case
+from ep_plugin.commands.bench.measure import default_device
+from ep_plugin.commands.bench.ours import build
+from ep_plugin.commands.bench.shapes import pick
 device = default_device()
 case = make_case(pick([sys.argv[1]])[0], "balanced", device)
 contender = next(c for c in build(case, sys.argv[2]) if c.backend == sys.argv[3])

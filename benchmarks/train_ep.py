@@ -28,10 +28,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from ep_plugin.bench.measure import Timing
-from ep_plugin.bench.rows import Row, make_row, merge, read, write
-from ep_plugin.config import ConfigError
-from ep_plugin.parallel import ParallelConfig
+from ep_plugin.commands.bench.figures import Row, make_row, merge, read, write
+from ep_plugin.commands.bench.measure import Timing
+from ep_plugin.errors import ConfigError
+from ep_plugin.moe.parallel import ParallelConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "recipes" / "pretrain_gpt.py")

@@ -1,17 +1,21 @@
 """Expert parallelism for an existing LLM training stack.
 
-`contracts.py` defines the words, `layer.py` the path of a token; `megatron/` is the edge to
-Megatron. Importing this package imports nothing heavy: public names load on first use.
+Four storeys, each using those before it: `moe` is the layer, `checkpoint` reads and writes files,
+`megatron` is the edge to Megatron, `commands` is what `ep-plugin` runs. Read `moe/interfaces.py`
+and `moe/layer.py` first. Importing this package imports nothing heavy: public names load on first
+use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ep_plugin.config import ConfigError, MoEConfig, RoutingConfig
-    from ep_plugin.groups import ExpertGroups, create_expert_groups
-    from ep_plugin.layer import MoELayer
-    from ep_plugin.parallel import ParallelConfig
+    from ep_plugin.errors import ConfigError
+    from ep_plugin.moe.config import MoEConfig
+    from ep_plugin.moe.groups import ExpertGroups, create_expert_groups
+    from ep_plugin.moe.layer import MoELayer
+    from ep_plugin.moe.parallel import ParallelConfig
+    from ep_plugin.moe.routing_config import RoutingConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,13 +29,13 @@ __all__ = [
 ]
 
 _HOME = {
-    "ConfigError": "config",
-    "MoEConfig": "config",
-    "RoutingConfig": "config",
-    "ParallelConfig": "parallel",
-    "ExpertGroups": "groups",
-    "create_expert_groups": "groups",
-    "MoELayer": "layer",
+    "ConfigError": "errors",
+    "MoEConfig": "moe.config",
+    "RoutingConfig": "moe.routing_config",
+    "ParallelConfig": "moe.parallel",
+    "ExpertGroups": "moe.groups",
+    "create_expert_groups": "moe.groups",
+    "MoELayer": "moe.layer",
 }
 
 

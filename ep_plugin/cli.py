@@ -4,28 +4,27 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from types import ModuleType
 
 from ep_plugin import __version__
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
-# command -> (module with add_arguments(parser) and run(args) -> int, one line of help)
+# A command is a module of commands/ with add_arguments(parser) and run(args) -> int; and its help.
 COMMANDS = {
-    "apply": ("ep_plugin.codemod", "add the plugin to a Megatron pretrain script, or take it out"),
-    "audit": (
-        "ep_plugin.audit.command",
-        "prove that a checkpoint is whole, each expert there once",
-    ),
-    "bench": ("ep_plugin.bench.command", "time the layer, its products and kernels beside peers"),
-    "convert": (
-        "ep_plugin.convert.command",
-        "dense checkpoints to Mixture-of-Experts, Hugging Face both ways",
-    ),
-    "doctor": ("ep_plugin.doctor", "say what is installed and whether Megatron matches"),
-    "parity": ("ep_plugin.parity.command", "compare layouts with one rank, on your own script"),
-    "plan": ("ep_plugin.plan.command", "foresee what a layer's exchanges take on so many ranks"),
-    "presets": ("ep_plugin.presets._command", "list published systems, or print one's arguments"),
-    "report": ("ep_plugin.report.command", "draw what happened in runs, as HTML and PNG"),
+    "apply": "add the plugin to a Megatron pretrain script, or take it out",
+    "audit": "prove that a checkpoint is whole, each expert there once",
+    "bench": "time the layer, its products and kernels beside peers",
+    "convert": "dense checkpoints to Mixture-of-Experts, Hugging Face both ways",
+    "doctor": "say what is installed and whether Megatron matches",
+    "parity": "compare layouts with one rank, on your own script",
+    "plan": "foresee what a layer's exchanges take on so many ranks",
+    "presets": "list published systems, or print one's arguments",
+    "report": "draw what happened in runs, as HTML and PNG",
 }
+
+
+def _module(command: str) -> ModuleType:
+    return import_module(f"ep_plugin.commands.{command}")
 
 
 def build_parser(selected: str | None) -> argparse.ArgumentParser:
@@ -37,7 +36,7 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (path, summary) in COMMANDS.items():
+    for name, summary in COMMANDS.items():
         command = commands.add_parser(
             name,
             help=summary,
@@ -45,7 +44,7 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == selected:
-            module = import_module(path)
+            module = _module(name)
             command.epilog = getattr(module, "EXAMPLES", None)
             module.add_arguments(command)
     return parser
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     selected = next((word for word in argv if not word.startswith("-")), None)
     args = build_parser(selected).parse_args(argv)
-    module = import_module(COMMANDS[args.command][0])
+    module = _module(args.command)
     try:
         code = int(module.run(args))
         sys.stdout.flush()

@@ -1,9 +1,9 @@
 """A choice is a folder, an option is a file.
 
-`dispatcher/alltoall.py` is the option `alltoall` of the choice `dispatcher`; it exports
-`build(...)`. Names are listed from the folder without importing anything, so an option's
-dependencies are needed only by those who choose it. A name with a dot is the user's own module
-and is imported as it is.
+`alltoall.py` in the folder of dispatchers is the option `alltoall` of the choice `dispatcher`; it
+exports `build(...)`. `HOME` says which folder a choice is. Names are listed from the folder without
+importing anything, so an option's dependencies are needed only by those who choose it. A name with
+a dot is the user's own module and is imported as it is.
 """
 
 import pkgutil
@@ -12,12 +12,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.config import BackendUnavailable, ConfigError
+from ep_plugin.errors import BackendUnavailable, ConfigError
+
+# choice -> its folder, below ep_plugin
+HOME = {
+    "router": "moe.router",
+    "dispatcher": "moe.dispatcher",
+    "gemm": "moe.experts.gemm",
+    "fp8": "moe.experts.fp8",
+    "overlap": "moe.schedule",
+    "presets": "presets",
+    "families": "checkpoint.families",
+    "formats": "checkpoint.formats",
+    "modes": "checkpoint.adapt.modes",
+}
 
 
 def available(kind: str) -> tuple[str, ...]:
     """Return the names of all options of `kind`, sorted; nothing is imported."""
-    folder = Path(__file__).parent.joinpath(*kind.split("."))
+    folder = Path(__file__).parent.joinpath(*HOME[kind].split("."))
     names = (module.name for module in pkgutil.iter_modules([str(folder)]))
     return tuple(sorted(name for name in names if not name.startswith("_")))
 
@@ -28,9 +41,11 @@ def resolve(kind: str, name: str) -> Callable[..., Any]:
     Raises ConfigError for an unknown name, BackendUnavailable when the option's package is missing
     or does not load, as one that was built for another torch.
     """
+    for folder in (kind, HOME[kind]):  # one of ours, in full; the first is its public name
+        name = name.removeprefix(f"ep_plugin.{folder}.")
     if "." not in name and name not in available(kind):
         raise ConfigError(f"unknown {kind} {name!r}; choose from {', '.join(available(kind))}")
-    path = name if "." in name else f"ep_plugin.{kind}.{name}"
+    path = f"ep_plugin.{HOME[kind]}.{name}" if "." not in name else name
     try:
         build: Callable[..., Any] = import_module(path).build
     except (ImportError, OSError) as error:

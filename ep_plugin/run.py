@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 USAGE = """usage: [torchrun ...] python -m ep_plugin.run SCRIPT [ARGS ...]
 
@@ -47,7 +47,7 @@ def run_script(script: str, arguments: list[str]) -> None:
     sys.path[0] = str(Path(script).resolve().parent)
     if "RANK" not in os.environ:
         _be_the_only_rank()
-    from ep_plugin.megatron.hooks import install
+    from ep_plugin.megatron.seams.install import install
 
     install()
     runpy.run_path(script, run_name="__main__")

@@ -19,7 +19,7 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from ep_plugin.config import ConfigError
+from ep_plugin.errors import ConfigError
 
 EXAMPLES = """examples:
   python recipes/prepare_data.py --output data/quickstart          Python's standard library, ~30 MB

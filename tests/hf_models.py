@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ep_plugin.convert.formats.hf_safetensors import INDEX
+from ep_plugin.checkpoint.formats.hf_safetensors import INDEX
 
 VOCAB = 96
 _SHARED: dict[str, Any] = {

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.config import GATED
-from ep_plugin.e4m3 import E4M3, Blocks8, Narrow8, Rows8, Weight8, WeightBlocks8
-from ep_plugin.kernels import TILE, Target, blocks_torch
-from ep_plugin.kernels import experts as kernels
-from ep_plugin.kernels import experts_torch as twins
-from ep_plugin.kernels.rows import count_choices
+from ep_plugin.moe.config import GATED
+from ep_plugin.moe.e4m3 import E4M3, Blocks8, Narrow8, Rows8, Weight8, WeightBlocks8
+from ep_plugin.moe.kernels import TILE, Target, blocks_torch
+from ep_plugin.moe.kernels import _on_any as twins
+from ep_plugin.moe.kernels import _on_cuda as kernels
+from ep_plugin.moe.kernels.rows import count_choices
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STEP = {

@@ -12,7 +12,7 @@ from routings import NUM_EXPERTS, NUM_RANKS, count, hard_cases
 from torch import Tensor, nn
 
 from ep_plugin import ExpertGroups, MoEConfig, MoELayer
-from ep_plugin.contracts import Routing
+from ep_plugin.moe.interfaces import Routing
 
 SIZES = {"off": (16, 32), "rowwise": (16, 32), "blockwise": (128, 256)}  # fp8 -> H, F
 

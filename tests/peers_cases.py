@@ -9,9 +9,9 @@ import sys
 import torch
 from torch import Tensor
 
-from ep_plugin.kernels import peers as kernels
-from ep_plugin.kernels import peers_torch as twins
-from ep_plugin.kernels.peers_torch import Peers
+from ep_plugin.moe.kernels import peers as kernels
+from ep_plugin.moe.kernels import peers_torch as twins
+from ep_plugin.moe.kernels.peers_torch import Peers
 
 OFFSET = 256  # bytes before the rows, which nothing may touch
 FILL = 7

@@ -10,20 +10,20 @@ import torch
 from tolerance import assert_close, error
 from torch import Tensor
 
-from ep_plugin.config import RoutingConfig
-from ep_plugin.groups import ExpertGroups
-from ep_plugin.kernels import routing as kernel
-from ep_plugin.kernels.gate import (
+from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.kernels import route as kernel
+from ep_plugin.moe.kernels.gate import (
     add_product,
     add_product_torch,
     gate_logits,
     split,
     split_torch,
 )
-from ep_plugin.router import _fused
-from ep_plugin.router._capacity import keep, place_by_sequence
-from ep_plugin.router._choose import PlainChoice, choose
-from ep_plugin.router._losses import Pools, load_balancing_loss
+from ep_plugin.moe.router import _choice_cuda
+from ep_plugin.moe.router._capacity import keep, place_by_sequence
+from ep_plugin.moe.router._choice import PlainChoice, choose
+from ep_plugin.moe.router._losses import Pools, load_balancing_loss
+from ep_plugin.moe.routing_config import RoutingConfig
 
 V3 = {"score_function": "sigmoid", "num_groups": 4, "group_topk": 2, "expert_bias": True}
 CASES: list[tuple[int, int, dict[str, Any]]] = [  # tokens, experts, settings
@@ -175,7 +175,7 @@ def check_room(logits: Tensor, routing: RoutingConfig, sequences: int) -> None:
     bias = torch.rand(logits.shape[1], device=logits.device) if routing.expert_bias else None
     leaf, other = (logits.clone().requires_grad_() for _ in range(2))
     torch.manual_seed(2)
-    choice = _fused.choose(leaf, routing, bias, routing.capacity_factor, sequences)
+    choice = _choice_cuda.choose(leaf, routing, bias, routing.capacity_factor, sequences)
     torch.manual_seed(2)
     draws = torch.rand(choice.weights.shape, device=logits.device)
     free = kernel.route(other, routing, bias)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.moe.routing_config import RoutingConfig
 
 Array = np.ndarray
 

@@ -21,10 +21,10 @@ from ep_plugin import (
     RoutingConfig,
     create_expert_groups,
 )
-from ep_plugin.config import Fp8
-from ep_plugin.contracts import Dispatched, Dispatcher, Routing, combine, dispatch
-from ep_plugin.dispatcher import symm_mem
-from ep_plugin.overlap.chunked import exchange_alone
+from ep_plugin.moe.config import Fp8
+from ep_plugin.moe.dispatcher import symm_mem
+from ep_plugin.moe.interfaces import Dispatched, Dispatcher, Routing, combine, dispatch
+from ep_plugin.moe.schedule.chunked import exchange_alone
 from ep_plugin.registry import resolve
 
 EXPERTS = 16

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from spawn import run_ranks
 
 from ep_plugin import MoEConfig, MoELayer, ParallelConfig, RoutingConfig, create_expert_groups
-from ep_plugin.contracts import Dispatched
-from ep_plugin.dispatcher._agreement import FIRST_CALLS, RanksDisagree
+from ep_plugin.moe.dispatcher._agreement import FIRST_CALLS, RanksDisagree
+from ep_plugin.moe.interfaces import Dispatched
 
 RANKS = 4
 

@@ -7,24 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from stored import (
-    FC1,
-    FC2,
-    ITERATION,
-    NORM,
-    ROUTER,
-    STATES,
-    Content,
-    E,
-    F,
-    H,
-    L,
-    healthy,
-    write,
-)
+from stored import FC1, FC2, ITERATION, NORM, ROUTER, STATES, Content, E, F, H, L, healthy, write
 
+from ep_plugin.checkpoint.tensors import Region
 from ep_plugin.cli import main
-from ep_plugin.convert.stream import Region
 
 
 def audit(root: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:

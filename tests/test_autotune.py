@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ep_plugin import autotune
-from ep_plugin.autotune import AutoGemm, _times, candidates, choose
-from ep_plugin.config import MoEConfig
-from ep_plugin.contracts import GroupedGemm
-from ep_plugin.gemm.loop import LoopGemm
-from ep_plugin.gemm.torch_grouped import TorchGroupedGemm
-from ep_plugin.layer import MoELayer
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.experts import autotune
+from ep_plugin.moe.experts.autotune import AutoGemm, _times, candidates, choose
+from ep_plugin.moe.experts.gemm.loop import LoopGemm
+from ep_plugin.moe.experts.gemm.torch_grouped import TorchGroupedGemm
+from ep_plugin.moe.interfaces import GroupedGemm
+from ep_plugin.moe.layer import MoELayer
 
 FAST, SLOW = LoopGemm(), TorchGroupedGemm()
 MILLISECONDS = {id(FAST): 1.5, id(SLOW): 3.0}
@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, logger="ep_plugin.autotune"):
+    with caplog.at_level(logging.INFO, logger="ep_plugin.moe.experts.autotune"):
         yield caplog
 
 

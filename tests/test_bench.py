@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ep_plugin.bench import command, contest, ours
-from ep_plugin.bench.case import ROUTINGS, make_case, reference, relative_error
-from ep_plugin.bench.floors import layer_floor
-from ep_plugin.bench.layer import _errors
-from ep_plugin.bench.measure import timing
-from ep_plugin.bench.peers import torch as torch_peer
-from ep_plugin.bench.rows import EMPTY
-from ep_plugin.bench.shapes import SHAPES, Shape
 from ep_plugin.cli import main
+from ep_plugin.commands import bench as command
+from ep_plugin.commands.bench import contest, ours
+from ep_plugin.commands.bench.case import ROUTINGS, make_case, reference, relative_error
+from ep_plugin.commands.bench.figures import EMPTY
+from ep_plugin.commands.bench.floors import layer_floor
+from ep_plugin.commands.bench.measure import timing
+from ep_plugin.commands.bench.peers import torch as torch_peer
+from ep_plugin.commands.bench.shapes import SHAPES, Shape
+from ep_plugin.commands.bench.whole_layer import _errors
 
 PACKAGES = {
     "megatron": "transformer_engine",
@@ -136,7 +137,7 @@ def test_absent_peers_are_named(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, PACKAGES[name], None)
-    monkeypatch.delitem(sys.modules, f"ep_plugin.bench.peers.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, f"ep_plugin.commands.bench.peers.{name}", raising=False)
     words = ["bench", "gemm" if name == "deepgemm" else "layer", *FAST]
     assert main(words) == 0
     start, end = f"not measured: {name} (bf16, fp8): {name} needs ", " would do"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ep_plugin.bench.covered import Span, covered_share
+from ep_plugin.commands.bench.covered import Span, covered_share
 
 COPY, NCCL, GEMM, BARRIER = (
     "Memcpy PtoP (Device -> Device)",

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ep_plugin import cli
-from ep_plugin.bench.measure import Timing
-from ep_plugin.bench.rows import make_row, table
+from ep_plugin.commands.bench.figures import make_row, table
+from ep_plugin.commands.bench.measure import Timing
 
 RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -73,7 +73,7 @@ def check_timeline(events: list[dict[str, Any]]) -> None:
 def test_a_gpu_s_step_is_drawn_with_its_backward() -> None:
     """There the host is done with a step before the kernels are."""
     pytest.importorskip("matplotlib")
-    from ep_plugin.bench.timeline_plot import ON_GPU, draw
+    from ep_plugin.commands.bench.timeline_plot import ON_GPU, draw
 
     spans = [
         *(("user_annotation", "step 1", 2000, 100), ("user_annotation", "step 0", 900, 50)),

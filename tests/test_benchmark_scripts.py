@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ep_plugin.bench.measure import Timing
-from ep_plugin.bench.rows import make_row
+from ep_plugin.commands.bench.figures import make_row
+from ep_plugin.commands.bench.measure import Timing
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ep_plugin.cli import main
-from ep_plugin.codemod import apply, diff, revert, rewrite
-from ep_plugin.config import ConfigError
+from ep_plugin.commands.apply import apply, diff, revert, rewrite
+from ep_plugin.errors import ConfigError
 
 PATCHES = Path(__file__).parent.parent / "patches"
 PAIRS = {
@@ -168,7 +168,7 @@ def test_a_half_edited_call_is_refused_with_its_line(case: str, edit: Callable[[
 
 
 def test_the_line_of_a_stray_use_is_named() -> None:
-    text = APPLIED.replace(IMPORTS, IMPORTS + "import ep_plugin.megatron.hooks\n")
+    text = APPLIED.replace(IMPORTS, IMPORTS + "import ep_plugin.megatron.seams.install\n")
     with pytest.raises(ConfigError, match=r"^line 2: "):
         apply(text)
 

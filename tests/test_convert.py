@@ -25,14 +25,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ep_plugin.checkpoint.adapt.upcycle import Upcycling, plan
+from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint, write_checkpoint
+from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
+from ep_plugin.checkpoint.patterns import Rule, match_names
+from ep_plugin.checkpoint.tensors import NewTensor
 from ep_plugin.cli import build_parser, main
-from ep_plugin.config import ConfigError
-from ep_plugin.convert.command import settings_from
-from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
-from ep_plugin.convert.names import Rule, match_names
-from ep_plugin.convert.stream import NewTensor
-from ep_plugin.convert.upcycling.layers import moe_layers, parse_layers
-from ep_plugin.convert.upcycling.plan import Upcycling, plan
+from ep_plugin.commands.convert import settings_from
+from ep_plugin.errors import ConfigError
 
 L, H, F, V, E = 4, 8, 12, 32, 4
 ITERATION = 30
@@ -545,7 +545,7 @@ def test_without_megatron(
 ) -> None:
     """Found before anything is written, with the way out."""
     save_dense(tmp_path / "dense")
-    monkeypatch.setitem(sys.modules, "ep_plugin.megatron.parity", None)
+    monkeypatch.setitem(sys.modules, "ep_plugin.megatron.workers.model_run", None)
     paths = ["--from", str(tmp_path / "dense"), "--to", str(tmp_path / "moe")]
     settings = ["--num-experts", "4", "--topk", "2", "--drop-optimizer"]
     assert main(["convert", *paths, *settings]) == 2

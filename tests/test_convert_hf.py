@@ -14,13 +14,13 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ep_plugin.checkpoint import family
+from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron
+from ep_plugin.checkpoint.conversion import open_source, to_hf_folder
+from ep_plugin.checkpoint.formats import hf_safetensors, megatron_dist
+from ep_plugin.checkpoint.tensors import NewTensor, Region, TensorInfo
 from ep_plugin.cli import main
-from ep_plugin.config import ConfigError
-from ep_plugin.convert import family
-from ep_plugin.convert.conversion import open_source, to_hf_folder
-from ep_plugin.convert.formats import hf_safetensors, megatron_dist
-from ep_plugin.convert.stream import NewTensor, Region, TensorInfo
-from ep_plugin.convert.translate import arguments, left_out, to_megatron
+from ep_plugin.errors import ConfigError
 
 transformers.utils.logging.disable_progress_bar()
 megatron = pytest.mark.megatron

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.cli import main
-from ep_plugin.convert.formats import megatron_dist, megatron_legacy
 
 L, H, F, V, E = 4, 8, 6, 16, 4
 TP, PP, EP, CHUNKS = 2, 2, 2, 2

@@ -10,8 +10,8 @@ import torch
 from test_convert import ITERATION, E, H, dense_tensors, load_all, per_layer, save_dense
 from torch import Tensor
 
+from ep_plugin.checkpoint.adapt.optimizer_state import new_groups
 from ep_plugin.cli import main
-from ep_plugin.convert.upcycling.optimizer_state import new_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GROUPS = {

@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ep_plugin.checkpoint.prompts import draw, fill, read_prompts
 from ep_plugin.cli import main
-from ep_plugin.config import ConfigError
-from ep_plugin.convert.prompts import draw, fill, read_prompts
+from ep_plugin.errors import ConfigError
 
 WORDS = ["experts", "are", "chosen", "by", "a", "router"]
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from test_convert import ITERATION, convert, dense_tensors, refused, run_args, save_dense
 
+from ep_plugin.checkpoint import staging
+from ep_plugin.checkpoint.formats import _dcp_writer
+from ep_plugin.checkpoint.formats.megatron_dist import write_checkpoint
+from ep_plugin.checkpoint.tensors import NewTensor, Region, Source, TensorInfo
 from ep_plugin.cli import main
-from ep_plugin.convert import staging
-from ep_plugin.convert.formats import _dcp_writer
-from ep_plugin.convert.formats.megatron_dist import write_checkpoint
-from ep_plugin.convert.stream import NewTensor, Region, Source, TensorInfo
 
 DROP = ("--mode", "drop")  # its random numbers must come out again
 
@@ -153,7 +153,7 @@ LAYERS, HIDDEN, WIDTH = 22 * int(os.environ.get("EP_TEST_GIB", "1")), 1024, 4096
 MEASURE = """
 import resource, sys
 from ep_plugin.cli import main
-import ep_plugin.convert.command
+import ep_plugin.commands.convert
 
 def memory(name):
     status = open("/proc/self/status").read()

@@ -10,7 +10,7 @@ import torch
 from spawn import run_ranks
 
 from ep_plugin import ConfigError, MoEConfig, RoutingConfig
-from ep_plugin.contracts import Dispatcher, combine
+from ep_plugin.moe.interfaces import Dispatcher, combine
 from ep_plugin.registry import resolve
 
 NUM_GPUS = torch.cuda.device_count()
@@ -58,7 +58,7 @@ def in_order(dispatcher: Dispatcher) -> list[str]:
 
 def check_record() -> None:
     """Names become int64, and a choice that is another rank's has no weight and no gradient."""
-    from ep_plugin.dispatcher import deepep
+    from ep_plugin.moe.dispatcher import deepep
 
     ids = torch.tensor([[1, -1], [0, 1]], dtype=torch.int32)
     probs = torch.tensor([[0.25, 0.5], [0.75, 0.125]], requires_grad=True)

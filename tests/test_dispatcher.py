@@ -11,7 +11,7 @@ from tolerance import assert_close
 from torch import Tensor
 
 from ep_plugin import ConfigError, ExpertGroups, MoEConfig, ParallelConfig, create_expert_groups
-from ep_plugin.contracts import Dispatched, Dispatcher, Routing, combine, dispatch
+from ep_plugin.moe.interfaces import Dispatched, Dispatcher, Routing, combine, dispatch
 from ep_plugin.registry import available, resolve
 
 H = 4

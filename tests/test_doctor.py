@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ep_plugin import doctor
 from ep_plugin.cli import main
-from ep_plugin.config import BackendUnavailable
-from ep_plugin.megatron import touchpoints
-from ep_plugin.megatron.apex import foreign_apex
+from ep_plugin.commands import doctor
+from ep_plugin.errors import BackendUnavailable
+from ep_plugin.megatron.seams import touchpoints
+from ep_plugin.megatron.seams.apex import foreign_apex
 from ep_plugin.registry import available
 
 

@@ -10,11 +10,11 @@ from tolerance import assert_close, error
 from torch import Tensor
 
 from ep_plugin import ConfigError, MoEConfig
-from ep_plugin.contracts import Dispatched
-from ep_plugin.experts import Experts
-from ep_plugin.fused_experts import Bf16, FusedExperts
-from ep_plugin.groups import ExpertGroups
-from ep_plugin.kernels import plan
+from ep_plugin.moe.experts.experts import Experts
+from ep_plugin.moe.experts.fused import Bf16, FusedExperts
+from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.interfaces import Dispatched
+from ep_plugin.moe.kernels import plan
 
 N, C, E, H, F = 40, 2, 4, 64, 48
 CONFIG = MoEConfig(hidden_size=H, ffn_hidden_size=F, num_experts=E)

@@ -6,7 +6,7 @@ from tolerance import assert_close
 from torch import Tensor
 
 from ep_plugin import ConfigError
-from ep_plugin.contracts import GroupedGemm
+from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.registry import available, resolve
 
 COUNTS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_gemm import COUNTS
 
-from ep_plugin.gemm._blocks import BLOCK, place_rows, spread
+from ep_plugin.moe.experts.gemm._blocks import BLOCK, place_rows, spread
 
 CASES = {
     **COUNTS,

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 
 from ep_plugin import ConfigError, MoEConfig, ParallelConfig, create_expert_groups
-from ep_plugin.groups import (
+from ep_plugin.moe.groups import (
     ExpertGroups,
     RankGrid,
     by_node,

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 
-from ep_plugin.kernels._launch import Kernel, cdiv, next_power_of_2
+from ep_plugin.moe.kernels._launch import Kernel, cdiv, next_power_of_2
 
 Launch = tuple[
     int, tuple[int, ...], tuple[Any, ...]

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ep_plugin.kernels import peers
+from ep_plugin.moe.kernels import peers
 
 HOPPER, SHARED_MEMORY = GPUTarget("cuda", 90, 32), 232448  # bytes of a block
 TYPES = {torch.int64: "i64", torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -32,7 +32,7 @@ def test_the_kernels_equal_their_twins_on_a_gpu() -> None:
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 def test_three_parts_are_the_whole_number(scale: float) -> None:
     pytest.importorskip("triton")
-    from ep_plugin.kernels.gate import split_torch
+    from ep_plugin.moe.kernels.gate import split_torch
 
     matrix = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * scale
     parts = split_torch(matrix, 1).double().chunk(3, dim=1)

@@ -20,8 +20,8 @@ from ep_plugin import (
     RoutingConfig,
     create_expert_groups,
 )
-from ep_plugin.config import ConfigError
-from ep_plugin.contracts import Routing
+from ep_plugin.errors import ConfigError
+from ep_plugin.moe.interfaces import Routing
 
 H, F = 16, 16
 BASE = MoEConfig(

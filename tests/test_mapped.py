@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ep_plugin.convert.formats._mapped import map_tensor
+from ep_plugin.checkpoint.formats._mapped import map_tensor
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),

@@ -12,7 +12,7 @@ from spawn import run_ranks
 from torch import Tensor
 
 from ep_plugin import ConfigError, ParallelConfig, create_expert_groups
-from ep_plugin.config import MoEConfig
+from ep_plugin.moe.config import MoEConfig
 from ep_plugin.registry import resolve
 
 WAYS: list[dict[str, Any]] = [

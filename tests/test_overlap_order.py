@@ -13,7 +13,7 @@ from spawn import run_ranks
 from torch import Tensor, nn
 
 from ep_plugin import ConfigError, ExpertGroups, MoELayer, ParallelConfig, create_expert_groups
-from ep_plugin.overlap.two_batch import two_batch
+from ep_plugin.moe.schedule.two_batch import two_batch
 from ep_plugin.registry import resolve
 
 H = BASE.hidden_size

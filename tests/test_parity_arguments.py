@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from ep_plugin import cli
-from ep_plugin.config import ConfigError
-from ep_plugin.parity.arguments import comparable, expand_preset, value, without
-from ep_plugin.parity.launch import Launcher, RunFailed
-from ep_plugin.parity.layouts import ONE_RANK, Layout, parse
-from ep_plugin.parity.tiny import shrink
+from ep_plugin.commands.parity.comparable import comparable, expand_preset, value, without
+from ep_plugin.commands.parity.launch import Launcher, RunFailed
+from ep_plugin.commands.parity.layouts import ONE_RANK, Layout, parse
+from ep_plugin.commands.parity.tiny import shrink
+from ep_plugin.errors import ConfigError
 from ep_plugin.presets import presets
 
 LAYOUTS = [ONE_RANK, *map(parse, ("tp=2,ep=4", "pp=2,ep=2", "ep=3,cp=2", "tp=2,ep=2,etp=1"))]
@@ -82,7 +82,7 @@ def test_a_layout_that_does_not_finish_leaves_the_others(
         return launcher.folder / name
 
     monkeypatch.setattr(Launcher, "run", run)
-    monkeypatch.setattr("ep_plugin.parity.command.compare_gradients", lambda one, other: [])
+    monkeypatch.setattr("ep_plugin.commands.parity.compare_gradients", lambda one, other: [])
     report, script = tmp_path / "report.json", tmp_path / "script.py"
     script.touch()
     ours = ["--layouts", "ep=2", "dp=2", "--output", str(report)]

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ep_plugin.cli import main
-from ep_plugin.config import ConfigError
-from ep_plugin.plan.network import (
+from ep_plugin.commands.plan.network import (
     NETWORKS,
     Forecast,
     Network,
@@ -20,6 +19,7 @@ from ep_plugin.plan.network import (
     hidden_share,
     load,
 )
+from ep_plugin.errors import ConfigError
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 # One NCCL all-to-all between two H100s, EP=2: tokens, topk, hidden, measured milliseconds.

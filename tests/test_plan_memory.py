@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ep_plugin.bench.shapes import SHAPES
 from ep_plugin.cli import main
-from ep_plugin.config import ConfigError
-from ep_plugin.parallel import ParallelConfig
-from ep_plugin.plan.memory import Memory, kept_by_experts, split_layers, stage_memory
-from ep_plugin.plan.network import Traffic, received
+from ep_plugin.commands.bench.shapes import SHAPES
+from ep_plugin.commands.plan.memory import Memory, kept_by_experts, split_layers, stage_memory
+from ep_plugin.commands.plan.network import Traffic, received
+from ep_plugin.errors import ConfigError
+from ep_plugin.moe.parallel import ParallelConfig
 from ep_plugin.presets import load, total_params
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "layer_h100.json"

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from ep_plugin.cli import main
-from ep_plugin.config import ConfigError
-from ep_plugin.presets import active_params, load, megatron_arguments, presets, total_params
-from ep_plugin.presets._command import short
+from ep_plugin.commands.presets import short
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.spell import megatron_arguments
+from ep_plugin.presets import active_params, load, presets, total_params
 from ep_plugin.presets._model import Model, Preset
 
 README = Path(__file__).parents[1] / "README.md"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from ep_plugin.parallel import ParallelConfig, check_experts_over_ranks
-from ep_plugin.plan.memory import stage_memory
-from ep_plugin.plan.network import NETWORKS, Traffic, load
+from ep_plugin.commands.plan.memory import stage_memory
+from ep_plugin.commands.plan.network import NETWORKS, Traffic, load
+from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.presets import load as load_preset
 
 ROOT = Path(__file__).parents[1]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ep_plugin.config import BackendUnavailable, ConfigError
-from ep_plugin.registry import available, resolve
+from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.registry import HOME, available, resolve
 
 
 def test_options_are_the_files_of_the_folder() -> None:
@@ -49,6 +49,15 @@ def test_a_dotted_name_is_the_users_own_module(monkeypatch: pytest.MonkeyPatch) 
     assert resolve("router", "users.router")() == "built"
 
 
+def test_one_of_ours_may_be_named_in_full() -> None:
+    name = "ep_plugin.dispatcher.alltoall"
+    assert resolve("dispatcher", name) is resolve("dispatcher", "alltoall")
+
+
+def test_every_choice_is_a_folder() -> None:
+    assert all(available(kind) for kind in HOME)
+
+
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(BackendUnavailable, match="No module named 'no_such_package'"):
         resolve("router", "no_such_package.router")
@@ -74,6 +83,6 @@ def test_a_fork_that_refuses_our_products_is_named(monkeypatch: pytest.MonkeyPat
     fork = types.ModuleType("deep_gemm")
     fork._C = module_of_tvm()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deep_gemm", fork)
-    monkeypatch.delitem(sys.modules, "ep_plugin.gemm.deepgemm", raising=False)
+    monkeypatch.delitem(sys.modules, "ep_plugin.moe.experts.gemm.deepgemm", raising=False)
     with pytest.raises(BackendUnavailable, match=r"is sgl-deep-gemm, .* DeepGEMM would do"):
         resolve("gemm", "deepgemm")

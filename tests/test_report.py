@@ -10,7 +10,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from ep_plugin.cli import main
-from ep_plugin.report.events import TRAIN, VALIDATION, read_run
+from ep_plugin.commands.report.events import TRAIN, VALIDATION, read_run
 
 GIB = 1 << 30
 LOSSES = {"evaluate-dense": 3.25, "evaluate-converted": 3.2501, "evaluate-moe": 2.5}

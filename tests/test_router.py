@@ -8,7 +8,7 @@ from tolerance import assert_close
 from torch import Tensor
 
 from ep_plugin import ConfigError, ExpertGroups, MoEConfig, RoutingConfig
-from ep_plugin.router.topk import TopKRouter
+from ep_plugin.moe.router.topk import TopKRouter
 
 E, H = 3, 3
 ROUTING = RoutingConfig(topk=2, router_dtype="fp64")

@@ -22,11 +22,11 @@ from ep_plugin import (
     RoutingConfig,
     create_expert_groups,
 )
-from ep_plugin.contracts import Routing
-from ep_plugin.router import _random
-from ep_plugin.router._capacity import capacity
-from ep_plugin.router.expert_choice import ExpertChoiceRouter
-from ep_plugin.router.topk import TopKRouter
+from ep_plugin.moe.interfaces import Routing
+from ep_plugin.moe.router import _random
+from ep_plugin.moe.router._capacity import capacity
+from ep_plugin.moe.router.expert_choice import ExpertChoiceRouter
+from ep_plugin.moe.router.topk import TopKRouter
 
 GOLDEN = torch.tensor(
     [[2, 1, 0], [2, 0, 1], [3, 1, 0], [0, 2, 1], [2.5, 0.5, 0], [0, 1, 2]], dtype=torch.float64

@@ -25,8 +25,8 @@ from ep_plugin import (
     RoutingConfig,
     create_expert_groups,
 )
-from ep_plugin.config import Fp8
-from ep_plugin.dispatcher import symm_mem
+from ep_plugin.moe.config import Fp8
+from ep_plugin.moe.dispatcher import symm_mem
 from ep_plugin.registry import resolve
 
 NUM_GPUS = torch.cuda.device_count()

@@ -14,9 +14,9 @@ from spawn import run_ranks
 from torch import Tensor
 
 from ep_plugin import MoEConfig, ParallelConfig, create_expert_groups
-from ep_plugin.contracts import Routing, combine, dispatch
-from ep_plugin.layer import pick_dispatcher
-from ep_plugin.plan.network import Network, Traffic, load
+from ep_plugin.commands.plan.network import Network, Traffic, load
+from ep_plugin.moe.interfaces import Routing, combine, dispatch
+from ep_plugin.moe.layer import pick_dispatcher
 from ep_plugin.registry import resolve
 
 RANKS, EXPERTS, TOKENS, H, K = 8, 32, 64, 24, 4

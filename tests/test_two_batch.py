@@ -19,8 +19,8 @@ from ep_plugin import (
     RoutingConfig,
     create_expert_groups,
 )
-from ep_plugin.contracts import Routing
-from ep_plugin.overlap.two_batch import two_batch
+from ep_plugin.moe.interfaces import Routing
+from ep_plugin.moe.schedule.two_batch import two_batch
 from ep_plugin.registry import resolve
 
 Pairs = dict[str, Tensor]

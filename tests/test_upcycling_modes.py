@@ -9,13 +9,13 @@ from tolerance import MAX_ERROR
 from torch import Tensor
 
 from ep_plugin import MoEConfig, MoELayer, RoutingConfig
-from ep_plugin.config import ConfigError
-from ep_plugin.convert.upcycling.experts import ExpertMaker, deviations, make_experts
-from ep_plugin.convert.upcycling.ffn import Part, shard
-from ep_plugin.convert.upcycling.gates import Gates
-from ep_plugin.convert.upcycling.modes.drop import dropped
-from ep_plugin.convert.upcycling.routers import router_rows
-from ep_plugin.convert.upcycling.settings import Upcycling
+from ep_plugin.checkpoint.adapt.ffn import Part, shard
+from ep_plugin.checkpoint.adapt.gains import Gates
+from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker, deviations, make_experts
+from ep_plugin.checkpoint.adapt.modes.drop import dropped
+from ep_plugin.checkpoint.adapt.new_router import router_rows
+from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.errors import ConfigError
 from ep_plugin.presets import presets
 from ep_plugin.registry import available
 
@@ -286,7 +286,7 @@ def test_halves_saved_apart_are_the_same_experts() -> None:
 
 
 def test_modes_are_the_files_of_the_folder() -> None:
-    assert available("convert.upcycling.modes") == ("copy", "drop", "granular", "noise")
+    assert available("modes") == ("copy", "drop", "granular", "noise")
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,12 @@ What differs between releases stands in `versions/`, one file each.
 
 from typing import TYPE_CHECKING
 
-from ep_plugin.config import ConfigError
-from ep_plugin.megatron import hooks
-from ep_plugin.megatron.refusal import refuse
+from ep_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from ep_plugin.megatron.settings import EdgeSettings
 
 __all__ = ["install", "uninstall"]
-
-uninstall = hooks.uninstall
 
 
 def install(settings: "EdgeSettings | None" = None) -> None:
@@ -38,7 +34,17 @@ def install(settings: "EdgeSettings | None" = None) -> None:
 
     A Megatron we do not know is one sentence on rank 0 and exit code 2 on every rank.
     """
+    from ep_plugin.megatron.seams import install
+    from ep_plugin.megatron.seams.refusal import refuse
+
     try:
-        hooks.install(settings)
+        install.install(settings)
     except ConfigError as error:
         refuse(error)
+
+
+def uninstall() -> None:
+    """Put back every attribute that `install` replaced, CPU mode included, if it did."""
+    from ep_plugin.megatron.seams import install
+
+    install.uninstall()

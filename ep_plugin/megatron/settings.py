@@ -3,22 +3,22 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ep_plugin import experts
-from ep_plugin.config import (
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.supported import check_supported, one
+from ep_plugin.moe.config import (
     GATED,
     Activation,
     CheckSplits,
-    ConfigError,
     DispatchDtype,
     Fp8,
     Fp8Wgrad,
     MoEConfig,
-    RoutingConfig,
     Save,
     SharedExpert,
 )
-from ep_plugin.groups import node_size
-from ep_plugin.megatron.supported import check_supported, one
+from ep_plugin.moe.experts import experts
+from ep_plugin.moe.groups import node_size
+from ep_plugin.moe.routing_config import RoutingConfig
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ A file exports `PRESETS`; a new file is picked up as it is.
 import difflib
 from importlib import import_module
 
-from ep_plugin.config import ConfigError
-from ep_plugin.presets._arguments import megatron_arguments
+from ep_plugin.errors import ConfigError
 from ep_plugin.presets._model import (
     LayerParams,
     Model,
@@ -25,7 +24,6 @@ __all__ = [
     "active_params",
     "layer_params",
     "load",
-    "megatron_arguments",
     "presets",
     "total_params",
 ]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ep_plugin.config import GATED, Activation, RoutingConfig, SharedExpert
+from ep_plugin.moe.config import GATED, Activation, SharedExpert
+from ep_plugin.moe.routing_config import RoutingConfig
 
 Positions = Literal["rope", "learned", "relative", "relative_per_layer"]
 RELATIVE_BUCKETS = 32  # T5's table of relative positions: one value per bucket and head

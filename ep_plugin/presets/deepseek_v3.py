@@ -9,7 +9,7 @@ dropped. The bias rate is 0 for the last 500B tokens: `--moe-router-bias-update-
 
 from dataclasses import replace
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import LatentAttention, Model, Preset
 
 ROUTING = RoutingConfig(

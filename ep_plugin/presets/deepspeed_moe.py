@@ -17,7 +17,7 @@ the two largest models but one; only swapped do they give its sizes, as here.
 
 from dataclasses import replace
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
 
 ROUTING = RoutingConfig(

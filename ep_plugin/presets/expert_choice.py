@@ -7,7 +7,7 @@ future: published for encoders, and here only because the preset forces it.
 
 from dataclasses import replace
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
 
 ROUTING = RoutingConfig(

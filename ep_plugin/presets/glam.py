@@ -14,7 +14,7 @@ one of 256,000. Table 4's total of 1.7B/32E (20B) does not fit its own shape, wh
 
 from dataclasses import replace
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
 
 ROUTING = RoutingConfig(

@@ -12,7 +12,7 @@ parameters.
 
 from dataclasses import replace
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
 
 ROUTING = RoutingConfig(

@@ -7,7 +7,7 @@ meant for fine-tuning: the one of pretraining is not published.
 
 from dataclasses import replace
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
 
 ROUTING = RoutingConfig(topk=2, aux_loss_coeff=0.02)

@@ -7,7 +7,7 @@ balancing loss takes its fractions over all micro-batches and data-parallel rank
 
 from dataclasses import replace
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
 
 ROUTING = RoutingConfig(topk=8, aux_loss_coeff=1e-3, aux_loss_scope="global")

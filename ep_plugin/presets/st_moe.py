@@ -13,7 +13,7 @@ T5X: `--ep-normalize none`. T5X's loss is 2 when balanced, twice the one here:
 
 from dataclasses import replace
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
 
 ROUTING = RoutingConfig(

@@ -14,7 +14,7 @@ width in the paper: the same size. Table 9 prints 64 experts for XXL; only 128 g
 
 from dataclasses import replace
 
-from ep_plugin.config import RoutingConfig
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
 
 ROUTING = RoutingConfig(

@@ -18,15 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from core_model import (
-    LENGTH,
-    Case,
-    batches,
-    build,
-    fill,
-    forward_step,
-    transformer_config,
-)
+from core_model import LENGTH, Case, batches, build, fill, forward_step, transformer_config
 from forked import connect, run_world
 
 LOSSES = ["load_balancing_loss", "z_loss"]
@@ -36,8 +28,8 @@ def main() -> None:
     """Run every check and case of the file."""
     from release_checks import CHECKS
 
-    from ep_plugin.megatron import adapter
-    from ep_plugin.megatron.hooks import install, uninstall
+    from ep_plugin.megatron.block import adapter
+    from ep_plugin.megatron.seams.install import install, uninstall
     from ep_plugin.megatron.settings import EdgeSettings
 
     logging.disable(logging.WARNING)
@@ -61,9 +53,9 @@ def without_the_plugin() -> None:
     """Let Megatron's own MoE layer run on the CPU."""
     from megatron.core.transformer.moe import moe_utils
 
-    from ep_plugin.megatron import cpu
+    from ep_plugin.megatron.cpu import mode as cpu_mode
 
-    cpu.enable()
+    cpu_mode.enable()
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 forgets it without Transformer Engine
         moe_utils.te_general_gemm = None
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ep_plugin.megatron
-from ep_plugin.presets import load, megatron_arguments
+from ep_plugin.megatron.arguments.spell import megatron_arguments
+from ep_plugin.presets import load
 
 
 def build(name: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core import __version__ as core_version
 from warm import Done, run_script
 
-from ep_plugin.report.events import Run, read_run
+from ep_plugin.commands.report.events import Run, read_run
 
 ROOT = Path(__file__).parents[2]
 OURS = ("-m", "ep_plugin.run")

@@ -39,7 +39,7 @@ def _without_experts(original: Any, optimizer: Any, *rest: Any) -> Any:
 
 def router() -> None:
     """The router's gradient is not summed over tensor-parallel ranks."""
-    wrap(import_module("ep_plugin.megatron.adapter"), "set_tags", _router_alone)
+    wrap(import_module("ep_plugin.megatron.block.adapter"), "set_tags", _router_alone)
 
 
 def _router_alone(original: Any, replicated: Any, *rest: Any) -> None:
@@ -51,7 +51,7 @@ def _router_alone(original: Any, replicated: Any, *rest: Any) -> None:
 
 def swap() -> None:
     """The first two experts of every rank are loaded in each other's place."""
-    module = import_module("ep_plugin.megatron.sharded_state")
+    module = import_module("ep_plugin.megatron.block.sharded_state")
     wrap(
         module._Merge, "__call__", lambda original, merge, pieces: _swapped(original(merge, pieces))
     )

@@ -71,7 +71,7 @@ def read(ranks: int, flags: list[str], vocab: int | None) -> dict[str, Any]:
     from megatron.training import arguments
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from ep_plugin.megatron.arguments import settings_from_args
+    from ep_plugin.megatron.arguments.checks import settings_from_args
     from ep_plugin.megatron.settings import moe_config, moe_pattern
 
     os.environ["WORLD_SIZE"] = str(ranks)

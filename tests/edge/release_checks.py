@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from ep_plugin.config import ConfigError
-from ep_plugin.megatron import cpu, hooks, touchpoints, wheel
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.seams import install as hooks
+from ep_plugin.megatron.seams import touchpoints, wheel
 
 
 def doctor_is_content() -> None:
     """`doctor` names the release and has nothing to object."""
-    from ep_plugin.doctor import examine
+    from ep_plugin.commands.doctor import examine
 
     (finding,) = [f for f in examine() if f.name == "megatron-core"]
     assert finding.status == "ok", finding.text
@@ -36,7 +38,7 @@ def a_missing_symbol_is_named() -> None:
             hooks.install()
         setattr(owner, name, symbol)
         assert specs.MoELayer is before
-        assert not cpu.active()
+        assert not cpu_mode.active()
 
 
 def install_leaves_no_trace() -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.megatron import combined, install
+from ep_plugin.megatron import install
+from ep_plugin.megatron.block import combined
 
 STEPS = ("route", "dispatch", "routed_experts_compute", "combine")
 BACKWARDS = {"_Behind": "routed_experts_compute'", "_StandIn": "dispatch'"}  # its end, its start
@@ -28,7 +29,7 @@ def noting(steps: list[str], name: str, function: Callable[..., Any]) -> Callabl
 if __name__ == "__main__":
     steps: list[str] = []
     install()
-    from ep_plugin.megatron.adapter import EPMoELayer
+    from ep_plugin.megatron.block.adapter import EPMoELayer
 
     for step in STEPS:
         setattr(EPMoELayer, step, noting(steps, step, getattr(combined, step)))

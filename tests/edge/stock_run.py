@@ -4,12 +4,13 @@ import runpy
 import sys
 from pathlib import Path
 
-from ep_plugin.megatron import cpu, torch_adam
-from ep_plugin.megatron.wheel import without_compilation
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.seams import torch_adam
+from ep_plugin.megatron.seams.wheel import without_compilation
 
 if __name__ == "__main__":
-    if cpu.wanted():
-        cpu.enable()
+    if cpu_mode.wanted():
+        cpu_mode.enable()
     without_compilation()
     torch_adam.correct()
     sys.argv = sys.argv[1:]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from loop import MODEL, MOE, NEWEST, OURS, STOCK, launch, train
 
-from ep_plugin.config import ConfigError
-from ep_plugin.megatron.arguments import check_arguments, settings_from_args
-from ep_plugin.megatron.flags import add_ep_arguments
-from ep_plugin.megatron.supported import check_supported
-from ep_plugin.report.events import Run
+from ep_plugin.commands.report.events import Run
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
+from ep_plugin.megatron.arguments.parser import add_ep_arguments
+from ep_plugin.megatron.arguments.supported import check_supported
 
 pytestmark = pytest.mark.megatron
 TAGS = ("lm loss", "load_balancing_loss", "z_loss", "grad-norm")

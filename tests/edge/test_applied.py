@@ -9,7 +9,7 @@ import pytest
 from loop import MODEL, MOE, OURS, ROOT, SCRIPT
 
 from ep_plugin.cli import main
-from ep_plugin.report.events import Run, read_run
+from ep_plugin.commands.report.events import Run, read_run
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]  # the recipe is its own
 FLAGS = ("--train-iters", "3", *MOE, "--expert-model-parallel-size", "2")

@@ -6,15 +6,15 @@ import pytest
 from loop import MOE, OURS, ROOT, launch, train
 from test_against_megatron import TAGS, check_everything, parse
 
-from ep_plugin.config import ConfigError
-from ep_plugin.megatron import cpu
-from ep_plugin.megatron.arguments import settings_from_args
+from ep_plugin.commands.report.events import read_run
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.checks import settings_from_args
+from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.settings import overlap_schedule
-from ep_plugin.report.events import read_run
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]  # the schedule is its own
 in_cpu_mode = pytest.mark.skipif(
-    not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
+    not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
 )
 STEPS = (str(ROOT / "tests" / "edge" / "steps_run.py"),)
 COMBINED = "--overlap-moe-expert-parallel-comm"

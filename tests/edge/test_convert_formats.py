@@ -9,8 +9,8 @@ import pytest
 import torch
 from loop import MOE, OURS, STOCK, launch, launch_with
 
+from ep_plugin.checkpoint.formats import megatron_dist
 from ep_plugin.cli import main
-from ep_plugin.convert.formats import megatron_dist
 
 pytestmark = pytest.mark.megatron
 pytest.importorskip("megatron.training", reason="needs megatron-core with megatron.training")

@@ -18,14 +18,15 @@ from spawn import run_ranks
 from torch import Tensor
 from warm import run_script
 
+from ep_plugin.checkpoint.adapt.ffn import Part
+from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker
+from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint, write_checkpoint
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
 from ep_plugin.cli import main
-from ep_plugin.convert.formats.megatron_dist import open_checkpoint, write_checkpoint
-from ep_plugin.convert.stream import NewObject, NewTensor, Region, Source, TensorInfo
-from ep_plugin.convert.upcycling.experts import ExpertMaker
-from ep_plugin.convert.upcycling.ffn import Part
-from ep_plugin.megatron import cpu, parity
-from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.megatron.settings import EdgeSettings
+from ep_plugin.megatron.workers import model_run
 
 pytestmark = pytest.mark.megatron
 
@@ -227,7 +228,7 @@ def test_granular_with_a_residual_expert_loads_in_every_layout(
 def load_in_layouts(path: str) -> int:
     """Load the checkpoint in each layout and compare this rank's part; returns how many tensors."""
     source, compared = open_checkpoint(Path(path)), 0
-    cpu.enable()
+    cpu_mode.enable()
     install()
     specs.MoELayer.settings = EdgeSettings(shared_expert="learned")
     for tp, ep in LAYOUTS:
@@ -236,11 +237,11 @@ def load_in_layouts(path: str) -> int:
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         common = dist_checkpointing.load_common_state_dict(str(source.folder))
-        args = parity._plain(common["args"])
+        args = model_run._plain(common["args"])
         args.tensor_model_parallel_size, args.expert_model_parallel_size = tp, ep
         args.sequence_parallel = tp > 1
-        model = parity._build(args)
-        parity._load(model, source.folder, common["content_metadata"], fused_norm_kept=True)
+        model = model_run._build(args)
+        model_run._load(model, source.folder, common["content_metadata"], fused_norm_kept=True)
         for layer in (1, 2):
             mlp = model.decoder.layers[layer].mlp
             for name, part in mlp.named_parameters():
@@ -252,7 +253,7 @@ def load_in_layouts(path: str) -> int:
                 compared += 1
         parallel_state.destroy_model_parallel()
     uninstall()
-    cpu.disable()
+    cpu_mode.disable()
     return compared
 
 

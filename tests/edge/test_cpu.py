@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from loop import OURS, train
 
-from ep_plugin.config import ConfigError
-from ep_plugin.megatron import cpu
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.cpu import mode as cpu_mode
 
 pytestmark = [
     pytest.mark.megatron,
-    pytest.mark.skipif(not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"),
+    pytest.mark.skipif(
+        not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
+    ),
 ]
 
 LEAVES_NO_TRACE = """
@@ -106,13 +108,13 @@ def test_gloo_s_threads_end_before_python(last: str, code: int, left: bool) -> N
 def test_the_device_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EP_PLUGIN_DEVICE", "tpu")
     with pytest.raises(ConfigError, match="must be one of cpu, cuda; got 'tpu'"):
-        cpu.wanted()
+        cpu_mode.wanted()
     monkeypatch.setenv("EP_PLUGIN_DEVICE", "cpu")
-    assert cpu.wanted()
+    assert cpu_mode.wanted()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("EP_PLUGIN_DEVICE", "cuda")
     with pytest.raises(ConfigError, match="needs a GPU and torch sees none; cpu would do"):
-        cpu.wanted()
+        cpu_mode.wanted()
 
 
 @pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=["fp32", "bf16"])

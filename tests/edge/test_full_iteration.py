@@ -14,15 +14,15 @@ from loop import MODEL, MOE, NEWEST, OURS, RUN, SCRIPT, SHAPE
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer import TransformerConfig
 
-from ep_plugin.config import ConfigError
-from ep_plugin.megatron import cpu
-from ep_plugin.megatron.arguments import settings_from_args
-from ep_plugin.megatron.flags import add_ep_arguments
-from ep_plugin.megatron.graphs import check_graphs, end_graphs
+from ep_plugin.commands.report.events import Run, read_run
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.checks import settings_from_args
+from ep_plugin.megatron.arguments.parser import add_ep_arguments
+from ep_plugin.megatron.arguments.supported import check_supported
+from ep_plugin.megatron.block.graphs import check_graphs, end_graphs
+from ep_plugin.megatron.block.tracking import _accumulate
+from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.settings import EdgeSettings
-from ep_plugin.megatron.supported import check_supported
-from ep_plugin.megatron.tracking import _accumulate
-from ep_plugin.report.events import Run, read_run
 
 pytestmark = pytest.mark.megatron
 ITERATIONS = 10
@@ -46,7 +46,7 @@ def test_without_a_gpu_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
     check_graphs(config, EdgeSettings())
     config.cuda_graph_impl = "local"
-    monkeypatch.setattr(cpu, "active", lambda: True)
+    monkeypatch.setattr(cpu_mode, "active", lambda: True)
     with pytest.raises(ConfigError, match=r"\(local\) needs a GPU; --cuda-graph-impl none would"):
         check_graphs(config, EdgeSettings())
 

@@ -13,11 +13,11 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
-from ep_plugin.config import MoEConfig
-from ep_plugin.groups import ExpertGroups
-from ep_plugin.layer import MoELayer
-from ep_plugin.megatron import parameters
-from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.megatron.block import parameters
+from ep_plugin.megatron.seams.install import install, uninstall
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.layer import MoELayer
 
 pytestmark = pytest.mark.megatron
 FC1, FC2 = [2 * 8, 16], [16, 8]

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from ep_plugin import megatron as edge
-from ep_plugin.config import ConfigError
-from ep_plugin.megatron import cpu, hooks, touchpoints
-from ep_plugin.megatron.hooks import install, uninstall
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.seams import install as hooks
+from ep_plugin.megatron.seams import touchpoints
+from ep_plugin.megatron.seams.install import install, uninstall
 
 pytestmark = pytest.mark.megatron
 SEAMS = (
@@ -61,7 +63,7 @@ def test_a_mismatch_is_refused_with_nothing_changed(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match=r"MLP\.gone is not there"):
         install()
     assert all(a is b for a, b in zip(seams(), before, strict=True))
-    assert not cpu.active()
+    assert not cpu_mode.active()
 
 
 def test_an_unknown_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +72,7 @@ def test_an_unknown_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     message = rf"megatron-core 0\.15\.3 has no touch-point table; supported are {supported}"
     with pytest.raises(ConfigError, match=message):
         install()
-    assert not cpu.active()
+    assert not cpu_mode.active()
     with pytest.raises(SystemExit, match="2"):  # what a script with the plugin applied does
         edge.install()
 
@@ -81,7 +83,7 @@ def test_a_foreign_apex_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="is not NVIDIA's"):
         install()
-    assert not cpu.active()
+    assert not cpu_mode.active()
 
 
 def test_importing_the_package_hooks_nothing() -> None:
@@ -92,7 +94,7 @@ def test_importing_the_package_hooks_nothing() -> None:
 
 
 LOGS_AT_THE_END = """
-from ep_plugin.megatron.hooks import install
+from ep_plugin.megatron.seams.install import install
 install()
 from megatron.training import global_vars
 class Buffered:  # holds back what a thread may not have written when the process ends

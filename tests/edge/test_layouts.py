@@ -13,11 +13,13 @@ from core_model import Case
 from layouts import BUGS, CHECKS, difference, layouts_of, results
 from releases import RELEASES, installed
 
-from ep_plugin.megatron import cpu
+from ep_plugin.megatron.cpu import mode as cpu_mode
 
 pytestmark = [
     pytest.mark.megatron,
-    pytest.mark.skipif(not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"),
+    pytest.mark.skipif(
+        not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
+    ),
 ]
 RELATIVE = 1e-5
 ITERATIONS = 2  # both read the same tokens

@@ -6,7 +6,7 @@ import pytest
 from megatron.core.parallel_state import RankGenerator
 
 from ep_plugin import ParallelConfig
-from ep_plugin.groups import dense_grid, expert_grid
+from ep_plugin.moe.groups import dense_grid, expert_grid
 
 pytestmark = pytest.mark.megatron
 

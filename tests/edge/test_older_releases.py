@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from releases import OLDER_WITH_LOOP, ROOT, environment, installed
 
-from ep_plugin.megatron import cpu
+from ep_plugin.megatron.cpu import mode as cpu_mode
 
 pytestmark = [
     pytest.mark.megatron,
-    pytest.mark.skipif(not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"),
+    pytest.mark.skipif(
+        not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
+    ),
 ]
 RUN_ELSEWHERE = ("test_layouts", "test_releases", "test_older_releases")
 Running = dict[str, tuple[subprocess.Popen[str], Path]]  # release -> its tests, what they say

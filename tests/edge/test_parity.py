@@ -11,7 +11,7 @@ from loop import SCRIPT
 from warm import torchrun
 
 from ep_plugin.cli import main
-from ep_plugin.parity import launch
+from ep_plugin.commands.parity import launch
 
 # The bugs are planted in functions that older releases do not use with us.
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]

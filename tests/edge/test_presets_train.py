@@ -12,11 +12,12 @@ import pytest
 from loop import OURS, ROOT, launch_with
 
 from ep_plugin import RoutingConfig
-from ep_plugin.megatron.arguments import settings_from_args
-from ep_plugin.megatron.flags import add_ep_arguments
+from ep_plugin.commands.report.events import read_run
+from ep_plugin.megatron.arguments.checks import settings_from_args
+from ep_plugin.megatron.arguments.parser import add_ep_arguments
+from ep_plugin.megatron.arguments.spell import megatron_arguments
 from ep_plugin.megatron.settings import moe_pattern, routing_config
-from ep_plugin.presets import Preset, load, megatron_arguments, presets, total_params
-from ep_plugin.report.events import read_run
+from ep_plugin.presets import Preset, load, presets, total_params
 
 pytestmark = pytest.mark.megatron
 NAMES = list(presets())

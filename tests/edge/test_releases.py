@@ -12,13 +12,13 @@ from loop import MODEL, MOE
 from releases import OLDER_WITH_LOOP, RELEASES, ROOT, environment
 from support_matrix import FILE, MARKS, README, table
 
-from ep_plugin.megatron import cpu
-from ep_plugin.report.events import read_run
+from ep_plugin.commands.report.events import read_run
+from ep_plugin.megatron.cpu import mode as cpu_mode
 
 pytestmark = pytest.mark.megatron
 
 
-@pytest.mark.skipif(not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu")
+@pytest.mark.skipif(not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu")
 def test_torchrun_starts_the_oldest_loop(tmp_path: Path) -> None:
     """As users start it; `test_older_loop.py` looks at what it computes."""
     version = OLDER_WITH_LOOP[0]

@@ -8,10 +8,10 @@ import pytest
 from loop import MOE, OURS, launch
 from stored import healthy, write
 
-from ep_plugin.config import ConfigError
-from ep_plugin.megatron.chained import dealt
-from ep_plugin.megatron.resume import check_resumable
-from ep_plugin.report.events import read_run
+from ep_plugin.commands.report.events import read_run
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.resume import check_resumable
+from ep_plugin.megatron.seams.chained import dealt
 
 pytestmark = pytest.mark.megatron
 

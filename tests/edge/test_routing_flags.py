@@ -12,10 +12,10 @@ from loop import MODEL, OURS, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ep_plugin import RoutingConfig
-from ep_plugin.config import Activation
-from ep_plugin.megatron.arguments import settings_from_args
-from ep_plugin.megatron.flags import ROUTING, add_ep_arguments, experts_per_layer
+from ep_plugin.megatron.arguments.checks import settings_from_args
+from ep_plugin.megatron.arguments.parser import ROUTING, add_ep_arguments, experts_per_layer
 from ep_plugin.megatron.settings import _activation, routing_config
+from ep_plugin.moe.config import Activation
 
 pytestmark = pytest.mark.megatron
 SAMPLES: dict[str, tuple[Any, str]] = {  # field -> (value, flags with what else it needs)
@@ -102,7 +102,7 @@ def test_the_dense_blocks_get_their_own_activation() -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     import ep_plugin.megatron as edge
-    from ep_plugin.megatron import hooks
+    from ep_plugin.megatron.seams import install as hooks
 
     def config() -> Any:
         return TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import ep_plugin.megatron
-from ep_plugin.config import ConfigError
-from ep_plugin.megatron import touchpoints
-from ep_plugin.megatron.touchpoints import (
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.seams import touchpoints
+from ep_plugin.megatron.seams.touchpoints import (
     Touchpoint,
     problems,
     release_for,

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 from loop import OURS, train
 
-from ep_plugin.megatron import cpu
-from ep_plugin.report.events import TRAIN
+from ep_plugin.commands.report.events import TRAIN
+from ep_plugin.megatron.cpu import mode as cpu_mode
 
 pytestmark = [
     pytest.mark.megatron,
-    pytest.mark.skipif(not cpu.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"),
+    pytest.mark.skipif(
+        not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
+    ),
 ]
 
 PIPELINE = ("--num-layers", "4", "--pipeline-model-parallel-size", "2", "--train-iters", "3")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from loop import MOE, OURS, train
 
-from ep_plugin.config import ConfigError, MoEConfig
-from ep_plugin.layer import MoELayer
-from ep_plugin.megatron.hooks import install, uninstall
-from ep_plugin.report.events import Run
+from ep_plugin.commands.report.events import Run
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.seams.install import install, uninstall
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.layer import MoELayer
 
 pytestmark = pytest.mark.megatron
 FP8 = ("--ep-fp8", "rowwise", "--train-iters", "6")
@@ -40,7 +41,7 @@ def test_gradients_are_summed_in_megatron_s_buffers_over_micro_batches(tmp_path:
 
 
 def test_ddp_is_told_what_its_buffers_hold() -> None:
-    from ep_plugin.megatron.parameters import MainGrads
+    from ep_plugin.megatron.block.parameters import MainGrads
 
     config = MoEConfig(hidden_size=32, ffn_hidden_size=32, num_experts=4, fp8="rowwise")
     layer, tokens = MoELayer(config), torch.randn(8, 32)
@@ -64,7 +65,7 @@ def test_ddp_is_told_what_its_buffers_hold() -> None:
 def test_weights_are_quantised_once_a_step_under_megatron_s_schedules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ep_plugin.fp8 import rowwise
+    from ep_plugin.moe.experts.fp8 import rowwise
 
     made: list[Any] = []
     real = rowwise.prepare

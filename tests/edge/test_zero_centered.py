@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ep_plugin.megatron import cpu
+from ep_plugin.megatron.cpu.mode import disable, enable
 
 pytestmark = pytest.mark.megatron
 H, EPS = 24, 1e-3
@@ -26,9 +26,9 @@ def formula(kind: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @pytest.fixture
 def cpu_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("EP_PLUGIN_DEVICE", "cpu")
-    cpu.enable()
+    enable()
     yield
-    cpu.disable()
+    disable()
 
 
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])

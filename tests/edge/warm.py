@@ -24,8 +24,8 @@ HOST = "127.0.0.1"
 GRACE = 5  # seconds between a rank's failure and the end of the others
 
 preload(
-    "ep_plugin.megatron.adapter",
-    "ep_plugin.megatron.arguments",
+    "ep_plugin.megatron.block.adapter",
+    "ep_plugin.megatron.arguments.checks",
     "megatron.core.datasets.blended_megatron_dataset_builder",
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.models.gpt.fine_grained_callables",

@@ -1,6 +1,6 @@
 """What the plugin relies on in every release alike; a release's own file adds the rest."""
 
-from ep_plugin.megatron.touchpoints import Touchpoint
+from ep_plugin.megatron.seams.touchpoints import Touchpoint
 
 MOE = "megatron.core.transformer.moe"
 ARGUMENTS = "megatron.training.arguments"

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ep_plugin.megatron.touchpoints import Touchpoint
+from ep_plugin.megatron.seams.touchpoints import Touchpoint
 
 _FUNCTION = "track_moe_metrics"
 # Megatron's loop has bound the function's name in its own module and looks it up there.

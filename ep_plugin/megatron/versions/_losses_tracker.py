@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ep_plugin.megatron.touchpoints import Touchpoint
+from ep_plugin.megatron.seams.touchpoints import Touchpoint
 
 _LOGGING = "megatron.core.transformer.moe.moe_logging"
 WRITERS = (f"{_LOGGING}:MoEMetricsTracker.report",)

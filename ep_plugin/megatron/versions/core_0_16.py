@@ -1,6 +1,6 @@
 """megatron-core 0.16: what the plugin relies on."""
 
-from ep_plugin.megatron.touchpoints import Touchpoint
+from ep_plugin.megatron.seams.touchpoints import Touchpoint
 from ep_plugin.megatron.versions import _losses_by_name as losses
 from ep_plugin.megatron.versions._common import COMMON, MOE
 

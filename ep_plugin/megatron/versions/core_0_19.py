@@ -1,6 +1,6 @@
 """megatron-core 0.19: what the plugin relies on."""
 
-from ep_plugin.megatron.touchpoints import Touchpoint
+from ep_plugin.megatron.seams.touchpoints import Touchpoint
 from ep_plugin.megatron.versions import _losses_tracker as losses
 from ep_plugin.megatron.versions._common import ARGUMENTS, COMMON, GPT, MOE
 

@@ -1,1 +1,0 @@
-"""`ep-plugin bench`: the layer, its products and its kernels, timed beside their peers."""

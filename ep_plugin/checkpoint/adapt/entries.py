@@ -1,0 +1,167 @@
+"""What each dense tensor or object becomes, and what the dense model has no counterpart of."""
+
+import argparse
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ep_plugin.checkpoint import gpt_names
+from ep_plugin.checkpoint.adapt import optimizer_state
+from ep_plugin.checkpoint.adapt.ffn import Part, shard
+from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker
+from ep_plugin.checkpoint.adapt.new_router import router_rows
+from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.patterns import Match
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
+
+
+@dataclass(frozen=True)
+class EntryBuilder:
+    """Makes the entries of one conversion."""
+
+    source: Source
+    settings: Upcycling
+    maker: ExpertMaker
+    args: argparse.Namespace
+
+    def entries(self, match: Match, prefix: str) -> Iterator[NewTensor | NewObject]:
+        """Yield what one dense tensor or object becomes; `prefix` names a state of its optimizer.
+
+        A moment is copied; a master copy of the weight is treated as the weight.
+        """
+        if match.rule.operation == "experts":
+            yield from self._expert_entries(match, prefix)
+            if self.settings.shared_expert != "none":
+                yield from self._shared_entries(match, prefix)
+        elif prefix + match.name in self.source.tensors:
+            yield self._as_it_is(prefix + match.name, prefix + match.target())
+        else:
+            read = partial(self.source.read_object, match.name)
+            yield NewObject(match.target(), read)
+
+    def new_parameters(self, layer: int) -> Iterator[NewTensor]:
+        """Yield what the dense model has no counterpart of: router and coefficient of one layer."""
+        weights = [f"decoder.layers.{layer}.mlp.linear_fc1.weight{half}" for half in ("", "_w")]
+        tensors, settings = self.source.tensors, self.settings
+        dtype = next(tensors[name].dtype for name in weights if name in tensors)
+        shape = (settings.num_experts, self.args.hidden_size)
+        draw = partial(
+            router_rows,
+            init=settings.router_init,
+            shape=shape,
+            granularity=settings.granularity,
+            std=self.args.init_method_std,
+            seed=settings.seed,
+            layer=layer,
+        )
+        router = partial(gpt_names.ROUTER.format, layer=layer)
+        yield _computed(router(kind="weight"), TensorInfo(shape, dtype), draw)
+        if self.args.add_bias_linear:
+            yield _zeros(router(kind="bias"), TensorInfo(shape[:1], dtype))
+        if settings.gates.expert_bias:
+            yield _zeros(router(kind="expert_bias"), TensorInfo(shape[:1], torch.float32))
+        if settings.shared_expert == "learned":
+            name = partial(gpt_names.COEFFICIENT.format, layer=layer)
+            yield _zeros(name(kind="weight"), TensorInfo((2, self.args.hidden_size), dtype))
+            yield _zeros(name(kind="bias"), TensorInfo((2,), dtype))
+
+    def _part(self, match: Match) -> Part:
+        return Part(
+            layer=int(match.fields["layer"]),
+            fc=int(match.fields["fc"]),
+            is_weight=match.fields["kind"] == "weight",
+            gated=self.maker.gated,
+            half=match.fields["half"],
+        )
+
+    def _as_it_is(self, name: str, target: str) -> NewTensor:
+        read = partial(self.source.read_tensor, name)
+        return _computed(target, self.source.tensors[name], read)
+
+    def _expert_entries(self, match: Match, prefix: str) -> Iterator[NewTensor | NewObject]:
+        num_experts = self.settings.num_experts
+        key_per_expert = "{expert}" in match.rule.target
+        if prefix + match.name not in self.source.tensors:
+            for expert in range(num_experts):
+                place = "0_1" if key_per_expert else f"{expert}_{num_experts}"
+                yield NewObject(f"{match.target(expert)}/shard_{place}", _no_extra_state)
+            return
+        info, part = self.source.tensors[prefix + match.name], self._part(match)
+        one = TensorInfo(_shard_shape(info.shape, part, self.settings.granularity), info.dtype)
+        regions = partial(self._expert_regions, prefix, match.name, part)
+        if key_per_expert:
+            for expert in range(num_experts):
+                single = partial(regions, expert)
+                yield NewTensor(prefix + match.target(expert), one, single)
+            return
+        stacked = TensorInfo((num_experts, *one.shape), info.dtype)
+        yield NewTensor(prefix + match.target(), stacked, regions)
+
+    def _expert_regions(
+        self, prefix: str, name: str, part: Part, only: int | None = None
+    ) -> Iterator[Region]:
+        """Yield all experts along a leading axis, or one of them alone; the dense is read once."""
+        dense = self.source.read_tensor(prefix + name)
+        moments = optimizer_state.is_moment(prefix)
+        for expert, values in self.maker.experts(dense, part, moments, only):
+            zeros = (0,) * values.dim()
+            if only is None:
+                yield Region((expert, *zeros), values.unsqueeze(0))
+            else:
+                yield Region(zeros, values)
+
+    def _shared_entries(self, match: Match, prefix: str) -> Iterator[NewTensor | NewObject]:
+        target = match.rule.source.replace(".mlp.", ".mlp.shared_experts.").format(**match.fields)
+        if prefix + match.name not in self.source.tensors:
+            yield NewObject(target, partial(self.source.read_object, match.name))
+            return
+        make = partial(self._shared, prefix, match.name, self._part(match))
+        yield _computed(prefix + target, self.source.tensors[prefix + match.name], make)
+
+    def _shared(self, prefix: str, name: str, part: Part) -> Tensor:
+        moments = optimizer_state.is_moment(prefix)
+        return self.maker.shared_expert(self.source.read_tensor(prefix + name), part, moments)
+
+
+def _shard_shape(shape: tuple[int, ...], part: Part, granularity: int) -> tuple[int, ...]:
+    return tuple(shard(torch.empty(shape, device="meta"), part, 0, granularity).shape)
+
+
+def _computed(name: str, info: TensorInfo, compute: Callable[[], Tensor]) -> NewTensor:
+    return NewTensor(name, info, partial(_whole, info, compute))
+
+
+def _whole(info: TensorInfo, compute: Callable[[], Tensor]) -> Iterator[Region]:
+    yield Region((0,) * len(info.shape), compute().to(info.dtype))
+
+
+def _zeros(name: str, info: TensorInfo) -> NewTensor:
+    return _computed(name, info, partial(torch.zeros, info.shape, dtype=info.dtype))
+
+
+def new_states(entry: NewTensor, states: tuple[optimizer_state.State, ...]) -> Iterator[NewTensor]:
+    """Yield the optimizer state of a new parameter: zero moments, and its value as master copy."""
+    if entry.name.endswith("expert_bias"):
+        return  # a buffer
+    for state in states:
+        info = TensorInfo(entry.info.shape, state.dtype)
+        if optimizer_state.is_moment(state.prefix):
+            yield _zeros(state.prefix + entry.name, info)
+        else:
+            yield NewTensor(state.prefix + entry.name, info, partial(_cast, entry, state.dtype))
+
+
+def _cast(entry: NewTensor, dtype: torch.dtype) -> Iterator[Region]:
+    for region in entry.regions():
+        yield Region(region.offsets, region.values.to(dtype))
+
+
+def _no_extra_state() -> bytes:
+    """Return what Megatron saves for a linear layer without quantisation state."""
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    return buffer.getvalue()

@@ -1,0 +1,14 @@
+"""Sparse upcycling (arXiv:2212.05055): every expert begins as the dense FFN.
+
+An MoE layer computes y = sum over the chosen experts i of p_i * FFN_i(x). With FFN_i = FFN for all
+i, y = (sum of p_i) * FFN(x): the dense output whatever the router says, once the sum of the gates
+is known (`gates.py`).
+"""
+
+from ep_plugin.checkpoint.adapt.ffn import Mode
+from ep_plugin.checkpoint.adapt.settings import Upcycling
+
+
+def build(_: Upcycling) -> Mode:
+    """Return the mode; it has no settings."""
+    return Mode()

@@ -1,0 +1,59 @@
+"""Is a Megatron checkpoint whole, and is every expert in it once? `audit` is the interface.
+
+Facts are read tensor by tensor (`facts.py`), which ranks may share; what they mean is judged once
+they are all there: parts (`coverage.py`), experts (`experts.py`), optimizer (`optimizer.py`).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from ep_plugin.checkpoint.audit import coverage, each_expert, moments
+from ep_plugin.checkpoint.audit.facts import Facts, read_facts
+from ep_plugin.checkpoint.audit.verdict import Finding, Report
+from ep_plugin.checkpoint.formats.megatron_dist import open_stored
+from ep_plugin.checkpoint.tensors import Damaged, Stored
+
+__all__ = ["Report", "audit", "damaged", "judge", "open_stored", "read_facts"]
+
+
+Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+
+
+def audit(path: Path, progress: Progress) -> Report:
+    """Read the whole checkpoint at `path` and return what is wrong with it.
+
+    `progress` opens a bar for so many bytes and yields what is called with those just read. One
+    chunk is in memory at a time. Raises ConfigError when `path` is no checkpoint of Megatron's.
+    """
+    try:
+        stored = open_stored(path)
+    except Damaged as error:
+        return damaged(path, error)
+    facts = {}
+    with progress(sum(info.num_bytes for info in stored.tensors.values())) as on_bytes:
+        for name, info in stored.tensors.items():
+            facts[name] = read_facts(stored, name)
+            on_bytes(info.num_bytes)
+    return judge(stored, facts)
+
+
+def judge(stored: Stored, facts: dict[str, Facts]) -> Report:
+    """Return the report on a checkpoint of whose every tensor the facts are known."""
+    broken, about_tensors = coverage.check(stored, facts)
+    layers, about_experts = each_expert.check(stored, facts, broken)
+    state, about_optimizer = moments.check(stored, facts)
+    return Report(
+        checkpoint=str(stored.folder),
+        iteration=stored.common.get("iteration"),
+        num_tensors=len(stored.tensors),
+        num_bytes=sum(info.num_bytes for info in stored.tensors.values()),
+        layers=layers,
+        optimizer=state,
+        findings=[*about_tensors, *about_experts, *about_optimizer],
+    )
+
+
+def damaged(path: Path, error: Damaged) -> Report:
+    """Return the report on a checkpoint that does not even say what it holds."""
+    return Report(str(path), None, 0, 0, [], "unknown", [Finding("error", "files", "", str(error))])

@@ -1,0 +1,143 @@
+"""What DeepSeek-V2 and V3 share: latent attention, dense layers first, shared experts."""
+
+import argparse
+from typing import Any
+
+from ep_plugin.checkpoint.families import _config, _rows
+from ep_plugin.checkpoint.family import Config
+from ep_plugin.checkpoint.moe_layers import moe_layers
+from ep_plugin.errors import ConfigError
+
+ROWS = (
+    *(_rows.EMBEDDING + _rows.LATENT_ATTENTION + _rows.DENSE + _rows.MOE_NORM),
+    *(_rows.ROUTER, *_rows.EXPERTS),
+    *_rows.feed_forward("mlp.shared_experts.", "mlp.shared_experts.", "moe"),
+)
+FIELDS = _config.MOE_FIELDS | {
+    "n_routed_experts": "num_experts",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_head_dim",
+    "qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "v_head_dim": "v_head_dim",
+}
+DEFAULTS = _config.DEFAULTS | {"q_lora_rank": None}
+_LATENT_EPSILON = 1e-6
+_YARN = {  # key of config.json -> (argument, value where there is none)
+    "factor": ("rotary_scaling_factor", 1.0),
+    "mscale": ("mscale", 1.0),
+    "mscale_all_dim": ("mscale_all_dim", 0.0),
+}
+# Megatron has no flag for these.
+_YARN_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+
+
+def fixed(score_function: str, expert_bias: bool) -> dict[str, Any]:
+    """Return the arguments that all models of one generation share."""
+    values = _config.with_shared_expert(
+        multi_latent_attention=True,
+        qk_layernorm=True,
+        window_size=None,
+        moe_router_score_function=score_function,
+        moe_router_enable_expert_bias=expert_bias,
+    )
+    return {name: value for name, value in values.items() if name != "moe_router_num_groups"}
+
+
+def group_args(topk: int, groups: int, best: int, each: int) -> dict[str, Any]:
+    """Return the arguments of a choice in `best` groups, ranked by the sum of `each` scores.
+
+    Megatron sums `topk // best` of them; another number is a setting of ours alone.
+    """
+    megatrons = groups == best or each * best == topk
+    return {
+        "moe_router_num_groups": groups,
+        "moe_router_group_topk": best,
+        "ep_group_score_topk": None if megatrons else each,
+    }
+
+
+def check_groups(args: argparse.Namespace, each: int) -> None:
+    """Raise ConfigError where groups are left out and not ranked by the sum of `each` scores."""
+    groups, best = args.moe_router_num_groups or 1, args.moe_router_group_topk or 1
+    found = getattr(args, "ep_group_score_topk", None) or args.moe_router_topk // best
+    if groups != best and found != each:
+        raise ConfigError(
+            f"{best} of {groups} groups for {args.moe_router_topk} experts are ranked by their "
+            f"best {found} scores, this family's by their best {each}; "
+            f"ep_group_score_topk = {each} would do"
+        )
+
+
+def latent_args(config: Config) -> dict[str, Any]:
+    """Return the arguments of attention, layers and shared experts."""
+    if config["rms_norm_eps"] != _LATENT_EPSILON:
+        raise ConfigError(
+            f"rms_norm_eps ({config['rms_norm_eps']}) is not that of the norms of latents, "
+            f"{_LATENT_EPSILON}, and Megatron has one for all; {_LATENT_EPSILON} would do"
+        )
+    if not config["q_lora_rank"]:
+        raise ConfigError(
+            "config.json has no q_lora_rank; Megatron has no norm for the latents of keys and "
+            "values without one for queries, which this model lacks; a q_lora_rank would do"
+        )
+    if not config.get("n_shared_experts"):
+        raise ConfigError("config.json has no n_shared_experts; at least 1 would do")
+    _config.refuse(config, "rope_interleave", True)
+    first = config["first_k_dense_replace"]
+    sparse = config["num_hidden_layers"] - first
+    return {
+        **_config.decoder_args(config),
+        **_rope_args(config),
+        "group_query_attention": False,
+        "num_query_groups": None,
+        "kv_channels": config["v_head_dim"],
+        "moe_layer_freq": [0] * first + [1] * sparse if first else 1,
+        "moe_router_load_balancing_type": "none",
+        "moe_shared_expert_intermediate_size": config["n_shared_experts"]
+        * config["moe_intermediate_size"],
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": True,
+    }
+
+
+def latent_config(args: argparse.Namespace) -> Config:
+    """Return what `latent_args` read."""
+    chosen = moe_layers(args.moe_layer_freq, args.num_layers)
+    first = chosen.index(True)
+    if not all(chosen[first:]):
+        raise ConfigError(
+            f"DeepSeek has dense layers before its MoE layers, none after; moe_layer_freq is "
+            f"{args.moe_layer_freq}"
+        )
+    shared = args.moe_shared_expert_intermediate_size
+    if not shared or shared % args.moe_ffn_hidden_size:
+        raise ConfigError(
+            f"the shared expert's size ({shared}) must be a multiple of an expert's "
+            f"({args.moe_ffn_hidden_size}); {args.moe_ffn_hidden_size} would do"
+        )
+    return {
+        **_config.decoder_config(args),
+        **_rope_config(args),
+        "num_key_value_heads": args.num_attention_heads,
+        "first_k_dense_replace": first,
+        "n_shared_experts": shared // args.moe_ffn_hidden_size,
+        "rope_interleave": True,
+    }
+
+
+def _rope_args(config: Config) -> dict[str, Any]:
+    scaling = _config.rope_scaling(config)
+    if scaling["rope_type"] != "yarn":
+        return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
+    for key, legal in _YARN_FIXED.items():
+        _config.refuse(scaling, key, legal)
+    values = {name: scaling.get(key, default) for key, (name, default) in _YARN.items()}
+    return {"rope_type": "yarn", **values}
+
+
+def _rope_config(args: argparse.Namespace) -> Config:
+    if args.rope_type != "yarn":
+        return {}
+    values = {key: getattr(args, name) for key, (name, _) in _YARN.items()}
+    return {"rope_scaling": {"rope_type": "yarn", **values, **_YARN_FIXED}}

@@ -1,0 +1,77 @@
+"""Mixtral: Mistral with experts in every layer, weights of the chosen ones summing to 1."""
+
+import argparse
+from typing import Any
+
+from ep_plugin.checkpoint.families import _config, _rows
+from ep_plugin.checkpoint.family import Config, Family, Row
+from ep_plugin.checkpoint.moe_layers import moe_layers
+from ep_plugin.errors import ConfigError
+
+_HF, _MEGATRON = "model.layers.{layer}.block_sparse_moe.", "decoder.layers.{layer}.mlp."
+_EXPERT, _FC = _HF + "experts.{expert}.", _MEGATRON + "experts.experts.{expert}."
+_TANH = ("gelu_pytorch_tanh", "geglu_tanh")  # what a Gemma with experts has, in either's words
+
+
+def _to_args(config: Config) -> dict[str, Any]:
+    experts = _config.experts_args(config, normalized=True)
+    plain = {key: value for key, value in config.items() if key != "hidden_act"}
+    shared = _config.decoder_args(plain) | _config.heads_args(config)
+    shared |= _activation_args(config.get("hidden_act", "silu"))
+    sizes = {"ffn_hidden_size": config["intermediate_size"]}
+    return shared | _config.window_args(config) | experts | sizes
+
+
+def _to_config(args: argparse.Namespace) -> Config:
+    if not all(moe_layers(args.moe_layer_freq, args.num_layers)):
+        raise ConfigError(
+            f"Mixtral has experts in every layer; moe_layer_freq is {args.moe_layer_freq}; "
+            "--layers all would do"
+        )
+    shared = _config.decoder_config(args) | _config.heads_config(args)
+    shared["hidden_act"] = _hidden_act(args)
+    return shared | _config.window_config(args) | _config.experts_config(args)
+
+
+def _activation_args(hidden_act: str) -> dict[str, Any]:
+    if hidden_act == _TANH[0]:
+        return {"swiglu": False, "ep_dense_activation": _TANH[1]}
+    _config.refuse({"hidden_act": hidden_act}, "hidden_act", "silu")
+    return {"swiglu": True, "ep_dense_activation": None}
+
+
+def _hidden_act(args: argparse.Namespace) -> str:
+    ours = getattr(args, "ep_dense_activation", None)
+    if ours == _TANH[1]:
+        return _TANH[0]
+    if ours not in (None, "swiglu") or not (ours or args.swiglu):
+        raise ConfigError(
+            f"the checkpoint is no mixtral: ep_dense_activation = {ours!r} with swiglu = "
+            f"{args.swiglu}; swiglu or {_TANH[1]} would do"
+        )
+    return "silu"
+
+
+_FIXED = _config.moe_fixed(moe_router_pre_softmax=False)
+FAMILY = Family(
+    model_type="mixtral",
+    moe=True,
+    architecture="MixtralForCausalLM",
+    rows=(
+        *(_rows.EMBEDDING + _rows.ATTENTION + _rows.MOE_NORM),
+        Row(_HF + "gate.weight", _MEGATRON + "router.weight"),
+        Row(_EXPERT + "w1.weight", _FC + "linear_fc1.weight_w"),
+        Row(_EXPERT + "w3.weight", _FC + "linear_fc1.weight_v"),
+        Row(_EXPERT + "w2.weight", _FC + "linear_fc2.weight"),
+    ),
+    fixed={k: v for k, v in _FIXED.items() if k not in ("swiglu", "ep_dense_activation")},
+    fields=_config.FIELDS
+    | {
+        "intermediate_size": "moe_ffn_hidden_size",
+        "num_local_experts": "num_experts",
+        "num_experts_per_tok": "moe_router_topk",
+    },
+    to_args=_to_args,
+    to_config=_to_config,
+    defaults=_config.DEFAULTS,
+)

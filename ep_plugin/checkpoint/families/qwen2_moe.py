@@ -1,0 +1,42 @@
+"""Qwen2-MoE: Qwen2 with experts in some layers and a shared expert behind a gate of its own."""
+
+import argparse
+from typing import Any
+
+from ep_plugin.checkpoint.families import _config, _rows
+from ep_plugin.checkpoint.family import Config, Family, Row
+
+_HF, _MEGATRON = "model.layers.{layer}.mlp.", "decoder.layers.{layer}.mlp."
+
+
+def _to_args(config: Config) -> dict[str, Any]:
+    return _config.qwen_moe_args(config) | _config.heads_args(config)
+
+
+def _to_config(args: argparse.Namespace) -> Config:
+    return _config.qwen_moe_config(args) | _config.heads_config(args)
+
+
+FAMILY = Family(
+    model_type="qwen2_moe",
+    moe=True,
+    architecture="Qwen2MoeForCausalLM",
+    rows=(
+        *(_rows.EMBEDDING + _rows.ATTENTION + _rows.QKV_BIAS + _rows.DENSE + _rows.MOE_NORM),
+        *(_rows.ROUTER, *_rows.EXPERTS),
+        *_rows.feed_forward("mlp.shared_expert.", "mlp.shared_experts.", "moe"),
+        Row(
+            _HF + "shared_expert_gate.weight",
+            _MEGATRON + "shared_experts.gate_weight",
+            layers="moe",
+        ),
+    ),
+    fixed=_config.with_shared_expert(
+        add_qkv_bias=True, window_size=None, moe_shared_expert_gate=True
+    ),
+    fields=_config.MOE_FIELDS
+    | {"shared_expert_intermediate_size": "moe_shared_expert_intermediate_size"},
+    to_args=_to_args,
+    to_config=_to_config,
+    defaults=_config.DEFAULTS,
+)

@@ -1,0 +1,218 @@
+"""Read a `torch.distributed.checkpoint` folder one tensor at a time, whatever ranks wrote it."""
+
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from ep_plugin.checkpoint.formats._mapped import map_tensor
+from ep_plugin.checkpoint.formats._opaque_pickle import OpaquePickle
+from ep_plugin.checkpoint.tensors import Chunk, Damaged, TensorInfo
+from ep_plugin.errors import ConfigError
+
+# What unpickling damaged bytes raises.
+DAMAGE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    ImportError,
+    AttributeError,
+    zipfile.BadZipFile,
+)
+_STACKED = re.compile(r"((?:optimizer\.state\.\w+\.)?decoder\.layers\.)(?!\d)(.+)")
+_SHARD = re.compile(r"(.+)/shard_([\d.]+)_([\d.]+)")
+_AGAIN = "copy the checkpoint again"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a per-layer tensor lies: the stored key and, where layers are stacked, which one."""
+
+    key: str
+    layer: int | None
+
+
+class Files:
+    """The chunks and objects of one folder under the names they are stored by; nothing is checked.
+
+    Raises Damaged when `.metadata` is missing or unreadable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.metadata = _read_metadata(folder)
+        self.entries = _tensor_entries(self.metadata)
+
+    def read_bytes(self, index: MetadataIndex) -> bytes:
+        """Return an object's bytes; raises Damaged when no file has them."""
+        path, stored = self._find(index)
+        with path.open("rb") as stream:
+            stream.seek(stored.offset)
+            return stream.read(stored.length)
+
+    def read_chunk(self, key: str, chunk: Chunk) -> Tensor:
+        """Return a chunk's values, mapped: what is not looked at is not read.
+
+        Raises Damaged when they cannot be read.
+        """
+        path, stored = self._find(MetadataIndex(key, torch.Size(chunk.offsets)))
+        try:
+            values = map_tensor(path, stored.offset, stored.length)
+            return torch.Tensor.view(values, chunk.sizes)
+        except DAMAGE as error:
+            raise Damaged(
+                f"tensor {key} at {chunk.offsets} in {self.folder} is damaged ({error}); {_AGAIN}"
+            ) from error
+
+    def _find(self, index: MetadataIndex) -> tuple[Path, _StorageInfo]:
+        stored: _StorageInfo | None = self.metadata.storage_data.get(index)
+        if stored is None:
+            raise Damaged(f"{self.folder} says of no file that {index.fqn} is in it; {_AGAIN}")
+        path = self.folder / stored.relative_path
+        if not path.is_file():
+            raise Damaged(
+                f"{self.folder} lacks {stored.relative_path}, where {index.fqn} is; {_AGAIN}"
+            )
+        return path, stored
+
+    def chunks(self, key: str) -> tuple[Chunk, ...]:
+        """Return the parts of a tensor, in the order they are listed."""
+        listed = self.entries[key].chunks
+        return tuple(Chunk(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in listed)
+
+    def info(self, key: str) -> TensorInfo:
+        """Return a stored tensor's whole shape and dtype."""
+        entry = self.entries[key]
+        return TensorInfo(tuple(entry.size), entry.properties.dtype)
+
+
+class Reader:
+    """The tensors and objects of one folder, by per-layer name.
+
+    `tensors` gives each tensor's shape and dtype, `objects` each object's stored key. Raises
+    ConfigError when `.metadata` is missing or unreadable, or a file lacks bytes it should hold.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = Files(folder)
+        _check_files(folder, self._files.metadata)
+        self._places = _places(self._files.entries)
+        self.tensors = {name: self._info(place) for name, place in self._places.items()}
+        self.objects = _objects(self._files.metadata)
+
+    def read_object(self, name: str) -> bytes:
+        """Return an object's bytes, not unpickled."""
+        return self._files.read_bytes(MetadataIndex(self.objects[name]))
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Return one whole tensor on CPU, put together from the chunks that its ranks saved.
+
+        Chunks are mapped, and of a chunk that holds several layers one is looked at.
+
+        Raises ConfigError when a chunk is damaged.
+        """
+        place = self._places[name]
+        out = torch.empty(self.tensors[name].shape, dtype=self.tensors[name].dtype)
+        for chunk in self._files.chunks(place.key):
+            first, last = (0, 1) if place.layer is None else _extent(chunk)
+            if not first <= (place.layer or 0) < last:
+                continue
+            values = self._files.read_chunk(place.key, chunk)
+            offsets = chunk.offsets
+            if place.layer is not None:
+                values, offsets = values[place.layer - first], offsets[1:]
+            region = tuple(slice(o, o + s) for o, s in zip(offsets, values.shape, strict=True))
+            out[region] = values
+        return out
+
+    def _info(self, place: _Place) -> TensorInfo:
+        info = self._files.info(place.key)
+        return info if place.layer is None else TensorInfo(info.shape[1:], info.dtype)
+
+
+def _extent(chunk: Chunk) -> tuple[int, int]:
+    return chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    path = folder / ".metadata"
+    if not path.is_file():
+        raise Damaged(f"{folder} has no .metadata: its save did not finish; give another one")
+    try:
+        with path.open("rb") as stream:
+            metadata = OpaquePickle.Unpickler(stream).load()
+    except DAMAGE as error:
+        raise Damaged(f"{path} cannot be read ({error}); {_AGAIN}") from error
+    if not isinstance(metadata, Metadata):
+        raise Damaged(f"{path} is no torch.distributed.checkpoint metadata; {_AGAIN}")
+    return metadata
+
+
+def _check_files(folder: Path, metadata: Metadata) -> None:
+    """Raise ConfigError unless every tensor is whole and every file long enough for its chunks."""
+    for key, entry in _tensor_entries(metadata).items():
+        saved = sum(prod(chunk.sizes) for chunk in entry.chunks)
+        if saved != prod(entry.size):
+            raise ConfigError(
+                f"{folder} holds {saved} of the {prod(entry.size)} elements of {key}: "
+                "not all ranks' parts are there; give a checkpoint whose save finished"
+            )
+    needed: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        end = stored.offset + stored.length
+        needed[stored.relative_path] = max(needed.get(stored.relative_path, 0), end)
+        if stored.transform_descriptors:
+            raise ConfigError(f"{folder} was saved through stream transforms; save it without them")
+    for name, size in needed.items():
+        path = folder / name
+        if not path.is_file():
+            raise ConfigError(f"{folder} lacks {name} ({size} bytes); {_AGAIN}")
+        if path.stat().st_size < size:
+            raise ConfigError(
+                f"{path} is truncated: it has {path.stat().st_size} bytes, but .metadata "
+                f"places {size} in it; {_AGAIN}"
+            )
+
+
+def _tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    entries = metadata.state_dict_metadata
+    return {k: entry for k, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _places(entries: dict[str, TensorStorageMetadata]) -> dict[str, _Place]:
+    places = {}
+    for key, entry in entries.items():
+        stacked = _STACKED.fullmatch(key)
+        if stacked is None:
+            places[key] = _Place(key, None)
+            continue
+        for layer in range(entry.size[0]):
+            places[f"{stacked[1]}{layer}.{stacked[2]}"] = _Place(key, layer)
+    return places
+
+
+def _objects(metadata: Metadata) -> dict[str, str]:
+    names = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            continue
+        shard = _SHARD.fullmatch(key)
+        stacked = _STACKED.fullmatch(shard[1]) if shard else None
+        if shard is None or stacked is None:
+            names[key] = key
+            continue
+        offsets, shape = shard[2].split("."), shard[3].split(".")
+        rest = f"{'.'.join(offsets[1:]) or 0}_{'.'.join(shape[1:]) or 1}"
+        names[f"{stacked[1]}{offsets[0]}.{stacked[2]}/shard_{rest}"] = key
+    return names

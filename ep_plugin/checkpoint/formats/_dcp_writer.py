@@ -1,0 +1,97 @@
+"""Write a `torch.distributed.checkpoint` folder region by region, as one rank.
+
+torch's own FileSystemWriter keeps every tensor of a file alive until the file is closed; here a
+region is forgotten as soon as it is on disk.
+"""
+
+import pickle
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor
+from ep_plugin.checkpoint.writer import HashedFile, OnBytes, Unit
+
+MAX_FILE_BYTES = 1 << 30  # a new file is begun rather than hold more, unless it is one tensor
+
+
+def units(content: Iterable[NewTensor | NewObject]) -> list[Unit]:
+    """Return the files that hold `content`, in its order."""
+    files: list[list[NewTensor | NewObject]] = [[]]
+    sizes = [0]
+    for entry in content:
+        size = entry.info.num_bytes if isinstance(entry, NewTensor) else 0
+        if files[-1] and sizes[-1] + size > MAX_FILE_BYTES:
+            files.append([])
+            sizes.append(0)
+        files[-1].append(entry)
+        sizes[-1] += size
+    return [
+        Unit(f"__0_{number}.distcp", size, partial(_write_file, entries))
+        for number, (entries, size) in enumerate(zip(files, sizes, strict=True))
+    ]
+
+
+def write_metadata(folder: Path, written: Sequence[tuple[str, list[Any]]]) -> None:
+    """Write `.metadata` for files with what `units` returned of each; then it is a checkpoint."""
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for file, records in written:
+        for record in records:
+            name, chunks = record["name"], []
+            for number, (offsets, sizes, offset, length) in enumerate(record["chunks"]):
+                index = MetadataIndex(name)
+                if "dtype" in record:
+                    chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                    index = MetadataIndex(name, chunks[-1].offsets, number)
+                stored[index] = _StorageInfo(file, offset, length)
+            entries[name] = BytesStorageMetadata()
+            if "dtype" in record:
+                properties = TensorProperties(dtype=getattr(torch, record["dtype"]))
+                entries[name] = TensorStorageMetadata(
+                    properties, torch.Size(record["shape"]), chunks
+                )
+    metadata = Metadata(
+        state_dict_metadata=entries, storage_data=stored, version=CURRENT_DCP_VERSION
+    )
+    with (folder / ".metadata").open("wb") as stream:
+        pickle.dump(metadata, stream)
+
+
+def _write_file(
+    entries: Sequence[NewTensor | NewObject], stream: HashedFile, on_bytes: OnBytes
+) -> list[dict[str, Any]]:
+    """Append the entries; returns for each {name, [dtype, shape,] chunks}, as JSON can hold it."""
+    return [_write_entry(entry, stream, on_bytes) for entry in entries]
+
+
+def _write_entry(
+    entry: NewTensor | NewObject, stream: HashedFile, on_bytes: OnBytes
+) -> dict[str, Any]:
+    start = stream.tell()
+    if isinstance(entry, NewObject):
+        stream.write(entry.content())
+        return {"name": entry.name, "chunks": [[[], [], start, stream.tell() - start]]}
+    chunks = []
+    for region in entry.regions():
+        values = region.values
+        if values.untyped_storage().nbytes() != values.nbytes:
+            values = values.clone()  # else all of what it is a view of would be saved
+        torch.save(values, stream)  # type: ignore[arg-type]  # of a file it only writes
+        chunks.append([list(region.offsets), list(values.shape), start, stream.tell() - start])
+        start = stream.tell()
+        on_bytes(values.nbytes)
+    dtype = str(entry.info.dtype).removeprefix("torch.")
+    return {"name": entry.name, "dtype": dtype, "shape": list(entry.info.shape), "chunks": chunks}

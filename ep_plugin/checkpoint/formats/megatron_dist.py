@@ -1,0 +1,182 @@
+"""Megatron's `torch_dist` checkpoints, read and written by one process without a process group.
+
+A checkpoint folder holds `latest_checkpointed_iteration.txt` and `iter_NNNNNNN/`, which holds
+
+    metadata.json      {"sharded_backend": "torch_dist", ...}
+    .metadata          pickle: each tensor's global shape; each chunk's file, offset and length
+    __R_T.distcp       the chunks, one after the other, each a `torch.save` of its own
+    common.pt          run arguments and counters; newer: the object `common_state/shard_0_1`
+
+Blocks whose layers are alike are stored with the layers stacked on a leading axis:
+
+    stored   decoder.layers.mlp.linear_fc2.weight                   [L, H, F]
+    listed   decoder.layers.0.mlp.linear_fc2.weight ... L - 1       [H, F] each
+
+Objects carry their place in the name: `decoder.layers.X/shard_{layer}_{L}` is listed as
+`decoder.layers.{layer}.X/shard_0_1`. What is written is never stacked, and says so in its
+`content_metadata` (`non_homogeneous_layers`): such a checkpoint loads whichever layers are MoE
+layers and however `--moe-layer-freq` is spelled.
+"""
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from ep_plugin.checkpoint.formats import _dcp_writer
+from ep_plugin.checkpoint.formats._dcp_reader import DAMAGE, Files, Reader
+from ep_plugin.checkpoint.formats._iteration import TRACKER as TRACKER
+from ep_plugin.checkpoint.formats._iteration import iteration_folder as _iteration_folder
+from ep_plugin.checkpoint.formats._opaque_pickle import OpaquePickle
+from ep_plugin.checkpoint.staging import Journal
+from ep_plugin.checkpoint.tensors import Damaged, NewObject, NewTensor, Source, Stored
+from ep_plugin.checkpoint.writer import write_units
+from ep_plugin.errors import ConfigError
+
+COMMON_STATE = "common_state/shard_0_1"
+CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_HINT = "save the dense model with --ckpt-format torch_dist"
+
+
+def iteration_folder(path: Path) -> Path:
+    """Return the folder of one iteration; `path` is that, or what --save named."""
+    return _iteration_folder(path, _is_iteration)
+
+
+def open_checkpoint(path: Path) -> Source:
+    """Open the checkpoint at `path`: the folder with the tracker file, or an iteration's own.
+
+    Raises ConfigError when it is missing, of another format, or incomplete. Reads no tensor.
+    """
+    folder = iteration_folder(path)
+    _check_name(folder)
+    _check_backend(folder)
+    reader = Reader(folder)
+    common_in_file = (folder / "common.pt").is_file()
+    if not common_in_file and COMMON_STATE not in reader.objects:
+        raise ConfigError(
+            f"{folder} has no run arguments (neither common.pt nor {COMMON_STATE}); "
+            "give a checkpoint that Megatron itself saved"
+        )
+    if common_in_file:
+        common = _load_common((folder / "common.pt").read_bytes(), folder)
+    else:
+        common = _load_common(reader.read_object(COMMON_STATE), folder)[0]
+    return Source(
+        folder=folder,
+        common=common,
+        common_in_file=common_in_file,
+        tensors=reader.tensors,
+        objects=frozenset(reader.objects) - {COMMON_STATE},
+        read_tensor=reader.read_tensor,
+        read_object=reader.read_object,
+    )
+
+
+def open_stored(path: Path) -> Stored:
+    """Open the checkpoint at `path` as `open_checkpoint` does, and check nothing of its content.
+
+    Raises ConfigError when it is none of Megatron's, Damaged when it does not say what it holds.
+    """
+    folder = iteration_folder(path)
+    _check_backend(folder)
+    files = Files(folder)
+    if (folder / "common.pt").is_file():
+        common = _load_common((folder / "common.pt").read_bytes(), folder)
+    else:
+        common = _load_common(files.read_bytes(MetadataIndex(COMMON_STATE)), folder)[0]
+    entries = files.metadata.state_dict_metadata
+    return Stored(
+        folder=folder,
+        common=common,
+        tensors={key: files.info(key) for key in files.entries},
+        chunks={key: files.chunks(key) for key in files.entries},
+        objects=frozenset(entries) - set(files.entries) - {COMMON_STATE},
+        read_chunk=files.read_chunk,
+    )
+
+
+def write_checkpoint(
+    root: Path,
+    source: Source,
+    common: dict[str, Any],
+    content: Iterable[NewTensor | NewObject],
+    on_bytes: Callable[[int], object],
+    journal: Journal | None = None,
+    processes: int = 1,
+) -> dict[str, dict[str, Any]]:
+    """Write `content` under `root`, in the same iteration and the same style as `source`.
+
+    `common` replaces the source's; `on_bytes` is called with each region's number of bytes. What
+    `journal` has is not written again. Returns {num_bytes, sha256} of the files with tensors.
+    """
+    folder = root / source.folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {**common, "content_metadata": _content_metadata(source.common)}
+    entries = list(content)
+    if not source.common_in_file:
+        entries.append(NewObject(COMMON_STATE, lambda: _saved([common])))
+    units = _dcp_writer.units(entries)
+    records = write_units(units, folder, journal or Journal(), processes, on_bytes)
+    names = [unit.name for unit in units]
+    contents = [record["content"] for record in records]
+    _dcp_writer.write_metadata(folder, list(zip(names, contents, strict=True)))
+    if source.common_in_file:
+        (folder / "common.pt").write_bytes(_saved(common))
+    (folder / "metadata.json").write_text(json.dumps(CONFIG))
+    iteration = source.folder.name.removeprefix("iter_")
+    (root / TRACKER).write_text(iteration if iteration == "release" else str(int(iteration)))
+    return {
+        f"{folder.name}/{name}": {key: record[key] for key in ("num_bytes", "sha256")}
+        for name, record in zip(names, records, strict=True)
+    }
+
+
+def _content_metadata(common: dict[str, Any]) -> dict[str, Any]:
+    return {**(common.get("content_metadata") or {}), "non_homogeneous_layers": True}
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, pickle_module=OpaquePickle)
+    return buffer.getvalue()
+
+
+def _is_iteration(folder: Path) -> bool:
+    return (folder / ".metadata").is_file() or (folder / "metadata.json").is_file()
+
+
+def _check_backend(folder: Path) -> None:
+    config = folder / "metadata.json"
+    if not config.is_file():
+        raise ConfigError(f"{folder} has no metadata.json, so it is not torch_dist; {_HINT}")
+    try:
+        backend = json.loads(config.read_text())["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{config} names no sharded_backend; {_HINT}") from error
+    if backend != CONFIG["sharded_backend"]:
+        raise ConfigError(f"{folder} is a {backend!r} checkpoint, not torch_dist; {_HINT}")
+
+
+def _load_common(content: bytes, folder: Path) -> Any:
+    try:
+        return torch.load(
+            io.BytesIO(content), map_location="cpu", pickle_module=OpaquePickle, weights_only=False
+        )
+    except DAMAGE as error:
+        raise Damaged(
+            f"the run arguments in {folder} cannot be read ({error}); copy the checkpoint again"
+        ) from error
+
+
+def _check_name(folder: Path) -> None:
+    if folder.name != "release" and not re.fullmatch(r"iter_\d{7,}", folder.name):
+        raise ConfigError(
+            f"{folder} is not named as Megatron names an iteration's folder; "
+            "iter_ and the iteration in seven digits would do"
+        )

@@ -1,0 +1,236 @@
+"""Megatron's per-rank files (`--ckpt-format torch`), read as if one rank had saved them.
+
+    latest_checkpointed_iteration.txt
+    iter_NNNNNNN/mp_rank_TT/model_optim_rng.pt            tensor-parallel rank
+    iter_NNNNNNN/mp_rank_TT_PPP/...                       and pipeline-parallel rank
+    iter_NNNNNNN/mp_rank_TT_EEE/, mp_rank_TT_PPP_EEE/     and expert-parallel rank, last
+
+Each is a dictionary with the run arguments and one state dictionary per pipeline chunk (`model`, or
+`model0`, `model1` ...), in which layers and experts count from 0 on every rank. Files are mapped
+into memory; of a tensor only its parts are read. What is listed has the names of a torch_dist
+checkpoint with an expert's tensors apart (`experts.experts.3.linear_fc1.weight`).
+
+Tensor parallelism cuts a gated fc1 so that each rank has a piece of both halves:
+
+    rank 0  gate 0, up 0     rank 1  gate 1, up 1     whole  gate 0, gate 1, up 0, up 1
+"""
+
+import argparse
+import re
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_plugin.checkpoint.family import gated
+from ep_plugin.checkpoint.formats._dcp_reader import DAMAGE
+from ep_plugin.checkpoint.formats._iteration import iteration_folder
+from ep_plugin.checkpoint.formats._opaque_pickle import OpaquePickle
+from ep_plugin.checkpoint.tensors import Source, TensorInfo
+from ep_plugin.errors import ConfigError
+
+FILE = "model_optim_rng.pt"
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+# Experts of Megatron's sequential and grouped implementations, and of ours, stacked.
+_EXPERTS = (
+    re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<rest>linear_fc[12]\.\w+)"),
+    re.compile(r"mlp\.experts\.(?P<rest>linear_fc[12]\.(?:weight|bias))(?P<expert>\d+)"),
+)
+_STACKED = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))")
+_COLUMN = re.compile(
+    r"embedding\.word_embeddings\.weight|output_layer\.(weight|bias)|"
+    r".+\.linear_(qkv|fc1|q_proj|q_up_proj|kv_up_proj)\.(weight|bias)"
+)
+_ROW = re.compile(r".+\.linear_(proj|fc2)\.weight")
+_DOWN = re.compile(r".+\.linear_(q|kv)_down_proj\.weight")
+_AGAIN = "copy the checkpoint again"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor-parallel rank's piece: an entry of a state dictionary, or one expert of it."""
+
+    values: Tensor  # mapped, not read
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape if self.expert is None else self.values.shape[1:])
+
+    def read(self) -> Tensor:
+        return self.values if self.expert is None else self.values[self.expert]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path`, or the iteration it names, holds per-rank files."""
+    if not path.is_dir():
+        return False
+    folders = [path, *(child for child in path.glob("*") if child.is_dir())]
+    return any(True for folder in folders for _ in folder.glob(f"mp_rank_*/{FILE}"))
+
+
+def open_checkpoint(path: Path) -> Source:
+    """Open the checkpoint at `path`. Reads no tensor.
+
+    Raises ConfigError when a rank's file is missing or damaged, or experts are cut otherwise than
+    the rest of the model.
+    """
+    folder = iteration_folder(path, lambda folder: any(folder.glob(f"mp_rank_*/{FILE}")))
+    first = next(iter(sorted(folder.glob(f"mp_rank_*/{FILE}"))), None)
+    if first is None:
+        raise ConfigError(f"{folder} has no mp_rank_*/{FILE}; give the folder that --save named")
+    common = _load(first)
+    args = common.get("args")
+    if not isinstance(args, argparse.Namespace):
+        raise ConfigError(f"{first} holds no run arguments; give one that Megatron saved")
+    parts = _parts(folder, args)
+    return Source(
+        folder=folder,
+        common={key: value for key, value in common.items() if not key.startswith("model")},
+        common_in_file=False,
+        tensors={name: _info(name, pieces, args) for name, pieces in parts.items()},
+        objects=frozenset(),
+        read_tensor=lambda name: _whole(name, parts[name], args),
+        read_object=partial(_no_object, folder),
+    )
+
+
+def _no_object(folder: Path, name: str) -> bytes:
+    raise KeyError(f"{folder} has no object {name}")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = torch.load(
+            path, map_location="cpu", mmap=True, weights_only=False, pickle_module=OpaquePickle
+        )
+    except (*DAMAGE, OSError) as error:
+        raise ConfigError(f"{path} is truncated or damaged ({error}); {_AGAIN}") from error
+    return content
+
+
+def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[_Part]]:
+    """Return for every whole tensor its pieces, tensor-parallel rank 0 first."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    ep = getattr(args, "expert_model_parallel_size", 1) or 1
+    etp = getattr(args, "expert_tensor_parallel_size", None) or tp
+    if getattr(args, "num_experts", None) and etp != tp:
+        raise ConfigError(
+            f"{folder} has experts cut over {etp} ranks and the rest over {tp}; save it with "
+            "--ckpt-format torch_dist"
+        )
+    ranks = {rank: _path(folder, rank, pp, ep) for rank in product(range(tp), range(pp), range(ep))}
+    missing = [str(path.relative_to(folder)) for path in ranks.values() if not path.is_file()]
+    if missing:
+        raise ConfigError(f"{folder} lacks {', '.join(missing)}; {_AGAIN}")
+    states = {rank: _load(path) for rank, path in ranks.items()}
+    parts: dict[str, list[_Part]] = {}
+    for tp_rank in range(tp):
+        first_layer = 0
+        for chunk in _chunks(states[0, 0, 0]):  # interleaved: chunk by chunk over all ranks
+            for pp_rank in range(pp):
+                for ep_rank in range(ep):
+                    state = states[tp_rank, pp_rank, ep_rank][chunk]
+                    for name, part in _named(state, first_layer, ep_rank, ep, args):
+                        is_expert = ".experts.experts." in name
+                        if is_expert or ep_rank == 0:
+                            parts.setdefault(name, []).append(part)
+                first_layer += _num_layers(states[tp_rank, pp_rank, 0][chunk])
+    return parts
+
+
+def _path(folder: Path, rank: tuple[int, int, int], pp: int, ep: int) -> Path:
+    tp_rank, pp_rank, ep_rank = rank
+    name = f"mp_rank_{tp_rank:02d}"
+    name += f"_{pp_rank:03d}" if pp > 1 else ""
+    name += f"_{ep_rank:03d}" if ep > 1 else ""
+    return folder / name / FILE
+
+
+def _chunks(state: dict[str, Any]) -> list[str]:
+    return sorted(
+        (key for key in state if re.fullmatch(r"model\d*", key)), key=lambda k: (len(k), k)
+    )
+
+
+def _num_layers(state: dict[str, Any]) -> int:
+    numbers = {match[1] for name in state if (match := _LAYER.fullmatch(name))}
+    return len(numbers)
+
+
+def _named(
+    state: dict[str, Any], first_layer: int, ep_rank: int, ep: int, args: argparse.Namespace
+) -> list[tuple[str, _Part]]:
+    """Return the tensors of one chunk on one rank under the names of the whole model."""
+    found = []
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or name.endswith("_extra_state"):
+            continue
+        if name.startswith("output_layer.") and not args.untie_embeddings_and_output_weights:
+            continue  # the last stage's copy of tied embeddings
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            found.append((name, _Part(value)))
+            continue
+        prefix = f"decoder.layers.{first_layer + int(match[1])}."
+        first_expert = ep_rank * ((getattr(args, "num_experts", None) or 0) // ep)
+        for below, part in _experts(match[2], value, first_expert):
+            found.append((prefix + _stored_norm(below, args), part))
+    return found
+
+
+def _experts(name: str, value: Tensor, first: int) -> list[tuple[str, _Part]]:
+    """Return (name below the layer, piece), one for each expert where it is of experts."""
+    for pattern in _EXPERTS:
+        if (match := pattern.fullmatch(name)) is not None:
+            expert = first + int(match["expert"])
+            return [(f"mlp.experts.experts.{expert}.{match['rest']}", _Part(value))]
+    if (match := _STACKED.fullmatch(name)) is None:
+        return [(name, _Part(value))]
+    return [
+        (f"mlp.experts.experts.{first + expert}.{match[1]}", _Part(value, expert))
+        for expert in range(len(value))
+    ]
+
+
+def _stored_norm(name: str, args: argparse.Namespace) -> str:
+    """Return the name that a norm of the local implementation has in a torch_dist checkpoint."""
+    if args.transformer_impl == "local" and not args.multi_latent_attention:
+        name = re.sub(r"^input_layernorm\.", "self_attention.linear_qkv.layer_norm_", name)
+        name = re.sub(r"^pre_mlp_layernorm\.", "mlp.linear_fc1.layer_norm_", name)
+    return name
+
+
+def _cut_along(name: str, parts: list[_Part], args: argparse.Namespace) -> int | None:
+    """Return the dimension that tensor parallelism cuts; None when every rank has it whole."""
+    if _COLUMN.fullmatch(name):
+        return 0
+    if _ROW.fullmatch(name):
+        return 1
+    if (match := _DOWN.fullmatch(name)) is not None:  # cut by one implementation, not by the other
+        rank = args.q_lora_rank if match[1] == "q" else None
+        rows = rank or args.kv_lora_rank + args.qk_pos_emb_head_dim
+        return None if parts[0].shape[0] == rows else 0
+    return None
+
+
+def _info(name: str, parts: list[_Part], args: argparse.Namespace) -> TensorInfo:
+    shape = list(parts[0].shape)
+    dim = _cut_along(name, parts, args)
+    if dim is not None:
+        shape[dim] = sum(part.shape[dim] for part in parts)
+    return TensorInfo(tuple(shape), parts[0].values.dtype)
+
+
+def _whole(name: str, parts: list[_Part], args: argparse.Namespace) -> Tensor:
+    dim = _cut_along(name, parts, args)
+    if dim is None or len(parts) == 1:
+        return parts[0].read()
+    if ".linear_fc1." in name and gated(name, args):
+        halves = zip(*(part.read().chunk(2) for part in parts), strict=True)
+        return torch.cat([piece for half in halves for piece in half])
+    return torch.cat([part.read() for part in parts], dim=dim)

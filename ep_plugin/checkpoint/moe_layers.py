@@ -1,0 +1,76 @@
+"""`--layers`: which layers become Mixture-of-Experts layers, in the words of Megatron's
+--moe-layer-freq."""
+
+import ast
+
+from ep_plugin.errors import ConfigError
+
+LEGAL = "legal are all, every:N, and one 0 or 1 per layer, such as [0,1,0,1] or [0]*1+[1]*3"
+
+
+def parse_layers(text: str, num_layers: int) -> int | list[int]:
+    """Return Megatron's moe_layer_freq: N (layers 0, N, 2N, ...) or a 0/1 list.
+
+    Raises ConfigError for another form, a wrong length, or no MoE layer at all.
+    """
+    if text == "all":
+        return 1
+    if text.startswith("every:"):
+        step = text.removeprefix("every:")
+        if not step.isdecimal() or int(step) < 1:
+            raise ConfigError(f"--layers every:N needs N >= 1; got {text!r}; every:2 would do")
+        return int(step)
+    pattern = _parse_pattern(text)
+    if len(pattern) != num_layers:
+        raise ConfigError(
+            f"--layers {text} has {len(pattern)} entries, but the checkpoint has {num_layers} "
+            f"layers; [{','.join(['1'] * num_layers)}] would do"
+        )
+    if not any(pattern):
+        raise ConfigError(f"--layers {text} leaves every layer dense; {LEGAL}")
+    return pattern
+
+
+def moe_layers(frequency: int | list[int], num_layers: int) -> tuple[bool, ...]:
+    """Return for each layer whether it is an MoE layer."""
+    if isinstance(frequency, int):
+        return tuple(layer % frequency == 0 for layer in range(num_layers))
+    return tuple(bool(entry) for entry in frequency)
+
+
+def _parse_pattern(text: str) -> list[int]:
+    try:
+        value = _evaluate(ast.parse(text, mode="eval").body)
+    except (SyntaxError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--layers {text!r} cannot be read; {LEGAL}") from error
+    if not isinstance(value, list) or any(entry not in (0, 1) for entry in value):
+        raise ConfigError(f"--layers {text!r} is no list of 0 and 1; {LEGAL}")
+    return value
+
+
+def _evaluate(node: ast.expr) -> int | list[int]:
+    """Evaluate lists of numbers under + and *, and nothing else."""
+    match node:
+        case ast.Constant(value=int(number)) if 0 <= number <= 10_000:
+            return int(number)
+        case ast.List(elts=entries):
+            return [entry for part in entries for entry in [_number(part)]]
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _as_list(left) + _as_list(right)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return _as_list(left) * _number(right)
+    raise ValueError(ast.dump(node))
+
+
+def _number(node: ast.expr) -> int:
+    value = _evaluate(node)
+    if not isinstance(value, int):
+        raise ValueError(ast.dump(node))
+    return value
+
+
+def _as_list(node: ast.expr) -> list[int]:
+    value = _evaluate(node)
+    if not isinstance(value, list):
+        raise ValueError(ast.dump(node))
+    return value

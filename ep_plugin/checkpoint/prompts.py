@@ -1,0 +1,113 @@
+"""The tokens that two models are compared on: prompts of the user's, or random ones."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_plugin.errors import BackendUnavailable, ConfigError
+
+MAX_SEQUENCE = 256
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`tokens` [B, S] int64, and which of them count: `kept` [B, S] bool.
+
+    Attention is causal, so what fills a short prompt up on its right changes nothing before it.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+
+    def max_abs(self, values: Tensor) -> float:
+        """Return the largest absolute value of `values` [B, S, X] over tokens that count."""
+        return float(values[self.kept].abs().max())
+
+
+def read_prompts(path: Path, tokenizer: Path | None) -> list[list[int]]:
+    """Return the token ids of each prompt in a file.
+
+    A .json file has lists of ids; any other text, a prompt a line, for the tokenizer in the
+    Hugging Face folder `tokenizer`. Raises ConfigError for a file that cannot be read or is empty.
+    """
+    try:
+        text = path.read_text()
+        if path.suffix == ".json":
+            prompts = json.loads(text)
+        else:
+            lines = [line for line in text.splitlines() if line.strip()]
+            encode: Any = _load_tokenizer(path, tokenizer) if lines else None
+            prompts = [encode(line)["input_ids"] for line in lines]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--prompts {path} cannot be read ({error})") from error
+    if not _are_ids(prompts):
+        raise ConfigError(
+            f"--prompts {path} must hold at least one prompt, in .json as a list of lists of token "
+            "ids; [[1, 2, 3]] would do"
+        )
+    return [list(prompt) for prompt in prompts]
+
+
+def _are_ids(prompts: Any) -> bool:
+    lists = isinstance(prompts, list) and all(isinstance(prompt, list) for prompt in prompts)
+    return (
+        lists
+        and bool(prompts)
+        and all(
+            prompt and all(type(token) is int and token >= 0 for token in prompt)
+            for prompt in prompts
+        )
+    )
+
+
+def _load_tokenizer(path: Path, folder: Path | None) -> Any:
+    if folder is None:
+        raise ConfigError(
+            f"--prompts {path} is text, and --from is no Hugging Face folder with a tokenizer; a "
+            ".json file with lists of token ids would do"
+        )
+    try:
+        tokenizer: Any = import_module("transformers").AutoTokenizer
+        return tokenizer.from_pretrained(folder)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"--prompts needs transformers ({error}); install 'ep-plugin[hf]'"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder} has no tokenizer that transformers can load ({error}); a .json file with "
+            "lists of token ids would do"
+        ) from error
+
+
+def fill(prompts: Prompts, vocab_size: int, max_length: int) -> Batch:
+    """Return `prompts`, cut at MAX_SEQUENCE and `max_length`. Raises ConfigError for other ids."""
+    largest = max(max(prompt) for prompt in prompts)
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"--prompts has token {largest}, and the vocabulary has {vocab_size}; ids below that "
+            "would do"
+        )
+    limit = min(max_length, MAX_SEQUENCE)
+    length = min(max(map(len, prompts)), limit)
+    tokens = torch.zeros(len(prompts), length, dtype=torch.int64)
+    kept = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        part = torch.tensor(prompt[:length])
+        tokens[row, : len(part)], kept[row, : len(part)] = part, True
+    return Batch(tokens, kept)
+
+
+def draw(num_tokens: int, vocab_size: int, max_length: int, seed: int) -> Batch:
+    """Return at least `num_tokens` random tokens, as long sequences as are allowed."""
+    length = min(max_length, MAX_SEQUENCE)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (-(-num_tokens // length), length), generator=generator)
+    return Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))

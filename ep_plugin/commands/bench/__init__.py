@@ -1,0 +1,178 @@
+"""`ep-plugin bench`: time the layer, its products or its kernels beside their peers."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ep_plugin.commands.bench import over_ranks, products_alone, steps_alone, whole_layer
+from ep_plugin.commands.bench.case import ROUTINGS, require_cuda
+from ep_plugin.commands.bench.contest import Contest
+from ep_plugin.commands.bench.figures import Row, merge, read, table, write
+from ep_plugin.commands.bench.floors import PRECISIONS
+from ep_plugin.commands.bench.measure import Protocol, default_device
+from ep_plugin.commands.bench.shapes import MODELS, TINY, Shape, pick
+from ep_plugin.errors import BackendUnavailable, ConfigError, check_choice
+
+EXAMPLES = """examples:
+  ep-plugin bench layer --output benchmarks/results/layer_h100.json --plot layer_h100.png
+  ep-plugin bench layer --shapes q3-30b --routing balanced zipf one_empty half
+  ep-plugin bench layer --shapes mixtral --backends ep_plugin torch --cuda-graph
+  ep-plugin bench gemm --precision fp8 --output benchmarks/results/gemm_h100.json --resume
+  ep-plugin bench kernels --shapes tiny --repeats 5 --warm 1 --json
+  torchrun --nproc-per-node 2 -m ep_plugin.cli bench overlap --shapes dsv3 --trace trace.json
+
+layer    router to combine, forward and backward, quantisation included; that of the weights is
+         counted at 1/8 (eight micro-batches an optimizer step) and given in full beside it
+gemm     each grouped product of fc1 and fc2 alone, operands already quantised
+kernels  each memory-bound step alone, against this device's copy bandwidth
+overlap  the layer over ranks: exchanges alone, computation alone, together, and the share hidden
+
+Random data in three sets taken in turn; all backends in turn in one process; medians. Weights,
+tokens and gradients are the same for every backend, and tokens are made such that each backend's
+own router sends them to the same experts. Floors are those of one H100. Peers that cannot run are
+named with the reason. Shapes: dsv3 q3-235b q3-30b-ep8 q3-30b mixtral tiny; without a GPU tiny is
+the default, and ratios to torch are printed in place of times.
+"""
+BENCHES: dict[str, Callable[[Contest, Shape, str], list[Row]]] = {
+    "layer": whole_layer.measure,
+    "gemm": products_alone.measure,
+    "kernels": steps_alone.measure,
+    "overlap": over_ranks.measure,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("bench", metavar="BENCH", help=", ".join(BENCHES))
+    for name, summary in (
+        ("shapes", "sizes (default: all models; without a GPU tiny)"),
+        ("backends", "ep_plugin or peers; one asked for by name runs, or the command fails"),
+        ("precision", f"{', '.join(PRECISIONS)} (default: both)"),
+        ("routing", f"{', '.join(ROUTINGS)} (default: balanced)"),
+        ("recipes", f"overlap: {', '.join(over_ranks.RECIPES)} (default: all)"),
+        ("dispatchers", f"overlap: {', '.join(over_ranks.DISPATCHERS)} (default: all)"),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help=summary)
+    for name, default, summary in (("repeats", 100, "timed"), ("warm", 20, "before they are")):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"rounds {summary} (default: {default})"
+        )
+    for name, summary in (
+        ("cuda-graph", "layer, overlap: steps as CUDA graphs where a backend allows it"),
+        ("resume", "keep the rows of --output and measure the others"),
+        ("json", "print the rows on stdout"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", help=summary)
+    for name, summary in (
+        ("output", "JSON; equal rows are replaced"),
+        ("plot", "PNG"),
+        ("trace", "overlap: two steps in chunks, to look at in Perfetto"),
+        ("trace-plot", "overlap: the second of them as a PNG"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"where to: {summary}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write; 2 where nothing could be measured.
+
+    Raises ConfigError for unknown names and unreadable files.
+    """
+    _check(args)
+    # before minutes of measuring
+    plot = _load("plot", "--plot") if args.plot is not None else None
+    picture = _load("timeline_plot", "--trace-plot") if args.trace_plot is not None else None
+    device = default_device()
+    if args.cuda_graph:
+        require_cuda("--cuda-graph", device, "a run without it")
+    if args.bench == "overlap":
+        over_ranks.join_ranks(device)
+    shapes = pick(args.shapes) or list(MODELS if device.type == "cuda" else [TINY])
+    kept = read(args.output) if args.output is not None else []
+    contest = Contest(
+        Protocol(
+            *(device, args.warm, args.repeats),
+            hide_launch=args.bench in ("gemm", "kernels"),
+            align=dist.barrier if args.bench == "overlap" else None,
+        ),
+        tuple(args.precision) or PRECISIONS,
+        tuple(args.backends),
+        args.cuda_graph,
+        [row for row in kept if row.get("bench") == args.bench] if args.resume else [],
+        tuple(args.recipes),
+        tuple(args.dispatchers),
+    )
+    rows = _measure(args, contest, shapes, kept)
+    code = 0 if rows else 2
+    traced = args.trace is not None or picture is not None
+    if traced:
+        routing = (args.routing or ["balanced"])[0]
+        timeline = over_ranks.trace(shapes[0], routing, device, args.cuda_graph)
+    if args.bench == "overlap":
+        over_ranks.leave_ranks()
+        if os.environ["RANK"] != "0":
+            return code
+    if args.trace is not None:
+        args.trace.parent.mkdir(parents=True, exist_ok=True)
+        args.trace.write_text(json.dumps(timeline))
+    if picture is not None:
+        picture.draw(timeline).savefig(args.trace_plot, dpi=144)
+    for line in contest.absentees():
+        print(f"not measured: {line}", file=sys.stderr if args.json else sys.stdout)
+    print(json.dumps(rows) if args.json else table(rows))
+    if plot is not None:
+        plot.draw(rows).savefig(args.plot, dpi=144)
+    return code
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_choice("BENCH", args.bench, tuple(BENCHES))
+    for name, legal in (
+        *(("precision", PRECISIONS), ("routing", ROUTINGS)),
+        *(("recipes", over_ranks.RECIPES), ("dispatchers", tuple(over_ranks.DISPATCHERS))),
+    ):
+        for value in getattr(args, name):
+            check_choice(f"--{name}", value, legal)
+    for name, least in (("repeats", 1), ("warm", 0)):
+        value = getattr(args, name)
+        if value < least:
+            raise ConfigError(f"--{name} must be at least {least}; got {value}; {least} would do")
+    if args.resume and args.output is None:
+        raise ConfigError("--resume needs --output, whose rows it keeps; --output FILE would do")
+    for name in ("trace", "trace-plot", "recipes", "dispatchers"):
+        flag, value = f"--{name}", getattr(args, name.replace("-", "_"))
+        if value and args.bench != "overlap":
+            raise ConfigError(f"{flag} is for overlap; got {args.bench}; bench overlap would do")
+    if args.cuda_graph and args.bench not in ("layer", "overlap"):
+        raise ConfigError(
+            f"--cuda-graph is for layer and overlap; got {args.bench}; bench layer would do"
+        )
+
+
+def _measure(
+    args: argparse.Namespace, contest: Contest, shapes: list[Shape], kept: list[Row]
+) -> list[Row]:
+    """Return the rows of this run and those it resumed; write them as they come."""
+    rows = contest.kept
+    for shape in shapes:
+        for routing in args.routing or ["balanced"]:
+            made = BENCHES[args.bench](contest, shape, routing)
+            rows, kept = merge(rows, made), merge(kept, made)
+            if args.output is not None and os.environ.get("RANK", "0") == "0":
+                write(args.output, kept)
+    return rows
+
+
+def _load(module: str, flag: str) -> Any:
+    try:
+        return import_module(f"ep_plugin.commands.bench.{module}")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"{flag} needs matplotlib ({error}); pip install 'ep-plugin[report]' would do"
+        ) from error

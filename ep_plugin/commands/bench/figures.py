@@ -1,0 +1,171 @@
+"""Figures as rows: made, kept in a file, printed as a table."""
+
+import json
+import platform
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ep_plugin.commands.bench.measure import Timing
+from ep_plugin.errors import ConfigError
+
+Row = dict[str, Any]
+IDENTITY = (
+    *("bench", "shape", "op", "backend", "precision", "routing", "ep", "graph", "device"),
+    *("dispatcher", "schedule"),
+)
+EMPTY: Row = {
+    **dict.fromkeys(("bench", "shape", "op", "backend", "precision", "routing")),
+    **{"ep": 1, "graph": False},
+    **dict.fromkeys(("ms", "p10_ms", "p90_ms", "fwd_ms", "weight_quant_ms", "floor_ms")),
+    **dict.fromkeys(("saved_mib", "tflops", "gbps", "error", "grad_error", "gpu")),
+    **dict.fromkeys(("dispatcher", "schedule", "exchange_ms", "compute_ms", "wire_ms")),
+    **dict.fromkeys(("hidden_share", "covered_share")),
+}
+OF_SOME = {"largest_share", "dims", "tokens_per_second", "first_losses", "losses"}  # benches
+PACKAGES = (
+    *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),
+    *("sonic-moe", "quack-kernels", "liger-kernel", "sgl-deep-gemm", "deep-gemm"),
+)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """Return the version of each package that plays a part and is installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found["torch"] = torch.__version__  # with the CUDA it is built for
+    return found
+
+
+def make_row(device: torch.device, time: Timing, **fields: Any) -> Row:
+    """Return a row with every key; what has no meaning for its bench is None."""
+    unknown = set(fields) - set(EMPTY) - OF_SOME
+    assert not unknown, unknown
+    figures = {"ms": time.median, "p10_ms": time.p10, "p90_ms": time.p90} | fields
+    return {
+        **EMPTY,
+        **{k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()},
+        "device": device_name(device),
+        "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """Return what tells a row from every other."""
+    return tuple(row.get(name) for name in IDENTITY)
+
+
+def read(path: Path) -> list[Row]:
+    """Return the rows of a file, none if there is no file; raises ConfigError for other content."""
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{path}: is no list of rows ({error}); another --output would do"
+        ) from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{path}: is no list of rows; another --output would do")
+    return rows
+
+
+def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """Return old rows and new ones; a new one takes the place of the old one it repeats."""
+    return list(
+        ({identity(row): row for row in old} | {identity(row): row for row in new}).values()
+    )
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Write rows, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n" if rows else "[]\n")
+
+
+def table(rows: list[Row]) -> str:
+    """Return rows as text, a floor beside every figure; on the CPU as ratios to torch's bf16."""
+    lines, heading = [], None
+    base = {_group(row): row["ms"] for row in rows if _is_base(row)}
+    serial = {_pair(row): row["ms"] for row in rows if row["schedule"] == "serial"}
+    for row in sorted(rows, key=lambda row: str(_group(row))):
+        floor = "copy here" if row["bench"] == "kernels" else "one H100"
+        title = f"{row['bench']} {case_of(row)}, {row['device']}; floor: {floor}"
+        if title != heading:
+            lines += ["", title]
+            heading = title
+        if row["bench"] == "overlap":
+            lines.append(_overlap_line(row, serial.get(_pair(row))))
+        else:
+            lines.append(_line(row, base.get(_group(row))))
+    return "\n".join(lines[1:])
+
+
+def case_of(row: Row) -> str:
+    """Return shape, ranks where there are several, and routing, for a reader."""
+    ranks = f", ep={row['ep']}" if row["ep"] > 1 else ""
+    return f"{row['shape']}{ranks}, {row['routing']}"
+
+
+def _group(row: Row) -> tuple[Any, ...]:
+    return (row["bench"], row["shape"], row["ep"], row["routing"], row["device"], row["op"])
+
+
+def _pair(row: Row) -> tuple[Any, ...]:
+    how = row["dispatcher"], row["graph"]
+    return (*_group(row), row["backend"], row["precision"], *how)
+
+
+def _overlap_line(row: Row, serial: float | None) -> str:
+    parts = row["backend"], row["precision"], row["dispatcher"], row["schedule"]
+    name = " ".join((*parts, "graph") if row["graph"] else parts)
+    shown = [f"  {name:56}"]
+    if serial is not None:
+        shown.append(f"{row['ms'] / serial:6.2f} x serial")
+    if row["device"] != "cpu":
+        shown.append(f"{row['ms']:9.3f} ms, floor {row['floor_ms']:8.3f}")
+    if row["exchange_ms"] is not None:
+        if row["device"] != "cpu":
+            shown.append(f"exchange {row['exchange_ms']:7.3f}, compute {row['compute_ms']:8.3f}")
+        shown.append(f"{row['hidden_share']:6.0%} of the exchange hidden")
+    if row.get("covered_share") is not None:
+        shown.append(f"{row['covered_share']:5.0%} of the wire beside work")
+    if row["gbps"] is not None:
+        shown.append(f"{row['gbps']:6.0f} GB/s leaving")
+    return " ".join(shown)
+
+
+def _is_base(row: Row) -> bool:
+    return bool(row["backend"] == "torch" and row["precision"] == "bf16")
+
+
+def _line(row: Row, base: float | None) -> str:
+    name = " ".join(filter(None, (row["op"], row["backend"], row["precision"])))
+    ratio = f"{row['ms'] / base:8.2f} x torch" if base else " " * 16
+    if row["bench"] == "kernels":
+        ratio = f"{row['ms'] / row['floor_ms']:8.2f} x copy "
+    if row["device"] == "cpu":
+        return f"  {name:46}{ratio}   floor {row['floor_ms']:.3g} ms"
+    parts = [f"  {name:46}{row['ms']:9.3f} ms   floor {row['floor_ms']:8.3f}"]
+    parts.append(f"({row['p10_ms']:.3f} .. {row['p90_ms']:.3f}){ratio}")
+    for field, unit in (("fwd_ms", "ms forward"), ("tflops", "TFLOPS"), ("gbps", "GB/s")):
+        if row[field] is not None:
+            parts.append(f"{row[field]:8.2f} {unit}")
+    if row["saved_mib"] is not None:
+        parts.append(f"{row['saved_mib']:7.0f} MiB kept")
+    return " ".join(parts) + ("  graph" if row["graph"] else "")

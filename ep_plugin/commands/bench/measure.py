@@ -1,0 +1,143 @@
+"""Time on one device: variants in turn, buffers rotated, medians.
+
+Every round runs every variant once, so that a drift of the clock meets all alike. On CUDA a step is
+between two events with the device idle before it, so time the host takes to launch counts, unless
+the protocol says otherwise; on the CPU it is wall time.
+"""
+
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ep_plugin.commands.bench.case import SETS
+
+Step = Callable[[int], object]  # is given the index of its set of buffers
+BUSY_CYCLES = 2_000_000  # about a millisecond
+STATE = {"sm_mhz": "clocks.sm", "watt": "power.draw", "celsius": "temperature.gpu"}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How often each variant runs, and on what."""
+
+    device: torch.device
+    warm: int = 20
+    repeats: int = 100
+    hide_launch: bool = False  # kernels alone: keep the GPU busy while the host launches them
+    align: Callable[[], object] | None = None  # ranks start each step together
+
+    def interleave(
+        self, steps: Mapping[str, Step], title: str = ""
+    ) -> tuple[dict[str, Timing], dict[str, float]]:
+        """Return each step's timing, and the GPU's state meanwhile (empty where unknown)."""
+        seen: dict[str, list[float]] = {name: [] for name in steps}
+        states: list[dict[str, float]] = []
+        for turn in tqdm(range(self.warm + self.repeats), desc=title, leave=False, disable=None):
+            for name, step in steps.items():
+                milliseconds = self.once(step, turn % SETS)
+                if turn >= self.warm:
+                    seen[name].append(milliseconds)
+            if turn >= self.warm and (turn - self.warm) % 25 == 0:
+                states.append(gpu_state(self.device))
+        times = {name: timing(values) for name, values in seen.items()}
+        known = [state for state in states if state]
+        return times, {k: statistics.median(s[k] for s in known) for k in STATE if known}
+
+    def once(self, step: Step, index: int) -> float:
+        """Return the milliseconds of one call."""
+        if self.align is not None:
+            self.align()
+        if self.device.type != "cuda":
+            began = time.perf_counter()
+            step(index)
+            return 1e3 * (time.perf_counter() - began)
+        start, end = (_event() for _ in range(2))
+        torch.cuda.synchronize()
+        if self.hide_launch:
+            torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
+        start.record()
+        step(index)
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def default_device() -> torch.device:
+    """Return the current GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def timing(values: list[float]) -> Timing:
+    """Return median and deciles of `values`."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return Timing(
+        statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+    )
+
+
+def captured(step: Step, pool: Any) -> Step:
+    """Return `step` as CUDA graphs, one for each set of buffers.
+
+    Nothing of a step is read after it, so all graphs of a run can share the memory of `pool`.
+    """
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for index in range(SETS):
+            step(index)
+    torch.cuda.current_stream().wait_stream(side)
+    graphs: list[torch.cuda.CUDAGraph] = []
+    for index in range(SETS):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            step(index)
+        graphs.append(graph)
+    return lambda index: graphs[index].replay()
+
+
+def copy_bandwidth(protocol: Protocol) -> float:
+    """Return bytes per second of torch's copy of a large buffer, read and written both counted."""
+    size = 2**30 if protocol.device.type == "cuda" else 2**24
+    source = torch.zeros(size, dtype=torch.uint8, device=protocol.device)
+    target = torch.empty_like(source)
+    times, _ = protocol.interleave({"copy": lambda _: target.copy_(source)}, "copy")
+    return 2e3 * size / times["copy"].median
+
+
+def gpu_state(device: torch.device) -> dict[str, float]:
+    """Return clock, power and temperature as nvidia-smi reads them; empty without it."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return {}
+    identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = f"--query-gpu={','.join(STATE.values())}"
+    said = subprocess.run(
+        ["nvidia-smi", "-i", identity, query, "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+    )
+    fields = said.stdout.strip().split(", ")
+    if not all(re.fullmatch(r"\d+(\.\d+)?", field) for field in fields):
+        return {}  # no such GPU, or a reading it does not have
+    return dict(zip(STATE, map(float, fields), strict=True))

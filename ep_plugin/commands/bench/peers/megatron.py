@@ -1,0 +1,104 @@
+"""Megatron's own MoE layer over Transformer Engine's grouped products, its experts on all ranks.
+
+Its fastest documented options: alltoall dispatcher, fused permutation and router.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformer_engine.pytorch  # noqa: F401  Megatron without it is another, slower layer
+from megatron.core import parallel_state
+from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ep_plugin.commands.bench.case import Case, Contender, require_cuda
+from ep_plugin.commands.bench.floors import Precision
+
+RECIPES = {"bf16": (None,), "fp8": ("tensorwise", "blockwise")}
+FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
+
+
+def build(case: Case, precision: Precision) -> list[Contender]:
+    """Return one contender for each of Megatron's recipes of `precision`."""
+    require_cuda("megatron", case.device)
+    _start()
+    return [_contender(case, precision, recipe) for recipe in RECIPES[precision]]
+
+
+def _start() -> None:
+    """Make the process groups that Megatron looks up; one rank where no other was started."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
+        model_parallel_cuda_manual_seed(1)
+
+
+def _config(case: Case, recipe: str | None) -> TransformerConfig:
+    shape = case.shape
+    fp8 = {} if recipe is None else {"fp8": FORMATS[recipe], "fp8_recipe": recipe}
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=shape.hidden,
+        num_attention_heads=max(1, shape.hidden // 128),
+        ffn_hidden_size=shape.ffn,
+        moe_ffn_hidden_size=shape.ffn,
+        num_moe_experts=shape.experts,
+        moe_router_topk=shape.topk,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=0.01,
+        moe_grouped_gemm=True,
+        moe_token_dispatcher_type="alltoall",
+        moe_permute_fusion=True,
+        moe_router_fusion=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=True,
+        add_bias_linear=False,
+        expert_model_parallel_size=dist.get_world_size(),
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        **fp8,
+    )
+
+
+def _contender(case: Case, precision: Precision, recipe: str | None) -> Contender:
+    config = _config(case, recipe)
+    spec = get_moe_module_spec(use_te=True, num_experts=case.shape.experts, moe_grouped_gemm=True)
+    layer: Any = spec(config=config, layer_number=1)
+    layer.cuda().train()
+    layer.set_layer_number(1)
+    _copy_weights(case, layer)
+
+    def forward(tokens: Tensor) -> Tensor:
+        context: AbstractContextManager[None] = get_fp8_context(config, 0)
+        with context:
+            output: Tensor = layer(tokens.unsqueeze(1))[0]
+        return output.squeeze(1)
+
+    return Contender(
+        "megatron" if recipe is None else f"megatron+{recipe}",
+        precision,
+        forward,
+        list(layer.parameters()),
+        renew=None if recipe is None else layer.set_is_first_microbatch,
+    )
+
+
+@torch.no_grad()
+def _copy_weights(case: Case, layer: Any) -> None:
+    layer.router.weight.copy_(case.router)
+    mine = case.experts_of(dist.get_rank(), dist.get_world_size())
+    for linear, weights in (
+        (layer.experts.linear_fc1, case.fc1),
+        (layer.experts.linear_fc2, case.fc2),
+    ):
+        for index, weight in enumerate(weights[mine]):
+            getattr(linear, f"weight{index}").copy_(weight)

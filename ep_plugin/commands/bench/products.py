@@ -1,0 +1,162 @@
+"""Operands of one linear map's three grouped products, and the products of this package."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_plugin.commands.bench.case import SETS, Case
+from ep_plugin.commands.bench.floors import Direction, Precision
+from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.moe.e4m3 import BLOCK
+from ep_plugin.moe.kernels import Tiles, select
+from ep_plugin.registry import available, resolve
+
+
+@dataclass(frozen=True)
+class Problem:
+    """rows [R, a], gradients [R, b] and weight [e, b, a] in bf16, expert-major."""
+
+    linear: str
+    rows: tuple[Tensor, ...]  # one of each set
+    grads: tuple[Tensor, ...]
+    weight: Tensor
+    ends: tuple[Tensor, ...]  # [e] int32, row behind each expert's last
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the three products, its operands ready."""
+
+    backend: str
+    precision: Precision
+    direction: Direction
+    run: Callable[[int], Tensor]  # index of a set -> [R, b], [R, a] or [e, b, a]
+
+
+def make_problem(case: Case, linear: str) -> Problem:
+    """Return random operands with this case's weight and counts."""
+    inputs, outputs = case.shape.linears[linear]
+    generator = torch.Generator(case.device).manual_seed(1)
+
+    def normal(width: int) -> Tensor:
+        values = torch.empty(case.shape.rows, width, dtype=torch.bfloat16, device=case.device)
+        return values.normal_(generator=generator)
+
+    return Problem(
+        linear,
+        tuple(normal(inputs) for _ in range(SETS)),
+        tuple(normal(outputs) for _ in range(SETS)),
+        getattr(case, linear),
+        tuple(case.ends(index) for index in range(SETS)),
+    )
+
+
+Maker = Callable[[Problem], list[Product]]
+
+
+def makers(precision: Precision) -> dict[str, Maker]:
+    """Return what makes the products of each option of `moe/experts/gemm`, or of `moe/experts/fp8`.
+
+    A maker raises BackendUnavailable where the option's package is missing.
+    """
+    if precision == "bf16":
+        return {name: partial(_backend, name) for name in available("gemm")}
+    return {name: RECIPES.get(name, partial(_unknown, name)) for name in available("fp8")}
+
+
+def _unknown(name: str, problem: Problem) -> list[Product]:
+    raise BackendUnavailable(f"fp8 {name} has no operands in ep_plugin/commands/bench/products.py")
+
+
+def _backend(name: str, problem: Problem) -> list[Product]:
+    rows, grads, weight, ends = problem.rows, problem.grads, problem.weight, problem.ends
+    _, outputs, inputs = weight.shape
+    gemm: Any = resolve("gemm", name)(inputs, outputs, weight.dtype)
+    runs: dict[Direction, Callable[[int], Tensor]] = {
+        "forward": lambda i: gemm.forward(rows[i], weight, ends[i]),
+        "dgrad": lambda i: gemm.dgrad(grads[i], weight, ends[i]),
+        "wgrad": lambda i: gemm.wgrad(grads[i], rows[i], ends[i]),
+    }
+    return [Product(f"ep_plugin+{name}", "bf16", d, run) for d, run in runs.items()]
+
+
+@dataclass(frozen=True)
+class Operands8:
+    """Those of a problem in e4m3; all but the weight for each set."""
+
+    straight: Any  # weight
+    turned: Any  # transposed
+    rows: list[Any]
+    grads: list[Any]
+    tiles: list[Tiles]
+    left: list[Any]  # gradients, transposed
+    right: list[Any]  # rows, transposed
+
+
+def _operands8(
+    problem: Problem,
+    quantize_weight: Callable[..., Any],
+    quantize: Callable[..., Any],
+    transpose: Callable[..., Any],
+) -> Operands8:
+    """Return the operands as these kernels quantise them."""
+    ops, ends = select(problem.weight), problem.ends
+    rows, grads = ([quantize(m) for m in matrices] for matrices in (problem.rows, problem.grads))
+    order = torch.arange(len(problem.rows[0]), dtype=torch.int32, device=ends[0].device)
+    tiles = [ops.plan_tiles(len(order), end) for end in ends]
+    left, right = (
+        [transpose(m, tiles[i], order, ends[i], 0) for i, m in enumerate(matrices)]
+        for matrices in (grads, rows)
+    )
+    straight, turned = quantize_weight(problem.weight)
+    return Operands8(straight, turned, rows, grads, tiles, left, right)
+
+
+def by_rows(problem: Problem) -> Operands8:
+    """Return operands with one power of two for each row; see `moe/experts/fp8/rowwise.py`."""
+    ops = select(problem.weight)
+    return _operands8(problem, ops.quantize_weight, ops.quantize_rows, ops.transpose_rows)
+
+
+def by_blocks(problem: Problem) -> Operands8:
+    """Return operands with one for each 128 of a sum; see `ep_plugin.moe.experts.fp8.blockwise`."""
+    ops, (_, outputs, inputs) = select(problem.weight), problem.weight.shape
+    if inputs % BLOCK or outputs % BLOCK:
+        raise ConfigError(f"fp8 blockwise needs multiples of {BLOCK}, not {inputs}, {outputs}")
+    return _operands8(
+        problem, ops.quantize_weight_blocks, ops.quantize_blocks, ops.transpose_blocks
+    )
+
+
+def _rowwise(problem: Problem) -> list[Product]:
+    ops = select(problem.weight)
+    return _recipe("rowwise", problem, by_rows(problem), ops.multiply, ops.multiply_columns)
+
+
+def _blockwise(problem: Problem) -> list[Product]:
+    ops = select(problem.weight)
+    products = ops.multiply_blocks, ops.multiply_column_blocks
+    return _recipe("blockwise", problem, by_blocks(problem), *products)
+
+
+def _recipe(
+    name: str,
+    problem: Problem,
+    of: Operands8,
+    multiply: Callable[..., Tensor],
+    multiply_columns: Callable[..., Tensor],
+) -> list[Product]:
+    ends, tiles = problem.ends, of.tiles
+    runs: dict[Direction, Callable[[int], Tensor]] = {
+        "forward": lambda i: multiply(of.rows[i], of.straight, ends[i], tiles[i]),
+        "dgrad": lambda i: multiply(of.grads[i], of.turned, ends[i], tiles[i]),
+        "wgrad": lambda i: multiply_columns(of.left[i], of.right[i], tiles[i]),
+    }
+    return [Product(f"ep_plugin+{name}", "fp8", d, run) for d, run in runs.items()]
+
+
+RECIPES: dict[str, Maker] = {"rowwise": _rowwise, "blockwise": _blockwise}

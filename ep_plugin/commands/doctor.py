@@ -1,0 +1,156 @@
+"""`ep-plugin doctor`: what is installed here, and whether the plugin can work with it."""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Literal
+
+from ep_plugin import __version__
+from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.registry import available, resolve
+
+KINDS = ("router", "dispatcher", "gemm", "overlap")
+PACKAGES = (  # package, the module that has to import, what it is for
+    ("transformer-engine", "transformer_engine.pytorch", "--transformer-impl transformer_engine"),
+    ("sentencepiece", "sentencepiece", "the recipes' tokenizer"),
+    ("tensorboard", "tensorboard", "--tensorboard-dir and ep-plugin report"),
+    ("matplotlib", "matplotlib", "ep-plugin report"),
+)
+EXAMPLES = """examples:
+  ep-plugin doctor             one line for each thing the plugin uses
+  ep-plugin doctor --json      the same as one JSON object
+
+ok: works; absent: not installed, or not usable here, and not needed by the rest; broken: has to be
+put right. Exit code 1 when something is broken, else 0.
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one thing."""
+
+    name: str
+    status: Literal["ok", "absent", "broken"]
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; return 0 when the plugin is usable here, else 1."""
+    findings = examine()
+    usable = all(finding.status != "broken" for finding in findings)
+    if args.json:
+        print(json.dumps({"usable": usable, "findings": [asdict(f) for f in findings]}, indent=2))
+        return int(not usable)
+    print(f"ep_plugin {__version__}")
+    for finding in findings:
+        print(f"  {finding.status:<7} {finding.name:<22} {finding.text}")
+    print("usable" if usable else "not usable: see what is broken")
+    return int(not usable)
+
+
+def examine() -> list[Finding]:
+    """Return every finding. Torch, the options and Megatron are imported, quietly."""
+    findings = [Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")]
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch = _torch()
+        findings.append(torch)
+        if torch.status == "ok":
+            findings += [_device(), *_megatron(), _apex(), *_options()]
+    return [*findings, *map(_package, PACKAGES)]
+
+
+def _torch() -> Finding:
+    try:
+        return Finding("torch", "ok", str(import_module("torch").__version__))
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries does not load
+        return Finding("torch", "broken", f"cannot be imported ({error}); pip install torch")
+
+
+def _device() -> Finding:
+    from ep_plugin.megatron.cpu import mode as cpu_mode
+
+    cuda = import_module("torch").cuda
+    try:
+        wanted = cpu_mode.wanted()
+    except ConfigError as error:
+        return Finding("device", "broken", str(error))
+    if wanted:
+        asked = " as EP_PLUGIN_DEVICE asks" if "EP_PLUGIN_DEVICE" in os.environ else ", no GPU here"
+        return Finding("device", "ok", f"CPU mode with gloo{asked}")
+    names = [cuda.get_device_name(device) for device in range(cuda.device_count())]
+    return Finding("device", "ok", f"{len(names)} x {', '.join(sorted(set(names)))} with NCCL")
+
+
+def _megatron() -> list[Finding]:
+    if find_spec("megatron") is None or find_spec("megatron.core") is None:
+        remedy = "pip install 'ep-plugin[megatron]' (ep_plugin.MoELayer needs torch alone)"
+        return [Finding("megatron-core", "absent", f"not installed; {remedy}")]
+    from ep_plugin.megatron.seams import touchpoints
+
+    try:
+        table = touchpoints.verify()
+    except ConfigError as error:
+        return [Finding("megatron-core", "broken", str(error))]
+    text = f"{touchpoints.installed_version()}, all {len(table)} touch points match"
+    if not touchpoints.has_training():
+        text += "; without megatron.training, for loops of your own: install(settings)"
+    return [Finding("megatron-core", "ok", text)]
+
+
+def _options() -> list[Finding]:
+    findings = []
+    for kind in KINDS:
+        works = False
+        for name in available(kind):
+            try:
+                resolve(kind, name)
+            except BackendUnavailable as error:
+                findings.append(Finding(f"{kind} {name}", "absent", str(error)))
+            else:
+                works = True
+                findings.append(Finding(f"{kind} {name}", "ok", "imports"))
+        if not works:
+            findings.append(Finding(kind, "broken", "none of its options imports"))
+    return findings
+
+
+def _apex() -> Finding:
+    from ep_plugin.megatron.seams.apex import foreign_apex
+
+    if problem := foreign_apex():
+        return Finding("apex", "broken", problem)
+    if find_spec("apex") is None:
+        return Finding("apex", "absent", "not installed; Megatron uses NVIDIA's where it is")
+    return Finding("apex", "ok", "NVIDIA's")
+
+
+def _package(row: tuple[str, str, str]) -> Finding:
+    """Import the package in a process of its own: a broken extension can end the process."""
+    name, module, purpose = row
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        return Finding(name, "absent", f"not installed; it is for {purpose}")
+    command = [sys.executable, "-c", f"import {module}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode == 0:
+        return Finding(name, "ok", installed)
+    reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+    return Finding(
+        name, "absent", f"{installed} cannot be imported ({reason}); it is for {purpose}"
+    )

@@ -1,0 +1,94 @@
+"""The user's flags, edited so that runs at different layouts can be compared number by number."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ep_plugin.commands.parity.layouts import LAYOUT_FLAGS
+from ep_plugin.megatron.arguments.spell import megatron_arguments
+from ep_plugin.presets import load
+
+# What would make equal runs differ, or write outside the comparison's folder.
+NOT_COMPARABLE = (
+    *("--bf16", "--fp16", "--fp8-format", "--fp8-recipe", "--fp8-param-gather", "--fp4-format"),
+    *("--ep-fp8", "--ep-fp8-wgrad", "--ep-dispatch-dtype", "--ep-save"),
+    *("--use-precision-aware-optimizer", "--main-grads-dtype", "--main-params-dtype"),
+    *("--exp-avg-dtype", "--exp-avg-sq-dtype", "--grad-reduce-in-bf16"),
+    *("--attention-dropout", "--hidden-dropout", "--moe-input-jitter-eps", "--ep-jitter-eps"),
+    *("--ep-noise", "--rampup-batch-size"),
+    *("--train-iters", "--train-samples", "--lr-decay-iters", "--lr-decay-samples"),
+    *("--lr-warmup-iters", "--lr-warmup-samples", "--lr-warmup-fraction", "--lr-warmup-init"),
+    *("--lr-decay-style", "--lr-wsd-decay-iters", "--lr-wsd-decay-style", "--lr-wsd-decay-samples"),
+    *("--eval-iters", "--eval-interval", "--log-interval", "--exit-interval"),
+    *("--exit-duration-in-mins", "--exit-signal-handler", "--num-workers", "--ep-deterministic"),
+    *("--save", "--save-interval", "--load", "--ckpt-step", "--finetune", "--no-load-optim"),
+    *("--no-load-rng", "--no-save-optim", "--no-save-rng", "--async-save", "--ckpt-format"),
+    *("--pretrained-checkpoint", "--non-persistent-save-interval", "--non-persistent-ckpt-type"),
+    *("--tensorboard-dir", "--wandb-project", "--wandb-exp-name", "--wandb-save-dir"),
+    *("--dist-ckpt-optim-fully-reshardable",),
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A script's flags, what was taken out of them, and what was put in."""
+
+    kept: list[str]
+    removed: list[str]
+    added: list[str]
+
+    @property
+    def all(self) -> list[str]:
+        return self.kept + self.added
+
+
+def expand_preset(arguments: list[str]) -> list[str]:
+    """Return `arguments` with those of `--ep-preset NAME` written out before them."""
+    name = value(arguments, "--ep-preset")
+    if name is None:
+        return arguments
+    rest, _ = without(arguments, ("--ep-preset",))
+    return [*megatron_arguments(load(name)), *rest]
+
+
+def comparable(arguments: list[str], iterations: int) -> Arguments:
+    """Return the flags in fp32, deterministic, without dropout, for a few equal iterations."""
+    kept, removed = without(arguments, (*NOT_COMPARABLE, *LAYOUT_FLAGS))
+    settings = {
+        "--train-iters": str(iterations),
+        "--lr-decay-style": "constant",
+        "--attention-dropout": "0",
+        "--hidden-dropout": "0",
+        "--eval-iters": "0",
+        "--eval-interval": str(10**6),
+        "--log-interval": "1",
+        "--num-workers": "0",
+        "--ckpt-format": "torch_dist",
+        "--ep-deterministic": "on",
+    }
+    added = [word for pair in settings.items() for word in pair]
+    if "--use-distributed-optimizer" in kept:
+        added.append("--dist-ckpt-optim-fully-reshardable")
+    return Arguments(kept, removed, added)
+
+
+def without(arguments: list[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments without the flags of these names and their values, and those taken."""
+    kept: list[str] = []
+    taken: list[str] = []
+    target = kept
+    for word in arguments:
+        if word.startswith("--"):
+            target = taken if word.partition("=")[0] in names else kept
+        target.append(word)
+    return kept, taken
+
+
+def value(arguments: list[str], name: str) -> str | None:
+    """Return the first word after the last `name`; None without it."""
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == name:
+            found = following
+        elif word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+    return found

@@ -1,0 +1,70 @@
+"""A layout as it is written on the command line: `tp=2,ep=4,etp=1`."""
+
+from dataclasses import dataclass
+from math import lcm
+
+from ep_plugin.errors import ConfigError
+from ep_plugin.moe.parallel import ParallelConfig
+
+DEGREES = {
+    "tp": "--tensor-model-parallel-size",
+    "pp": "--pipeline-model-parallel-size",
+    "cp": "--context-parallel-size",
+    "ep": "--expert-model-parallel-size",
+    "etp": "--expert-tensor-parallel-size",
+}
+LAYOUT_FLAGS = (
+    *DEGREES.values(),
+    "--sequence-parallel",
+    "--num-layers-per-virtual-pipeline-stage",
+    "--num-virtual-stages-per-pipeline-rank",
+    "--pipeline-model-parallel-layout",
+    "--decoder-first-pipeline-num-layers",
+    "--decoder-last-pipeline-num-layers",
+    "--tp-comm-overlap",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism, and on how many ranks."""
+
+    name: str
+    parallel: ParallelConfig
+
+    def arguments(self) -> list[str]:
+        """Return Megatron's flags for it; tensor parallelism comes with sequence parallelism."""
+        sizes = {name: getattr(self.parallel, name) for name in DEGREES}
+        flags = [word for name, size in sizes.items() for word in (DEGREES[name], str(size))]
+        return flags + (["--sequence-parallel"] if self.parallel.tp > 1 else [])
+
+
+ONE_RANK = Layout("one rank", ParallelConfig(world_size=1))
+
+
+def parse(text: str) -> Layout:
+    """Read "tp=2,ep=4"; etp defaults to tp, and dp to as few ranks as there can be.
+
+    Raises ConfigError for another form.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in (*DEGREES, "dp") or not size.isdecimal() or int(size) < 1 or name in sizes:
+            raise ConfigError(
+                f"--layouts takes {', '.join(DEGREES)} and dp, each once with a size, as "
+                f"tp=2,ep=4; got {text!r}"
+            )
+        sizes[name] = int(size)
+    tp, cp, pp = (sizes.get(name, 1) for name in ("tp", "cp", "pp"))
+    dense, experts = tp * cp, sizes.get("ep", 1) * sizes.get("etp", tp)
+    per_stage = dense * sizes["dp"] if "dp" in sizes else lcm(dense, experts)
+    parallel = ParallelConfig(
+        world_size=per_stage * pp,
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        ep=sizes.get("ep", 1),
+        etp=sizes.get("etp"),
+    )
+    return Layout(text, parallel)

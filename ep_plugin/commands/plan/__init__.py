@@ -1,0 +1,203 @@
+"""`ep-plugin plan`: what the exchanges of a layer would take, on so many ranks."""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ep_plugin.commands.plan import fit
+from ep_plugin.commands.plan.network import (
+    HOWS,
+    NETWORKS,
+    ONE_DOMAIN,
+    Forecast,
+    Network,
+    Traffic,
+    forecast,
+)
+from ep_plugin.errors import ConfigError
+
+SENT_AS = {"alltoall": "flat", "alltoall+dedup": "dedup", "hierarchical": "hierarchical"}
+SENT_IN_A_GRAPH = {"serial": "symm_mem", "chunked": "swaps"}  # through symm_mem, by its schedule
+EXAMPLES = """examples:
+  ep-plugin plan --tokens 8192 --topk 8 --hidden 7168 --experts 256 --compute-ms 10
+  ep-plugin plan --topk 8 --hidden 2048 --experts 128 --ep 2 4 8 --network nvlink72 --json
+  ep-plugin plan --preset qwen3-30b-a3b --gpus 16 --pp 2      what a GPU would hold, for each ep
+  ep-plugin plan --experts 512 --ep 8 64 512 --chunks 8 --fp8-dispatch --plot plan.png
+  ep-plugin plan --topk 4 --ep 2 4 8 --measured overlap.json --plot plan.png
+
+--compute-ms is the layer without exchanges: ms of `ep-plugin bench layer`. Assumptions stand in
+ep_plugin/commands/plan/network.py, those of memory in ep_plugin/commands/plan/memory.py."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An exchange of a step as it was measured."""
+
+    ep: int
+    how: str
+    exchange_ms: float
+    hidden_share: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the layer is, and where it would run."""
+    numbers = {
+        "tokens": (8192, "of a rank and micro-batch"),
+        "topk": (8, "experts of a token"),
+        "hidden": (7168, "hidden size"),
+        "experts": (256, "of the layer"),
+        "chunks": (4, "that a schedule makes of a layer; 1 hides nothing"),
+    }
+    for name, (default, summary) in numbers.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{summary} (default: {default})"
+        )
+    parser.add_argument(
+        "--compute-ms", type=float, default=10.0, help="of a step without exchanges (default: 10)"
+    )
+    parser.add_argument(
+        "--imbalance", type=float, default=1.0, help="busiest rank over the mean (default: 1)"
+    )
+    parser.add_argument(
+        "--ep", type=int, nargs="+", metavar="N", help="ranks (default: powers of 2 up to 256)"
+    )
+    parser.add_argument("--network", choices=NETWORKS, default="nvlink8", help="default: nvlink8")
+    parser.add_argument("--fp8-dispatch", action="store_true", help="one byte a value on its way")
+    parser.add_argument("--json", action="store_true", help="print the rows on stdout as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them: PNG")
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="rows of `bench overlap`: those of this layer are put beside what is foreseen",
+    )
+    fit.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a row for each number of ranks and each way to send; raises ConfigError.
+
+    With --preset, a row for each number of ranks and what a GPU holds.
+    """
+    if args.preset is not None:
+        return fit.run(args)
+    args.ep = args.ep or [2, 4, 8, 16, 32, 64, 128, 256]
+    for name in ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance"):
+        if getattr(args, name) <= 0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} must be positive; got {getattr(args, name)}; 1 would do")
+    if args.topk > args.experts:
+        raise ConfigError(
+            f"--topk ({args.topk}) must be at most --experts ({args.experts}); "
+            f"--topk {args.experts} would do"
+        )
+    traffic = Traffic(
+        args.tokens,
+        args.topk,
+        args.hidden,
+        args.experts,
+        dispatch_bytes=1.0 if args.fp8_dispatch else 2.0,
+        imbalance=args.imbalance,
+    )
+    network = NETWORKS[args.network]
+    rows = [
+        forecast(traffic, network, ep, how, args.compute_ms, args.chunks)
+        for ep in args.ep
+        for how in (*HOWS, *(ONE_DOMAIN if ep <= network.domain else ()))
+    ]
+    measured = read_measured(args.measured, traffic) if args.measured is not None else []
+    if args.plot is not None:
+        _draw(rows, measured, args)
+    print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else _table(rows))
+    if measured and not args.json:
+        print(_beside(measured, traffic, network))
+    return 0
+
+
+def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
+    """Return the bf16 exchanges of `bench overlap` for such a layer; raises ConfigError.
+
+    Of `symm_mem` those in a CUDA graph: else the time is that of the host's launches.
+    """
+    dims = {"tokens": traffic.tokens, "topk": traffic.topk, "hidden": traffic.hidden}
+    try:
+        rows = json.loads(path.read_text())
+        found = [
+            Measured(row["ep"], how, row["exchange_ms"], row["hidden_share"])
+            for row in rows
+            if row["bench"] == "overlap"
+            and row["precision"] == "bf16"
+            and row["exchange_ms"] is not None
+            and row["dims"] == dims
+            and (how := _sent_as(row)) is not None
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--measured {path} is no file of `bench overlap` ({error!r}); its --output would do"
+        ) from error
+    if not found:
+        raise ConfigError(
+            f"--measured {path} has no bf16 row with tokens {traffic.tokens}, topk {traffic.topk}, "
+            f"hidden {traffic.hidden}; the flags of what was measured would do"
+        )
+    return found
+
+
+def _sent_as(row: dict[str, Any]) -> str | None:
+    """Return how a row's tokens went, in the model's words; None for one that it does not have."""
+    if row["dispatcher"] == "symm_mem" and row["graph"]:
+        return SENT_IN_A_GRAPH.get(row["schedule"])
+    return SENT_AS.get(row["dispatcher"])
+
+
+def _beside(measured: list[Measured], traffic: Traffic, network: Network) -> str:
+    """Return a line for each measured exchange, with what is foreseen of it."""
+    lines = ["measured, over what is foreseen:"]
+    for ep, how, exchange in dict.fromkeys((r.ep, r.how, r.exchange_ms) for r in measured):
+        foreseen = forecast(traffic, network, ep, how, 1.0, 1).exchange_ms
+        lines.append(f"{ep:4} {how:13} {exchange:12.2f} ms {exchange / foreseen:6.2f}")
+    return "\n".join(lines)
+
+
+def _table(rows: list[Forecast]) -> str:
+    lines = [
+        f"{'ep':>4} {'sent':13} {'NVLink MiB':>11} {'rail MiB':>9} {'exchange ms':>12} "
+        f"{'hidden':>7} {'step ms':>8}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row.ep:4} {row.how:13} {row.inside_mib:11.1f} {row.outside_mib:9.1f} "
+            f"{row.exchange_ms:12.2f} {row.hidden_share:7.0%} {row.step_ms:8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _draw(rows: list[Forecast], measured: list[Measured], args: argparse.Namespace) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(f"--plot needs matplotlib ({error}); leave --plot out") from error
+    figure = Figure(figsize=(9.5, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for index, how in enumerate((*HOWS, *ONE_DOMAIN)):
+        color = f"C{index}"
+        mine = [row for row in rows if row.how == how]
+        ranks = [str(row.ep) for row in mine]
+        top.plot(ranks, [row.exchange_ms for row in mine], color, marker="o", label=how)
+        bottom.plot(ranks, [100 * row.hidden_share for row in mine], color, marker="o", label=how)
+        seen = [row for row in measured if row.how == how and str(row.ep) in ranks]
+        if seen:
+            places = [str(row.ep) for row in seen]
+            crosses = {"color": color, "marker": "x", "s": 60, "label": f"{how}, measured"}
+            top.scatter(places, [row.exchange_ms for row in seen], **crosses)
+            bottom.scatter(places, [100 * row.hidden_share for row in seen], **crosses)
+    top.axhline(args.compute_ms, color="black", linewidth=0.8, linestyle="--", label="compute")
+    top.set_ylabel("exchange of a step (ms)")
+    bottom.set_ylabel(f"hidden in {args.chunks} chunks (%)")
+    bottom.set_xlabel("expert-parallel ranks")
+    bottom.set_ylim(0, 105)
+    top.set_title(f"{args.network}: {args.tokens} tokens, top-{args.topk}, hidden {args.hidden}")
+    figure.legend(*top.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.savefig(args.plot, dpi=120)

@@ -1,0 +1,102 @@
+"""The pictures of a report, as matplotlib figures."""
+
+import math
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from ep_plugin.commands.report.events import BALANCE, TRAIN, VALIDATION, Run, Series
+
+DENSE_COLOR, MOE_COLOR = "#6b7280", "#0f766e"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of that size in inches, with the report's style."""
+    matplotlib.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e5e7eb",
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+        }
+    )
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def loss_figure(dense: Run, moe: Run) -> Figure:
+    """Draw training and validation losses; the MoE goes on where the dense run ended."""
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    end = dense.series(TRAIN)[-1][0]
+    for run, color, name in (
+        (dense, DENSE_COLOR, "dense"),
+        (moe, MOE_COLOR, "Mixture-of-Experts"),
+    ):
+        iterations, losses = _columns(run.series(TRAIN))
+        axes.plot(
+            iterations, losses, color=color, linewidth=1.2, alpha=0.6, label=f"{name}, training"
+        )
+        iterations, losses = _columns(run.series(VALIDATION))
+        axes.plot(iterations, losses, "o-", color=color, markersize=4, label=f"{name}, validation")
+    axes.axvline(end, color="#9ca3af", linestyle="--", linewidth=1)
+    axes.annotate(
+        "converted",
+        (end, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -12),
+        textcoords="offset points",
+        color="#6b7280",
+    )
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)")
+    axes.legend()
+    return figure
+
+
+def balance_figure(moe: Run) -> Figure:
+    """Draw the load-balancing loss; 1 is perfect balance."""
+    figure = new_figure(8, 2.6)
+    axes = figure.subplots()
+    axes.plot(*_columns(moe.series(BALANCE)), color=MOE_COLOR, linewidth=1.2)
+    axes.axhline(1, color="#9ca3af", linestyle="--", linewidth=1)
+    axes.set(xlabel="iteration", ylabel="load-balancing loss")
+    return figure
+
+
+def experts_figure(moe: Run) -> Figure:
+    """Draw each expert's share of rows over time, one map per layer, one scale for all."""
+    shares = moe.shares()
+    columns = min(2, len(shares))
+    rows = math.ceil(len(shares) / columns)
+    figure = new_figure(4 * columns, 2.4 * rows + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    highest = max(v for layer in shares.values() for series in layer.values() for _, v in series)
+    for axes, (layer, experts) in zip(panels, shares.items(), strict=False):
+        grid = [[share for _, share in series] for series in experts.values()]
+        iterations = [iteration for iteration, _ in experts[0]]
+        image = axes.imshow(
+            grid,
+            aspect="auto",
+            origin="lower",
+            cmap="viridis",
+            vmin=0,
+            vmax=highest,
+            interpolation="nearest",
+            extent=(iterations[0], iterations[-1], -0.5, len(grid) - 0.5),
+        )
+        axes.set_title(f"layer {layer}", loc="left", fontsize=10)
+        axes.grid(visible=False)
+    for axes in panels[len(shares) :]:
+        axes.set_visible(False)
+    figure.supxlabel("iteration", fontsize=10)
+    figure.supylabel("expert", fontsize=10)
+    even = 1 / len(next(iter(shares.values())))
+    bar = figure.colorbar(image, ax=list(panels), label="share of the layer's rows", shrink=0.8)
+    bar.ax.axhline(even, color="white", linewidth=1.5)
+    return figure
+
+
+def _columns(series: Series) -> tuple[list[int], list[float]]:
+    return [iteration for iteration, _ in series], [value for _, value in series]

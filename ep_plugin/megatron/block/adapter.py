@@ -1,0 +1,198 @@
+"""What Megatron builds in place of the dense MLP: ours inside, Megatron's contract outside."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    sharded_state_dict_default,
+)
+from torch import Tensor
+
+from ep_plugin.megatron.block import combined
+from ep_plugin.megatron.block.graphs import check_graphs
+from ep_plugin.megatron.block.groups import adopt_groups
+from ep_plugin.megatron.block.parameters import (
+    MainGrads,
+    are_grouped,
+    initialize_experts,
+    initialize_replicated,
+    set_tags,
+)
+from ep_plugin.megatron.block.sharded_state import EXTRA_STATE, expert_sharded_state
+from ep_plugin.megatron.block.shared_expert import build_shared_expert
+from ep_plugin.megatron.block.tracking import RoutingTracker
+from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
+from ep_plugin.moe.interfaces import Routing
+from ep_plugin.moe.layer import MoELayer
+
+
+class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
+    """`ep_plugin.MoELayer` with the names, groups, tags and checkpoint keys of Megatron's MoELayer.
+
+    It is a subclass because Megatron asks `isinstance(mlp, MoELayer)`; nothing else is inherited
+    but the fields of BaseMoELayer. `install()` sets the attributes of the class it installs.
+    """
+
+    settings = EdgeSettings()
+    tracker: RoutingTracker | None = None
+    log_interval = 1  # iterations between two writes of the tracker
+    shared: dict[str, Any]
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any = None,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        """Build the block. Raises ConfigError for Megatron settings that ours cannot honour."""
+        pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
+        BaseMoELayer.__init__(self, config, layer_number, pg_collection)
+        self.is_mtp_layer = is_mtp_layer
+        # Without sequence parallelism tensor-parallel ranks hold the same tokens, not other ones.
+        shares = pg_collection.tp_cp if config.sequence_parallel else pg_collection.cp
+        self.tp_cp_group, self.tp_dp_cp_group = shares, pg_collection.tp_dp_cp
+        self.moe_layer_recompute = (
+            config.recompute_granularity == "selective" and "moe" in config.recompute_modules
+        )
+        self._is_built = False
+        self._build = partial(self._build_block, submodules, pg_collection, name)
+        if layer_number is not None or self.settings.experts_per_layer is None:
+            self._build()
+
+    def _build_block(self, submodules: Any, pg_collection: Any, name: str | None) -> None:
+        """Make the block and its parameters; layers may differ in experts, by their number."""
+        config = self.config
+        check_graphs(config, self.settings)
+        groups = adopt_groups(
+            *(pg_collection, config.pipeline_model_parallel_size, self.shared),
+            ranks_per_node=ranks_per_node(self.settings),
+            replicated=not config.sequence_parallel,
+        )
+        layer = MoELayer(
+            moe_config(config, self.settings, self.layer_number),
+            groups,
+            shared_expert=self._shared if self.use_shared_expert else None,
+            init_method=None,
+            device=_device(config),
+            dtype=config.params_dtype,
+        )
+        # Kept outside the module tree: its children are registered here, under Megatron's names.
+        object.__setattr__(self, "layer", layer)
+        router: Any = layer.router
+        self.router, self.experts, self.coefficient = router, layer.experts, layer.coefficient
+        replicated = [part for part in (router, layer.coefficient) if part is not None]
+        if config.perform_initialization:
+            for part in replicated:
+                initialize_replicated(part, config)
+            grouped = are_grouped(submodules)
+            initialize_experts(layer.experts, config, groups, grouped=grouped)
+        set_tags(replicated, layer.experts, config, groups)
+        layer.experts.totals = MainGrads(layer.experts)
+        router.attach_loss = self._attach_loss
+        router.collect_metrics = self.settings.metrics
+        router.register_forward_hook(self._after_routing)
+        if self.use_shared_expert:
+            self.shared_experts = build_shared_expert(config, submodules, pg_collection, name)
+        self.register_load_state_dict_pre_hook(_drop_extra_states)
+        self._is_built = True
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Take the 1-based number of the layer in the whole model."""
+        self.layer_number = layer_number
+        if not self._is_built:
+            self._build()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Return ([S, B, H], no bias) for `hidden_states` [S, B, H]."""
+        combined.refuse_padding(padding_mask)
+        if self.moe_layer_recompute and self.training:
+            return tensor_parallel.checkpoint(self._compute, False, hidden_states), None
+        return self._compute(hidden_states), None
+
+    def _compute(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = self.layer(hidden_states)
+        return output
+
+    # Megatron's combined 1F1B schedule calls these, one by one.
+    under_way: combined.UnderWay | None = None
+    shared_experts_compute = combined.shared_experts_compute
+    route, preprocess = combined.route, combined.preprocess
+    dispatch, routed_experts_compute = combined.dispatch, combined.routed_experts_compute
+    combine, postprocess = combined.combine, combined.postprocess
+
+    def _shared(self, hidden_states: Tensor) -> Tensor:
+        assert self.shared_experts is not None
+        output: Tensor | tuple[Tensor, Tensor] = self.shared_experts(hidden_states)
+        return output if isinstance(output, Tensor) else output[0] + output[1]  # and its bias
+
+    def _attach_loss(self, carrier: Tensor, loss: Tensor) -> Tensor:
+        """Add `loss` [] with the scale of Megatron's main loss; `carrier` has a row per token."""
+        if self.config.calculate_per_token_loss:
+            # finalize_model_grads divides by the global number of tokens; undo it for this loss.
+            loss = loss * carrier.shape[0] * self.tp_cp_group.size()
+        attached: Tensor = MoEAuxLossAutoScaler.apply(carrier, loss)
+        return attached
+
+    def _after_routing(self, router: Any, inputs: Any, routing: Routing) -> None:
+        if self.tracker is None or not (self.training and torch.is_grad_enabled()):
+            return
+        self.tracker.record(self, routing)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the parameters under the keys of Megatron's own MoE layer."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state: dict[str, Any] = {}
+        for name in ("router", "coefficient", "shared_experts"):
+            module = getattr(self, name)
+            if module is not None:
+                state |= sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, self.attn_tp_group
+                )
+        state |= expert_sharded_state(
+            self.experts,
+            self.layer.groups,
+            self.layer.config.num_experts,
+            f"{prefix}experts.",
+            sharded_offsets,
+            metadata,
+        )
+        return state
+
+    def backward_dw(self, routed_experts: bool = True, shared_experts: bool = False) -> None:
+        """Do nothing: weight gradients are computed in the backward, not delayed."""
+
+    def set_for_recompute_pre_mlp_layernorm(self) -> None:
+        """Do nothing: a shared expert needs it under fp8 alone, which `check_supported` refuses."""
+
+
+def _device(config: Any) -> torch.device:
+    if config.use_cpu_initialization:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _drop_extra_states(
+    module: EPMoELayer, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Forget what `expert_sharded_state` saves for Megatron's sake alone."""
+    for key in [k for k in state_dict if k.startswith(f"{prefix}experts.") and EXTRA_STATE in k]:
+        del state_dict[key]

@@ -1,0 +1,80 @@
+"""Megatron's CUDA graphs over our blocks: what can be captured, and what never waits for the host.
+
+Megatron captures whole iterations (`--cuda-graph-impl full_iteration`) or parts of a layer. In a
+whole iteration a block must not wait for the host, which leaves `symm_mem`, or one rank of ep and
+etp. Parts that Megatron cuts its own MoE layer into do not exist in ours.
+"""
+
+import sys
+from typing import Any
+
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.settings import EdgeSettings
+from ep_plugin.moe.config import GRAPH_RANKS
+
+OUTSIDE = ("attn", "mlp")  # modules of Megatron's layers that are not ours
+WAITS = ("loop", "te", "deepgemm")  # grouped GEMMs that want row counts on the host
+
+
+def check_graphs(config: Any, settings: EdgeSettings) -> None:
+    """Raise ConfigError for a graph of a TransformerConfig, or of arguments, that cannot be."""
+    impl = getattr(config, "cuda_graph_impl", None) or "none"
+    if impl == "none":
+        return
+    if cpu_mode.active():
+        raise ConfigError(
+            f"--cuda-graph-impl ({impl}) needs a GPU; --cuda-graph-impl none would do"
+        )
+    modules = _modules(config)
+    if impl == "full_iteration" or "full_iteration" in modules:
+        _check_iteration(config, settings)
+    elif not modules or not set(modules) <= set(OUTSIDE):
+        raise ConfigError(
+            f"--cuda-graph-impl ({impl}) of {', '.join(modules) or 'whole layers'} would capture "
+            f"parts of an MoE layer that ep_plugin's does not have; of {' and '.join(OUTSIDE)}, or "
+            "--cuda-graph-impl full_iteration, would do"
+        )
+
+
+def end_graphs() -> None:
+    """Free the graphs of whole iterations: until then NCCL's groups cannot end, and Python waits.
+
+    Megatron keeps them for as long as the process lives.
+    """
+    module = sys.modules.get("megatron.core.full_cuda_graph")
+    if module is None:
+        return
+    graphs = module.FullCudaGraphWrapper.cuda_graph
+    for stage, graph in graphs.items():
+        if graph is not None:
+            graph.reset()
+            graphs[stage] = None
+
+
+def _modules(config: Any) -> list[str]:
+    """Return the names of the parts of a layer that are asked for; none: all of it."""
+    asked = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None)
+    several = asked if isinstance(asked, list | tuple) else [asked] if asked else []
+    return [str(getattr(each, "name", each)) for each in several]
+
+
+def _check_iteration(config: Any, settings: EdgeSettings) -> None:
+    etp = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
+    ranks = config.expert_model_parallel_size * etp
+    sent = ranks > 1 and "." not in settings.dispatcher
+    if sent and settings.dispatcher != "symm_mem":
+        raise ConfigError(
+            f"--cuda-graph-impl full_iteration needs a dispatcher that does not wait for the host; "
+            f"got {settings.dispatcher}; --ep-dispatcher symm_mem would do"
+        )
+    if sent and ranks > GRAPH_RANKS:
+        raise ConfigError(
+            f"--cuda-graph-impl full_iteration needs at most {GRAPH_RANKS} ranks of ep and etp; "
+            f"got {ranks}; --cuda-graph-impl none would do"
+        )
+    if settings.gemm in WAITS:
+        raise ConfigError(
+            f"--cuda-graph-impl full_iteration needs a grouped GEMM that does not wait for the "
+            f"host; got {settings.gemm}; --ep-gemm auto would do"
+        )

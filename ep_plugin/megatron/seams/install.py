@@ -1,0 +1,223 @@
+"""Putting our block where Megatron looks its own up, and taking it out again."""
+
+import atexit
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from ep_plugin import __version__
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.seams import apex, audit_save, chained, torch_adam, touchpoints, wheel
+from ep_plugin.megatron.workers import layout_run
+
+MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
+ARGUMENTS = "megatron.training.arguments"
+INITIALIZE = "megatron.training.initialize"
+GLOBAL_VARS = "megatron.training.global_vars"
+TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config:TransformerConfig"
+MODULE = "megatron.core.transformer.module:MegatronModule"
+
+
+def install(settings: Any = None) -> None:
+    """Make Megatron build our block in every MoE layer, with CPU mode where there is no GPU.
+
+    `settings`, an EdgeSettings, is for loops that do not parse Megatron's arguments; where they
+    are parsed, the --ep-* flags take its place. A second call does nothing. Every touch point is
+    verified first: raises ConfigError, with nothing changed, when the installed Megatron is not
+    one we know.
+    """
+    foreign = apex.foreign_apex()
+    if foreign is not None:
+        raise ConfigError(foreign)
+    release = touchpoints.release_for(touchpoints.installed_version())
+    if cpu_mode.wanted():
+        cpu_mode.enable()
+    specs: Any = import_module(MODULE_SPECS)
+    if hasattr(specs.MoELayer, "ep_original"):
+        return
+    try:
+        checked = touchpoints.verify()
+    except ConfigError:
+        cpu_mode.disable()
+        raise
+    layer_class = _make_layer_class(specs.MoELayer, release.losses.record, settings)
+    specs.MoELayer = layer_class
+    seams = _seams(layer_class, release.losses.WRITERS)
+    # All are looked up before any is replaced: a module imported late may bind a name of another.
+    owners = [touchpoints.find_owner(path) for path, _ in seams]
+    for (owner, name), (_, wrapper) in zip(owners, seams, strict=True):
+        _wrap(owner, name, wrapper)
+        layer_class.wrapped.append((owner, name))
+    wheel.without_compilation()
+    torch_adam.correct()
+    atexit.register(_end)
+    _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
+
+
+def uninstall() -> None:
+    """Put back every attribute that `install` replaced, CPU mode included, if it did."""
+    specs: Any = import_module(MODULE_SPECS)
+    if hasattr(specs.MoELayer, "ep_original"):
+        for owner, name in reversed(specs.MoELayer.wrapped):
+            setattr(owner, name, getattr(owner, name).ep_original)
+        wheel.with_compilation()
+        torch_adam.uncorrect()
+        atexit.unregister(_end)
+        specs.MoELayer = specs.MoELayer.ep_original
+    cpu_mode.disable()
+
+
+def _seams(layer_class: Any, writers: tuple[str, ...]) -> list[tuple[str, Callable[..., Any]]]:
+    """Return the path of every function to wrap here, and what to wrap it in."""
+    with_our_metrics = functools.partial(_with_our_metrics, layer_class)
+    seams: list[tuple[str, Callable[..., Any]]] = [
+        (f"{TRANSFORMER_CONFIG}.__post_init__", functools.partial(_with_activation, layer_class)),
+        (f"{MODULE}.set_is_first_microbatch", _with_our_weights),
+        *chained.seams(),
+    ]
+    training = touchpoints.has_training()
+    if training:
+        seams.append((f"{ARGUMENTS}:add_megatron_arguments", _with_our_flags))
+        # Until 0.17 initialize_megatron calls the name that is bound in its own module.
+        seams += [
+            (f"{module}:{cpu_mode.VALIDATE}", functools.partial(_with_our_checks, layer_class))
+            for module in (ARGUMENTS, INITIALIZE)
+            if hasattr(import_module(module), cpu_mode.VALIDATE)
+        ]
+        seams += [*audit_save.seams(), *layout_run.seams(writers)]
+    seams += [
+        (path, with_our_metrics)
+        for path in writers
+        if training or not path.startswith("megatron.training")
+    ]
+    return seams
+
+
+def _make_layer_class(original: type, record_loss: Callable[..., None], settings: Any) -> Any:
+    """Return a fresh subclass of the adapter, so that settings of one install do not outlive it."""
+    adapter = import_module("ep_plugin.megatron.block.adapter")
+    tracker = import_module("ep_plugin.megatron.block.tracking").RoutingTracker(record_loss)
+    fields = {"ep_original": original, "tracker": tracker, "shared": {}, "wrapped": []}
+    if settings is not None:
+        fields["settings"] = settings
+    return type("MoELayer", (adapter.EPMoELayer,), fields)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace `owner.name` by `wrapper(original, ...)`, which remembers the original."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    replacement.ep_original = original  # type: ignore[attr-defined]
+    setattr(owner, name, replacement)
+
+
+def _with_our_flags(original: Callable[..., Any], parser: Any) -> Any:
+    from ep_plugin.megatron.arguments.parser import add_ep_arguments
+
+    return add_ep_arguments(original(parser))
+
+
+def _with_our_checks(
+    layer_class: Any, original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any
+) -> Any:
+    from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
+    from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
+    from ep_plugin.megatron.arguments.supported import check_supported
+    from ep_plugin.megatron.block.graphs import check_graphs
+    from ep_plugin.megatron.seams.refusal import refuse
+    from ep_plugin.megatron.settings import fp8_recipe
+
+    try:
+        layer_class.settings = settings_from_args(args)
+        layer_class.log_interval = args.tensorboard_log_interval
+        check_arguments(args, layer_class.settings)
+        said = choose_format(args)
+        validated = original(args, *rest, **kwargs)
+        check_resumable(args)
+        if said is not None:
+            _print(said)
+        if args.num_experts is not None:
+            check_supported(args)
+            check_graphs(args, layer_class.settings)
+            _say_recipe(args, fp8_recipe(args, layer_class.settings))
+    except ConfigError as error:
+        refuse(error)
+    return validated
+
+
+def _with_activation(layer_class: Any, original: Callable[..., Any], config: Any) -> None:
+    """Give the dense blocks the activation of `--ep-dense-activation`."""
+    from ep_plugin.megatron.settings import ACTIVATIONS
+
+    wanted = layer_class.settings.dense_activation
+    if wanted is not None:
+        config.activation_func, config.gated_linear_unit = ACTIVATIONS[wanted]
+        config.bias_activation_fusion = False  # fused kernels exist for Megatron's own pairs alone
+    original(config)
+
+
+def _with_our_weights(original: Callable[..., Any], module: Any) -> None:
+    """Pass on to our experts that a step begins: weights in e4m3 are made anew, once a step.
+
+    Megatron's schedules call it; under a loop that does not, experts quantise at every call.
+    """
+    from ep_plugin.moe.experts.experts import Experts
+
+    original(module)
+    for part in module.modules():
+        if isinstance(part, Experts):
+            part.weights_change_every_call, part.is_first_microbatch = False, True
+
+
+def _with_our_metrics(
+    layer_class: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Write what our tracker has when and where Megatron writes its losses."""
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    text = original(*args, **kwargs)
+    iteration, num_layers = given["iteration"], given.get("num_layers")
+    if num_layers is not None and iteration % layer_class.log_interval == 0:
+        writers = given.get("writer"), given.get("wandb_writer")
+        layer_class.tracker.write(iteration, num_layers, *writers)
+    return text
+
+
+def _end() -> None:
+    """Free graphs, which Megatron does not, and flush TensorBoard.
+
+    Megatron logs its last evaluation after it flushed for the last time.
+    """
+    from ep_plugin.megatron.block.graphs import end_graphs
+
+    end_graphs()
+    global_vars = sys.modules.get(GLOBAL_VARS)
+    writer = global_vars.get_tensorboard_writer() if global_vars is not None else None
+    if writer is not None:
+        writer.flush()
+
+
+def _say_recipe(args: Any, recipe: str) -> None:
+    if args.fp8 is not None:
+        _print(
+            f"--fp8-format {args.fp8} --fp8-recipe {args.fp8_recipe}: the experts run with "
+            f"--ep-fp8 {recipe}, in e4m3 forward and backward"
+        )
+
+
+def _say(what: str) -> None:
+    device = "CPU mode (gloo)" if cpu_mode.wanted() else "GPU"
+    _print(f"hosts Megatron's MoE layers; {what}; {device}")
+
+
+def _print(what: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ep_plugin {__version__}: {what}", flush=True)

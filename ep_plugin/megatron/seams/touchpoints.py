@@ -1,0 +1,150 @@
+"""What the plugin relies on in Megatron, verified by signature before anything is hooked."""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from ep_plugin.errors import ConfigError
+
+_TRAINING = "megatron.training"
+_UNUSABLE = (ImportError, OSError, RuntimeError)  # the latter two: a library under it does not load
+
+
+@dataclasses.dataclass(frozen=True)
+class Touchpoint:
+    """A symbol, `module:attribute.attribute`, and what must be true of it."""
+
+    path: str
+    needs: tuple[str, ...] = ()  # parameters in its signature; of a dataclass also fields
+    base: str | None = None  # path of a class that it must derive from
+
+
+def installed_version() -> str:
+    """Return megatron.core's version, such as 0.19.2; raises ConfigError when there is none."""
+    try:
+        version: str = importlib.import_module("megatron.core").__version__
+    except _UNUSABLE as error:
+        raise ConfigError(
+            f"Megatron cannot be imported ({error}); pip install 'ep-plugin[megatron]' would do"
+        ) from error
+    return version
+
+
+def supported() -> dict[str, str]:
+    """Return the releases with a table: "0.19" -> the table's module."""
+    files = (Path(__file__).parent / "versions").glob("core_*.py")
+    releases = sorted(tuple(map(int, file.stem.split("_")[1:])) for file in files)
+    return {
+        ".".join(map(str, release)): "ep_plugin.megatron.versions.core_"
+        + "_".join(map(str, release))
+        for release in releases
+    }
+
+
+def release_for(version: str) -> Any:
+    """Return the module of a release in `versions/`; raises ConfigError when there is none."""
+    release = re.match(r"\d+\.\d+", version)
+    tables = supported()
+    if release is None or release.group() not in tables:
+        raise ConfigError(
+            f"megatron-core {version} has no touch-point table; supported are {', '.join(tables)}; "
+            f"pip install 'megatron-core[training]=={list(tables)[-1]}.*' would do"
+        )
+    return importlib.import_module(tables[release.group()])
+
+
+def table_for(version: str) -> tuple[Touchpoint, ...]:
+    """Return the touch points of a release; raises ConfigError when there is no table for it."""
+    table: tuple[Touchpoint, ...] = release_for(version).TOUCHPOINTS
+    return table
+
+
+def has_training() -> bool:
+    """Whether `megatron.training` can be imported: a wheel of 0.16 has `megatron.core` alone."""
+    return importlib.util.find_spec(_TRAINING) is not None
+
+
+def problems(table: tuple[Touchpoint, ...]) -> list[str]:
+    """Return one sentence for each touch point that the installed Megatron does not have."""
+    return [text for text in map(_problem, table) if text is not None]
+
+
+def _problem(touchpoint: Touchpoint) -> str | None:
+    path = touchpoint.path
+    try:
+        symbol = _find(path)
+        base = _find(touchpoint.base) if touchpoint.base else object
+        names = _parameters(symbol) if touchpoint.needs else []
+    except (*_UNUSABLE, AttributeError) as error:
+        return f"{path} is not there ({error})"
+    except (TypeError, ValueError) as error:
+        return f"{path} has no signature ({error})"
+    missing = [name for name in touchpoint.needs if name not in names]
+    if missing:
+        return f"{path} has no parameter {', '.join(missing)}; it has {', '.join(names)}"
+    if base is not object and not issubclass(symbol, base):
+        return f"{path} does not derive from {touchpoint.base}"
+    return None
+
+
+def _parameters(symbol: Any) -> list[str]:
+    fields = dataclasses.fields(symbol) if dataclasses.is_dataclass(symbol) else ()
+    return [*inspect.signature(symbol).parameters, *(field.name for field in fields)]
+
+
+def find_owner(path: str) -> tuple[Any, str]:
+    """Return what owns the attribute at the end of `module:attribute.attribute`, and its name."""
+    module, _, attributes = path.partition(":")
+    *owners, name = attributes.split(".")
+    owner: Any = importlib.import_module(module)
+    for attribute in owners:
+        owner = getattr(owner, attribute)
+    return owner, name
+
+
+def _find(path: str) -> Any:
+    return getattr(*find_owner(path))
+
+
+def verify() -> tuple[Touchpoint, ...]:
+    """Return the table of the installed Megatron; raises ConfigError listing every mismatch.
+
+    Touch points in `megatron.training` count where it is installed.
+    """
+    version = installed_version()
+    table = table_for(version)
+    if has_training():
+        _check_one_megatron(version)
+    else:
+        table = tuple(touchpoint for touchpoint in table if _TRAINING not in touchpoint.path)
+    found = problems(table)
+    if found:
+        raise ConfigError(
+            f"megatron-core {version} does not match the plugin's table: {'; '.join(found)}; "
+            "an unmodified release would do"
+        )
+    return table
+
+
+def _check_one_megatron(version: str) -> None:
+    """Raise ConfigError when `megatron` is put together from two installations.
+
+    It is a namespace package: what one folder on Python's path lacks is taken from the next.
+    """
+    core, training = (_folder(name) for name in ("megatron.core", _TRAINING))
+    if core != training:
+        raise ConfigError(
+            f"megatron.core ({version}) is taken from {core} and megatron.training from "
+            f"{training}; a path with one of them alone would do"
+        )
+
+
+def _folder(package: str) -> Path:
+    """Return the folder that holds the one of the package's name."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    return Path((spec.submodule_search_locations or [""])[0]).parent.resolve()

@@ -1,0 +1,266 @@
+"""Does the converted model compute what the dense one computed? Asked of Megatron itself.
+
+Both models are built from the run arguments in their checkpoints, in float32 on the CPU, in this
+process alone (a gloo group of one rank), loaded through Megatron's own distributed checkpointing,
+and given the same random tokens. One model is in memory at a time.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt import moe_module_specs as specs
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+from megatron.training import arguments as megatron_arguments
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, Batch, Prompts, draw, fill
+from ep_plugin.megatron.arguments.checks import settings_from_args
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.cpu.latent_attention import use_local_latent_attention
+from ep_plugin.megatron.seams.install import install, uninstall
+
+TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random router goes unseen
+
+# One rank, float32, no fused kernel, no dropout: what both models are built with.
+_PLAIN: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "tensor_parallel_num_weight_shards": None,
+    "expert_tensor_parallel_num_weight_shards": None,
+    "gtp_weight_remat_size": 1,
+    "expert_gtp_weight_remat_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "tp_comm_overlap": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "delay_wgrad_compute": False,
+    "overlap_dispatch_backward_with_experts_wgrad": False,
+    "params_dtype": torch.float32,
+    "bf16": False,
+    "fp16": False,
+    "fp8": None,
+    "fp4": None,
+    "fp32_residual_connection": False,
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "perform_initialization": False,
+    "cpu_offloading": False,
+    "cuda_graph_impl": "none",
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "apply_rope_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "ep_dispatcher": "auto",
+    "ep_gemm": "auto",
+    "ep_overlap": "serial",
+    "ep_overlap_chunks": None,
+    "ep_dispatch_dtype": None,
+    "ep_fp8": None,
+    "ep_save": None,
+}
+
+
+@dataclass
+class Trace:
+    """What one model computed."""
+
+    logits: Tensor  # [B, S, V] fp32
+    layers: list[Tensor] = field(default_factory=list)  # of [S, B, H] fp32
+    experts_used: dict[int, int] = field(default_factory=dict)  # layer -> number of experts
+
+
+def compare(dense: Path, moe: Path, seed: int, prompts: Prompts | None = None) -> dict[str, Any]:
+    """Compare the models in two iteration folders on the same tokens, random without prompts.
+
+    Returns the report that `parity.json` keeps: per layer and for the logits the largest absolute
+    difference, float32, and of every MoE layer how many experts the tokens reached. Must be called
+    in a process without a process group.
+    """
+    with _one_rank(seed):
+        args = dist_checkpointing.load_common_state_dict(str(moe))["args"]
+        batch = _batch(args, seed, prompts)
+        old, new = _trace(dense, batch.tokens), _trace(moe, batch.tokens)
+    layers = [
+        {
+            "layer": layer,
+            "moe": layer in new.experts_used,
+            "experts_used": new.experts_used.get(layer),
+            "max_abs_diff": batch.max_abs((before - after).transpose(0, 1)),
+            "max_abs": batch.max_abs(before.transpose(0, 1)),
+        }
+        for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True))
+    ]
+    return {
+        "logits_max_abs_diff": batch.max_abs(old.logits - new.logits),
+        "logits_max_abs": batch.max_abs(old.logits),
+        "layers": layers,
+        "tokens": int(batch.kept.sum()),
+        "prompts": None if prompts is None else len(prompts),
+        "sequence_length": batch.tokens.shape[1],
+        "seed": seed,
+        "dtype": "float32",
+    }
+
+
+def trace(folder: Path, tokens: Tensor, seed: int) -> Trace:
+    """Return what the model in an iteration folder makes of `tokens` [B, S].
+
+    Must be called in a process without a process group.
+    """
+    with _one_rank(seed):
+        return _trace(folder, tokens)
+
+
+@contextmanager
+def _one_rank(seed: int) -> Iterator[None]:
+    """Provide CPU mode, our block and Megatron's groups on one rank; then take them down."""
+    try:
+        cpu_mode.enable()
+        install()
+        torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        try:
+            parallel_state.initialize_model_parallel()
+            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+    finally:
+        uninstall()
+        cpu_mode.disable()
+
+
+def _batch(args: argparse.Namespace, seed: int, prompts: Prompts | None) -> Batch:
+    """Return the tokens; random ones are enough to reach every expert."""
+    sizes = args.padded_vocab_size, min(args.seq_length, args.max_position_embeddings)
+    if prompts is not None:
+        return fill(prompts, *sizes)
+    wanted = max(2 * min(sizes[1], MAX_SEQUENCE), TOKENS_PER_EXPERT * (args.num_experts or 0))
+    return draw(wanted, *sizes, seed)
+
+
+@torch.no_grad()
+def _trace(folder: Path, tokens: Tensor) -> Trace:
+    """Build and load the model of one checkpoint and run it on `tokens` [B, S]."""
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    fused_norm_kept = common["args"].transformer_impl == "local"
+    args = _plain(common["args"])
+    specs.MoELayer.settings = settings_from_args(args)
+    model = _build(args).eval()
+    _load(model, folder, common.get("content_metadata") or {}, fused_norm_kept)
+    trace = Trace(torch.empty(0))
+    for number, layer in enumerate(model.decoder.layers):
+        layer.register_forward_hook(lambda _, __, output: trace.layers.append(output[0]))
+        if hasattr(layer.mlp, "router"):
+            layer.mlp.router.register_forward_hook(_record_experts(trace, number))
+    length = tokens.shape[1]
+    masked = torch.ones(length, length, dtype=torch.bool).triu(1)  # True: not to be seen
+    positions = torch.arange(length).expand_as(tokens)
+    trace.logits = model(tokens, positions, masked[None, None])
+    return trace
+
+
+def _plain(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the run arguments, defaults where there are none, for one plain rank."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    megatron_arguments.add_megatron_arguments(parser)  # with ours: the plugin is installed
+    return argparse.Namespace(**(vars(parser.parse_args([])) | vars(args) | _PLAIN))
+
+
+def _build(args: argparse.Namespace) -> Any:
+    config = megatron_arguments.core_transformer_config_from_args(args)
+    if args.num_experts:
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=args.normalization
+        )
+        if config.multi_latent_attention:
+            use_local_latent_attention(spec)
+    else:
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+            normalization=args.normalization,
+        )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+    )
+
+
+def _load(model: Any, folder: Path, metadata: dict[str, Any], fused_norm_kept: bool) -> None:
+    """Load the weights; raises Megatron's CheckpointingException when a parameter has no tensor."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+    if not fused_norm_kept:
+        _rename_norms(model, state)
+    loaded = dist_checkpointing.load({"model": state}, str(folder))
+    model.load_state_dict(loaded["model"])
+
+
+# Of a norm in a local layer: its module's name, and the one that Transformer Engine saves.
+_MOE_NORM = ("pre_mlp_layernorm.", "pre_mlp_layernorm.")
+_LATENT_NORMS = (
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+)
+_LATENT_DENSE_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+
+
+def _rename_norms(model: Any, state: dict[str, Any]) -> None:
+    """Name norms as Transformer Engine does, which fuses others into what follows than we do."""
+    latent = model.config.multi_latent_attention
+    for number, layer in enumerate(model.decoder.layers):
+        is_moe = hasattr(layer.mlp, "router")
+        names = [*_LATENT_NORMS] if latent else []
+        names += [_MOE_NORM] if is_moe else [_LATENT_DENSE_NORM] if latent else []
+        for module, saved in names:
+            for kind in ("weight", "bias"):
+                tensor = state.get(f"decoder.layers.{number}.{module}{kind}")
+                if tensor is not None:
+                    tensor.key = f"decoder.layers.{number}.{saved}{kind}"
+
+
+def _record_experts(trace: Trace, layer: int) -> Any:
+    def hook(_: Any, __: Any, routing: Any) -> None:
+        trace.experts_used[layer] = int((routing.tokens_per_expert > 0).sum())
+
+    return hook

@@ -1,0 +1,97 @@
+"""What a user can set of one block, validated once. Nothing here imports torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ep_plugin.errors import ConfigError, check_choice, check_counts
+from ep_plugin.moe.routing_config import RoutingConfig
+
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "relu"]
+# with a gate half, so that fc1 has twice as many outputs as fc2 has inputs
+GATED: tuple[Activation, ...] = ("swiglu", "geglu", "geglu_tanh")
+SharedExpert = Literal["sum", "learned"]
+Fp8 = Literal["off", "rowwise", "blockwise"]
+Fp8Wgrad = Literal["fp8", "bf16"]
+Save = Literal["bf16", "fp8", "recompute"]
+CheckSplits = Literal["first", "always", "off"]
+DispatchDtype = Literal["bf16", "fp8"]
+# Most ranks of ep and etp in a CUDA graph: dispatcher symm_mem has room for all their tokens then.
+GRAPH_RANKS = 8
+
+_SIZES = {
+    "hidden_size": (1, "hidden_size = 1024"),
+    "ffn_hidden_size": (1, "ffn_hidden_size = 2048"),
+    "num_experts": (1, "num_experts = 8"),
+    "num_moe_layers": (1, "num_moe_layers = 1"),
+    "comm_sms": (1, "comm_sms = 32"),
+    "overlap_chunks": (1, "overlap_chunks = None"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """One Mixture-of-Experts block.
+
+    Raises ConfigError when the settings contradict each other.
+    """
+
+    hidden_size: int
+    ffn_hidden_size: int  # of one expert
+    num_experts: int
+    activation: Activation = "swiglu"
+    bias: bool = False  # in the experts
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    # a module given as the layer's shared expert: added, or weighed against the routed experts by
+    # a learned softmax of two (DeepSpeed-MoE's residual expert)
+    shared_expert: SharedExpert = "sum"
+    num_moe_layers: int = 1  # of the model, for aux_loss_layers = mean
+    fp8: Fp8 = "off"  # recipe of the experts' products
+    fp8_wgrad: Fp8Wgrad = "fp8"  # of their weight gradients, where fp8 is not off
+    save: Save = "bf16"  # how the experts' pre-activations are kept for the backward
+    deterministic: bool = False  # equal bits in every run: no kernel is chosen by measuring
+    router: str = "topk"
+    dispatcher: str = "auto"
+    dispatch_dedup: bool = False  # a token travels once to a rank, not once for each expert there
+    dispatch_dtype: DispatchDtype = "bf16"  # fp8: tokens travel as the experts' products read them
+    check_splits: CheckSplits = "first"  # whether ranks compare what they send; first: 8 dispatches
+    comm_sms: int = 32  # SMs of the GPU that dispatcher symm_mem copies with
+    gemm: str = "auto"
+    overlap: str = "serial"  # the order of a layer's verbs: what is computed while tokens travel
+    overlap_chunks: int | None = None  # of the other ranks, for overlap = chunked; None: 2 at most
+
+    def __post_init__(self) -> None:
+        check_counts(self, _SIZES)
+        check_choice("activation", self.activation, get_args(Activation))
+        check_choice("shared_expert", self.shared_expert, get_args(SharedExpert))
+        check_choice("fp8", self.fp8, get_args(Fp8))
+        check_choice("fp8_wgrad", self.fp8_wgrad, get_args(Fp8Wgrad))
+        check_choice("save", self.save, get_args(Save))
+        check_choice("check_splits", self.check_splits, get_args(CheckSplits))
+        check_choice("dispatch_dtype", self.dispatch_dtype, get_args(DispatchDtype))
+        if self.dispatch_dtype == "fp8" and (self.fp8 == "off" or self.fp8_wgrad != "fp8"):
+            raise ConfigError(
+                "dispatch_dtype (fp8) sends tokens as FP8 products read them, and not all are FP8: "
+                f"fp8 is {self.fp8}, fp8_wgrad {self.fp8_wgrad}; fp8 = rowwise with fp8_wgrad = "
+                "fp8, or dispatch_dtype = bf16 would do"
+            )
+        if self.fp8 != "off" and self.bias:
+            raise ConfigError(
+                f"fp8 ({self.fp8}) needs experts without bias; bias = False or fp8 = off would do"
+            )
+        if self.overlap_chunks is not None and self.overlap != "chunked":
+            raise ConfigError(
+                f"overlap_chunks ({self.overlap_chunks}) is for overlap = chunked, and overlap is "
+                f"{self.overlap}; overlap_chunks = None would do"
+            )
+        self.routing.check_experts(self.num_experts)
+        if self.router == "expert_choice" and not self.routing.force_expert_choice:
+            raise ConfigError(
+                "router (expert_choice) lets later tokens decide where earlier ones go, so a "
+                "causal model would see its future; router = topk would do, or "
+                "force_expert_choice = True for a model that is not causal"
+            )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation has a gate half, so that fc1 has 2 * ffn_hidden_size outputs."""
+        return self.activation in GATED

@@ -1,0 +1,229 @@
+"""The experts of one rank: fc1, activation times probability, fc2, on rows sorted by expert."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ep_plugin.errors import ConfigError, largest_divisor
+from ep_plugin.moe.config import Activation, MoEConfig
+from ep_plugin.moe.experts.autotune import AutoGemm
+from ep_plugin.moe.experts.fp8 import blockwise, rowwise
+from ep_plugin.moe.experts.fused import Bf16, FusedExperts, Recipe, Totals
+from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.interfaces import Dispatched, GroupedGemm
+from ep_plugin.moe.kernels import Rows, plan
+from ep_plugin.moe.rows import permute, plan_rows, unpermute
+from ep_plugin.registry import resolve
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), of any shape.
+
+    Hendrycks and Gimpel, Gaussian Error Linear Units (arXiv:1606.08415), section 2.
+    """
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {  # of the gate, where there is one
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": gelu_tanh,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+FP8: dict[str, tuple[Any, Any]] = {  # module with check and prepare, and the recipe
+    "rowwise": (rowwise, rowwise.Rowwise),
+    "blockwise": (blockwise, blockwise.Blockwise),
+}
+
+
+class GroupedLinear(nn.Module):
+    """One linear map per local expert: weight [e, out, in], bias [e, out] or None.
+
+    Call it before its parameters are read: a training loop's forward pre-hooks run there, and
+    Megatron's wait in theirs until updated parameters have been gathered.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        gemm: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        shape = (num_experts, out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = (
+            nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype)) if bias else None
+        )
+        self.gemm: GroupedGemm | AutoGemm = AutoGemm()
+        if gemm != "auto":
+            self.gemm = resolve("gemm", gemm)(in_features, out_features, self.weight.dtype)
+
+    def pick_gemm(self, num_rows: int) -> GroupedGemm:
+        """Return the backend; `auto` is settled at the first rows, since a layer may be moved."""
+        auto = self.gemm
+        return auto.pick(self.weight, num_rows) if isinstance(auto, AutoGemm) else auto
+
+    def forward(self) -> Tensor:
+        """Return the weight [e, out, in]."""
+        return self.weight
+
+    def multiply(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Map `rows` [R, in], without the bias: [R, out]; `ends` [e] as in `GroupedGemm`."""
+        product: Tensor = _GroupedProduct.apply(rows, self.weight, ends, self.pick_gemm(len(rows)))
+        return product
+
+
+class Experts(nn.Module):
+    """The local experts as two grouped linear maps; with etp each rank holds a slice of F.
+
+    A gated activation has fc1 rows [gate; up] per expert, as Megatron stores them.
+    Raises ConfigError when F does not divide over etp.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        groups: ExpertGroups,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        ffn, etp = config.ffn_hidden_size, groups.etp_size
+        if ffn % etp:
+            raise ConfigError(
+                f"ffn_hidden_size ({ffn}) must be divisible by etp ({etp}); "
+                f"etp = {largest_divisor(ffn, etp)} would do"
+            )
+        self.num_local_experts = config.num_experts // groups.ep_size
+        self.gated = config.gated
+        self.activation = ACTIVATIONS[config.activation]
+        self.config = config
+        self.fp8 = config.fp8 != "off"
+        # A training loop that says when weights changed sets the first to False, and the second
+        # to True before a step's first micro-batch; then weights are quantised once a step.
+        self.weights_change_every_call = True
+        self.is_first_microbatch = True
+        self._weights8: Any = None
+        self.totals: Totals | None = None  # set by a training loop that sums gradients in fp32
+        self.etp_size = etp
+        shard = ffn // etp
+
+        def linear(in_features: int, out_features: int) -> GroupedLinear:
+            return GroupedLinear(
+                self.num_local_experts,
+                in_features,
+                out_features,
+                config.bias,
+                config.gemm,
+                device,
+                dtype,
+            )
+
+        if self.fp8:
+            check = FP8[config.fp8][0].check
+            check(config.hidden_size, shard, torch.empty(0, device=device).device)
+        self.linear_fc1 = linear(config.hidden_size, shard * (2 if config.gated else 1))
+        self.linear_fc2 = linear(shard, config.hidden_size)
+
+    def forward(self, inbox: Dispatched) -> Tensor:
+        """Return [N, H]: for each token the sum over its choices; with etp a summand of it."""
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        fc1_weight, fc2_weight = fc1(), fc2()
+        saves_less = self.config.save != "bf16"
+        if fc1.bias is None and (self.fp8 or saves_less or inbox.tokens.is_cuda):
+            choices = inbox.expert_ids, inbox.tokens_per_expert
+            planned = plan(*choices, self.config.activation, inbox.num_rows)
+            output: Tensor = FusedExperts.apply(
+                *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
+                *(self.recipes(len(planned.order))(planned), self.config.save, self.totals),
+                inbox.narrow,
+            )
+            return output
+        ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
+        moves = plan_rows(inbox.expert_ids, self.num_local_experts)
+        probs = inbox.probs.flatten()[moves.order].unsqueeze(1)  # [R, 1]
+        expert = torch.searchsorted(ends, torch.arange(len(probs), device=ends.device), right=True)
+        expert = expert.clamp(max=self.num_local_experts - 1)  # [R]; rows of absent choices: any
+        hidden = fc1.multiply(permute(inbox.tokens, moves), ends)  # [R, F or 2F]
+        if fc1.bias is not None:
+            hidden = hidden + fc1.bias[expert]
+        hidden = (self._activate(hidden) * probs).to(inbox.tokens.dtype)  # [R, F]
+        rows = fc2.multiply(hidden, ends)  # [R, H]
+        if fc2.bias is not None:
+            bias = _ShareOfSum.apply(fc2.bias[expert], self.etp_size)
+            rows = rows + (bias * probs).to(rows.dtype)
+        return unpermute(rows, moves)
+
+    def recipes(self, num_rows: int) -> Callable[[Rows], Recipe]:
+        """Return what makes the recipe of some of a call's `num_rows` rows, or of all of them."""
+        wgrad8 = self.config.fp8_wgrad == "fp8"
+        kind: Any = FP8[self.config.fp8][1] if self.fp8 else Bf16
+        uses_gemm = not (kind.has_own_products and wgrad8)
+        measured = uses_gemm and not self.config.deterministic  # with 0 rows it is the rule's
+        gemm = self.linear_fc1.pick_gemm(num_rows if measured else 0)
+        if not self.fp8:
+            return lambda rows: Bf16(rows, gemm)
+        weights8 = self.weights8()
+        return lambda rows: kind(rows, gemm, weights8, wgrad8)
+
+    def weights8(self) -> Any:
+        """Return the weights as the FP8 recipe reads them, made anew when they may have changed."""
+        if self._weights8 is None or self.is_first_microbatch:
+            with torch.no_grad():
+                prepare = FP8[self.config.fp8][0].prepare
+                self._weights8 = prepare(self.linear_fc1.weight, self.linear_fc2.weight)
+            self.is_first_microbatch = self.weights_change_every_call
+        return self._weights8
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if not self.gated:
+            return self.activation(hidden)
+        gate, up = hidden.chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """rows [R, a] @ weight [e, b, a] transposed, by a backend's three products."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, gemm: GroupedGemm) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends)
+        ctx.gemm = gemm
+        return _without_absent(gemm.forward(rows, weight, ends), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weight, ends = ctx.saved_tensors
+        d_rows = _without_absent(ctx.gemm.dgrad(grads[0], weight, ends), ends)
+        return d_rows, ctx.gemm.wgrad(grads[0], rows, ends), None, None
+
+
+def _without_absent(rows: Tensor, ends: Tensor) -> Tensor:
+    """Return `rows` with zeros behind the last expert's, where a backend writes nothing."""
+    absent = torch.arange(len(rows), device=ends.device) >= ends[-1]
+    return rows.masked_fill(absent.unsqueeze(1), 0)
+
+
+class _ShareOfSum(torch.autograd.Function):
+    """1/n of a tensor that n ranks hold alike and whose outputs are summed.
+
+    The gradient is not divided: each rank gets the whole one, so the copies stay alike.
+    """
+
+    @staticmethod
+    def forward(ctx: object, whole: Tensor, num_ranks: int) -> Tensor:
+        return whole / num_ranks
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

@@ -1,0 +1,25 @@
+"""What every FP8 recipe asks of sizes and device."""
+
+import torch
+
+from ep_plugin.errors import ConfigError
+
+
+def check_recipe(
+    recipe: str, multiple: int, hidden_size: int, ffn_hidden_size: int, device: torch.device
+) -> None:
+    """Raise ConfigError unless both sizes, those on each rank, are multiples of `multiple`.
+
+    And on a GPU without e4m3; the CPU computes the same values in fp32.
+    """
+    for name, size in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
+        if size % multiple:
+            raise ConfigError(
+                f"fp8 ({recipe}) needs {name} on each rank ({size}) to be a multiple of "
+                f"{multiple}; {-(-size // multiple) * multiple} or fp8 = off would do"
+            )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        raise ConfigError(
+            f"fp8 ({recipe}) needs a GPU of compute capability 9.0 (H100) or newer; this is "
+            f"{torch.cuda.get_device_name(device)}; fp8 = off would do"
+        )

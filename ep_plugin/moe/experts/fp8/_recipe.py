@@ -1,0 +1,107 @@
+"""What FP8 recipes have in common: which tensors are in e4m3, and where each is rounded.
+
+Tokens are rounded as they come, gradients of the output too; the activation and what its backward
+finds where they are computed. Each is rounded once, along features: weight gradients read the same
+bytes transposed, moved to larger scales. In bf16 those want what was not rounded, so that is kept.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ep_plugin.moe.e4m3 import Weight8, WeightBlocks8
+from ep_plugin.moe.interfaces import GroupedGemm
+from ep_plugin.moe.kernels import Narrow, Rows
+from ep_plugin.moe.records import joined
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Both weights in e4m3, in the layouts of forward and of data gradient."""
+
+    fc1: Weight8 | WeightBlocks8  # [e, 2F or F, H]
+    fc1_transposed: Weight8 | WeightBlocks8  # [e, H, 2F or F]
+    fc2: Weight8 | WeightBlocks8  # [e, H, F]
+    fc2_transposed: Weight8 | WeightBlocks8  # [e, F, H]
+
+
+class Fp8(ABC):
+    """A `Recipe` of `fused_experts`, but for its kernels.
+
+    `wgrad8` says whether they make the weight gradients.
+    """
+
+    has_own_products = True  # but for weight gradients in bf16
+    takes_pieces = False
+    narrow_as: Narrow
+
+    def __init__(self, rows: Rows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
+        self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
+
+    @abstractmethod
+    def _quantize(self, matrix: Tensor) -> Any:
+        """Return `matrix` [R, X] in e4m3."""
+
+    @abstractmethod
+    def _multiply(self, rows: Any, weight: Any) -> Tensor:
+        """Return rows times their expert's weight transposed."""
+
+    @abstractmethod
+    def _transpose(self, rows: Any, choices: int) -> Any:
+        """Return rows, or tokens with so many choices, as an operand of a weight gradient."""
+
+    @abstractmethod
+    def _wgrad8(self, grads: Any, rows: Any, into: Tensor | None) -> Tensor | None:
+        """Return a weight gradient of what `_transpose` returned, or add it."""
+
+    def keep(self, tokens: Tensor) -> Any:
+        return self._quantize(tokens) if self.wgrad8 else tokens.bfloat16()
+
+    def first(self, kept: Any, fc1: Tensor) -> Tensor:
+        kept = kept if self.wgrad8 else self._quantize(kept)
+        return self._multiply(self._spread(kept), self.weights.fc1)
+
+    def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
+        active = self.rows.activate(hidden, probs, self.narrow_as)
+        return self.rows.sum(self._multiply(active, self.weights.fc2))
+
+    def narrow(self, hidden: Tensor) -> Any:
+        return self._quantize(hidden)
+
+    def incoming(self, grads: Tensor) -> Any:
+        return self._quantize(grads) if self.wgrad8 else grads
+
+    def all_incoming(self, grads: list[Tensor], pieces: list[Any]) -> Any:
+        return joined(pieces)
+
+    def hidden_grads(
+        self, incoming: Any, hidden: Any, probs: Tensor, fc2: Tensor
+    ) -> tuple[Any, Any, Tensor]:
+        incoming = incoming if self.wgrad8 else self._quantize(incoming)
+        d_active = self._multiply(self._spread(incoming), self.weights.fc2_transposed)
+        narrow = self.narrow_as if self.wgrad8 else None
+        return self.rows.activate_backward(d_active, hidden, probs, narrow)
+
+    def fc2_grads(self, incoming: Any, active: Any, into: Tensor | None) -> Tensor | None:
+        if not self.wgrad8:
+            grads = self.rows.spread(incoming.bfloat16())
+            return self.rows.wgrad(self.gemm, grads, active, into)
+        return self._wgrad8(self._tokens(incoming), self._transpose(active, 0), into)
+
+    def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
+        narrow = d_hidden if self.wgrad8 else self._quantize(d_hidden)
+        return self.rows.sum(self._multiply(narrow, self.weights.fc1_transposed))
+
+    def fc1_grads(self, d_hidden: Any, kept: Any, into: Tensor | None) -> Tensor | None:
+        if not self.wgrad8:
+            return self.rows.wgrad(self.gemm, d_hidden, self.rows.spread(kept), into)
+        return self._wgrad8(self._transpose(d_hidden, 0), self._tokens(kept), into)
+
+    def _spread(self, tokens: Any) -> Any:
+        rows = self.rows
+        return rows.ops.spread_rows8(tokens, rows.place, rows.ends, len(rows.order))
+
+    def _tokens(self, tokens: Any) -> Any:
+        return self._transpose(tokens, self.rows.place.shape[1])

@@ -1,0 +1,72 @@
+"""Grouped GEMM through Transformer Engine: what its GroupedLinear calls in bf16, fp16 and fp32.
+
+One cuBLAS product per expert, spread over a few streams; NVTE_USE_CUTLASS_GROUPED_GEMM=1 makes it
+one CUTLASS kernel on Hopper. Host syncs: one per call, since the row counts are wanted on the host.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ep_plugin.errors import ConfigError
+from ep_plugin.moe.interfaces import GroupedGemm
+
+try:
+    from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
+except (AssertionError, OSError) as error:  # parts of other versions; a library that does not load
+    raise ImportError(f"transformer_engine does not load: {error}") from error
+
+
+class TransformerEngineGemm:
+    """general_grouped_gemm in all three directions; layouts are named as in column-major BLAS."""
+
+    waits_for_host = True
+
+    def forward(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return _by_rows(rows, weight, ends, weight.shape[1], "TN")
+
+    def dgrad(self, grads: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return _by_rows(grads, weight, ends, weight.shape[2], "NN")
+
+    def wgrad(self, grads: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+        counts = _counts(ends)
+        weight = rows.new_empty(len(counts), grads.shape[1], rows.shape[1])
+        blocks = _blocks(rows, counts), _blocks(grads, counts)
+        _multiply(*blocks, list(weight.unbind()), counts, layout="NT", grad=True)
+        return weight
+
+
+def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGemm:
+    """Return the backend; every size will do. Raises ConfigError for a dtype it does not take."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"gemm 'te' needs fp32, bf16 or fp16; got {dtype}; gemm 'loop' would do")
+    if not torch.cuda.is_available():
+        raise ConfigError("gemm 'te' runs on CUDA alone, and no GPU is here; gemm 'loop' would do")
+    return TransformerEngineGemm()
+
+
+def _by_rows(rows: Tensor, weight: Tensor, ends: Tensor, features: int, layout: str) -> Tensor:
+    """Multiply each expert's block of `rows` [R, ...] by its weight: [R, features]."""
+    counts = _counts(ends)
+    product = rows.new_empty(len(rows), features)
+    options = {"layout": layout, "grad": layout == "NN", "single_output": True}
+    _multiply(list(weight.unbind()), _blocks(rows, counts), [product], counts, **options)
+    return product
+
+
+def _multiply(
+    a: list[Tensor], b: list[Tensor], out: list[Tensor], counts: list[int], **options: object
+) -> None:
+    """Write the products into `out`; an empty block's weight gradient becomes 0."""
+    no_quantizers = [None] * len(a)
+    general_grouped_gemm(a, b, out, no_quantizers, out[0].dtype, m_splits=counts, **options)
+
+
+def _counts(ends: Tensor) -> list[int]:
+    return [end - start for start, end in pairwise([0, *ends.tolist()])]
+
+
+def _blocks(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    """Return each expert's block of `rows` [R, ...], without those behind the last one."""
+    return list(torch.split(rows[: sum(counts)].contiguous(), counts))

@@ -1,0 +1,48 @@
+"""Grouped GEMM through torch's own grouped_mm: one kernel for all experts, no host sync.
+
+CUDA takes bf16; CPU takes fp32, bf16 and fp16. Operand rows start at 16-byte boundaries.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ep_plugin.errors import ConfigError
+from ep_plugin.moe.interfaces import GroupedGemm
+
+ALIGNMENT = 16  # bytes
+
+
+def aligned(features: int, dtype: torch.dtype) -> bool:
+    """Whether rows of `features` elements of `dtype` start where grouped_mm wants them."""
+    return features * dtype.itemsize % ALIGNMENT == 0
+
+
+class TorchGroupedGemm:
+    """torch.nn.functional.grouped_mm in all three directions."""
+
+    waits_for_host = False
+
+    def forward(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+    def dgrad(self, grads: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(grads.contiguous(), weight, offs=ends)
+
+    def wgrad(self, grads: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(grads.contiguous().T, rows, offs=ends)
+
+
+def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGemm:
+    """Return the backend; raises ConfigError for sizes or a dtype grouped_mm has no kernel for."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"gemm 'torch_grouped' needs fp32, bf16 or fp16; got {dtype}; gemm 'loop' would do"
+        )
+    for name, features in (("in_features", in_features), ("out_features", out_features)):
+        if not aligned(features, dtype):
+            raise ConfigError(
+                f"gemm 'torch_grouped' needs {name} ({features}) to be a multiple of "
+                f"{ALIGNMENT // dtype.itemsize} in {dtype}; gemm 'loop' would do"
+            )
+    return TorchGroupedGemm()

@@ -1,0 +1,172 @@
+"""Plain-torch twins of `kernels.experts`: the same functions, the same rounding, any device.
+
+Where the kernels leave rows behind the last expert's as they are, the twins hold zeros.
+"""
+
+import torch
+from torch import Tensor
+
+from ep_plugin.moe.e4m3 import E4M3, Columns8, Narrow8, Rows8, Weight8, quantize_rows
+from ep_plugin.moe.kernels import TILE, Tiles
+from ep_plugin.moe.kernels._columns_torch import products, sources
+from ep_plugin.moe.kernels.activation_torch import activate, activate_backward
+from ep_plugin.moe.kernels.blocks_torch import (
+    add_wgrad_blocks,
+    multiply_blocks,
+    multiply_column_blocks,
+    quantize_blocks,
+    quantize_weight_blocks,
+    transpose_blocks,
+)
+from ep_plugin.moe.rows import plan_rows
+
+__all__ = [  # as they are elsewhere
+    "activate",
+    "activate_backward",
+    "add_wgrad_blocks",
+    "multiply_blocks",
+    "multiply_column_blocks",
+    "quantize_blocks",
+    "quantize_rows",
+    "quantize_weight_blocks",
+    "transpose_blocks",
+]
+
+
+def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the flat choice of each row [R] and the row of each choice [N, C], int32.
+
+    A stable counting sort of `expert_ids` [N, C]; absent choices, -1, come last. `ends` [e] int32
+    is the row behind each expert's last.
+    """
+    plan = plan_rows(expert_ids, len(ends))
+    return plan.order.int(), plan.place.int()
+
+
+def spread_rows(
+    tokens: Tensor,
+    place: Tensor,
+    ends: Tensor,
+    num_rows: int | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X].
+
+    R is `num_rows`, at least the last of `ends`, or N * C. Rows of other tokens stay as they are
+    in `into`, where that is given.
+    """
+    num_tokens, choices = place.shape
+    if into is None:
+        size = num_tokens * choices if num_rows is None else num_rows
+        into = tokens.new_zeros(size, tokens.shape[1])
+    at = place.flatten()
+    present = at < ends[-1]
+    into[at[present].long()] = tokens.repeat_interleave(choices, dim=0)[present]
+    return into
+
+
+def spread_rows8(
+    tokens: Narrow8, place: Tensor, ends: Tensor, num_rows: int | None = None
+) -> Narrow8:
+    """Do as `spread_rows` for tokens in e4m3."""
+    planned, scale = (place, ends, num_rows), tokens.scale
+    data = spread_rows(tokens.data.view(torch.uint8), *planned).view(E4M3)
+    rows = spread_rows(scale.reshape(len(scale), scale[:1].numel()), *planned)
+    return type(tokens)(data, rows.view(len(rows), *scale.shape[1:]))
+
+
+def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
+    """Return the sums in fp32 of each token's rows [R, X], absent choices left out: [N, X]."""
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    absent = place >= ends[-1]
+    if not len(rows):
+        return rows.new_zeros(len(place), rows.shape[1])
+    chosen = wide[place.masked_fill(absent, 0)].masked_fill(absent.unsqueeze(-1), 0)  # [N, C, X]
+    return chosen.sum(dim=1).to(rows.dtype)
+
+
+def sum_pieces(pieces: list[Tensor]) -> Tensor:
+    """Return the sum [N, X] of at least two `pieces` [N, X], in their order, in fp32 at least."""
+    dtype = pieces[0].dtype
+    total = pieces[0].to(torch.promote_types(dtype, torch.float32), copy=True)
+    for piece in pieces[1:]:
+        total += piece
+    return total.to(dtype)
+
+
+def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:
+    """Return the tiles of experts whose rows end at `ends` [e] int32, of `num_rows` at most."""
+    num_experts = len(ends)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    tiles = (ends - starts + TILE - 1) // TILE
+    tile_ends = tiles.cumsum(0, dtype=torch.int32)
+    tile = torch.arange(num_rows // TILE + num_experts, dtype=torch.int32, device=ends.device)
+    owner = torch.searchsorted(tile_ends, tile, right=True)
+    known = owner.clamp(max=num_experts - 1)
+    row = starts[known] + (tile - (tile_ends - tiles)[known]) * TILE
+    absent = owner == num_experts
+    return Tiles(owner.int().masked_fill(absent, -1), row.int().masked_fill(absent, -1), tile_ends)
+
+
+def transpose_rows(
+    rows: Rows8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int
+) -> Columns8:
+    """Return `rows` transposed, a tile after the other, an expert's largest scale for all.
+
+    `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
+    """
+    width, largest = rows.data.shape[1], torch.ones(len(ends), device=ends.device)
+    if not (len(rows.data) and len(order)):  # columns are padding alone
+        columns = torch.zeros(width, len(tiles.row) * TILE, device=ends.device)
+        return Columns8(columns.to(E4M3), largest)
+    expert, there, source = sources(tiles, order, ends, choices)
+    scale = torch.where(there, rows.scale[source], 0.0)  # [P]
+    found = scale.new_zeros(len(ends)).scatter_reduce(0, expert.clamp(min=0), scale, "amax")
+    largest = torch.where(found > 0, found, largest)
+    ratio = scale / largest[expert]
+    moved = (rows.data.float()[source] * ratio.unsqueeze(1)).masked_fill(~there.unsqueeze(1), 0)
+    return Columns8(moved.to(E4M3).T.contiguous(), largest)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
+    """Return `weight` [e, b, a] in e4m3 and its transpose [e, a, b], one scale for each expert."""
+    num_experts, num_rows, width = weight.shape
+    rows = quantize_rows(weight.reshape(-1, width))
+    scale = rows.scale.view(num_experts, num_rows)
+    data = rows.data.view(weight.shape)
+    largest = scale.amax(dim=1)
+    moved = data.float() * (scale / largest.unsqueeze(1)).unsqueeze(2)
+    transposed = moved.transpose(1, 2).contiguous().to(E4M3)
+    return Weight8(data, scale), Weight8(transposed, largest.unsqueeze(1).repeat(1, width))
+
+
+def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
+    """Add each expert's `left` [R, b] transposed times `right` [R, a] to `total` [e, b, a] fp32."""
+    blocks = [torch.tensor_split(m.float(), ends.tolist())[:-1] for m in (left, right)]
+    for matrix, x, y in zip(total, *blocks, strict=True):
+        matrix += x.T @ y
+
+
+def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor:
+    """Return `rows` [R, a] times each expert's `weight` [e, b, a] transposed: [R, b] bf16."""
+    blocks = torch.tensor_split(rows.data.float(), ends.tolist())
+    products = [b @ w.T for b, w in zip(blocks[:-1], weight.data.float(), strict=True)]
+    scales = weight.scale.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), dim=0)
+    inside = torch.cat(products) * scales * rows.scale[: len(scales), None]
+    rest = inside.new_zeros(len(rows.data) - len(inside), inside.shape[1])
+    return torch.cat([inside, rest]).bfloat16()
+
+
+def multiply_columns(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
+    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16."""
+    return _columns_product(left, right, tiles).bfloat16()
+
+
+def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> None:
+    """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
+    total += _columns_product(left, right, tiles)
+
+
+def _columns_product(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
+    scale = (left.scale * right.scale)[:, None, None]
+    return products(left.data.float(), right.data.float(), tiles) * scale

@@ -1,0 +1,278 @@
+"""The activation times the probability, and its backward; in e4m3 where asked.
+
+One program handles one row; rows behind the last expert's are not touched.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ep_plugin.moe.config import GATED
+from ep_plugin.moe.e4m3 import BLOCK, E4M3, Blocks8, Rows8
+from ep_plugin.moe.kernels import Narrow, Target
+from ep_plugin.moe.kernels._launch import jit, next_power_of_2
+from ep_plugin.moe.kernels.quantize import power_of_two_scale
+
+ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "geglu_tanh": 4}
+
+
+def _warps(width: int) -> int:
+    """Return the warps of a program: 16 numbers a thread, measured best on H100 (768 to 14336)."""
+    return min(max(width // 512, 2), 32)
+
+
+def _registers(warps: int, hidden: Tensor | Rows8 | Blocks8) -> int | None:
+    """Return the most registers a thread of the backward may take, None for any number.
+
+    With 64, two programs of 16 warps or four of 8 run on a multiprocessor, where one or three
+    would: 27 and 9 % faster on H100. Narrower ones have room; 8 warps that read scales by blocks
+    need more.
+    """
+    return 64 if warps == 16 or (warps == 8 and not isinstance(hidden, Blocks8)) else None
+
+
+@triton.jit
+def _erf_gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _erf_gelu_slope(x):
+    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + e^-x), in half the instructions: a quotient is kept from overflow, a root is not."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
+def _activate(gate, up, ACT: tl.constexpr):
+    """Activation of one row, and its slopes with respect to gate and up."""
+    if ACT == 0:
+        sigma = _sigmoid(gate)
+        return gate * sigma * up, up * sigma * (1.0 + gate * (1.0 - sigma)), gate * sigma
+    if ACT == 1:
+        value = _erf_gelu(gate)
+        return value * up, up * _erf_gelu_slope(gate), value
+    if ACT == 2:
+        return _erf_gelu(gate), _erf_gelu_slope(gate), gate
+    if ACT == 4:
+        # x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3) is x sigmoid(2 u)
+        sigma = _sigmoid(gate * (1.5957691216057308 + 0.07135481627260025 * gate * gate))
+        steep = 1.5957691216057308 + 0.21406444881780075 * gate * gate  # slope of 2 u
+        slope = sigma + gate * sigma * (1.0 - sigma) * steep
+        return gate * sigma * up, up * slope, gate * sigma
+    return tl.maximum(gate, 0.0), (gate > 0).to(tl.float32), gate
+
+
+@triton.jit
+def _scale(largest, DTYPE: tl.constexpr):
+    """Scale of values that are rounded to DTYPE first, as they would be carried in memory.
+
+    Rounding keeps their order, so the largest is rounded alone. They are brought to units of the
+    scale, which is exact, before both roundings: the compiler then makes those in pairs.
+    """
+    return power_of_two_scale(largest.to(DTYPE).to(tl.float32))
+
+
+@triton.jit
+def _narrow(row, scales, BLOCK: tl.constexpr, SIZE: tl.constexpr, NUM_SCALES, DTYPE: tl.constexpr):
+    """Store the scales of one row's values, one for each SIZE; the values in their units."""
+    blocks = tl.reshape(row, (BLOCK // SIZE, SIZE))
+    scale = _scale(tl.max(tl.abs(blocks), axis=1), DTYPE)
+    block = tl.arange(0, BLOCK // SIZE)
+    tl.store(scales + block, scale, mask=block < NUM_SCALES)
+    return tl.reshape(blocks * (1.0 / scale)[:, None], (BLOCK,))
+
+
+@jit
+def _activate_kernel(
+    hidden, probs, order, ends, num_experts, out, scales, WIDTH,
+    ACT: tl.constexpr, IS_GATED: tl.constexpr, ROWS8: tl.constexpr, BLOCKS8: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(ends + num_experts - 1):
+        return
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    base = hidden + row * WIDTH * (2 if IS_GATED else 1)
+    gate = tl.load(base + column, mask=inside, other=0.0).to(tl.float32)
+    up = gate
+    if IS_GATED:
+        up = tl.load(base + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    value, _, _ = _activate(gate, up, ACT)
+    value = value * tl.load(probs + tl.load(order + row)).to(tl.float32)
+    carried: tl.constexpr = hidden.dtype.element_ty
+    if ROWS8:
+        scale = _scale(tl.max(tl.abs(value)), carried)
+        tl.store(scales + row, scale)
+        value *= 1.0 / scale
+    if BLOCKS8 > 0:
+        num_scales = WIDTH // BLOCKS8
+        value = _narrow(value, scales + row * num_scales, BLOCK, BLOCKS8, num_scales, carried)
+    small = value.to(carried).to(out.dtype.element_ty)
+    tl.store(out + row * WIDTH + column, small, mask=inside)
+
+
+def activate(
+    hidden: Tensor,
+    probs: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    activation: str,
+    narrow: Narrow | None = None,
+) -> Tensor | Rows8 | Blocks8:
+    """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
+
+    In e4m3 as `narrow` says; by blocks F is a multiple of 128.
+    """
+    gated = activation in GATED
+    num_rows, width = len(hidden), hidden.shape[1] // (2 if gated else 1)
+    active = _empty(num_rows, width, narrow, hidden)
+    if active.data.numel():
+        block = next_power_of_2(width)
+        _activate_kernel[(num_rows,)](
+            *(hidden, probs, order, ends, len(ends)),
+            *(active.data, ends if isinstance(active, Tensor) else active.scale, width),
+            ACT=ACTIVATIONS[activation],
+            IS_GATED=gated,
+            ROWS8=narrow == "rows",
+            BLOCKS8=BLOCK if narrow == "blocks" else 0,
+            BLOCK=block,
+            num_warps=_warps(block),
+        )
+    return active
+
+
+@jit
+def _activate_backward_kernel(
+    grads, hidden, hidden_scales, probs, order, at, ends, num_experts, d_hidden, d_scales, out,
+    out_scales, d_probs, WIDTH,
+    ACT: tl.constexpr, IS_GATED: tl.constexpr, ROWS8: tl.constexpr, BLOCKS8: tl.constexpr,
+    HIDDEN_ROWS8: tl.constexpr, HIDDEN_BLOCKS8: tl.constexpr, AT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    flat = tl.load(order + row)
+    if row >= tl.load(ends + num_experts - 1):
+        tl.store(d_probs + flat, 0.0)
+        return
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    factor = 2 if IS_GATED else 1
+    base = hidden + row * WIDTH * factor
+    gate = tl.load(base + column, mask=inside, other=0.0).to(tl.float32)
+    up = gate
+    if IS_GATED:
+        up = tl.load(base + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    if HIDDEN_ROWS8:
+        hidden_scale = tl.load(hidden_scales + row)
+        gate *= hidden_scale
+        up *= hidden_scale
+    if HIDDEN_BLOCKS8 > 0:
+        num_scales = WIDTH // HIDDEN_BLOCKS8
+        cell = hidden_scales + row * factor * num_scales + column // HIDDEN_BLOCKS8
+        gate *= tl.load(cell, mask=inside, other=0.0)
+        if IS_GATED:
+            up *= tl.load(cell + num_scales, mask=inside, other=0.0)
+        else:
+            up = gate
+    grad = tl.load(grads + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    if AT:
+        row = tl.load(at + row).to(tl.int64)
+    prob = tl.load(probs + flat).to(tl.float32)
+    value, gate_slope, up_slope = _activate(gate, up, ACT)
+    tl.store(d_probs + flat, tl.sum(tl.where(inside, grad * value, 0.0)))
+    value *= prob
+    d_gate = grad * prob * gate_slope
+    d_up = grad * prob * up_slope
+    carried: tl.constexpr = grads.dtype.element_ty
+    if ROWS8:
+        scale = _scale(tl.max(tl.abs(value)), carried)
+        tl.store(out_scales + row, scale)
+        value *= 1.0 / scale
+        largest = tl.max(tl.abs(d_gate))
+        if IS_GATED:
+            largest = tl.maximum(largest, tl.max(tl.abs(d_up)))
+        scale = _scale(largest, carried)
+        tl.store(d_scales + row, scale)
+        d_gate *= 1.0 / scale
+        d_up *= 1.0 / scale
+    if BLOCKS8 > 0:
+        each = WIDTH // BLOCKS8  # scales of the activation
+        value = _narrow(value, out_scales + row * each, BLOCK, BLOCKS8, each, carried)
+        start = d_scales + row * factor * each
+        d_gate = _narrow(d_gate, start, BLOCK, BLOCKS8, each, carried)
+        if IS_GATED:
+            d_up = _narrow(d_up, start + each, BLOCK, BLOCKS8, each, carried)
+    stored: tl.constexpr = out.dtype.element_ty
+    tl.store(out + row * WIDTH + column, value.to(carried).to(stored), mask=inside)
+    target = d_hidden + row * WIDTH * factor + column
+    tl.store(target, d_gate.to(carried).to(stored), mask=inside)
+    if IS_GATED:
+        tl.store(target + WIDTH, d_up.to(carried).to(stored), mask=inside)
+
+
+def activate_backward(
+    grads: Tensor,
+    hidden: Tensor | Rows8 | Blocks8,
+    probs: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    activation: str,
+    narrow: Narrow | None = None,
+    target: Target | None = None,
+) -> tuple[Any, Any, Tensor]:
+    """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
+
+    `grads` [R, F] are the activation's. The first two are in e4m3 as `narrow` says, and rows of
+    larger matrices with a `target`.
+    """
+    gated = activation in GATED
+    num_rows, width = grads.shape
+    kept, kept_scale = (hidden, None) if isinstance(hidden, Tensor) else (hidden.data, hidden.scale)
+    if target is not None and target.matrices is not None:
+        found = target.matrices
+    else:
+        rows = num_rows if target is None else target.num_rows
+        found = tuple(_empty(rows, like.shape[1], narrow, grads) for like in (kept, grads))
+    d_hidden, out = (matrix.data for matrix in found)
+    d_scales, out_scales = (matrix.scale if narrow else ends for matrix in found)
+    make = torch.empty if num_rows == probs.numel() else torch.zeros  # absent choices have no row
+    d_probs = make(probs.shape, dtype=torch.float32, device=grads.device)
+    if grads.numel():
+        block = next_power_of_2(width)
+        warps = _warps(block)
+        _activate_backward_kernel[(num_rows,)](
+            *(grads, kept, ends if kept_scale is None else kept_scale),
+            *(probs, order, order if target is None else target.at, ends, len(ends)),
+            *(d_hidden, d_scales, out, out_scales, d_probs, width),
+            ACT=ACTIVATIONS[activation],
+            IS_GATED=gated,
+            ROWS8=narrow == "rows",
+            BLOCKS8=BLOCK if narrow == "blocks" else 0,
+            HIDDEN_ROWS8=isinstance(hidden, Rows8),
+            HIDDEN_BLOCKS8=BLOCK if isinstance(hidden, Blocks8) else 0,
+            AT=target is not None,
+            BLOCK=block,
+            num_warps=warps,
+            maxnreg=_registers(warps, hidden),
+        )
+    return *found, d_probs
+
+
+def _empty(rows: int, width: int, narrow: Narrow | None, like: Tensor) -> Tensor | Rows8 | Blocks8:
+    if narrow is None:
+        return like.new_empty(rows, width)
+    data = like.new_empty(rows, width, dtype=E4M3)
+    if narrow == "rows":
+        return Rows8(data, like.new_empty(rows, dtype=torch.float32))
+    return Blocks8(data, like.new_empty(rows, width // BLOCK, dtype=torch.float32))

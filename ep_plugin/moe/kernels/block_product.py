@@ -1,0 +1,142 @@
+"""Grouped products in e4m3 by blocks: scales change with every 128 values of a sum.
+
+The tensor cores sum 128 products of e4m3; what they find is scaled and added in fp32, as in
+DeepSeek-V3 (arXiv:2412.19437, section 3.3.2). Tensor cores wait meanwhile, so two programs share a
+multiprocessor and take turns: each has half of the registers, and for those a tile of 128 x 128 is
+multiplied in two parts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ep_plugin.moe.e4m3 import BLOCK, Blocks8, ColumnBlocks8, WeightBlocks8
+from ep_plugin.moe.kernels import TILE, Tiles
+from ep_plugin.moe.kernels._launch import jit
+from ep_plugin.moe.kernels.tiles import in_bands, num_programs, span, tiled
+from ep_plugin.moe.kernels.wgrad import corner, store_tile
+
+PART = BLOCK // 2  # columns
+BAND = 8  # rows of tiles
+TWO_PROGRAMS = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}  # on a multiprocessor
+
+
+@triton.jit
+def _more(sums, x, y, scale):
+    """Sums [128, PART] and the products of x [128, 128] and y [PART, 128] in units of `scale`."""
+    return sums + tl.dot(x, y.T) * scale
+
+
+@jit
+def _multiply_blocks_kernel(
+    rows, weight, row_scale, weight_scale, ends, expert_of, row_of, tile_ends, out,
+    num_experts, IN, OUT,
+    TILE: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    down, across, steps = tl.load(tile_ends + num_experts - 1), OUT // BLOCK, IN // BLOCK
+    for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
+        tile_row, tile_column = in_bands(tile, down, across, BAND)
+        expert = tl.load(expert_of + tile_row)
+        first = tl.load(row_of + tile_row)
+        row = first + tl.arange(0, TILE)
+        mine = row < tl.load(ends + expert)
+        of_rows = row_scale + row.to(tl.int64) * steps
+        of_weight = weight_scale + (expert * across + tile_column) * steps
+        start = expert * OUT + tile_column * BLOCK
+        near = tl.zeros((TILE, PART), tl.float32)
+        far = tl.zeros((TILE, PART), tl.float32)
+        for step in range(0, steps):
+            own = tl.load(of_rows + step, mask=mine, other=0.0)
+            scale = (own * tl.load(of_weight + step))[:, None]
+            x = rows.load([first, step * BLOCK])
+            y = weight.load([start, step * BLOCK])
+            z = weight.load([start + PART, step * BLOCK])
+            near = _more(near, x, y, scale)
+            far = _more(far, x, z, scale)
+        column = tile_column * BLOCK + tl.arange(0, PART)
+        target = out + row.to(tl.int64)[:, None] * OUT + column[None, :]
+        tl.store(target, near.to(out.dtype.element_ty), mask=mine[:, None])
+        tl.store(target + PART, far.to(out.dtype.element_ty), mask=mine[:, None])
+
+
+def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: Tiles) -> Tensor:
+    """Return `rows` [R, a] times each expert's `weight` [e, b, a] transposed: [R, b] bf16.
+
+    Rows behind the last of `ends` [e] int32 are left as they are. a and b are multiples of 128.
+    """
+    (num_experts, out_features, in_features), num_rows = weight.data.shape, len(rows.data)
+    out = torch.empty(num_rows, out_features, dtype=torch.bfloat16, device=ends.device)
+    if out.numel():
+        num_tiles = len(tiles.expert) * (out_features // BLOCK)
+        matrix = weight.data.view(num_experts * out_features, in_features)
+        _multiply_blocks_kernel[(num_programs(ends.device, num_tiles, each=2),)](
+            *(tiled(rows.data, TILE, BLOCK), tiled(matrix, PART, BLOCK)),
+            *(rows.scale, weight.scale, ends, tiles.expert, tiles.row, tiles.ends, out),
+            *(num_experts, in_features, out_features),
+            TILE=TILE,
+            PART=PART,
+            BLOCK=BLOCK,
+            BAND=BAND,
+            **TWO_PROGRAMS,
+        )
+    return out
+
+
+@jit
+def _wgrad_blocks_kernel(
+    left, right, left_scale, right_scale, tile_ends, out, B, A,
+    ADD: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    BAND: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    start, end = span(tile_ends, expert)
+    if ADD:  # noqa: SIM102
+        if start >= end:
+            return
+    first_b, first_a = corner(B, A, BLOCK, BLOCK, BAND)
+    of_left = left_scale + first_b // BLOCK
+    of_right = right_scale + first_a // BLOCK
+    near = tl.zeros((BLOCK, PART), tl.float32)
+    far = tl.zeros((BLOCK, PART), tl.float32)
+    for step in range(start, end):
+        scale = tl.load(of_left + step * (B // BLOCK)) * tl.load(of_right + step * (A // BLOCK))
+        x = left.load([first_b, step * TILE])
+        y = right.load([first_a, step * TILE])
+        z = right.load([first_a + PART, step * TILE])
+        near = _more(near, x, y, scale)
+        far = _more(far, x, z, scale)
+    store_tile(out, near, expert, first_b, first_a, B, A, ADD, BLOCK, PART)
+    store_tile(out, far, expert, first_b, first_a + PART, B, A, ADD, BLOCK, PART)
+
+
+def multiply_column_blocks(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
+    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16."""
+    size = len(tiles.ends), len(left.data), len(right.data)
+    out = torch.empty(size, dtype=torch.bfloat16, device=tiles.ends.device)
+    _columns(out, left, right, tiles, add=False)
+    return out
+
+
+def add_wgrad_blocks(
+    total: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles
+) -> None:
+    """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
+    _columns(total, left, right, tiles, add=True)
+
+
+def _columns(
+    out: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles, add: bool
+) -> None:
+    if out.numel():
+        num_experts, b, a = out.shape
+        _wgrad_blocks_kernel[(b // BLOCK * (a // BLOCK), num_experts)](
+            *(tiled(left.data, BLOCK, TILE), tiled(right.data, PART, TILE)),
+            *(left.scale, right.scale, tiles.ends, out, b, a),
+            ADD=add,
+            TILE=TILE,
+            PART=PART,
+            BLOCK=BLOCK,
+            BAND=BAND,
+            **TWO_PROGRAMS,
+        )

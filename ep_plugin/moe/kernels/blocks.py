@@ -1,0 +1,89 @@
+"""From bf16 to e4m3 by blocks: 128 features of a row, 128 x 128 of a weight in both layouts.
+
+Each value is read once; the twins are in `blocks_torch`.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ep_plugin.moe.e4m3 import BLOCK, E4M3, Blocks8, WeightBlocks8
+from ep_plugin.moe.kernels._launch import jit, next_power_of_2
+from ep_plugin.moe.kernels.quantize import power_of_two_scale, warps
+
+
+@jit
+def _quantize_blocks_kernel(matrix, data, scales, WIDTH, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    column = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    there = column < WIDTH
+    values = tl.load(matrix + row * WIDTH + column, mask=there, other=0.0).to(tl.float32)
+    scale = power_of_two_scale(tl.max(tl.abs(values), axis=1))
+    small = (values * (1.0 / scale)[:, None]).to(tl.float8e4nv)
+    tl.store(data + row * WIDTH + column, small, mask=there)
+    tl.store(scales + row * (WIDTH // SIZE) + block, scale, mask=block < WIDTH // SIZE)
+
+
+def quantize_blocks(matrix: Tensor) -> Blocks8:
+    """Return `matrix` [R, X] in e4m3, each 128 columns of a row with their own scale."""
+    num_rows, width = matrix.shape
+    data = torch.empty_like(matrix, dtype=E4M3)
+    scale = torch.empty(num_rows, width // BLOCK, dtype=torch.float32, device=matrix.device)
+    if matrix.numel():
+        blocks = next_power_of_2(width // BLOCK)
+        _quantize_blocks_kernel[(num_rows,)](
+            *(matrix.contiguous(), data, scale, width),
+            BLOCKS=blocks,
+            SIZE=BLOCK,
+            num_warps=warps(blocks * BLOCK),
+        )
+    return Blocks8(data, scale)
+
+
+@jit
+def _quantize_weight_kernel(
+    weight, data, scales, turned, turned_scales, ROWS, WIDTH, SIZE: tl.constexpr
+):
+    down, across = ROWS // SIZE, WIDTH // SIZE
+    expert = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    cell = expert * ROWS * WIDTH + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    values = tl.load(weight + cell).to(tl.float32)
+    scale = power_of_two_scale(tl.max(tl.abs(values)))
+    tl.store(data + cell, (values * (1.0 / scale)).to(tl.float8e4nv))
+    # Read again, from the cache: Triton 3.6 transposes what it just rounded into other values.
+    tl.debug_barrier()
+    small = tl.trans(tl.load(data + cell))
+    cell = expert * ROWS * WIDTH + column.to(tl.int64)[:, None] * ROWS + row[None, :]
+    tl.store(turned + cell, small)
+    first = expert * down * across
+    tl.store(scales + first + tl.program_id(0) * across + tl.program_id(1), scale)
+    tl.store(turned_scales + first + tl.program_id(1) * down + tl.program_id(0), scale)
+
+
+def quantize_weight_blocks(weight: Tensor) -> tuple[WeightBlocks8, WeightBlocks8]:
+    """Return `weight` [e, b, a] and its transpose in e4m3, each 128 x 128 with one scale.
+
+    b and a are multiples of 128.
+    """
+    num_experts, rows, width = weight.shape
+    down, across = rows // BLOCK, width // BLOCK
+    empty = weight.new_empty
+    straight = WeightBlocks8(
+        empty(num_experts, rows, width, dtype=E4M3),
+        empty(num_experts, down, across, dtype=torch.float32),
+    )
+    turned = WeightBlocks8(
+        empty(num_experts, width, rows, dtype=E4M3),
+        empty(num_experts, across, down, dtype=torch.float32),
+    )
+    if weight.numel():
+        _quantize_weight_kernel[(down, across, num_experts)](
+            *(weight.contiguous(), straight.data, straight.scale, turned.data, turned.scale),
+            *(rows, width),
+            SIZE=BLOCK,
+            num_warps=8,
+        )
+    return straight, turned

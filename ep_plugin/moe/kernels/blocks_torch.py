@@ -1,0 +1,95 @@
+"""Blocks of 128 values in e4m3: the plain-torch twins of `kernels.blocks` and `block_product`."""
+
+import torch
+from torch import Tensor
+
+from ep_plugin.moe.e4m3 import (
+    BLOCK,
+    E4M3,
+    Blocks8,
+    ColumnBlocks8,
+    WeightBlocks8,
+    power_of_two_scale,
+)
+from ep_plugin.moe.kernels import TILE, Tiles
+from ep_plugin.moe.kernels._columns_torch import products, sources
+
+
+def quantize_blocks(matrix: Tensor) -> Blocks8:
+    """Return `matrix` [R, X] in e4m3, each 128 columns of a row with their own scale."""
+    blocks = matrix.float().unflatten(1, (-1, BLOCK))  # [R, X / 128, 128]
+    scale = power_of_two_scale(blocks.abs().amax(dim=2))
+    return Blocks8((blocks / scale.unsqueeze(2)).to(E4M3).flatten(1), scale)
+
+
+def dequantize_blocks(blocks: Blocks8) -> Tensor:
+    """Return [R, X] fp32; nothing is rounded."""
+    wide: Tensor = blocks.data.float().unflatten(1, (-1, BLOCK)) * blocks.scale.unsqueeze(2)
+    return wide.flatten(1)
+
+
+def quantize_weight_blocks(weight: Tensor) -> tuple[WeightBlocks8, WeightBlocks8]:
+    """Return `weight` [e, b, a] and its transpose in e4m3, each 128 x 128 with one scale."""
+    blocks = weight.float().unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
+    scale = power_of_two_scale(blocks.abs().amax(dim=(2, 4)))  # [e, b / 128, a / 128]
+    data = (blocks / scale[:, :, None, :, None]).to(E4M3).flatten(3, 4).flatten(1, 2)
+    turned = data.transpose(1, 2).contiguous(), scale.transpose(1, 2).contiguous()
+    return WeightBlocks8(data, scale), WeightBlocks8(*turned)
+
+
+def dequantize_weight_blocks(weight: WeightBlocks8) -> Tensor:
+    """Return [e, b, a] fp32; nothing is rounded."""
+    scale = weight.scale.repeat_interleave(BLOCK, dim=1).repeat_interleave(BLOCK, dim=2)
+    return weight.data.float() * scale
+
+
+def transpose_blocks(
+    rows: Blocks8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int
+) -> ColumnBlocks8:
+    """Return `rows` transposed, a tile after the other, each 128 x 128 with its largest scale.
+
+    `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
+    """
+    width, num_blocks, num_tiles = rows.data.shape[1], rows.scale.shape[1], len(tiles.row)
+    if not (len(rows.data) and len(order)):  # columns are padding alone
+        data = torch.zeros(width, num_tiles * TILE, device=ends.device).to(E4M3)
+        return ColumnBlocks8(data, torch.ones(num_tiles, num_blocks, device=ends.device))
+    _, there, source = sources(tiles, order, ends, choices)
+    scale = rows.scale[source].masked_fill(~there.unsqueeze(1), 0)  # [P, X / 128]
+    largest = scale.unflatten(0, (-1, TILE)).amax(dim=1)  # [P / 128, X / 128]
+    largest = torch.where(largest > 0, largest, 1.0)
+    ratio = scale / largest.repeat_interleave(TILE, dim=0)
+    values = rows.data.float()[source].masked_fill(~there.unsqueeze(1), 0)
+    moved = (values.unflatten(1, (-1, BLOCK)) * ratio.unsqueeze(2)).flatten(1)
+    return ColumnBlocks8(moved.to(E4M3).T.contiguous(), largest)
+
+
+def dequantize_columns(columns: ColumnBlocks8) -> Tensor:
+    """Return [X, P] fp32; nothing is rounded."""
+    scale = columns.scale.T.repeat_interleave(BLOCK, dim=0).repeat_interleave(TILE, dim=1)
+    return columns.data.float() * scale
+
+
+def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: Tiles) -> Tensor:
+    """Return `rows` [R, a] times each expert's `weight` [e, b, a] transposed: [R, b] bf16."""
+    parts = torch.tensor_split(dequantize_blocks(rows), ends.tolist())
+    weights = dequantize_weight_blocks(weight)
+    products = [part @ w.T for part, w in zip(parts[:-1], weights, strict=True)]
+    rest = parts[-1].new_zeros(len(parts[-1]), weights.shape[1])
+    return torch.cat([*products, rest]).bfloat16()
+
+
+def multiply_column_blocks(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
+    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16."""
+    return _columns_product(left, right, tiles).bfloat16()
+
+
+def add_wgrad_blocks(
+    total: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles
+) -> None:
+    """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
+    total += _columns_product(left, right, tiles)
+
+
+def _columns_product(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
+    return products(dequantize_columns(left), dequantize_columns(right), tiles)

@@ -1,0 +1,75 @@
+"""The grouped product in e4m3: rows times their expert's weight, forward and data gradient.
+
+Both operands reach shared memory through the copy engine for tiles (TMA, Hopper and newer). A GPU
+under its power limit is as fast as it moves few bytes for an operation, so tiles are 128 x 256, and
+tiles at work at one time lie in a square band, to share operands in L2. Sums are those of torch's
+scaled grouped GEMM, bit for bit.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ep_plugin.moe.e4m3 import Rows8, Weight8
+from ep_plugin.moe.kernels import TILE, Tiles
+from ep_plugin.moe.kernels._launch import cdiv, jit
+from ep_plugin.moe.kernels.tiles import in_bands, num_programs, tiled
+
+WIDE = 256  # the other side of a tile
+DEPTH = 128  # of one step along the sum
+MANY_ROWS = 1024  # of an expert, on average: from there on a band of tiles mostly has one weight
+
+
+@jit
+def _multiply_kernel(
+    rows, weight, row_scale, weight_scale, ends, expert_of, row_of, tile_ends, out,
+    num_experts, IN, OUT,
+    TILE: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    down = tl.load(tile_ends + num_experts - 1)
+    across = (OUT + WIDE - 1) // WIDE
+    # Flattened, the next tile's first operands are on their way while this one's sums are stored.
+    programs = tl.num_programs(0)
+    for tile in tl.range(tl.program_id(0), down * across, programs, flatten=True):
+        tile_row, tile_column = in_bands(tile, down, across, BAND)
+        expert = tl.load(expert_of + tile_row)
+        first = tl.load(row_of + tile_row)
+        sums = tl.zeros((TILE, WIDE), tl.float32)
+        for depth in range(0, IN, DEPTH):
+            # Rows of the next expert may come too; theirs are other sums, which are not stored.
+            x = rows.load([first, depth])
+            y = weight.load([expert * OUT + tile_column * WIDE, depth])
+            sums = tl.dot(x, y.T, sums)
+        row = first + tl.arange(0, TILE)
+        column = tile_column * WIDE + tl.arange(0, WIDE)
+        mine = row < tl.load(ends + expert)
+        there = column < OUT
+        left = tl.load(row_scale + row, mask=mine, other=0.0)
+        right = tl.load(weight_scale + expert * OUT + column, mask=there, other=0.0)
+        sums = sums * left[:, None] * right[None, :]
+        target = out + row.to(tl.int64)[:, None] * OUT + column[None, :]
+        tl.store(target, sums.to(out.dtype.element_ty), mask=mine[:, None] & there[None, :])
+
+
+def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor:
+    """Return `rows` [R, a] times each expert's `weight` [e, b, a] transposed: [R, b] bf16.
+
+    Rows behind the last of `ends` [e] int32 are left as they are. a is a multiple of 16.
+    """
+    (num_experts, out_features, in_features), num_rows = weight.data.shape, len(rows.data)
+    out = torch.empty(num_rows, out_features, dtype=torch.bfloat16, device=ends.device)
+    if out.numel():
+        across = cdiv(out_features, WIDE)
+        matrix = weight.data.view(num_experts * out_features, in_features)
+        _multiply_kernel[(num_programs(ends.device, len(tiles.expert) * across),)](
+            *(tiled(rows.data, TILE, DEPTH), tiled(matrix, WIDE, DEPTH)),
+            *(rows.scale, weight.scale, ends, tiles.expert, tiles.row, tiles.ends, out),
+            *(num_experts, in_features, out_features),
+            TILE=TILE,
+            WIDE=WIDE,
+            DEPTH=DEPTH,
+            BAND=16 if num_rows >= MANY_ROWS * num_experts else 8,
+            num_warps=8,
+            num_stages=3,
+        )
+    return out

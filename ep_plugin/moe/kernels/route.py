@@ -1,0 +1,183 @@
+"""From logits to choices in two launches, and their backward in one.
+
+The plain-torch twins are `router._choose.PlainChoice`, over all tokens of the rank, and
+`router._capacity.keep`. The first kernel holds a few tokens with all their experts in the registers
+of one warp: scores, the K best (of equal ones the lower expert), their weights, and what losses and
+metrics sum over tokens. The second adds the sums up and, with a capacity, drops choices. Sums over
+tokens are added in a fixed order, so repeats are equal to the bit; counts are integers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_plugin.moe.kernels._launch import cdiv, next_power_of_2
+from ep_plugin.moe.kernels._route_code import finish_kernel, route_backward_kernel, route_kernel
+from ep_plugin.moe.kernels.capacity import MAX_TOKENS, POLICIES, SERVED, Capacity
+from ep_plugin.moe.routing_config import RoutingConfig
+
+MAX_EXPERTS, MAX_TOPK = 1024, 16
+PROGRAMS = 2112  # 16 for each multiprocessor; each leaves one row of sums
+HELD = 256  # logits in a program's registers; one warp, so that no step waits for another
+HELD_BACKWARD = 512
+COLUMNS, ADDED = 16, 1024  # sums, and their parts, read at a time by a program that adds them up
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What `route` returns; the losses, `weights`, `score_sums` and `z_sum` have gradients."""
+
+    expert_ids: Tensor  # [T, K] int64, best first
+    sent_ids: Tensor  # [T, K] int64, -1 for choices that found no room
+    weights: Tensor  # [T, K] fp32, divided by their sum if before_drop, then 0 where not sent
+    score_sums: Tensor  # [1, E] fp32, over tokens
+    z_sum: Tensor  # [] fp32, sum over tokens of logsumexp^2
+    sent: Tensor  # [E] int64, choices that found room
+    counted: Tensor  # [E] int64, the choices that the balancing loss counts
+    entropy: Tensor  # [] fp32, summed over tokens
+    confidence: Tensor  # [] fp32, sum over tokens of the largest score
+    balancing_loss: Tensor  # [] fp32, over the tokens given
+    z_loss: Tensor  # [] fp32, mean over the tokens given
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        bias: Tensor | None,
+        routing: RoutingConfig,
+        capacity: Capacity | None,
+    ) -> tuple[Tensor, ...]:
+        (num_tokens, experts), topk, device = logits.shape, routing.topk, logits.device
+        width = next_power_of_2(experts)
+        block = max(1, min(16, HELD // width))  # tokens held at a time
+        tiles = max(1, cdiv(cdiv(num_tokens, block), PROGRAMS))  # of each program
+        num_rows = cdiv(num_tokens, block * tiles)
+        logits = logits.contiguous()
+        ids = torch.empty(num_tokens, topk, dtype=torch.int64, device=device)
+        sent_ids = ids if capacity is None else torch.empty_like(ids)
+        weights = torch.empty(num_tokens, topk, dtype=torch.float32, device=device)
+        per_token = torch.empty(2, num_tokens, dtype=torch.float32, device=device)
+        queues = 0 if capacity is None else capacity.num_groups(num_tokens)
+        zeros = torch.zeros(4 + queues, experts, dtype=torch.int64, device=device)
+        *counts, arrived = zeros[:4]
+        plain = bias is not None or routing.num_groups is not None
+        top1 = routing.aux_loss_counts == "top1"
+        counted = counts[1] if plain or top1 else counts[0]
+        sent = counts[0] if capacity is None else counts[2]
+        partials = torch.empty(num_rows, experts + 3, dtype=torch.float32, device=device)
+        results = partials.new_empty if num_tokens else partials.new_zeros
+        sums, losses = results(experts + 3), results(2)
+        rules = (1, 1, 0, 0, 0, 0)  # not read without a capacity, nor are the tensors
+        keys, waiting, draws = ids, counts[0], logits
+        if capacity is not None:
+            rules, waiting = capacity.rules(num_tokens), zeros[4:]
+            keys = torch.empty(queues, experts, rules[1], dtype=torch.int64, device=device)
+            draws = logits if capacity.draws is None else capacity.draws
+        sequences, room, limit, last_limit, place_bits, key_bits = rules
+        settings = {
+            "K": topk,
+            "SIGMOID": routing.score_function == "sigmoid",
+            "NORMALIZE": routing.normalize == "before_drop",
+            "BLOCK": block,
+            "E": width,
+            "num_warps": 1,
+        }
+        if num_tokens:
+            route_kernel[(num_rows,)](
+                *(logits, counts[0] if bias is None else bias, draws, ids, sent_ids, weights),
+                *(*per_token, counts[0], counted, partials, keys, waiting),
+                *(num_tokens, sequences, experts, tiles, room, place_bits),
+                BIASED=bias is not None,
+                COUNT_TOP1=top1,
+                COUNT_PLAIN=plain,
+                POLICY=0 if capacity is None else POLICIES[capacity.policy][0],
+                NUM_GROUPS=routing.num_groups or 0,
+                GROUP_TOPK=routing.group_topk or 1,
+                EACH=routing.each_of_group,
+                **settings,
+            )
+            adders = cdiv(experts + 3, COLUMNS)
+            finish_kernel[(adders + queues * experts,)](
+                *(partials, counted, sums, losses, arrived, keys, waiting, sent, sent_ids),
+                *(weights, num_rows, num_tokens, sequences, experts, adders, queues, room),
+                *(limit, last_limit, place_bits, key_bits),
+                K=topk,
+                COLUMNS=COLUMNS,
+                ADDED=ADDED,
+                E=width,
+                SERVED=SERVED,
+            )
+        ctx.save_for_backward(logits, ids, sent_ids, counted, per_token)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(ids, sent_ids, sent, counted)
+        ctx.set_materialize_grads(False)
+        return weights, sums, losses[0], losses[1], ids, sent_ids, sent, counted
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
+        logits, ids, sent_ids, counted, per_token = ctx.saved_tensors
+        (num_tokens, experts), d_logits = logits.shape, torch.empty_like(logits)
+        d_weights, d_sums, d_balancing, d_z = grads[:4]
+        if d_weights is None:
+            d_weights = torch.zeros(ids.shape, dtype=torch.float32, device=logits.device)
+        if num_tokens:
+            block = max(1, min(16, HELD_BACKWARD // ctx.settings["E"]))
+            optional = [logits if g is None else g.contiguous() for g in (d_sums, d_balancing, d_z)]
+            route_backward_kernel[(cdiv(num_tokens, block),)](
+                *(logits, ids, sent_ids, counted, *per_token, d_weights.contiguous(), *optional),
+                *(d_logits, num_tokens, experts),
+                SUMS=d_sums is not None,
+                BALANCING=d_balancing is not None,
+                Z=d_z is not None,
+                **{**ctx.settings, "BLOCK": block},
+            )
+        return d_logits, None, None, None
+
+
+def fits(logits: Tensor, routing: RoutingConfig, training: bool) -> bool:
+    """Whether the kernel does this routing; the twin does all."""
+    experts = logits.shape[1]
+    whole_groups = routing.num_groups is None or (
+        experts & (experts - 1) == 0 and routing.num_groups & (routing.num_groups - 1) == 0
+    )
+    return (
+        logits.is_cuda
+        and logits.dtype == torch.float32
+        and len(logits) <= MAX_TOKENS
+        and experts <= MAX_EXPERTS
+        and routing.topk <= MAX_TOPK
+        and routing.second_expert == "all"
+        and not (routing.noise != "none" and training)
+        and routing.aux_loss_scope in ("micro_batch", "global")
+        and whole_groups
+    )
+
+
+def route(
+    logits: Tensor,
+    routing: RoutingConfig,
+    expert_bias: Tensor | None,
+    capacity: Capacity | None = None,
+) -> Routed:
+    """Return the choices for `logits` [T, E] fp32, those with room marked; see `fits`."""
+    experts = logits.shape[1]
+    weights, sums, balancing, z, ids, sent_ids, sent, counted = _Route.apply(
+        logits, expert_bias, routing, capacity
+    )
+    return Routed(
+        ids,
+        sent_ids,
+        weights,
+        sums[:experts].unsqueeze(0),
+        sums[experts],
+        sent,
+        counted,
+        sums[experts + 1].detach(),
+        sums[experts + 2].detach(),
+        balancing,
+        z,
+    )

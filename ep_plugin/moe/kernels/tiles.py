@@ -1,0 +1,88 @@
+"""Tiles of grouped products: which rows make one, in which order they go, how they are fetched."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ep_plugin.moe.kernels import TILE, Tiles
+from ep_plugin.moe.kernels._launch import cdiv, jit, next_power_of_2
+
+BLOCK = 64  # tiles of one program
+
+
+@jit
+def _plan_kernel(
+    ends, expert_of, row_of, tile_ends, num_experts, num_tiles,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    expert = tl.arange(0, EXPERTS)
+    inside = expert < num_experts
+    end = tl.load(ends + expert, mask=inside, other=0)
+    start = tl.load(ends + expert - 1, mask=inside & (expert > 0), other=0)
+    tiles = tl.where(inside, (end - start + TILE - 1) // TILE, 0)
+    behind = tl.cumsum(tiles, axis=0)
+    first = behind - tiles
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    owned = (tile[:, None] >= first[None, :]) & (tile[:, None] < behind[None, :])
+    row = start[None, :] + (tile[:, None] - first[None, :]) * TILE
+    owner = tl.max(tl.where(owned, expert[None, :], -1), axis=1)
+    tl.store(expert_of + tile, owner, mask=tile < num_tiles)
+    tl.store(row_of + tile, tl.max(tl.where(owned, row, -1), axis=1), mask=tile < num_tiles)
+    if tl.program_id(0) == 0:
+        tl.store(tile_ends + expert, behind, mask=inside)
+
+
+def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:
+    """Return the tiles of experts whose rows end at `ends` [e] int32, of `num_rows` at most."""
+    num_experts = len(ends)
+    num_tiles = num_rows // TILE + num_experts  # enough for any counts
+    expert, row = torch.empty(2, num_tiles, dtype=torch.int32, device=ends.device)
+    tile_ends = torch.empty_like(ends)
+    _plan_kernel[(cdiv(num_tiles, BLOCK),)](
+        *(ends, expert, row, tile_ends, num_experts, num_tiles),
+        TILE=TILE,
+        BLOCK=BLOCK,
+        EXPERTS=next_power_of_2(num_experts),
+    )
+    return Tiles(expert, row, tile_ends)
+
+
+@triton.jit
+def in_bands(tile, down, across, BAND: tl.constexpr):
+    """Place of a tile, in bands of BAND rows of tiles: those at work at one time are neighbours."""
+    band = tile // (BAND * across)
+    height = tl.minimum(down - band * BAND, BAND)
+    inside = tile % (BAND * across)
+    return band * BAND + inside % height, inside // height
+
+
+@triton.jit
+def span(ends, expert):
+    """First row, or tile, of an expert, and the one behind its last."""
+    end = tl.load(ends + expert)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    return start, end
+
+
+def tiled(matrix: Tensor, height: int, width: int) -> TensorDescriptor:
+    """Return `matrix` [X, Y] as what the copy engine reads tiles [height, width] from.
+
+    Rows start at multiples of 16 bytes. Beyond the matrix there are zeros.
+    """
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [height, width])
+
+
+def num_programs(device: torch.device, num_tiles: int, each: int = 1) -> int:
+    """Return how many programs share so many tiles: `each` on a multiprocessor."""
+    return min(each * _processors(device), num_tiles)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # interpreted
+    return torch.cuda.get_device_properties(device).multi_processor_count

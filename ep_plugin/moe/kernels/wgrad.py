@@ -1,0 +1,153 @@
+"""Weight gradients: products over the rows of each expert, of e4m3 columns or of bf16 rows.
+
+Written as bf16, or added to fp32 totals as they are made, which a training loop would do after: a
+product that writes bf16 leaves a matrix to be written, read again and added, 12 bytes of traffic
+for each weight, where adding in the product's own epilogue moves 8. With many experts of few rows
+each that traffic, not arithmetic, is what a weight gradient costs.
+
+One program owns one tile of one expert's matrix and adds it once: no atomics, equal every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ep_plugin.moe.e4m3 import Columns8
+from ep_plugin.moe.kernels import TILE, Tiles
+from ep_plugin.moe.kernels._launch import cdiv, jit
+from ep_plugin.moe.kernels.tiles import in_bands, span, tiled
+
+WIDE = 256  # the other side of a tile
+BAND = 8  # rows of tiles
+
+
+@triton.jit
+def corner(B, A, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr):
+    """First row and column of this program's tile of its expert's matrix."""
+    down, across = (B + TILE - 1) // TILE, (A + WIDE - 1) // WIDE
+    tile_b, tile_a = in_bands(tl.program_id(0), down, across, BAND)
+    return tile_b * TILE, tile_a * WIDE
+
+
+@triton.jit
+def store_tile(
+    out, sums, expert, first_b, first_a, B, A,
+    ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write or add a tile of an expert's matrix."""
+    b = first_b + tl.arange(0, TILE)
+    a = first_a + tl.arange(0, WIDE)
+    owned = (b < B)[:, None] & (a < A)[None, :]
+    target = out + (expert.to(tl.int64) * B + b)[:, None] * A + a[None, :]
+    if ADD:
+        sums += tl.load(target, mask=owned, other=0.0)
+    tl.store(target, sums.to(out.dtype.element_ty), mask=owned)
+
+
+@triton.jit
+def _deliver(
+    out, sums, expert, first_b, first_a, B, A,
+    ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    # In halves: a whole tile of sums and of what they are added to is more than the registers hold.
+    halves = tl.permute(tl.reshape(sums, (TILE, 2, WIDE // 2)), (0, 2, 1))
+    left, right = tl.split(halves)
+    store_tile(out, left, expert, first_b, first_a, B, A, ADD, TILE, WIDE // 2)
+    store_tile(out, right, expert, first_b, first_a + WIDE // 2, B, A, ADD, TILE, WIDE // 2)
+
+
+@jit
+def _wgrad8_kernel(
+    left, right, left_scale, right_scale, tile_ends, out, B, A,
+    ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    start, end = span(tile_ends, expert)
+    if ADD:  # noqa: SIM102
+        if start >= end:
+            return
+    first_b, first_a = corner(B, A, TILE, WIDE, BAND)
+    sums = tl.zeros((TILE, WIDE), tl.float32)
+    for step in range(start, end):  # an expert's columns are whole tiles
+        x = left.load([first_b, step * TILE])
+        y = right.load([first_a, step * TILE])
+        sums = tl.dot(x, y.T, sums)
+    sums *= tl.load(left_scale + expert) * tl.load(right_scale + expert)
+    _deliver(out, sums, expert, first_b, first_a, B, A, ADD, TILE, WIDE)
+
+
+def multiply_columns(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
+    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16."""
+    size = len(tiles.ends), len(left.data), len(right.data)
+    out = torch.empty(size, dtype=torch.bfloat16, device=tiles.ends.device)
+    _columns(out, left, right, tiles, add=False)
+    return out
+
+
+def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> None:
+    """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
+    _columns(total, left, right, tiles, add=True)
+
+
+def _columns(out: Tensor, left: Columns8, right: Columns8, tiles: Tiles, add: bool) -> None:
+    if out.numel():
+        _wgrad8_kernel[_grid(out)](
+            *(tiled(left.data, TILE, TILE), tiled(right.data, WIDE, TILE)),
+            *(left.scale, right.scale, tiles.ends, out, *out.shape[1:]),
+            ADD=add,
+            TILE=TILE,
+            WIDE=WIDE,
+            BAND=BAND,
+            num_warps=8,
+            num_stages=4,
+        )
+
+
+@jit
+def _wgrad_kernel(
+    left, right, ends, total, B, A,
+    TILE: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    start, end = span(ends, expert)
+    if start >= end:
+        return
+    first_b, first_a = corner(B, A, TILE, WIDE, BAND)
+    sums = tl.zeros((TILE, WIDE), tl.float32)
+    rest = start + (end - start) // DEPTH * DEPTH
+    for row in range(start, rest, DEPTH):
+        x = left.load([row, first_b])
+        y = right.load([row, first_a])
+        sums = tl.dot(x.T, y, sums)
+    if rest < end:  # the next expert's rows come with this one's last
+        mine = (rest + tl.arange(0, DEPTH) < end)[:, None]
+        x = tl.where(mine, left.load([rest, first_b]), 0.0)
+        y = tl.where(mine, right.load([rest, first_a]), 0.0)
+        sums = tl.dot(x.T, y, sums)
+    _deliver(total, sums, expert, first_b, first_a, B, A, True, TILE, WIDE)
+
+
+def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
+    """Add each expert's `left` [R, b] transposed times `right` [R, a] to `total` [e, b, a] fp32.
+
+    `left` and `right` are bf16, b and a multiples of 8, `ends` [e] int32 the rows at which experts
+    end.
+    """
+    if total.numel() and left.numel():
+        depth = 64
+        _wgrad_kernel[_grid(total)](
+            *(tiled(left.contiguous(), depth, TILE), tiled(right.contiguous(), depth, WIDE)),
+            *(ends, total, *total.shape[1:]),
+            TILE=TILE,
+            WIDE=WIDE,
+            DEPTH=depth,
+            BAND=BAND,
+            num_warps=8,
+            num_stages=3,
+        )
+
+
+def _grid(out: Tensor) -> tuple[int, int]:
+    num_experts, b, a = out.shape
+    return cdiv(b, TILE) * cdiv(a, WIDE), num_experts

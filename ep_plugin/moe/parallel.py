@@ -1,0 +1,75 @@
+"""How ranks are laid out: the degrees of parallelism, validated once. Imports no torch."""
+
+from dataclasses import dataclass
+
+from ep_plugin.errors import ConfigError, largest_divisor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How `world_size` ranks are laid out; `order` lists the axes fastest first, as Megatron does.
+
+    tp, cp, dp, pp lay out the dense part (dp follows from the rest); etp, ep, edp lay out the
+    experts over the same ranks (edp follows). Raises ConfigError when a degree does not divide.
+    """
+
+    world_size: int
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None  # None: as tp, Megatron's default
+    order: str = "tp-cp-ep-dp-pp"
+
+    def __post_init__(self) -> None:
+        if self.etp is None:
+            object.__setattr__(self, "etp", self.tp)
+        for name in ("world_size", "tp", "pp", "cp", "ep", "etp"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} must be at least 1; got {getattr(self, name)}; {name} = 1 would do"
+                )
+        if sorted(self.order.split("-")) != ["cp", "dp", "ep", "pp", "tp"]:
+            raise ConfigError(
+                f"order must name each of tp, cp, ep, dp, pp once; got {self.order!r}; "
+                "tp-cp-ep-dp-pp would do"
+            )
+        self._check_product("tp*cp*pp", self.tp * self.cp * self.pp)
+        if self.world_size % (self.ep * self.expert_tp * self.pp):
+            per_stage = self.world_size // self.pp
+            etp = largest_divisor(per_stage, self.expert_tp)
+            ep = largest_divisor(per_stage // etp, self.ep)
+            raise ConfigError(
+                f"ep*etp*pp ({self.ep}*{self.etp}*{self.pp}) must divide world_size "
+                f"({self.world_size}); ep = {ep} with etp = {etp} would do"
+                + ("" if self.etp != self.tp else " (etp defaults to tp)")
+            )
+
+    def _check_product(self, name: str, product: int) -> None:
+        if self.world_size % product:
+            raise ConfigError(
+                f"{name} ({product}) must divide world_size ({self.world_size}); "
+                f"world_size = {product} would do"
+            )
+
+    @property
+    def expert_tp(self) -> int:
+        assert self.etp is not None
+        return self.etp
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def edp(self) -> int:
+        return self.world_size // (self.ep * self.expert_tp * self.pp)
+
+
+def check_experts_over_ranks(num_experts: int, ep: int) -> None:
+    """Raise ConfigError unless every expert-parallel rank gets the same number of experts."""
+    if num_experts % ep:
+        raise ConfigError(
+            f"num_experts ({num_experts}) must be divisible by ep ({ep}); "
+            f"ep = {largest_divisor(num_experts, ep)} would do"
+        )

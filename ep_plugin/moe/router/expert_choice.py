@@ -1,0 +1,88 @@
+"""Expert choice (arXiv:2202.09368): each expert takes the tokens it scores best.
+
+Load is even and no loss is needed, but a token's fate depends on the others of its group, later
+ones too: for encoders alone. `MoEConfig` refuses it unless forced.
+"""
+
+import torch
+from torch import Tensor
+
+from ep_plugin.errors import ConfigError
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.interfaces import Routing
+from ep_plugin.moe.router._capacity import capacity, place_by_sequence
+from ep_plugin.moe.router._gate import Gate
+from ep_plugin.moe.routing_config import RoutingConfig
+
+# What a router of tokens has and this one has not: setting -> why.
+UNUSED = {
+    "drop_policy": "fills every expert alike",
+    "aux_loss_coeff": "fills every expert alike",
+    "z_loss_coeff": "adds no loss",
+    "score_function": "weighs by the softmax over experts",
+    "scaling_factor": "weighs by the softmax over experts",
+    "expert_bias": "lets experts choose",
+    "num_groups": "lets experts choose",
+    "second_expert": "lets experts choose",
+    "noise": "lets experts choose",
+}
+
+
+class ExpertChoiceRouter(Gate):
+    """Experts choose tokens; column e of the routing is expert e, so K = E.
+
+    Each takes its best `capacity_factor * S / E` of the S tokens of a routing group (rounded as
+    `capacity_rounding` says), weighted by the softmax over experts (section 3.1).
+    """
+
+    def forward(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
+        """Route `hidden` [T, H]; token t is of sequence t % num_sequences."""
+        logits, hidden = self.logits(hidden)
+        scores = logits.softmax(dim=-1)  # [T, E]
+        num_tokens, num_experts = scores.shape
+        with torch.no_grad():
+            taken = torch.zeros_like(scores, dtype=torch.bool)
+            place = place_by_sequence(num_tokens, num_sequences, hidden.device)
+            listed = place.argsort()  # token at each place
+            step = self.routing.group_tokens or max(num_tokens, 1)
+            for start in range(0, num_tokens, step):
+                tokens = listed[start : start + step]
+                ranked = scores[tokens].sort(dim=0, descending=True, stable=True).indices
+                best = ranked[: self._take(len(tokens))]  # [C, E]; of equals the earlier token
+                taken.scatter_(0, tokens[best], True)
+        experts = torch.arange(num_experts, device=scores.device).expand(num_tokens, -1)
+        expert_ids = torch.where(taken, experts, -1)
+        return Routing(expert_ids, scores * taken, taken.sum(dim=0), hidden=hidden)
+
+    def _take(self, num_tokens: int) -> int:
+        routing = self.routing
+        factor = routing.capacity_factor
+        if not self.training and routing.eval_capacity_factor is not None:
+            factor = routing.eval_capacity_factor
+        assert factor is not None
+        return capacity(num_tokens, self.config.num_experts, 1, factor, routing)
+
+
+def build(
+    config: MoEConfig,
+    groups: ExpertGroups,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> ExpertChoiceRouter:
+    """Return the router for `config`; raises ConfigError for settings it has no use for."""
+    routing = config.routing
+    if routing.capacity_factor is None:
+        raise ConfigError(
+            "router (expert_choice) needs capacity_factor, the experts of an average token; got "
+            "None; 2.0 would do"
+        )
+    default = RoutingConfig()
+    for name, reason in UNUSED.items():
+        value, legal = getattr(routing, name), getattr(default, name)
+        if value != legal:
+            raise ConfigError(
+                f"router (expert_choice) {reason}: {name} ({value}) has no meaning; "
+                f"{name} = {legal} would do"
+            )
+    return ExpertChoiceRouter(config, groups, device, dtype)

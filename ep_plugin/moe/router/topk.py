@@ -1,0 +1,212 @@
+"""Each token goes to its k best experts: logits, choice, capacity, weights, losses.
+
+Every published gate that lets tokens choose is a setting of this one (`RoutingConfig`, and
+`presets/` for the systems). Nothing here waits for the device.
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.interfaces import Routing
+from ep_plugin.moe.router import _random
+from ep_plugin.moe.router._capacity import keep, place_by_sequence
+from ep_plugin.moe.router._choice import Choice, choose, weigh
+from ep_plugin.moe.router._gate import Gate
+from ep_plugin.moe.router._losses import NAMES, load_balancing_loss, make_pools
+from ep_plugin.moe.router._metrics import metrics
+
+
+class TopKRouter(Gate):
+    """The gate, and the choice of the k best experts.
+
+    With `expert_bias` it has the buffers `expert_bias` [E] fp32, saved, and
+    `local_tokens_per_expert` [E] fp32, what was sent since the last update.
+    """
+
+    expert_bias: Tensor | None
+    local_tokens_per_expert: Tensor | None
+    global_tokens_per_expert: Tensor | None
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        groups: ExpertGroups,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config, groups, device, dtype)
+        self.collect_metrics = False
+        self._add_buffer("expert_bias", self.routing.expert_bias, device, saved=True)
+        self._add_buffer("local_tokens_per_expert", self.routing.expert_bias, device)
+        is_global = self.routing.aux_loss_coeff > 0 and self.routing.aux_loss_scope == "global"
+        self._add_buffer("global_tokens_per_expert", is_global, device)
+
+    def _add_buffer(
+        self, name: str, wanted: bool, device: torch.device | str | None, saved: bool = False
+    ) -> None:
+        zeros = torch.zeros(self.config.num_experts, dtype=torch.float32, device=device)
+        self.register_buffer(name, zeros if wanted else None, persistent=saved)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep buffers in fp32 when the model is cast: a bias moves by less than bf16 can hold."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def forward(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
+        """Route `hidden` [T, H]; token t is of sequence t % num_sequences.
+
+        In training all ranks of `groups.tp_cp` (for a global loss of `tp_dp_cp`) must call it
+        together.
+        """
+        logits, hidden = self.logits(hidden)
+        choice = self._choose(logits, num_sequences)
+        expert_ids, probs = self._drop(choice, num_sequences)
+        losses: dict[str, Tensor] = {}
+        if self.wants_losses():
+            losses = self._losses(choice, num_sequences)
+            probs = self._attach(probs, losses)
+        tokens_per_expert = self._count(expert_ids) if choice.sent is None else choice.sent
+        if self.local_tokens_per_expert is not None and torch.is_grad_enabled():
+            self.local_tokens_per_expert += tokens_per_expert
+        detached = {name: loss.detach() for name, loss in losses.items()}
+        seen = metrics(choice, expert_ids) if self.collect_metrics else {}
+        return Routing(expert_ids, probs, tokens_per_expert, detached, seen, hidden)
+
+    def _choose(self, logits: Tensor, num_sequences: int) -> Choice:
+        routing, bias = self.routing, self.expert_bias
+        if logits.is_cuda:
+            from ep_plugin.moe.router import _choice_cuda  # it needs Triton, which the CPU does not
+
+            if _choice_cuda.fits(logits, routing, self.training):
+                return _choice_cuda.choose(
+                    logits, routing, bias, self._capacity_factor(), num_sequences
+                )
+        return choose(logits, routing, bias, self.training)
+
+    def _drop(self, choice: Choice, num_sequences: int) -> tuple[Tensor, Tensor]:
+        """Return expert ids [T, K] and probs [T, K] of what fits, -1 and 0 for the rest."""
+        routing, weights, expert_ids = self.routing, choice.weights, choice.sent_ids
+        if expert_ids is None:
+            expert_ids = self._sent_ids(choice, num_sequences)
+            if self._may_leave_out():
+                weights = weights.masked_fill(expert_ids < 0, 0.0)
+        if routing.normalize == "after_drop":
+            weights = weigh(weights)
+        scale = routing.scaling_factor
+        return expert_ids, weights if scale == 1 else weights * scale
+
+    @torch.no_grad()
+    def _sent_ids(self, choice: Choice, num_sequences: int) -> Tensor:
+        """Return the expert ids [T, K], -1 for those without room."""
+        factor, weights, routing = self._capacity_factor(), choice.weights, self.routing
+        if factor is None:
+            return choice.expert_ids
+        shape = tuple(weights.shape)
+        draws = _random.uniform(shape, weights) if routing.drop_policy == "random" else None
+        place = place_by_sequence(shape[0], num_sequences, weights.device)  # [T]
+        fits = keep(
+            *(choice.expert_ids, weights, choice.first_scores, draws, place),
+            *(factor, self.config.num_experts, routing),
+        )
+        return choice.expert_ids.masked_fill(~fits, -1)
+
+    def _capacity_factor(self) -> float | None:
+        routing = self.routing
+        return routing.capacity_factor if self.training else routing.eval_capacity_factor
+
+    def _may_leave_out(self) -> bool:
+        by_policy = self.routing.second_expert in ("random", "threshold")
+        return by_policy or self._capacity_factor() is not None
+
+    def _losses(self, choice: Choice, num_sequences: int) -> dict[str, Tensor]:
+        losses = {}
+        if self.routing.z_loss_coeff > 0:
+            losses["z_loss"] = choice.z_loss()
+        if self.routing.aux_loss_coeff > 0:
+            name = NAMES[self.routing.aux_loss_scope]
+            losses[name] = self._balancing_loss(choice, num_sequences)
+        return losses
+
+    def _balancing_loss(self, choice: Choice, num_sequences: int) -> Tensor:
+        routing, tokens = self.routing, choice.weights
+        shared = self.groups.tp_cp is not None or routing.aux_loss_scope == "global"
+        if choice.own_loss is not None and not shared:
+            return choice.own_loss
+        place = None
+        if routing.aux_loss_scope == "group":
+            place = place_by_sequence(len(tokens), num_sequences, tokens.device)  # [T]
+        pools = make_pools(tokens, num_sequences, place, routing, self.groups)
+        counts = choice.counts(pools)  # [P, E + 1]
+        of_step = self._accumulate(counts[:, :-1]) if routing.aux_loss_scope == "global" else None
+        if pools.group is not None:
+            dist.all_reduce(counts, group=pools.group)
+        per_expert = counts[:, :-1] if of_step is None else of_step
+        sums = choice.score_sums(pools)
+        return load_balancing_loss(sums, counts[:, -1], per_expert, pools, self.groups)
+
+    def _accumulate(self, per_expert: Tensor) -> Tensor:
+        """Add this micro-batch's counts [1, E], summed over all ranks; return the step's so far."""
+        counts = per_expert.float()
+        if self.groups.tp_dp_cp is not None:
+            dist.all_reduce(counts, group=self.groups.tp_dp_cp)
+        assert self.global_tokens_per_expert is not None
+        self.global_tokens_per_expert += counts[0]
+        return self.global_tokens_per_expert.unsqueeze(0).clone()
+
+    def reset_global_aux_loss_tracker(self) -> None:
+        """Forget the counts of a global loss; call it when an optimizer step is done."""
+        if self.global_tokens_per_expert is not None:
+            self.global_tokens_per_expert.zero_()
+
+    def _attach(self, probs: Tensor, losses: dict[str, Tensor]) -> Tensor:
+        for name, loss in losses.items():
+            if name == "z_loss":
+                share = self.routing.z_loss_coeff / self.groups.tp_cp_size
+            else:
+                share = self.routing.aux_loss_coeff
+                if self.routing.aux_loss_layers == "mean":
+                    share /= self.config.num_moe_layers
+            probs = self.attach_loss(probs, loss * share)
+        return probs
+
+    def _count(self, expert_ids: Tensor) -> Tensor:
+        """Return the choices of each expert [E]; torch.bincount would wait for the device."""
+        num_experts = self.config.num_experts
+        ids = torch.where(expert_ids >= 0, expert_ids, num_experts).flatten()
+        return ids.new_zeros(num_experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:-1]
+
+    @torch.no_grad()
+    def update_expert_bias(self) -> None:
+        """Move each bias by `bias_update_rate` towards the mean load; call it after each step.
+
+        arXiv:2408.15664, algorithm 1. All ranks of `groups.tp_dp_cp` must call it. Megatron moves
+        the buffers by itself and does not need this.
+        """
+        assert self.expert_bias is not None
+        assert self.local_tokens_per_expert is not None
+        load = self.local_tokens_per_expert
+        if self.groups.tp_dp_cp is not None:
+            dist.all_reduce(load, group=self.groups.tp_dp_cp)
+        self.expert_bias += self.routing.bias_update_rate * torch.sign(load.mean() - load)
+        load.zero_()
+
+
+def build(
+    config: MoEConfig,
+    groups: ExpertGroups,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> TopKRouter:
+    """Return the router for `config`."""
+    return TopKRouter(config, groups, device, dtype)

@@ -1,0 +1,76 @@
+"""Two micro-batches under way: one is computed while the other's tokens travel.
+
+    network   dispatch A | dispatch B         |           | combine A | combine B
+    compute   shared A   | route B, shared B  | experts A | experts B |
+
+`two_batch` runs a layer on both. Where more can be done while tokens travel, such as the attention
+of the other micro-batch, put it between its three steps: `depart`, `work`, `arrive`.
+
+Autograd runs what is ready in the reverse order of the forward, and an exchange's backward is
+started and waited for apart; so the backward overlaps as the forward does, B before A:
+
+    network   gradients B | gradients A |           | token gradients B | token gradients A
+    compute                             | experts B | experts A         |
+
+Outputs and gradients are those of two calls of the layer whose losses are added, to the bit.
+Megatron's own schedule overlaps the forward of one micro-batch with the backward of another, and
+runs a layer's steps through `ep_plugin/megatron/block/combined.py`. One call alone is one
+micro-batch: as an option (`overlap = two_batch`) this is the order of `serial`, and `chunked` is
+for inside a call.
+
+Host syncs: those of the dispatcher, where the dispatch is started.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.interfaces import Block, Dispatched, Layer, Pending, Schedule, compute
+from ep_plugin.moe.schedule._in_order import in_order
+
+
+@dataclass(frozen=True)
+class Batch[Result]:
+    """One micro-batch whose tokens are on their way."""
+
+    hidden: Tensor  # [S, B, H] or [T, H]
+    shared: Tensor | None  # what the shared expert makes of it
+    pending: Pending[Result]
+
+
+def depart(layer: Layer, hidden: Tensor) -> Batch[Dispatched]:
+    """Route `hidden` and start its dispatch; the shared expert runs while tokens travel."""
+    routing = layer.route(hidden)
+    hidden = routing.onward(hidden)
+    tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
+    pending = layer.dispatcher.start_dispatch(tokens, routing)
+    shared = None if layer.shared_expert is None else layer.shared_expert(hidden)
+    return Batch(hidden, shared, pending)
+
+
+def work(layer: Layer, batch: Batch[Dispatched]) -> Batch[Tensor]:
+    """Wait for the tokens of `batch`, compute them and start their combine."""
+    inbox = batch.pending.wait()
+    pending = layer.dispatcher.start_combine(compute(layer, inbox), inbox)
+    return Batch(batch.hidden, batch.shared, pending)
+
+
+def arrive(layer: Layer, batch: Batch[Tensor]) -> Tensor:
+    """Wait for what the experts made of `batch` and return the layer's output."""
+    return layer.merge(batch.pending.wait(), batch.shared, batch.hidden)
+
+
+def two_batch(layer: Layer, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs of `layer`, an MoELayer, for two micro-batches, [S, B, H] or [T, H] each.
+
+    Every rank of the expert group must call it.
+    """
+    departed = depart(layer, first), depart(layer, second)
+    computed = work(layer, departed[0]), work(layer, departed[1])
+    return arrive(layer, computed[0]), arrive(layer, computed[1])
+
+
+def build(config: MoEConfig, block: Block) -> Schedule:
+    """Return the schedule of one call; every block will do."""
+    return in_order

@@ -1,1 +1,0 @@
-"""What a layout would cost, before a cluster is paid for."""
