@@ -103,7 +103,7 @@ def main() -> int:
         rows: list[Row] = []
         for path in args.rows:
             if not path.is_file():
-                raise ConfigError(f"{path}: is no file; one that bench --output wrote would do")
+                raise ConfigError(f"{path}: is no file; use one that bench --output wrote")
             rows = merge(rows, read(path))
         found = series(rows)
         if not found:

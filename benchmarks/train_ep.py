@@ -267,8 +267,8 @@ def main() -> None:
             parallel_of(layout, args.ranks)
         if "fp8" in args.precision and "megatron" in args.sides and not has_engine():
             raise ConfigError(
-                "--precision fp8 of side megatron needs a GPU and transformer_engine; "
-                "--sides ep_plugin would do"
+                "--precision fp8 of side megatron needs a GPU and transformer_engine; use "
+                "--sides ep_plugin"
             )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -29,5 +29,5 @@ def check_counts(config: object, counts: dict[str, tuple[int, str]]) -> None:
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or value < smallest):
             raise ConfigError(
-                f"{name} must be an integer of at least {smallest}; got {value}; {legal} would do"
+                f"{name} must be an integer of at least {smallest}; got {value}; use {legal}"
             )

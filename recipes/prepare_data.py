@@ -64,7 +64,7 @@ def prepare(inputs: list[Path], output: Path, vocab_size: int, json_key: str) ->
     vocabulary that does not fit it and for an output folder that holds something else.
     """
     if vocab_size < 1:
-        raise ConfigError(f"--vocab-size must be at least 1; got {vocab_size}; 4096 would do")
+        raise ConfigError(f"--vocab-size must be at least 1; got {vocab_size}; use 4096")
     files = list_files(inputs)
     wanted = {"files": fingerprint(files), "vocab_size": vocab_size, "json_key": json_key}
     if is_complete(output, wanted):
@@ -74,8 +74,8 @@ def prepare(inputs: list[Path], output: Path, vocab_size: int, json_key: str) ->
     nearest = next(folder for folder in output.absolute().parents if folder.exists())
     if not nearest.is_dir():
         raise ConfigError(
-            f"--output must lie in a folder; {str(nearest)!r} is a file; --output {nearest}-data "
-            "would do"
+            f"--output must lie in a folder; {str(nearest)!r} is a file; use "
+            f"--output {nearest}-data"
         )
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=nearest))
     try:
@@ -123,8 +123,8 @@ def is_complete(output: Path, wanted: dict[str, object]) -> bool:
         if all(found.get(key) == value for key, value in wanted.items()):
             return True
     raise ConfigError(
-        f"--output must be empty or hold the same data; {str(output)!r} holds something else; "
-        f"--output {output}-2 would do"
+        f"--output must be empty or hold the same data; {str(output)!r} holds something else; use "
+        f"--output {output}-2"
     )
 
 
@@ -216,8 +216,8 @@ def train_tokenizer(documents: list[str], folder: Path, vocab_size: int) -> None
     except RuntimeError as error:
         limit = re.search(r"(?:value <=|\d vs) (\d+)", str(error))
         raise ConfigError(
-            f"--vocab-size ({vocab_size}) does not fit the text; "
-            + (f"{limit[1]} would do" if limit else f"SentencePiece says: {error}")
+            f"--vocab-size ({vocab_size}) does not fit the text; use "
+            + (f"{limit[1]}" if limit else f"SentencePiece says: {error}")
         ) from error
     (folder / "tokenizer.vocab").unlink()
 

@@ -54,15 +54,15 @@ settle_sizes() {
     done
     EP="${EP:-$gcd}"
     ((gcd % EP == 0)) || refuse "EP must divide RANKS and EXPERTS; got EP=$EP, RANKS=$RANKS," \
-        "EXPERTS=$EXPERTS; EP=$gcd would do"
+        "EXPERTS=$EXPERTS; use EP=$gcd"
     ((TOPK <= EXPERTS)) || refuse "TOPK must be at most EXPERTS; got TOPK=$TOPK," \
-        "EXPERTS=$EXPERTS; TOPK=$EXPERTS would do"
+        "EXPERTS=$EXPERTS; use TOPK=$EXPERTS"
     batch=$((MICRO_BATCH * RANKS))
     GLOBAL_BATCH="${GLOBAL_BATCH:-$(((15 + batch) / batch * batch))}"
     ((GLOBAL_BATCH % batch == 0)) || refuse "GLOBAL_BATCH must be a multiple of" \
-        "MICRO_BATCH x RANKS; got GLOBAL_BATCH=$GLOBAL_BATCH," \
+        "MICRO_BATCH x RANKS; use got GLOBAL_BATCH=$GLOBAL_BATCH," \
         "MICRO_BATCH=$MICRO_BATCH, RANKS=$RANKS;" \
-        "GLOBAL_BATCH=$(((GLOBAL_BATCH + batch - 1) / batch * batch)) would do"
+        "GLOBAL_BATCH=$(((GLOBAL_BATCH + batch - 1) / batch * batch))"
 }
 
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"

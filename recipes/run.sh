@@ -121,7 +121,7 @@ if ((NNODES * NPROC_PER_NODE % GPUS)); then
     nodes=1
     while ((nodes * NPROC_PER_NODE % GPUS)); do nodes=$((nodes + 1)); done
     refuse "LAYOUT=$LAYOUT needs a multiple of $GPUS GPUs; got NNODES=$NNODES with" \
-        "NPROC_PER_NODE=$NPROC_PER_NODE; NNODES=$nodes would do"
+        "NPROC_PER_NODE=$NPROC_PER_NODE; use NNODES=$nodes"
 fi
 if ((NNODES > 1)); then
     [[ -n "$MASTER_ADDR" ]] || refuse "NNODES=$NNODES needs MASTER_ADDR, the host of NODE_RANK=0"

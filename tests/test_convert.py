@@ -494,8 +494,8 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--topk", "5"], r"--topk \(5\) must be at most --num-experts \(4\); --topk 4 would do"),
-        (["--topk", "1"], r"--topk 1 divided by its own sum .*; --topk 1 --pre-softmax would do"),
+        (["--topk", "5"], r"--topk \(5\) must be at most --num-experts \(4\); use --topk 4"),
+        (["--topk", "1"], r"--topk 1 divided by its own sum .*; use --topk 1 --pre-softmax"),
         (["--num-experts", "1"], r"--num-experts must be at least 2; got 1"),
         (
             ["--layers", "[0,1]"],
@@ -558,7 +558,7 @@ def test_output_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe" / "notes.txt").write_text("mine")
     message = refused(tmp_path, capsys)
-    assert re.search(r"moe exists and is not empty; .*moe-2 would do", message)
+    assert re.search(r"moe exists and is not empty; use .*moe-2", message)
     (tmp_path / "moe" / "notes.txt").unlink()
     assert convert(tmp_path / "dense", tmp_path / "moe") == 0
 

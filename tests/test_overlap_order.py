@@ -193,7 +193,7 @@ class Block:
 
 
 REFUSED = [
-    ("shared_expert", {}, "there is none; overlap = chunked or serial would do"),
+    ("shared_expert", {}, "there is none; use overlap = chunked or serial"),
     ("chunked", {"bias": True}, "needs experts without bias; .* overlap = serial"),
     ("chunked", {"dispatcher": "other"}, r"dispatcher \(other\) does not; dispatcher = alltoall"),
 ]
@@ -212,9 +212,9 @@ def test_more_chunks_than_other_ranks_are_refused() -> None:
         dispatcher = type("Swaps", (), {"swaps": True})
 
     config = replace(BASE, overlap="chunked", overlap_chunks=4)
-    with pytest.raises(ConfigError, match=r"overlap_chunks = 3 would do"):
+    with pytest.raises(ConfigError, match=r"use overlap_chunks = 3"):
         resolve("overlap", "chunked")(config, WithSwaps())
-    with pytest.raises(ConfigError, match="overlap_chunks = None would do"):
+    with pytest.raises(ConfigError, match="use overlap_chunks = None"):
         replace(config, overlap="serial")
 
 

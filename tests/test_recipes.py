@@ -164,8 +164,8 @@ def test_every_recipe_is_in_the_table_and_says_what_it_fits() -> None:
         ({"MODEL": "qwen3-nano", "LAYOUT": ""}, "LAYOUT must be one of ep2 "),
         (
             {"MODEL": "mixtral-8x7b", "LAYOUT": "ep8-pp4", "NNODES": "2"},
-            "LAYOUT=ep8-pp4 needs a multiple of 32 GPUs; got NNODES=2 with NPROC_PER_NODE=8; "
-            "NNODES=4 would do",
+            "LAYOUT=ep8-pp4 needs a multiple of 32 GPUs; got NNODES=2 with NPROC_PER_NODE=8; use "
+            "NNODES=4",
         ),
         (
             {"MODEL": "mixtral-8x7b", "LAYOUT": "ep8-pp4", "NNODES": "4"},

@@ -84,5 +84,5 @@ def test_a_fork_that_refuses_our_products_is_named(monkeypatch: pytest.MonkeyPat
     fork._C = module_of_tvm()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deep_gemm", fork)
     monkeypatch.delitem(sys.modules, "ep_plugin.moe.experts.gemm.deepgemm", raising=False)
-    with pytest.raises(BackendUnavailable, match=r"is sgl-deep-gemm, .* DeepGEMM would do"):
+    with pytest.raises(BackendUnavailable, match=r"is sgl-deep-gemm, .* use DeepGEMM"):
         resolve("gemm", "deepgemm")

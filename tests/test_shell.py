@@ -173,15 +173,15 @@ def test_quickstart_sizes_fit_any_number_of_ranks(
         (
             {"RANKS": "4", "GLOBAL_BATCH": "16"},
             "GLOBAL_BATCH must be a multiple of MICRO_BATCH x RANKS; got GLOBAL_BATCH=16, "
-            "MICRO_BATCH=8, RANKS=4; GLOBAL_BATCH=32 would do",
+            "MICRO_BATCH=8, RANKS=4; use GLOBAL_BATCH=32",
         ),
         (
             {"RANKS": "4", "EP": "3"},
-            "EP must divide RANKS and EXPERTS; got EP=3, RANKS=4, EXPERTS=8; EP=4 would do",
+            "EP must divide RANKS and EXPERTS; got EP=3, RANKS=4, EXPERTS=8; use EP=4",
         ),
         (
             {"EXPERTS": "4", "TOPK": "5"},
-            "TOPK must be at most EXPERTS; got TOPK=5, EXPERTS=4; TOPK=4 would do",
+            "TOPK must be at most EXPERTS; got TOPK=5, EXPERTS=4; use TOPK=4",
         ),
         (
             {"RANKS": "0"},

@@ -293,8 +293,8 @@ def test_modes_are_the_files_of_the_folder() -> None:
     ("changes", "message"),
     [
         ({"mode": "sparse"}, r"--mode must be one of copy, drop, granular, noise; got 'sparse'"),
-        ({"topk": 0}, r"--topk must be at least 1; got 0"),
-        ({"topk": 1}, r"--topk 1 --pre-softmax would do"),
+        ({"topk": 0}, r"--topk must be at least 1; use got 0"),
+        ({"topk": 1}, r"--topk 1 --pre-softmax"),
         ({"mode": "granular"}, r"--granularity \(1\) must be above 1 in --mode granular"),
         (
             {"granularity": 2},
@@ -303,9 +303,9 @@ def test_modes_are_the_files_of_the_folder() -> None:
         ({"mode": "granular", "granularity": 3}, r"--num-experts \(8\) must be a multiple of"),
         (
             {"mode": "granular", "granularity": 4, "router_init": "virtual-group"},
-            r"--topk \(2\) must be a multiple of --granularity \(4\).*--topk 4 would do",
+            r"--topk \(2\) must be a multiple of --granularity \(4\).*use --topk 4",
         ),
-        ({"ep": 3}, r"--ep \(3\) must divide --num-experts \(8\); --ep 2 would do"),
+        ({"ep": 3}, r"--ep \(3\) must divide --num-experts \(8\); use --ep 2"),
         ({"drop_ratio": 1.5}, r"--drop-ratio must be between 0 and 1; got 1.5"),
         ({"noise_std": -1.0}, r"--noise-std must be finite and not negative"),
         ({"router_init": "ones"}, r"--router-init must be one of normal, virtual-group, zero"),

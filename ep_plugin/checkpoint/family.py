@@ -75,8 +75,8 @@ class Family:
         differing = self.differing(args)
         if differing:
             raise ConfigError(
-                f"the checkpoint is no {self.model_type}: {', '.join(differing)}; "
-                "another --family, or none, would do"
+                f"the checkpoint is no {self.model_type}: {', '.join(differing)}; use "
+                "another --family, or none"
             )
         values = {key: getattr(args, argument) for key, argument in self.fields.items()}
         head = {"architectures": [self.architecture], "model_type": self.model_type}

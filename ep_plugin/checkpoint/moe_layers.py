@@ -18,13 +18,13 @@ def parse_layers(text: str, num_layers: int) -> int | list[int]:
     if text.startswith("every:"):
         step = text.removeprefix("every:")
         if not step.isdecimal() or int(step) < 1:
-            raise ConfigError(f"--layers every:N needs N >= 1; got {text!r}; every:2 would do")
+            raise ConfigError(f"--layers every:N needs N >= 1; got {text!r}; use every:2")
         return int(step)
     pattern = _parse_pattern(text)
     if len(pattern) != num_layers:
         raise ConfigError(
             f"--layers {text} has {len(pattern)} entries, but the checkpoint has {num_layers} "
-            f"layers; [{','.join(['1'] * num_layers)}] would do"
+            f"layers; use [{','.join(['1'] * num_layers)}]"
         )
     if not any(pattern):
         raise ConfigError(f"--layers {text} leaves every layer dense; {LEGAL}")

@@ -72,7 +72,7 @@ def match_names(
     if unmatched:
         raise ConfigError(
             f"{len(unmatched)} names of the checkpoint are in no rule of this family: "
-            f"{', '.join(unmatched)}; a decoder-only GPT with a dense MLP in every layer would do"
+            f"{', '.join(unmatched)}; use a decoder-only GPT with a dense MLP in every layer"
         )
     return matches
 

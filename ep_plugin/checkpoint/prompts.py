@@ -50,7 +50,7 @@ def read_prompts(path: Path, tokenizer: Path | None) -> list[list[int]]:
     if not _are_ids(prompts):
         raise ConfigError(
             f"--prompts {path} must hold at least one prompt, in .json as a list of lists of token "
-            "ids; [[1, 2, 3]] would do"
+            "ids; use [[1, 2, 3]]"
         )
     return [list(prompt) for prompt in prompts]
 
@@ -70,8 +70,8 @@ def _are_ids(prompts: Any) -> bool:
 def _load_tokenizer(path: Path, folder: Path | None) -> Any:
     if folder is None:
         raise ConfigError(
-            f"--prompts {path} is text, and --from is no Hugging Face folder with a tokenizer; a "
-            ".json file with lists of token ids would do"
+            f"--prompts {path} is text, and --from is no Hugging Face folder with a tokenizer; use "
+            "a .json file with lists of token ids"
         )
     try:
         tokenizer: Any = import_module("transformers").AutoTokenizer
@@ -82,8 +82,8 @@ def _load_tokenizer(path: Path, folder: Path | None) -> Any:
         ) from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{folder} has no tokenizer that transformers can load ({error}); a .json file with "
-            "lists of token ids would do"
+            f"{folder} has no tokenizer that transformers can load ({error}); use a .json file "
+            "with lists of token ids"
         ) from error
 
 
@@ -92,8 +92,8 @@ def fill(prompts: Prompts, vocab_size: int, max_length: int) -> Batch:
     largest = max(max(prompt) for prompt in prompts)
     if largest >= vocab_size:
         raise ConfigError(
-            f"--prompts has token {largest}, and the vocabulary has {vocab_size}; ids below that "
-            "would do"
+            f"--prompts has token {largest}, and the vocabulary has {vocab_size}; use ids "
+            "below that"
         )
     limit = min(max_length, MAX_SEQUENCE)
     length = min(max(map(len, prompts)), limit)

@@ -52,7 +52,7 @@ class Staging:
 def check_free(target: Path) -> None:
     """Raise ConfigError unless `target` is missing or an empty folder."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"output {target} exists and is not empty; {_sibling(target)} would do")
+        raise ConfigError(f"output {target} exists and is not empty; use {_sibling(target)}")
 
 
 def check_room(target: Path, num_bytes: int) -> None:
@@ -65,8 +65,7 @@ def check_room(target: Path, num_bytes: int) -> None:
     if free < needed:
         raise ConfigError(
             f"the disk of {parent} has {free / 2**30:.2f} GiB free, and the output needs "
-            f"{needed / 2**30:.2f} GiB; fewer --num-experts, --drop-optimizer or another disk "
-            "would do"
+            f"{needed / 2**30:.2f} GiB; use fewer --num-experts, --drop-optimizer or another disk"
         )
 
 
@@ -130,9 +129,7 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
             except BlockingIOError:
                 time.sleep(0.1)
         else:
-            raise ConfigError(
-                f"another conversion is writing {target}; {_sibling(target)} would do"
-            )
+            raise ConfigError(f"another conversion is writing {target}; use {_sibling(target)}")
         if not partial.is_dir():
             raise ConfigError(f"another conversion has just written {target}; there it is")
         yield

@@ -158,7 +158,7 @@ def ranks_per_node(settings: EdgeSettings) -> int | None:
     if found is None:
         raise ConfigError(
             "--ep-dispatcher hierarchical needs to know which ranks share a node, and torchrun "
-            "has set no LOCAL_WORLD_SIZE; --ep-ranks-per-node 8 would do"
+            "has set no LOCAL_WORLD_SIZE; use --ep-ranks-per-node 8"
         )
     return found
 
@@ -178,7 +178,7 @@ def overlap_schedule(config: Any, settings: EdgeSettings) -> str:
     if settings.shared_expert == "learned":
         raise ConfigError(
             "--ep-shared-expert learned reads a layer's input after its combine, and under "
-            "--overlap-moe-expert-parallel-comm that is gone; --ep-shared-expert sum would do"
+            "--overlap-moe-expert-parallel-comm that is gone; use --ep-shared-expert sum"
         )
     return "two_batch"
 
@@ -192,8 +192,8 @@ def fp8_recipe(config: Any, settings: EdgeSettings) -> Fp8:
         return settings.fp8 or "off"
     if config.fp8_recipe not in FP8_RECIPES:
         raise ConfigError(
-            f"--fp8-recipe ({config.fp8_recipe}) has no counterpart for the experts; "
-            "--ep-fp8 rowwise, blockwise or off would do"
+            f"--fp8-recipe ({config.fp8_recipe}) has no counterpart for the experts; use "
+            "--ep-fp8 rowwise, blockwise or off"
         )
     return FP8_RECIPES[config.fp8_recipe]
 
@@ -213,5 +213,5 @@ def _activation(config: Any) -> Activation:
             return name
     raise ConfigError(
         f"activation {config.activation_func} with gated_linear_unit = {config.gated_linear_unit} "
-        f"is not one the experts have; --ep-expert-activation {', '.join(ACTIVATIONS)} would do"
+        f"is not one the experts have; use --ep-expert-activation {', '.join(ACTIVATIONS)}"
     )

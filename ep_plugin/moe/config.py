@@ -71,23 +71,23 @@ class MoEConfig:
         if self.dispatch_dtype == "fp8" and (self.fp8 == "off" or self.fp8_wgrad != "fp8"):
             raise ConfigError(
                 "dispatch_dtype (fp8) sends tokens as FP8 products read them, and not all are FP8: "
-                f"fp8 is {self.fp8}, fp8_wgrad {self.fp8_wgrad}; fp8 = rowwise with fp8_wgrad = "
-                "fp8, or dispatch_dtype = bf16 would do"
+                f"fp8 is {self.fp8}, fp8_wgrad {self.fp8_wgrad}; use fp8 = rowwise with fp8_wgrad "
+                "= fp8, or dispatch_dtype = bf16"
             )
         if self.fp8 != "off" and self.bias:
             raise ConfigError(
-                f"fp8 ({self.fp8}) needs experts without bias; bias = False or fp8 = off would do"
+                f"fp8 ({self.fp8}) needs experts without bias; use bias = False or fp8 = off"
             )
         if self.overlap_chunks is not None and self.overlap != "chunked":
             raise ConfigError(
                 f"overlap_chunks ({self.overlap_chunks}) is for overlap = chunked, and overlap is "
-                f"{self.overlap}; overlap_chunks = None would do"
+                f"{self.overlap}; use overlap_chunks = None"
             )
         self.routing.check_experts(self.num_experts)
         if self.router == "expert_choice" and not self.routing.force_expert_choice:
             raise ConfigError(
                 "router (expert_choice) lets later tokens decide where earlier ones go, so a "
-                "causal model would see its future; router = topk would do, or "
+                "causal model would see its future; use router = topk, or "
                 "force_expert_choice = True for a model that is not causal"
             )
 

@@ -75,8 +75,8 @@ def expert_grid(parallel: ParallelConfig) -> RankGrid:
     if grid.groups("pp") != dense_grid(parallel).groups("pp"):
         raise ConfigError(
             f"order {parallel.order!r} gives experts other pipeline stages than the dense "
-            f"layers at pp={parallel.pp}, ep={parallel.ep}, etp={parallel.etp}; "
-            "tp-cp-ep-dp-pp would do"
+            f"layers at pp={parallel.pp}, ep={parallel.ep}, etp={parallel.etp}; use "
+            "tp-cp-ep-dp-pp"
         )
     return grid
 
@@ -182,7 +182,7 @@ def node_size(ranks_per_node: int | None) -> int | None:
         found = int(os.environ["LOCAL_WORLD_SIZE"])
     if found is not None and found < 1:
         raise ConfigError(
-            f"ranks_per_node must be at least 1; got {found}; the GPUs of a node would do, "
+            f"ranks_per_node must be at least 1; got {found}; use the GPUs of a node, "
             "ranks_per_node = 8"
         )
     return found
@@ -202,7 +202,7 @@ def create_expert_groups(
     if world != parallel.world_size:
         raise ConfigError(
             f"world_size ({parallel.world_size}) must be the number of ranks started ({world}); "
-            f"world_size = {world} would do"
+            f"use world_size = {world}"
         )
     ranks_per_node = node_size(ranks_per_node)
     experts, dense = expert_grid(parallel), dense_grid(parallel)

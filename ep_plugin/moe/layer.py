@@ -123,7 +123,7 @@ def _coefficient(
     if shared_expert is None:
         raise ConfigError(
             "shared_expert = learned weighs the routed experts against a shared one, and there is "
-            "none; shared_expert = sum would do"
+            "none; use shared_expert = sum"
         )
     return nn.Linear(config.hidden_size, 2, device=device, dtype=dtype)
 

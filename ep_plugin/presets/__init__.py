@@ -40,5 +40,5 @@ def load(name: str) -> Preset:
     known = presets()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3) or list(known)
-        raise ConfigError(f"unknown preset {name!r}; {', '.join(close)} would do")
+        raise ConfigError(f"unknown preset {name!r}; use {', '.join(close)}")
     return known[name]

@@ -147,15 +147,15 @@ def test_every_expert_is_in_the_log(tmp_path: Path) -> None:
 MISTAKES = {
     "experts over ranks": (
         ("--num-experts", "3", "--expert-model-parallel-size", "2"),
-        "num_experts (3) must be divisible by ep (2); ep = 1 would do",
+        "num_experts (3) must be divisible by ep (2); use ep = 1",
     ),
     "ranks": (
         ("--num-experts", "4", "--expert-model-parallel-size", "4"),
-        "ep*etp*pp (4*1*1) must divide world_size (2); ep = 2 with etp = 1 would do",
+        "ep*etp*pp (4*1*1) must divide world_size (2); use ep = 2 with etp = 1",
     ),
     "top-k": (
         ("--num-experts", "4", "--moe-router-topk", "5"),
-        "topk (5) must be at most num_experts (4); topk = 4 would do",
+        "topk (5) must be at most num_experts (4); use topk = 4",
     ),
     "pattern": (
         ("--num-experts", "4", "--moe-layer-freq", "[0,1,1]"),
@@ -170,7 +170,7 @@ MISTAKES = {
             *("--num-experts", "4", "--ep-dispatcher", "hierarchical"),
             *("--ep-ranks-per-node", "0"),
         ),
-        "ranks_per_node must be at least 1; got 0; the GPUs of a node would do",
+        "ranks_per_node must be at least 1; got 0; use the GPUs of a node",
     ),
     "unsupported setting": (
         ("--num-experts", "4", "--moe-pad-expert-input-to-capacity"),
@@ -200,7 +200,7 @@ MISTAKES = {
             *("--num-experts", "4", "--ep-router", "expert_choice"),
             *("--ep-capacity-factor", "2", "--ep-drop-policy", "probs"),
         ),
-        "a causal model would see its future; router = topk would do",
+        "a causal model would see its future; use router = topk",
     ),
     "a pyramid that is too short": (
         (
@@ -214,11 +214,11 @@ MISTAKES = {
             *("--num-experts", "4", "--moe-layer-freq", "[1,1]"),
             *("--ep-experts-per-layer", "3,4", "--expert-model-parallel-size", "2"),
         ),
-        "num_experts (3) must be divisible by ep (2); ep = 1 would do",
+        "num_experts (3) must be divisible by ep (2); use use ep = 1",
     ),
     "a residual of nothing": (
         ("--num-experts", "4", "--ep-shared-expert", "learned"),
-        "--moe-shared-expert-intermediate-size SIZE would do",
+        "--moe-shared-expert-intermediate-size SIZE",
     ),
 }
 

@@ -73,7 +73,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "wait for the host; got auto; --ep-dispatcher symm_mem",
     ),
     ({"expert_model_parallel_size": 16}, {"dispatcher": "symm_mem"}, "at most 8 ranks .* got 16"),
-    ({}, {"gemm": "loop"}, "does not wait for the host; got loop; --ep-gemm auto would do"),
+    ({}, {"gemm": "loop"}, "does not wait for the host; got loop; use --ep-gemm auto"),
 ]
 
 

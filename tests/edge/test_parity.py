@@ -119,14 +119,14 @@ MISTAKES = {
         ["--layouts", "ep"],
         "--layouts takes tp, pp, cp, ep, etp and dp, each",
     ),
-    "no layouts": ([], "--layouts is needed; --layouts ep=2 would do"),
+    "no layouts": ([], "--layouts is needed; use --layouts ep=2"),
     "too few iterations": (
         ["--layouts", "ep=2", "--resume", "--iterations", "1"],
         "--iterations must be at least 2; got 1",
     ),
     "a layout that cannot be": (
         ["--layouts", "tp=2,ep=3,etp=1,dp=1"],
-        "ep*etp*pp (3*1*1) must divide world_size (2); ep = 2 with etp = 1 would do",
+        "ep*etp*pp (3*1*1) must divide world_size (2); use ep = 2 with etp = 1",
     ),
     "a pyramid": (
         ["--layouts", "ep=2", "--ep-experts-per-layer", "2*12"],

@@ -57,7 +57,7 @@ class Gates:
         if self.score_function == "softmax" and topk == 1 and not self.pre_softmax:
             raise ConfigError(
                 "--topk 1 divided by its own sum leaves the router no gradient, so Megatron "
-                "demands --pre-softmax for it; --topk 1 --pre-softmax would do"
+                "demands --pre-softmax for it; use --topk 1 --pre-softmax"
             )
         RoutingConfig(
             topk=topk,

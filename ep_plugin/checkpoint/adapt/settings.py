@@ -36,26 +36,26 @@ class Upcycling:
         if self.num_experts < 2:
             raise ConfigError(f"--num-experts must be at least 2; got {self.num_experts}")
         if self.topk < 1:
-            raise ConfigError(f"--topk must be at least 1; got {self.topk}; --topk 2 would do")
+            raise ConfigError(f"--topk must be at least 1; got {self.topk}; use --topk 2")
         if self.topk > self.num_experts:
             raise ConfigError(
-                f"--topk ({self.topk}) must be at most --num-experts ({self.num_experts}); "
-                f"--topk {self.num_experts} would do"
+                f"--topk ({self.topk}) must be at most --num-experts ({self.num_experts}); use "
+                f"--topk {self.num_experts}"
             )
         self.gates.check(self.topk, self.num_experts)
         self._check_granularity()
         if self.ep is not None and (self.ep < 1 or self.num_experts % self.ep):
             raise ConfigError(
-                f"--ep ({self.ep}) must divide --num-experts ({self.num_experts}); "
-                f"--ep {largest_divisor(self.num_experts, self.ep)} would do"
+                f"--ep ({self.ep}) must divide --num-experts ({self.num_experts}); use "
+                f"--ep {largest_divisor(self.num_experts, self.ep)}"
             )
         if not 0 <= self.drop_ratio <= 1:
             raise ConfigError(
-                f"--drop-ratio must be between 0 and 1; got {self.drop_ratio}; 0.5 would do"
+                f"--drop-ratio must be between 0 and 1; got {self.drop_ratio}; use 0.5"
             )
         if not 0 <= self.noise_std < float("inf"):
             raise ConfigError(
-                f"--noise-std must be finite and not negative; got {self.noise_std}; 0.01 would do"
+                f"--noise-std must be finite and not negative; got {self.noise_std}; use 0.01"
             )
 
     def _check_granularity(self) -> None:
@@ -63,22 +63,21 @@ class Upcycling:
         if parts < 1 or (parts > 1) != (self.mode == "granular"):
             raise ConfigError(
                 f"--granularity ({parts}) must be above 1 in --mode granular and 1 in the others; "
-                f"--mode is {self.mode}; --mode granular --granularity 4 would do"
+                f"--mode is {self.mode}; use --mode granular --granularity 4"
             )
         if self.num_experts % parts:
             raise ConfigError(
                 f"--num-experts ({self.num_experts}) must be a multiple of --granularity "
-                f"({parts}): whole copies of the FFN; --num-experts {self.num_experts * parts} "
-                "would do"
+                f"({parts}): whole copies of the FFN; use --num-experts {self.num_experts * parts}"
             )
         if self.router_init == "virtual-group" and self.topk % parts:
             raise ConfigError(
                 f"--topk ({self.topk}) must be a multiple of --granularity ({parts}), so that "
-                f"whole virtual groups are chosen; --topk {-(-self.topk // parts) * parts} would do"
+                f"whole virtual groups are chosen; use --topk {-(-self.topk // parts) * parts}"
             )
         groups = self.gates.num_groups
         if groups and self.num_experts // groups % parts:
             raise ConfigError(
                 f"each of the {groups} groups of experts must hold whole virtual groups of "
-                f"{parts}; --num-experts {groups * parts} would do"
+                f"{parts}; use --num-experts {groups * parts}"
             )

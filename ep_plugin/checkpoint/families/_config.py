@@ -106,8 +106,7 @@ def experts_config(args: argparse.Namespace) -> Config:
     scale = getattr(args, "moe_router_topk_scaling_factor", None)
     if scale not in (None, 1.0):
         raise ConfigError(
-            f"moe_router_topk_scaling_factor ({scale}) has no counterpart in this family; "
-            "1.0 would do"
+            f"moe_router_topk_scaling_factor ({scale}) has no counterpart in this family; use 1.0"
         )
     coefficient = getattr(args, "moe_aux_loss_coeff", None)
     return {"router_aux_loss_coef": coefficient or 0.0}
@@ -129,7 +128,7 @@ def refuse(config: Config, key: str, legal: Any) -> None:
     if (value or None) != (legal or None):
         raise ConfigError(
             f"config.json has {key} = {value!r}, which Megatron's GPT has no counterpart for here; "
-            f"{legal!r} would do"
+            f"use {legal!r}"
         )
 
 
@@ -157,8 +156,8 @@ def _rope_args(config: Config) -> dict[str, Any]:
         return {**values, "use_rope_scaling": True, "rope_scaling_factor": scaling["factor"]}
     if scaling["rope_type"] not in ("default", "yarn"):  # yarn: a family of its own says so
         raise ConfigError(
-            f"rope_type {scaling['rope_type']!r} has no counterpart in Megatron's GPT; "
-            "default or llama3 would do"
+            f"rope_type {scaling['rope_type']!r} has no counterpart in Megatron's GPT; use "
+            "default or llama3"
         )
     return values
 

@@ -25,8 +25,8 @@ def _to_args(config: Config) -> dict[str, Any]:
 def _to_config(args: argparse.Namespace) -> Config:
     if not all(moe_layers(args.moe_layer_freq, args.num_layers)):
         raise ConfigError(
-            f"Mixtral has experts in every layer; moe_layer_freq is {args.moe_layer_freq}; "
-            "--layers all would do"
+            f"Mixtral has experts in every layer; moe_layer_freq is {args.moe_layer_freq}; use "
+            "--layers all"
         )
     shared = _config.decoder_config(args) | _config.heads_config(args)
     shared["hidden_act"] = _hidden_act(args)
@@ -47,7 +47,7 @@ def _hidden_act(args: argparse.Namespace) -> str:
     if ours not in (None, "swiglu") or not (ours or args.swiglu):
         raise ConfigError(
             f"the checkpoint is no mixtral: ep_dense_activation = {ours!r} with swiglu = "
-            f"{args.swiglu}; swiglu or {_TANH[1]} would do"
+            f"{args.swiglu}; use swiglu or {_TANH[1]}"
         )
     return "silu"
 

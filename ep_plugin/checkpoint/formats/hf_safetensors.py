@@ -225,5 +225,5 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _dtype(word: str, name: str) -> torch.dtype:
     if word not in _DTYPES:
-        raise ConfigError(f"{name} has dtype {word}; {', '.join(_DTYPES)} would do")
+        raise ConfigError(f"{name} has dtype {word}; use {', '.join(_DTYPES)}")
     return _DTYPES[word]

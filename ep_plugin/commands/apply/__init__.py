@@ -89,11 +89,9 @@ def rewrite(source: bytes, edit: Callable[[str], str]) -> bytes:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
         text = source.decode(encoding)
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"not Python source ({error}); a script that Python runs would do"
-        ) from error
+        raise ConfigError(f"not Python source ({error}); use a script that Python runs") from error
     if text.encode(encoding) != source:
-        raise ConfigError(f"the encoding {encoding} cannot restore every byte; utf-8 would do")
+        raise ConfigError(f"the encoding {encoding} cannot restore every byte; use utf-8")
     return edit(text).encode(encoding)
 
 

@@ -142,16 +142,16 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("repeats", 1), ("warm", 0)):
         value = getattr(args, name)
         if value < least:
-            raise ConfigError(f"--{name} must be at least {least}; got {value}; {least} would do")
+            raise ConfigError(f"--{name} must be at least {least}; got {value}; use {least}")
     if args.resume and args.output is None:
-        raise ConfigError("--resume needs --output, whose rows it keeps; --output FILE would do")
+        raise ConfigError("--resume needs --output, whose rows it keeps; use --output FILE")
     for name in ("trace", "trace-plot", "recipes", "dispatchers"):
         flag, value = f"--{name}", getattr(args, name.replace("-", "_"))
         if value and args.bench != "overlap":
-            raise ConfigError(f"{flag} is for overlap; got {args.bench}; bench overlap would do")
+            raise ConfigError(f"{flag} is for overlap; got {args.bench}; use bench overlap")
     if args.cuda_graph and args.bench not in ("layer", "overlap"):
         raise ConfigError(
-            f"--cuda-graph is for layer and overlap; got {args.bench}; bench layer would do"
+            f"--cuda-graph is for layer and overlap; got {args.bench}; use bench layer"
         )
 
 
@@ -174,5 +174,5 @@ def _load(module: str, flag: str) -> Any:
         return import_module(f"ep_plugin.commands.bench.{module}")
     except ImportError as error:
         raise BackendUnavailable(
-            f"{flag} needs matplotlib ({error}); pip install 'ep-plugin[report]' would do"
+            f"{flag} needs matplotlib ({error}); run pip install 'ep-plugin[report]'"
         ) from error

@@ -68,7 +68,7 @@ class Contender:
 def require_cuda(name: str, device: torch.device, legal: str = "--backends ep_plugin") -> None:
     """Raise BackendUnavailable, which names what is `legal`, unless `device` is a GPU."""
     if device.type != "cuda":
-        raise BackendUnavailable(f"{name} needs a CUDA device; this is {device}; {legal} would do")
+        raise BackendUnavailable(f"{name} needs a CUDA device; this is {device}; use {legal}")
 
 
 def draw_choices(shape: Shape, routing: str, generator: torch.Generator) -> Tensor:

@@ -32,7 +32,7 @@ def peer(name: str) -> Callable[..., list[Any]]:
         ).build
     except ImportError as error:
         raise BackendUnavailable(
-            f"{name} needs a package that is not here ({error}); {INSTALL[name]} would do"
+            f"{name} needs a package that is not here ({error}); run {INSTALL[name]}"
         ) from error
     return build
 

@@ -76,11 +76,9 @@ def read(path: Path) -> list[Row]:
     try:
         rows = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ConfigError(
-            f"{path}: is no list of rows ({error}); another --output would do"
-        ) from error
+        raise ConfigError(f"{path}: is no list of rows ({error}); use another --output") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"{path}: is no list of rows; another --output would do")
+        raise ConfigError(f"{path}: is no list of rows; use another --output")
     return rows
 
 

@@ -65,8 +65,8 @@ def join_ranks(device: torch.device) -> None:
     """Start torch.distributed as torchrun says; raises ConfigError for a process on its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ConfigError(
-            "bench overlap needs at least 2 ranks; this process is alone; torchrun "
-            "--nproc-per-node 2 -m ep_plugin.cli bench overlap would do"
+            "bench overlap needs at least 2 ranks; this process is alone; use torchrun "
+            "--nproc-per-node 2 -m ep_plugin.cli bench overlap"
         )
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

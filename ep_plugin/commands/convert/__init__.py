@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         return _check(args.target)
     if args.source is None:
-        raise ConfigError("--from must be given; --from runs/dense would do")
+        raise ConfigError("--from must be given; use --from runs/dense")
     if args.num_experts is None and (args.topk is not None or args.preset is not None):
-        raise ConfigError("--topk and --preset need --num-experts; --num-experts 8 would do")
+        raise ConfigError("--topk and --preset need --num-experts; use --num-experts 8")
     settings = settings_from(args) if args.num_experts is not None else None
     if not args.parity_tolerance > 0:
         raise ConfigError(f"--parity-tolerance must be above 0; got {args.parity_tolerance}")

@@ -137,11 +137,11 @@ def settings_from(args: argparse.Namespace) -> Upcycling:
         if preset.router != "topk":
             raise ConfigError(
                 f"--preset {args.preset} lets experts choose their tokens, so no token's weights "
-                "have a known sum; --topk 2 would do, with --ep-router expert_choice in the run"
+                "have a known sum; use --topk 2, with --ep-router expert_choice in the run"
             )
         gates, topk = vars(Gates.of(preset.routing)), topk or preset.routing.topk
     if topk is None:
-        raise ConfigError("--topk, or a --preset that has it, must be given; --topk 2 would do")
+        raise ConfigError("--topk, or a --preset that has it, must be given; use --topk 2")
     for name in ("score_function", "pre_softmax", "scaling_factor"):
         if getattr(args, name) is not None:
             gates = {**gates, name: getattr(args, name)}

@@ -56,7 +56,7 @@ def run(
     Raises ConfigError for a user's mistake.
     """
     if prompts is not None and not args.verify:
-        raise ConfigError("--prompts are what --verify compares on; --verify, too, would do")
+        raise ConfigError("--prompts are what --verify compares on; use --verify, too")
     check_free(args.target)
     result = _plan(args, settings)
     if args.dry_run:
@@ -98,8 +98,8 @@ def _plan(args: argparse.Namespace, settings: Upcycling | None) -> Result:
         opened = with_experts(dense, settings)
     elif args.format == "megatron" and is_stored(args.source):
         raise ConfigError(
-            f"{args.source} is a torch_dist checkpoint already; --format hf, or --num-experts and "
-            "--topk, would do"
+            f"{args.source} is a torch_dist checkpoint already; use --format hf, or --num-experts "
+            "and --topk"
         )
     if args.format == "hf":
         return to_hf_folder(opened, dense, args.family, args.source)

@@ -112,7 +112,7 @@ def _read_own(args: argparse.Namespace) -> list[str]:
 
 def _layouts(args: argparse.Namespace) -> list[Layout]:
     if not args.layouts:
-        raise ConfigError("--layouts is needed; --layouts ep=2 would do")
+        raise ConfigError("--layouts is needed; use --layouts ep=2")
     if args.iterations < (least := 2 if args.resume else 1):
         raise ConfigError(f"--iterations must be at least {least}; got {args.iterations}")
     if not args.tolerance > 0:

@@ -87,11 +87,11 @@ def run(args: argparse.Namespace) -> int:
     for name in ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance"):
         if getattr(args, name) <= 0:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} must be positive; got {getattr(args, name)}; 1 would do")
+            raise ConfigError(f"--{flag} must be positive; got {getattr(args, name)}; use 1")
     if args.topk > args.experts:
         raise ConfigError(
-            f"--topk ({args.topk}) must be at most --experts ({args.experts}); "
-            f"--topk {args.experts} would do"
+            f"--topk ({args.topk}) must be at most --experts ({args.experts}); use "
+            f"--topk {args.experts}"
         )
     traffic = Traffic(
         args.tokens,
@@ -135,12 +135,12 @@ def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--measured {path} is no file of `bench overlap` ({error!r}); its --output would do"
+            f"--measured {path} is no file of `bench overlap` ({error!r}); use its --output"
         ) from error
     if not found:
         raise ConfigError(
             f"--measured {path} has no bf16 row with tokens {traffic.tokens}, topk {traffic.topk}, "
-            f"hidden {traffic.hidden}; the flags of what was measured would do"
+            f"hidden {traffic.hidden}; use the flags of what was measured"
         )
     return found
 

@@ -87,7 +87,7 @@ def load(traffic: Traffic, network: Network, ep: int, how: str, value_bytes: flo
     _check(traffic, ep, near)
     if how in ONE_DOMAIN and ep > near:
         raise ConfigError(
-            f"{how} needs all ranks (ep = {ep}) in one NVLink domain ({near}); ep = {near} would do"
+            f"{how} needs all ranks (ep = {ep}) in one NVLink domain ({near}); use ep = {near}"
         )
     row, domains = traffic.tokens * traffic.hidden * value_bytes * traffic.imbalance, ep // near
     if how == "flat":
@@ -110,11 +110,11 @@ def load(traffic: Traffic, network: Network, ep: int, how: str, value_bytes: flo
 def _check(traffic: Traffic, ep: int, near: int) -> None:
     if ep < 1 or traffic.experts % ep:
         raise ConfigError(
-            f"ep ({ep}) must divide experts ({traffic.experts}); ep = {traffic.experts} would do"
+            f"ep ({ep}) must divide experts ({traffic.experts}); use ep = {traffic.experts}"
         )
     if ep % near:
         raise ConfigError(
-            f"ep ({ep}) must be a multiple of the NVLink domain ({near}); ep = {near} would do"
+            f"ep ({ep}) must be a multiple of the NVLink domain ({near}); use ep = {near}"
         )
 
 

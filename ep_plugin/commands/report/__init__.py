@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     for name in RUNS:
         if not (args.run / "tensorboard" / name).is_dir():
             raise ConfigError(
-                f"--run must hold tensorboard/{name}; {str(args.run)!r} does not; a folder that "
-                "recipes/quickstart.sh made would do"
+                f"--run must hold tensorboard/{name}; {str(args.run)!r} does not; use a folder "
+                "that recipes/quickstart.sh made"
             )
     runs = {name: read_run(args.run / "tensorboard" / name) for name in RUNS}
     noted = ("experts", "topk", "ep", "ranks", "device", "resumed_at_iteration")
@@ -63,8 +63,8 @@ def _load() -> tuple[Any, Any, Any, Any]:
         figures = import_module("ep_plugin.commands.report.figures")
     except ImportError as error:
         raise BackendUnavailable(
-            f"reports need matplotlib and tensorboard ({error}); "
-            "pip install 'ep-plugin[report]' would do"
+            f"reports need matplotlib and tensorboard ({error}); use "
+            "pip install 'ep-plugin[report]'"
         ) from error
     page = import_module("ep_plugin.commands.report.page")
     summary = import_module("ep_plugin.commands.report.summary")

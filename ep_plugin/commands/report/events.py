@@ -52,6 +52,6 @@ def read_run(folder: Path) -> Run:
     if TRAIN not in latest:
         raise ConfigError(
             f"a run must have logged {TRAIN!r} to TensorBoard; {str(folder)!r} holds "
-            f"{sorted(latest)}; a run longer than its --log-interval would do"
+            f"{sorted(latest)}; use a run longer than its --log-interval"
         )
     return Run({tag: sorted(values.items()) for tag, values in latest.items()})

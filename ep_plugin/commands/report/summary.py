@@ -22,8 +22,8 @@ def logged_validation_loss(log: Path) -> float:
     found = VALIDATION.findall(log.read_text()) if log.is_file() else []
     if not found:
         raise ConfigError(
-            f"--run must hold the log of an evaluation; {str(log)!r} has no validation loss; "
-            "a folder that recipes/quickstart.sh finished would do"
+            f"--run must hold the log of an evaluation; {str(log)!r} has no validation loss; use "
+            "a folder that recipes/quickstart.sh finished"
         )
     return float(found[-1])
 

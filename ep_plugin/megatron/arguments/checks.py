@@ -76,14 +76,14 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
     )
     if args.ep_audit_save and args.ckpt_format != "torch_dist":
         raise ConfigError(
-            f"--ep-audit-save reads --ckpt-format torch_dist; got {args.ckpt_format}; torch_dist, "
-            "or no --ep-audit-save, would do"
+            f"--ep-audit-save reads --ckpt-format torch_dist; got {args.ckpt_format}; use "
+            "torch_dist, or no --ep-audit-save"
         )
     if args.num_experts is None:
         if parallel.ep > 1:
             raise ConfigError(
-                f"--expert-model-parallel-size ({parallel.ep}) needs experts; "
-                f"--num-experts {parallel.ep} would do"
+                f"--expert-model-parallel-size ({parallel.ep}) needs experts; use "
+                f"--num-experts {parallel.ep}"
             )
         return
     pattern = args.moe_layer_freq
@@ -91,7 +91,7 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         example = ([0, 1] * args.num_layers)[: args.num_layers]
         raise ConfigError(
             f"--moe-layer-freq must have one entry per layer, --num-layers ({args.num_layers}); "
-            f"got {len(pattern)} entries: {pattern}; {example} would do"
+            f"got {len(pattern)} entries: {pattern}; use {example}"
         )
     check_supported(args)
     ranks_per_node(settings)
@@ -109,8 +109,8 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         )
     if settings.shared_expert == "learned" and not args.moe_shared_expert_intermediate_size:
         raise ConfigError(
-            "--ep-shared-expert learned weighs a shared expert, and there is none; "
-            "--moe-shared-expert-intermediate-size SIZE would do"
+            "--ep-shared-expert learned weighs a shared expert, and there is none; use "
+            "--moe-shared-expert-intermediate-size SIZE"
         )
 
 
@@ -123,14 +123,14 @@ def _experts(args: Any, settings: EdgeSettings) -> tuple[int, ...]:
     if not isinstance(args.moe_layer_freq, list):
         raise ConfigError(
             f"--ep-experts-per-layer needs --moe-layer-freq as a list, so that Megatron saves each "
-            f"layer under its own name; got {args.moe_layer_freq}; "
-            f"--moe-layer-freq '{[1] * args.num_layers}' would do"
+            f"layer under its own name; got {args.moe_layer_freq}; use "
+            f"--moe-layer-freq '{[1] * args.num_layers}'"
         )
     if len(per_layer) != num_moe_layers or max(per_layer) != args.num_experts:
         raise ConfigError(
             f"--ep-experts-per-layer must have one entry per MoE layer ({num_moe_layers}) with "
-            f"--num-experts ({args.num_experts}) the largest; got {per_layer}; "
-            f"{args.num_experts}*{num_moe_layers} would do"
+            f"--num-experts ({args.num_experts}) the largest; got {per_layer}; use "
+            f"{args.num_experts}*{num_moe_layers}"
         )
     return per_layer
 
@@ -141,5 +141,5 @@ def _check_combined_schedule() -> None:
     if not touchpoints.release_for(version).COMBINED_1F1B:
         raise ConfigError(
             "--overlap-moe-expert-parallel-comm is tested with megatron-core 0.19 alone; got "
-            f"{version}; --ep-overlap chunked would do"
+            f"{version}; use --ep-overlap chunked"
         )

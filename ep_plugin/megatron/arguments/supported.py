@@ -58,7 +58,7 @@ def check_supported(config: Any) -> None:
     if config.fp8 and config.moe_shared_expert_intermediate_size and "layernorm" in recomputed:
         raise ConfigError(
             f"--fp8-format ({config.fp8}) with a shared expert cannot recompute the layernorm "
-            "before it; --recompute-modules without layernorm would do"
+            "before it; use --recompute-modules without layernorm"
         )
     for name, (legal, instead) in _LEGAL.items():
         value = one(getattr(config, name, legal[0]))

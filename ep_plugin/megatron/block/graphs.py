@@ -23,17 +23,15 @@ def check_graphs(config: Any, settings: EdgeSettings) -> None:
     if impl == "none":
         return
     if cpu_mode.active():
-        raise ConfigError(
-            f"--cuda-graph-impl ({impl}) needs a GPU; --cuda-graph-impl none would do"
-        )
+        raise ConfigError(f"--cuda-graph-impl ({impl}) needs a GPU; use --cuda-graph-impl none")
     modules = _modules(config)
     if impl == "full_iteration" or "full_iteration" in modules:
         _check_iteration(config, settings)
     elif not modules or not set(modules) <= set(OUTSIDE):
         raise ConfigError(
             f"--cuda-graph-impl ({impl}) of {', '.join(modules) or 'whole layers'} would capture "
-            f"parts of an MoE layer that ep_plugin's does not have; of {' and '.join(OUTSIDE)}, or "
-            "--cuda-graph-impl full_iteration, would do"
+            f"parts of an MoE layer that ep_plugin's does not have; name {' and '.join(OUTSIDE)} "
+            "alone, or use --cuda-graph-impl full_iteration"
         )
 
 
@@ -66,15 +64,15 @@ def _check_iteration(config: Any, settings: EdgeSettings) -> None:
     if sent and settings.dispatcher != "symm_mem":
         raise ConfigError(
             f"--cuda-graph-impl full_iteration needs a dispatcher that does not wait for the host; "
-            f"got {settings.dispatcher}; --ep-dispatcher symm_mem would do"
+            f"got {settings.dispatcher}; use --ep-dispatcher symm_mem"
         )
     if sent and ranks > GRAPH_RANKS:
         raise ConfigError(
             f"--cuda-graph-impl full_iteration needs at most {GRAPH_RANKS} ranks of ep and etp; "
-            f"got {ranks}; --cuda-graph-impl none would do"
+            f"got {ranks}; use --cuda-graph-impl none"
         )
     if settings.gemm in WAITS:
         raise ConfigError(
             f"--cuda-graph-impl full_iteration needs a grouped GEMM that does not wait for the "
-            f"host; got {settings.gemm}; --ep-gemm auto would do"
+            f"host; got {settings.gemm}; use --ep-gemm auto"
         )

@@ -31,8 +31,8 @@ def build_shared_expert(config: Any, submodules: Any, pg_collection: Any, name: 
         )
     if config.moe_shared_expert_gate:
         raise ConfigError(
-            "--moe-shared-expert-gate needs linear layers without bias; --disable-bias-linear or "
-            "--ep-shared-expert learned would do"
+            "--moe-shared-expert-gate needs linear layers without bias; use --disable-bias-linear "
+            "or --ep-shared-expert learned"
         )
     size = config.moe_shared_expert_intermediate_size
     config = copy.copy(config)

@@ -66,7 +66,7 @@ def wanted() -> bool:
         return True
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
-        raise ConfigError("EP_PLUGIN_DEVICE = 'cuda' needs a GPU and torch sees none; cpu would do")
+        raise ConfigError("EP_PLUGIN_DEVICE = 'cuda' needs a GPU and torch sees none; use cpu")
     return asked == "cpu" or not has_gpu
 
 

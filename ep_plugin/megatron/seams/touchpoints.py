@@ -29,14 +29,14 @@ def installed_version() -> str:
         version: str = importlib.import_module("megatron.core").__version__
     except _UNUSABLE as error:
         raise ConfigError(
-            f"Megatron cannot be imported ({error}); pip install 'ep-plugin[megatron]' would do"
+            f"Megatron cannot be imported ({error}); run pip install 'ep-plugin[megatron]'"
         ) from error
     return version
 
 
 def supported() -> dict[str, str]:
     """Return the releases with a table: "0.19" -> the table's module."""
-    files = (Path(__file__).parent / "versions").glob("core_*.py")
+    files = (Path(__file__).parents[1] / "versions").glob("core_*.py")
     releases = sorted(tuple(map(int, file.stem.split("_")[1:])) for file in files)
     return {
         ".".join(map(str, release)): "ep_plugin.megatron.versions.core_"
@@ -52,7 +52,7 @@ def release_for(version: str) -> Any:
     if release is None or release.group() not in tables:
         raise ConfigError(
             f"megatron-core {version} has no touch-point table; supported are {', '.join(tables)}; "
-            f"pip install 'megatron-core[training]=={list(tables)[-1]}.*' would do"
+            f"run pip install 'megatron-core[training]=={list(tables)[-1]}.*'"
         )
     return importlib.import_module(tables[release.group()])
 
@@ -124,8 +124,8 @@ def verify() -> tuple[Touchpoint, ...]:
     found = problems(table)
     if found:
         raise ConfigError(
-            f"megatron-core {version} does not match the plugin's table: {'; '.join(found)}; "
-            "an unmodified release would do"
+            f"megatron-core {version} does not match the plugin's table: {'; '.join(found)}; use "
+            "an unmodified release"
         )
     return table
 
@@ -139,7 +139,7 @@ def _check_one_megatron(version: str) -> None:
     if core != training:
         raise ConfigError(
             f"megatron.core ({version}) is taken from {core} and megatron.training from "
-            f"{training}; a path with one of them alone would do"
+            f"{training}; use a path with one of them alone"
         )
 
 

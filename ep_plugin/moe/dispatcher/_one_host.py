@@ -17,6 +17,6 @@ def check_one_host(group: dist.ProcessGroup, dispatcher: str) -> None:
     if len(set(hosts)) > 1:
         raise ConfigError(
             f"dispatcher '{dispatcher}' needs the ranks of ep and etp on one host; the "
-            f"{len(hosts)} are on {len(set(hosts))}: {', '.join(sorted(set(hosts)))}; "
-            "dispatcher 'alltoall' would do"
+            f"{len(hosts)} are on {len(set(hosts))}: {', '.join(sorted(set(hosts)))}; use "
+            "dispatcher 'alltoall'"
         )

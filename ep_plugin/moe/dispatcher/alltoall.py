@@ -187,7 +187,7 @@ def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
     if groups.ep_etp is None:
         raise ConfigError(
             f"dispatcher 'alltoall' needs process groups; got ep = {groups.ep_size}, "
-            f"etp = {groups.etp_size} without one; dispatcher 'local' would do"
+            f"etp = {groups.etp_size} without one; use dispatcher 'local'"
         )
     return AllToAllDispatcher(
         config.num_experts, groups, config.dispatch_dedup, narrow_of(config), config.check_splits

@@ -103,8 +103,8 @@ class DeepEPDispatcher:
         """As `Dispatcher` says; raises ConfigError for tokens in another dtype than bf16."""
         if hidden.dtype != torch.bfloat16:
             raise ConfigError(
-                f"dispatcher 'deepep' carries tokens in bfloat16; got {hidden.dtype}; a layer in "
-                "bfloat16 or dispatcher 'alltoall' would do"
+                f"dispatcher 'deepep' carries tokens in bfloat16; got {hidden.dtype}; use a layer "
+                "in bfloat16 or dispatcher 'alltoall'"
             )
         trip = _Trip(self.buffer, self.num_experts)
         tokens, ids, probs = _Dispatch.apply(hidden, routing.probs, routing.expert_ids, trip)
@@ -194,7 +194,7 @@ def build(config: MoEConfig, groups: ExpertGroups) -> DeepEPDispatcher:
     ]
     for is_met, rule, value, instead in rules:
         if not is_met:
-            raise ConfigError(f"dispatcher 'deepep' needs {rule}; got {value}; {instead} would do")
+            raise ConfigError(f"dispatcher 'deepep' needs {rule}; got {value}; use {instead}")
     assert groups.ep is not None
     check_one_host(groups.ep, "deepep")
     return DeepEPDispatcher(config.num_experts, groups, config.hidden_size)

@@ -29,6 +29,6 @@ def build(config: MoEConfig, groups: ExpertGroups) -> LocalDispatcher:
     if groups.ep_etp_size != 1:
         raise ConfigError(
             f"dispatcher 'local' needs ep*etp = 1; got ep = {groups.ep_size}, "
-            f"etp = {groups.etp_size}; dispatcher 'alltoall' would do"
+            f"etp = {groups.etp_size}; use dispatcher 'alltoall'"
         )
     return LocalDispatcher()

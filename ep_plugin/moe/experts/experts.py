@@ -101,8 +101,8 @@ class Experts(nn.Module):
         ffn, etp = config.ffn_hidden_size, groups.etp_size
         if ffn % etp:
             raise ConfigError(
-                f"ffn_hidden_size ({ffn}) must be divisible by etp ({etp}); "
-                f"etp = {largest_divisor(ffn, etp)} would do"
+                f"ffn_hidden_size ({ffn}) must be divisible by etp ({etp}); use "
+                f"etp = {largest_divisor(ffn, etp)}"
             )
         self.num_local_experts = config.num_experts // groups.ep_size
         self.gated = config.gated

@@ -75,14 +75,14 @@ def build(
     if routing.capacity_factor is None:
         raise ConfigError(
             "router (expert_choice) needs capacity_factor, the experts of an average token; got "
-            "None; 2.0 would do"
+            "None; use 2.0"
         )
     default = RoutingConfig()
     for name, reason in UNUSED.items():
         value, legal = getattr(routing, name), getattr(default, name)
         if value != legal:
             raise ConfigError(
-                f"router (expert_choice) {reason}: {name} ({value}) has no meaning; "
-                f"{name} = {legal} would do"
+                f"router (expert_choice) {reason}: {name} ({value}) has no meaning; use "
+                f"{name} = {legal}"
             )
     return ExpertChoiceRouter(config, groups, device, dtype)

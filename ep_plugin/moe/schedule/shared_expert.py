@@ -31,6 +31,6 @@ def build(config: MoEConfig, block: Block) -> Schedule:
     if block.shared_expert is None:
         raise ConfigError(
             "overlap (shared_expert) computes a shared expert while tokens travel, and there is "
-            "none; overlap = chunked or serial would do"
+            "none; use overlap = chunked or serial"
         )
     return beside_dispatch

@@ -16,10 +16,10 @@ def check_recipe(
         if size % multiple:
             raise ConfigError(
                 f"fp8 ({recipe}) needs {name} on each rank ({size}) to be a multiple of "
-                f"{multiple}; {-(-size // multiple) * multiple} or fp8 = off would do"
+                f"{multiple}; use {-(-size // multiple) * multiple} or fp8 = off"
             )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         raise ConfigError(
             f"fp8 ({recipe}) needs a GPU of compute capability 9.0 (H100) or newer; this is "
-            f"{torch.cuda.get_device_name(device)}; fp8 = off would do"
+            f"{torch.cuda.get_device_name(device)}; use fp8 = off"
         )

@@ -21,7 +21,7 @@ except AssertionError as error:  # it says nothing more when it finds no compile
 
 if type(deep_gemm._C).__module__.partition(".")[0] == "tvm_ffi":
     raise ImportError(
-        "deep_gemm here is sgl-deep-gemm, which refuses these bf16 products; DeepGEMM would do"
+        "deep_gemm here is sgl-deep-gemm, which refuses these bf16 products; use DeepGEMM"
     )
 
 ALIGNMENT = 64  # features; the kernels' step along the summed dimension
@@ -55,15 +55,15 @@ class DeepGemm:
 def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGemm:
     """Return the backend; raises ConfigError for a dtype, size or GPU DeepGEMM does not take."""
     if dtype != torch.bfloat16:
-        raise ConfigError(f"gemm 'deepgemm' needs bf16; got {dtype}; gemm 'loop' would do")
+        raise ConfigError(f"gemm 'deepgemm' needs bf16; got {dtype}; use gemm 'loop'")
     for name, features in (("in_features", in_features), ("out_features", out_features)):
         if features % ALIGNMENT:
             raise ConfigError(
-                f"gemm 'deepgemm' needs {name} ({features}) to be a multiple of {ALIGNMENT}; "
-                "gemm 'loop' would do"
+                f"gemm 'deepgemm' needs {name} ({features}) to be a multiple of {ALIGNMENT}; use "
+                "gemm 'loop'"
             )
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        raise ConfigError("gemm 'deepgemm' needs a Hopper GPU; gemm 'loop' would do")
+        raise ConfigError("gemm 'deepgemm' needs a Hopper GPU; use gemm 'loop'")
     return DeepGemm()
 
 
