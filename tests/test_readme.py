@@ -23,6 +23,7 @@ FILES = [block for block in BLOCKS if block.mark.startswith("file ")]
 BASH = [block for block in BLOCKS if block.language == "bash"]
 RUN = [block for block in BASH if not block.mark]
 READ = [block for block in BASH if block.mark.startswith("not run: ")]
+
 FIRST = next(block for block in RUN if "--save runs/dense" in block.text)  # others read its output
 PARSED = ("patches/README.md",)  # needs a checkout of Megatron-LM; test_codemod.py applies patches
 
