@@ -108,7 +108,7 @@ MISTAKES = {
     ),
     "parity": (
         ["missing.py", "--num-experts", "4", "--layouts", "ep=2"],
-        "SCRIPT must be a Python file; use got 'missing.py', which is not here",
+        "SCRIPT must be a Python file; got 'missing.py', which is not here",
     ),
     "report": (["--run", "no_such_folder"], "--run must hold .*'no_such_folder'.*"),
 }

@@ -499,7 +499,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
         (["--num-experts", "1"], r"--num-experts must be at least 2; got 1"),
         (
             ["--layers", "[0,1]"],
-            r"\[0,1\] has 2 entries, but the checkpoint has 4 layers; \[1,1,1,1",
+            r"\[0,1\] has 2 entries, but the checkpoint has 4 layers; use \[1,1,1,1",
         ),
         (["--layers", "[0]*4"], r"leaves every layer dense"),
         (["--layers", "[2]*4"], r"is no list of 0 and 1"),

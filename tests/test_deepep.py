@@ -109,7 +109,7 @@ REFUSED = [
     "needs a hidden_size that is a multiple of 16, 8176 at most; got 8192",
     "needs probabilities in fp32; got fp64; use router_dtype = fp32",
     "needs at most 128 experts of a rank; got 129; use dispatcher 'alltoall'",
-    "carries tokens in bfloat16; got torch.float32; a layer in bfloat16 or dispatcher 'alltoall'",
+    "carries tokens in bfloat16; got torch.float32; use a layer in bfloat16 or dispatcher 'alltoall'",
 ]
 
 

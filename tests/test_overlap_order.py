@@ -195,7 +195,7 @@ class Block:
 REFUSED = [
     ("shared_expert", {}, "there is none; use overlap = chunked or serial"),
     ("chunked", {"bias": True}, "needs experts without bias; .* overlap = serial"),
-    ("chunked", {"dispatcher": "other"}, r"dispatcher \(other\) does not; dispatcher = alltoall"),
+    ("chunked", {"dispatcher": "other"}, r"dispatcher \(other\) does not; use dispatcher = alltoall"),
 ]
 
 

@@ -207,14 +207,14 @@ MISTAKES = {
             *("--num-experts", "4", "--moe-layer-freq", "[1,1]"),
             *("--ep-experts-per-layer", "4"),
         ),
-        "must have one entry per MoE layer (2) with --num-experts (4) the largest; got (4,); 4*2",
+        "must have one entry per MoE layer (2) with --num-experts (4) the largest; got (4,); use 4*2",
     ),
     "a pyramid over ranks": (
         (
             *("--num-experts", "4", "--moe-layer-freq", "[1,1]"),
             *("--ep-experts-per-layer", "3,4", "--expert-model-parallel-size", "2"),
         ),
-        "num_experts (3) must be divisible by ep (2); use use ep = 1",
+        "num_experts (3) must be divisible by ep (2); use ep = 1",
     ),
     "a residual of nothing": (
         ("--num-experts", "4", "--ep-shared-expert", "learned"),
