@@ -94,7 +94,7 @@ def test_the_tree_of_the_architecture_exists() -> None:
                 folder = ROOT / "ep_plugin" / word
     for path in (ROOT / "ep_plugin").iterdir():
         if path.is_dir() and path.name != "__pycache__":
-            assert f"  {path.name}/ " in tree, path.name
+            assert f"\n  {path.name}/ " in tree, path.name
     steps = re.findall(r"<!-- token path -->\n```text\n(.*?)```", text, re.DOTALL)[0]
     for line in steps.splitlines():
         assert (ROOT / "ep_plugin" / line.split()[0]).is_file(), line
