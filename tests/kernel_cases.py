@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ep_plugin.moe.config import GATED
-from ep_plugin.moe.e4m3 import E4M3, Blocks8, Narrow8, Rows8, Weight8, WeightBlocks8
-from ep_plugin.moe.kernels import TILE, Target, blocks_torch
+from ep_plugin.moe.e4m3 import E4M3, Blocks8, Rows8, Values8, Weight8, WeightBlocks8
 from ep_plugin.moe.kernels import _on_any as twins
 from ep_plugin.moe.kernels import _on_cuda as kernels
+from ep_plugin.moe.kernels import blocks_torch
 from ep_plugin.moe.kernels.rows import count_choices
+from ep_plugin.moe.kernels.types import TILE, Target
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STEP = {
@@ -116,13 +117,13 @@ def check_moves(tokens: int, experts: int, choices: int, width: int, device: str
         assert_near(columns.data[:, :size], twin.data[:, :size], len(twin.data), "transpose_rows")
 
 
-def check_spread8(tokens: Narrow8, place: Tensor, ends: Tensor) -> Narrow8:
+def check_spread8(tokens: Values8, place: Tensor, ends: Tensor) -> Values8:
     """Return the rows as the twin has them."""
     rows = int(ends[-1])
     found, expected = (m.spread_rows8(tokens, place, ends) for m in (kernels, twins))
     assert_same([found.data[:rows]], [expected.data[:rows]], "spread_rows8")
     assert_same([found.scale[:rows]], [expected.scale[:rows]], "spread_rows8, scales")
-    spread: Narrow8 = expected
+    spread: Values8 = expected
     return spread
 
 

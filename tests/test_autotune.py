@@ -11,7 +11,8 @@ import torch
 
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts import autotune
-from ep_plugin.moe.experts.autotune import AutoGemm, _times, candidates, choose
+from ep_plugin.moe.experts.autotune import _times, candidates, choose
+from ep_plugin.moe.experts.experts import GroupedLinear
 from ep_plugin.moe.experts.gemm.loop import LoopGemm
 from ep_plugin.moe.experts.gemm.torch_grouped import TorchGroupedGemm
 from ep_plugin.moe.interfaces import GroupedGemm
@@ -140,12 +141,12 @@ def test_on_the_cpu_it_is_the_loop_settled_once(monkeypatch: pytest.MonkeyPatch)
 
     real = autotune.settle
     monkeypatch.setattr(autotune, "settle", settle)
-    auto, weight = AutoGemm(), torch.empty(2, 16, 8)
-    assert isinstance(auto.pick(weight, 0), LoopGemm)
-    picked = [auto.pick(weight, rows) for rows in (5, 9)]
+    linear = GroupedLinear(2, 8, 16, bias=False, gemm="auto")
+    assert isinstance(linear.pick_gemm(0), LoopGemm)
+    picked = [linear.pick_gemm(rows) for rows in (5, 9)]
     assert picked[0] is picked[1]
     assert isinstance(picked[0], LoopGemm)
-    auto.pick(weight.bfloat16(), 7)
+    linear.bfloat16().pick_gemm(7)
     assert calls == [(torch.float32, 5), (torch.bfloat16, 7)]
 
 
@@ -164,7 +165,7 @@ def test_on_a_gpu_it_measures_and_then_reads(
     monkeypatch.setattr(autotune, "candidates", lambda weight: both)
     weight = torch.randn(4, 256, 128, device="cuda", dtype=torch.bfloat16)
     state = torch.cuda.get_rng_state()
-    first, second = AutoGemm().pick(weight, 1000), AutoGemm().pick(weight, 1024)
+    first, second = autotune.pick(weight, 1000), autotune.pick(weight, 1024)
     assert type(first) is type(second)
     assert "1024 rows" in log.messages[0]
     assert "measured in" in log.messages[0]
@@ -175,18 +176,18 @@ def test_on_a_gpu_it_measures_and_then_reads(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_nothing_is_measured_while_a_graph_is_captured(cache: Path) -> None:
-    weight = torch.randn(4, 256, 128, device="cuda", dtype=torch.bfloat16)
-    auto, graph = AutoGemm(), torch.cuda.CUDAGraph()
+    linear = GroupedLinear(4, 128, 256, False, "auto", device="cuda", dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        assert isinstance(auto.pick(weight, 1000), TorchGroupedGemm)
+        assert isinstance(linear.pick_gemm(1000), TorchGroupedGemm)
     assert not cache.exists()
 
 
 def test_deterministic_layers_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A measurement can end differently in the next run, and then so do the bits."""
     rows: list[int] = []
-    real = AutoGemm.pick
-    monkeypatch.setattr(AutoGemm, "pick", lambda s, w, n: rows.append(n) or real(s, w, n))
+    real = autotune.pick
+    monkeypatch.setattr(autotune, "pick", lambda w, n: rows.append(n) or real(w, n))
     for deterministic in (False, True):
         config = MoEConfig(
             hidden_size=128,

@@ -14,7 +14,7 @@ from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.experts.fused import Bf16, FusedExperts
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched
-from ep_plugin.moe.kernels import plan
+from ep_plugin.moe.rows import expert_rows
 
 N, C, E, H, F = 40, 2, 4, 64, 48
 CONFIG = MoEConfig(hidden_size=H, ffn_hidden_size=F, num_experts=E)
@@ -49,7 +49,7 @@ def make_experts(config: MoEConfig, dtype: torch.dtype, generator: torch.Generat
 
 def fused(experts: Experts, inbox: Dispatched, save: Any) -> Tensor:
     """The fused path without FP8, on the twins."""
-    rows = plan(inbox.expert_ids, inbox.tokens_per_expert, experts.config.activation)
+    rows = expert_rows(inbox.expert_ids, inbox.tokens_per_expert, experts.config.activation)
     recipe = Bf16(rows, experts.linear_fc1.pick_gemm(len(rows.order)))
     weights = (experts.linear_fc1.weight, experts.linear_fc2.weight)
     output: Tensor = FusedExperts.apply(
@@ -266,7 +266,7 @@ def test_weights_are_quantised_when_told() -> None:
 
 
 def test_fp8_refuses_biases() -> None:
-    with pytest.raises(ConfigError, match="use bias = False or fp8 = off"):
+    with pytest.raises(ConfigError, match="use bias=False or fp8='off'"):
         replace(CONFIG, bias=True, fp8="rowwise")
 
 

@@ -116,11 +116,11 @@ def test_a_graph_needs_a_step_before_it() -> None:
 def test_several_hosts_are_refused_on_every_rank() -> None:
     refusals = run_ranks(4, refusal_on_hosts)
     assert len(set(refusals)) == 1
-    assert "the 4 are on 2: host0, host1; use dispatcher 'alltoall'" in refusals[0]
+    assert "the 4 are on 2: host0, host1; use dispatcher='alltoall'" in refusals[0]
 
 
 def test_without_groups_is_refused() -> None:
-    with pytest.raises(ConfigError, match="use dispatcher 'local'"):
+    with pytest.raises(ConfigError, match="use dispatcher='local'"):
         resolve("dispatcher", "symm_mem")(cases.CONFIG, ExpertGroups())
 
 

@@ -110,5 +110,6 @@ def test_two_batches_have_the_bits_of_two_calls() -> None:
 
 
 def test_one_call_alone_is_serial() -> None:
-    built = [resolve("overlap", name)(BASE, None) for name in ("two_batch", "serial")]
+    layer = MoELayer(BASE)
+    built = [resolve("overlap", name)(BASE, layer) for name in ("two_batch", "serial")]
     assert built[0] is built[1]

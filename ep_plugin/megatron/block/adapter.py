@@ -28,7 +28,7 @@ from ep_plugin.megatron.block.sharded_state import EXTRA_STATE, expert_sharded_s
 from ep_plugin.megatron.block.shared_expert import build_shared_expert
 from ep_plugin.megatron.block.tracking import RoutingTracker
 from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
-from ep_plugin.moe.interfaces import Routing
+from ep_plugin.moe.interfaces import Routing, set_up_router
 from ep_plugin.moe.layer import MoELayer
 
 
@@ -97,8 +97,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
             initialize_experts(layer.experts, config, groups, grouped=grouped)
         set_tags(replicated, layer.experts, config, groups)
         layer.experts.totals = MainGrads(layer.experts)
-        router.attach_loss = self._attach_loss
-        router.collect_metrics = self.settings.metrics
+        set_up_router(router, attach_loss=self._attach_loss, collect_metrics=self.settings.metrics)
         router.register_forward_hook(self._after_routing)
         if self.use_shared_expert:
             self.shared_experts = build_shared_expert(config, submodules, pg_collection, name)
@@ -118,7 +117,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Return ([S, B, H], no bias) for `hidden_states` [S, B, H]."""
-        combined.refuse_padding(padding_mask)
+        if padding_mask is not None:
+            combined.refuse_padding(padding_mask)
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._compute, False, hidden_states), None
         return self._compute(hidden_states), None

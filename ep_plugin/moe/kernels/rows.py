@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ep_plugin.moe.e4m3 import Narrow8
+from ep_plugin.moe.e4m3 import Values8
 from ep_plugin.moe.kernels._launch import cdiv, jit, next_power_of_2
 
 
@@ -174,8 +174,8 @@ def spread_rows(
 
 
 def spread_rows8(
-    tokens: Narrow8, place: Tensor, ends: Tensor, num_rows: int | None = None
-) -> Narrow8:
+    tokens: Values8, place: Tensor, ends: Tensor, num_rows: int | None = None
+) -> Values8:
     """Do as `spread_rows` for tokens in e4m3."""
     return type(tokens)(*_spread(tokens.data, tokens.scale, place, ends, num_rows))
 

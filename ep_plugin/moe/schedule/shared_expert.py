@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
-from ep_plugin.moe.interfaces import Block, Routing, Schedule, combine, compute
+from ep_plugin.moe.interfaces import Block, Routing, Schedule, combine
 
 
 def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
@@ -23,14 +23,14 @@ def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Ten
     shared = block.shared_expert(hidden)
     inbox = pending.wait()
     del pending  # and the tokens that were sent
-    return combine(block.dispatcher, compute(block, inbox), inbox), shared
+    return combine(block.dispatcher, block.compute(inbox), inbox), shared
 
 
 def build(config: MoEConfig, block: Block) -> Schedule:
     """Return the schedule; raises ConfigError without a shared expert."""
     if block.shared_expert is None:
         raise ConfigError(
-            "overlap (shared_expert) computes a shared expert while tokens travel, and there is "
-            "none; use overlap = chunked or serial"
+            "<overlap> (shared_expert) computes a shared expert while tokens travel, and there is "
+            "none; use <overlap=chunked> or <overlap=serial>"
         )
     return beside_dispatch
