@@ -24,6 +24,7 @@ FOREIGN = {
     "--nodes": "sbatch",
     "--table": "tests/edge/support_matrix.py",
     "--quick": "tests/run.sh",
+    "--releases": "tests/run.sh",
 }
 
 
