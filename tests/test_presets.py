@@ -1,4 +1,4 @@
-"""Presets: parameter tables of the papers, recomputed; the README's table; the command."""
+"""Presets: parameter tables of the papers, recomputed; the table of the document; the command."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from ep_plugin.megatron.arguments.spell import megatron_arguments
 from ep_plugin.presets import active_params, load, presets, total_params
 from ep_plugin.presets._model import Model, Preset
 
-README = Path(__file__).parents[1] / "README.md"
+TABLES = Path(__file__).parents[1] / "docs" / "presets.md"
 # preset -> (total, active) in billions, to the digits given; recomputed from each paper's shapes
 TABLE = {
     "switch-base-128": ("7.415", "0.2241"),
@@ -244,9 +244,9 @@ def table() -> str:
     return head + "\n".join(map(row, big)) + "\n\nFor tests: " + ", ".join(nanos) + "."
 
 
-def test_the_readme_has_this_table() -> None:
-    found = re.findall(r"<!-- presets -->\n(.*?)\n<!-- /presets -->", README.read_text(), re.DOTALL)
-    assert found == [table()], f"the README's table should be:\n{table()}"
+def test_the_document_has_this_table() -> None:
+    found = re.findall(r"<!-- presets -->\n(.*?)\n<!-- /presets -->", TABLES.read_text(), re.DOTALL)
+    assert found == [table()], f"the table of docs/presets.md should be:\n{table()}"
 
 
 def test_arguments_are_flags_with_values_that_megatron_s_and_ours_name() -> None:

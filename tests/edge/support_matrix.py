@@ -1,7 +1,7 @@
-"""Run every layout and check on every release; keep what was found and write the README's table.
+"""Run every layout and check on every release; keep what was found and write the document's table.
 
 python tests/edge/support_matrix.py [RELEASE ...]   minutes for each release; by default all
-python tests/edge/support_matrix.py --table         write the README's table anew, run nothing
+python tests/edge/support_matrix.py --table         write the document's table anew, run nothing
 
 The results stay in benchmarks/results/support_matrix.json; a release that is run replaces its own.
 """
@@ -19,7 +19,7 @@ from releases import RELEASES, ROOT
 from tqdm import tqdm
 
 FILE = ROOT / "benchmarks" / "results" / "support_matrix.json"
-README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "support-matrix.md"
 MARKS = ("<!-- support matrix -->\n", "<!-- /support matrix -->")
 RELATIVE = 1e-5
 ITERATIONS = 10
@@ -46,7 +46,7 @@ def _layout(found: dict[str, Any], case: Case) -> dict[str, Any]:
 
 
 def table(kept: dict[str, Any]) -> str:
-    """Return the README's table: a row for each layout and check, a column for each release."""
+    """Return the document's table: a row for each layout and check, a column for each release."""
     lines = [
         "| | " + " | ".join(RELEASES) + " |",
         "|---|" + "---|" * len(RELEASES),
@@ -74,9 +74,9 @@ def main() -> None:
         for version in tqdm(sys.argv[1:] or RELEASES, unit="release"):
             kept[version] = measure(version)
             FILE.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
-    before, _, rest = README.read_text().partition(MARKS[0])
+    before, _, rest = DOCUMENT.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
-    README.write_text(before + MARKS[0] + table(kept) + MARKS[1] + after)
+    DOCUMENT.write_text(before + MARKS[0] + table(kept) + MARKS[1] + after)
 
 
 if __name__ == "__main__":
