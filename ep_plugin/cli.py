@@ -19,6 +19,7 @@ COMMANDS = {
     "parity": "compare layouts with one rank, on your own script",
     "plan": "foresee what a layer's exchanges take on so many ranks",
     "presets": "list published systems, or print one's arguments",
+    "recipes": "list the scripts, models and layouts, and copy them",
     "report": "draw what happened in runs, as HTML and PNG",
 }
 

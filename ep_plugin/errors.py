@@ -1,11 +1,35 @@
 """A mistake of the user's, and how it is found: on every rank alike, before any communication.
 
-A message has the rule, the names, the values and a legal alternative.
+A message has the rule, the names, the values and what to use instead.
 """
+
+import re
+from collections.abc import Callable
 
 
 class ConfigError(ValueError):
-    """A setting the user can change. Commands print it as one sentence and exit with code 2."""
+    """A setting the user can change. Commands print it as one sentence and exit with code 2.
+
+    Names of settings may stand in angle brackets, `<topk>`, or `<topk=4>` for what to use. As text
+    they read as in Python, `topk=4`; `spelled` puts other words, such as the flags that were typed.
+    """
+
+    def __str__(self) -> str:
+        return self.spelled(_in_python)
+
+    def spelled(self, word: Callable[[str, str | None], str]) -> str:
+        """Return the message with `word(name, value)` for each setting; value None: the name."""
+        return _SETTING.sub(lambda found: word(found[1], found[2]), super().__str__())
+
+
+_SETTING = re.compile(r"<([a-z]\w*)(?:=([^<>]*))?>")
+
+
+def _in_python(name: str, value: str | None) -> str:
+    if value is None:
+        return name
+    bare = value in ("None", "True", "False") or value.replace(".", "", 1).lstrip("-").isdigit()
+    return f"{name}={value if bare else repr(value)}"
 
 
 class BackendUnavailable(ConfigError):
@@ -29,5 +53,5 @@ def check_counts(config: object, counts: dict[str, tuple[int, str]]) -> None:
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or value < smallest):
             raise ConfigError(
-                f"{name} must be an integer of at least {smallest}; got {value}; use {legal}"
+                f"<{name}> must be an integer of at least {smallest}; got {value}; use {legal}"
             )

@@ -216,8 +216,8 @@ def train_tokenizer(documents: list[str], folder: Path, vocab_size: int) -> None
     except RuntimeError as error:
         limit = re.search(r"(?:value <=|\d vs) (\d+)", str(error))
         raise ConfigError(
-            f"--vocab-size ({vocab_size}) does not fit the text; use "
-            + (f"{limit[1]}" if limit else f"SentencePiece says: {error}")
+            f"--vocab-size ({vocab_size}) does not fit the text; "
+            + (f"use {limit[1]}" if limit else f"SentencePiece says: {error}")
         ) from error
     (folder / "tokenizer.vocab").unlink()
 

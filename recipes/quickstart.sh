@@ -60,8 +60,8 @@ settle_sizes() {
     batch=$((MICRO_BATCH * RANKS))
     GLOBAL_BATCH="${GLOBAL_BATCH:-$(((15 + batch) / batch * batch))}"
     ((GLOBAL_BATCH % batch == 0)) || refuse "GLOBAL_BATCH must be a multiple of" \
-        "MICRO_BATCH x RANKS; use got GLOBAL_BATCH=$GLOBAL_BATCH," \
-        "MICRO_BATCH=$MICRO_BATCH, RANKS=$RANKS;" \
+        "MICRO_BATCH x RANKS; got GLOBAL_BATCH=$GLOBAL_BATCH," \
+        "MICRO_BATCH=$MICRO_BATCH, RANKS=$RANKS; use" \
         "GLOBAL_BATCH=$(((GLOBAL_BATCH + batch - 1) / batch * batch))"
 }
 

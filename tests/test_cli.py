@@ -37,6 +37,7 @@ FLAGS = {
         "--preset --recompute --seq-length --tokens --topk --tp"
     ),
     "presets": "NAME --json",
+    "recipes": "NAME --copy --json",
     "report": "--device --ep --experts --json --ranks --resumed-at-iteration --run --topk",
 }
 
@@ -108,7 +109,11 @@ MISTAKES = {
     ),
     "parity": (
         ["missing.py", "--num-experts", "4", "--layouts", "ep=2"],
-        "SCRIPT must be a Python file; use got 'missing.py', which is not here",
+        "SCRIPT must be a Python file; got 'missing.py', which is not here",
+    ),
+    "recipes": (
+        ["--copy", "train", "qwen3-nan"],
+        "NAME must be one that `ep-plugin recipes` lists; got 'qwen3-nan'; use qwen3-nano",
     ),
     "report": (["--run", "no_such_folder"], "--run must hold .*'no_such_folder'.*"),
 }

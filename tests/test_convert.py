@@ -25,13 +25,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ep_plugin.checkpoint.adapt.upcycle import Upcycling, plan
+from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycle import upcycle
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
 from ep_plugin.checkpoint.patterns import Rule, match_names
 from ep_plugin.checkpoint.tensors import NewTensor
 from ep_plugin.cli import build_parser, main
-from ep_plugin.commands.convert import settings_from
+from ep_plugin.commands.convert.request import settings_from
 from ep_plugin.errors import ConfigError
 
 L, H, F, V, E = 4, 8, 12, 32, 4
@@ -499,7 +500,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
         (["--num-experts", "1"], r"--num-experts must be at least 2; got 1"),
         (
             ["--layers", "[0,1]"],
-            r"\[0,1\] has 2 entries, but the checkpoint has 4 layers; \[1,1,1,1",
+            r"\[0,1\] has 2 entries, but the checkpoint has 4 layers; use \[1,1,1,1",
         ),
         (["--layers", "[0]*4"], r"leaves every layer dense"),
         (["--layers", "[2]*4"], r"is no list of 0 and 1"),
@@ -616,7 +617,7 @@ def test_one_source_tensor_at_a_time(tmp_path: Path) -> None:
         return values
 
     counted = dataclasses.replace(source, read_tensor=read)
-    new = plan(counted, Upcycling(num_experts=E, topk=2), keep_optimizer=False)
+    new = upcycle(counted, Upcycling(num_experts=E, topk=2), keep_optimizer=False)
     written: list[int] = []
     write_checkpoint(tmp_path / "moe", counted, new.common, new.content, written.append)
     assert len(alive) == len(per_layer(dense_tensors())) - 1
@@ -654,7 +655,7 @@ def test_the_recipe_s_conversions_are_legal() -> None:
     for words in lines:
         numbers = ["1" if word == "$PROCESSES" else word for word in words[1:]]
         args = build_parser("convert").parse_args(numbers)
-        settings = settings_from(args)
+        settings = settings_from(vars(args))
         modes.add(settings.mode)
         target = str(args.target)
         (train,) = (shlex.split(s) for s in script.splitlines() if f'--load "{target}"' in s)

@@ -15,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ep_plugin.checkpoint import family
+from ep_plugin.checkpoint.adapt.fit_family import fit_family
 from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron
-from ep_plugin.checkpoint.conversion import open_source, to_hf_folder
 from ep_plugin.checkpoint.formats import hf_safetensors, megatron_dist
+from ep_plugin.checkpoint.open import open_source
+from ep_plugin.checkpoint.target import aim
 from ep_plugin.checkpoint.tensors import NewTensor, Region, TensorInfo
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
@@ -142,7 +144,10 @@ def test_a_mode_that_does_not_says_so(
     flags = ["--mode", "drop", "--format", "hf", *EXPERTS, "--verify"]
     assert convert(models("llama"), tmp_path / "moe", *flags) == 0
     assert "the output is not kept: --mode drop draws 50%" in capsys.readouterr().out
-    assert not parity(tmp_path / "moe")["passed"]
+    report = parity(tmp_path / "moe")
+    assert report["passed"]  # it was not to be kept
+    assert not report["same"]
+    assert report["deviations"] == ["--mode drop draws 50% of each expert's channels anew"]
 
 
 def test_some_layers_stay_dense(models: Any, tmp_path: Path) -> None:
@@ -417,10 +422,10 @@ def test_gemma_with_experts_and_a_factor_of_logits_is_refused(
 ) -> None:
     """Mixtral has none; a Megatron run with muP at another base width has one."""
     assert convert(models("gemma"), tmp_path / "moe", *EXPERTS) == 0
-    opened = open_source(tmp_path / "moe")
+    opened = open_source(tmp_path / "moe", "hf")
     setattr(opened.args, factor, 16)
     with pytest.raises(ConfigError, match=f"no gemma: {factor} = 16, not"):
-        to_hf_folder(opened, opened, None, tmp_path / "moe")
+        aim(fit_family(opened, opened, "hf", None), "hf", None)
 
 
 def test_gemma_in_bf16_says_what_folding_rounds(

@@ -44,14 +44,18 @@ def states(master: str) -> dict[str, Tensor]:
 
 
 def save(
-    root: Path, tensors: dict[str, Tensor], groups: Any = GROUPS, stacked: bool = True
+    root: Path,
+    tensors: dict[str, Tensor],
+    groups: Any = GROUPS,
+    stacked: bool = True,
+    **changes: Any,
 ) -> None:
     """A dense checkpoint with optimizer state; weights in bf16."""
     weights = {
         name: values if name.startswith("optimizer.") else values.bfloat16()
         for name, values in tensors.items()
     }
-    path = save_dense(root, weights, stacked=stacked, common_in_file=True) / "common.pt"
+    path = save_dense(root, weights, stacked, True, **changes) / "common.pt"
     common = torch.load(path, weights_only=False)
     torch.save({**common, "optimizer": groups}, path)
 

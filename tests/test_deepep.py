@@ -102,14 +102,15 @@ def refusals() -> list[str]:
 
 
 REFUSED = [
-    "needs process groups; got None; use dispatcher 'local'",
-    "needs etp = 1; got 2; use dispatcher 'alltoall'",
-    "needs dispatch_dtype = bf16; got fp8; use dispatcher 'alltoall'",
+    "needs process groups; got None; use dispatcher='local'",
+    "needs etp=1; got 2; use dispatcher='alltoall'",
+    "needs dispatch_dtype='bf16'; got fp8; use dispatcher='alltoall'",
     "needs a hidden_size that is a multiple of 16, 8176 at most; got 24",
     "needs a hidden_size that is a multiple of 16, 8176 at most; got 8192",
-    "needs probabilities in fp32; got fp64; use router_dtype = fp32",
-    "needs at most 128 experts of a rank; got 129; use dispatcher 'alltoall'",
-    "carries tokens in bfloat16; got torch.float32; a layer in bfloat16 or dispatcher 'alltoall'",
+    "needs probabilities in fp32; got fp64; use router_dtype='fp32'",
+    "needs at most 128 experts of a rank; got 129; use dispatcher='alltoall'",
+    "carries tokens in bfloat16; got torch.float32; use a layer in bfloat16 or "
+    "dispatcher='alltoall'",
 ]
 
 

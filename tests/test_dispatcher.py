@@ -132,5 +132,5 @@ def test_laws(name: str, dedup: bool) -> None:
 
 @pytest.mark.parametrize("name", ["alltoall", "hierarchical"])
 def test_no_groups_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="use dispatcher 'local'"):
+    with pytest.raises(ConfigError, match="use dispatcher='local'"):
         resolve("dispatcher", name)(CONFIG, ExpertGroups())

@@ -266,7 +266,7 @@ def test_weights_are_quantised_when_told() -> None:
 
 
 def test_fp8_refuses_biases() -> None:
-    with pytest.raises(ConfigError, match="use bias = False or fp8 = off"):
+    with pytest.raises(ConfigError, match="use bias=False or fp8='off'"):
         replace(CONFIG, bias=True, fp8="rowwise")
 
 

@@ -79,5 +79,5 @@ def test_backend_equals_the_oracle_on_a_gpu(name: str, counts: list[int]) -> Non
 def test_torch_grouped_refuses_what_it_cannot_align() -> None:
     with pytest.raises(ConfigError, match=r"in_features \(12\) to be a multiple of 8"):
         resolve("gemm", "torch_grouped")(12, 16, torch.bfloat16)
-    with pytest.raises(ConfigError, match="use gemm 'loop'"):
+    with pytest.raises(ConfigError, match="use gemm='loop'"):
         resolve("gemm", "torch_grouped")(16, 16, torch.float64)

@@ -44,15 +44,15 @@ def test_expert_tensor_parallel_defaults_to_tensor_parallel() -> None:
     [
         (
             {"world_size": 8, "ep": 3},
-            r"ep\*etp\*pp \(3\*1\*1\) must divide world_size \(8\); use ep = 2 with etp = 1",
+            r"ep\*etp\*pp \(3\*1\*1\) must divide world_size \(8\); use ep=2 with etp=1",
         ),
         (
             {"world_size": 6, "tp": 2, "ep": 2},
-            r"ep\*etp\*pp \(2\*2\*1\) must divide world_size \(6\); use ep = 1 with etp = 2",
+            r"ep\*etp\*pp \(2\*2\*1\) must divide world_size \(6\); use ep=1 with etp=2",
         ),
         (
             {"world_size": 6, "tp": 4},
-            r"tp\*cp\*pp \(4\) must divide world_size \(6\); use world_size = 4",
+            r"tp\*cp\*pp \(4\) must divide world_size \(6\); use world_size=4",
         ),
         ({"world_size": 4, "ep": 0}, "ep must be at least 1; got 0"),
         ({"world_size": 4, "order": "tp-ep"}, "order must name each of tp, cp, ep, dp, pp once"),

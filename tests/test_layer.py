@@ -238,7 +238,7 @@ def test_keeps_leading_dimensions() -> None:
 
 
 def test_uneven_experts_are_refused() -> None:
-    message = r"num_experts \(4\) must be divisible by ep \(3\); use ep = 2"
+    message = r"num_experts \(4\) must be divisible by ep \(3\); use ep=2"
     with pytest.raises(ConfigError, match=message):
         create_uneven_layer()
 

@@ -283,5 +283,5 @@ def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_an_unknown_name_is_answered_with_close_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown preset 'qwen3-30b'; qwen3-30b-a3b"):
+    with pytest.raises(ConfigError, match="unknown preset 'qwen3-30b'; use qwen3-30b-a3b"):
         load("qwen3-30b")

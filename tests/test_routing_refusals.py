@@ -49,7 +49,7 @@ CONTRADICTIONS = [
     ({"num_moe_layers": -1}, {"num_moe_layers": 1}),
     ({"comm_sms": 0}, {"comm_sms": 32}),
     ({"router": "expert_choice"}, {"router": "topk"}),
-    ({"router": "expert_choice"}, {"force_expert_choice": True}),
+    ({"router": "expert_choice"}, {"force_expert_choice": True, "capacity_factor": 2.0}),
 ]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_contradictions_are_refused_with_a_way_out(
     named = [name for name, value in settings.items() if f"{name} ({value})" in message]
     assert named or all(name in message for name in settings)
     for name, value in alternative.items():
-        assert f"{name} = {value} " in message
+        assert re.search(rf"{name}={value!r}(?![\w.])", message)
     configure(settings | alternative)
 
 
@@ -84,7 +84,8 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"aux_loss_coeff": -0.1}, "must be finite and not negative", {"aux_loss_coeff": 0.0}),
     ({"aux_loss_coeff": math.nan}, "must be finite and not negative", {"aux_loss_coeff": 0.0}),
     ({"z_loss_coeff": math.inf}, "must be finite and not negative", {"z_loss_coeff": 0.0}),
-    ({"bias_update_rate": -1.0}, "must be finite and not negative", {"bias_update_rate": 0.0}),
+    ({"bias_update_rate": -1.0, "expert_bias": True},
+     "must be finite and not negative", {"bias_update_rate": 0.0}),
     ({"jitter_eps": 1.5}, "must be in [0, 1)", {"jitter_eps": 0.01}),
     ({"second_threshold": 0.0}, "must be in (0, 1]", {"second_threshold": 0.2}),
 ]  # fmt: skip
@@ -99,7 +100,7 @@ def test_values_out_of_range_are_refused(
         configure(settings)
     message = str(raised.value)
     assert message.startswith(f"{name} {rule}; got {value}; ")
-    assert all(f"{key} = {choice}" in message for key, choice in legal.items())
+    assert all(f"{key}={choice!r}" in message for key, choice in legal.items())
     configure(settings | legal)
 
 
@@ -123,8 +124,12 @@ def test_names_of_no_choice_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be one of {legal}; got 'tanh'"):
         configure({name: "tanh"})
     for value in CHOICES[name]:
-        drops = name == "drop_policy" and value != "none"
-        configure({"group_tokens": 4, "capacity_factor": 1.0 if drops else None, name: value})
+        partners: dict[str, Any] = {"aux_loss_coeff": 0.1} if name.startswith("aux_loss") else {}
+        if value == "group":
+            partners["group_tokens"] = 4
+        if name == "capacity_rounding" or (name == "drop_policy" and value != "none"):
+            partners |= {"capacity_factor": 1.0, "drop_policy": "probs"}
+        configure(partners | {name: value})
 
 
 @pytest.mark.parametrize("given", [{"num_groups": 2}, {"group_topk": 2}])
@@ -132,7 +137,7 @@ def test_groups_without_a_choice_are_refused(given: dict[str, int]) -> None:
     values = {"num_groups": None, "group_topk": None, **given}
     message = (
         f"num_groups ({values['num_groups']}) and group_topk ({values['group_topk']}) must be set "
-        "together; use both None"
+        "together; use both, or neither"
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
         configure(given)
@@ -141,7 +146,7 @@ def test_groups_without_a_choice_are_refused(given: dict[str, int]) -> None:
 
 def test_expert_choice_is_refused_unless_forced() -> None:
     config = {"hidden_size": 8, "ffn_hidden_size": 8, "num_experts": 8, "router": "expert_choice"}
-    with pytest.raises(ConfigError, match="a causal model would see its future; router = topk"):
+    with pytest.raises(ConfigError, match="a causal model would see its future; use router='topk'"):
         MoEConfig(**config)  # type: ignore[arg-type]
     forced = RoutingConfig(force_expert_choice=True)
     config["routing"] = forced  # type: ignore[assignment]
@@ -166,5 +171,42 @@ def test_expert_choice_refuses_what_it_has_no_use_for(setting: dict[str, object]
     given = {"router": "expert_choice", "capacity_factor": 1.0, "force_expert_choice": True}
     MoELayer(configure(given))
     name, value = next(iter(setting.items()))
-    with pytest.raises(ConfigError, match=rf"expert_choice.*{name} \({value}\).*use {name} = "):
+    with pytest.raises(ConfigError, match=rf"expert_choice.*{name} \({value}\).*use {name}="):
         MoELayer(configure(given | setting))
+
+
+UNFOUNDED = [  # settings that would do nothing, and what the message says to add
+    ({"second_threshold": 0.5}, {"second_expert": "threshold"}),
+    ({"bias_update_rate": 0.5}, {"expert_bias": True}),
+    ({"min_capacity": 4}, {"capacity_factor": 1.25, "drop_policy": "probs"}),
+    ({"capacity_rounding": "floor"}, {"capacity_factor": 1.25, "drop_policy": "probs"}),
+    ({"capacity_counts_topk": False}, {"capacity_factor": 1.25, "drop_policy": "probs"}),
+    ({"group_tokens": 4}, {"capacity_factor": 1.25, "drop_policy": "probs"}),
+    ({"aux_loss_counts": "top1"}, {"aux_loss_coeff": 0.01}),
+    ({"aux_loss_scope": "global"}, {"aux_loss_coeff": 0.01}),
+    ({"aux_loss_layers": "mean"}, {"aux_loss_coeff": 0.01}),
+    ({"fp8_wgrad": "bf16"}, {"fp8": "rowwise"}),
+    ({"save": "recompute", "bias": True}, {"bias": False}),
+    ({"dispatch_dedup": True, "dispatcher": "symm_mem"}, {"dispatcher": "alltoall"}),
+    ({"check_splits": "off", "dispatcher": "deepep"}, {"dispatcher": "alltoall"}),
+    ({"comm_sms": 16}, {"dispatcher": "symm_mem"}),
+    ({"gemm": "loop", "fp8": "rowwise"}, {"gemm": "auto"}),
+    ({"force_expert_choice": True, "capacity_factor": 1.0}, {"router": "expert_choice"}),
+]
+
+
+@pytest.mark.parametrize(("settings", "missing"), UNFOUNDED)
+def test_a_setting_that_would_do_nothing_is_refused(
+    settings: dict[str, Any], missing: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        configure(settings)
+    message = str(raised.value)
+    assert message.startswith(f"{next(iter(settings))} (")
+    assert all(f"{name}={value!r}" in message for name, value in missing.items())
+    configure(settings | missing)
+
+
+def test_a_module_of_the_user_s_own_may_read_any_setting() -> None:
+    configure({"router": "users.router", "min_capacity": 4})
+    configure({"dispatcher": "users.dispatcher", "comm_sms": 16, "dispatch_dedup": True})

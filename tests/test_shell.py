@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import SLOW
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted(ROOT.glob("recipes/*.sh")), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted(ROOT.glob("recipes/*.sh")),
+    ROOT / "tests" / "run.sh",
+    *sorted(ROOT.glob(".ci/*")),
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -26,6 +31,13 @@ def executable(path: Path, body: str) -> Path:
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
     return path
+
+
+def checkout(folder: Path) -> None:
+    """Make a folder look like a checkout of the project."""
+    (folder / "ep_plugin").mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt", "ep_plugin/__init__.py"):
+        (folder / name).touch()
 
 
 def source_setup(tmp_path: Path, call: str, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +74,7 @@ def test_a_python_that_does_not_start_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_no_python_is_one_sentence_and_code_2(tmp_path: Path) -> None:
-    (tmp_path / "pyproject.toml").touch()
+    checkout(tmp_path)
     executable(tmp_path / "bin" / "python3", "exit 1")
     done = source_setup(tmp_path, "setup_project || exit $?")
     assert done.returncode == 2
@@ -75,7 +87,7 @@ def test_no_python_is_one_sentence_and_code_2(tmp_path: Path) -> None:
 
 def test_an_install_that_failed_is_tried_again(tmp_path: Path) -> None:
     """The environment's Python notes each pip call; installing the project fails the first time."""
-    (tmp_path / "pyproject.toml").touch()
+    checkout(tmp_path)
     made = executable(
         tmp_path / "made",
         """case "$*" in
@@ -97,6 +109,22 @@ def test_an_install_that_failed_is_tried_again(tmp_path: Path) -> None:
     for _ in range(2):  # the second time there is nothing to do
         assert source_setup(tmp_path, call, **extra).returncode == 0
     assert (tmp_path / "calls").read_text().split() == ["venv", "install", "install"]
+
+
+def test_versions_are_those_tested_unless_the_newest_are_asked_for(tmp_path: Path) -> None:
+    """Each choice undoes the other's; the newest are looked for every time."""
+    checkout(tmp_path)
+    executable(tmp_path / ".venv" / "bin" / "python", 'echo "$*" >>calls')
+    executable(tmp_path / "bin" / "python3", "echo Python 3.12")
+    call = "setup_project || exit $?"
+    for newest in ("0", "0", "1", "1", "0"):
+        done = source_setup(tmp_path, call, EP_PYTHON="python3", EP_NEWEST=newest)
+        assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    tested, newest = "--constraint constraints.txt", "--upgrade --upgrade-strategy eager"
+    installs = [call for call in calls if "--editable" in call]
+    assert [tested in call for call in installs] == [True, False, False, True]
+    assert [newest in call for call in installs] == [False, True, True, False]
 
 
 def test_a_named_python_is_the_only_candidate(tmp_path: Path) -> None:
@@ -123,7 +151,7 @@ def quickstart(tmp_path: Path, **settings: str) -> subprocess.CompletedProcess[s
     (project / "recipes").mkdir(parents=True)
     for name in ("quickstart.sh", "_setup.sh"):
         shutil.copy(ROOT / "recipes" / name, project / "recipes")
-    (project / "pyproject.toml").touch()
+    checkout(project)
     python = """case "$*" in *device_count*) echo 0 ;; *_measure*) echo "$*" >>calls ;; esac"""
     executable(project / ".venv" / "bin" / "python", python)
     stamp = subprocess.run(["cksum"], input="", capture_output=True, text=True, check=True).stdout
@@ -249,3 +277,81 @@ def test_a_failing_step_shows_what_went_wrong(tmp_path: Path, log: str, shown: l
     )
     assert lines[1:] == shown
     assert not (tmp_path / "logs" / "broken.usage.json").exists()
+
+
+def run_tests(tmp_path: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run the real tests/run.sh in a folder whose .venv holds programs that note their calls."""
+    project = tmp_path / "project"
+    (project / "recipes").mkdir(parents=True)
+    (project / "tests").mkdir()
+    shutil.copy(ROOT / "recipes" / "_setup.sh", project / "recipes")
+    shutil.copy(ROOT / "tests" / "run.sh", project / "tests")
+    checkout(project)
+    programs = project / ".venv" / "bin"
+    for name in ("ruff", "mypy", "pytest"):
+        executable(programs / name, f'echo "{name} $*; EP_RELEASES=$EP_RELEASES" >>calls')
+    releases = f'*releases.py*) shift; exec {sys.executable} {ROOT}/tests/edge/releases.py "$@" ;;'
+    executable(programs / "python", f'case "$*" in {releases} esac')
+    stamp = subprocess.run(["cksum"], input="", capture_output=True, text=True, check=True).stdout
+    (project / ".venv" / "ep_plugin.stamp").write_text(stamp)
+    return subprocess.run(
+        [str(project / "tests" / "run.sh"), *arguments],
+        env={"PATH": os.environ["PATH"], **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def pytest_calls(tmp_path: Path) -> list[str]:
+    calls = (tmp_path / "project" / "calls").read_text().splitlines()
+    assert [call.split()[0] for call in calls[:3]] == ["ruff", "ruff", "mypy"]
+    return [call for call in calls if call.startswith("pytest")]
+
+
+def test_the_quick_run_leaves_the_slow_tests_out(tmp_path: Path) -> None:
+    done = run_tests(tmp_path, "--quick", "tests/test_cli.py", "-k", "a b")
+    assert (done.returncode, done.stderr) == (0, "")
+    (call,) = pytest_calls(tmp_path)
+    assert call.startswith("pytest -m not slow ")
+    assert call.endswith("tests/test_cli.py -k a b; EP_RELEASES=")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "chosen"),
+    [
+        (("--releases", "newest"), {}, "0.19.2"),
+        (("--releases=0.17.1", "-x"), {}, "0.17.1 0.19.2"),
+        ((), {"EP_RELEASES": "all"}, "0.16.1 0.17.1 0.18.2 0.19.2"),
+    ],
+)
+def test_releases_are_chosen_once_and_said(
+    tmp_path: Path, arguments: tuple[str, ...], settings: dict[str, str], chosen: str
+) -> None:
+    done = run_tests(tmp_path, *arguments, **settings)
+    assert done.returncode == 0, done.stderr
+    (call,) = pytest_calls(tmp_path)
+    assert call == f"pytest {' '.join(arguments[1:])}; EP_RELEASES={chosen}".replace("newest", "")
+    assert "megatron-core 0.19.2: in full" in done.stderr
+    assert ("0.16.1: in full" in done.stderr) is ("0.16.1" in chosen)
+
+
+def test_an_unknown_release_ends_the_run_before_the_tests(tmp_path: Path) -> None:
+    done = run_tests(tmp_path, "--releases", "0.17")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --releases must be one of all, newest, turn, 0.16.1, ")
+    assert pytest_calls(tmp_path) == []
+
+
+def test_help_of_the_test_run(tmp_path: Path) -> None:
+    done = run_tests(tmp_path, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "examples:" in done.stdout
+    assert not (tmp_path / "project" / "calls").exists()
+
+
+@pytest.mark.parametrize("entry", SLOW)
+def test_what_is_called_slow_is_there(entry: str) -> None:
+    file, _, test = entry.partition("::")
+    (path,) = (ROOT / "tests").rglob(f"{file}.py")
+    assert f"def {test}(" in path.read_text() if test else "def test_" in path.read_text()

@@ -293,7 +293,7 @@ def test_modes_are_the_files_of_the_folder() -> None:
     ("changes", "message"),
     [
         ({"mode": "sparse"}, r"--mode must be one of copy, drop, granular, noise; got 'sparse'"),
-        ({"topk": 0}, r"--topk must be at least 1; use got 0"),
+        ({"topk": 0}, r"--topk must be at least 1; got 0; use --topk 2"),
         ({"topk": 1}, r"--topk 1 --pre-softmax"),
         ({"mode": "granular"}, r"--granularity \(1\) must be above 1 in --mode granular"),
         (

@@ -21,11 +21,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.family import gated, pattern
+from ep_plugin.checkpoint.family import gated
+from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
 from ep_plugin.errors import ConfigError
 
@@ -35,13 +37,31 @@ _EXPERT = re.compile(r"(.+\.mlp\.experts\.experts\.)(\d+)\.(linear_fc[12]\.weigh
 _STACKED = re.compile(r"(.+\.mlp\.experts\.experts\.)(linear_fc[12]\.weight)")
 _LEFT_OUT = re.compile(r"(chained_\d+\.)?optimizer\..+")  # moments of the run that ends here
 
-# (Transformer Engine's name, the local implementation's) below a layer
-_MOE_NORM = ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
-_LATENT_NORMS = (
-    ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight"),
-    ("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight"),
-)
-_LATENT_DENSE_NORM = ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+_BEFORE_MLP, _IN_FC1 = "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
+_LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+
+
+class Norm(NamedTuple):
+    """One norm of a layer, by the beginning of its names below the layer."""
+
+    module: str  # of a layer of the local implementation
+    engine: str  # what Transformer Engine saves it as
+    local: str  # what the local implementation saves it as
+
+
+def norms(latent: bool, is_moe: bool) -> list[Norm]:
+    """Return the norms that the two implementations name otherwise, in a layer of that kind.
+
+    Transformer Engine fuses a norm into the linear layer behind it, the experts excepted. The local
+    implementation saves the one before the MLP as if it were fused, but not under latent attention.
+    """
+    before = Norm(
+        _BEFORE_MLP, _BEFORE_MLP if is_moe else _IN_FC1, _BEFORE_MLP if latent else _IN_FC1
+    )
+    return [*(Norm(m, fused, m) for m, fused in _LATENT_NORMS.items() if latent), before]
 
 
 @dataclass(frozen=True)
@@ -114,13 +134,12 @@ def _is_local(args: argparse.Namespace) -> bool:
 
 def _local_names(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield (plain name, local implementation's name) wherever the two differ."""
-    latent = getattr(args, "multi_latent_attention", False)
+    latent = bool(getattr(args, "multi_latent_attention", False))
     for layer, is_moe in enumerate(pattern(args)):
-        names = [*_LATENT_NORMS] if latent else []
-        if is_moe != bool(latent):
-            names.append(_MOE_NORM if is_moe else _LATENT_DENSE_NORM)
-        for ours, theirs in names:
-            yield f"decoder.layers.{layer}.{ours}", f"decoder.layers.{layer}.{theirs}"
+        for norm in norms(latent, is_moe):
+            if norm.engine != norm.local:
+                ours, theirs = (f"decoder.layers.{layer}.{n}weight" for n in norm[1:])
+                yield ours, theirs
 
 
 def _part(name: str) -> _Part:

@@ -1,7 +1,7 @@
 """What travels between a format and the conversion: names, shapes, and one tensor at a time.
 
 A format (`formats/`) lists a checkpoint's tensors and objects under per-layer names, reads any one
-of them, and writes regions of new ones. The conversion (`upcycling/`) decides what the new ones
+of them, and writes regions of new ones. The conversion (`adapt/`) decides what the new ones
 are. Neither holds more than the tensor it is working on.
 """
 
@@ -83,6 +83,19 @@ class NewTensor:
     name: str
     info: TensorInfo
     regions: Callable[[], Iterator[Region]]
+
+
+def whole(tensor: NewTensor) -> Tensor:
+    """Compute a new tensor from its regions; where there is only one, without a copy."""
+    regions = tensor.regions()
+    first = next(regions)
+    if tuple(first.values.shape) == tensor.info.shape:
+        return first.values
+    out = torch.empty(tensor.info.shape, dtype=tensor.info.dtype)
+    for region in (first, *regions):
+        pairs = zip(region.offsets, region.values.shape, strict=True)
+        out[tuple(slice(begin, begin + size) for begin, size in pairs)] = region.values
+    return out
 
 
 @dataclass(frozen=True)

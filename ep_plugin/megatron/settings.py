@@ -1,51 +1,16 @@
 """Megatron's words in ours: TransformerConfig to MoEConfig; supported.py has what we refuse."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
+from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.supported import check_supported, one
-from ep_plugin.moe.config import (
-    GATED,
-    Activation,
-    CheckSplits,
-    DispatchDtype,
-    Fp8,
-    Fp8Wgrad,
-    MoEConfig,
-    Save,
-    SharedExpert,
-)
+from ep_plugin.megatron.arguments.table import SCOPES, feeding
+from ep_plugin.megatron.edge_settings import EdgeSettings as EdgeSettings
+from ep_plugin.moe.config import GATED, Activation, Fp8, MoEConfig
 from ep_plugin.moe.experts import experts
 from ep_plugin.moe.groups import node_size
 from ep_plugin.moe.routing_config import RoutingConfig
-
-
-@dataclass(frozen=True)
-class EdgeSettings:
-    """What the `--ep-*` flags say; None where a flag was not given."""
-
-    router: str = "topk"
-    dispatcher: str = "auto"
-    gemm: str = "auto"
-    overlap: str = "serial"
-    routing: dict[str, Any] = field(default_factory=dict)  # fields of RoutingConfig
-    dense_activation: Activation | None = None
-    expert_activation: Activation | None = None
-    experts_per_layer: tuple[int, ...] | None = None
-    shared_expert: SharedExpert | None = None
-    fp8: Fp8 | None = None
-    fp8_wgrad: Fp8Wgrad | None = None
-    save: Save | None = None
-    deterministic: bool | None = None
-    dispatch_dtype: DispatchDtype | None = None
-    dispatch_dedup: bool | None = None
-    check_splits: CheckSplits | None = None
-    comm_sms: int | None = None
-    ranks_per_node: int | None = None
-    overlap_chunks: int | None = None
-    metrics: bool = False  # whether somebody reads the routers' metrics
-
 
 ACTIVATIONS: dict[Activation, tuple[Any, bool]] = {  # -> (activation_func, gated_linear_unit)
     name: (function, name in GATED) for name, function in experts.ACTIVATIONS.items()
@@ -54,12 +19,6 @@ FP8_RECIPES: dict[str, Fp8] = {  # Megatron's -> ours, finer where there is no e
     "delayed": "rowwise",
     "tensorwise": "rowwise",
     "blockwise": "blockwise",
-}
-SCOPES = {
-    "micro_batch": "aux_loss",
-    "group": "aux_loss",
-    "sequence": "seq_aux_loss",
-    "global": "global_aux_loss",
 }
 
 
@@ -76,6 +35,7 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
         )
     normalized = not config.moe_router_pre_softmax if softmax else config.moe_router_topk > 1
     balancing = one(config.moe_router_load_balancing_type)
+    coefficient = 0.0 if balancing == "none" else float(one(config.moe_aux_loss_coeff))
     scopes = {value: scope for scope, value in SCOPES.items() if scope != "group"}
     values = {
         "topk": config.moe_router_topk,
@@ -89,8 +49,9 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
         "group_topk": config.moe_router_group_topk,
         "expert_bias": config.moe_router_enable_expert_bias,
         "bias_update_rate": config.moe_router_bias_update_rate,
-        "aux_loss_coeff": 0.0 if balancing == "none" else float(one(config.moe_aux_loss_coeff)),
-        "aux_loss_scope": scopes.get(balancing, "micro_batch"),
+        "aux_loss_coeff": coefficient,
+        # Megatron takes a type without a coefficient, and then has no loss.
+        "aux_loss_scope": scopes.get(balancing, "micro_batch") if coefficient else "micro_batch",
         "z_loss_coeff": config.moe_z_loss_coeff or 0.0,
         **_capacity(config, settings.routing),
     }
@@ -112,39 +73,33 @@ def _capacity(config: Any, ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = None) -> MoEConfig:
-    """Return our configuration of one block for a Megatron TransformerConfig.
+    """Return our configuration of one block for a TransformerConfig, or for validated arguments.
 
     `layer_number` counts from 1; it is needed when layers differ in experts. Raises ConfigError
     for settings that have no counterpart.
     """
     check_supported(config)
     pattern = moe_pattern(config)
-    num_experts = config.num_moe_experts
+    num_experts = getattr(config, "num_moe_experts", None) or config.num_experts
     if settings.experts_per_layer is not None and layer_number is not None:
         num_experts = settings.experts_per_layer[sum(pattern[: layer_number - 1])]
-    return MoEConfig(
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.moe_ffn_hidden_size or config.ffn_hidden_size,
-        num_experts=num_experts,
-        activation=settings.expert_activation or _activation(config),
-        bias=config.add_bias_linear,
-        routing=routing_config(config, settings),
-        shared_expert=settings.shared_expert or "sum",
-        fp8=fp8_recipe(config, settings),
-        fp8_wgrad=settings.fp8_wgrad or "fp8",
-        save=settings.save or "bf16",
-        deterministic=bool(settings.deterministic or config.deterministic_mode),
-        num_moe_layers=max(sum(pattern), 1),
-        router=settings.router,
-        dispatcher=settings.dispatcher,
-        dispatch_dtype=settings.dispatch_dtype or "bf16",
-        dispatch_dedup=bool(settings.dispatch_dedup),
-        check_splits=settings.check_splits or "first",
-        comm_sms=32 if settings.comm_sms is None else settings.comm_sms,
-        gemm=settings.gemm,
-        overlap=overlap_schedule(config, settings),
-        overlap_chunks=settings.overlap_chunks,
-    )
+    values = {
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.moe_ffn_hidden_size or config.ffn_hidden_size,
+        "num_experts": num_experts,
+        "activation": settings.expert_activation or _activation(config, settings),
+        "bias": config.add_bias_linear,
+        "routing": routing_config(config, settings),
+        "fp8": fp8_recipe(config, settings),
+        "deterministic": config.deterministic_mode,
+        "num_moe_layers": max(sum(pattern), 1),
+        "router": settings.router,
+        "dispatcher": settings.dispatcher,
+        "gemm": settings.gemm,
+        "overlap": overlap_schedule(config, settings),
+    }
+    given = {row.name: getattr(settings, row.name) for row in feeding("moe")}
+    return MoEConfig(**(values | {name: v for name, v in given.items() if v is not None}))
 
 
 def ranks_per_node(settings: EdgeSettings) -> int | None:
@@ -200,18 +155,18 @@ def fp8_recipe(config: Any, settings: EdgeSettings) -> Fp8:
 
 def moe_pattern(config: Any) -> list[int]:
     """Return 1 for each MoE layer of the model and 0 for each dense one, first to last."""
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return [int(layer % frequency == 0) for layer in range(config.num_layers)]
-    return list(frequency)
+    return [int(is_moe) for is_moe in moe_layers(config.moe_layer_freq, config.num_layers)]
 
 
-def _activation(config: Any) -> Activation:
+def _activation(config: Any, settings: EdgeSettings) -> Activation:
+    if not hasattr(config, "activation_func"):  # arguments
+        return settings.dense_activation or ("swiglu" if config.swiglu else "gelu")
     wanted = (config.activation_func, config.gated_linear_unit)
     for name, pair in ACTIVATIONS.items():
         if pair == wanted:
             return name
+    function = getattr(config.activation_func, "__name__", str(config.activation_func))
     raise ConfigError(
-        f"activation {config.activation_func} with gated_linear_unit = {config.gated_linear_unit} "
-        f"is not one the experts have; use --ep-expert-activation {', '.join(ACTIVATIONS)}"
+        f"activation {function} with gated_linear_unit = {config.gated_linear_unit} is not one the "
+        f"experts have; use --ep-expert-activation {', '.join(ACTIVATIONS)}"
     )

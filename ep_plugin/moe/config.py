@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from ep_plugin.errors import ConfigError, check_choice, check_counts
 from ep_plugin.moe.routing_config import RoutingConfig
+from ep_plugin.moe.rules import check_needs
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "relu"]
 # with a gate half, so that fc1 has twice as many outputs as fc2 has inputs
@@ -19,12 +20,12 @@ DispatchDtype = Literal["bf16", "fp8"]
 GRAPH_RANKS = 8
 
 _SIZES = {
-    "hidden_size": (1, "hidden_size = 1024"),
-    "ffn_hidden_size": (1, "ffn_hidden_size = 2048"),
-    "num_experts": (1, "num_experts = 8"),
-    "num_moe_layers": (1, "num_moe_layers = 1"),
-    "comm_sms": (1, "comm_sms = 32"),
-    "overlap_chunks": (1, "overlap_chunks = None"),
+    "hidden_size": (1, "<hidden_size=1024>"),
+    "ffn_hidden_size": (1, "<ffn_hidden_size=2048>"),
+    "num_experts": (1, "<num_experts=8>"),
+    "num_moe_layers": (1, "<num_moe_layers=1>"),
+    "comm_sms": (1, "<comm_sms=32>"),
+    "overlap_chunks": (1, "<overlap_chunks=None>"),
 }
 
 
@@ -61,35 +62,36 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, _SIZES)
-        check_choice("activation", self.activation, get_args(Activation))
-        check_choice("shared_expert", self.shared_expert, get_args(SharedExpert))
-        check_choice("fp8", self.fp8, get_args(Fp8))
-        check_choice("fp8_wgrad", self.fp8_wgrad, get_args(Fp8Wgrad))
-        check_choice("save", self.save, get_args(Save))
-        check_choice("check_splits", self.check_splits, get_args(CheckSplits))
-        check_choice("dispatch_dtype", self.dispatch_dtype, get_args(DispatchDtype))
+        check_choice("<activation>", self.activation, get_args(Activation))
+        check_choice("<shared_expert>", self.shared_expert, get_args(SharedExpert))
+        check_choice("<fp8>", self.fp8, get_args(Fp8))
+        check_choice("<fp8_wgrad>", self.fp8_wgrad, get_args(Fp8Wgrad))
+        check_choice("<save>", self.save, get_args(Save))
+        check_choice("<check_splits>", self.check_splits, get_args(CheckSplits))
+        check_choice("<dispatch_dtype>", self.dispatch_dtype, get_args(DispatchDtype))
         if self.dispatch_dtype == "fp8" and (self.fp8 == "off" or self.fp8_wgrad != "fp8"):
             raise ConfigError(
-                "dispatch_dtype (fp8) sends tokens as FP8 products read them, and not all are FP8: "
-                f"fp8 is {self.fp8}, fp8_wgrad {self.fp8_wgrad}; use fp8 = rowwise with fp8_wgrad "
-                "= fp8, or dispatch_dtype = bf16"
+                "<dispatch_dtype> (fp8) sends tokens as FP8 products read them, and not all are "
+                f"FP8: <fp8> is {self.fp8}, <fp8_wgrad> {self.fp8_wgrad}; use <fp8=rowwise> with "
+                "<fp8_wgrad=fp8>, or <dispatch_dtype=bf16>"
             )
         if self.fp8 != "off" and self.bias:
             raise ConfigError(
-                f"fp8 ({self.fp8}) needs experts without bias; use bias = False or fp8 = off"
+                f"<fp8> ({self.fp8}) needs experts without bias; use <bias=False> or <fp8=off>"
             )
         if self.overlap_chunks is not None and self.overlap != "chunked":
             raise ConfigError(
-                f"overlap_chunks ({self.overlap_chunks}) is for overlap = chunked, and overlap is "
-                f"{self.overlap}; use overlap_chunks = None"
+                f"<overlap_chunks> ({self.overlap_chunks}) is for <overlap=chunked>, and <overlap> "
+                f"is {self.overlap}; use <overlap_chunks=None>"
             )
         self.routing.check_experts(self.num_experts)
         if self.router == "expert_choice" and not self.routing.force_expert_choice:
             raise ConfigError(
-                "router (expert_choice) lets later tokens decide where earlier ones go, so a "
-                "causal model would see its future; use router = topk, or "
-                "force_expert_choice = True for a model that is not causal"
+                "<router> (expert_choice) lets later tokens decide where earlier ones go, so a "
+                "causal model would see its future; use <router=topk>, or "
+                "<force_expert_choice=True> with <capacity_factor=2.0> for one that is not causal"
             )
+        check_needs(self)
 
     @property
     def gated(self) -> bool:

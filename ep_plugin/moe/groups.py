@@ -182,8 +182,8 @@ def node_size(ranks_per_node: int | None) -> int | None:
         found = int(os.environ["LOCAL_WORLD_SIZE"])
     if found is not None and found < 1:
         raise ConfigError(
-            f"ranks_per_node must be at least 1; got {found}; use the GPUs of a node, "
-            "ranks_per_node = 8"
+            f"<ranks_per_node> must be at least 1; got {found}; use the GPUs of a node, "
+            "<ranks_per_node=8>"
         )
     return found
 
@@ -201,8 +201,8 @@ def create_expert_groups(
     world = dist.get_world_size()
     if world != parallel.world_size:
         raise ConfigError(
-            f"world_size ({parallel.world_size}) must be the number of ranks started ({world}); "
-            f"use world_size = {world}"
+            f"<world_size> ({parallel.world_size}) must be the number of ranks started ({world}); "
+            f"use <world_size={world}>"
         )
     ranks_per_node = node_size(ranks_per_node)
     experts, dense = expert_grid(parallel), dense_grid(parallel)

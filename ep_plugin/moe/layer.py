@@ -205,8 +205,8 @@ def _coefficient(
         return None
     if shared_expert is None:
         raise ConfigError(
-            "shared_expert = learned weighs the routed experts against a shared one, and there is "
-            "none; use shared_expert = sum"
+            "<shared_expert=learned> weighs the routed experts against a shared one, and there is "
+            "none; use <shared_expert=sum>"
         )
     return nn.Linear(config.hidden_size, 2, device=device, dtype=dtype)
 

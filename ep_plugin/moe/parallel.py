@@ -27,12 +27,12 @@ class ParallelConfig:
         for name in ("world_size", "tp", "pp", "cp", "ep", "etp"):
             if getattr(self, name) < 1:
                 raise ConfigError(
-                    f"{name} must be at least 1; got {getattr(self, name)}; use {name} = 1"
+                    f"<{name}> must be at least 1; got {getattr(self, name)}; use <{name}=1>"
                 )
         if sorted(self.order.split("-")) != ["cp", "dp", "ep", "pp", "tp"]:
             raise ConfigError(
-                f"order must name each of tp, cp, ep, dp, pp once; got {self.order!r}; use "
-                "tp-cp-ep-dp-pp"
+                f"<order> must name each of tp, cp, ep, dp, pp once; got {self.order!r}; use "
+                "<order=tp-cp-ep-dp-pp>"
             )
         self._check_product("tp*cp*pp", self.tp * self.cp * self.pp)
         if self.world_size % (self.ep * self.expert_tp * self.pp):
@@ -40,16 +40,16 @@ class ParallelConfig:
             etp = largest_divisor(per_stage, self.expert_tp)
             ep = largest_divisor(per_stage // etp, self.ep)
             raise ConfigError(
-                f"ep*etp*pp ({self.ep}*{self.etp}*{self.pp}) must divide world_size "
-                f"({self.world_size}); use ep = {ep} with etp = {etp}"
+                f"ep*etp*pp ({self.ep}*{self.etp}*{self.pp}) must divide <world_size> "
+                f"({self.world_size}); use <ep={ep}> with <etp={etp}>"
                 + ("" if self.etp != self.tp else " (etp defaults to tp)")
             )
 
     def _check_product(self, name: str, product: int) -> None:
         if self.world_size % product:
             raise ConfigError(
-                f"{name} ({product}) must divide world_size ({self.world_size}); use "
-                f"world_size = {product}"
+                f"{name} ({product}) must divide <world_size> ({self.world_size}); use "
+                f"<world_size={product}>"
             )
 
     @property
@@ -70,6 +70,6 @@ def check_experts_over_ranks(num_experts: int, ep: int) -> None:
     """Raise ConfigError unless every expert-parallel rank gets the same number of experts."""
     if num_experts % ep:
         raise ConfigError(
-            f"num_experts ({num_experts}) must be divisible by ep ({ep}); use "
-            f"ep = {largest_divisor(num_experts, ep)}"
+            f"<num_experts> ({num_experts}) must be divisible by <ep> ({ep}); use "
+            f"<ep={largest_divisor(num_experts, ep)}>"
         )

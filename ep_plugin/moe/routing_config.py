@@ -65,33 +65,33 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         for name, legal in _CHOICES.items():
-            check_choice(name, getattr(self, name), legal)
+            check_choice(f"<{name}>", getattr(self, name), legal)
         self._check_ranges()
         self._check_capacity()
         if self.topk == 1 and self.normalize != "none" and not self._has_losses:
             raise ConfigError(
-                f"topk (1) with normalize ({self.normalize}) leaves the router no gradient: one "
-                "weight divided by itself is 1; use normalize = none"
+                f"<topk> (1) with <normalize> ({self.normalize}) leaves the router no gradient: "
+                "one weight divided by itself is 1; use <normalize=none>"
             )
         if self.second_expert != "all" and self.topk != 2:
             raise ConfigError(
-                f"second_expert ({self.second_expert}) needs topk 2; got topk = {self.topk}; use "
-                "second_expert = all"
+                f"<second_expert> ({self.second_expert}) needs <topk=2>; got {self.topk}; use "
+                "<second_expert=all>"
             )
         if self.noise != "none" and (self.expert_bias or self.num_groups is not None):
             raise ConfigError(
-                f"noise ({self.noise}) ranks by logits, expert_bias ({self.expert_bias}) and "
-                f"num_groups ({self.num_groups}) by scores; use noise = none"
+                f"<noise> ({self.noise}) ranks by logits, <expert_bias> ({self.expert_bias}) and "
+                f"<num_groups> ({self.num_groups}) by scores; use <noise=none>"
             )
         if (self.num_groups is None) != (self.group_topk is None):
             raise ConfigError(
-                f"num_groups ({self.num_groups}) and group_topk ({self.group_topk}) must be set "
-                "together; use both None"
+                f"<num_groups> ({self.num_groups}) and <group_topk> ({self.group_topk}) must be "
+                "set together; use both, or neither"
             )
         if self.group_score_topk is not None and self.num_groups is None:
             raise ConfigError(
-                f"group_score_topk ({self.group_score_topk}) needs num_groups and group_topk; use "
-                "group_score_topk = None"
+                f"<group_score_topk> ({self.group_score_topk}) needs <num_groups> and "
+                "<group_topk>; use <group_score_topk=None>"
             )
 
     def _check_ranges(self) -> None:
@@ -100,22 +100,22 @@ class RoutingConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(
-                    f"{name} must be positive and finite; got {value}; use {name} = 1.0"
+                    f"<{name}> must be positive and finite; got {value}; use <{name}=1.0>"
                 )
         for name in ("aux_loss_coeff", "z_loss_coeff", "bias_update_rate"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ConfigError(
-                    f"{name} must be finite and not negative; got {value}; use {name} = 0.0"
+                    f"<{name}> must be finite and not negative; got {value}; use <{name}=0.0>"
                 )
         if not 0 <= self.jitter_eps < 1:
             raise ConfigError(
-                f"jitter_eps must be in [0, 1); got {self.jitter_eps}; use jitter_eps = 0.01"
+                f"<jitter_eps> must be in [0, 1); got {self.jitter_eps}; use <jitter_eps=0.01>"
             )
         if not 0 < self.second_threshold <= 1:
             raise ConfigError(
-                f"second_threshold must be in (0, 1]; got {self.second_threshold}; use "
-                "second_threshold = 0.2"
+                f"<second_threshold> must be in (0, 1]; got {self.second_threshold}; use "
+                "<second_threshold=0.2>"
             )
 
     def _check_capacity(self) -> None:
@@ -127,18 +127,18 @@ class RoutingConfig:
         if given and self.drop_policy == "none" and not self.force_expert_choice:
             name, value = next(iter(given.items()))
             raise ConfigError(
-                f"{name} ({value}) needs a drop_policy, and drop_policy is none (dropless); use "
-                "drop_policy = probs"
+                f"<{name}> ({value}) needs a drop_policy, and <drop_policy> is none (dropless); "
+                "use <drop_policy=probs>"
             )
         if self.drop_policy != "none" and not given:
             raise ConfigError(
-                f"drop_policy ({self.drop_policy}) needs capacity_factor or eval_capacity_factor, "
-                "and both are None (dropless); use capacity_factor = 1.25"
+                f"<drop_policy> ({self.drop_policy}) needs <capacity_factor> or "
+                "<eval_capacity_factor>, and both are None (dropless); use <capacity_factor=1.25>"
             )
         if self.aux_loss_scope == "group" and self.group_tokens is None:
             raise ConfigError(
-                "aux_loss_scope (group) needs group_tokens, the tokens of a routing group; use "
-                "aux_loss_scope = micro_batch"
+                "<aux_loss_scope> (group) needs <group_tokens>, the tokens of a routing group; use "
+                "<aux_loss_scope=micro_batch>"
             )
 
     @property
@@ -148,33 +148,33 @@ class RoutingConfig:
     def check_experts(self, num_experts: int) -> None:
         """Raise ConfigError when a layer of `num_experts` cannot be routed this way."""
         if self.topk > num_experts:
-            legal = f"topk = {num_experts}" + (" with normalize = none" if num_experts == 1 else "")
+            legal = f"<topk={num_experts}>" + (" with <normalize=none>" if num_experts == 1 else "")
             raise ConfigError(
-                f"topk ({self.topk}) must be at most num_experts ({num_experts}); use {legal}"
+                f"<topk> ({self.topk}) must be at most <num_experts> ({num_experts}); use {legal}"
             )
         if self.num_groups is None or self.group_topk is None:
             return
         if num_experts % self.num_groups:
             raise ConfigError(
-                f"num_groups ({self.num_groups}) must divide num_experts ({num_experts}); use "
+                f"<num_groups> ({self.num_groups}) must divide <num_experts> ({num_experts}); use "
                 f"{_UNGROUPED}"
             )
         if self.group_topk > self.num_groups:
             raise ConfigError(
-                f"group_topk ({self.group_topk}) must be at most num_groups ({self.num_groups}); "
-                f"use {_UNGROUPED}"
+                f"<group_topk> ({self.group_topk}) must be at most <num_groups> "
+                f"({self.num_groups}); use {_UNGROUPED}"
             )
         per_group = num_experts // self.num_groups
         uneven = self.group_score_topk is None and self.topk % self.group_topk != 0
         if uneven or self.topk > per_group * self.group_topk:
             raise ConfigError(
-                f"topk ({self.topk}) must be a multiple of group_topk ({self.group_topk}), at most "
-                f"{per_group} experts in each group; use {_UNGROUPED}"
+                f"<topk> ({self.topk}) must be a multiple of <group_topk> ({self.group_topk}), at "
+                f"most {per_group} experts in each group; use {_UNGROUPED}"
             )
         if self.each_of_group > per_group:
             raise ConfigError(
-                f"group_score_topk ({self.group_score_topk}) must be at most the experts of a "
-                f"group ({per_group}); use group_score_topk = {per_group}"
+                f"<group_score_topk> ({self.group_score_topk}) must be at most the experts of a "
+                f"group ({per_group}); use <group_score_topk={per_group}>"
             )
 
     @property
@@ -183,14 +183,14 @@ class RoutingConfig:
         return self.group_score_topk or self.topk // (self.group_topk or 1)
 
 
-_UNGROUPED = "num_groups = None with group_topk = None"
+_UNGROUPED = "<num_groups=None> with <group_topk=None>"
 _COUNTS = {  # the smallest that is legal, and an alternative
-    "topk": (1, "topk = 2"),
+    "topk": (1, "<topk=2>"),
     "num_groups": (1, _UNGROUPED),
     "group_topk": (1, _UNGROUPED),
-    "group_score_topk": (1, "group_score_topk = None"),
-    "group_tokens": (1, "group_tokens = None"),
-    "min_capacity": (0, "min_capacity = 0"),
+    "group_score_topk": (1, "<group_score_topk=None>"),
+    "group_tokens": (1, "<group_tokens=None>"),
+    "min_capacity": (0, "<min_capacity=0>"),
 }
 _CHOICES = {
     "score_function": get_args(ScoreFunction),

@@ -1,18 +1,46 @@
 """megatron-core releases side by side, each in a folder of its own under .venv/megatron.
 
-python tests/edge/releases.py    installs what is missing; a test that needs one does so too
+python tests/edge/releases.py all|newest|turn|RELEASE
+
+installs what is missing (a test that needs one does so too) and prints the releases to test in
+full, for the variable EP_RELEASES. The others are tested where releases differ: layouts.py and
+test_older_releases.py say what that is. Without the variable all are tested in full.
 """
 
 import os
 import subprocess
 import sys
+import time
 from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(sys.prefix) / "megatron"
 RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
+NEWEST = RELEASES[-1]
 OLDER_WITH_LOOP = ("0.17.1", "0.18.2")  # a wheel of 0.16 has no megatron.training
+VARIABLE = "EP_RELEASES"
+
+
+def choose(words: str) -> tuple[str, ...]:
+    """Return the releases tested in full; raises ValueError for an unknown word.
+
+    The newest always is. `turn` adds an older one, each day another.
+    """
+    older = RELEASES[:-1]
+    meaning = {"all": older, "newest": (), "turn": (older[time.localtime().tm_yday % len(older)],)}
+    found = {NEWEST}
+    for word in words.split():
+        if word not in meaning and word not in RELEASES:
+            legal = ", ".join([*meaning, *RELEASES])
+            raise ValueError(f"--releases must be one of {legal}; got {word!r}; use --releases all")
+        found.update(meaning.get(word, (word,)))
+    return tuple(release for release in RELEASES if release in found)
+
+
+def in_full() -> tuple[str, ...]:
+    """Return the releases that EP_RELEASES names; all without it."""
+    return choose(os.environ.get(VARIABLE) or "all")
 
 
 def installed(version: str) -> Path:
@@ -41,6 +69,19 @@ def environment(version: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
 
 
-if __name__ == "__main__":
+def main(words: str) -> int:
+    """Install every release; say on stderr how each is tested, and on stdout which in full."""
+    try:
+        chosen = choose(words)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for release in RELEASES:
-        print(release, installed(release))
+        extent = "in full" if release in chosen else "where releases differ"
+        print(f"megatron-core {release}: {extent} ({installed(release)})", file=sys.stderr)
+    print(*chosen)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(" ".join(sys.argv[1:]) or "all"))

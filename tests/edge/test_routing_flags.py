@@ -13,11 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ep_plugin import RoutingConfig
 from ep_plugin.megatron.arguments.checks import settings_from_args
-from ep_plugin.megatron.arguments.parser import ROUTING, add_ep_arguments, experts_per_layer
-from ep_plugin.megatron.settings import _activation, routing_config
+from ep_plugin.megatron.arguments.parser import add_ep_arguments, experts_per_layer
+from ep_plugin.megatron.arguments.table import feeding
+from ep_plugin.megatron.settings import EdgeSettings, _activation, routing_config
 from ep_plugin.moe.config import Activation
 
 pytestmark = pytest.mark.megatron
+DROPS = "--ep-capacity-factor 1.5 --ep-drop-policy probs"
+BALANCES = "--ep-aux-loss-coeff 0.5"
 SAMPLES: dict[str, tuple[Any, str]] = {  # field -> (value, flags with what else it needs)
     "topk": (3, "--ep-topk 3"),
     "score_function": ("sigmoid", "--ep-score-function sigmoid"),
@@ -28,7 +31,7 @@ SAMPLES: dict[str, tuple[Any, str]] = {  # field -> (value, flags with what else
     "jitter_eps": (0.01, "--ep-jitter-eps 0.01"),
     "noise": ("rsample", "--ep-noise rsample"),
     "second_expert": ("random", "--ep-second-expert random"),
-    "second_threshold": (0.5, "--ep-second-threshold 0.5"),
+    "second_threshold": (0.5, "--ep-second-threshold 0.5 --ep-second-expert random"),
     "num_groups": (2, "--ep-num-groups 2 --ep-group-topk 1 --ep-normalize none"),
     "group_topk": (1, "--ep-num-groups 2 --ep-group-topk 1 --ep-normalize none"),
     "group_score_topk": (
@@ -36,18 +39,18 @@ SAMPLES: dict[str, tuple[Any, str]] = {  # field -> (value, flags with what else
         "--ep-num-groups 2 --ep-group-topk 1 --ep-group-score-topk 1 --ep-normalize none",
     ),
     "expert_bias": (True, "--ep-expert-bias on"),
-    "bias_update_rate": (0.5, "--ep-bias-update-rate 0.5"),
+    "bias_update_rate": (0.5, "--ep-bias-update-rate 0.5 --ep-expert-bias on"),
     "capacity_factor": (1.5, "--ep-capacity-factor 1.5 --ep-drop-policy bpr"),
     "eval_capacity_factor": (2.0, "--ep-eval-capacity-factor 2 --ep-drop-policy probs"),
-    "min_capacity": (4, "--ep-min-capacity 4"),
-    "capacity_rounding": ("floor_x4", "--ep-capacity-rounding floor_x4"),
-    "capacity_counts_topk": (False, "--ep-capacity-counts-topk off"),
+    "min_capacity": (4, f"--ep-min-capacity 4 {DROPS}"),
+    "capacity_rounding": ("floor_x4", f"--ep-capacity-rounding floor_x4 {DROPS}"),
+    "capacity_counts_topk": (False, f"--ep-capacity-counts-topk off {DROPS}"),
     "drop_policy": ("random", "--ep-capacity-factor 1 --ep-drop-policy random"),
-    "group_tokens": (64, "--ep-group-tokens 64"),
+    "group_tokens": (64, f"--ep-group-tokens 64 {DROPS}"),
     "aux_loss_coeff": (0.5, "--ep-aux-loss-coeff 0.5"),
-    "aux_loss_counts": ("top1", "--ep-aux-loss-counts top1"),
-    "aux_loss_scope": ("sequence", "--ep-aux-loss-scope sequence"),
-    "aux_loss_layers": ("mean", "--ep-aux-loss-layers mean"),
+    "aux_loss_counts": ("top1", f"--ep-aux-loss-counts top1 {BALANCES}"),
+    "aux_loss_scope": ("sequence", f"--ep-aux-loss-scope sequence {BALANCES}"),
+    "aux_loss_layers": ("mean", f"--ep-aux-loss-layers mean {BALANCES}"),
     "z_loss_coeff": (0.5, "--ep-z-loss-coeff 0.5"),
     "force_expert_choice": (True, "--ep-force-expert-choice on"),
 }
@@ -62,7 +65,7 @@ def parse(*flags: str) -> Any:
 
 def test_every_axis_is_a_flag() -> None:
     names = [field.name for field in fields(RoutingConfig)]
-    assert list(ROUTING) == names == list(SAMPLES)
+    assert [row.name for row in feeding("routing")] == names == list(SAMPLES)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -117,7 +120,7 @@ def test_the_dense_blocks_get_their_own_activation() -> None:
         assert (gated.activation_func, gated.gated_linear_unit) == (F.gelu, True)
         for name, alike in every.items():  # experts without a flag of their own follow
             specs.MoELayer.settings = settings_from_args(alike)
-            assert _activation(config()) == name
+            assert _activation(config(), EdgeSettings()) == name
     finally:
         edge.uninstall()
     assert config().gated_linear_unit is False

@@ -1,7 +1,6 @@
 """What each dense tensor or object becomes, and what the dense model has no counterpart of."""
 
 import argparse
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from ep_plugin.checkpoint.adapt.ffn import Part, shard
 from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker
 from ep_plugin.checkpoint.adapt.new_router import router_rows
 from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.names import no_extra_state
 from ep_plugin.checkpoint.patterns import Match
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
 
@@ -88,7 +88,7 @@ class EntryBuilder:
         if prefix + match.name not in self.source.tensors:
             for expert in range(num_experts):
                 place = "0_1" if key_per_expert else f"{expert}_{num_experts}"
-                yield NewObject(f"{match.target(expert)}/shard_{place}", _no_extra_state)
+                yield NewObject(f"{match.target(expert)}/shard_{place}", no_extra_state)
             return
         info, part = self.source.tensors[prefix + match.name], self._part(match)
         one = TensorInfo(_shard_shape(info.shape, part, self.settings.granularity), info.dtype)
@@ -158,10 +158,3 @@ def new_states(entry: NewTensor, states: tuple[optimizer_state.State, ...]) -> I
 def _cast(entry: NewTensor, dtype: torch.dtype) -> Iterator[Region]:
     for region in entry.regions():
         yield Region(region.offsets, region.values.to(dtype))
-
-
-def _no_extra_state() -> bytes:
-    """Return what Megatron saves for a linear layer without quantisation state."""
-    buffer = io.BytesIO()
-    torch.save([None], buffer)
-    return buffer.getvalue()

@@ -1,21 +1,38 @@
-"""Do two models compute the same? Asked of `transformers` and of Megatron, in float32 on the CPU.
+"""Do source and result compute the same? Asked of Megatron and of `transformers`, in float32 on the
+CPU.
 
 Each model is loaded by the software that its folder is for and given the same tokens; one is in
 memory at a time.
 """
 
-from dataclasses import dataclass
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from ep_plugin.checkpoint.prompts import Batch, Prompts, draw, fill
+from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.open import is_hf
+from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, TokenBatch, draw, fill
+from ep_plugin.checkpoint.target import Target
+from ep_plugin.commands.convert.request import Request
+from ep_plugin.commands.convert.say import comparison_table
+from ep_plugin.errors import BackendUnavailable, ConfigError
 
-NUM_TOKENS = 512
+REPORT = "parity.json"
+NUM_TOKENS = 512  # random ones, for a model of Hugging Face's
+TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random router goes unseen
+
+
+class Differs(Exception):
+    """The result does not compute what the source computes."""
 
 
 @dataclass(frozen=True)
@@ -24,60 +41,154 @@ class Outputs:
 
     logits: Tensor  # [B, S, V] fp32
     layers: list[Tensor]  # of [B, S, H] fp32
+    experts_used: dict[int, int] = field(default_factory=dict)  # layer -> how many, where counted
+
+
+Run = Callable[[Path, Tensor, int], Outputs]  # (folder, tokens, seed)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two models are run on, and by what."""
+
+    batch: TokenBatch
+    run: Run
+
+
+def load_compare(request: Request, target: Target) -> Comparison | None:
+    """Return what the comparison needs, or None where there is to be none.
+
+    Raises BackendUnavailable where a package is missing, ConfigError for tokens of no vocabulary.
+    """
+    if not request.compare:
+        return None
+    hf = _with_transformers(request)
+    if not hf and request.kind != "torch_dist":
+        raise ConfigError(
+            "--verify compares with transformers, and neither side is a Hugging Face model; "
+            "leave it out"
+        )
+    if request.kind == "per-rank":
+        raise ConfigError(
+            f"--verify cannot run {request.source}, which is in per-rank files; convert it without "
+            "--format hf first, and verify from there"
+        )
+    try:
+        with _aside():
+            if hf:
+                import_module("transformers")
+            import_module("ep_plugin.megatron.workers.model_run")
+    except ImportError as error:
+        wanted = "transformers and " if hf else ""
+        extra = "hf,megatron" if hf else "megatron"
+        raise BackendUnavailable(
+            f"the comparison needs {wanted}megatron-core with megatron.training ({error}); install "
+            f"'ep-plugin[{extra}]', or use --skip-parity"
+        ) from error
+    return Comparison(_tokens(request, target), run_model)
 
 
 def compare(
-    source: Path, target: Path, seed: int, prompts: Prompts | None = None
-) -> dict[str, Any]:
-    """Compare two models, each a Hugging Face folder or an iteration folder of Megatron's.
+    comparison: Comparison | None, request: Request, target: Target, folder: Path
+) -> dict[str, Any] | None:
+    """Compare the source with the result in `folder`, and keep the report there.
 
-    Without prompts, on random tokens. Returns the largest absolute difference of the logits and of
-    each layer's output, and how large they are. Raises ConfigError for tokens of no vocabulary.
+    Raises Differs where the result is to keep the function and does not.
     """
-    batch = _batch(source if _is_hf(source) else target, seed, prompts)
-    old, new = _outputs(source, batch.tokens, seed), _outputs(target, batch.tokens, seed)
-    largest = batch.max_abs
-    layers = [
-        {"layer": layer, "max_abs_diff": largest(before - after), "max_abs": largest(before)}
-        for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True))
-    ]
+    if comparison is None:
+        return None
+    written = folder if target.iteration is None else folder / target.iteration
+    with _aside():
+        report = _report(comparison, request, target, written)
+    same = report["logits_max_abs_diff"] <= request.tolerance  # False for nan
+    deviations = list(target.model.deviations)
+    report |= {"tolerance": request.tolerance, "deviations": deviations, "same": same}
+    report["passed"] = same or bool(deviations)
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    print(comparison_table(report, deviations), file=sys.stderr if request.json else sys.stdout)
+    if not report["passed"]:
+        raise Differs(
+            f"comparison failed: logits differ by {report['logits_max_abs_diff']:.3e}, more than "
+            f"--parity-tolerance {request.tolerance:.1e}; {request.target} was not written"
+        )
+    return report
+
+
+def _report(
+    comparison: Comparison, request: Request, target: Target, written: Path
+) -> dict[str, Any]:
+    """Run both models; return the largest differences, and how large the values are."""
+    batch, seed = comparison.batch, request.seed
+    old = comparison.run(target.model.folder, batch.tokens, seed)
+    new = comparison.run(written, batch.tokens, seed)
+    is_moe = pattern(target.model.args)
+    layers = []
+    for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True)):
+        row = {
+            "layer": layer,
+            "moe": is_moe[layer],
+            "experts_used": new.experts_used.get(layer),
+            "max_abs_diff": batch.max_abs(before - after),
+            "max_abs": batch.max_abs(before),
+        }
+        layers.append(row)
     return {
-        "logits_max_abs_diff": largest(old.logits - new.logits),
-        "logits_max_abs": largest(old.logits),
+        "logits_max_abs_diff": batch.max_abs(old.logits - new.logits),
+        "logits_max_abs": batch.max_abs(old.logits),
         "layers": layers,
         "tokens": int(batch.kept.sum()),
-        "prompts": None if prompts is None else len(prompts),
+        "prompts": None if request.prompts is None else len(request.prompts),
         "sequence_length": batch.tokens.shape[1],
         "seed": seed,
         "dtype": "float32",
     }
 
 
-def _is_hf(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+def _tokens(request: Request, target: Target) -> TokenBatch:
+    """Return the tokens; random ones are enough to reach every expert of Megatron's."""
+    args, hf = target.model.args, _with_transformers(request)
+    length = args.max_position_embeddings
+    if not hf:
+        length = min(args.seq_length, length)
+    if request.prompts is not None:
+        return fill(request.prompts, args.padded_vocab_size, length)
+    many = max(2 * min(length, MAX_SEQUENCE), TOKENS_PER_EXPERT * (args.num_experts or 0))
+    return draw(NUM_TOKENS if hf else many, args.padded_vocab_size, length, request.seed)
 
 
-def _batch(folder: Path, seed: int, prompts: Prompts | None) -> Batch:
-    """Return tokens of a Hugging Face model's vocabulary."""
-    config = AutoConfig.from_pretrained(folder)
-    sizes = config.vocab_size, config.max_position_embeddings
-    return draw(NUM_TOKENS, *sizes, seed) if prompts is None else fill(prompts, *sizes)
+def _with_transformers(request: Request) -> bool:
+    """Whether one of the two is a Hugging Face model."""
+    return "hf" in (request.kind, request.format)
 
 
 @torch.no_grad()
-def _outputs(folder: Path, tokens: Tensor, seed: int) -> Outputs:
-    if not _is_hf(folder):
+def run_model(folder: Path, tokens: Tensor, seed: int) -> Outputs:
+    """Return what the model in a Hugging Face or an iteration folder makes of `tokens` [B, S]."""
+    if not is_hf(folder):
         trace = import_module("ep_plugin.megatron.workers.model_run").trace(folder, tokens, seed)
-        return Outputs(trace.logits, [layer.transpose(0, 1) for layer in trace.layers])
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    layers: list[Tensor] = []
+        layers = [layer.transpose(0, 1) for layer in trace.layers]
+        return Outputs(trace.logits, layers, trace.experts_used)
+    model = (
+        import_module("transformers")
+        .AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
+        .eval()
+    )
+    outputs: list[Tensor] = []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, __, output: layers.append(_first(output)))
-    return Outputs(model(tokens, use_cache=False).logits, layers)
+        layer.register_forward_hook(lambda _, __, output: outputs.append(_first(output)))
+    return Outputs(model(tokens, use_cache=False).logits, outputs)
 
 
 def _first(output: Any) -> Tensor:
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Keep what loading prints off stdout; drop warnings about packages not needed here."""
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

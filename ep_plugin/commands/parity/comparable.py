@@ -5,26 +5,26 @@ from dataclasses import dataclass
 
 from ep_plugin.commands.parity.layouts import LAYOUT_FLAGS
 from ep_plugin.megatron.arguments.spell import megatron_arguments
+from ep_plugin.megatron.arguments.table import TABLE
 from ep_plugin.presets import load
 
 # What would make equal runs differ, or write outside the comparison's folder.
 NOT_COMPARABLE = (
     *("--bf16", "--fp16", "--fp8-format", "--fp8-recipe", "--fp8-param-gather", "--fp4-format"),
-    *("--ep-fp8", "--ep-fp8-wgrad", "--ep-dispatch-dtype", "--ep-save"),
     *("--use-precision-aware-optimizer", "--main-grads-dtype", "--main-params-dtype"),
     *("--exp-avg-dtype", "--exp-avg-sq-dtype", "--grad-reduce-in-bf16"),
-    *("--attention-dropout", "--hidden-dropout", "--moe-input-jitter-eps", "--ep-jitter-eps"),
-    *("--ep-noise", "--rampup-batch-size"),
+    *("--attention-dropout", "--hidden-dropout", "--moe-input-jitter-eps", "--rampup-batch-size"),
     *("--train-iters", "--train-samples", "--lr-decay-iters", "--lr-decay-samples"),
     *("--lr-warmup-iters", "--lr-warmup-samples", "--lr-warmup-fraction", "--lr-warmup-init"),
     *("--lr-decay-style", "--lr-wsd-decay-iters", "--lr-wsd-decay-style", "--lr-wsd-decay-samples"),
     *("--eval-iters", "--eval-interval", "--log-interval", "--exit-interval"),
-    *("--exit-duration-in-mins", "--exit-signal-handler", "--num-workers", "--ep-deterministic"),
+    *("--exit-duration-in-mins", "--exit-signal-handler", "--num-workers"),
     *("--save", "--save-interval", "--load", "--ckpt-step", "--finetune", "--no-load-optim"),
     *("--no-load-rng", "--no-save-optim", "--no-save-rng", "--async-save", "--ckpt-format"),
     *("--pretrained-checkpoint", "--non-persistent-save-interval", "--non-persistent-ckpt-type"),
     *("--tensorboard-dir", "--wandb-project", "--wandb-exp-name", "--wandb-save-dir"),
     *("--dist-ckpt-optim-fully-reshardable",),
+    *(row.flag for row in TABLE if not row.comparable),
 )
 
 

@@ -1,24 +1,49 @@
 """Megatron's arguments: what ours mean, and every check that needs no communication."""
 
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.parser import BLOCK, KINDS, ROUTING, automatic
+from ep_plugin.megatron.arguments.parser import TYPED
 from ep_plugin.megatron.arguments.supported import check_supported
+from ep_plugin.megatron.arguments.table import (
+    KINDS,
+    SCOPES,
+    TABLE,
+    WITHOUT_EXPERTS,
+    automatic,
+    feeding,
+)
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import touchpoints
 from ep_plugin.megatron.settings import (
-    SCOPES,
-    EdgeSettings,
+    moe_config,
     moe_pattern,
     overlap_schedule,
     ranks_per_node,
     routing_config,
 )
 from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.experts.experts import check_sizes
 from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
-from ep_plugin.moe.routing_config import RoutingConfig
+from ep_plugin.moe.rules import said
 from ep_plugin.registry import available, resolve
+
+
+def take_typed(args: Any) -> frozenset[str]:
+    """Return the flags that the command line had, and forget them: checkpoints keep `args`.
+
+    Arguments that no command line made say so by what they hold.
+    """
+    typed = vars(args).pop(TYPED, None)
+    if typed is not None:
+        return frozenset(typed)
+    ours = (row for row in TABLE if row.twin is None)
+    return frozenset(row.flag for row in ours if getattr(args, row.dest, None) != row.default)
 
 
 def settings_from_args(args: Any) -> EdgeSettings:
@@ -28,14 +53,12 @@ def settings_from_args(args: Any) -> EdgeSettings:
     (it starts a global one anew after each step), pre-softmax (it refuses top-1 without), and the
     schedule that `--ep-overlap two_batch` names.
     """
-    chosen = {kind: getattr(args, f"ep_{kind}") for kind, _, _ in KINDS}
-    for kind, name in chosen.items():
-        _check_option(kind, name)
-    names = [f.name for f in fields(RoutingConfig) if ROUTING[f.name][0] is None]
-    routing = {name: getattr(args, f"ep_{name}") for name in names}
-    routing = {name: value for name, value in routing.items() if value is not None}
+    for row in KINDS:
+        _check_option(row.flag, str(row.kind), getattr(args, row.dest))
+    own = {row.name: getattr(args, row.dest) for row in feeding("routing") if row.twin is None}
+    routing = {name: value for name, value in own.items() if value is not None}
     if "aux_loss_scope" in routing:
-        args.moe_router_load_balancing_type = SCOPES[routing["aux_loss_scope"]]
+        _choose_scope(args, routing["aux_loss_scope"])
     if routing.get("normalize") in ("none", "after_drop"):
         args.moe_router_pre_softmax = True
     elif "normalize" in routing and args.moe_router_pre_softmax:
@@ -43,24 +66,73 @@ def settings_from_args(args: Any) -> EdgeSettings:
             f"--ep-normalize ({routing['normalize']}) and --moe-router-pre-softmax contradict each "
             "other; leave one of them out"
         )
-    if chosen["overlap"] == "two_batch":
+    if args.ep_overlap == "two_batch":
         args.overlap_moe_expert_parallel_comm = True
+    if args.ep_deterministic is False and args.deterministic_mode:
+        raise ConfigError(
+            "--ep-deterministic (off) and --deterministic-mode contradict each other; leave one of "
+            "them out"
+        )
+    names = {f.name for f in fields(EdgeSettings)} - {"routing", "metrics"}
     return EdgeSettings(
-        **chosen,
         routing=routing,
-        experts_per_layer=args.ep_experts_per_layer,
         metrics=bool(args.tensorboard_dir or args.wandb_project),
-        **{name: getattr(args, f"ep_{name}") for name in BLOCK},
+        **{row.name: getattr(args, row.dest) for row in TABLE if row.name in names},
     )
 
 
-def _check_option(kind: str, name: str) -> None:
+def _choose_scope(args: Any, scope: str) -> None:
+    """Write Megatron's type of the load-balancing loss; raises ConfigError for two that differ."""
+    theirs = args.moe_router_load_balancing_type
+    if theirs not in ("aux_loss", ["aux_loss"], SCOPES[scope], [SCOPES[scope]]):
+        raise ConfigError(
+            f"--ep-aux-loss-scope ({scope}) and --moe-router-load-balancing-type ({theirs}) "
+            "contradict each other; leave one of them out"
+        )
+    args.moe_router_load_balancing_type = SCOPES[scope]
+
+
+def _check_option(flag: str, kind: str, name: str) -> None:
     if name in automatic(kind):
         return
     if "." not in name and name not in available(kind):
         legal = ", ".join((*automatic(kind), *available(kind)))
-        raise ConfigError(f"--ep-{kind} must be one of {legal}; got {name!r}")
+        raise ConfigError(f"{flag} must be one of {legal}; got {name!r}")
     resolve(kind, name)
+
+
+def check_typed(args: Any, typed: Collection[str]) -> None:
+    """Raise ConfigError for a flag of ours that would do nothing in this run."""
+    for row in TABLE:
+        if row.flag not in typed:
+            continue
+        value = said(getattr(args, row.dest))
+        if args.num_experts is None and row.group not in ("checkpoint", "run"):
+            if row.flag not in WITHOUT_EXPERTS:
+                raise ConfigError(
+                    f"{row.flag} ({value}) is about experts, and this model has none; use "
+                    "--num-experts 8"
+                )
+            continue
+        for need in row.needs:
+            if not need.when(args):
+                raise ConfigError(f"{row.flag} ({value}) {need.sentence}")
+
+
+def check_block(args: Any, settings: EdgeSettings) -> None:
+    """Raise ConfigError for a block that validated arguments cannot make, before it is built."""
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    device = torch.device("cpu" if cpu_mode.wanted() else "cuda")
+    for layer, has_experts in enumerate(moe_pattern(args), start=1):
+        if not has_experts:
+            continue
+        config = moe_config(args, settings, layer)
+        check_sizes(config, etp, device)
+        if config.gemm != "auto":
+            hidden, ffn = config.hidden_size, config.ffn_hidden_size // etp
+            build = resolve("gemm", config.gemm)
+            build(hidden, ffn * (2 if config.gated else 1), args.params_dtype)
+            build(ffn, hidden, args.params_dtype)
 
 
 def check_arguments(args: Any, settings: EdgeSettings) -> None:
@@ -74,11 +146,6 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         etp=args.expert_tensor_parallel_size,
         order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
     )
-    if args.ep_audit_save and args.ckpt_format != "torch_dist":
-        raise ConfigError(
-            f"--ep-audit-save reads --ckpt-format torch_dist; got {args.ckpt_format}; use "
-            "torch_dist, or no --ep-audit-save"
-        )
     if args.num_experts is None:
         if parallel.ep > 1:
             raise ConfigError(

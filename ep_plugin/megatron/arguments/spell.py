@@ -4,22 +4,10 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
+from ep_plugin.megatron.arguments.table import BY_NAME, SCOPES, SWITCHES
 from ep_plugin.moe.routing_config import RoutingConfig
+from ep_plugin.moe.rules import said
 from ep_plugin.presets import Model, Preset
-
-# RoutingConfig field -> Megatron's flag for it; the rest are `--ep-FIELD`.
-MEGATRON = {
-    "topk": "--moe-router-topk",
-    "score_function": "--moe-router-score-function",
-    "scaling_factor": "--moe-router-topk-scaling-factor",
-    "jitter_eps": "--moe-input-jitter-eps",
-    "num_groups": "--moe-router-num-groups",
-    "group_topk": "--moe-router-group-topk",
-    "bias_update_rate": "--moe-router-bias-update-rate",
-    "aux_loss_coeff": "--moe-aux-loss-coeff",
-    "z_loss_coeff": "--moe-z-loss-coeff",
-}
-BALANCING = {"sequence": "seq_aux_loss", "global": "global_aux_loss"}
 
 
 def megatron_arguments(preset: Preset) -> list[str]:
@@ -116,23 +104,21 @@ def _routing(routing: RoutingConfig, model: Model) -> list[str]:
         value = getattr(routing, field.name)
         if field.name == "router_bias":
             if value != model.biases:
-                arguments += ["--ep-router-bias", _text(value)]
+                arguments += ["--ep-router-bias", said(value)]
         elif value != getattr(default, field.name):
             arguments += _flag(field.name, value)
     return arguments
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    if name in MEGATRON:
-        return [MEGATRON[name], _text(value)]
-    if name == "expert_bias":
-        return ["--moe-router-enable-expert-bias"]
+    """Return the flag of a field of RoutingConfig: Megatron's own where it has one."""
+    row = BY_NAME[name]
+    if row.twin in SWITCHES:
+        return [f"{row.twin_flag}"]
+    if row.twin_flag is not None:
+        return [row.twin_flag, said(value)]
     if (name, value) == ("normalize", "none"):
         return ["--moe-router-pre-softmax"]
-    if name == "aux_loss_scope" and value in BALANCING:
-        return ["--moe-router-load-balancing-type", BALANCING[value]]
-    return [f"--ep-{name.replace('_', '-')}", _text(value)]
-
-
-def _text(value: Any) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+    if name == "aux_loss_scope" and value in ("sequence", "global"):
+        return ["--moe-router-load-balancing-type", SCOPES[value]]
+    return [row.flag, said(value)]

@@ -18,5 +18,5 @@ def check_one_host(group: dist.ProcessGroup, dispatcher: str) -> None:
         raise ConfigError(
             f"dispatcher '{dispatcher}' needs the ranks of ep and etp on one host; the "
             f"{len(hosts)} are on {len(set(hosts))}: {', '.join(sorted(set(hosts)))}; use "
-            "dispatcher 'alltoall'"
+            "<dispatcher=alltoall>"
         )

@@ -199,8 +199,8 @@ def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
     """Return the dispatcher; raises ConfigError when there is no group to exchange with."""
     if groups.ep_etp is None:
         raise ConfigError(
-            f"dispatcher 'alltoall' needs process groups; got ep = {groups.ep_size}, "
-            f"etp = {groups.etp_size} without one; use dispatcher 'local'"
+            f"<dispatcher=alltoall> needs process groups; got <ep={groups.ep_size}>, "
+            f"<etp={groups.etp_size}> without one; use <dispatcher=local>"
         )
     return AllToAllDispatcher(
         config.num_experts,

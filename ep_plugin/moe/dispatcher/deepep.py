@@ -103,8 +103,8 @@ class DeepEPDispatcher:
         """As `Dispatcher` says; raises ConfigError for tokens in another dtype than bf16."""
         if hidden.dtype != torch.bfloat16:
             raise ConfigError(
-                f"dispatcher 'deepep' carries tokens in bfloat16; got {hidden.dtype}; use a layer "
-                "in bfloat16 or dispatcher 'alltoall'"
+                f"<dispatcher=deepep> carries tokens in bfloat16; got {hidden.dtype}; use a layer "
+                "in bfloat16 or <dispatcher=alltoall>"
             )
         trip = _Trip(self.buffer, self.num_experts)
         tokens, ids, probs = _Dispatch.apply(hidden, routing.probs, routing.expert_ids, trip)
@@ -176,25 +176,25 @@ def build(config: MoEConfig, groups: ExpertGroups) -> DeepEPDispatcher:
 
     Raises ConfigError for what DeepEP's kernels for one host do not take.
     """
-    hidden, routing, alltoall = config.hidden_size, config.routing, "dispatcher 'alltoall'"
+    hidden, routing, alltoall = config.hidden_size, config.routing, "<dispatcher=alltoall>"
     local = config.num_experts // groups.ep_size
     sizes = f"a hidden_size that is a multiple of {STEP}, {MOST_HIDDEN} at most"
-    rules: list[tuple[bool, str, Any, str]] = [  # whether it is met, rule, value, what would do
-        (groups.ep_etp is not None, "process groups", None, "dispatcher 'local'"),
-        (groups.etp_size == 1, "etp = 1", groups.etp_size, alltoall),
+    rules: list[tuple[bool, str, Any, str]] = [  # whether it is met, rule, value, what to use
+        (groups.ep_etp is not None, "process groups", None, "<dispatcher=local>"),
+        (groups.etp_size == 1, "<etp=1>", groups.etp_size, alltoall),
         (groups.ep_size in RANKS, f"ep in {RANKS}", groups.ep_size, alltoall),
-        (config.dispatch_dtype == "bf16", "dispatch_dtype = bf16", config.dispatch_dtype, alltoall),
+        (config.dispatch_dtype == "bf16", "<dispatch_dtype=bf16>", config.dispatch_dtype, alltoall),
         (hidden % STEP == 0 and hidden <= MOST_HIDDEN, sizes, hidden, alltoall),
         (routing.topk <= MOST_CHOICES, f"topk <= {MOST_CHOICES}", routing.topk, alltoall),
         (local <= MOST_EXPERTS, f"at most {MOST_EXPERTS} experts of a rank", local, alltoall),
         (
             *(routing.router_dtype != "fp64", "probabilities in fp32"),
-            *(routing.router_dtype, "router_dtype = fp32"),
+            *(routing.router_dtype, "<router_dtype=fp32>"),
         ),
     ]
     for is_met, rule, value, instead in rules:
         if not is_met:
-            raise ConfigError(f"dispatcher 'deepep' needs {rule}; got {value}; use {instead}")
+            raise ConfigError(f"<dispatcher=deepep> needs {rule}; got {value}; use {instead}")
     assert groups.ep is not None
     check_one_host(groups.ep, "deepep")
     return DeepEPDispatcher(config.num_experts, groups, config.hidden_size)

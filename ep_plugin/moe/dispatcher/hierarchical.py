@@ -185,14 +185,14 @@ def build(config: MoEConfig, groups: ExpertGroups) -> HierarchicalDispatcher:
     """Return the dispatcher; raises ConfigError when it is not known which ranks share a node."""
     if groups.ep_etp is None:
         raise ConfigError(
-            f"dispatcher 'hierarchical' needs process groups; got ep = {groups.ep_size}, "
-            f"etp = {groups.etp_size} without one; use dispatcher 'local'"
+            f"<dispatcher=hierarchical> needs process groups; got <ep={groups.ep_size}>, "
+            f"<etp={groups.etp_size}> without one; use <dispatcher=local>"
         )
     if groups.ranks_per_node is None:
         raise ConfigError(
-            "dispatcher 'hierarchical' needs to know which ranks share a node; got ranks_per_node "
+            "<dispatcher=hierarchical> needs to know which ranks share a node; got ranks_per_node "
             "= None and no LOCAL_WORLD_SIZE of torchrun; use create_expert_groups(..., "
-            "ranks_per_node=8) or dispatcher 'alltoall'"
+            "ranks_per_node=8) or <dispatcher=alltoall>"
         )
     return HierarchicalDispatcher(
         config.num_experts, groups, wire_format_of(config), config.check_splits

@@ -28,7 +28,7 @@ def build(config: MoEConfig, groups: ExpertGroups) -> LocalDispatcher:
     """Return the dispatcher; raises ConfigError when the experts are spread over ranks."""
     if groups.ep_etp_size != 1:
         raise ConfigError(
-            f"dispatcher 'local' needs ep*etp = 1; got ep = {groups.ep_size}, "
-            f"etp = {groups.etp_size}; use dispatcher 'alltoall'"
+            f"<dispatcher=local> needs ep*etp = 1; got <ep={groups.ep_size}>, "
+            f"<etp={groups.etp_size}>; use <dispatcher=alltoall>"
         )
     return LocalDispatcher()

@@ -184,12 +184,12 @@ class SymmetricMemoryDispatcher:
         ranks = self.link.buffer.ranks
         if ranks > GRAPH_RANKS:
             raise ConfigError(
-                f"a graph of dispatcher 'symm_mem' must have at most {GRAPH_RANKS} ranks of ep "
+                f"a graph of <dispatcher=symm_mem> must have at most {GRAPH_RANKS} ranks of ep "
                 f"and etp; got {ranks}; use steps that are not captured"
             )
         if num_tokens > self.most_tokens:
             raise ConfigError(
-                f"a graph of dispatcher 'symm_mem' must have at most the tokens ({num_tokens}) of "
+                f"a graph of <dispatcher=symm_mem> must have at most the tokens ({num_tokens}) of "
                 f"a call before it ({self.most_tokens} on any rank); use a step that is not "
                 "captured, with as many tokens"
             )
@@ -202,12 +202,12 @@ def build(config: MoEConfig, groups: ExpertGroups) -> SymmetricMemoryDispatcher:
     """
     if groups.ep_etp is None:
         raise ConfigError(
-            f"dispatcher 'symm_mem' needs process groups; got ep = {groups.ep_size}, "
-            f"etp = {groups.etp_size} without one; use dispatcher 'local'"
+            f"<dispatcher=symm_mem> needs process groups; got <ep={groups.ep_size}>, "
+            f"<etp={groups.etp_size}> without one; use <dispatcher=local>"
         )
     if config.dispatch_dtype != "bf16":
         raise ConfigError(
-            "dispatcher 'symm_mem' carries tokens as they are; got dispatch_dtype = "
-            f"{config.dispatch_dtype}; use dispatcher 'alltoall' or dispatch_dtype = bf16"
+            "<dispatcher=symm_mem> carries tokens as they are; got <dispatch_dtype> "
+            f"{config.dispatch_dtype}; use <dispatcher=alltoall> or <dispatch_dtype=bf16>"
         )
     return SymmetricMemoryDispatcher(config.num_experts, groups, config.comm_sms)

@@ -98,6 +98,18 @@ class GroupedLinear(nn.Module):
         return product
 
 
+def check_sizes(config: MoEConfig, etp: int, device: torch.device) -> None:
+    """Raise ConfigError for sizes that do not divide over `etp`, or that an FP8 recipe refuses."""
+    ffn = config.ffn_hidden_size
+    if ffn % etp:
+        raise ConfigError(
+            f"<ffn_hidden_size> ({ffn}) must be divisible by <etp> ({etp}); use "
+            f"<etp={largest_divisor(ffn, etp)}>"
+        )
+    if config.fp8 != "off":
+        FP8[config.fp8][0].check(config.hidden_size, ffn // etp, device)
+
+
 class Experts(nn.Module):
     """The local experts as two grouped linear maps; with etp each rank holds a slice of F.
 
@@ -114,11 +126,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         ffn, etp = config.ffn_hidden_size, groups.etp_size
-        if ffn % etp:
-            raise ConfigError(
-                f"ffn_hidden_size ({ffn}) must be divisible by etp ({etp}); use "
-                f"etp = {largest_divisor(ffn, etp)}"
-            )
+        check_sizes(config, etp, torch.empty(0, device=device).device)
         self.num_local_experts = config.num_experts // groups.ep_size
         self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
@@ -144,9 +152,6 @@ class Experts(nn.Module):
                 dtype,
             )
 
-        if self.fp8:
-            check = FP8[config.fp8][0].check
-            check(config.hidden_size, shard, torch.empty(0, device=device).device)
         self.linear_fc1 = linear(config.hidden_size, shard * (2 if config.gated else 1))
         self.linear_fc2 = linear(shard, config.hidden_size)
 

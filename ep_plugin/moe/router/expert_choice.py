@@ -7,26 +7,11 @@ ones too: for encoders alone. `MoEConfig` refuses it unless forced.
 import torch
 from torch import Tensor
 
-from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Routing
 from ep_plugin.moe.router._capacity import capacity, place_by_sequence
 from ep_plugin.moe.router._gate import Gate
-from ep_plugin.moe.routing_config import RoutingConfig
-
-# What a router of tokens has and this one has not: setting -> why.
-UNUSED = {
-    "drop_policy": "fills every expert alike",
-    "aux_loss_coeff": "fills every expert alike",
-    "z_loss_coeff": "adds no loss",
-    "score_function": "weighs by the softmax over experts",
-    "scaling_factor": "weighs by the softmax over experts",
-    "expert_bias": "lets experts choose",
-    "num_groups": "lets experts choose",
-    "second_expert": "lets experts choose",
-    "noise": "lets experts choose",
-}
 
 
 class ExpertChoiceRouter(Gate):
@@ -70,19 +55,5 @@ def build(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> ExpertChoiceRouter:
-    """Return the router for `config`; raises ConfigError for settings it has no use for."""
-    routing = config.routing
-    if routing.capacity_factor is None:
-        raise ConfigError(
-            "router (expert_choice) needs capacity_factor, the experts of an average token; got "
-            "None; use 2.0"
-        )
-    default = RoutingConfig()
-    for name, reason in UNUSED.items():
-        value, legal = getattr(routing, name), getattr(default, name)
-        if value != legal:
-            raise ConfigError(
-                f"router (expert_choice) {reason}: {name} ({value}) has no meaning; use "
-                f"{name} = {legal}"
-            )
+    """Return the router for `config`; `MoEConfig` has refused what it has no use for."""
     return ExpertChoiceRouter(config, groups, device, dtype)

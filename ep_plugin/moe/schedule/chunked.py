@@ -74,26 +74,26 @@ def build(config: MoEConfig, block: Block) -> Schedule:
     others = block.groups.ep_etp_size - 1
     if config.bias:
         raise ConfigError(
-            "overlap (chunked) needs experts without bias; got bias = True; use overlap = serial "
-            "or bias = False"
+            "<overlap> (chunked) needs experts without bias; got <bias=True>; use <overlap=serial> "
+            "or <bias=False>"
         )
     if not others:
         return type(block).in_order
     if block.groups.replicas is not None:
         raise ConfigError(
-            f"overlap (chunked) exchanges part by part, and the {block.groups.replicas.size()} "
+            f"<overlap> (chunked) exchanges part by part, and the {block.groups.replicas.size()} "
             "ranks of tp that hold the same tokens gather theirs; use sequence parallelism or "
-            "overlap = serial"
+            "<overlap=serial>"
         )
     if not isinstance(block.dispatcher, PeerDispatcher):
         raise ConfigError(
-            "overlap (chunked) needs a dispatcher that exchanges with some ranks at a time, and "
-            f"dispatcher ({config.dispatcher}) does not; use "
-            "dispatcher = alltoall or overlap = serial"
+            "<overlap> (chunked) needs a dispatcher that exchanges with some ranks at a time, and "
+            f"<dispatcher> ({config.dispatcher}) does not; use "
+            "<dispatcher=alltoall> or <overlap=serial>"
         )
     if config.overlap_chunks is not None and config.overlap_chunks > others:
         raise ConfigError(
-            f"overlap_chunks ({config.overlap_chunks}) must be at most the other ranks of ep*etp "
-            f"({others}); use overlap_chunks = {others}"
+            f"<overlap_chunks> ({config.overlap_chunks}) must be at most the other ranks of ep*etp "
+            f"({others}); use <overlap_chunks={others}>"
         )
     return partial(chunked, config.overlap_chunks or min(DEFAULT_CHUNKS, others))

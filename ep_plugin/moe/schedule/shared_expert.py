@@ -30,7 +30,7 @@ def build(config: MoEConfig, block: Block) -> Schedule:
     """Return the schedule; raises ConfigError without a shared expert."""
     if block.shared_expert is None:
         raise ConfigError(
-            "overlap (shared_expert) computes a shared expert while tokens travel, and there is "
-            "none; use overlap = chunked or serial"
+            "<overlap> (shared_expert) computes a shared expert while tokens travel, and there is "
+            "none; use <overlap=chunked> or <overlap=serial>"
         )
     return beside_dispatch

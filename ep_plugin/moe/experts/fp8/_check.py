@@ -15,11 +15,11 @@ def check_recipe(
     for name, size in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
         if size % multiple:
             raise ConfigError(
-                f"fp8 ({recipe}) needs {name} on each rank ({size}) to be a multiple of "
-                f"{multiple}; use {-(-size // multiple) * multiple} or fp8 = off"
+                f"<fp8> ({recipe}) needs {name} on each rank ({size}) to be a multiple of "
+                f"{multiple}; use {-(-size // multiple) * multiple} or <fp8=off>"
             )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         raise ConfigError(
-            f"fp8 ({recipe}) needs a GPU of compute capability 9.0 (H100) or newer; this is "
-            f"{torch.cuda.get_device_name(device)}; use fp8 = off"
+            f"<fp8> ({recipe}) needs a GPU of compute capability 9.0 (H100) or newer; this is "
+            f"{torch.cuda.get_device_name(device)}; use <fp8=off>"
         )

@@ -55,15 +55,15 @@ class DeepGemm:
 def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGemm:
     """Return the backend; raises ConfigError for a dtype, size or GPU DeepGEMM does not take."""
     if dtype != torch.bfloat16:
-        raise ConfigError(f"gemm 'deepgemm' needs bf16; got {dtype}; use gemm 'loop'")
+        raise ConfigError(f"<gemm=deepgemm> needs bf16; got {dtype}; use <gemm=loop>")
     for name, features in (("in_features", in_features), ("out_features", out_features)):
         if features % ALIGNMENT:
             raise ConfigError(
-                f"gemm 'deepgemm' needs {name} ({features}) to be a multiple of {ALIGNMENT}; use "
-                "gemm 'loop'"
+                f"<gemm=deepgemm> needs <{name}> ({features}) to be a multiple of {ALIGNMENT}; use "
+                "<gemm=loop>"
             )
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        raise ConfigError("gemm 'deepgemm' needs a Hopper GPU; use gemm 'loop'")
+        raise ConfigError("<gemm=deepgemm> needs a Hopper GPU; use <gemm=loop>")
     return DeepGemm()
 
 

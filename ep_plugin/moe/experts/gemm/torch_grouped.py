@@ -37,12 +37,12 @@ def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGem
     """Return the backend; raises ConfigError for sizes or a dtype grouped_mm has no kernel for."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(
-            f"gemm 'torch_grouped' needs fp32, bf16 or fp16; got {dtype}; use gemm 'loop'"
+            f"<gemm=torch_grouped> needs fp32, bf16 or fp16; got {dtype}; use <gemm=loop>"
         )
     for name, features in (("in_features", in_features), ("out_features", out_features)):
         if not aligned(features, dtype):
             raise ConfigError(
-                f"gemm 'torch_grouped' needs {name} ({features}) to be a multiple of "
-                f"{ALIGNMENT // dtype.itemsize} in {dtype}; use gemm 'loop'"
+                f"<gemm=torch_grouped> needs <{name}> ({features}) to be a multiple of "
+                f"{ALIGNMENT // dtype.itemsize} in {dtype}; use <gemm=loop>"
             )
     return TorchGroupedGemm()

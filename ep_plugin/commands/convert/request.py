@@ -1,0 +1,149 @@
+"""What a user asks of `ep-plugin convert`: flags that were typed, checked, and read once."""
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ep_plugin import presets
+from ep_plugin.checkpoint.adapt.gains import Gates
+from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.open import Format, Kind, kind_of
+from ep_plugin.checkpoint.prompts import Prompts, read_prompts
+from ep_plugin.checkpoint.staging import check_free, source_request
+from ep_plugin.commands.convert.flags import TOLERANCE
+from ep_plugin.errors import ConfigError
+
+Typed = dict[str, Any]  # destination of a flag that was typed -> value
+
+_GATES = ("score_function", "pre_softmax", "scaling_factor")
+_SETTINGS = (
+    *("num_experts", "layers", "seed", "mode", "granularity", "drop_ratio", "noise_std"),
+    *("router_init", "shared_expert", "ep"),
+)  # fields of Upcycling whose flag has their name
+
+
+@dataclass(frozen=True)
+class Request:
+    """One conversion. With `check`, a look at what another one wrote; then nothing else counts."""
+
+    target: Path
+    check: bool = False
+    source: Path = Path()
+    kind: Kind = "torch_dist"
+    settings: Upcycling | None = None  # of the experts that it gets
+    format: Format = "megatron"
+    family: str | None = None
+    implementation: str | None = None
+    keep_optimizer: bool = True
+    compare: bool = True
+    tolerance: float = TOLERANCE
+    prompts: Prompts | None = None
+    seed: int = Upcycling.seed
+    processes: int = 1
+    dry_run: bool = False
+    json: bool = False
+
+    @property
+    def moments_go_along(self) -> bool:
+        """Whether optimizer state can go along: where names and pieces stay as they are stored."""
+        return self.kind == "torch_dist" and self.format == "megatron"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Return the settings that manifest.json keeps."""
+        if self.settings is not None and self.moments_go_along:
+            return asdict(self.settings)
+        return {"format": self.format}
+
+    def identity(self, folder: Path) -> dict[str, Any]:
+        """Return all that the bytes of the result depend on; `folder` is what was read."""
+        return {
+            **source_request(folder),
+            "--format": self.format,
+            "--family": self.family,
+            "--transformer-impl": self.implementation,
+            "--drop-optimizer": not self.keep_optimizer,
+            **(asdict(self.settings) if self.settings else {}),
+        }
+
+
+def read_request(args: argparse.Namespace) -> Request:
+    """Return what was asked. Opens no file but that of --prompts, after all other checks.
+
+    Raises ConfigError for flags that contradict, have no effect or have no legal value.
+    """
+    typed: Typed = {name: value for name, value in vars(args).items() if name != "command"}
+    target: Path = typed["target"]
+    if typed.get("check"):
+        return Request(target, check=True)
+    if "source" not in typed:
+        raise ConfigError("--from must be given; use --from runs/dense")
+    kind = kind_of(typed["source"])
+    _check(typed, kind)
+    check_free(target)
+    prompts = None
+    if "prompts" in typed:
+        prompts = read_prompts(typed["prompts"], typed["source"] if kind == "hf" else None)
+    return Request(
+        target=target,
+        source=typed["source"],
+        kind=kind,
+        settings=settings_from(typed) if "num_experts" in typed else None,
+        format=typed.get("format", "megatron"),
+        family=typed.get("family"),
+        implementation=typed.get("transformer_impl"),
+        keep_optimizer=not typed.get("drop_optimizer", False),
+        compare=compares(typed, kind),
+        tolerance=typed.get("parity_tolerance", TOLERANCE),
+        prompts=prompts,
+        seed=typed.get("seed", Upcycling.seed),
+        processes=typed.get("processes", 1),
+        dry_run=typed.get("dry_run", False),
+        json=typed.get("json", False),
+    )
+
+
+def compares(typed: Typed, kind: Kind) -> bool:
+    """Whether source and result are to be compared."""
+    if kind == "torch_dist" and typed.get("format", "megatron") == "megatron":
+        return "skip_parity" not in typed
+    return "verify" in typed
+
+
+def _check(typed: Typed, kind: Kind) -> None:
+    if "num_experts" not in typed and ("topk" in typed or "preset" in typed):
+        raise ConfigError("--topk and --preset need --num-experts; use --num-experts 8")
+    if not typed.get("parity_tolerance", TOLERANCE) > 0:
+        raise ConfigError(f"--parity-tolerance must be above 0; got {typed['parity_tolerance']}")
+    if typed.get("processes", 1) < 1:
+        raise ConfigError(f"--processes must be at least 1; got {typed['processes']}")
+    if "prompts" in typed and not compares(typed, kind):
+        raise ConfigError("--prompts are what --verify compares on; use --verify, too")
+    if "num_experts" not in typed and kind == "torch_dist" and typed.get("format") != "hf":
+        raise ConfigError(
+            f"{typed['source']} is a torch_dist checkpoint already; use --format hf, or "
+            "--num-experts and --topk"
+        )
+
+
+def settings_from(typed: Typed) -> Upcycling:
+    """Return what to make of a dense model; what is typed beside --preset wins over it."""
+    gates: dict[str, Any] = {}
+    topk = typed.get("topk")
+    if "preset" in typed:
+        preset = presets.load(typed["preset"])
+        if preset.router != "topk":
+            raise ConfigError(
+                f"--preset {typed['preset']} lets experts choose their tokens, so no token's "
+                "weights have a known sum; use --topk 2, with --ep-router expert_choice in the run"
+            )
+        gates = vars(Gates.of(preset.routing))
+        topk = preset.routing.topk if topk is None else topk
+    if topk is None:
+        raise ConfigError("--topk, or a --preset that has it, must be given; use --topk 2")
+    gates = gates | {name: typed[name] for name in _GATES if name in typed}
+    settings = {name: typed[name] for name in _SETTINGS if name in typed}
+    if settings.get("mode") == "granular":
+        settings.setdefault("router_init", "virtual-group")
+    return Upcycling(topk=topk, gates=Gates(**gates), **settings)

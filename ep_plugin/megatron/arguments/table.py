@@ -1,0 +1,340 @@
+"""The plugin's own flags, one row each: parser, settings, refusals, printed flags, page, digest.
+
+A row that feeds a field takes its type, legal values and default from there. To add an option, add
+the field (with its rule in `moe/rules.py`, when it does not always act) and its row here.
+Imports neither torch nor Megatron.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ep_plugin.megatron.edge_settings import EdgeSettings
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.routing_config import RoutingConfig
+
+Group = Literal[
+    "routing", "capacity", "losses", "experts", "fp8", "dispatch", "overlap", "checkpoint", "run"
+]
+RESHARDABLE = ("fully_reshardable", "dp_reshardable")
+SCOPES = {  # of the load-balancing loss -> Megatron's type of it
+    "micro_batch": "aux_loss",
+    "group": "aux_loss",
+    "sequence": "seq_aux_loss",
+    "global": "global_aux_loss",
+}
+HOMES = {"routing": RoutingConfig, "moe": MoEConfig, "edge": EdgeSettings}
+
+
+@dataclass(frozen=True)
+class Need:
+    """An own flag acts only `when`; else it is refused: the flag, its value, then `sentence`."""
+
+    when: Callable[[Any], bool]  # of Megatron's arguments
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One flag of ours."""
+
+    flag: str
+    group: Group
+    help: str
+    feeds: str | None = None  # "routing.FIELD", "moe.FIELD" or "edge.FIELD"
+    twin: str | None = None  # Megatron's argument of the same meaning: one destination, last wins
+    cousin: str | None = None  # a flag of Megatron's that also sets the field, in other words
+    cousin_values: Mapping[str, str] = field(default_factory=dict)  # ours -> theirs; "": bare
+    choices: tuple[str, ...] | None = None  # where no field says
+    default: Any = None
+    needs: tuple[Need, ...] = ()  # those of the edge; those of the field stand in moe/rules.py
+    kind: str | None = None  # an option of this choice of the registry
+    alike: bool = True  # must be equal on all ranks
+    comparable: bool = True  # `ep-plugin parity` keeps it
+
+    @property
+    def name(self) -> str:
+        """The flag without its prefix, as a field is named: `min_capacity`."""
+        return self.flag.removeprefix("--ep-").replace("-", "_")
+
+    @property
+    def twin_flag(self) -> str | None:
+        """How Megatron's argument of the same meaning is typed."""
+        return None if self.twin is None else f"--{self.twin.replace('_', '-')}"
+
+    @property
+    def dest(self) -> str:
+        """The attribute of the parsed arguments, and of those in a checkpoint."""
+        return self.twin or f"ep_{self.name}"
+
+    @cached_property
+    def hint(self) -> Any:
+        """The type of the field it feeds, without None."""
+        if self.feeds is None:
+            return Literal[self.choices] if self.choices else bool
+        part, _, name = self.feeds.partition(".")
+        hint = get_type_hints(HOMES[part])[name]
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        return kinds[0] if type(None) in get_args(hint) and len(kinds) == 1 else hint
+
+    @property
+    def legal(self) -> tuple[str, ...] | None:
+        """The values to choose from; None for a number, a name or a switch."""
+        return get_args(self.hint) if get_origin(self.hint) is Literal else None
+
+    @property
+    def field_default(self) -> Any:
+        """The value of the field when the flag is not given."""
+        if self.feeds is None:
+            return self.default
+        part, _, name = self.feeds.partition(".")
+        return next(f.default for f in fields(HOMES[part]) if f.name == name)
+
+
+def _routing(name: str, group: Group, help: str, twin: str | None = None, **more: Any) -> Argument:
+    flag = f"--ep-{name.replace('_', '-')}"
+    return Argument(flag, group, help, f"routing.{name}", twin, **more)
+
+
+def _block(name: str, group: Group, help: str, **more: Any) -> Argument:
+    return Argument(f"--ep-{name.replace('_', '-')}", group, help, f"moe.{name}", **more)
+
+
+def _edge(name: str, group: Group, help: str, **more: Any) -> Argument:
+    return Argument(f"--ep-{name.replace('_', '-')}", group, help, f"edge.{name}", **more)
+
+
+_SAVES = Need(
+    lambda args: bool(args.save), "is about checkpoints, and none is saved; use --save DIR"
+)
+_DENSE_BLOCKS = Need(
+    lambda args: (
+        args.num_experts is None
+        or args.ep_expert_activation is None
+        or bool(args.moe_shared_expert_intermediate_size)
+        or has_dense_layer(args)
+    ),
+    "is the activation of dense blocks and shared experts, and there are none; use "
+    "--ep-expert-activation alone",
+)
+
+
+def has_dense_layer(args: Any) -> bool:
+    """Whether `--moe-layer-freq` leaves a layer without experts."""
+    frequency = args.moe_layer_freq
+    return frequency > 1 if isinstance(frequency, int) else not all(frequency)
+
+
+TABLE: tuple[Argument, ...] = (
+    Argument("--ep-preset", "run", "a published system's model and routing: see ep-plugin presets"),
+    _edge("router", "routing", "which experts a token goes to", kind="router", default="topk"),
+    _edge(
+        "dispatcher", "dispatch", "how rows reach their experts", kind="dispatcher", default="auto"
+    ),
+    _edge(
+        "gemm", "experts", "the grouped matrix product of the experts", kind="gemm", default="auto"
+    ),
+    _edge(
+        "overlap",
+        "overlap",
+        "what is computed while tokens travel",
+        kind="overlap",
+        default="serial",
+    ),
+    # routing, in the order of RoutingConfig
+    _routing("topk", "routing", "experts a token goes to", "moe_router_topk"),
+    _routing(
+        "score_function", "routing", "what makes scores of logits", "moe_router_score_function"
+    ),
+    _routing(
+        "normalize",
+        "routing",
+        "divide a token's weights by their sum, before or after dropping",
+        cousin="--moe-router-pre-softmax",
+        cousin_values={"none": "", "after_drop": ""},
+    ),
+    _routing(
+        "scaling_factor", "routing", "factor of the weights", "moe_router_topk_scaling_factor"
+    ),
+    _routing(
+        "router_dtype",
+        "routing",
+        "dtype of the logits; default fp32, or --moe-router-dtype",
+        cousin="--moe-router-dtype",
+    ),
+    _routing("router_bias", "routing", "a bias in the router; default as the other linear layers"),
+    _routing(
+        "jitter_eps",
+        "routing",
+        "router input times U[1-eps, 1+eps], training",
+        "moe_input_jitter_eps",
+        comparable=False,
+    ),
+    _routing("noise", "routing", "Gumbel noise on the logits chooses, training", comparable=False),
+    _routing("second_expert", "routing", "how the second expert of top-2 is found"),
+    _routing("second_threshold", "routing", "weight below which random and threshold leave it out"),
+    _routing("num_groups", "routing", "groups of experts", "moe_router_num_groups"),
+    _routing("group_topk", "routing", "groups a token may choose in", "moe_router_group_topk"),
+    _routing(
+        "group_score_topk",
+        "routing",
+        "best experts whose scores add up to a group's; default K / groups",
+    ),
+    _routing(
+        "expert_bias",
+        "losses",
+        "balance by a bias instead of a loss",
+        "moe_router_enable_expert_bias",
+    ),
+    _routing("bias_update_rate", "losses", "step of that bias", "moe_router_bias_update_rate"),
+    _routing(
+        "capacity_factor",
+        "capacity",
+        "tokens an expert takes, over its fair share; default: all",
+        cousin="--moe-expert-capacity-factor",
+    ),
+    _routing("eval_capacity_factor", "capacity", "the same in evaluation; default: all"),
+    _routing("min_capacity", "capacity", "tokens an expert takes at least"),
+    _routing("capacity_rounding", "capacity", "how a capacity becomes a whole number"),
+    _routing("capacity_counts_topk", "capacity", "whether the fair share is S*K/E or S/E"),
+    _routing(
+        "drop_policy",
+        "capacity",
+        "who goes when an expert is full",
+        cousin="--moe-token-drop-policy",
+    ),
+    _routing("group_tokens", "capacity", "tokens of a routing group; default: all of a rank"),
+    _routing(
+        "aux_loss_coeff",
+        "losses",
+        "coefficient of the load-balancing loss",
+        "moe_aux_loss_coeff",
+    ),
+    _routing("aux_loss_counts", "losses", "choices that the load-balancing loss counts"),
+    _routing(
+        "aux_loss_scope",
+        "losses",
+        "tokens it is taken over",
+        cousin="--moe-router-load-balancing-type",
+        cousin_values=SCOPES,
+    ),
+    _routing("aux_loss_layers", "losses", "its sum or its mean over layers"),
+    _routing("z_loss_coeff", "losses", "coefficient of the router z-loss", "moe_z_loss_coeff"),
+    _routing(
+        "force_expert_choice",
+        "routing",
+        "allow --ep-router expert_choice, which sees later tokens",
+    ),
+    # the block
+    _edge(
+        "dense_activation", "experts", "of the dense feed-forward blocks", needs=(_DENSE_BLOCKS,)
+    ),
+    _edge("expert_activation", "experts", "of the experts; default as the dense blocks"),
+    _block(
+        "fp8",
+        "fp8",
+        "recipe of the experts' products; weights and sums stay as they are",
+        comparable=False,
+        cousin="--fp8-recipe",
+    ),
+    _block(
+        "fp8_wgrad", "fp8", "their weight gradients, where --ep-fp8 is not off", comparable=False
+    ),
+    _block(
+        "save",
+        "experts",
+        "how the experts' pre-activations are kept for the backward",
+        comparable=False,
+    ),
+    _block(
+        "deterministic",
+        "run",
+        "equal bits in every run: no kernel is chosen by measuring",
+        comparable=False,
+        cousin="--deterministic-mode",
+        cousin_values={"True": ""},
+    ),
+    _block(
+        "dispatch_dtype",
+        "dispatch",
+        "what tokens travel in; fp8 as FP8 products read them",
+        comparable=False,
+    ),
+    _block(
+        "dispatch_dedup",
+        "dispatch",
+        "a token travels once to a rank, not once for each expert there",
+    ),
+    _block("check_splits", "dispatch", "when ranks compare what they send before they send it"),
+    _block("comm_sms", "dispatch", "SMs that --ep-dispatcher symm_mem copies with"),
+    _edge(
+        "ranks_per_node",
+        "dispatch",
+        "that --ep-dispatcher hierarchical counts on; default torchrun's",
+        needs=(
+            Need(
+                lambda args: args.ep_dispatcher == "hierarchical" or "." in args.ep_dispatcher,
+                "is for --ep-dispatcher hierarchical; use --ep-dispatcher hierarchical",
+            ),
+        ),
+    ),
+    _block(
+        "overlap_chunks",
+        "overlap",
+        "parts the other ranks' tokens come in, for --ep-overlap chunked",
+    ),
+    _block("shared_expert", "experts", "add the shared expert, or weigh it by a learned softmax"),
+    _edge("experts_per_layer", "experts", "experts of each MoE layer (a pyramid): N*LAYERS,..."),
+    # checkpoints
+    Argument(
+        "--ep-optimizer-format",
+        "checkpoint",
+        "how the distributed optimizer is saved: to be resumed at any layout, or at this one",
+        choices=RESHARDABLE,
+        default="fully_reshardable",
+        needs=(
+            _SAVES,
+            Need(
+                lambda args: args.use_distributed_optimizer and args.ckpt_format == "torch_dist",
+                "is about the distributed optimizer in --ckpt-format torch_dist; use "
+                "--use-distributed-optimizer with --ckpt-format torch_dist",
+            ),
+            Need(
+                lambda args: (
+                    args.ep_optimizer_format == "fully_reshardable"
+                    or not args.dist_ckpt_optim_fully_reshardable
+                ),
+                "and --dist-ckpt-optim-fully-reshardable contradict each other; leave one out",
+            ),
+        ),
+    ),
+    Argument(
+        "--ep-audit-save",
+        "checkpoint",
+        "read every checkpoint after it was saved, and stop when it is not whole: audit",
+        default=False,
+        needs=(
+            _SAVES,
+            Need(
+                lambda args: args.ckpt_format == "torch_dist",
+                "reads --ckpt-format torch_dist; use --ckpt-format torch_dist",
+            ),
+        ),
+    ),
+)
+BY_NAME = {row.name: row for row in TABLE}
+KINDS = tuple(row for row in TABLE if row.kind is not None)
+SWITCHES = ("moe_router_enable_expert_bias",)  # twins that take no value
+# Without --num-experts these still say something; every other flag of ours is refused.
+WITHOUT_EXPERTS = ("--ep-preset", "--ep-dense-activation")
+
+
+def feeding(part: str) -> tuple[Argument, ...]:
+    """Return the rows whose fields are of "routing", "moe" or "edge"."""
+    return tuple(row for row in TABLE if (row.feeds or "").startswith(f"{part}."))
+
+
+def automatic(kind: str) -> tuple[str, ...]:
+    """Return `auto` for the kinds that have it."""
+    return () if kind in ("router", "overlap") else ("auto",)
