@@ -39,7 +39,8 @@ class Routing:
     probs: Tensor  # [T, K] fp32 (fp64 when asked), 0 = dropped; gradient flows to the router
     tokens_per_expert: Tensor  # [E] int64, choices of this rank that are not dropped
     losses: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, detached, no coefficient
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, sums over tokens
+    # Sums over tokens, [] each: all that router/_metrics.py names, or none.
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None  # [T, H] the tokens routed, to go on with; None: as they came
 
 
