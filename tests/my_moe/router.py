@@ -11,11 +11,13 @@ from ep_plugin.contracts import Routing
 class MyRouter(nn.Module):
     """One linear map; every rank holds the whole of it."""
 
-    def __init__(self, config: MoEConfig, device: object, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, config: MoEConfig, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
         self.num_experts, self.topk = config.num_experts, config.routing.topk
         shape = (config.num_experts, config.hidden_size)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # type: ignore[arg-type]
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def forward(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
         """Route `hidden` [T, H]."""
@@ -26,7 +28,10 @@ class MyRouter(nn.Module):
 
 
 def build(
-    config: MoEConfig, groups: ExpertGroups, device: object, dtype: torch.dtype | None
+    config: MoEConfig,
+    groups: ExpertGroups,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
 ) -> MyRouter:
     """Return the router; the layer, or Megatron, fills its parameters."""
     return MyRouter(config, device, dtype)

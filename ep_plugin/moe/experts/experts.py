@@ -162,10 +162,10 @@ class Experts(nn.Module):
         saves_less = self.config.save != "bf16"
         if fc1.bias is None and (self.fp8 or saves_less or inbox.tokens.is_cuda):
             choices = inbox.expert_ids, inbox.tokens_per_expert
-            rows = expert_rows(*choices, self.config.activation, inbox.num_rows)
+            where = expert_rows(*choices, self.config.activation, inbox.num_rows)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
-                *(self.recipes(len(rows.order))(rows), self.config.save, self.totals),
+                *(self.recipes(len(where.order))(where), self.config.save, self.totals),
                 inbox.tokens8,
             )
             return output
