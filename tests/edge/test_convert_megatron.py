@@ -125,7 +125,8 @@ def test_corrupted_expert_fails_parity(
     assert convert(dense[0], tmp_path / "moe") == 1
     captured = capsys.readouterr()
     assert re.search(
-        r"parity failed: logits differ by .*, more than --parity-tolerance 1.0e-04", captured.err
+        r"comparison failed: logits differ by .*, more than --parity-tolerance 1.0e-04",
+        captured.err,
     )
     assert list(tmp_path.iterdir()) == []
 

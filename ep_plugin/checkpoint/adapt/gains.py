@@ -59,6 +59,11 @@ class Gates:
                 "--topk 1 divided by its own sum leaves the router no gradient, so Megatron "
                 "demands --pre-softmax for it; use --topk 1 --pre-softmax"
             )
+        if self.pre_softmax and self.score_function != "softmax":
+            raise ConfigError(
+                f"--pre-softmax is of softmax, and --score-function is {self.score_function}; use "
+                "--score-function softmax, or leave --pre-softmax out"
+            )
         RoutingConfig(
             topk=topk,
             score_function=self.score_function,

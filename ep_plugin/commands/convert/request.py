@@ -12,9 +12,13 @@ from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
 from ep_plugin.checkpoint.staging import check_free, source_request
 from ep_plugin.commands.convert.flags import TOLERANCE
+from ep_plugin.commands.convert.needs import (
+    Typed,
+    refuse_beside_check,
+    refuse_idle_flags,
+    stays_torch_dist,
+)
 from ep_plugin.errors import ConfigError
-
-Typed = dict[str, Any]  # destination of a flag that was typed -> value
 
 _GATES = ("score_function", "pre_softmax", "scaling_factor")
 _SETTINGS = (
@@ -58,8 +62,12 @@ class Request:
 
     def identity(self, folder: Path) -> dict[str, Any]:
         """Return all that the bytes of the result depend on; `folder` is what was read."""
+        return source_request(folder) | self.asked
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return the settings that the bytes of the result depend on."""
         return {
-            **source_request(folder),
             "--format": self.format,
             "--family": self.family,
             "--transformer-impl": self.implementation,
@@ -75,12 +83,16 @@ def read_request(args: argparse.Namespace) -> Request:
     """
     typed: Typed = {name: value for name, value in vars(args).items() if name != "command"}
     target: Path = typed["target"]
-    if typed.get("check"):
+    if "check" in typed:
+        refuse_beside_check(typed)
         return Request(target, check=True)
     if "source" not in typed:
         raise ConfigError("--from must be given; use --from runs/dense")
+    _check_values(typed)
+    settings = settings_from(typed) if "num_experts" in typed else None
     kind = kind_of(typed["source"])
-    _check(typed, kind)
+    refuse_idle_flags(typed, kind)
+    _check_way(typed, kind)
     check_free(target)
     prompts = None
     if "prompts" in typed:
@@ -89,12 +101,12 @@ def read_request(args: argparse.Namespace) -> Request:
         target=target,
         source=typed["source"],
         kind=kind,
-        settings=settings_from(typed) if "num_experts" in typed else None,
+        settings=settings,
         format=typed.get("format", "megatron"),
         family=typed.get("family"),
         implementation=typed.get("transformer_impl"),
         keep_optimizer=not typed.get("drop_optimizer", False),
-        compare=compares(typed, kind),
+        compare="skip_parity" not in typed,
         tolerance=typed.get("parity_tolerance", TOLERANCE),
         prompts=prompts,
         seed=typed.get("seed", Upcycling.seed),
@@ -104,23 +116,20 @@ def read_request(args: argparse.Namespace) -> Request:
     )
 
 
-def compares(typed: Typed, kind: Kind) -> bool:
-    """Whether source and result are to be compared."""
-    if kind == "torch_dist" and typed.get("format", "megatron") == "megatron":
-        return "skip_parity" not in typed
-    return "verify" in typed
-
-
-def _check(typed: Typed, kind: Kind) -> None:
-    if "num_experts" not in typed and ("topk" in typed or "preset" in typed):
-        raise ConfigError("--topk and --preset need --num-experts; use --num-experts 8")
+def _check_values(typed: Typed) -> None:
     if not typed.get("parity_tolerance", TOLERANCE) > 0:
         raise ConfigError(f"--parity-tolerance must be above 0; got {typed['parity_tolerance']}")
     if typed.get("processes", 1) < 1:
         raise ConfigError(f"--processes must be at least 1; got {typed['processes']}")
-    if "prompts" in typed and not compares(typed, kind):
-        raise ConfigError("--prompts are what --verify compares on; use --verify, too")
-    if "num_experts" not in typed and kind == "torch_dist" and typed.get("format") != "hf":
+
+
+def _check_way(typed: Typed, kind: Kind) -> None:
+    if kind == "per-rank" and "skip_parity" not in typed:
+        raise ConfigError(
+            f"{typed['source']} is in per-rank files, which no program here can run to compare it "
+            "with the result; use --skip-parity"
+        )
+    if "num_experts" not in typed and stays_torch_dist(typed, kind):
         raise ConfigError(
             f"{typed['source']} is a torch_dist checkpoint already; use --format hf, or "
             "--num-experts and --topk"
