@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from warm import run_script
 
 from ep_plugin import cli
 from ep_plugin.commands.bench.figures import make_row, table
@@ -126,12 +127,11 @@ def test_what_is_asked_for_is_measured_and_the_rest_resumed(tmp_path: Path) -> N
     found = []
     for recipes, dispatchers in ((["off"], ["symm_mem"]), (["off", "rowwise"], ["symm_mem"])):
         command = [
-            *(*RANKS, "-m", "ep_plugin.cli", "bench", "overlap", "--shapes", "tiny", "--resume"),
+            *("-m", "ep_plugin.cli", "bench", "overlap", "--shapes", "tiny", "--resume"),
             *("--repeats", "1", "--warm", "0", "--output", str(rows_file)),
             *("--recipes", *recipes, "--dispatchers", *dispatchers),
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = run_script(2, command, {**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(rows_file.read_text()))
     first, both = found

@@ -54,6 +54,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
     done = run(*pip, "--wheel-dir", folder, source)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "BuildBackendWarning" not in done.stderr
     (built,) = folder.glob("*.whl")
     return built
 
@@ -149,6 +150,8 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     assert not (folder / "recipes" / "layouts").exists()
     assert (folder / "recipes" / "run.sh").read_text() == "mine"
+    assert main(["recipes", "--copy", str(folder), "core_0_19/pretrain_gpt.patch"]) == 0
+    assert capsys.readouterr().out == f"2 files copied to {folder}\n"
     assert main(["recipes", "--copy", str(folder / "recipes" / "run.sh")]) == 2
     assert "--copy must be a folder; " in capsys.readouterr().err
 
