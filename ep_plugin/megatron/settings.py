@@ -1,4 +1,4 @@
-"""Megatron's words in ours: TransformerConfig to MoEConfig. `arguments/theirs.py` says what is refused."""
+"""Megatron's words in ours: TransformerConfig to MoEConfig; `theirs.py` refuses the rest."""
 
 from typing import Any
 
