@@ -58,7 +58,9 @@ STOREYS = {
         "torch",
     ),
     # public names of what lies in storey 1
+    "config": Storey("moe"),
     "contracts": Storey("moe"),
+    "groups": Storey("moe"),
     "router": Storey("moe"),
     "overlap": Storey("moe"),
     # beside it, as data
