@@ -32,6 +32,14 @@ def test_this_machine_is_usable_and_every_option_is_listed(
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in status)
+    assert "moe_module_specs" not in printed
+    assert main(["doctor", "-v"]) == 0
+    printed = capsys.readouterr().out
+    assert {"place", "why"} == set(report["seams"][0])
+    for seam in report["seams"]:
+        assert f"\n  {seam['why']}\n" in printed
+        assert f"\n    {seam['place']}\n" in printed
+    assert any(seam["place"].endswith("moe_module_specs:MoELayer") for seam in report["seams"])
     assert printed.endswith("\nusable\n")
 
 
@@ -40,7 +48,7 @@ def test_a_release_without_a_table_is_broken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(touchpoints, "installed_version", lambda: "0.15.3")
-    assert main(["doctor"]) == 1
+    assert main(["doctor", "-v"]) == 1
     printed = capsys.readouterr().out
     assert "broken  megatron-core          megatron-core 0.15.3 has no touch-point table" in printed
     assert printed.endswith("\nnot usable: see what is broken\n")

@@ -1,6 +1,8 @@
 """What must hold on every release in a process of its own; `py` forks one for each."""
 
+import functools
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,24 +43,56 @@ def a_missing_symbol_is_named() -> None:
         assert not cpu_mode.active()
 
 
+def places() -> list[str]:
+    """Return every attribute that install would replace here, CPU mode included."""
+    return [place for place, _ in hooks.seams() if ":" in place]
+
+
+def standing(more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what stands now wherever install changes something, and at `more` places."""
+    found: dict[str, Any] = {}
+    for place in dict.fromkeys((*places(), *more)):
+        owner, name = touchpoints.find_owner(place)
+        found[place] = vars(owner).get(name, "inherited")
+    return found
+
+
+def process() -> tuple[Any, ...]:
+    """Return what else install changes in this process."""
+    eval_frame: Any = importlib.import_module("torch._dynamo.eval_frame")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    return environment, torch._C._len_torch_function_stack(), eval_frame._stance
+
+
+def changed(before: dict[str, Any]) -> set[str]:
+    """Return the places where something else stands than before."""
+    return {p for p, v in standing(tuple(before)).items() if v is not before.get(p, "inherited")}
+
+
 def install_leaves_no_trace() -> None:
-    """Every seam is hooked once, and put back."""
-    release = touchpoints.release_for(touchpoints.installed_version())
-    paths = [path for path, _ in hooks._seams(None, release.losses.WRITERS)]
-    paths.append(f"{hooks.MODULE_SPECS}:MoELayer")
-    assert any("validate_args" in path for path in paths) is touchpoints.has_training()
+    """Every seam is hooked once and put back, again and again, on the CPU and as on a GPU."""
+    assert any("validate_args" in place for place in places()) is touchpoints.has_training()
+    for device in ("cpu", "cuda", "cpu", "cuda"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("EP_PLUGIN_DEVICE", device)
+            patch.setattr(torch.cuda, "is_available", functools.partial(bool, device == "cuda"))
+            check_no_trace()
 
-    def seams() -> list[Any]:
-        return [getattr(*touchpoints.find_owner(path)) for path in paths]
 
-    before = seams()
+def check_no_trace() -> None:
+    """Install twice and uninstall."""
+    before, around, wanted = standing(), process(), set(places())
+    on_cpu = cpu_mode.wanted()
     hooks.install()
-    hooked = seams()
+    assert cpu_mode.active() is on_cpu
+    hooked = standing()
+    assert changed(before) == wanted
     hooks.install()
-    assert all(a is b for a, b in zip(seams(), hooked, strict=True))
-    assert not any(a is b for a, b in zip(hooked, before, strict=True))
+    assert changed(hooked) == set()
     hooks.uninstall()
-    assert all(a is b for a, b in zip(seams(), before, strict=True))
+    assert not cpu_mode.active()
+    assert changed(before) == set()
+    assert process() == around
 
 
 def the_wheel_s_helpers_are_not_made_again() -> None:

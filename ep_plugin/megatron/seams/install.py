@@ -98,7 +98,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
             patches.wrap(
                 place,
                 functools.partial(_with_our_metrics, layer_class),
-                "Megatron writes its own losses of MoE layers here; --ep-metrics adds ours",
+                "Megatron writes the losses of MoE layers here; the routers' metrics join them",
             )
     wheel.changes(patches)
     torch_adam.changes(patches)
