@@ -17,6 +17,7 @@ import torch
 from ep_plugin.checkpoint import manifest
 from ep_plugin.checkpoint.open import is_hf
 from ep_plugin.cli import main
+from ep_plugin.commands.convert.run_model import Outputs
 
 # The module: in its package, the step of the same name is what `compare` says.
 compare: Any = import_module("ep_plugin.commands.convert.compare")
@@ -47,10 +48,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _models_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is run: each computes its tokens."""
 
-    def run_model(folder: Path, tokens: torch.Tensor, seed: int) -> Any:
+    def run_model(folder: Path, tokens: torch.Tensor, seed: int) -> Outputs:
         assert is_hf(folder) or (folder / "metadata.json").is_file()
         values = tokens[..., None].float() + seed
-        return compare.Outputs(values, [values] * 2)
+        return Outputs(values, [values] * 2)
 
     monkeypatch.setattr(compare, "run_model", run_model)
     monkeypatch.setattr(compare, "import_module", lambda _: None)

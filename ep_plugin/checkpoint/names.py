@@ -16,19 +16,24 @@ back.
 """
 
 import argparse
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.family import gated
 from ep_plugin.checkpoint.moe_layers import pattern
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
+from ep_plugin.checkpoint.tensors import (
+    NewObject,
+    NewTensor,
+    Region,
+    Source,
+    TensorInfo,
+    no_extra_state,
+)
 from ep_plugin.errors import ConfigError
 
 _FC1 = re.compile(r"(.+\.linear_fc1\.weight)(_w|_v)")
@@ -119,13 +124,6 @@ def stored(source: Source, args: argparse.Namespace) -> list[NewTensor | NewObje
     if not _is_local(args):
         states += _states_of_transformer_engine(args)
     return [*content, *(NewObject(state, no_extra_state) for state in dict.fromkeys(states))]
-
-
-def no_extra_state() -> bytes:
-    """Return what Megatron saves for a layer without quantisation state."""
-    buffer = io.BytesIO()
-    torch.save([None], buffer)
-    return buffer.getvalue()
 
 
 def _is_local(args: argparse.Namespace) -> bool:

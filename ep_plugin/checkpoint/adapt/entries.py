@@ -14,9 +14,15 @@ from ep_plugin.checkpoint.adapt.ffn import Part, shard
 from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker
 from ep_plugin.checkpoint.adapt.new_router import router_rows
 from ep_plugin.checkpoint.adapt.settings import Upcycling
-from ep_plugin.checkpoint.names import no_extra_state
 from ep_plugin.checkpoint.patterns import Match
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
+from ep_plugin.checkpoint.tensors import (
+    NewObject,
+    NewTensor,
+    Region,
+    Source,
+    TensorInfo,
+    no_extra_state,
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,8 @@ class EntryBuilder:
             return
         info, part = self.source.tensors[prefix + match.name], self._part(match)
         one = TensorInfo(_shard_shape(info.shape, part, self.settings.granularity), info.dtype)
-        regions = partial(self._expert_regions, prefix, match.name, part)
+        moments = optimizer_state.is_moment(prefix)
+        regions = partial(self._expert_regions, prefix + match.name, part, moments)
         if key_per_expert:
             for expert in range(num_experts):
                 single = partial(regions, expert)
@@ -102,11 +109,10 @@ class EntryBuilder:
         yield NewTensor(prefix + match.target(), stacked, regions)
 
     def _expert_regions(
-        self, prefix: str, name: str, part: Part, only: int | None = None
+        self, name: str, part: Part, moments: bool, only: int | None = None
     ) -> Iterator[Region]:
         """Yield all experts along a leading axis, or one of them alone; the dense is read once."""
-        dense = self.source.read_tensor(prefix + name)
-        moments = optimizer_state.is_moment(prefix)
+        dense = self.source.read_tensor(name)
         for expert, values in self.maker.experts(dense, part, moments, only):
             zeros = (0,) * values.dim()
             if only is None:

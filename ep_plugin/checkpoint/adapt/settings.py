@@ -42,7 +42,6 @@ class Upcycling:
                 f"--topk ({self.topk}) must be at most --num-experts ({self.num_experts}); use "
                 f"--topk {self.num_experts}"
             )
-        self.gates.check(self.topk, self.num_experts)
         self._check_granularity()
         if self.ep is not None and (self.ep < 1 or self.num_experts % self.ep):
             raise ConfigError(
@@ -57,6 +56,7 @@ class Upcycling:
             raise ConfigError(
                 f"--noise-std must be finite and not negative; got {self.noise_std}; use 0.01"
             )
+        self.gates.check(self.topk, self.num_experts)
 
     def _check_granularity(self) -> None:
         parts = self.granularity

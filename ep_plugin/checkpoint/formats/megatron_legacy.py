@@ -65,14 +65,6 @@ class _Part:
         return self.values if self.expert is None else self.values[self.expert]
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path`, or the iteration it names, holds per-rank files."""
-    if not path.is_dir():
-        return False
-    folders = [path, *(child for child in path.glob("*") if child.is_dir())]
-    return any(True for folder in folders for _ in folder.glob(f"mp_rank_*/{FILE}"))
-
-
 def open_checkpoint(path: Path) -> Source:
     """Open the checkpoint at `path`. Reads no tensor.
 

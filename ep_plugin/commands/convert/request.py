@@ -10,13 +10,13 @@ from ep_plugin.checkpoint.adapt.gains import Gates
 from ep_plugin.checkpoint.adapt.settings import Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
-from ep_plugin.checkpoint.staging import check_free, source_request
+from ep_plugin.checkpoint.staging import check_free
 from ep_plugin.commands.convert.flags import TOLERANCE
 from ep_plugin.commands.convert.needs import (
     Typed,
     refuse_beside_check,
     refuse_idle_flags,
-    stays_torch_dist,
+    refuse_unfinished,
 )
 from ep_plugin.errors import ConfigError
 
@@ -60,10 +60,6 @@ class Request:
             return asdict(self.settings)
         return {"format": self.format}
 
-    def identity(self, folder: Path) -> dict[str, Any]:
-        """Return all that the bytes of the result depend on; `folder` is what was read."""
-        return source_request(folder) | self.asked
-
     @property
     def asked(self) -> dict[str, Any]:
         """Return the settings that the bytes of the result depend on."""
@@ -92,7 +88,7 @@ def read_request(args: argparse.Namespace) -> Request:
     settings = settings_from(typed) if "num_experts" in typed else None
     kind = kind_of(typed["source"])
     refuse_idle_flags(typed, kind)
-    _check_way(typed, kind)
+    refuse_unfinished(typed, kind)
     check_free(target)
     prompts = None
     if "prompts" in typed:
@@ -121,19 +117,6 @@ def _check_values(typed: Typed) -> None:
         raise ConfigError(f"--parity-tolerance must be above 0; got {typed['parity_tolerance']}")
     if typed.get("processes", 1) < 1:
         raise ConfigError(f"--processes must be at least 1; got {typed['processes']}")
-
-
-def _check_way(typed: Typed, kind: Kind) -> None:
-    if kind == "per-rank" and "skip_parity" not in typed:
-        raise ConfigError(
-            f"{typed['source']} is in per-rank files, which no program here can run to compare it "
-            "with the result; use --skip-parity"
-        )
-    if "num_experts" not in typed and stays_torch_dist(typed, kind):
-        raise ConfigError(
-            f"{typed['source']} is a torch_dist checkpoint already; use --format hf, or "
-            "--num-experts and --topk"
-        )
 
 
 def settings_from(typed: Typed) -> Upcycling:
