@@ -192,7 +192,7 @@ def test_bf16_stays_bf16(tmp_path: Path) -> None:
 
 
 def test_query_groups_are_rows_of_one_matrix(models: Any) -> None:
-    """The order of rows that the drawing in translate.py shows, counted by hand."""
+    """The order of rows that the drawing in hugging_face.py shows, counted by hand."""
     source = hf_safetensors.open_folder(models("qwen3"))
     args = arguments(source.common["config"], family.load("qwen3"))
     merged = to_megatron(source, family.load("qwen3"), args).read_tensor(

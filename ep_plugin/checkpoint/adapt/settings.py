@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ep_plugin.checkpoint.adapt.gains import Gates
+from ep_plugin.checkpoint.adapt.gains import GateSums
 from ep_plugin.errors import ConfigError, check_choice, largest_divisor
 from ep_plugin.registry import available
 
@@ -26,7 +26,7 @@ class Upcycling:
     noise_std: float = 0.01  # relative to the weights', in mode noise
     router_init: RouterInit = "normal"
     shared_expert: SharedFrom = "none"
-    gates: Gates = field(default_factory=Gates)
+    gates: GateSums = field(default_factory=GateSums)
     ep: int | None = None  # expert-parallel size of the run that continues; None: any above 1
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin import presets
-from ep_plugin.checkpoint.adapt.gains import Gates
+from ep_plugin.checkpoint.adapt.gains import GateSums
 from ep_plugin.checkpoint.adapt.settings import Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
@@ -130,7 +130,7 @@ def settings_from(typed: Typed) -> Upcycling:
                 f"--preset {typed['preset']} lets experts choose their tokens, so no token's "
                 "weights have a known sum; use --topk 2, with --ep-router expert_choice in the run"
             )
-        gates = vars(Gates.of(preset.routing))
+        gates = vars(GateSums.of(preset.routing))
         topk = preset.routing.topk if topk is None else topk
     if topk is None:
         raise ConfigError("--topk, or a --preset that has it, must be given; use --topk 2")
@@ -138,4 +138,4 @@ def settings_from(typed: Typed) -> Upcycling:
     settings = {name: typed[name] for name in _SETTINGS if name in typed}
     if settings.get("mode") == "granular":
         settings.setdefault("router_init", "virtual-group")
-    return Upcycling(topk=topk, gates=Gates(**gates), **settings)
+    return Upcycling(topk=topk, gates=GateSums(**gates), **settings)
