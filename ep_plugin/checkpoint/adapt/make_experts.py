@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ep_plugin.checkpoint.adapt.ffn import Mode, FfnTensor, shard
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor, Mode, shard
 from ep_plugin.checkpoint.adapt.gains import Gain, divide
 from ep_plugin.checkpoint.adapt.settings import MODES, Upcycling
 from ep_plugin.registry import resolve

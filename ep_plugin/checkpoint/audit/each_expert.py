@@ -6,7 +6,7 @@ from typing import Any
 
 from ep_plugin.checkpoint.audit.facts import Facts, Part, Place
 from ep_plugin.checkpoint.audit.stored_names import Name, parse, with_layer
-from ep_plugin.checkpoint.audit.verdict import Finding, AuditedLayer
+from ep_plugin.checkpoint.audit.verdict import AuditedLayer, Finding
 from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.checkpoint.tensors import Stored, TensorInfo
 

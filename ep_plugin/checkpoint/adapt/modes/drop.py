@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.adapt.ffn import Mode, FfnTensor, generator, normal
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor, Mode, generator, normal
 from ep_plugin.checkpoint.adapt.settings import Upcycling
 
 

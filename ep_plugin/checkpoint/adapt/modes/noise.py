@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.adapt.ffn import Mode, FfnTensor, normal
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor, Mode, normal
 from ep_plugin.checkpoint.adapt.settings import Upcycling
 
 
