@@ -101,3 +101,30 @@ def test_one_schema_for_every_way(sources: dict[str, Path], tmp_path: Path) -> N
     assert [s["optimizer"] for s in made] == [True, False, False]
     assert [s["format"] for s in made] == ["megatron", "megatron", "hf"]
     assert [s["family"] for s in made] == [None, "llama", "mixtral"]
+
+
+def test_the_comparison_s_need_is_said_before_a_byte_is_written(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On what, and in how much memory: in the plan, and on stderr of a run that then fails."""
+
+    def no_room(*_: object) -> None:
+        raise OSError("full")
+
+    planned = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run", "--json")[1]
+    comparison = json.loads(planned)["comparison"]
+    assert (comparison["tokens"], comparison["prompts"]) == (512, None)
+    weights = 2 * 4 * json.loads(planned)["num_bytes"] // 4
+    outputs = 2 * 4 * 512 * (2 * 32 + hf_models.VOCAB)  # two layers and the logits
+    assert comparison["memory_bytes"] == weights + outputs
+    text = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run")[1]
+    said = "then source and result are run on 512 random tokens (--seed 1234), one model in memory"
+    assert said in text
+    skipped = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run", "--skip-parity")[1]
+    assert "source and result are not compared" in skipped
+    errors = io.StringIO()
+    monkeypatch.setattr("ep_plugin.commands.convert.write", no_room)
+    with contextlib.redirect_stderr(errors), pytest.raises(OSError, match="full"):
+        main(["convert", "--from", str(sources["hf"]), "--to", str(tmp_path / "out"), *EXPERTS])
+    assert said in errors.getvalue()
+    assert not (tmp_path / "out").exists()

@@ -37,7 +37,7 @@ class Need:
     prompts: int | None  # None: random tokens
     seed: int
     tolerance: float
-    memory_bytes: int  # about: one model in float32, and what the layers of both computed
+    memory_bytes: int  # about, at most: see `_need`
 
     def sentence(self) -> str:
         """Return that for a reader."""
@@ -73,6 +73,8 @@ def need(request: Request, target: Target) -> Need | None:
 
 
 def _need(request: Request, target: Target, batch: TokenBatch) -> Need:
+    """The memory is that of the larger model in float32, which is there twice while it is loaded,
+    and of what the layers of both computed."""
     args = target.model.args
     weights = sum(
         prod(tensor.info.shape)
@@ -85,7 +87,7 @@ def _need(request: Request, target: Target, batch: TokenBatch) -> Need:
         prompts=None if request.prompts is None else len(request.prompts),
         seed=request.seed,
         tolerance=request.tolerance,
-        memory_bytes=4 * (weights + 2 * batch.tokens.numel() * values),
+        memory_bytes=4 * (2 * weights + 2 * batch.tokens.numel() * values),
     )
 
 
