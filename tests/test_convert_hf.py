@@ -15,11 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ep_plugin.checkpoint import family
-from ep_plugin.checkpoint.adapt.fit_family import fit_family
 from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron
 from ep_plugin.checkpoint.formats import hf_safetensors, megatron_dist
 from ep_plugin.checkpoint.open import open_source
-from ep_plugin.checkpoint.target import aim
+from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.checkpoint.tensors import NewTensor, Region, TensorInfo
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
@@ -193,7 +192,7 @@ def test_bf16_stays_bf16(tmp_path: Path) -> None:
 
 
 def test_query_groups_are_rows_of_one_matrix(models: Any) -> None:
-    """The order of rows that the drawing in translate.py shows, counted by hand."""
+    """The order of rows that the drawing in hugging_face.py shows, counted by hand."""
     source = hf_safetensors.open_folder(models("qwen3"))
     args = arguments(source.common["config"], family.load("qwen3"))
     merged = to_megatron(source, family.load("qwen3"), args).read_tensor(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
+from ep_plugin.checkpoint.formats import megatron_dist
+from ep_plugin.checkpoint.open import kind_of
 from ep_plugin.cli import main
 
 L, H, F, V, E = 4, 8, 6, 16, 4
@@ -129,7 +130,7 @@ def save(root: Path, spelling: str, **changes: Any) -> Path:
 def test_every_cut_is_mended(spelling: str, tmp_path: Path) -> None:
     """Tensor-, pipeline- and expert-parallel ranks, interleaved chunks: the whole model again."""
     root = save(tmp_path / "legacy", spelling)
-    assert megatron_legacy.is_checkpoint(root)
+    assert kind_of(root) == "per-rank"
     paths = ["--from", str(root), "--to", str(tmp_path / "out")]
     assert main(["convert", *paths, "--skip-parity"]) == 0
     made = megatron_dist.open_checkpoint(tmp_path / "out")

@@ -17,6 +17,7 @@ import torch
 from ep_plugin.checkpoint import manifest
 from ep_plugin.checkpoint.open import is_hf
 from ep_plugin.cli import main
+from ep_plugin.commands.convert.run_model import Outputs
 
 # The module: in its package, the step of the same name is what `compare` says.
 compare: Any = import_module("ep_plugin.commands.convert.compare")
@@ -47,10 +48,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _models_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is run: each computes its tokens."""
 
-    def run_model(folder: Path, tokens: torch.Tensor, seed: int) -> Any:
+    def run_model(folder: Path, tokens: torch.Tensor, seed: int) -> Outputs:
         assert is_hf(folder) or (folder / "metadata.json").is_file()
         values = tokens[..., None].float() + seed
-        return compare.Outputs(values, [values] * 2)
+        return Outputs(values, [values] * 2)
 
     monkeypatch.setattr(compare, "run_model", run_model)
     monkeypatch.setattr(compare, "import_module", lambda _: None)
@@ -100,3 +101,30 @@ def test_one_schema_for_every_way(sources: dict[str, Path], tmp_path: Path) -> N
     assert [s["optimizer"] for s in made] == [True, False, False]
     assert [s["format"] for s in made] == ["megatron", "megatron", "hf"]
     assert [s["family"] for s in made] == [None, "llama", "mixtral"]
+
+
+def test_the_comparison_s_need_is_said_before_a_byte_is_written(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On what, and in how much memory: in the plan, and on stderr of a run that then fails."""
+
+    def no_room(*_: object) -> None:
+        raise OSError("full")
+
+    planned = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run", "--json")[1]
+    comparison = json.loads(planned)["comparison"]
+    assert (comparison["tokens"], comparison["prompts"]) == (512, None)
+    weights = 2 * 4 * json.loads(planned)["num_bytes"] // 4
+    outputs = 2 * 4 * 512 * (2 * 32 + hf_models.VOCAB)  # two layers and the logits
+    assert comparison["memory_bytes"] == weights + outputs
+    text = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run")[1]
+    said = "then source and result are run on 512 random tokens (--seed 1234), one model in memory"
+    assert said in text
+    skipped = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run", "--skip-parity")[1]
+    assert "source and result are not compared" in skipped
+    errors = io.StringIO()
+    monkeypatch.setattr("ep_plugin.commands.convert.write", no_room)
+    with contextlib.redirect_stderr(errors), pytest.raises(OSError, match="full"):
+        main(["convert", "--from", str(sources["hf"]), "--to", str(tmp_path / "out"), *EXPERTS])
+    assert said in errors.getvalue()
+    assert not (tmp_path / "out").exists()

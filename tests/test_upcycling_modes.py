@@ -9,8 +9,8 @@ from tolerance import MAX_ERROR
 from torch import Tensor
 
 from ep_plugin import MoEConfig, MoELayer, RoutingConfig
-from ep_plugin.checkpoint.adapt.ffn import Part, shard
-from ep_plugin.checkpoint.adapt.gains import Gates
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor, shard
+from ep_plugin.checkpoint.adapt.gains import GateSums
 from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker, deviations, make_experts
 from ep_plugin.checkpoint.adapt.modes.drop import dropped
 from ep_plugin.checkpoint.adapt.new_router import router_rows
@@ -47,12 +47,12 @@ def compute(ffn: Weights, x: Tensor, activation: str) -> Tensor:
     return F.linear(inner, ffn["linear_fc2.weight"], ffn.get("linear_fc2.bias"))
 
 
-def made(maker: ExpertMaker, dense: Tensor, part: Part) -> list[Tensor]:
+def made(maker: ExpertMaker, dense: Tensor, part: FfnTensor) -> list[Tensor]:
     return [values for _, values in maker.experts(dense, part, False)]
 
 
-def part_of(name: str, gated: bool) -> Part:
-    return Part(layer=0, fc=int(name[9]), is_weight=name.endswith("weight"), gated=gated)
+def part_of(name: str, gated: bool) -> FfnTensor:
+    return FfnTensor(layer=0, fc=int(name[9]), is_weight=name.endswith("weight"), gated=gated)
 
 
 def upcycled(
@@ -170,7 +170,7 @@ PRESETS = {name: preset for name, preset in presets().items() if preset.router =
 def test_copy_under_each_preset_s_routing(name: str) -> None:
     """Exact where weights are divided by their sum, and with a zero router everywhere."""
     routing = PRESETS[name].routing
-    gates = Gates.of(routing)
+    gates = GateSums.of(routing)
     per_group = routing.topk // (routing.group_topk or 1)
     num_experts = max(8, (routing.num_groups or 1) * 2 * per_group)
     settings = Upcycling(num_experts=num_experts, topk=routing.topk, gates=gates)
@@ -190,12 +190,12 @@ def test_copy_under_each_preset_s_routing(name: str) -> None:
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
 def test_gates_that_are_not_divided_by_their_sum(topk: int, activation: str) -> None:
     """Sigmoid top-1 and softmax before the choice: compensated for equal logits, to the digit."""
-    softmax = Gates(pre_softmax=True, scaling_factor=2.5)
+    softmax = GateSums(pre_softmax=True, scaling_factor=2.5)
     routing = RoutingConfig(normalize="none", scaling_factor=2.5)
     settings = Upcycling(num_experts=8, topk=topk, gates=softmax, router_init="zero")
     assert relative_error(settings, routing, activation) < MAX_ERROR[torch.float64]
     if topk == 1:
-        sigmoid = Gates(score_function="sigmoid")
+        sigmoid = GateSums(score_function="sigmoid")
         settings = Upcycling(num_experts=8, topk=1, gates=sigmoid, router_init="zero")
         routing = RoutingConfig(normalize="none", score_function="sigmoid")
         assert relative_error(settings, routing, activation) < MAX_ERROR[torch.float64]
@@ -215,7 +215,7 @@ def test_drop_redraws_its_channels_alone() -> None:
     dense = {"fc1": torch.randn(2 * 4000, 6).double() * 3 + 1, "fc2": torch.randn(6, 4000).double()}
     settings = Upcycling(num_experts=3, topk=2, mode="drop", drop_ratio=0.5, seed=9)
     maker = make_experts(settings, gated=True)
-    fc1, fc2 = (Part(2, fc, is_weight=True, gated=True) for fc in (1, 2))
+    fc1, fc2 = (FfnTensor(2, fc, is_weight=True, gated=True) for fc in (1, 2))
     seen = []
     for expert, (new1, new2) in enumerate(
         zip(made(maker, dense["fc1"], fc1), made(maker, dense["fc2"], fc2), strict=True)
@@ -239,7 +239,7 @@ def test_drop_redraws_its_channels_alone() -> None:
 def test_noise_is_relative() -> None:
     dense = torch.cat([torch.randn(3000, 8) * 5, torch.randn(3000, 8) * 0.2])
     settings = Upcycling(num_experts=2, topk=2, mode="noise", noise_std=0.1)
-    part = Part(0, 1, is_weight=True, gated=True)
+    part = FfnTensor(0, 1, is_weight=True, gated=True)
     first, second = made(make_experts(settings, gated=True), dense, part)
     for new in (first, second):
         gate, value = (new - dense).chunk(2)
@@ -269,7 +269,7 @@ def test_changed_experts_say_so(mode: str) -> None:
 def test_halves_saved_apart_are_the_same_experts() -> None:
     """Gate and value under names of their own come out as the halves of one tensor do."""
     dense = dense_ffn(True, False)["linear_fc1.weight"]
-    whole = Part(1, 1, is_weight=True, gated=True)
+    whole = FfnTensor(1, 1, is_weight=True, gated=True)
     for settings in (
         Upcycling(num_experts=4, topk=2, mode="drop"),
         Upcycling(num_experts=4, topk=2, mode="noise"),
@@ -310,7 +310,10 @@ def test_modes_are_the_files_of_the_folder() -> None:
         ({"noise_std": -1.0}, r"--noise-std must be finite and not negative"),
         ({"router_init": "ones"}, r"--router-init must be one of normal, virtual-group, zero"),
         ({"shared_expert": "yes"}, r"--shared-expert must be one of none, copy, learned"),
-        ({"gates": Gates(num_groups=3, group_topk=1)}, r"num_groups \(3\) must divide num_experts"),
+        (
+            {"gates": GateSums(num_groups=3, group_topk=1)},
+            r"num_groups \(3\) must divide num_experts",
+        ),
     ],
 )
 def test_settings_that_contradict(changes: dict[str, object], message: str) -> None:

@@ -57,7 +57,9 @@ def kind_of(path: Path) -> Kind:
         raise ConfigError(f"checkpoint {path} is not a folder; give the folder that --save named")
     if is_hf(path):
         return "hf"
-    return "per-rank" if megatron_legacy.is_checkpoint(path) else "torch_dist"
+    folders = [path, *(child for child in path.glob("*") if child.is_dir())]
+    ranks = (folder.glob(f"mp_rank_*/{megatron_legacy.FILE}") for folder in folders)
+    return "per-rank" if any(any(found) for found in ranks) else "torch_dist"
 
 
 def open_source(path: Path, output: Format) -> Opened:

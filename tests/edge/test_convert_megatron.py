@@ -18,7 +18,7 @@ from spawn import run_ranks
 from torch import Tensor
 from warm import run_script
 
-from ep_plugin.checkpoint.adapt.ffn import Part
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor
 from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
@@ -115,7 +115,7 @@ def test_corrupted_expert_fails_parity(
     experts = ExpertMaker.experts
 
     def corrupted(
-        maker: ExpertMaker, values: Tensor, part: Part, *rest: Any
+        maker: ExpertMaker, values: Tensor, part: FfnTensor, *rest: Any
     ) -> Iterator[tuple[int, Tensor]]:
         for expert, made in experts(maker, values, part, *rest):
             broken = (part.layer, part.fc, expert) == (2, 2, 3)

@@ -7,23 +7,17 @@ memory at a time.
 
 import json
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ep_plugin.checkpoint.moe_layers import pattern
-from ep_plugin.checkpoint.open import is_hf
 from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, TokenBatch, draw, fill
 from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.request import Request
+from ep_plugin.commands.convert.run_model import aside, run_model
 from ep_plugin.errors import BackendUnavailable
 
 REPORT = "parity.json"
@@ -36,15 +30,6 @@ class Differs(Exception):
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What one model computed."""
-
-    logits: Tensor  # [B, S, V] fp32
-    layers: list[Tensor]  # of [B, S, H] fp32
-    experts_used: dict[int, int] = field(default_factory=dict)  # layer -> how many, where counted
-
-
-@dataclass(frozen=True)
 class Need:
     """What a comparison takes, known before anything is written."""
 
@@ -52,7 +37,7 @@ class Need:
     prompts: int | None  # None: random tokens
     seed: int
     tolerance: float
-    memory_bytes: int  # about: one model in float32, and what the layers of both computed
+    memory_bytes: int  # about, at most: see `_need`
 
     def sentence(self) -> str:
         """Return that for a reader."""
@@ -84,7 +69,13 @@ def need(request: Request, target: Target) -> Need | None:
     """
     if not request.compare:
         return None
-    batch, args = _tokens(request, target), target.model.args
+    return _need(request, target, _tokens(request, target))
+
+
+def _need(request: Request, target: Target, batch: TokenBatch) -> Need:
+    """The memory is that of the larger model in float32, which is there twice while it is loaded,
+    and of what the layers of both computed."""
+    args = target.model.args
     weights = sum(
         prod(tensor.info.shape)
         for tensor in target.tensors
@@ -96,7 +87,7 @@ def need(request: Request, target: Target) -> Need | None:
         prompts=None if request.prompts is None else len(request.prompts),
         seed=request.seed,
         tolerance=request.tolerance,
-        memory_bytes=4 * (weights + 2 * batch.tokens.numel() * values),
+        memory_bytes=4 * (2 * weights + 2 * batch.tokens.numel() * values),
     )
 
 
@@ -105,13 +96,12 @@ def load_compare(request: Request, target: Target) -> Comparison | None:
 
     Raises BackendUnavailable where a package is missing, ConfigError as `need` does.
     """
-    wanted = need(request, target)
-    if wanted is None:
+    if not request.compare:
         return None
     hf, megatron = _with_transformers(request), not (request.kind == request.format == "hf")
     names = ["transformers"] * hf + ["megatron-core with megatron.training"] * megatron
     try:
-        with _aside():
+        with aside():
             if hf:
                 import_module("transformers")
             if megatron:
@@ -122,8 +112,10 @@ def load_compare(request: Request, target: Target) -> Comparison | None:
             f"the comparison needs {' and '.join(names)} ({error}); install 'ep-plugin[{extras}]', "
             "or use --skip-parity"
         ) from error
+    batch = _tokens(request, target)
+    wanted = _need(request, target, batch)
     print(wanted.sentence(), file=sys.stderr)
-    return Comparison(_tokens(request, target), wanted)
+    return Comparison(batch, wanted)
 
 
 def compare(
@@ -136,7 +128,7 @@ def compare(
     if comparison is None:
         return None
     written = folder if target.iteration is None else folder / target.iteration
-    with _aside():
+    with aside():
         report = _report(comparison, request, target, written)
     same = report["logits_max_abs_diff"] <= request.tolerance  # False for nan
     deviations = list(target.model.deviations)
@@ -211,36 +203,3 @@ def _tokens(request: Request, target: Target) -> TokenBatch:
 def _with_transformers(request: Request) -> bool:
     """Whether one of the two is a Hugging Face model."""
     return "hf" in (request.kind, request.format)
-
-
-@torch.no_grad()
-def run_model(folder: Path, tokens: Tensor, seed: int) -> Outputs:
-    """Return what the model in a Hugging Face or an iteration folder makes of `tokens` [B, S]."""
-    if not is_hf(folder):
-        trace = import_module("ep_plugin.megatron.workers.model_run").trace(folder, tokens, seed)
-        layers = [layer.transpose(0, 1) for layer in trace.layers]
-        return Outputs(trace.logits, layers, trace.experts_used)
-    model = (
-        import_module("transformers")
-        .AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
-        .eval()
-    )
-    outputs: list[Tensor] = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, __, output: outputs.append(_first(output)))
-    return Outputs(model(tokens, use_cache=False).logits, outputs)
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
-
-
-@contextmanager
-def _aside() -> Iterator[None]:
-    """Keep what loading prints off stdout; drop warnings about packages not needed here."""
-    with redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -115,6 +115,20 @@ def refuse_idle_flags(typed: Typed, kind: Kind) -> None:
                 raise ConfigError(need.sentence.format(flag=flag, mode=_mode(typed)))
 
 
+def refuse_unfinished(typed: Typed, kind: Kind) -> None:
+    """Raise ConfigError where this kind of source needs a flag that was not typed."""
+    if kind == "per-rank" and "skip_parity" not in typed:
+        raise ConfigError(
+            f"{typed['source']} is in per-rank files, which no program here can run to compare it "
+            "with the result; use --skip-parity"
+        )
+    if "num_experts" not in typed and stays_torch_dist(typed, kind):
+        raise ConfigError(
+            f"{typed['source']} is a torch_dist checkpoint already; use --format hf, or "
+            "--num-experts and --topk"
+        )
+
+
 def refuse_beside_check(typed: Typed) -> None:
     """Raise ConfigError for any flag beside --check and --to."""
     for name in typed:

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin import presets
-from ep_plugin.checkpoint.adapt.gains import Gates
+from ep_plugin.checkpoint.adapt.gains import GateSums
 from ep_plugin.checkpoint.adapt.settings import Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
-from ep_plugin.checkpoint.staging import check_free, source_request
+from ep_plugin.checkpoint.staging import check_free
 from ep_plugin.commands.convert.flags import TOLERANCE
 from ep_plugin.commands.convert.needs import (
     Typed,
     refuse_beside_check,
     refuse_idle_flags,
-    stays_torch_dist,
+    refuse_unfinished,
 )
 from ep_plugin.errors import ConfigError
 
@@ -60,10 +60,6 @@ class Request:
             return asdict(self.settings)
         return {"format": self.format}
 
-    def identity(self, folder: Path) -> dict[str, Any]:
-        """Return all that the bytes of the result depend on; `folder` is what was read."""
-        return source_request(folder) | self.asked
-
     @property
     def asked(self) -> dict[str, Any]:
         """Return the settings that the bytes of the result depend on."""
@@ -92,7 +88,7 @@ def read_request(args: argparse.Namespace) -> Request:
     settings = settings_from(typed) if "num_experts" in typed else None
     kind = kind_of(typed["source"])
     refuse_idle_flags(typed, kind)
-    _check_way(typed, kind)
+    refuse_unfinished(typed, kind)
     check_free(target)
     prompts = None
     if "prompts" in typed:
@@ -123,19 +119,6 @@ def _check_values(typed: Typed) -> None:
         raise ConfigError(f"--processes must be at least 1; got {typed['processes']}")
 
 
-def _check_way(typed: Typed, kind: Kind) -> None:
-    if kind == "per-rank" and "skip_parity" not in typed:
-        raise ConfigError(
-            f"{typed['source']} is in per-rank files, which no program here can run to compare it "
-            "with the result; use --skip-parity"
-        )
-    if "num_experts" not in typed and stays_torch_dist(typed, kind):
-        raise ConfigError(
-            f"{typed['source']} is a torch_dist checkpoint already; use --format hf, or "
-            "--num-experts and --topk"
-        )
-
-
 def settings_from(typed: Typed) -> Upcycling:
     """Return what to make of a dense model; what is typed beside --preset wins over it."""
     gates: dict[str, Any] = {}
@@ -147,7 +130,7 @@ def settings_from(typed: Typed) -> Upcycling:
                 f"--preset {typed['preset']} lets experts choose their tokens, so no token's "
                 "weights have a known sum; use --topk 2, with --ep-router expert_choice in the run"
             )
-        gates = vars(Gates.of(preset.routing))
+        gates = vars(GateSums.of(preset.routing))
         topk = preset.routing.topk if topk is None else topk
     if topk is None:
         raise ConfigError("--topk, or a --preset that has it, must be given; use --topk 2")
@@ -155,4 +138,4 @@ def settings_from(typed: Typed) -> Upcycling:
     settings = {name: typed[name] for name in _SETTINGS if name in typed}
     if settings.get("mode") == "granular":
         settings.setdefault("router_init", "virtual-group")
-    return Upcycling(topk=topk, gates=Gates(**gates), **settings)
+    return Upcycling(topk=topk, gates=GateSums(**gates), **settings)
