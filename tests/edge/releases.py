@@ -55,7 +55,9 @@ def installed(version: str) -> Path:
     if not (folder / "complete").exists():
         command = ["install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
         subprocess.run(
-            [sys.executable, "-m", "pip", *command, f"megatron-core=={version}"], check=True
+            [sys.executable, "-m", "pip", *command, f"megatron-core=={version}"],
+            stdout=subprocess.DEVNULL,  # ours is read by run.sh
+            check=True,
         )
         # `megatron` is a namespace package: what a wheel lacks would come from the environment's.
         (folder / "megatron" / "__init__.py").touch()
