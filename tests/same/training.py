@@ -103,7 +103,7 @@ RUNS = {
         "--ep-overlap shared_expert --moe-shared-expert-intermediate-size 32 "
         "--moe-aux-loss-coeff 0 --moe-z-loss-coeff 0",
     ),
-    "biases": Run(2, f"{EP2} --ep-save recompute --ep-expert-activation gelu", bias=True),
+    "biases": Run(2, f"{EP2} --ep-expert-activation gelu", bias=True),
     "virtual-stages-recompute": Run(
         4,
         f"{EP2} --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
