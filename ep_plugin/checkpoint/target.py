@@ -6,7 +6,7 @@ A Hugging Face family cannot hold every model: one is fitted to it before it is 
 import argparse
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,7 @@ def _one_region(source: Source, name: str) -> Iterator[Region]:
     yield Region((0,) * values.dim(), values)
 
 
-def _name_map(model: Opened, targets: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+def _name_map(model: Opened, targets: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
     rows = (
         (", ".join(model.origins.get(name, _NEW)), ", ".join(targets[name]))
         for name in model.source.tensors
