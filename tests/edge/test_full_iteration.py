@@ -112,7 +112,7 @@ def test_megatron_s_own_flags_are_read() -> None:
         with pytest.raises(ConfigError, match=message):
             check_graphs(args, settings_from_args(args))
     args = parser.parse_args([*flags, "--moe-expert-rank-capacity-factor", "1.5"])
-    with pytest.raises(ConfigError, match=r"rank_capacity_factor = 1\.5 is not supported"):
+    with pytest.raises(ConfigError, match=r"rank-capacity-factor \(1\.5\) limits the tokens"):
         check_theirs(args)
 
 
