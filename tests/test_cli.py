@@ -27,7 +27,7 @@ FLAGS = {
         "--score-function --seed --shared-expert --skip-parity --to --topk --transformer-impl "
         "--verify"
     ),
-    "doctor": "--json",
+    "doctor": "--json --verbose",
     "parity": (
         "SCRIPT ARGS --device --iterations --json --layouts --output --resume --tiny --tolerance"
     ),
