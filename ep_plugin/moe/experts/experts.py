@@ -55,10 +55,12 @@ class GroupedLinear(nn.Module):
         out_features: int,
         bias: bool,
         gemm: str,
+        measures: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.measures = measures  # whether `auto` may choose a backend by timing it
         shape = (num_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = (
@@ -70,8 +72,9 @@ class GroupedLinear(nn.Module):
 
     def pick_gemm(self, num_rows: int) -> GroupedGemm:
         """Return the backend; `auto` is settled at the first rows, since a layer may be moved."""
-        auto = self.gemm
-        return auto.pick(self.weight, num_rows) if isinstance(auto, AutoGemm) else auto
+        if not isinstance(self.gemm, AutoGemm):
+            return self.gemm
+        return self.gemm.pick(self.weight, num_rows if self.measures else 0)  # 0: the rule's
 
     def forward(self) -> Tensor:
         """Return the weight [e, out, in]."""
@@ -133,6 +136,7 @@ class Experts(nn.Module):
                 out_features,
                 config.bias,
                 config.gemm,
+                not config.deterministic,
                 device,
                 dtype,
             )
@@ -174,8 +178,7 @@ class Experts(nn.Module):
         wgrad8 = self.config.fp8_wgrad == "fp8"
         kind: Any = FP8[self.config.fp8][1] if self.fp8 else Bf16
         uses_gemm = not (kind.has_own_products and wgrad8)
-        measured = uses_gemm and not self.config.deterministic  # with 0 rows it is the rule's
-        gemm = self.linear_fc1.pick_gemm(num_rows if measured else 0)
+        gemm = self.linear_fc1.pick_gemm(num_rows if uses_gemm else 0)
         if not self.fp8:
             return lambda rows: Bf16(rows, gemm)
         weights8 = self.weights8()
