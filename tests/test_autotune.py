@@ -132,6 +132,20 @@ def test_ranks_that_write_at_once_leave_a_whole_file(cache: Path) -> None:
     assert list(cache.parent.iterdir()) == [cache]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_deterministic_experts_time_nothing(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    real = autotune.settle
+    monkeypatch.setattr(autotune, "settle", lambda w, n: timed.append(n) or real(w, n))
+    for deterministic in (False, True):
+        timed.clear()
+        config = MoEConfig(
+            hidden_size=8, ffn_hidden_size=8, num_experts=4, bias=bias, deterministic=deterministic
+        )
+        MoELayer(config)(torch.randn(5, 8))
+        assert bool(timed) is not deterministic
+
+
 def test_on_the_cpu_it_is_the_loop_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

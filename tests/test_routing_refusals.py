@@ -127,21 +127,28 @@ def test_names_of_no_choice_are_refused(name: str) -> None:
         partners: dict[str, Any] = {"aux_loss_coeff": 0.1} if name.startswith("aux_loss") else {}
         if value == "group":
             partners["group_tokens"] = 4
-        if name == "capacity_rounding" or (name == "drop_policy" and value != "none"):
+        drops = name == "drop_policy" and value != "none"
+        if drops or value == "after_drop" or name == "capacity_rounding":
             partners |= {"capacity_factor": 1.0, "drop_policy": "probs"}
         configure(partners | {name: value})
 
 
-@pytest.mark.parametrize("given", [{"num_groups": 2}, {"group_topk": 2}])
-def test_groups_without_a_choice_are_refused(given: dict[str, int]) -> None:
-    values = {"num_groups": None, "group_topk": None, **given}
-    message = (
-        f"num_groups ({values['num_groups']}) and group_topk ({values['group_topk']}) must be set "
-        "together; use both, or neither"
-    )
-    with pytest.raises(ConfigError, match=re.escape(message)):
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"num_groups": 4}, {"group_topk": 1}),
+        ({"num_groups": 4, "topk": 4}, {"group_topk": 2}),
+        ({"group_topk": 2}, {"num_groups": 4}),
+        ({"group_score_topk": 1}, {"num_groups": 2, "group_topk": 1}),
+    ],
+)
+def test_half_a_choice_of_groups_is_refused(given: dict[str, int], missing: dict[str, int]) -> None:
+    with pytest.raises(ConfigError) as raised:
         configure(given)
-    configure({"num_groups": None, "group_topk": None})
+    message = str(raised.value)
+    assert message.startswith(f"{next(iter(given))} (")
+    assert all(f"{name}={value}" in message for name, value in missing.items())
+    configure(given | missing)
 
 
 def test_expert_choice_is_refused_unless_forced() -> None:
@@ -176,6 +183,7 @@ def test_expert_choice_refuses_what_it_has_no_use_for(setting: dict[str, object]
 
 
 UNFOUNDED = [  # settings that would do nothing, and what the message says to add
+    ({"normalize": "after_drop"}, {"capacity_factor": 1.25, "drop_policy": "probs"}),
     ({"second_threshold": 0.5}, {"second_expert": "threshold"}),
     ({"bias_update_rate": 0.5}, {"expert_bias": True}),
     ({"min_capacity": 4}, {"capacity_factor": 1.25, "drop_policy": "probs"}),

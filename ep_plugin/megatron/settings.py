@@ -11,6 +11,7 @@ from ep_plugin.moe.config import GATED, Activation, Fp8, MoEConfig
 from ep_plugin.moe.experts import experts
 from ep_plugin.moe.groups import node_size
 from ep_plugin.moe.routing_config import RoutingConfig
+from ep_plugin.moe.rules import own
 
 ACTIVATIONS: dict[Activation, tuple[Any, bool]] = {  # -> (activation_func, gated_linear_unit)
     name: (function, name in GATED) for name, function in experts.ACTIVATIONS.items()
@@ -30,8 +31,8 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
     softmax = config.moe_router_score_function == "softmax"
     if softmax and config.moe_router_num_groups and not config.moe_router_pre_softmax:
         raise ConfigError(
-            f"moe_router_num_groups ({config.moe_router_num_groups}) with softmax needs "
-            "--moe-router-pre-softmax: without it Megatron ranks groups by sums of raw logits"
+            f"<num_groups> ({config.moe_router_num_groups}) with softmax would rank groups by sums "
+            "of raw logits, as Megatron does; use --moe-router-pre-softmax"
         )
     normalized = not config.moe_router_pre_softmax if softmax else config.moe_router_topk > 1
     balancing = one(config.moe_router_load_balancing_type)
@@ -103,10 +104,12 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
 
 
 def ranks_per_node(settings: EdgeSettings) -> int | None:
-    """Return how many ranks share a node, for the dispatcher that asks; None for the others.
+    """Return how many ranks share a node, for a dispatcher that asks; None for the others.
 
     Raises ConfigError when it is not known.
     """
+    if own(settings.dispatcher):  # which may read it, where it is given
+        return None if settings.ranks_per_node is None else node_size(settings.ranks_per_node)
     if settings.dispatcher != "hierarchical":
         return None
     found = node_size(settings.ranks_per_node)

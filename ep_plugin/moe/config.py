@@ -82,7 +82,7 @@ class MoEConfig:
         if self.overlap_chunks is not None and self.overlap != "chunked":
             raise ConfigError(
                 f"<overlap_chunks> ({self.overlap_chunks}) is for <overlap=chunked>, and <overlap> "
-                f"is {self.overlap}; use <overlap_chunks=None>"
+                f"is {self.overlap}; use <overlap=chunked> or <overlap_chunks=None>"
             )
         self.routing.check_experts(self.num_experts)
         if self.router == "expert_choice" and not self.routing.force_expert_choice:

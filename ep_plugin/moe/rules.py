@@ -58,6 +58,14 @@ _FP8_PRODUCTS = (
 
 # "routing.FIELD" or "moe.FIELD" -> needs; a field without an entry always acts
 NEEDS: dict[str, tuple[Need, ...]] = {
+    "routing.normalize": (
+        Need(
+            lambda c: _drops(c) or c.routing.second_expert in ("random", "threshold"),
+            "is about weights of choices that may be dropped, and none is; use "
+            "<normalize=before_drop>, or <capacity_factor=1.25> with <drop_policy=probs>",
+            values=("after_drop",),
+        ),
+    ),
     "routing.second_threshold": (
         Need(
             lambda c: c.routing.second_expert in ("random", "threshold"),

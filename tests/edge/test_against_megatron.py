@@ -187,7 +187,7 @@ MISTAKES = {
     ),
     "capacity without a policy": (
         ("--num-experts", "4", "--ep-capacity-factor", "1.25"),
-        "--ep-capacity-factor (1.25) needs a drop_policy, and --ep-drop-policy is none (dropless)",
+        "--ep-capacity-factor (1.25) needs a drop policy, and --ep-drop-policy is none (dropless)",
     ),
     "normalised and pre-softmax": (
         ("--num-experts", "4", "--ep-normalize", "before_drop", "--moe-router-pre-softmax"),
@@ -195,7 +195,7 @@ MISTAKES = {
     ),
     "groups of raw logits": (
         ("--num-experts", "4", "--ep-num-groups", "2", "--ep-group-topk", "1"),
-        "moe_router_num_groups (2) with softmax needs --moe-router-pre-softmax",
+        "--ep-num-groups (2) with softmax would rank groups by sums of raw logits",
     ),
     "expert choice": (
         (
@@ -221,7 +221,7 @@ MISTAKES = {
     ),
     "a residual of nothing": (
         ("--num-experts", "4", "--ep-shared-expert", "learned"),
-        "--moe-shared-expert-intermediate-size SIZE",
+        "--moe-shared-expert-intermediate-size 2048",
     ),
 }
 

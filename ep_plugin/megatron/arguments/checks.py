@@ -176,8 +176,8 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         )
     if settings.shared_expert == "learned" and not args.moe_shared_expert_intermediate_size:
         raise ConfigError(
-            "--ep-shared-expert learned weighs a shared expert, and there is none; use "
-            "--moe-shared-expert-intermediate-size SIZE"
+            "--ep-shared-expert (learned) weighs a shared expert, and there is none; use "
+            f"--moe-shared-expert-intermediate-size {args.moe_ffn_hidden_size or 2048}"
         )
 
 
@@ -191,7 +191,7 @@ def _experts(args: Any, settings: EdgeSettings) -> tuple[int, ...]:
         raise ConfigError(
             f"--ep-experts-per-layer needs --moe-layer-freq as a list, so that Megatron saves each "
             f"layer under its own name; got {args.moe_layer_freq}; use "
-            f"--moe-layer-freq '{[1] * args.num_layers}'"
+            f"--moe-layer-freq '[1]*{args.num_layers}'"
         )
     if len(per_layer) != num_moe_layers or max(per_layer) != args.num_experts:
         raise ConfigError(

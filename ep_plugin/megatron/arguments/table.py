@@ -120,6 +120,26 @@ _DENSE_BLOCKS = Need(
 )
 
 
+_ONE_RANK = Need(
+    lambda args: args.ep_dispatcher != "local" or expert_ranks(args) == 1,
+    "is for experts that are all on one rank, and they are spread; use --ep-dispatcher alltoall or "
+    "--expert-model-parallel-size 1 with --expert-tensor-parallel-size 1",
+)
+_SHARED_EXPERT = Need(
+    lambda args: (
+        args.ep_overlap != "shared_expert" or bool(args.moe_shared_expert_intermediate_size)
+    ),
+    "computes a shared expert while tokens travel, and there is none; use "
+    "--moe-shared-expert-intermediate-size 2048 or --ep-overlap chunked",
+)
+
+
+def expert_ranks(args: Any) -> int:
+    """Return ep*etp, the ranks that hold one copy of all experts."""
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return int(args.expert_model_parallel_size * etp)
+
+
 def has_dense_layer(args: Any) -> bool:
     """Whether `--moe-layer-freq` leaves a layer without experts."""
     frequency = args.moe_layer_freq
@@ -130,7 +150,12 @@ TABLE: tuple[Argument, ...] = (
     Argument("--ep-preset", "run", "a published system's model and routing: see ep-plugin presets"),
     _edge("router", "routing", "which experts a token goes to", kind="router", default="topk"),
     _edge(
-        "dispatcher", "dispatch", "how rows reach their experts", kind="dispatcher", default="auto"
+        "dispatcher",
+        "dispatch",
+        "how rows reach their experts",
+        kind="dispatcher",
+        default="auto",
+        needs=(_ONE_RANK,),
     ),
     _edge(
         "gemm", "experts", "the grouped matrix product of the experts", kind="gemm", default="auto"
@@ -141,6 +166,7 @@ TABLE: tuple[Argument, ...] = (
         "what is computed while tokens travel",
         kind="overlap",
         default="serial",
+        needs=(_SHARED_EXPERT,),
     ),
     # routing, in the order of RoutingConfig
     _routing("topk", "routing", "experts a token goes to", "moe_router_topk"),
