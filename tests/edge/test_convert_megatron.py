@@ -31,7 +31,7 @@ from ep_plugin.megatron.workers import model_run
 pytestmark = pytest.mark.megatron
 
 ROOT = Path(__file__).parents[2]
-STOCK = ROOT / "tests" / "edge" / "stock_run.py"
+STOCK = ROOT / "tests" / "helpers" / "stock_run.py"
 E = 4
 LAYERS = "[0,1,1]"
 MODEL = (

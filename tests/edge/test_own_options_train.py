@@ -10,7 +10,7 @@ from loop import OURS, ROOT, launch
 from ep_plugin.commands.report.events import read_run
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
-COUNTED = (str(ROOT / "tests" / "counted_run.py"),)
+COUNTED = (str(ROOT / "tests" / "helpers" / "counted_run.py"),)
 MODEL = shlex.split(
     """
     --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-router-pre-softmax

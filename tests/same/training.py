@@ -185,4 +185,5 @@ def fingerprint(value: Any) -> str:
 
 def collect_older(checkout: Checkout, runs: dict[str, Run]) -> dict[str, str]:
     """Train on a release whose loop is started in other words, by the checkout's own script."""
-    return collect(checkout, checkout.root / "tests" / "edge" / "pretrain_older.py", runs)
+    (script,) = (checkout.root / "tests").rglob("pretrain_older.py")
+    return collect(checkout, script, runs)
