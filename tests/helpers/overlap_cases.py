@@ -88,7 +88,10 @@ def run(
 
 def sized(config: MoEConfig, **changes: Any) -> MoEConfig:
     """Return `config` with changes, and sizes that its FP8 recipe takes."""
-    hidden, ffn = SIZES[changes.get("fp8", config.fp8)]
+    fp8 = changes.get("fp8", config.fp8)
+    hidden, ffn = SIZES[fp8]
+    if fp8 != "off" and changes.get("fp8_wgrad") != "bf16":  # no product is left for a grouped GEMM
+        changes["gemm"] = "auto"
     return replace(config, hidden_size=hidden, ffn_hidden_size=ffn, **changes)
 
 

@@ -29,14 +29,8 @@ from ep_plugin.registry import resolve
 
 EXPERTS = 16
 MULTICAST_OFF = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
-PLAIN = MoEConfig(
-    hidden_size=8,
-    ffn_hidden_size=8,
-    num_experts=EXPERTS,
-    dispatcher="alltoall",
-    dispatch_dedup=True,
-)
-CONFIG = replace(PLAIN, dispatcher="symm_mem", dispatch_dedup=False, comm_sms=3)
+CONFIG = MoEConfig(hidden_size=8, ffn_hidden_size=8, num_experts=EXPERTS)
+OWN: dict[str, dict[str, Any]] = {"alltoall": {"dispatch_dedup": True}, "symm_mem": {"comm_sms": 3}}
 
 
 def make_groups(ep: int, etp: int = 1) -> ExpertGroups:
@@ -47,9 +41,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def both(groups: ExpertGroups, name: str = "symm_mem", hidden_size: int = 8) -> list[Dispatcher]:
-    plain, config = (replace(each, hidden_size=hidden_size) for each in (PLAIN, CONFIG))
-    alltoall = resolve("dispatcher", "alltoall")(plain, groups)
-    return [alltoall, resolve("dispatcher", name)(config, groups)]
+    return [make(each, groups, hidden_size) for each in ("alltoall", name)]
+
+
+def make(name: str, groups: ExpertGroups, hidden_size: int = 8) -> Any:
+    config = replace(CONFIG, hidden_size=hidden_size, dispatcher=name, **OWN.get(name, {}))
+    return resolve("dispatcher", name)(config, groups)
 
 
 def random_ids(case: str, tokens: int, topk: int, seed: int) -> Tensor:
@@ -124,8 +121,8 @@ def layers_share(device: str, again: bool) -> None:
     """Three layers have one buffer, and go back in reverse; with `again` forward runs twice."""
     groups, results = make_groups(dist.get_world_size()), []
     ids = [random_ids("random", 6, topk, seed=topk).to(device) for topk in (1, 2, 4)]
-    for name, config in (("alltoall", PLAIN), ("symm_mem", CONFIG)):
-        layers = [resolve("dispatcher", name)(config, groups) for _ in ids]
+    for name in ("alltoall", "symm_mem"):
+        layers = [make(name, groups) for _ in ids]
         parts = [leaves(chosen, 8, torch.float32) for chosen in ids]
         hidden = parts[0][0]
         for layer, chosen, (_, probs) in zip(layers, ids, parts, strict=True):

@@ -28,7 +28,8 @@ def changes_of(
         return [{"overlap": schedule}]
     numbers = (None,) if variant in VARIANTS else (None, 1, ranks - 1)
     chunked = [{"overlap": schedule, "overlap_chunks": n} for n in numbers]
-    blocks = [{**changes, "dispatcher": "symm_mem"} for changes in chunked if dedup]
+    own = {"dispatcher": "symm_mem", "dispatch_dedup": False}  # it does so anyway
+    blocks = [{**changes, **own} for changes in chunked if dedup]
     return [*chunked, *blocks[::2]]
 
 
