@@ -368,8 +368,9 @@ def field_names(sentence: str) -> list[str]:
     return [w for w in words if "_" in w and w in names - legal] + re.findall(r"\w+=", sentence)
 
 
+ANY = MoEConfig(hidden_size=8, ffn_hidden_size=8, num_experts=8)
 SENTENCES = [
-    *((name, need.sentence) for name, needs in NEEDS.items() for need in needs),
+    *((name, need.sentence.format(**vars(ANY))) for name, needs in NEEDS.items() for need in needs),
     *((row.flag, need.sentence) for row in TABLE for need in row.needs),
 ]
 

@@ -106,17 +106,17 @@ def check_typed(args: Any, typed: Collection[str]) -> None:
     for row in TABLE:
         if row.flag not in typed:
             continue
-        value = said(getattr(args, row.dest))
+        value = getattr(args, row.dest)
         if args.num_experts is None and row.group not in ("checkpoint", "run"):
             if row.flag not in WITHOUT_EXPERTS:
                 raise ConfigError(
-                    f"{row.flag} ({value}) is about experts, and this model has none; use "
+                    f"{row.flag} ({said(value)}) is about experts, and this model has none; use "
                     "--num-experts 8"
                 )
             continue
         for need in row.needs:
-            if not need.when(args):
-                raise ConfigError(f"{row.flag} ({value}) {need.sentence}")
+            if (not need.values or value in need.values) and not need.when(args):
+                raise ConfigError(f"{row.flag} ({said(value)}) {need.sentence}")
 
 
 def check_block(args: Any, settings: EdgeSettings) -> None:
