@@ -7,9 +7,11 @@ from importlib import import_module
 from types import ModuleType
 
 from ep_plugin import __version__
+from ep_plugin.commands import flags
 from ep_plugin.errors import ConfigError
 
 # A command is a module of commands/ with add_arguments(parser) and run(args) -> int; and its help.
+# In NEEDS it may say which of its flags act only beside others (commands/flags.py).
 COMMANDS = {
     "apply": "add the plugin to a Megatron pretrain script, or take it out",
     "audit": "prove that a checkpoint is whole, each expert there once",
@@ -58,10 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser(selected).parse_args(argv)
     module = _module(args.command)
     try:
+        flags.check(module, args, argv[argv.index(args.command) :])
         code = int(module.run(args))
         sys.stdout.flush()
     except ConfigError as error:
-        print(f"ep-plugin {args.command}: error: {error}", file=sys.stderr)
+        words = flags.words(getattr(module, "SPELLING", {}))
+        print(f"ep-plugin {args.command}: error: {error.spelled(words)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, head or less, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

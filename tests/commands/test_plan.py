@@ -88,7 +88,7 @@ def test_swaps_send_all_tokens_and_end_at_the_domain() -> None:
     stores = load(traffic, network, 4, "symm_mem", 1.0)
     assert stores.inside == load(traffic, network, 4, "dedup", 1.0).inside < 300
     assert stores.copied == pytest.approx(2 * stores.inside * 4 / 3)
-    with pytest.raises(ConfigError, match=r"in one NVLink domain \(4\); use ep = 4"):
+    with pytest.raises(ConfigError, match=r"in one NVLink domain \(4\); use ep=4"):
         load(traffic, network, 8, "swaps", 1.0)
 
 
@@ -187,8 +187,11 @@ def test_measured_rows_stand_beside_what_is_foreseen(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ep", "3"], r"ep (3) must divide experts (256); use ep = 256"),
-        (["--experts", "120", "--ep", "12"], "ep (12) must be a multiple of the NVLink domain (8)"),
+        (["--ep", "3"], "--ep (3) must divide --experts (256); use --ep 2"),
+        (
+            ["--experts", "120", "--ep", "12"],
+            "--ep (12) must be a multiple of the NVLink domain (8); use --ep 8",
+        ),
         (["--topk", "300"], "--topk (300) must be at most --experts (256)"),
         (["--chunks", "0"], "--chunks must be positive; got 0; use 1"),
     ],

@@ -125,7 +125,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert table[1].split()[0] == "8"
     assert table[1].endswith("no")
     for wrong, message in (
-        (["--ep", "3"], "ep*etp*pp (3*1*2) must divide world_size (16)"),
+        (["--ep", "3"], "ep*etp*pp (3*1*2) must divide --gpus (16); use --ep 2 "),
         (["--seq-length", "0"], "--seq-length must be positive; got 0"),
     ):
         assert main([*flags, *wrong]) == 2
