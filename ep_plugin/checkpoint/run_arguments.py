@@ -5,7 +5,7 @@ import copy
 from typing import Any
 
 from ep_plugin.checkpoint.adapt.optimizer_state import new_groups
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.tensors import Source
 
 # What goes along from the run that ends, beside its arguments.

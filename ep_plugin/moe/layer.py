@@ -13,14 +13,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.groups import ExpertGroups
-from ep_plugin.moe.interfaces import (
-    Dispatched,
-    Dispatcher,
-    Router,
-    Routing,
-    Schedule,
-    tell_failure,
-)
+from ep_plugin.moe.interfaces import Dispatched, Dispatcher, Router, Routing, Schedule, tell_failure
 from ep_plugin.moe.parallel import check_experts_over_ranks
 from ep_plugin.moe.replicas import OncePerReplica
 from ep_plugin.registry import resolve

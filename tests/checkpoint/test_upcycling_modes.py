@@ -14,7 +14,7 @@ from ep_plugin.checkpoint.adapt.gains import GateSums
 from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker, deviations, make_experts
 from ep_plugin.checkpoint.adapt.modes.drop import dropped
 from ep_plugin.checkpoint.adapt.new_router import router_rows
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.errors import ConfigError
 from ep_plugin.presets import presets
 from ep_plugin.registry import available

@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ep_plugin.checkpoint.adapt.settings import Upcycling
 from ep_plugin.checkpoint.adapt.upcycle import upcycle
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
 from ep_plugin.checkpoint.patterns import Rule, match_names

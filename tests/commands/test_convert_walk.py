@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import ep_plugin
-from ep_plugin.checkpoint.adapt.settings import Upcycling
 from ep_plugin.checkpoint.adapt.upcycle import add_experts
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.formats import _dcp_writer
 from ep_plugin.checkpoint.open import open_source
 from ep_plugin.checkpoint.target import aim

@@ -10,9 +10,9 @@ from loop import MODEL, MOE, NEWEST, OURS, STOCK, launch, train
 from ep_plugin.commands.report.events import Run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
+from ep_plugin.megatron.arguments.in_flags import in_flags
 from ep_plugin.megatron.arguments.parser import add_ep_arguments
 from ep_plugin.megatron.arguments.theirs import check as check_theirs
-from ep_plugin.megatron.arguments.words import in_flags
 
 pytestmark = pytest.mark.megatron
 TAGS = ("lm loss", "load_balancing_loss", "z_loss", "grad-norm")

@@ -19,7 +19,7 @@ from ep_plugin.moe.e4m3 import E4M3, Blocks8, Rows8, Values8, Weight8, WeightBlo
 from ep_plugin.moe.kernels import _on_any as twins
 from ep_plugin.moe.kernels import _on_cuda as kernels
 from ep_plugin.moe.kernels import blocks_torch
-from ep_plugin.moe.kernels.rows import count_choices
+from ep_plugin.moe.kernels.move_rows import count_choices
 from ep_plugin.moe.kernels.types import TILE, Target
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

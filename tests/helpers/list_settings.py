@@ -28,10 +28,7 @@ def main() -> None:
     """List this release's settings."""
     if cpu_mode.wanted():
         cpu_mode.enable()
-    from megatron.core.transformer.transformer_config import (
-        MLATransformerConfig,
-        TransformerConfig,
-    )
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     fields = [f.name for kind in (TransformerConfig, MLATransformerConfig) for f in _fields(kind)]
     plain = TransformerConfig(

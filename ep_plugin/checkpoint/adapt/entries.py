@@ -13,7 +13,7 @@ from ep_plugin.checkpoint.adapt import optimizer_state
 from ep_plugin.checkpoint.adapt.ffn import FfnTensor, shard
 from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker
 from ep_plugin.checkpoint.adapt.new_router import router_rows
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.patterns import Match
 from ep_plugin.checkpoint.tensors import (
     NewObject,

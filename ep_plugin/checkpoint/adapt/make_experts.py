@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ep_plugin.checkpoint.adapt.ffn import FfnTensor, Mode, shard
 from ep_plugin.checkpoint.adapt.gains import Gain, divide
-from ep_plugin.checkpoint.adapt.settings import MODES, Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import MODES, Upcycling
 from ep_plugin.registry import resolve
 
 

@@ -14,7 +14,7 @@ from ep_plugin.checkpoint import gpt_names
 from ep_plugin.checkpoint.adapt import optimizer_state
 from ep_plugin.checkpoint.adapt.entries import EntryBuilder, new_states
 from ep_plugin.checkpoint.adapt.make_experts import deviations, make_experts
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
 from ep_plugin.checkpoint.patterns import Match, compile_pattern, match_names
 from ep_plugin.checkpoint.run_arguments import new_common

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from ep_plugin.checkpoint.adapt.settings import MODES, RouterInit, SharedFrom, Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import MODES, RouterInit, SharedFrom, Upcycling
 from ep_plugin.checkpoint.open import Format
 from ep_plugin.moe.routing_config import ScoreFunction
 from ep_plugin.registry import available

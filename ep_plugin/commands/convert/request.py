@@ -7,7 +7,7 @@ from typing import Any
 
 from ep_plugin import presets
 from ep_plugin.checkpoint.adapt.gains import GateSums
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
 from ep_plugin.checkpoint.staging import check_free

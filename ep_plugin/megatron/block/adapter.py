@@ -15,8 +15,9 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from ep_plugin.megatron.block import combined
+from ep_plugin.megatron.block.adopt_groups import adopt_groups
+from ep_plugin.megatron.block.build_shared_expert import build_shared_expert
 from ep_plugin.megatron.block.graphs import check_graphs
-from ep_plugin.megatron.block.groups import adopt_groups
 from ep_plugin.megatron.block.parameters import (
     MainGrads,
     are_grouped,
@@ -25,7 +26,6 @@ from ep_plugin.megatron.block.parameters import (
     set_tags,
 )
 from ep_plugin.megatron.block.sharded_state import EXTRA_STATE, expert_sharded_state
-from ep_plugin.megatron.block.shared_expert import build_shared_expert
 from ep_plugin.megatron.block.tracking import RoutingTracker
 from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
 from ep_plugin.moe.interfaces import Routing, set_up_router

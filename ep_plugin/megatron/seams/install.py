@@ -148,9 +148,9 @@ def _with_our_checks(
         settings_from_args,
         take_typed,
     )
+    from ep_plugin.megatron.arguments.in_flags import in_flags
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
     from ep_plugin.megatron.arguments.theirs import check
-    from ep_plugin.megatron.arguments.words import in_flags
     from ep_plugin.megatron.block.graphs import check_graphs
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.megatron.settings import fp8_recipe

@@ -10,20 +10,20 @@ from ep_plugin.moe.kernels.block_product import (
     multiply_column_blocks,
 )
 from ep_plugin.moe.kernels.blocks import quantize_blocks, quantize_weight_blocks
-from ep_plugin.moe.kernels.product import multiply
-from ep_plugin.moe.kernels.quantize import (
-    quantize_rows,
-    quantize_weight,
-    transpose_blocks,
-    transpose_rows,
-)
-from ep_plugin.moe.kernels.rows import (
+from ep_plugin.moe.kernels.move_rows import (
     count_choices,
     sort_choices,
     spread_rows,
     spread_rows8,
     sum_pieces,
     sum_rows,
+)
+from ep_plugin.moe.kernels.product import multiply
+from ep_plugin.moe.kernels.quantize import (
+    quantize_rows,
+    quantize_weight,
+    transpose_blocks,
+    transpose_rows,
 )
 from ep_plugin.moe.kernels.tiles import plan_tiles
 from ep_plugin.moe.kernels.wgrad import add_wgrad, add_wgrad8, multiply_columns

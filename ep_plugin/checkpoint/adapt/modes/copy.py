@@ -6,7 +6,7 @@ is known (`gains.py`).
 """
 
 from ep_plugin.checkpoint.adapt.ffn import Mode
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 
 
 def build(_: Upcycling) -> Mode:

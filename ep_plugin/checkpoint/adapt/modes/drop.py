@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.adapt.ffn import FfnTensor, Mode, generator, normal
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 
 
 def build(settings: Upcycling) -> Mode:

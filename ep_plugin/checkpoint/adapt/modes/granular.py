@@ -16,7 +16,7 @@ shards, and wrong for each token.
 """
 
 from ep_plugin.checkpoint.adapt.ffn import Mode
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 
 
 def build(settings: Upcycling) -> Mode:
