@@ -32,12 +32,14 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {  # -> source, flags
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small checkpoint of each kind: torch_dist with its optimizer, Llama, per-rank files."""
     root = tmp_path_factory.mktemp("sources")
-    states = test_convert_optimizer.states("param")
-    moments = {name: values for name, values in states.items() if "exp_avg_sq" not in name}
-    tensors = test_convert_optimizer.parameters() | moments
     more: dict[str, Any] = {"padded_vocab_size": test_convert.V, "swiglu": True}
     more |= {"seq_length": 8, "max_position_embeddings": 8}
-    test_convert_optimizer.save(root / "dense", tensors, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_convert, "L", 2)
+        states = test_convert_optimizer.states("param")
+        moments = {name: values for name, values in states.items() if "exp_avg." in name}
+        tensors = test_convert_optimizer.parameters() | moments
+        test_convert_optimizer.save(root / "dense", tensors, **more)
     hf_models.save("llama", root / "hf")
     test_convert_legacy.save(root / "per-rank", "stacked", add_bias_linear=False)
     return {"torch_dist": root / "dense", "hf": root / "hf", "per-rank": root / "per-rank"}
