@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def _load() -> tuple[Any, Any, Any, Any]:
     try:
         events = import_module("ep_plugin.commands.report.events")
-        pictures = import_module("ep_plugin.commands.report.pictures")
+        figures = import_module("ep_plugin.commands.report.pictures")
     except ImportError as error:
         raise BackendUnavailable(
             f"reports need matplotlib and tensorboard ({error}); use "
