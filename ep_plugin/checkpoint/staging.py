@@ -14,31 +14,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ep_plugin.checkpoint.writer import Journal
 from ep_plugin.errors import ConfigError
 
 MARGIN_BYTES = 64 << 20  # of free room beside the tensors: headers, metadata, the report
 _PATIENCE_S = 10  # for the workers of a run that was killed to notice
-
-
-@dataclass
-class Journal:
-    """The files that are whole, by name; `path` None keeps them in memory alone."""
-
-    path: Path | None = None
-    done: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, name: str, record: dict[str, Any]) -> None:
-        """Remember a file, on disk before anything else is done."""
-        self.done[name] = record
-        if self.path is not None:
-            with self.path.open("a") as stream:
-                stream.write(json.dumps([name, record]) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ A Hugging Face family cannot hold every model: one is fitted to it before it is 
 import argparse
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt import fold_gemma
@@ -21,9 +21,8 @@ from ep_plugin.checkpoint.formats import megatron_dist
 from ep_plugin.checkpoint.names import stored, stored_name
 from ep_plugin.checkpoint.open import Format, Opened, is_hf, safetensors
 from ep_plugin.checkpoint.run_flags import run_flags
-from ep_plugin.checkpoint.staging import Staging
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source
-from ep_plugin.checkpoint.writer import OnBytes
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor, one_region
+from ep_plugin.checkpoint.writer import Journal, OnBytes
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEW = ("(new)",)  # the origin of what the source has no counterpart of
@@ -31,16 +30,21 @@ _NEW = ("(new)",)  # the origin of what the source has no counterpart of
 Hashes = dict[str, dict[str, Any]]  # file -> {num_bytes, sha256}
 
 
+class Write(Protocol):
+    """Writes below `root` what `journal` lacks; returns hashes of the files that hold tensors."""
+
+    def __call__(
+        self, *, root: Path, on_bytes: OnBytes, journal: Journal, processes: int
+    ) -> Hashes: ...
+
+
 @dataclass(frozen=True)
 class Target:
-    """What to write of a model.
-
-    `write(staging, processes, on_bytes)` returns the hashes of the files that hold tensors.
-    """
+    """What to write of a model."""
 
     model: Opened
     content: Sequence[NewTensor | NewObject]
-    write: Callable[[Staging, int, OnBytes], Hashes]
+    write: Write
     name_map: Sequence[tuple[str, str]]  # (names in the source, names in the result)
     flags: list[str]  # that ask Megatron for this model
     iteration: str | None = None  # the folder below the target that holds the model; None: itself
@@ -89,7 +93,9 @@ def aim(model: Opened, output: Format, implementation: str | None) -> Target:
 def _same_names(model: Opened, made: Upcycled) -> Target:
     source = model.source
     flags = experts_flags(model.args)
-    write = _torch_dist(source, source.common, made.content)
+    write = partial(
+        megatron_dist.write_checkpoint, source=source, common=source.common, content=made.content
+    )
     return Target(model, made.content, write, made.name_map, flags, source.folder.name)
 
 
@@ -105,21 +111,11 @@ def _new_names(model: Opened, implementation: str | None) -> Target:
     kept = {key: model.source.common[key] for key in KEPT if key in model.source.common}
     content = stored(model.source, args)
     targets = {name: (stored_name(name, args),) for name in model.source.tensors}
-    write = _torch_dist(style, {"args": args, **kept}, content)
+    common = {"args": args, **kept}
+    write = partial(megatron_dist.write_checkpoint, source=style, common=common, content=content)
     return Target(
         model, content, write, _name_map(model, targets), run_flags(args), style.folder.name
     )
-
-
-def _torch_dist(
-    style: Source, common: dict[str, Any], content: Sequence[NewTensor | NewObject]
-) -> Callable[[Staging, int, OnBytes], Hashes]:
-    def write(staging: Staging, processes: int, on_bytes: OnBytes) -> Hashes:
-        return megatron_dist.write_checkpoint(
-            staging.folder, style, common, content, on_bytes, staging.journal, processes
-        )
-
-    return write
 
 
 def _hf_folder(model: Opened) -> Target:
@@ -128,17 +124,17 @@ def _hf_folder(model: Opened) -> Target:
     config = _token_ids(model.folder) | made.common["config"]
     targets = {pair.megatron: pair.hf for pair in families.pairs(model.family, model.args)}
     content = [
-        NewTensor(name, info, partial(_one_region, made, name))
+        NewTensor(name, info, partial(one_region, info, partial(made.read_tensor, name)))
         for name, info in made.tensors.items()
     ]
     format_ = safetensors()
 
-    def write(staging: Staging, processes: int, on_bytes: OnBytes) -> Hashes:
+    def write(*, root: Path, on_bytes: OnBytes, journal: Journal, processes: int) -> Hashes:
         hashes: Hashes = format_.write_folder(
-            staging.folder, config, content, on_bytes, journal=staging.journal, processes=processes
+            root, config, content, on_bytes, journal=journal, processes=processes
         )
         if is_hf(model.folder):
-            format_.copy_beside(model.folder, staging.folder)
+            format_.copy_beside(model.folder, root)
         return hashes
 
     return Target(model, content, write, _name_map(model, targets), run_flags(model.args))
@@ -150,11 +146,6 @@ def _token_ids(path: Path) -> dict[str, Any]:
         return {}
     config = json.loads((path / "config.json").read_text())
     return {name: config[name] for name in _SPECIAL if config.get(name) is not None}
-
-
-def _one_region(source: Source, name: str) -> Iterator[Region]:
-    values = source.read_tensor(name)
-    yield Region((0,) * values.dim(), values)
 
 
 def _name_map(model: Opened, targets: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:

@@ -86,6 +86,11 @@ class NewTensor:
     regions: Callable[[], Iterator[Region]]
 
 
+def one_region(info: TensorInfo, compute: Callable[[], Tensor]) -> Iterator[Region]:
+    """Yield a whole new tensor as one region; it is computed now."""
+    yield Region((0,) * len(info.shape), compute().to(info.dtype))
+
+
 def whole(tensor: NewTensor) -> Tensor:
     """Compute a new tensor from its regions; where there is only one, without a copy."""
     regions = tensor.regions()

@@ -6,21 +6,38 @@ already, so every way of getting to the end gives the same bytes.
 """
 
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from ep_plugin.checkpoint.staging import Journal
 from ep_plugin.errors import ConfigError
 
 OnBytes = Callable[[int], object]  # called with a number of bytes just written
+
+
+@dataclass
+class Journal:
+    """The files that are whole, by name; `path` None keeps them in memory alone."""
+
+    path: Path | None = None
+    done: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, record: dict[str, Any]) -> None:
+        """Remember a file, on disk before anything else is done."""
+        self.done[name] = record
+        if self.path is not None:
+            with self.path.open("a") as stream:
+                stream.write(json.dumps([name, record]) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
 
 
 class HashedFile:

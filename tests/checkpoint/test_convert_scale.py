@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ep_plugin.checkpoint import staging
+from ep_plugin.checkpoint import writer
 from ep_plugin.checkpoint.formats import _dcp_writer
 from ep_plugin.checkpoint.formats.megatron_dist import write_checkpoint
 from ep_plugin.checkpoint.tensors import NewTensor, Region, Source, TensorInfo
@@ -58,7 +58,7 @@ def killed(root: Path, at: int, processes: int) -> int:
 
 def _convert_until(root: Path, at: int, processes: int) -> None:
     torch.set_num_threads(1)
-    owner, name = (torch, "save") if processes == 1 else (staging.Journal, "add")
+    owner, name = (torch, "save") if processes == 1 else (writer.Journal, "add")
     original, calls = getattr(owner, name), []
 
     def die(*args: Any, **kwargs: Any) -> None:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ep_plugin.checkpoint.formats._dcp_writer import units, write_metadata
 from ep_plugin.checkpoint.formats.megatron_dist import COMMON_STATE, CONFIG, TRACKER
-from ep_plugin.checkpoint.staging import Journal
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, TensorInfo
-from ep_plugin.checkpoint.writer import write_units
+from ep_plugin.checkpoint.writer import Journal, write_units
 
 L, E, H, F = 2, 4, 8, 6
 ITERATION = 30

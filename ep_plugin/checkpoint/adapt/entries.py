@@ -19,6 +19,7 @@ from ep_plugin.checkpoint.tensors import (
     Source,
     TensorInfo,
     no_extra_state,
+    one_region,
 )
 
 
@@ -98,7 +99,8 @@ class EntryBuilder:
             return
         info, part = self.source.tensors[prefix + match.name], self._part(match)
         one = TensorInfo(_shard_shape(info.shape, part, self.settings.granularity), info.dtype)
-        regions = partial(self._expert_regions, prefix + match.name, part, moments)
+        read = partial(self.source.read_tensor, prefix + match.name)
+        regions = partial(self.maker.regions, read, part, moments)
         if key_per_expert:
             for expert, target in enumerate(targets):
                 single = partial(regions, expert)
@@ -106,18 +108,6 @@ class EntryBuilder:
             return
         stacked = TensorInfo((num_experts, *one.shape), info.dtype)
         yield NewTensor(prefix + match.target, stacked, regions)
-
-    def _expert_regions(
-        self, name: str, part: FfnTensor, moments: bool, only: int | None = None
-    ) -> Iterator[Region]:
-        """Yield all experts along a leading axis, or one of them alone; the dense is read once."""
-        dense = self.source.read_tensor(name)
-        for expert, values in self.maker.experts(dense, part, moments, only):
-            zeros = (0,) * values.dim()
-            if only is None:
-                yield Region((expert, *zeros), values.unsqueeze(0))
-            else:
-                yield Region(zeros, values)
 
     def _shared_entries(
         self, match: Match, prefix: str, moments: bool
@@ -138,11 +128,7 @@ def _shard_shape(shape: tuple[int, ...], part: FfnTensor, granularity: int) -> t
 
 
 def _computed(name: str, info: TensorInfo, compute: Callable[[], Tensor]) -> NewTensor:
-    return NewTensor(name, info, partial(_whole, info, compute))
-
-
-def _whole(info: TensorInfo, compute: Callable[[], Tensor]) -> Iterator[Region]:
-    yield Region((0,) * len(info.shape), compute().to(info.dtype))
+    return NewTensor(name, info, partial(one_region, info, compute))
 
 
 def _zeros(name: str, info: TensorInfo) -> NewTensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.adapt.upcycling import Gain, RouterInit
+from ep_plugin.checkpoint.tensors import Region
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,21 @@ class ExpertMaker:
             if self.mode.change is not None:
                 values = self.mode.change(values, part, expert)
             yield expert, scaled(values, part, self.routed)
+
+    def regions(
+        self,
+        read: Callable[[], Tensor],
+        part: FfnTensor,
+        moments: bool,
+        only: int | None = None,
+    ) -> Iterator[Region]:
+        """Yield all experts along a leading axis, or one of them alone; the dense is read once."""
+        for expert, values in self.experts(read(), part, moments, only):
+            zeros = (0,) * values.dim()
+            if only is None:
+                yield Region((expert, *zeros), values.unsqueeze(0))
+            else:
+                yield Region(zeros, values)
 
     def shared_expert(self, dense: Tensor, part: FfnTensor, moments: bool) -> Tensor:
         """Return the shared expert's tensor: all channels of the dense one."""

@@ -1,8 +1,6 @@
 """Read a `torch.distributed.checkpoint` folder one tensor at a time, whatever ranks wrote it."""
 
-import pickle
 import re
-import zipfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,24 +10,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from ep_plugin.checkpoint.formats._iteration import DAMAGE
 from ep_plugin.checkpoint.formats._mapped import map_tensor
-from ep_plugin.checkpoint.formats._opaque_pickle import OpaquePickle
 from ep_plugin.checkpoint.tensors import Chunk, Damaged, TensorInfo
 from ep_plugin.errors import ConfigError
 
-# What unpickling damaged bytes raises.
-DAMAGE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    ImportError,
-    AttributeError,
-    zipfile.BadZipFile,
-)
 _STACKED = re.compile(r"((?:optimizer\.state\.\w+\.)?decoder\.layers\.)(?!\d)(.+)")
 _SHARD = re.compile(r"(.+)/shard_([\d.]+)_([\d.]+)")
 _AGAIN = "copy the checkpoint again"
@@ -44,14 +29,10 @@ class _Place:
 
 
 class Files:
-    """The chunks and objects of one folder under the names they are stored by; nothing is checked.
+    """The chunks and objects of one folder by their stored names; nothing is checked."""
 
-    Raises Damaged when `.metadata` is missing or unreadable.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.metadata = _read_metadata(folder)
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        self.folder, self.metadata = folder, metadata
         self.entries = _tensor_entries(self.metadata)
 
     def read_bytes(self, index: MetadataIndex) -> bytes:
@@ -101,11 +82,11 @@ class Reader:
     """The tensors and objects of one folder, by per-layer name.
 
     `tensors` gives each tensor's shape and dtype, `objects` each object's stored key. Raises
-    ConfigError when `.metadata` is missing or unreadable, or a file lacks bytes it should hold.
+    ConfigError when a file lacks bytes that `.metadata` places in it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._files = Files(folder)
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        self._files = Files(folder, metadata)
         _check_files(folder, self._files.metadata)
         self._places = _places(self._files.entries)
         self.tensors = {name: self._info(place) for name, place in self._places.items()}
@@ -125,8 +106,8 @@ class Reader:
         place = self._places[name]
         out = torch.empty(self.tensors[name].shape, dtype=self.tensors[name].dtype)
         for chunk in self._files.chunks(place.key):
-            first, last = (0, 1) if place.layer is None else _extent(chunk)
-            if not first <= (place.layer or 0) < last:
+            first, layers = (0, 1) if place.layer is None else (chunk.offsets[0], chunk.sizes[0])
+            if not first <= (place.layer or 0) < first + layers:
                 continue
             values = self._files.read_chunk(place.key, chunk)
             offsets = chunk.offsets
@@ -139,24 +120,6 @@ class Reader:
     def _info(self, place: _Place) -> TensorInfo:
         info = self._files.info(place.key)
         return info if place.layer is None else TensorInfo(info.shape[1:], info.dtype)
-
-
-def _extent(chunk: Chunk) -> tuple[int, int]:
-    return chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    path = folder / ".metadata"
-    if not path.is_file():
-        raise Damaged(f"{folder} has no .metadata: its save did not finish; give another one")
-    try:
-        with path.open("rb") as stream:
-            metadata = OpaquePickle.Unpickler(stream).load()
-    except DAMAGE as error:
-        raise Damaged(f"{path} cannot be read ({error}); {_AGAIN}") from error
-    if not isinstance(metadata, Metadata):
-        raise Damaged(f"{path} is no torch.distributed.checkpoint metadata; {_AGAIN}")
-    return metadata
 
 
 def _check_files(folder: Path, metadata: Metadata) -> None:

@@ -80,8 +80,8 @@ def _write_file(
 def _write_entry(
     entry: NewTensor | NewObject, stream: HashedFile, on_bytes: OnBytes
 ) -> dict[str, Any]:
-    start = stream.tell()
     if isinstance(entry, NewObject):
+        start = stream.tell()
         stream.write(entry.content())
         return {"name": entry.name, "chunks": [[[], [], start, stream.tell() - start]]}
     chunks = []
@@ -89,9 +89,9 @@ def _write_entry(
         values = region.values
         if values.untyped_storage().nbytes() != values.nbytes:
             values = values.clone()  # else all of what it is a view of would be saved
+        start = stream.tell()
         torch.save(values, stream)  # type: ignore[arg-type]  # of a file it only writes
         chunks.append([list(region.offsets), list(values.shape), start, stream.tell() - start])
-        start = stream.tell()
         on_bytes(values.nbytes)
     dtype = str(entry.info.dtype).removeprefix("torch.")
     return {"name": entry.name, "dtype": dtype, "shape": list(entry.info.shape), "chunks": chunks}

@@ -22,9 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ep_plugin.checkpoint.staging import Journal
 from ep_plugin.checkpoint.tensors import NewTensor, Source, TensorInfo, whole
-from ep_plugin.checkpoint.writer import HashedFile, OnBytes, Unit, write_units
+from ep_plugin.checkpoint.writer import HashedFile, Journal, OnBytes, Unit, write_units
 from ep_plugin.errors import ConfigError
 
 CONFIG = "config.json"

@@ -29,13 +29,12 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ep_plugin.checkpoint.formats import _dcp_writer
-from ep_plugin.checkpoint.formats._dcp_reader import DAMAGE, Files, Reader
+from ep_plugin.checkpoint.formats._dcp_reader import Files, Reader
 from ep_plugin.checkpoint.formats._iteration import TRACKER as TRACKER
+from ep_plugin.checkpoint.formats._iteration import OpaquePickle, load_arguments, load_metadata
 from ep_plugin.checkpoint.formats._iteration import iteration_folder as _iteration_folder
-from ep_plugin.checkpoint.formats._opaque_pickle import OpaquePickle
-from ep_plugin.checkpoint.staging import Journal
-from ep_plugin.checkpoint.tensors import Damaged, NewObject, NewTensor, Source, Stored
-from ep_plugin.checkpoint.writer import write_units
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source, Stored
+from ep_plugin.checkpoint.writer import Journal, write_units
 from ep_plugin.errors import ConfigError
 
 COMMON_STATE = "common_state/shard_0_1"
@@ -45,8 +44,21 @@ _HINT = "save the dense model with --ckpt-format torch_dist"
 
 
 def iteration_folder(path: Path) -> Path:
-    """Return the folder of one iteration; `path` is that, or what --save named."""
-    return _iteration_folder(path, _is_iteration)
+    """Return the folder of one iteration; `path` is that, or what --save named.
+
+    Raises ConfigError when there is none, or it is of another format.
+    """
+    folder = _iteration_folder(path, _is_iteration)
+    config = folder / "metadata.json"
+    if not config.is_file():
+        raise ConfigError(f"{folder} has no metadata.json, so it is not torch_dist; {_HINT}")
+    try:
+        backend = json.loads(config.read_text())["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{config} names no sharded_backend; {_HINT}") from error
+    if backend != CONFIG["sharded_backend"]:
+        raise ConfigError(f"{folder} is a {backend!r} checkpoint, not torch_dist; {_HINT}")
+    return folder
 
 
 def open_checkpoint(path: Path) -> Source:
@@ -55,19 +67,22 @@ def open_checkpoint(path: Path) -> Source:
     Raises ConfigError when it is missing, of another format, or incomplete. Reads no tensor.
     """
     folder = iteration_folder(path)
-    _check_name(folder)
-    _check_backend(folder)
-    reader = Reader(folder)
-    common_in_file = (folder / "common.pt").is_file()
-    if not common_in_file and COMMON_STATE not in reader.objects:
+    if folder.name != "release" and not re.fullmatch(r"iter_\d{7,}", folder.name):
         raise ConfigError(
-            f"{folder} has no run arguments (neither common.pt nor {COMMON_STATE}); "
-            "give a checkpoint that Megatron itself saved"
+            f"{folder} is not named as Megatron names an iteration's folder; use "
+            "iter_ and the iteration in seven digits"
         )
+    common_in_file = (folder / "common.pt").is_file()
     if common_in_file:
-        common = _load_common((folder / "common.pt").read_bytes(), folder)
-    else:
-        common = _load_common(reader.read_object(COMMON_STATE), folder)[0]
+        common = load_arguments((folder / "common.pt").read_bytes(), folder)
+    reader = Reader(folder, load_metadata(folder))
+    if not common_in_file:
+        if COMMON_STATE not in reader.objects:
+            raise ConfigError(
+                f"{folder} has no run arguments (neither common.pt nor {COMMON_STATE}); "
+                "give a checkpoint that Megatron itself saved"
+            )
+        common = load_arguments(reader.read_object(COMMON_STATE), folder)[0]
     return Source(
         folder=folder,
         common=common,
@@ -85,12 +100,11 @@ def open_stored(path: Path) -> Stored:
     Raises ConfigError when it is none of Megatron's, Damaged when it does not say what it holds.
     """
     folder = iteration_folder(path)
-    _check_backend(folder)
-    files = Files(folder)
+    files = Files(folder, load_metadata(folder))
     if (folder / "common.pt").is_file():
-        common = _load_common((folder / "common.pt").read_bytes(), folder)
+        common = load_arguments((folder / "common.pt").read_bytes(), folder)
     else:
-        common = _load_common(files.read_bytes(MetadataIndex(COMMON_STATE)), folder)[0]
+        common = load_arguments(files.read_bytes(MetadataIndex(COMMON_STATE)), folder)[0]
     entries = files.metadata.state_dict_metadata
     return Stored(
         folder=folder,
@@ -120,15 +134,15 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     common = {**common, "content_metadata": _content_metadata(source.common)}
     entries = list(content)
-    if not source.common_in_file:
+    if source.common_in_file:
+        (folder / "common.pt").write_bytes(_saved(common))
+    else:
         entries.append(NewObject(COMMON_STATE, lambda: _saved([common])))
     units = _dcp_writer.units(entries)
     records = write_units(units, folder, journal or Journal(), processes, on_bytes)
     names = [unit.name for unit in units]
     contents = [record["content"] for record in records]
     _dcp_writer.write_metadata(folder, list(zip(names, contents, strict=True)))
-    if source.common_in_file:
-        (folder / "common.pt").write_bytes(_saved(common))
     (folder / "metadata.json").write_text(json.dumps(CONFIG))
     iteration = source.folder.name.removeprefix("iter_")
     (root / TRACKER).write_text(iteration if iteration == "release" else str(int(iteration)))
@@ -150,34 +164,3 @@ def _saved(value: Any) -> bytes:
 
 def _is_iteration(folder: Path) -> bool:
     return (folder / ".metadata").is_file() or (folder / "metadata.json").is_file()
-
-
-def _check_backend(folder: Path) -> None:
-    config = folder / "metadata.json"
-    if not config.is_file():
-        raise ConfigError(f"{folder} has no metadata.json, so it is not torch_dist; {_HINT}")
-    try:
-        backend = json.loads(config.read_text())["sharded_backend"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{config} names no sharded_backend; {_HINT}") from error
-    if backend != CONFIG["sharded_backend"]:
-        raise ConfigError(f"{folder} is a {backend!r} checkpoint, not torch_dist; {_HINT}")
-
-
-def _load_common(content: bytes, folder: Path) -> Any:
-    try:
-        return torch.load(
-            io.BytesIO(content), map_location="cpu", pickle_module=OpaquePickle, weights_only=False
-        )
-    except DAMAGE as error:
-        raise Damaged(
-            f"the run arguments in {folder} cannot be read ({error}); copy the checkpoint again"
-        ) from error
-
-
-def _check_name(folder: Path) -> None:
-    if folder.name != "release" and not re.fullmatch(r"iter_\d{7,}", folder.name):
-        raise ConfigError(
-            f"{folder} is not named as Megatron names an iteration's folder; use "
-            "iter_ and the iteration in seven digits"
-        )

@@ -27,9 +27,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.family import gated
-from ep_plugin.checkpoint.formats._dcp_reader import DAMAGE
-from ep_plugin.checkpoint.formats._iteration import iteration_folder
-from ep_plugin.checkpoint.formats._opaque_pickle import OpaquePickle
+from ep_plugin.checkpoint.formats._iteration import DAMAGE, OpaquePickle, iteration_folder
 from ep_plugin.checkpoint.tensors import Source, TensorInfo
 from ep_plugin.errors import ConfigError
 

@@ -1,7 +1,7 @@
 """What a user asks of `ep-plugin convert`: flags that were typed, checked, and read once."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ep_plugin.commands.convert.needs import (
     refuse_beside_check,
     refuse_idle_flags,
     refuse_unfinished,
+    stays_torch_dist,
 )
 from ep_plugin.errors import ConfigError
 
@@ -46,29 +47,9 @@ class Request:
     processes: int = 1
     dry_run: bool = False
     json: bool = False
-
-    @property
-    def moments_go_along(self) -> bool:
-        """Whether optimizer state can go along: where names and pieces stay as they are stored."""
-        return self.kind == "torch_dist" and self.format == "megatron"
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """Return the settings that manifest.json keeps."""
-        if self.settings is not None and self.moments_go_along:
-            return asdict(self.settings)
-        return {"format": self.format}
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """Return the settings that the bytes of the result depend on."""
-        return {
-            "--format": self.format,
-            "--family": self.family,
-            "--transformer-impl": self.implementation,
-            "--drop-optimizer": not self.keep_optimizer,
-            **(asdict(self.settings) if self.settings else {}),
-        }
+    moments_go_along: bool = False  # optimizer state can: names and pieces stay as they are stored
+    asked: dict[str, Any] = field(default_factory=dict)  # what the bytes of the result depend on
+    manifest: dict[str, Any] = field(default_factory=dict)  # settings that manifest.json keeps
 
 
 def read_request(args: argparse.Namespace) -> Request:
@@ -88,19 +69,28 @@ def read_request(args: argparse.Namespace) -> Request:
     kind = kind_of(typed["source"])
     refuse_idle_flags(typed, kind)
     refuse_unfinished(typed, kind)
+    stays = stays_torch_dist(typed, kind)
     check_free(target)
     prompts = None
     if "prompts" in typed:
         prompts = read_prompts(typed["prompts"], typed["source"] if kind == "hf" else None)
+    output: Format = typed.get("format", "megatron")
+    asked = {
+        "--format": output,
+        "--family": typed.get("family"),
+        "--transformer-impl": typed.get("transformer_impl"),
+        "--drop-optimizer": "drop_optimizer" in typed,
+        **(asdict(settings) if settings else {}),
+    }
     return Request(
         target=target,
         source=typed["source"],
         kind=kind,
         settings=settings,
-        format=typed.get("format", "megatron"),
+        format=output,
         family=typed.get("family"),
         implementation=typed.get("transformer_impl"),
-        keep_optimizer=not typed.get("drop_optimizer", False),
+        keep_optimizer=not asked["--drop-optimizer"],
         compare="skip_parity" not in typed,
         tolerance=typed.get("parity_tolerance", TOLERANCE),
         prompts=prompts,
@@ -108,6 +98,9 @@ def read_request(args: argparse.Namespace) -> Request:
         processes=typed.get("processes", 1),
         dry_run=typed.get("dry_run", False),
         json=typed.get("json", False),
+        moments_go_along=stays,
+        asked=asked,
+        manifest=asdict(settings) if settings and stays else {"format": output},
     )
 
 

@@ -69,7 +69,12 @@ def write(target: Target, staging: Staging, processes: int) -> Hashes:
     with tqdm(
         total=target.num_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="convert"
     ) as bar:
-        return target.write(staging, processes, bar.update)
+        return target.write(
+            root=staging.folder,
+            on_bytes=bar.update,
+            journal=staging.journal,
+            processes=processes,
+        )
 
 
 def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
@@ -140,10 +145,10 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
     size = f"{len(target.tensors)} tensors, {target.num_bytes / 2**20:.1f} MiB"
     print(f"wrote {request.target} ({kind}): {size}")
     settings, made = request.settings, target.model.upcycled
-    if settings is not None:
+    if settings is not None and made is not None:
         print(
             f"mode {settings.mode}, {settings.num_experts} experts, top-{settings.topk}, in "
-            f"{len(_moe_layers(target))} of {target.model.args.num_layers} layers"
+            f"{sum(made.moe_layers)} of {target.model.args.num_layers} layers"
         )
     if target.model.left_out:
         print(f"left out: {', '.join(target.model.left_out)}")
