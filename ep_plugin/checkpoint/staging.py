@@ -1,26 +1,32 @@
-"""Write beside the target and rename last, so that a failure leaves nothing half-written behind.
+"""Write beside the target, seal with a manifest and rename last: nothing is left half-written.
 
     .NAME.partial/journal.jsonl     what is asked for, then a line for each file that is whole
     .NAME.partial/checkpoint/       becomes NAME
+
+`manifest.json` says what a checkpoint consists of; `manifest_problems`, whether it still does.
 
 An error or an interrupt from the keyboard removes the folder. A kill cannot; then the same command
 goes on where it stopped, and another one refuses to touch what is there.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ep_plugin import __version__
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor
 from ep_plugin.checkpoint.writer import Journal
 from ep_plugin.errors import ConfigError
 
+MANIFEST = "manifest.json"
 MARGIN_BYTES = 64 << 20  # of free room beside the tensors: headers, metadata, the report
 _PATIENCE_S = 10  # for the workers of a run that was killed to notice
 
@@ -128,3 +134,53 @@ def _partial(target: Path) -> Path:
 def _sibling(target: Path) -> Path:
     candidates = (target.with_name(f"{target.name}-{number}") for number in range(2, 1_000_000))
     return next(path for path in candidates if not path.exists())
+
+
+def seal(
+    folder: Path,
+    hashed: dict[str, dict[str, Any]],
+    content: Iterable[NewTensor | NewObject],
+    settings: dict[str, Any],
+) -> None:
+    """Write the manifest of all files under `folder`; `hashed` has hashes that are known.
+
+    Files: {name: {num_bytes, sha256}}; tensors: {name: {dtype, shape}}.
+    """
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    tensors = {
+        entry.name: {"dtype": str(entry.info.dtype), "shape": list(entry.info.shape)}
+        for entry in content
+        if isinstance(entry, NewTensor)
+    }
+    files = {name: hashed.get(name) or _digest(folder / name) for name in names}
+    manifest = {"ep_plugin": __version__, "settings": settings, "files": files, "tensors": tensors}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def manifest_problems(folder: Path) -> list[str]:
+    """Return what is wrong with the files under `folder`; empty when each is as it was written.
+
+    Raises ConfigError where there is no manifest.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder} has no readable {MANIFEST} ({error}); give a folder that convert wrote"
+        ) from error
+    return [problem for name, entry in files.items() if (problem := _problem(folder / name, entry))]
+
+
+def _problem(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != entry["num_bytes"]:
+        return f"{path} has {size} bytes instead of {entry['num_bytes']}"
+    return None if _digest(path) == entry else f"{path} has other bytes than were written"
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"num_bytes": path.stat().st_size, "sha256": digest}

@@ -11,8 +11,8 @@ import hf_models
 import pytest
 import torch
 
-from ep_plugin.checkpoint import manifest
 from ep_plugin.checkpoint.open import is_hf
+from ep_plugin.checkpoint.staging import manifest_problems
 from ep_plugin.cli import main
 from ep_plugin.commands.convert.run_model import Outputs
 from tests.checkpoint import test_convert_legacy, test_convert_optimizer
@@ -77,7 +77,7 @@ def test_the_manifest_lists_all_other_files(
     listed = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
     assert {"parity.json", "manifest.json"} < files
     assert files - {"manifest.json"} <= set(listed)
-    assert manifest.check(tmp_path / "out") == []
+    assert manifest_problems(tmp_path / "out") == []
 
 
 def test_one_schema_for_every_way(sources: dict[str, Path], tmp_path: Path) -> None:

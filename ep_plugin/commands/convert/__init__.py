@@ -4,15 +4,47 @@ import argparse
 import sys
 
 from ep_plugin.checkpoint.adapt.upcycle import add_experts
-from ep_plugin.checkpoint.manifest import seal
 from ep_plugin.checkpoint.open import open_source
-from ep_plugin.checkpoint.staging import check_room, staged
+from ep_plugin.checkpoint.staging import check_room, seal, staged
 from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.commands.convert.compare import Differs, compare, load_compare
-from ep_plugin.commands.convert.flags import EXAMPLES as EXAMPLES
 from ep_plugin.commands.convert.flags import add_arguments as add_arguments
 from ep_plugin.commands.convert.request import read_request
 from ep_plugin.commands.convert.say import check_manifest, say_plan, say_summary, write
+
+EXAMPLES = r"""examples:
+  ep-plugin convert --from runs/dense --to runs/moe --num-experts 8 --topk 2
+  ep-plugin convert --from runs/dense --to runs/moe --num-experts 64 --topk 8 \
+      --mode granular --granularity 8 --layers every:2
+  ep-plugin convert --from runs/dense/iter_0001000 --to runs/moe --num-experts 8 --topk 2 \
+      --mode drop --drop-ratio 0.5 --drop-optimizer
+  ep-plugin convert --from runs/dense --to runs/moe --num-experts 8 --topk 2 \
+      --shared-expert copy --layers '[0]*1+[1]*3' --dry-run
+  ep-plugin convert --check --to runs/moe
+
+After a kill the same command goes on where it stopped.
+
+modes:
+  copy      every expert is the dense FFN (arXiv:2212.05055); the output is kept
+  granular  --granularity g experts are one FFN, cut along its channels (arXiv:2410.07524); the
+            output is kept with --router-init virtual-group
+  drop      --drop-ratio of each expert's channels drawn anew (arXiv:2502.19261); not kept
+  noise     copies with Gaussian noise of --noise-std; not kept
+The output is kept to rounding where a token's weights are divided by their sum, as Megatron does by
+default. Otherwise (--pre-softmax, top-1) experts are scaled for equal logits: exact with
+--router-init zero, about right with a random router. The report says by how much the output is not
+kept and why; the comparison fails only where it is to be kept.
+
+The output is a Megatron torch_dist checkpoint that loads at any tensor-, pipeline- and
+expert-parallel size. Optimizer state goes along: moments are copied to the experts.
+Every flag acts, or is refused. Exit code 1: the comparison failed; 2: a setting or the input is
+wrong. Neither leaves an output behind.
+
+between formats:
+  ep-plugin convert --from models/qwen3 --to runs/qwen3
+  ep-plugin convert --from runs/moe --to models/moe --format hf --verify
+  ep-plugin convert --from models/llama --to models/mixtral --format hf --num-experts 8 --topk 2
+"""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,16 +10,16 @@ from ep_plugin.checkpoint.adapt.upcycling import GateSums, Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
 from ep_plugin.checkpoint.staging import check_free
-from ep_plugin.commands.convert.flags import TOLERANCE
-from ep_plugin.commands.convert.needs import (
+from ep_plugin.commands.convert.flags import (
+    TOLERANCE,
     Typed,
-    refuse_beside_check,
     refuse_idle_flags,
     refuse_unfinished,
     stays_torch_dist,
 )
 from ep_plugin.errors import ConfigError
 
+_FLAGS = {"source": "--from", "target": "--to"}  # the others are named after their destination
 _GATES = ("score_function", "pre_softmax", "scaling_factor")
 _SETTINGS = (
     *("num_experts", "layers", "seed", "mode", "granularity", "drop_ratio", "noise_std"),
@@ -60,7 +60,7 @@ def read_request(args: argparse.Namespace) -> Request:
     typed: Typed = {name: value for name, value in vars(args).items() if name != "command"}
     target: Path = typed["target"]
     if "check" in typed:
-        refuse_beside_check(typed)
+        _refuse_beside_check(typed)
         return Request(target, check=True)
     if "source" not in typed:
         raise ConfigError("--from must be given; use --from runs/dense")
@@ -109,6 +109,17 @@ def _check_values(typed: Typed) -> None:
         raise ConfigError(f"--parity-tolerance must be above 0; got {typed['parity_tolerance']}")
     if typed.get("processes", 1) < 1:
         raise ConfigError(f"--processes must be at least 1; got {typed['processes']}")
+
+
+def _refuse_beside_check(typed: Typed) -> None:
+    """Raise ConfigError for any flag beside --check and --to."""
+    for name in typed:
+        if name not in ("check", "target"):
+            flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
+            raise ConfigError(
+                f"{flag} is of a conversion, and --check only looks at what one wrote; use --check "
+                "--to FOLDER alone"
+            )
 
 
 def settings_from(typed: Typed) -> Upcycling:

@@ -9,9 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ep_plugin.checkpoint import manifest
 from ep_plugin.checkpoint.moe_layers import pattern
-from ep_plugin.checkpoint.staging import Staging
+from ep_plugin.checkpoint.staging import Staging, manifest_problems
 from ep_plugin.checkpoint.target import Hashes, Target
 from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.request import Request
@@ -21,7 +20,7 @@ BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, 
 
 def check_manifest(folder: Path) -> int:
     """Print what is wrong with a converted checkpoint's files; returns the exit code."""
-    problems = manifest.check(folder)
+    problems = manifest_problems(folder)
     for problem in problems:
         print(f"ep-plugin convert: {problem}", file=sys.stderr)
     if not problems:
