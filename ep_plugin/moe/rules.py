@@ -5,7 +5,7 @@ rank, and must be legal there, since a laptop and a cluster share one command li
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ep_plugin.errors import ConfigError
@@ -187,6 +187,13 @@ IDLE_AT_ONE_RANK = frozenset(
         *("moe.comm_sms", "moe.overlap", "moe.overlap_chunks"),
     }
 )
+
+
+def at_one_rank(config: "MoEConfig") -> "MoEConfig":
+    """Return `config` for one rank that has all experts: a dispatcher of ours has no work there."""
+    if own(config.dispatcher):
+        return config
+    return replace(config, dispatcher="local", comm_sms=type(config).comm_sms)
 
 
 def given(config: "MoEConfig") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,6 @@ Driven by the table of flags. A row without an observer fails; a configuration t
 the value is no observer.
 """
 
-import argparse
 import os
 import re
 from collections.abc import Iterator
@@ -16,13 +15,13 @@ from unittest.mock import patch
 
 import pytest
 from loop import MODEL
-from silence import Case, observe, observe_all
+from silence import Case, observe, observe_all, parser
 from spawn import run_ranks
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import checks
 from ep_plugin.megatron.arguments.in_flags import THEIRS, in_flags
-from ep_plugin.megatron.arguments.parser import add_ep_arguments, with_preset
+from ep_plugin.megatron.arguments.parser import with_preset
 from ep_plugin.megatron.arguments.resume import choose_format
 from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE, Argument
 from ep_plugin.megatron.edge_settings import EdgeSettings
@@ -153,13 +152,6 @@ class Accepted:
     args: Any
     settings: EdgeSettings
     config: MoEConfig
-
-
-@cache
-def parser() -> argparse.ArgumentParser:
-    from megatron.training import arguments
-
-    return add_ep_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser()))
 
 
 @cache

@@ -4,12 +4,13 @@ What can only run on a GPU is seen by what it is asked: the backends of the grou
 `loop` under their names, `symm_mem` runs its CPU twin, and `deepep` a stand-in of its package.
 """
 
+import argparse
 import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ep_plugin import ExpertGroups, MoEConfig, MoELayer, ParallelConfig, create_expert_groups
+from ep_plugin.megatron.arguments.parser import add_ep_arguments
 from ep_plugin.moe.dispatcher import _agreement
 from ep_plugin.moe.experts import autotune, experts
 from ep_plugin.moe.kernels import peers_torch
@@ -27,6 +29,14 @@ from ep_plugin.registry import resolve
 
 POSITIONS, SEQUENCES = 10, 4
 COLLECTIVES = ("all_to_all_single", "batch_isend_irecv", "all_gather", "all_gather_into_tensor")
+
+
+@cache
+def parser() -> argparse.ArgumentParser:
+    """Return Megatron's parser with our flags."""
+    from megatron.training import arguments
+
+    return add_ep_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser()))
 
 
 @dataclass(frozen=True)
