@@ -23,7 +23,7 @@ from the environment:
 
 examples:
   ./tests/run.sh --quick
-  ./tests/run.sh --quick tests/test_cli.py
+  ./tests/run.sh --quick tests/commands/test_cli.py
   ./tests/run.sh --numprocesses 2 --dist loadfile
   ./tests/run.sh --releases all
 EOF
@@ -58,6 +58,6 @@ if [[ "$quick" == yes ]]; then
 fi
 mypy --config-file tests/mypy.ini
 # The releases of Megatron that the tests run side by side; said once, so that days do not mix.
-EP_RELEASES="$(python tests/edge/releases.py "$releases")"
+EP_RELEASES="$(python tests/helpers/releases.py "$releases")"
 export EP_RELEASES
 pytest "${arguments[@]}"

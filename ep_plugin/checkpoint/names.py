@@ -16,19 +16,24 @@ back.
 """
 
 import argparse
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.family import gated
 from ep_plugin.checkpoint.moe_layers import pattern
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
+from ep_plugin.checkpoint.tensors import (
+    NewObject,
+    NewTensor,
+    Region,
+    Source,
+    TensorInfo,
+    no_extra_state,
+)
 from ep_plugin.errors import ConfigError
 
 _FC1 = re.compile(r"(.+\.linear_fc1\.weight)(_w|_v)")
@@ -65,7 +70,7 @@ def norms(latent: bool, is_moe: bool) -> list[Norm]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Place:
     """Where a plain tensor lies in a stored one: of which expert, and which half of fc1."""
 
     stored: str
@@ -81,7 +86,7 @@ def plain(source: Source, args: argparse.Namespace) -> Source:
     renamed = {theirs: ours for ours, theirs in _local_names(args)} if _is_local(args) else {}
     read = lru_cache(maxsize=1)(source.read_tensor)
     tensors: dict[str, TensorInfo] = {}
-    parts: dict[str, _Part] = {}
+    parts: dict[str, Place] = {}
     for stored, info in source.tensors.items():
         if _LEFT_OUT.fullmatch(stored):
             continue
@@ -101,15 +106,15 @@ def plain(source: Source, args: argparse.Namespace) -> Source:
 
 def stored_name(name: str, args: argparse.Namespace) -> str:
     """Return the name under which Megatron saves what has this plain one."""
-    return _part(dict(_local_names(args)).get(name, name) if _is_local(args) else name).stored
+    return _place(dict(_local_names(args)).get(name, name) if _is_local(args) else name).stored
 
 
 def stored(source: Source, args: argparse.Namespace) -> list[NewTensor | NewObject]:
     """Return the content of a checkpoint as Megatron saves it, from one with plain names."""
     renamed = dict(_local_names(args)) if _is_local(args) else {}
-    groups: dict[str, list[tuple[str, _Part]]] = {}
+    groups: dict[str, list[tuple[str, Place]]] = {}
     for name in source.tensors:
-        part = _part(renamed.get(name, name))
+        part = _place(renamed.get(name, name))
         groups.setdefault(part.stored, []).append((name, part))
     content: list[NewTensor | NewObject] = [
         NewTensor(name, _stored_info(members, source), partial(_regions, members, source))
@@ -119,13 +124,6 @@ def stored(source: Source, args: argparse.Namespace) -> list[NewTensor | NewObje
     if not _is_local(args):
         states += _states_of_transformer_engine(args)
     return [*content, *(NewObject(state, no_extra_state) for state in dict.fromkeys(states))]
-
-
-def no_extra_state() -> bytes:
-    """Return what Megatron saves for a layer without quantisation state."""
-    buffer = io.BytesIO()
-    torch.save([None], buffer)
-    return buffer.getvalue()
 
 
 def _is_local(args: argparse.Namespace) -> bool:
@@ -142,19 +140,19 @@ def _local_names(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
                 yield ours, theirs
 
 
-def _part(name: str) -> _Part:
+def _place(name: str) -> Place:
     """Return where a plain tensor lies in a stored one."""
     half = None
     if (match := _FC1.fullmatch(name)) is not None:
         name, half = match[1], ("_w", "_v").index(match[2])
     if (match := _EXPERT.fullmatch(name)) is not None:
-        return _Part(match[1] + match[3], int(match[2]), half)
-    return _Part(name, None, half)
+        return Place(match[1] + match[3], int(match[2]), half)
+    return Place(name, None, half)
 
 
 def _cut(
     name: str, shape: tuple[int, ...], args: argparse.Namespace
-) -> Iterator[tuple[str, _Part, tuple[int, ...]]]:
+) -> Iterator[tuple[str, Place, tuple[int, ...]]]:
     """Yield (plain name, where it lies, its shape) for all that a stored tensor holds."""
     stacked = _STACKED.fullmatch(name)
     experts: tuple[int, ...] | tuple[None] = (None,)
@@ -163,15 +161,15 @@ def _cut(
     for expert in experts:
         ours = name if stacked is None else f"{stacked[1]}{expert}.{stacked[2]}"
         if not (_WHOLE_FC1.fullmatch(name) and gated(name, args)):
-            yield ours, _Part(name, expert), shape
+            yield ours, Place(name, expert), shape
             continue
         if shape[0] % 2:
             raise ConfigError(f"{name} {shape} has no two halves; is the model gated (--swiglu)?")
         for half, suffix in enumerate(("_w", "_v")):
-            yield ours + suffix, _Part(name, expert, half), (shape[0] // 2, *shape[1:])
+            yield ours + suffix, Place(name, expert, half), (shape[0] // 2, *shape[1:])
 
 
-def _stored_info(members: list[tuple[str, _Part]], source: Source) -> TensorInfo:
+def _stored_info(members: list[tuple[str, Place]], source: Source) -> TensorInfo:
     info = source.tensors[members[0][0]]
     shape = info.shape
     if members[0][1].half is not None:
@@ -182,7 +180,7 @@ def _stored_info(members: list[tuple[str, _Part]], source: Source) -> TensorInfo
     return TensorInfo(shape, info.dtype)
 
 
-def _regions(members: list[tuple[str, _Part]], source: Source) -> Iterator[Region]:
+def _regions(members: list[tuple[str, Place]], source: Source) -> Iterator[Region]:
     for name, part in members:
         values = source.read_tensor(name)
         offsets = [0] * values.dim()

@@ -26,6 +26,7 @@ from ep_plugin.errors import BackendUnavailable, ConfigError
 Format = Literal["megatron", "hf"]
 Kind = Literal["hf", "per-rank", "torch_dist"]
 Spelling = Literal["stored", "plain"]
+Origins = dict[str, tuple[str, ...]]  # name -> names in the folder that it is made of
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Opened:
     source: Source
     args: argparse.Namespace
     spelling: Spelling
-    origins: dict[str, tuple[str, ...]]  # name -> names in the folder
+    origins: Origins
     family: Family | None = None  # of a Hugging Face model
     left_out: tuple[str, ...] = ()
     deviations: tuple[str, ...] = ()  # why the function is not kept; empty: it is
@@ -57,7 +58,9 @@ def kind_of(path: Path) -> Kind:
         raise ConfigError(f"checkpoint {path} is not a folder; give the folder that --save named")
     if is_hf(path):
         return "hf"
-    return "per-rank" if megatron_legacy.is_checkpoint(path) else "torch_dist"
+    folders = [path, *(child for child in path.glob("*") if child.is_dir())]
+    ranks = (folder.glob(f"mp_rank_*/{megatron_legacy.FILE}") for folder in folders)
+    return "per-rank" if any(any(found) for found in ranks) else "torch_dist"
 
 
 def open_source(path: Path, output: Format) -> Opened:
@@ -75,11 +78,10 @@ def open_source(path: Path, output: Format) -> Opened:
     if not isinstance(args, argparse.Namespace):
         raise ConfigError(f"{source.folder} holds no run arguments; give one that Megatron saved")
     if kind == "torch_dist" and output == "megatron":
-        return Opened(
-            source.folder, source, args, "stored", {name: (name,) for name in source.tensors}
-        )
+        same: Origins = {name: (name,) for name in source.tensors}
+        return Opened(source.folder, source, args, "stored", same)
     source = plain(source, args)
-    origins = {name: (stored_name(name, args),) for name in source.tensors}
+    origins: Origins = {name: (stored_name(name, args),) for name in source.tensors}
     return Opened(source.folder, source, args, "plain", origins)
 
 

@@ -1,16 +1,21 @@
-"""What is to be written: content, names, and how, in the format that was asked for."""
+"""What is to be written: content, names, and how, in the format that was asked for.
+
+A Hugging Face family cannot hold every model: one is fitted to it before it is written as one.
+"""
 
 import argparse
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ep_plugin.checkpoint import family as families
+from ep_plugin.checkpoint.adapt import fold_gemma
 from ep_plugin.checkpoint.adapt.hugging_face import to_hf
+from ep_plugin.checkpoint.adapt.silent_expert import with_silent_expert
 from ep_plugin.checkpoint.adapt.upcycle import Upcycled
 from ep_plugin.checkpoint.formats import megatron_dist
 from ep_plugin.checkpoint.names import stored, stored_name
@@ -48,6 +53,26 @@ class Target:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.info.num_bytes for tensor in self.tensors)
+
+
+def fit_family(model: Opened, dense: Opened, output: Format, model_type: str | None) -> Opened:
+    """Return the same function as a Hugging Face family has it; any other output keeps it as it is.
+
+    `dense` is what `model` was before it got experts, or the same. Without `model_type`, the family
+    is the source's, or the first whose models have these settings. Raises ConfigError for none.
+    """
+    if output != "hf":
+        return model
+    has_shared = getattr(model.args, "moe_shared_expert_intermediate_size", None)
+    if model is not dense and getattr(model.args, "add_qkv_bias", False) and not has_shared:
+        source, args = with_silent_expert(model.source, dense.source, model.args)
+        model = replace(model, source=source, args=args)
+    if fold_gemma.applies(model.args):
+        source, args, lost = fold_gemma.fold(model.source, model.args)
+        deviations = (*model.deviations, *lost)
+        model = replace(model, source=source, args=args, deviations=deviations)
+    chosen = families.load(model_type) if model_type else model.family
+    return replace(model, family=chosen or families.recognise(model.args))
 
 
 def aim(model: Opened, output: Format, implementation: str | None) -> Target:
@@ -133,7 +158,7 @@ def _one_region(source: Source, name: str) -> Iterator[Region]:
     yield Region((0,) * values.dim(), values)
 
 
-def _name_map(model: Opened, targets: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+def _name_map(model: Opened, targets: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
     rows = (
         (", ".join(model.origins.get(name, _NEW)), ", ".join(targets[name]))
         for name in model.source.tensors

@@ -5,6 +5,7 @@ of them, and writes regions of new ones. The conversion (`adapt/`) decides what 
 are. Neither holds more than the tensor it is working on.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -104,6 +105,13 @@ class NewObject:
 
     name: str
     content: Callable[[], bytes]
+
+
+def no_extra_state() -> bytes:
+    """Return what Megatron saves for a layer without quantisation state."""
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    return buffer.getvalue()
 
 
 def finite(source: Source) -> Source:

@@ -1,16 +1,17 @@
-"""Megatron's words in ours: TransformerConfig to MoEConfig; supported.py has what we refuse."""
+"""Megatron's words in ours: TransformerConfig to MoEConfig; `theirs.py` refuses the rest."""
 
 from typing import Any
 
 from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.supported import check_supported, one
 from ep_plugin.megatron.arguments.table import SCOPES, feeding
+from ep_plugin.megatron.arguments.theirs import check, one
 from ep_plugin.megatron.edge_settings import EdgeSettings as EdgeSettings
 from ep_plugin.moe.config import GATED, Activation, Fp8, MoEConfig
 from ep_plugin.moe.experts import experts
 from ep_plugin.moe.groups import node_size
 from ep_plugin.moe.routing_config import RoutingConfig
+from ep_plugin.moe.rules import own
 
 ACTIVATIONS: dict[Activation, tuple[Any, bool]] = {  # -> (activation_func, gated_linear_unit)
     name: (function, name in GATED) for name, function in experts.ACTIVATIONS.items()
@@ -30,8 +31,8 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
     softmax = config.moe_router_score_function == "softmax"
     if softmax and config.moe_router_num_groups and not config.moe_router_pre_softmax:
         raise ConfigError(
-            f"moe_router_num_groups ({config.moe_router_num_groups}) with softmax needs "
-            "--moe-router-pre-softmax: without it Megatron ranks groups by sums of raw logits"
+            f"<num_groups> ({config.moe_router_num_groups}) with softmax would rank groups by sums "
+            "of raw logits, as Megatron does; use --moe-router-pre-softmax"
         )
     normalized = not config.moe_router_pre_softmax if softmax else config.moe_router_topk > 1
     balancing = one(config.moe_router_load_balancing_type)
@@ -78,7 +79,7 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
     `layer_number` counts from 1; it is needed when layers differ in experts. Raises ConfigError
     for settings that have no counterpart.
     """
-    check_supported(config)
+    check(config, settings)
     pattern = moe_pattern(config)
     num_experts = getattr(config, "num_moe_experts", None) or config.num_experts
     if settings.experts_per_layer is not None and layer_number is not None:
@@ -103,10 +104,12 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
 
 
 def ranks_per_node(settings: EdgeSettings) -> int | None:
-    """Return how many ranks share a node, for the dispatcher that asks; None for the others.
+    """Return how many ranks share a node, for a dispatcher that asks; None for the others.
 
     Raises ConfigError when it is not known.
     """
+    if own(settings.dispatcher):  # which may read it, where it is given
+        return None if settings.ranks_per_node is None else node_size(settings.ranks_per_node)
     if settings.dispatcher != "hierarchical":
         return None
     found = node_size(settings.ranks_per_node)

@@ -69,20 +69,9 @@ class MoEConfig:
         check_choice("<save>", self.save, get_args(Save))
         check_choice("<check_splits>", self.check_splits, get_args(CheckSplits))
         check_choice("<dispatch_dtype>", self.dispatch_dtype, get_args(DispatchDtype))
-        if self.dispatch_dtype == "fp8" and (self.fp8 == "off" or self.fp8_wgrad != "fp8"):
-            raise ConfigError(
-                "<dispatch_dtype> (fp8) sends tokens as FP8 products read them, and not all are "
-                f"FP8: <fp8> is {self.fp8}, <fp8_wgrad> {self.fp8_wgrad}; use <fp8=rowwise> with "
-                "<fp8_wgrad=fp8>, or <dispatch_dtype=bf16>"
-            )
         if self.fp8 != "off" and self.bias:
             raise ConfigError(
                 f"<fp8> ({self.fp8}) needs experts without bias; use <bias=False> or <fp8=off>"
-            )
-        if self.overlap_chunks is not None and self.overlap != "chunked":
-            raise ConfigError(
-                f"<overlap_chunks> ({self.overlap_chunks}) is for <overlap=chunked>, and <overlap> "
-                f"is {self.overlap}; use <overlap_chunks=None>"
             )
         self.routing.check_experts(self.num_experts)
         if self.router == "expert_choice" and not self.routing.force_expert_choice:

@@ -39,7 +39,8 @@ class Routing:
     probs: Tensor  # [T, K] fp32 (fp64 when asked), 0 = dropped; gradient flows to the router
     tokens_per_expert: Tensor  # [E] int64, choices of this rank that are not dropped
     losses: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, detached, no coefficient
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, sums over tokens
+    # Sums over tokens, [] each: all that router/_metrics.py names, or none.
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None  # [T, H] the tokens routed, to go on with; None: as they came
 
 
@@ -77,8 +78,7 @@ class Packed:
     sent: list[int]  # rows to each rank, P in all
     received: list[int]  # rows from each rank, N in all
     complete: Callable[[Tensor], Dispatched]  # with the tokens [N, H], received or to be
-    # Choices of this rank's experts in the rows from each rank, where the host knows.
-    choices: list[int] | None = None
+    choices: list[int] | None = None  # of this rank's experts, in each rank's rows, if known
     # Where each rank gets all P rows, and what comes home is summed to P rows: the probabilities
     # [P, K], with their gradient; that of what `complete` gives is not recorded then.
     probs: Tensor | None = None
@@ -94,8 +94,8 @@ class Router(Protocol):
     An option's `build(config, groups, device, dtype)` returns it, its parameters yet to be filled.
     A router may have two attributes more, which a training loop sets with `set_up_router`:
 
-        attach_loss      attach_loss(carrier, loss) returns `carrier` such that the backward also
-                         gets the gradient of `loss` [], scaled as the loop scales its own loss
+        attach_loss      of (carrier, loss): returns `carrier` such that the backward also gets the
+                         gradient of `loss` [], scaled as the loop scales its own
         collect_metrics  whether somebody reads `Routing.metrics`
     """
 
@@ -151,14 +151,6 @@ class PeerDispatcher(Dispatcher, Protocol):
         ...
 
 
-class Experts(Protocol):
-    """The experts of one rank."""
-
-    def __call__(self, inbox: Dispatched) -> Tensor:
-        """Return [N, H]: for each token of `inbox` the sum over its choices, times probability."""
-        ...
-
-
 class Block(Protocol):
     """What a schedule orders: a layer after its router."""
 
@@ -167,8 +159,8 @@ class Block(Protocol):
     shared_expert: Callable[[Tensor], Tensor] | None
 
     @property
-    def experts(self) -> Experts:
-        """The experts of this rank."""
+    def experts(self) -> Callable[[Dispatched], Tensor]:
+        """What sums the choices of each token [N, H], times probability, on this rank."""
         ...
 
     def in_order(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
@@ -187,7 +179,7 @@ class Schedule(Protocol):
     """
 
     def __call__(
-        self, block: Block, hidden: Tensor, routing: Routing
+        self, block: Block, hidden: Tensor, routing: Routing, /
     ) -> tuple[Tensor, Tensor | None]:
         """Return the experts' sums [T, H], and what the shared expert makes of `hidden`."""
         ...
@@ -245,9 +237,7 @@ def set_up_router(
 
 def tell_failure(dispatcher: Dispatcher) -> None:
     """Call a dispatcher's `fail`; without one the other ranks wait until the launcher ends them."""
-    fail = getattr(dispatcher, "fail", None)
-    if fail is not None:
-        fail()
+    getattr(dispatcher, "fail", lambda: None)()
 
 
 def dispatch(dispatcher: Dispatcher, hidden: Tensor, routing: Routing) -> Dispatched:

@@ -74,7 +74,8 @@ class OncePerReplica:
         return Pending(wait)
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
-        share, inner = inbox.handle
+        handle: _Handle = inbox.handle
+        share, inner = handle
         pending = self.dispatcher.start_combine(outbox, replace(inbox, handle=inner))
         return Pending(lambda: _Gather.apply(pending.wait(), share))
 

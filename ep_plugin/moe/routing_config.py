@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ep_plugin.errors import ConfigError, check_choice, check_counts
+from ep_plugin.errors import ConfigError, check_choice, check_counts, largest_divisor
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 Normalize = Literal["before_drop", "after_drop", "none"]
@@ -83,15 +83,24 @@ class RoutingConfig:
                 f"<noise> ({self.noise}) ranks by logits, <expert_bias> ({self.expert_bias}) and "
                 f"<num_groups> ({self.num_groups}) by scores; use <noise=none>"
             )
-        if (self.num_groups is None) != (self.group_topk is None):
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.num_groups is not None and self.group_topk is None:
+            fewer = largest_divisor(self.topk, min(self.num_groups, self.topk) - 1)
             raise ConfigError(
-                f"<num_groups> ({self.num_groups}) and <group_topk> ({self.group_topk}) must be "
-                "set together; use both, or neither"
+                f"<num_groups> ({self.num_groups}) needs <group_topk>, the groups a token may "
+                f"choose in; use <group_topk={fewer}> or <num_groups=None>"
+            )
+        if self.group_topk is not None and self.num_groups is None:
+            raise ConfigError(
+                f"<group_topk> ({self.group_topk}) needs <num_groups>, the groups there are; use "
+                f"<num_groups={2 * self.group_topk}> or <group_topk=None>"
             )
         if self.group_score_topk is not None and self.num_groups is None:
             raise ConfigError(
                 f"<group_score_topk> ({self.group_score_topk}) needs <num_groups> and "
-                "<group_topk>; use <group_score_topk=None>"
+                "<group_topk>; use <num_groups=2> with <group_topk=1>, or <group_score_topk=None>"
             )
 
     def _check_ranges(self) -> None:
@@ -127,7 +136,7 @@ class RoutingConfig:
         if given and self.drop_policy == "none" and not self.force_expert_choice:
             name, value = next(iter(given.items()))
             raise ConfigError(
-                f"<{name}> ({value}) needs a drop_policy, and <drop_policy> is none (dropless); "
+                f"<{name}> ({value}) needs a drop policy, and <drop_policy> is none (dropless); "
                 "use <drop_policy=probs>"
             )
         if self.drop_policy != "none" and not given:
@@ -138,7 +147,7 @@ class RoutingConfig:
         if self.aux_loss_scope == "group" and self.group_tokens is None:
             raise ConfigError(
                 "<aux_loss_scope> (group) needs <group_tokens>, the tokens of a routing group; use "
-                "<aux_loss_scope=micro_batch>"
+                "<group_tokens=1024> or <aux_loss_scope=micro_batch>"
             )
 
     @property

@@ -8,7 +8,8 @@ For two choices of 3 tokens a b c that chose (E1 E0) (E0 -) (E2 E0), `-` meaning
     place                  3 0 1 - 4 2                          row of each choice
 
 Nothing waits for the device: there is a row for every choice, and those behind the last expert's
-belong to absent ones and hold zeros here. Plain torch; on CUDA the kernels of `kernels/rows.py`.
+belong to absent ones and hold zeros after `permute`. Rows are moved by `kernels/rows.py` on CUDA,
+by its twin elsewhere.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.kernels import select
+from ep_plugin.moe.kernels import rows_torch, select
 from ep_plugin.moe.kernels.types import Scales, Target, Tiles
 
 
@@ -136,25 +137,18 @@ def unpermute(rows: Tensor, where: Rows) -> Tensor:
 
 
 def _gather(tokens: Tensor, where: Rows) -> Tensor:
-    if tokens.is_cuda:
-        planned = where.place, where.ends, len(where.order)
-        rows: Tensor = select(tokens).spread_rows(tokens.contiguous(), *planned)
-        if where.exact:
-            return rows
-    else:
-        rows = tokens[where.order // max(where.place.shape[1], 1)]
+    planned = where.place, where.ends, len(where.order)
+    rows: Tensor = where.ops.spread_rows(tokens.contiguous(), *planned)
+    if where.exact or not rows.is_cuda:  # behind the last expert's the twin holds zeros
+        return rows
     return rows.masked_fill(~where.present.flatten()[where.order].unsqueeze(1), 0)
 
 
 def _sum(rows: Tensor, where: Rows) -> Tensor:
     # Each choice's row is read, in the order of choices: no additions race.
-    if not len(rows):
-        return rows.new_zeros(len(where.place), rows.shape[1])
-    if rows.is_cuda and rows.dtype != torch.float64:
-        summed: Tensor = select(rows).sum_rows(rows.contiguous(), where.place, where.ends)
-        return summed
-    chosen = rows[where.place * where.present]  # [N, C, H]; an absent choice's: any
-    return chosen.masked_fill(~where.present.unsqueeze(-1), 0).sum(dim=1)
+    ops = rows_torch if rows.dtype == torch.float64 else where.ops  # the kernel sums in fp32
+    summed: Tensor = ops.sum_rows(rows.contiguous(), where.place, where.ends)
+    return summed
 
 
 class _Permute(torch.autograd.Function):

@@ -58,6 +58,14 @@ _FP8_PRODUCTS = (
 
 # "routing.FIELD" or "moe.FIELD" -> needs; a field without an entry always acts
 NEEDS: dict[str, tuple[Need, ...]] = {
+    "routing.normalize": (
+        Need(
+            lambda c: _drops(c) or c.routing.second_expert in ("random", "threshold"),
+            "is about weights of choices that may be dropped, and none is; use "
+            "<normalize=before_drop>, or <capacity_factor=1.25> with <drop_policy=probs>",
+            values=("after_drop",),
+        ),
+    ),
     "routing.second_threshold": (
         Need(
             lambda c: c.routing.second_expert in ("random", "threshold"),
@@ -117,6 +125,12 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     ),
     "moe.dispatch_dtype": (
         Need(
+            lambda c: c.fp8 != "off" and c.fp8_wgrad == "fp8",
+            "sends tokens as FP8 products read them, and not all are FP8: <fp8> is {fp8}, "
+            "<fp8_wgrad> {fp8_wgrad}; use <fp8=rowwise> with <fp8_wgrad=fp8>, or "
+            "<dispatch_dtype=bf16>",
+        ),
+        Need(
             _through("alltoall", "hierarchical"),
             "needs <dispatcher=alltoall> or <dispatcher=hierarchical>, and <dispatcher> is "
             "{dispatcher}; use <dispatcher=alltoall>",
@@ -134,6 +148,13 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             lambda c: c.dispatcher == "symm_mem" or own(c.dispatcher),
             "is the number of SMs that dispatcher symm_mem copies with, and <dispatcher> is "
             "{dispatcher}; use <dispatcher=symm_mem>",
+        ),
+    ),
+    "moe.overlap_chunks": (
+        Need(
+            lambda c: c.overlap == "chunked" or own(c.overlap),
+            "is for <overlap=chunked>, and <overlap> is {overlap}; use <overlap=chunked> or "
+            "<overlap_chunks=None>",
         ),
     ),
     "moe.gemm": (
@@ -193,8 +214,7 @@ def check_needs(config: "MoEConfig") -> None:
             if need.values and value not in need.values:
                 continue
             if not need.when(config):
-                words = {k: getattr(config, k) for k in ("fp8", "router", "dispatcher")}
-                raise ConfigError(f"<{field}> ({value}) {need.sentence.format(**words)}")
+                raise ConfigError(f"<{field}> ({value}) {need.sentence.format(**vars(config))}")
 
 
 def _check_expert_choice(config: "MoEConfig", settings: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from ep_plugin.commands.report.events import Run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
 from ep_plugin.megatron.arguments.parser import add_ep_arguments
-from ep_plugin.megatron.arguments.supported import check_supported
+from ep_plugin.megatron.arguments.theirs import check as check_theirs
 from ep_plugin.megatron.arguments.words import in_flags
 
 pytestmark = pytest.mark.megatron
@@ -187,7 +187,7 @@ MISTAKES = {
     ),
     "capacity without a policy": (
         ("--num-experts", "4", "--ep-capacity-factor", "1.25"),
-        "--ep-capacity-factor (1.25) needs a drop_policy, and --ep-drop-policy is none (dropless)",
+        "--ep-capacity-factor (1.25) needs a drop policy, and --ep-drop-policy is none (dropless)",
     ),
     "normalised and pre-softmax": (
         ("--num-experts", "4", "--ep-normalize", "before_drop", "--moe-router-pre-softmax"),
@@ -195,7 +195,7 @@ MISTAKES = {
     ),
     "groups of raw logits": (
         ("--num-experts", "4", "--ep-num-groups", "2", "--ep-group-topk", "1"),
-        "moe_router_num_groups (2) with softmax needs --moe-router-pre-softmax",
+        "--ep-num-groups (2) with softmax would rank groups by sums of raw logits",
     ),
     "expert choice": (
         (
@@ -221,7 +221,7 @@ MISTAKES = {
     ),
     "a residual of nothing": (
         ("--num-experts", "4", "--ep-shared-expert", "learned"),
-        "--moe-shared-expert-intermediate-size SIZE",
+        "--moe-shared-expert-intermediate-size 2048",
     ),
 }
 
@@ -247,7 +247,7 @@ def test_mistakes_are_one_sentence(mistake: str) -> None:
 
 def check_everything(args: Any) -> None:
     check_arguments(args, settings_from_args(args))
-    check_supported(args)
+    check_theirs(args)
 
 
 def test_a_mistake_stops_every_rank_with_code_2_and_writes_nothing(tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ pytestmark = [
         not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
     ),
 ]
-RUN_ELSEWHERE = ("test_layouts", "test_releases", "test_older_releases")
+RUN_ELSEWHERE = (
+    *("test_layouts", "test_releases", "test_older_releases"),
+    *("test_theirs", "test_patches"),
+)
 SEAMS = (
     "test_audit_save",
     "test_initial_values",

@@ -24,7 +24,7 @@ BALANCES = "--ep-aux-loss-coeff 0.5"
 SAMPLES: dict[str, tuple[Any, str]] = {  # field -> (value, flags with what else it needs)
     "topk": (3, "--ep-topk 3"),
     "score_function": ("sigmoid", "--ep-score-function sigmoid"),
-    "normalize": ("after_drop", "--ep-normalize after_drop"),
+    "normalize": ("after_drop", f"--ep-normalize after_drop {DROPS}"),
     "scaling_factor": (2.5, "--ep-scaling-factor 2.5"),
     "router_dtype": ("model", "--ep-router-dtype model"),
     "router_bias": (True, "--ep-router-bias on"),

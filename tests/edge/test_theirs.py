@@ -16,7 +16,7 @@ from ep_plugin.megatron.arguments.theirs import BESIDE, BY_FIELD, check
 from ep_plugin.megatron.arguments.theirs_table import THEIRS, Theirs
 from ep_plugin.megatron.settings import EdgeSettings
 
-LIST = Path(__file__).with_name("list_settings.py")
+LIST = Path(__file__).parents[1] / "helpers" / "list_settings.py"
 # Flags that are no fields, and about MoE, recomputing, FP8 and FP4, CUDA graphs, overlap, offload
 # or the activation; reinforcement learning and text generation have argument groups of their own.
 NAMED = re.compile(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ep_plugin.checkpoint.adapt.gains import Gates
+from ep_plugin.checkpoint.adapt.gains import GateSums
 from ep_plugin.errors import ConfigError, check_choice, largest_divisor
 from ep_plugin.registry import available
 
@@ -26,7 +26,7 @@ class Upcycling:
     noise_std: float = 0.01  # relative to the weights', in mode noise
     router_init: RouterInit = "normal"
     shared_expert: SharedFrom = "none"
-    gates: Gates = field(default_factory=Gates)
+    gates: GateSums = field(default_factory=GateSums)
     ep: int | None = None  # expert-parallel size of the run that continues; None: any above 1
 
     def __post_init__(self) -> None:
@@ -42,7 +42,6 @@ class Upcycling:
                 f"--topk ({self.topk}) must be at most --num-experts ({self.num_experts}); use "
                 f"--topk {self.num_experts}"
             )
-        self.gates.check(self.topk, self.num_experts)
         self._check_granularity()
         if self.ep is not None and (self.ep < 1 or self.num_experts % self.ep):
             raise ConfigError(
@@ -57,6 +56,7 @@ class Upcycling:
             raise ConfigError(
                 f"--noise-std must be finite and not negative; got {self.noise_std}; use 0.01"
             )
+        self.gates.check(self.topk, self.num_experts)
 
     def _check_granularity(self) -> None:
         parts = self.granularity

@@ -3,12 +3,11 @@
 import argparse
 import sys
 
-from ep_plugin.checkpoint.adapt.fit_family import fit_family
 from ep_plugin.checkpoint.adapt.upcycle import add_experts
 from ep_plugin.checkpoint.manifest import seal
 from ep_plugin.checkpoint.open import open_source
 from ep_plugin.checkpoint.staging import check_room, staged
-from ep_plugin.checkpoint.target import aim
+from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.commands.convert.compare import Differs, compare, load_compare
 from ep_plugin.commands.convert.flags import EXAMPLES as EXAMPLES
 from ep_plugin.commands.convert.flags import add_arguments as add_arguments
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     check_room(request.target, target.num_bytes)
     comparison = load_compare(request, target)
     try:
-        with staged(request.target, request.identity(dense.folder)) as staging:
+        with staged(request.target, dense.folder, request.asked) as staging:
             hashes = write(target, staging, request.processes)
             report = compare(comparison, request, target, staging.folder)
             seal(staging.folder, hashes, target.content, request.manifest)

@@ -7,24 +7,18 @@ memory at a time.
 
 import json
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ep_plugin.checkpoint.moe_layers import pattern
-from ep_plugin.checkpoint.open import is_hf
 from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, TokenBatch, draw, fill
 from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.request import Request
-from ep_plugin.commands.convert.say import comparison_table
-from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.commands.convert.run_model import aside, run_model
+from ep_plugin.errors import BackendUnavailable
 
 REPORT = "parity.json"
 NUM_TOKENS = 512  # random ones, for a model of Hugging Face's
@@ -36,56 +30,92 @@ class Differs(Exception):
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What one model computed."""
+class Need:
+    """What a comparison takes, known before anything is written."""
 
-    logits: Tensor  # [B, S, V] fp32
-    layers: list[Tensor]  # of [B, S, H] fp32
-    experts_used: dict[int, int] = field(default_factory=dict)  # layer -> how many, where counted
+    tokens: int
+    prompts: int | None  # None: random tokens
+    seed: int
+    tolerance: float
+    memory_bytes: int  # about, at most: see `_need`
 
+    def sentence(self) -> str:
+        """Return that for a reader."""
+        return (
+            f"then source and result are run on {self.on()}, one model in memory at a time, in "
+            f"float32: about {self.memory_bytes / 2**30:.2f} GiB; they must agree to "
+            f"{self.tolerance:g}; --skip-parity leaves it out"
+        )
 
-Run = Callable[[Path, Tensor, int], Outputs]  # (folder, tokens, seed)
+    def on(self) -> str:
+        """Return which tokens they are."""
+        if self.prompts is None:
+            return f"{self.tokens} random tokens (--seed {self.seed})"
+        return f"{self.tokens} tokens of {self.prompts} prompts"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two models are run on, and by what."""
+    """What two models are run on."""
 
     batch: TokenBatch
-    run: Run
+    need: Need
 
 
-def load_compare(request: Request, target: Target) -> Comparison | None:
-    """Return what the comparison needs, or None where there is to be none.
+def need(request: Request, target: Target) -> Need | None:
+    """Return what the comparison takes, or None where there is to be none.
 
-    Raises BackendUnavailable where a package is missing, ConfigError for tokens of no vocabulary.
+    Raises ConfigError for prompts with tokens of another vocabulary.
     """
     if not request.compare:
         return None
-    hf = _with_transformers(request)
-    if not hf and request.kind != "torch_dist":
-        raise ConfigError(
-            "--verify compares with transformers, and neither side is a Hugging Face model; "
-            "leave it out"
-        )
-    if request.kind == "per-rank":
-        raise ConfigError(
-            f"--verify cannot run {request.source}, which is in per-rank files; convert it without "
-            "--format hf first, and verify from there"
-        )
+    return _need(request, target, _tokens(request, target))
+
+
+def _need(request: Request, target: Target, batch: TokenBatch) -> Need:
+    """The memory is that of the larger model in float32, which is there twice while it is loaded,
+    and of what the layers of both computed."""
+    args = target.model.args
+    weights = sum(
+        prod(tensor.info.shape)
+        for tensor in target.tensors
+        if not tensor.name.startswith("optimizer.")
+    )
+    values = args.num_layers * args.hidden_size + args.padded_vocab_size  # of a token, a model
+    return Need(
+        tokens=int(batch.kept.sum()),
+        prompts=None if request.prompts is None else len(request.prompts),
+        seed=request.seed,
+        tolerance=request.tolerance,
+        memory_bytes=4 * (2 * weights + 2 * batch.tokens.numel() * values),
+    )
+
+
+def load_compare(request: Request, target: Target) -> Comparison | None:
+    """Import what the comparison needs and say what it takes; None where there is to be none.
+
+    Raises BackendUnavailable where a package is missing, ConfigError as `need` does.
+    """
+    if not request.compare:
+        return None
+    hf, megatron = _with_transformers(request), not (request.kind == request.format == "hf")
+    names = ["transformers"] * hf + ["megatron-core with megatron.training"] * megatron
     try:
-        with _aside():
+        with aside():
             if hf:
                 import_module("transformers")
-            import_module("ep_plugin.megatron.workers.model_run")
+            if megatron:
+                import_module("ep_plugin.megatron.workers.model_run")
     except ImportError as error:
-        wanted = "transformers and " if hf else ""
-        extra = "hf,megatron" if hf else "megatron"
+        extras = ",".join(["hf"] * hf + ["megatron"] * megatron)
         raise BackendUnavailable(
-            f"the comparison needs {wanted}megatron-core with megatron.training ({error}); install "
-            f"'ep-plugin[{extra}]', or use --skip-parity"
+            f"the comparison needs {' and '.join(names)} ({error}); install 'ep-plugin[{extras}]', "
+            "or use --skip-parity"
         ) from error
-    return Comparison(_tokens(request, target), run_model)
+    batch = _tokens(request, target)
+    wanted = _need(request, target, batch)
+    print(wanted.sentence(), file=sys.stderr)
+    return Comparison(batch, wanted)
 
 
 def compare(
@@ -98,14 +128,14 @@ def compare(
     if comparison is None:
         return None
     written = folder if target.iteration is None else folder / target.iteration
-    with _aside():
+    with aside():
         report = _report(comparison, request, target, written)
     same = report["logits_max_abs_diff"] <= request.tolerance  # False for nan
     deviations = list(target.model.deviations)
     report |= {"tolerance": request.tolerance, "deviations": deviations, "same": same}
     report["passed"] = same or bool(deviations)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    print(comparison_table(report, deviations), file=sys.stderr if request.json else sys.stdout)
+    print(_table(report, comparison.need), file=sys.stderr if request.json else sys.stdout)
     if not report["passed"]:
         raise Differs(
             f"comparison failed: logits differ by {report['logits_max_abs_diff']:.3e}, more than "
@@ -119,8 +149,8 @@ def _report(
 ) -> dict[str, Any]:
     """Run both models; return the largest differences, and how large the values are."""
     batch, seed = comparison.batch, request.seed
-    old = comparison.run(target.model.folder, batch.tokens, seed)
-    new = comparison.run(written, batch.tokens, seed)
+    old = run_model(target.model.folder, batch.tokens, seed)
+    new = run_model(written, batch.tokens, seed)
     is_moe = pattern(target.model.args)
     layers = []
     for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True)):
@@ -136,12 +166,26 @@ def _report(
         "logits_max_abs_diff": batch.max_abs(old.logits - new.logits),
         "logits_max_abs": batch.max_abs(old.logits),
         "layers": layers,
-        "tokens": int(batch.kept.sum()),
-        "prompts": None if request.prompts is None else len(request.prompts),
+        "tokens": comparison.need.tokens,
+        "prompts": comparison.need.prompts,
         "sequence_length": batch.tokens.shape[1],
         "seed": seed,
         "dtype": "float32",
     }
+
+
+def _table(report: dict[str, Any], wanted: Need) -> str:
+    """Return the report for a reader."""
+    lines = [f"source and result in {report['dtype']}, {wanted.on()}:"]
+    lines.append("  output of         max |difference|     max |source|")
+    rows = [
+        (f"layer {row['layer']}", row["max_abs_diff"], row["max_abs"]) for row in report["layers"]
+    ]
+    rows.append(("logits", report["logits_max_abs_diff"], report["logits_max_abs"]))
+    lines += [f"  {name:<18}{difference:>16.3e}{size:>17.3e}" for name, difference, size in rows]
+    return "\n".join(
+        [*lines, *(f"  the output is not kept: {reason}" for reason in report["deviations"])]
+    )
 
 
 def _tokens(request: Request, target: Target) -> TokenBatch:
@@ -159,36 +203,3 @@ def _tokens(request: Request, target: Target) -> TokenBatch:
 def _with_transformers(request: Request) -> bool:
     """Whether one of the two is a Hugging Face model."""
     return "hf" in (request.kind, request.format)
-
-
-@torch.no_grad()
-def run_model(folder: Path, tokens: Tensor, seed: int) -> Outputs:
-    """Return what the model in a Hugging Face or an iteration folder makes of `tokens` [B, S]."""
-    if not is_hf(folder):
-        trace = import_module("ep_plugin.megatron.workers.model_run").trace(folder, tokens, seed)
-        layers = [layer.transpose(0, 1) for layer in trace.layers]
-        return Outputs(trace.logits, layers, trace.experts_used)
-    model = (
-        import_module("transformers")
-        .AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
-        .eval()
-    )
-    outputs: list[Tensor] = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, __, output: outputs.append(_first(output)))
-    return Outputs(model(tokens, use_cache=False).logits, outputs)
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
-
-
-@contextmanager
-def _aside() -> Iterator[None]:
-    """Keep what loading prints off stdout; drop warnings about packages not needed here."""
-    with redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -144,10 +144,11 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         "--parity-tolerance", type=float, metavar="D",
         help=f"largest allowed difference of a logit in float32 (default: {TOLERANCE})",
     )  # fmt: skip
-    add("--skip-parity", action="store_true", help="do not compare the models (needs no Megatron)")
+    add("--skip-parity", action="store_true", help="do not compare source and result")
     add(
         "--verify", action="store_true",
-        help="compare logits, Hugging Face's model computed by transformers",
+        help="compare source and result, which is the default: each is run in float32 by its own "
+        "software, Megatron or transformers, one in memory at a time",
     )  # fmt: skip
     add(
         "--prompts", type=Path, metavar="FILE",

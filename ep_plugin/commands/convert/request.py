@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin import presets
-from ep_plugin.checkpoint.adapt.gains import Gates
+from ep_plugin.checkpoint.adapt.gains import GateSums
 from ep_plugin.checkpoint.adapt.settings import Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
-from ep_plugin.checkpoint.staging import check_free, source_request
+from ep_plugin.checkpoint.staging import check_free
 from ep_plugin.commands.convert.flags import TOLERANCE
+from ep_plugin.commands.convert.needs import (
+    Typed,
+    refuse_beside_check,
+    refuse_idle_flags,
+    refuse_unfinished,
+)
 from ep_plugin.errors import ConfigError
-
-Typed = dict[str, Any]  # destination of a flag that was typed -> value
 
 _GATES = ("score_function", "pre_softmax", "scaling_factor")
 _SETTINGS = (
@@ -56,10 +60,10 @@ class Request:
             return asdict(self.settings)
         return {"format": self.format}
 
-    def identity(self, folder: Path) -> dict[str, Any]:
-        """Return all that the bytes of the result depend on; `folder` is what was read."""
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return the settings that the bytes of the result depend on."""
         return {
-            **source_request(folder),
             "--format": self.format,
             "--family": self.family,
             "--transformer-impl": self.implementation,
@@ -75,12 +79,16 @@ def read_request(args: argparse.Namespace) -> Request:
     """
     typed: Typed = {name: value for name, value in vars(args).items() if name != "command"}
     target: Path = typed["target"]
-    if typed.get("check"):
+    if "check" in typed:
+        refuse_beside_check(typed)
         return Request(target, check=True)
     if "source" not in typed:
         raise ConfigError("--from must be given; use --from runs/dense")
+    _check_values(typed)
+    settings = settings_from(typed) if "num_experts" in typed else None
     kind = kind_of(typed["source"])
-    _check(typed, kind)
+    refuse_idle_flags(typed, kind)
+    refuse_unfinished(typed, kind)
     check_free(target)
     prompts = None
     if "prompts" in typed:
@@ -89,12 +97,12 @@ def read_request(args: argparse.Namespace) -> Request:
         target=target,
         source=typed["source"],
         kind=kind,
-        settings=settings_from(typed) if "num_experts" in typed else None,
+        settings=settings,
         format=typed.get("format", "megatron"),
         family=typed.get("family"),
         implementation=typed.get("transformer_impl"),
         keep_optimizer=not typed.get("drop_optimizer", False),
-        compare=compares(typed, kind),
+        compare="skip_parity" not in typed,
         tolerance=typed.get("parity_tolerance", TOLERANCE),
         prompts=prompts,
         seed=typed.get("seed", Upcycling.seed),
@@ -104,27 +112,11 @@ def read_request(args: argparse.Namespace) -> Request:
     )
 
 
-def compares(typed: Typed, kind: Kind) -> bool:
-    """Whether source and result are to be compared."""
-    if kind == "torch_dist" and typed.get("format", "megatron") == "megatron":
-        return "skip_parity" not in typed
-    return "verify" in typed
-
-
-def _check(typed: Typed, kind: Kind) -> None:
-    if "num_experts" not in typed and ("topk" in typed or "preset" in typed):
-        raise ConfigError("--topk and --preset need --num-experts; use --num-experts 8")
+def _check_values(typed: Typed) -> None:
     if not typed.get("parity_tolerance", TOLERANCE) > 0:
         raise ConfigError(f"--parity-tolerance must be above 0; got {typed['parity_tolerance']}")
     if typed.get("processes", 1) < 1:
         raise ConfigError(f"--processes must be at least 1; got {typed['processes']}")
-    if "prompts" in typed and not compares(typed, kind):
-        raise ConfigError("--prompts are what --verify compares on; use --verify, too")
-    if "num_experts" not in typed and kind == "torch_dist" and typed.get("format") != "hf":
-        raise ConfigError(
-            f"{typed['source']} is a torch_dist checkpoint already; use --format hf, or "
-            "--num-experts and --topk"
-        )
 
 
 def settings_from(typed: Typed) -> Upcycling:
@@ -138,7 +130,7 @@ def settings_from(typed: Typed) -> Upcycling:
                 f"--preset {typed['preset']} lets experts choose their tokens, so no token's "
                 "weights have a known sum; use --topk 2, with --ep-router expert_choice in the run"
             )
-        gates = vars(Gates.of(preset.routing))
+        gates = vars(GateSums.of(preset.routing))
         topk = preset.routing.topk if topk is None else topk
     if topk is None:
         raise ConfigError("--topk, or a --preset that has it, must be given; use --topk 2")
@@ -146,4 +138,4 @@ def settings_from(typed: Typed) -> Upcycling:
     settings = {name: typed[name] for name in _SETTINGS if name in typed}
     if settings.get("mode") == "granular":
         settings.setdefault("router_init", "virtual-group")
-    return Upcycling(topk=topk, gates=Gates(**gates), **settings)
+    return Upcycling(topk=topk, gates=GateSums(**gates), **settings)

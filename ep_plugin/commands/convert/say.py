@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ep_plugin.checkpoint import manifest
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.staging import Staging
 from ep_plugin.checkpoint.target import Hashes, Target
+from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.request import Request
 
 BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, hashed, written
@@ -30,6 +32,7 @@ def check_manifest(folder: Path) -> int:
 def say_plan(request: Request, target: Target) -> int:
     """Print every name and size, and about how long writing takes; returns exit code 0."""
     seconds = target.num_bytes / BYTES_PER_SECOND / request.processes
+    comparison = need(request, target)
     if request.json:
         sizes = {
             t.name: {"shape": t.info.shape, "num_bytes": t.info.num_bytes} for t in target.tensors
@@ -40,9 +43,13 @@ def say_plan(request: Request, target: Target) -> int:
             "num_bytes": target.num_bytes,
             "seconds": seconds,
             "deviations": list(target.model.deviations),
+            "settings": request.asked,
+            "comparison": None if comparison is None else asdict(comparison),
         }
         print(json.dumps(found))
         return 0
+    for name, value in request.asked.items():
+        print(f"{name.removeprefix('--')}: {value}")
     for old, name in target.name_map:
         print(f"{old or '(new)'} -> {name}")
     for name in target.model.left_out:
@@ -53,6 +60,7 @@ def say_plan(request: Request, target: Target) -> int:
         print(f"the output is not kept: {reason}")
     print(f"{target.num_bytes:>14} bytes in all; nothing written")
     print(f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process")
+    print("source and result are not compared" if comparison is None else comparison.sentence())
     return 0
 
 
@@ -62,21 +70,6 @@ def write(target: Target, staging: Staging, processes: int) -> Hashes:
         total=target.num_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="convert"
     ) as bar:
         return target.write(staging, processes, bar.update)
-
-
-def comparison_table(report: dict[str, Any], deviations: list[str]) -> str:
-    """Return the report of a comparison for a reader."""
-    tokens = f"{report['tokens']} random tokens"
-    if report["prompts"] is not None:
-        tokens = f"{report['tokens']} tokens of {report['prompts']} prompts"
-    lines = [f"source and result in {report['dtype']}, {tokens}:"]
-    lines.append("  output of         max |difference|     max |source|")
-    rows = [
-        (f"layer {row['layer']}", row["max_abs_diff"], row["max_abs"]) for row in report["layers"]
-    ]
-    rows.append(("logits", report["logits_max_abs_diff"], report["logits_max_abs"]))
-    lines += [f"  {name:<18}{difference:>16.3e}{size:>17.3e}" for name, difference, size in rows]
-    return "\n".join([*lines, *(f"  the output is not kept: {reason}" for reason in deviations)])
 
 
 def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
@@ -103,7 +96,7 @@ def _summary(request: Request, target: Target, report: dict[str, Any] | None) ->
         "router_init": settings.router_init if settings else None,
         "shared_expert": settings.shared_expert if settings else None,
         "num_experts": num_experts,
-        "topk": model.args.moe_router_topk if num_experts else None,
+        "topk": getattr(model.args, "moe_router_topk", None) if num_experts else None,
         "moe_layers": _moe_layers(target),
         "num_layers": model.args.num_layers,
         "num_tensors": len(target.tensors),
@@ -157,7 +150,7 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
     for reason in target.model.deviations:
         print(f"the output is not kept: {reason}")
     if report is None:
-        print("source and result: not compared")
+        print("source and result were not compared (--skip-parity)")
     if made is not None and request.moments_go_along:
         print(_optimizer(made.optimizer, made.dropped))
     if request.format == "megatron":

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"folder": str(args.copy), "files": files}, indent=2))
     else:
-        print(f"{len(files)} files copied to {args.copy}; there, ./{LAUNCHER} --help says more")
+        more = f"; there, ./{LAUNCHER} --help says more" if LAUNCHER in files else ""
+        print(f"{len(files)} files copied to {args.copy}{more}")
     return 0
 
 

@@ -8,7 +8,6 @@ import torch
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.parser import TYPED
-from ep_plugin.megatron.arguments.supported import check_supported
 from ep_plugin.megatron.arguments.table import (
     KINDS,
     SCOPES,
@@ -17,6 +16,7 @@ from ep_plugin.megatron.arguments.table import (
     automatic,
     feeding,
 )
+from ep_plugin.megatron.arguments.theirs import check
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import touchpoints
@@ -106,17 +106,17 @@ def check_typed(args: Any, typed: Collection[str]) -> None:
     for row in TABLE:
         if row.flag not in typed:
             continue
-        value = said(getattr(args, row.dest))
+        value = getattr(args, row.dest)
         if args.num_experts is None and row.group not in ("checkpoint", "run"):
             if row.flag not in WITHOUT_EXPERTS:
                 raise ConfigError(
-                    f"{row.flag} ({value}) is about experts, and this model has none; use "
+                    f"{row.flag} ({said(value)}) is about experts, and this model has none; use "
                     "--num-experts 8"
                 )
             continue
         for need in row.needs:
-            if not need.when(args):
-                raise ConfigError(f"{row.flag} ({value}) {need.sentence}")
+            if (not need.values or value in need.values) and not need.when(args):
+                raise ConfigError(f"{row.flag} ({said(value)}) {need.sentence}")
 
 
 def check_block(args: Any, settings: EdgeSettings) -> None:
@@ -153,6 +153,7 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
                 f"--num-experts {parallel.ep}"
             )
         return
+    check(args, settings)
     pattern = args.moe_layer_freq
     if isinstance(pattern, list) and len(pattern) != args.num_layers:
         example = ([0, 1] * args.num_layers)[: args.num_layers]
@@ -160,7 +161,6 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
             f"--moe-layer-freq must have one entry per layer, --num-layers ({args.num_layers}); "
             f"got {len(pattern)} entries: {pattern}; use {example}"
         )
-    check_supported(args)
     ranks_per_node(settings)
     if overlap_schedule(args, settings) == "two_batch":
         _check_combined_schedule()
@@ -176,8 +176,8 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         )
     if settings.shared_expert == "learned" and not args.moe_shared_expert_intermediate_size:
         raise ConfigError(
-            "--ep-shared-expert learned weighs a shared expert, and there is none; use "
-            "--moe-shared-expert-intermediate-size SIZE"
+            "--ep-shared-expert (learned) weighs a shared expert, and there is none; use "
+            f"--moe-shared-expert-intermediate-size {args.moe_ffn_hidden_size or 2048}"
         )
 
 
@@ -191,7 +191,7 @@ def _experts(args: Any, settings: EdgeSettings) -> tuple[int, ...]:
         raise ConfigError(
             f"--ep-experts-per-layer needs --moe-layer-freq as a list, so that Megatron saves each "
             f"layer under its own name; got {args.moe_layer_freq}; use "
-            f"--moe-layer-freq '{[1] * args.num_layers}'"
+            f"--moe-layer-freq '[1]*{args.num_layers}'"
         )
     if len(per_layer) != num_moe_layers or max(per_layer) != args.num_experts:
         raise ConfigError(

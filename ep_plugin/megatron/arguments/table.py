@@ -33,6 +33,7 @@ class Need:
 
     when: Callable[[Any], bool]  # of Megatron's arguments
     sentence: str
+    values: tuple[Any, ...] = ()  # that need it; (): all
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,26 @@ _DENSE_BLOCKS = Need(
 )
 
 
+_ONE_RANK = Need(
+    lambda args: expert_ranks(args) == 1,
+    "is for experts that are all on one rank, and they are spread; use --ep-dispatcher alltoall or "
+    "--expert-model-parallel-size 1 with --expert-tensor-parallel-size 1",
+    values=("local",),
+)
+_SHARED_EXPERT = Need(
+    lambda args: bool(args.moe_shared_expert_intermediate_size),
+    "computes a shared expert while tokens travel, and there is none; use "
+    "--moe-shared-expert-intermediate-size 2048 or --ep-overlap chunked",
+    values=("shared_expert",),
+)
+
+
+def expert_ranks(args: Any) -> int:
+    """Return ep*etp, the ranks that hold one copy of all experts."""
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return int(args.expert_model_parallel_size * etp)
+
+
 def has_dense_layer(args: Any) -> bool:
     """Whether `--moe-layer-freq` leaves a layer without experts."""
     frequency = args.moe_layer_freq
@@ -130,7 +151,12 @@ TABLE: tuple[Argument, ...] = (
     Argument("--ep-preset", "run", "a published system's model and routing: see ep-plugin presets"),
     _edge("router", "routing", "which experts a token goes to", kind="router", default="topk"),
     _edge(
-        "dispatcher", "dispatch", "how rows reach their experts", kind="dispatcher", default="auto"
+        "dispatcher",
+        "dispatch",
+        "how rows reach their experts",
+        kind="dispatcher",
+        default="auto",
+        needs=(_ONE_RANK,),
     ),
     _edge(
         "gemm", "experts", "the grouped matrix product of the experts", kind="gemm", default="auto"
@@ -141,6 +167,7 @@ TABLE: tuple[Argument, ...] = (
         "what is computed while tokens travel",
         kind="overlap",
         default="serial",
+        needs=(_SHARED_EXPERT,),
     ),
     # routing, in the order of RoutingConfig
     _routing("topk", "routing", "experts a token goes to", "moe_router_topk"),
@@ -174,7 +201,9 @@ TABLE: tuple[Argument, ...] = (
     _routing("noise", "routing", "Gumbel noise on the logits chooses, training", comparable=False),
     _routing("second_expert", "routing", "how the second expert of top-2 is found"),
     _routing("second_threshold", "routing", "weight below which random and threshold leave it out"),
-    _routing("num_groups", "routing", "groups of experts", "moe_router_num_groups"),
+    _routing(
+        "num_groups", "routing", "groups of experts, with --ep-group-topk", "moe_router_num_groups"
+    ),
     _routing("group_topk", "routing", "groups a token may choose in", "moe_router_group_topk"),
     _routing(
         "group_score_topk",
@@ -191,7 +220,7 @@ TABLE: tuple[Argument, ...] = (
     _routing(
         "capacity_factor",
         "capacity",
-        "tokens an expert takes, over its fair share; default: all",
+        "tokens an expert takes, over its fair share, with --ep-drop-policy; default: all",
         cousin="--moe-expert-capacity-factor",
     ),
     _routing("eval_capacity_factor", "capacity", "the same in evaluation; default: all"),
@@ -201,7 +230,7 @@ TABLE: tuple[Argument, ...] = (
     _routing(
         "drop_policy",
         "capacity",
-        "who goes when an expert is full",
+        "who goes when an expert is full, with --ep-capacity-factor",
         cousin="--moe-token-drop-policy",
     ),
     _routing("group_tokens", "capacity", "tokens of a routing group; default: all of a rank"),

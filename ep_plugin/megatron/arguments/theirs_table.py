@@ -63,7 +63,8 @@ def _graphs(given: Any) -> bool:
 
 
 def _more_shards(given: Any) -> bool:
-    return given.tensor_parallel_num_weight_shards != (given.tensor_model_parallel_size or 1)
+    size = given.tensor_model_parallel_size or 1
+    return bool(given.tensor_parallel_num_weight_shards != size)
 
 
 def _more_expert_shards(given: Any) -> bool:
@@ -191,6 +192,11 @@ SOME_VALUES = (
         "cuda_graph_impl",
         ("none", "local", "transformer_engine", "full_iteration"),
         "is not an implementation of Megatron's",
+    ),
+    _some(
+        "optimizer",
+        ("adam", "sgd", "lion"),
+        "steps matrices, and leaves the experts' weights, of three dimensions here, to Adam",
     ),
     *(
         _some(field, ("attn", "mlp", "full_iteration"), _SOME_GRAPHS, flag=flag, when=_graphs)

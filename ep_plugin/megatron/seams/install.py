@@ -98,7 +98,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
             patches.wrap(
                 place,
                 functools.partial(_with_our_metrics, layer_class),
-                "Megatron writes its own losses of MoE layers here; --ep-metrics adds ours",
+                "Megatron writes the losses of MoE layers here; the routers' metrics join them",
             )
     wheel.changes(patches)
     torch_adam.changes(patches)
@@ -149,7 +149,7 @@ def _with_our_checks(
         take_typed,
     )
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
-    from ep_plugin.megatron.arguments.supported import check_supported
+    from ep_plugin.megatron.arguments.theirs import check
     from ep_plugin.megatron.arguments.words import in_flags
     from ep_plugin.megatron.block.graphs import check_graphs
     from ep_plugin.megatron.seams.refusal import refuse
@@ -167,7 +167,7 @@ def _with_our_checks(
         if said is not None:
             _print(said)
         if args.num_experts is not None:
-            check_supported(args)
+            check(args, layer_class.settings)
             check_graphs(args, layer_class.settings)
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))

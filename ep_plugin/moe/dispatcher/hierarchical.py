@@ -60,6 +60,9 @@ class _Leg(NamedTuple):
     group: dist.ProcessGroup
 
 
+_Handle = tuple[_Leg, _Leg]  # between nodes, and inside this one
+
+
 class HierarchicalDispatcher:
     """Sends each token once to a node, and there once to a rank; sums rows where it split them."""
 
@@ -111,7 +114,8 @@ class HierarchicalDispatcher:
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         if self.agreement is not None:
             self.agreement.before_combine()
-        between, inside = inbox.handle
+        handle: _Handle = inbox.handle
+        between, inside = handle
         at_relay = _start_home(outbox, inside)
         return Pending(lambda: _start_home(at_relay(), between)())
 
@@ -134,7 +138,7 @@ class HierarchicalDispatcher:
         received = exchange_tokens(permute(at_relay, where), splits, self.intra, wire_format)
         ids = local_ids()  # [N, K]
         counts = count_choices(ids, self.hosts.experts)
-        handle = between, _Leg(where, splits, self.intra)
+        handle: _Handle = between, _Leg(where, splits, self.intra)
         arrived, arrived_record = received()
         return Dispatched(*(arrived, ids, local_probs(), counts, handle), tokens8=arrived_record)
 

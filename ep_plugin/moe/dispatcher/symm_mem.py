@@ -86,8 +86,9 @@ class SymmetricMemoryDispatcher:
         return ids, probs.where(here, 0), count_choices(ids, self.experts)
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
+        sends: Sends = inbox.handle
         (summed,), finish = self.link.buffer.beside(
-            (outbox,), lambda: (Combine.apply(outbox, self.link, inbox.handle),)
+            (outbox,), lambda: (Combine.apply(outbox, self.link, sends),)
         )
 
         def wait() -> Tensor:

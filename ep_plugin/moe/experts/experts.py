@@ -59,10 +59,12 @@ class GroupedLinear(nn.Module):
         out_features: int,
         bias: bool,
         gemm: str,
+        measures: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.measures = measures  # whether `auto` may choose a backend by timing it
         shape = (num_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = (
@@ -82,7 +84,7 @@ class GroupedLinear(nn.Module):
         if self._gemm is not None:
             return self._gemm
         weight = self.weight
-        measured = num_rows > 0 and not captured(weight)
+        measured = self.measures and num_rows > 0 and not captured(weight)
         where = weight.device, weight.dtype, measured
         if where not in self._picked:
             self._picked[where] = autotune.pick(weight, num_rows if measured else 0)
@@ -148,6 +150,7 @@ class Experts(nn.Module):
                 out_features,
                 config.bias,
                 config.gemm,
+                not config.deterministic,
                 device,
                 dtype,
             )
@@ -162,10 +165,10 @@ class Experts(nn.Module):
         saves_less = self.config.save != "bf16"
         if fc1.bias is None and (self.fp8 or saves_less or inbox.tokens.is_cuda):
             choices = inbox.expert_ids, inbox.tokens_per_expert
-            rows = expert_rows(*choices, self.config.activation, inbox.num_rows)
+            where = expert_rows(*choices, self.config.activation, inbox.num_rows)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
-                *(self.recipes(len(rows.order))(rows), self.config.save, self.totals),
+                *(self.recipes(len(where.order))(where), self.config.save, self.totals),
                 inbox.tokens8,
             )
             return output
@@ -189,8 +192,7 @@ class Experts(nn.Module):
         wgrad8 = self.config.fp8_wgrad == "fp8"
         kind: Any = FP8[self.config.fp8][1] if self.fp8 else Bf16
         uses_gemm = not (kind.has_own_products and wgrad8)
-        measured = uses_gemm and not self.config.deterministic  # with 0 rows it is the rule's
-        gemm = self.linear_fc1.pick_gemm(num_rows if measured else 0)
+        gemm = self.linear_fc1.pick_gemm(num_rows if uses_gemm else 0)
         if not self.fp8:
             return lambda rows: Bf16(rows, gemm)
         weights8 = self.weights8()

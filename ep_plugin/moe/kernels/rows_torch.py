@@ -46,8 +46,8 @@ def spread_rows(
         size = num_tokens * choices if num_rows is None else num_rows
         into = tokens.new_zeros(size, tokens.shape[1])
     at = place.flatten()
-    present = at < ends[-1]
-    into[at[present].long()] = tokens.repeat_interleave(choices, dim=0)[present]
+    chosen = (at < ends[-1]).nonzero().squeeze(1)
+    into[at[chosen].long()] = tokens[chosen // max(choices, 1)]
     return into
 
 

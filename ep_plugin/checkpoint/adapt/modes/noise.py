@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.adapt.ffn import Mode, Part, normal
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor, Mode, normal
 from ep_plugin.checkpoint.adapt.settings import Upcycling
 
 
@@ -21,7 +21,7 @@ def build(settings: Upcycling) -> Mode:
     return Mode(change=partial(_perturb, ratio, settings.seed), deviation=deviation)
 
 
-def _perturb(ratio: float, seed: int, values: Tensor, part: Part, expert: int) -> Tensor:
+def _perturb(ratio: float, seed: int, values: Tensor, part: FfnTensor, expert: int) -> Tensor:
     if not part.is_weight:
         return values
     new = values.clone()
