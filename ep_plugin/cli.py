@@ -22,7 +22,8 @@ COMMANDS = {
     "plan": "foresee what a layer's exchanges take on so many ranks",
     "presets": "list published systems, or print one's arguments",
     "recipes": "list the scripts, models and layouts, and copy them",
-    "report": "draw what happened in runs, as HTML and PNG",
+    "report": "draw what happened in a quickstart run, as HTML and PNG",
+    "run": "run your pretrain script with the plugin, without editing it",
 }
 
 
@@ -35,7 +36,7 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ep-plugin",
         description="Expert parallelism for Megatron.",
-        epilog="To run a script with the plugin: torchrun ... -m ep_plugin.run SCRIPT ARGS",
+        epilog="On several ranks: torchrun ... -m ep_plugin.run SCRIPT ARGS",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -56,6 +57,8 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a ConfigError is printed as one sentence and gives exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["run"]:  # not by argparse, which would take a `--` out of the script's flags
+        return int(import_module("ep_plugin.run").main(argv[1:], "ep-plugin run"))
     selected = next((word for word in argv if not word.startswith("-")), None)
     args = build_parser(selected).parse_args(argv)
     module = _module(args.command)

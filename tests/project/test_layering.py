@@ -78,8 +78,8 @@ STOREYS = {
         "megatron transformer_engine sonicmoe liger_kernel deep_gemm",
     ),
     # the doors
-    "cli": Storey("commands"),
     "run": Storey("megatron"),
+    "cli": Storey("commands run"),
 }
 OPTION_FOLDERS = (
     "moe.router",
