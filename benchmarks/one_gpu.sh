@@ -20,7 +20,7 @@ run_tests() { "$PYTHON" -m pytest -q -m gpu tests; }
 run_sanitizer() {
     local cases
     for cases in kernel_cases routing_kernel_cases peers_cases; do
-        compute-sanitizer --error-exitcode 1 "$PYTHON" "tests/$cases.py" cuda
+        compute-sanitizer --error-exitcode 1 "$PYTHON" "tests/helpers/$cases.py" cuda
     done
 }
 

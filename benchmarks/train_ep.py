@@ -71,7 +71,7 @@ SIDES = {
     "ep_plugin": Side(OURS, over_ranks="--ep-dispatcher symm_mem"),
     "graph": Side(OURS, GRAPH, over_ranks="--ep-dispatcher symm_mem --ep-overlap chunked"),
     "megatron": Side(
-        (str(ROOT / "tests" / "edge" / "stock_run.py"),),
+        (str(ROOT / "tests" / "helpers" / "stock_run.py"),),
         fused="--moe-permute-fusion",
         fp8="--fp8-format e4m3 --fp8-recipe tensorwise",
     ),

@@ -22,7 +22,7 @@ run_tests() {
     if "$PYTHON" -c 'import xdist' 2>/dev/null; then
         side_by_side=(-n auto --maxprocesses 10)
     fi
-    mapfile -t files < <(grep -l 'mark\.multi_gpu' tests/test_*.py)
+    mapfile -t files < <(grep -rl --include 'test_*.py' 'mark\.multi_gpu' tests)
     "$PYTHON" -m pytest -q "${side_by_side[@]}" -m multi_gpu "${files[@]}"
 }
 

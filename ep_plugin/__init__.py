@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ep_plugin.moe.parallel import ParallelConfig
     from ep_plugin.moe.routing_config import RoutingConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ConfigError",
     "ExpertGroups",

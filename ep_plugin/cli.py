@@ -7,9 +7,11 @@ from importlib import import_module
 from types import ModuleType
 
 from ep_plugin import __version__
+from ep_plugin.commands import flags
 from ep_plugin.errors import ConfigError
 
 # A command is a module of commands/ with add_arguments(parser) and run(args) -> int; and its help.
+# In NEEDS it may say which of its flags act only beside others (commands/flags.py).
 COMMANDS = {
     "apply": "add the plugin to a Megatron pretrain script, or take it out",
     "audit": "prove that a checkpoint is whole, each expert there once",
@@ -19,7 +21,9 @@ COMMANDS = {
     "parity": "compare layouts with one rank, on your own script",
     "plan": "foresee what a layer's exchanges take on so many ranks",
     "presets": "list published systems, or print one's arguments",
-    "report": "draw what happened in runs, as HTML and PNG",
+    "recipes": "list the scripts, models and layouts, and copy them",
+    "report": "draw what happened in a quickstart run, as HTML and PNG",
+    "run": "run your pretrain script with the plugin, without editing it",
 }
 
 
@@ -32,7 +36,7 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ep-plugin",
         description="Expert parallelism for Megatron.",
-        epilog="To run a script with the plugin: torchrun ... -m ep_plugin.run SCRIPT ARGS",
+        epilog="On several ranks: torchrun ... -m ep_plugin.run SCRIPT ARGS",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -53,14 +57,18 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a ConfigError is printed as one sentence and gives exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["run"]:  # not by argparse, which would take a `--` out of the script's flags
+        return int(import_module("ep_plugin.run").main(argv[1:], "ep-plugin run"))
     selected = next((word for word in argv if not word.startswith("-")), None)
     args = build_parser(selected).parse_args(argv)
     module = _module(args.command)
     try:
+        flags.check(module, args, argv[argv.index(args.command) :])
         code = int(module.run(args))
         sys.stdout.flush()
     except ConfigError as error:
-        print(f"ep-plugin {args.command}: error: {error}", file=sys.stderr)
+        words = flags.words(getattr(module, "SPELLING", {}))
+        print(f"ep-plugin {args.command}: error: {error.spelled(words)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, head or less, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@ class ConfigError(ValueError):
     """
 
     def __str__(self) -> str:
-        return self.spelled(_in_python)
+        return self.spelled(in_python)
 
     def spelled(self, word: Callable[[str, str | None], str]) -> str:
         """Return the message with `word(name, value)` for each setting; value None: the name."""
@@ -25,7 +25,8 @@ class ConfigError(ValueError):
 _SETTING = re.compile(r"<([a-z]\w*)(?:=([^<>]*))?>")
 
 
-def _in_python(name: str, value: str | None) -> str:
+def in_python(name: str, value: str | None) -> str:
+    """Return a setting as a Python argument."""
     if value is None:
         return name
     bare = value in ("None", "True", "False") or value.replace(".", "", 1).lstrip("-").isdigit()

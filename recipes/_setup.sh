@@ -1,5 +1,7 @@
-# Sourced by quickstart.sh and tests/run.sh: finds a Python >= 3.12, makes .venv, installs the project.
-# EP_PYTHON names an interpreter to use instead of searching.
+# Sourced by quickstart.sh, convert.sh and tests/run.sh. In a checkout it finds a Python >= 3.12,
+# makes .venv and installs the project; EP_PYTHON names an interpreter to use instead of searching,
+# and EP_NEWEST=1 takes the newest of what it needs, not the versions of constraints.txt.
+# Beside a copy of the recipes it only looks whether the project is installed.
 
 usable() {
     # usable PYTHON: whether it starts, is new enough and can make environments.
@@ -31,13 +33,31 @@ find_python() {
     return 1
 }
 
+installed() {
+    # Whether python, of .venv or else the first on PATH, has the project; says so when not.
+    local python
+    python="$(PATH="$PWD/.venv/bin:$PATH" command -v python || echo "no python")"
+    if "$python" -c 'import ep_plugin' >/dev/null 2>&1; then return 0; fi
+    echo "error: ep_plugin must be installed where recipes are no checkout; got $python on PATH," \
+        "without it; use an environment that has it: source ENVIRONMENT/bin/activate" >&2
+    return 2
+}
+
 setup_project() {
     # Leaves an environment in .venv with the project and its extras; does nothing when it is there.
     # Each failure is returned by name: under `setup_project || ...` bash ignores set -e in here.
-    local python stamp made=no
-    stamp="$(cksum <pyproject.toml)"
+    local python stamp made=no versions=(--constraint constraints.txt)
+    if [[ ! -f ep_plugin/__init__.py ]]; then
+        installed
+        return
+    fi
+    stamp="$(cat pyproject.toml constraints.txt | cksum)"
+    if [[ "${EP_NEWEST:-0}" == 1 ]]; then
+        stamp=newest versions=(--upgrade --upgrade-strategy eager)
+    fi
     if usable .venv/bin/python; then made=yes; fi
-    if [[ "$made" == yes && "$(cat .venv/ep_plugin.stamp 2>/dev/null)" == "$stamp" ]]; then
+    if [[ "$made" == yes && "$stamp" != newest &&
+        "$(cat .venv/ep_plugin.stamp 2>/dev/null)" == "$stamp" ]]; then
         return 0
     fi
     if ! python="$(find_python)"; then
@@ -51,6 +71,7 @@ setup_project() {
         "$python" -m venv --clear .venv || return
     fi
     .venv/bin/python -m pip install --quiet --upgrade pip || return
-    .venv/bin/python -m pip install --quiet --editable '.[megatron,hf,report,dev]' || return
+    .venv/bin/python -m pip install --quiet "${versions[@]}" \
+        --editable '.[megatron,hf,report,dev]' || return
     echo "$stamp" >.venv/ep_plugin.stamp
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
-from ep_plugin.checkpoint.moe_layers import moe_layers
+from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.patterns import LayerKind
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import GATED
@@ -105,7 +105,7 @@ class Pair:
 
 def names() -> tuple[str, ...]:
     """Return the supported values of `model_type`."""
-    return tuple(name for name in available("families") if name != "megatron_gpt")
+    return available("families")
 
 
 def load(model_type: str) -> Family:
@@ -129,13 +129,6 @@ def recognise(args: argparse.Namespace) -> Family:
             return family
     reasons = "; ".join(f"{f.model_type}: {f.differing(args)[0]}" for f in families)
     raise ConfigError(f"the checkpoint is of no supported family ({reasons})")
-
-
-def pattern(args: argparse.Namespace) -> tuple[bool, ...]:
-    """Return for each layer whether it is an MoE layer."""
-    if not getattr(args, "num_experts", None):
-        return (False,) * int(args.num_layers)
-    return moe_layers(args.moe_layer_freq, args.num_layers)
 
 
 def pairs(family: Family, args: argparse.Namespace) -> Iterator[Pair]:

@@ -39,7 +39,7 @@ _KEPT = tuple(
 )
 _DENSE_LAYERS = (Rule(_LAYER + "mlp.{rest}", _LAYER + "mlp.{rest}", layers="dense"),)
 # Random-number state and the rerun machine belong to the run that ends here. What is kept of the
-# optimizer goes the way of its parameter (`convert/upcycling/optimizer_state.py`).
+# optimizer goes the way of its parameter (`adapt/optimizer_state.py`).
 _DROPPED = tuple(
     Rule(name, operation="drop")
     for name in (

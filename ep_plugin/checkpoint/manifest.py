@@ -13,13 +13,13 @@ from ep_plugin.errors import ConfigError
 NAME = "manifest.json"
 
 
-def write(
+def seal(
     folder: Path,
     hashed: dict[str, dict[str, Any]],
     content: Iterable[NewTensor | NewObject],
     settings: dict[str, Any],
 ) -> None:
-    """Write the manifest of all files under `folder`; `hashed` has those whose hash is known.
+    """Write the manifest of all files under `folder`; `hashed` has hashes that are known.
 
     Files: {name: {num_bytes, sha256}}; tensors: {name: {dtype, shape}}.
     """

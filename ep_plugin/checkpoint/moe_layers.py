@@ -1,7 +1,9 @@
-"""`--layers`: which layers become Mixture-of-Experts layers, in the words of Megatron's
---moe-layer-freq."""
+"""Which layers are Mixture-of-Experts layers: what Megatron's --moe-layer-freq says, and `--layers`
+of convert in the same words."""
 
+import argparse
 import ast
+from collections.abc import Sequence
 
 from ep_plugin.errors import ConfigError
 
@@ -31,8 +33,15 @@ def parse_layers(text: str, num_layers: int) -> int | list[int]:
     return pattern
 
 
-def moe_layers(frequency: int | list[int], num_layers: int) -> tuple[bool, ...]:
-    """Return for each layer whether it is an MoE layer."""
+def pattern(args: argparse.Namespace) -> tuple[bool, ...]:
+    """Return for each layer of a model with these run arguments whether it is an MoE layer."""
+    if not getattr(args, "num_experts", None):
+        return (False,) * int(args.num_layers)
+    return moe_layers(args.moe_layer_freq, args.num_layers)
+
+
+def moe_layers(frequency: int | Sequence[int], num_layers: int) -> tuple[bool, ...]:
+    """Return for each layer whether Megatron's moe_layer_freq makes it an MoE layer."""
     if isinstance(frequency, int):
         return tuple(layer % frequency == 0 for layer in range(num_layers))
     return tuple(bool(entry) for entry in frequency)

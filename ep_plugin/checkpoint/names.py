@@ -16,17 +16,24 @@ back.
 """
 
 import argparse
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.family import gated, pattern
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
+from ep_plugin.checkpoint.family import gated
+from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.tensors import (
+    NewObject,
+    NewTensor,
+    Region,
+    Source,
+    TensorInfo,
+    no_extra_state,
+)
 from ep_plugin.errors import ConfigError
 
 _FC1 = re.compile(r"(.+\.linear_fc1\.weight)(_w|_v)")
@@ -35,17 +42,35 @@ _EXPERT = re.compile(r"(.+\.mlp\.experts\.experts\.)(\d+)\.(linear_fc[12]\.weigh
 _STACKED = re.compile(r"(.+\.mlp\.experts\.experts\.)(linear_fc[12]\.weight)")
 _LEFT_OUT = re.compile(r"(chained_\d+\.)?optimizer\..+")  # moments of the run that ends here
 
-# (Transformer Engine's name, the local implementation's) below a layer
-_MOE_NORM = ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
-_LATENT_NORMS = (
-    ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight"),
-    ("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight"),
-)
-_LATENT_DENSE_NORM = ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+_BEFORE_MLP, _IN_FC1 = "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
+_LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+
+
+class Norm(NamedTuple):
+    """One norm of a layer, by the beginning of its names below the layer."""
+
+    module: str  # of a layer of the local implementation
+    engine: str  # what Transformer Engine saves it as
+    local: str  # what the local implementation saves it as
+
+
+def norms(latent: bool, is_moe: bool) -> list[Norm]:
+    """Return the norms that the two implementations name otherwise, in a layer of that kind.
+
+    Transformer Engine fuses a norm into the linear layer behind it, the experts excepted. The local
+    implementation saves the one before the MLP as if it were fused, but not under latent attention.
+    """
+    before = Norm(
+        _BEFORE_MLP, _BEFORE_MLP if is_moe else _IN_FC1, _BEFORE_MLP if latent else _IN_FC1
+    )
+    return [*(Norm(m, fused, m) for m, fused in _LATENT_NORMS.items() if latent), before]
 
 
 @dataclass(frozen=True)
-class _Part:
+class Place:
     """Where a plain tensor lies in a stored one: of which expert, and which half of fc1."""
 
     stored: str
@@ -61,7 +86,7 @@ def plain(source: Source, args: argparse.Namespace) -> Source:
     renamed = {theirs: ours for ours, theirs in _local_names(args)} if _is_local(args) else {}
     read = lru_cache(maxsize=1)(source.read_tensor)
     tensors: dict[str, TensorInfo] = {}
-    parts: dict[str, _Part] = {}
+    parts: dict[str, Place] = {}
     for stored, info in source.tensors.items():
         if _LEFT_OUT.fullmatch(stored):
             continue
@@ -81,15 +106,15 @@ def plain(source: Source, args: argparse.Namespace) -> Source:
 
 def stored_name(name: str, args: argparse.Namespace) -> str:
     """Return the name under which Megatron saves what has this plain one."""
-    return _part(dict(_local_names(args)).get(name, name) if _is_local(args) else name).stored
+    return _place(dict(_local_names(args)).get(name, name) if _is_local(args) else name).stored
 
 
 def stored(source: Source, args: argparse.Namespace) -> list[NewTensor | NewObject]:
     """Return the content of a checkpoint as Megatron saves it, from one with plain names."""
     renamed = dict(_local_names(args)) if _is_local(args) else {}
-    groups: dict[str, list[tuple[str, _Part]]] = {}
+    groups: dict[str, list[tuple[str, Place]]] = {}
     for name in source.tensors:
-        part = _part(renamed.get(name, name))
+        part = _place(renamed.get(name, name))
         groups.setdefault(part.stored, []).append((name, part))
     content: list[NewTensor | NewObject] = [
         NewTensor(name, _stored_info(members, source), partial(_regions, members, source))
@@ -101,41 +126,33 @@ def stored(source: Source, args: argparse.Namespace) -> list[NewTensor | NewObje
     return [*content, *(NewObject(state, no_extra_state) for state in dict.fromkeys(states))]
 
 
-def no_extra_state() -> bytes:
-    """Return what Megatron saves for a layer without quantisation state."""
-    buffer = io.BytesIO()
-    torch.save([None], buffer)
-    return buffer.getvalue()
-
-
 def _is_local(args: argparse.Namespace) -> bool:
     return getattr(args, "transformer_impl", None) == "local"
 
 
 def _local_names(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield (plain name, local implementation's name) wherever the two differ."""
-    latent = getattr(args, "multi_latent_attention", False)
+    latent = bool(getattr(args, "multi_latent_attention", False))
     for layer, is_moe in enumerate(pattern(args)):
-        names = [*_LATENT_NORMS] if latent else []
-        if is_moe != bool(latent):
-            names.append(_MOE_NORM if is_moe else _LATENT_DENSE_NORM)
-        for ours, theirs in names:
-            yield f"decoder.layers.{layer}.{ours}", f"decoder.layers.{layer}.{theirs}"
+        for norm in norms(latent, is_moe):
+            if norm.engine != norm.local:
+                ours, theirs = (f"decoder.layers.{layer}.{n}weight" for n in norm[1:])
+                yield ours, theirs
 
 
-def _part(name: str) -> _Part:
+def _place(name: str) -> Place:
     """Return where a plain tensor lies in a stored one."""
     half = None
     if (match := _FC1.fullmatch(name)) is not None:
         name, half = match[1], ("_w", "_v").index(match[2])
     if (match := _EXPERT.fullmatch(name)) is not None:
-        return _Part(match[1] + match[3], int(match[2]), half)
-    return _Part(name, None, half)
+        return Place(match[1] + match[3], int(match[2]), half)
+    return Place(name, None, half)
 
 
 def _cut(
     name: str, shape: tuple[int, ...], args: argparse.Namespace
-) -> Iterator[tuple[str, _Part, tuple[int, ...]]]:
+) -> Iterator[tuple[str, Place, tuple[int, ...]]]:
     """Yield (plain name, where it lies, its shape) for all that a stored tensor holds."""
     stacked = _STACKED.fullmatch(name)
     experts: tuple[int, ...] | tuple[None] = (None,)
@@ -144,15 +161,15 @@ def _cut(
     for expert in experts:
         ours = name if stacked is None else f"{stacked[1]}{expert}.{stacked[2]}"
         if not (_WHOLE_FC1.fullmatch(name) and gated(name, args)):
-            yield ours, _Part(name, expert), shape
+            yield ours, Place(name, expert), shape
             continue
         if shape[0] % 2:
             raise ConfigError(f"{name} {shape} has no two halves; is the model gated (--swiglu)?")
         for half, suffix in enumerate(("_w", "_v")):
-            yield ours + suffix, _Part(name, expert, half), (shape[0] // 2, *shape[1:])
+            yield ours + suffix, Place(name, expert, half), (shape[0] // 2, *shape[1:])
 
 
-def _stored_info(members: list[tuple[str, _Part]], source: Source) -> TensorInfo:
+def _stored_info(members: list[tuple[str, Place]], source: Source) -> TensorInfo:
     info = source.tensors[members[0][0]]
     shape = info.shape
     if members[0][1].half is not None:
@@ -163,7 +180,7 @@ def _stored_info(members: list[tuple[str, _Part]], source: Source) -> TensorInfo
     return TensorInfo(shape, info.dtype)
 
 
-def _regions(members: list[tuple[str, _Part]], source: Source) -> Iterator[Region]:
+def _regions(members: list[tuple[str, Place]], source: Source) -> Iterator[Region]:
     for name, part in members:
         values = source.read_tensor(name)
         offsets = [0] * values.dim()

@@ -7,6 +7,7 @@ all; each field matches only what it stands for, so the order of the rules does 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from ep_plugin.errors import ConfigError
@@ -91,6 +92,7 @@ def _match(name: str, rule: Rule, moe_layers: tuple[bool, ...]) -> Match | None:
     return match
 
 
+@cache
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Return the regular expression of `pattern`; every {field} becomes a named group."""
     literals = re.split(r"\{(\w+)\}", pattern)

@@ -17,7 +17,7 @@ Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """`tokens` [B, S] int64, and which of them count: `kept` [B, S] bool.
 
     Attention is causal, so what fills a short prompt up on its right changes nothing before it.
@@ -87,7 +87,7 @@ def _load_tokenizer(path: Path, folder: Path | None) -> Any:
         ) from error
 
 
-def fill(prompts: Prompts, vocab_size: int, max_length: int) -> Batch:
+def fill(prompts: Prompts, vocab_size: int, max_length: int) -> TokenBatch:
     """Return `prompts`, cut at MAX_SEQUENCE and `max_length`. Raises ConfigError for other ids."""
     largest = max(max(prompt) for prompt in prompts)
     if largest >= vocab_size:
@@ -102,12 +102,12 @@ def fill(prompts: Prompts, vocab_size: int, max_length: int) -> Batch:
     for row, prompt in enumerate(prompts):
         part = torch.tensor(prompt[:length])
         tokens[row, : len(part)], kept[row, : len(part)] = part, True
-    return Batch(tokens, kept)
+    return TokenBatch(tokens, kept)
 
 
-def draw(num_tokens: int, vocab_size: int, max_length: int, seed: int) -> Batch:
+def draw(num_tokens: int, vocab_size: int, max_length: int, seed: int) -> TokenBatch:
     """Return at least `num_tokens` random tokens, as long sequences as are allowed."""
     length = min(max_length, MAX_SEQUENCE)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab_size, (-(-num_tokens // length), length), generator=generator)
-    return Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    return TokenBatch(tokens, torch.ones_like(tokens, dtype=torch.bool))

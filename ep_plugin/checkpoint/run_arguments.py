@@ -5,10 +5,11 @@ import copy
 from typing import Any
 
 from ep_plugin.checkpoint.adapt.optimizer_state import new_groups
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.tensors import Source
 
-_KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
+# What goes along from the run that ends, beside its arguments.
+KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
 
 
 def new_common(
@@ -40,7 +41,7 @@ def new_common(
     if settings.shared_expert == "learned":
         args.ep_shared_expert = "learned"
     args.no_save_optim, args.no_save_rng = not optimizer, True
-    kept = {key: source.common[key] for key in _KEPT if key in source.common}
+    kept = {key: source.common[key] for key in KEPT if key in source.common}
     if optimizer:
         groups = source.common["optimizer"]
         two = settings.ep != 1

@@ -69,7 +69,7 @@ def check_room(target: Path, num_bytes: int) -> None:
         )
 
 
-def source_request(folder: Path) -> dict[str, Any]:
+def _state_of(folder: Path) -> dict[str, Any]:
     """Return what a result depends on of the checkpoint in `folder`."""
     stats = {str(path): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
@@ -79,16 +79,16 @@ def source_request(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def staged(target: Path, request: dict[str, Any]) -> Iterator[Staging]:
+def staged(target: Path, source: Path, settings: dict[str, Any]) -> Iterator[Staging]:
     """Yield where to write what becomes `target` when the block ends without an error.
 
-    `request` is all that the result depends on. Raises ConfigError when another run is at it, or
-    left another request unfinished there.
+    The result depends on the files in `source` and on `settings`. Raises ConfigError when another
+    run is at it, or left another request unfinished there.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(target)
-    request = json.loads(json.dumps(request))
+    request = json.loads(json.dumps(_state_of(source) | settings))
     partial.mkdir(exist_ok=True)
     with _locked(partial, target):
         staging = _open(partial, request)

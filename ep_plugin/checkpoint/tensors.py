@@ -1,10 +1,11 @@
 """What travels between a format and the conversion: names, shapes, and one tensor at a time.
 
 A format (`formats/`) lists a checkpoint's tensors and objects under per-layer names, reads any one
-of them, and writes regions of new ones. The conversion (`upcycling/`) decides what the new ones
+of them, and writes regions of new ones. The conversion (`adapt/`) decides what the new ones
 are. Neither holds more than the tensor it is working on.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -85,12 +86,32 @@ class NewTensor:
     regions: Callable[[], Iterator[Region]]
 
 
+def whole(tensor: NewTensor) -> Tensor:
+    """Compute a new tensor from its regions; where there is only one, without a copy."""
+    regions = tensor.regions()
+    first = next(regions)
+    if tuple(first.values.shape) == tensor.info.shape:
+        return first.values
+    out = torch.empty(tensor.info.shape, dtype=tensor.info.dtype)
+    for region in (first, *regions):
+        pairs = zip(region.offsets, region.values.shape, strict=True)
+        out[tuple(slice(begin, begin + size) for begin, size in pairs)] = region.values
+    return out
+
+
 @dataclass(frozen=True)
 class NewObject:
     """Bytes to write as they are."""
 
     name: str
     content: Callable[[], bytes]
+
+
+def no_extra_state() -> bytes:
+    """Return what Megatron saves for a layer without quantisation state."""
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    return buffer.getvalue()
 
 
 def finite(source: Source) -> Source:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,8 @@ PACKAGES = (  # package, the module that has to import, what it is for
 )
 EXAMPLES = """examples:
   ep-plugin doctor             one line for each thing the plugin uses
-  ep-plugin doctor --json      the same as one JSON object
+  ep-plugin doctor -v          and every place in other people's code that is changed, and why
+  ep-plugin doctor --json      all of it as one JSON object
 
 ok: works; absent: not installed, or not usable here, and not needed by the rest; broken: has to be
 put right. Exit code 1 when something is broken, else 0.
@@ -45,6 +47,9 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="list what is changed, and why"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -53,11 +58,15 @@ def run(args: argparse.Namespace) -> int:
     findings = examine()
     usable = all(finding.status != "broken" for finding in findings)
     if args.json:
-        print(json.dumps({"usable": usable, "findings": [asdict(f) for f in findings]}, indent=2))
+        seams = [{"place": place, "why": why} for place, why in _seams(findings)]
+        report = {"usable": usable, "findings": [asdict(f) for f in findings], "seams": seams}
+        print(json.dumps(report, indent=2))
         return int(not usable)
     print(f"ep_plugin {__version__}")
     for finding in findings:
         print(f"  {finding.status:<7} {finding.name:<22} {finding.text}")
+    if args.verbose:
+        _print_seams(_seams(findings))
     print("usable" if usable else "not usable: see what is broken")
     return int(not usable)
 
@@ -65,13 +74,39 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> list[Finding]:
     """Return every finding. Torch, the options and Megatron are imported, quietly."""
     findings = [Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")]
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quietly():
         torch = _torch()
         findings.append(torch)
         if torch.status == "ok":
             findings += [_device(), *_megatron(), _apex(), *_options()]
     return [*findings, *map(_package, PACKAGES)]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _seams(findings: list[Finding]) -> list[tuple[str, str]]:
+    """Return (place, why there) of all that `install` would change; none without a Megatron."""
+    status = {finding.name: finding.status for finding in findings}
+    if status.get("megatron-core") != "ok" or status["device"] != "ok":
+        return []
+    from ep_plugin.megatron.seams import install
+
+    with _quietly():
+        return install.seams()
+
+
+def _print_seams(seams: list[tuple[str, str]]) -> None:
+    """Print each reason with the places that it is for."""
+    print("changed by ep_plugin.megatron.install():")
+    for why in dict.fromkeys(why for _, why in seams):
+        print(f"  {why}")
+        for place in (place for place, reason in seams if reason == why):
+            print(f"    {place}")
 
 
 def _torch() -> Finding:

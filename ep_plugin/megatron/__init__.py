@@ -1,19 +1,44 @@
 """The edge: Megatron builds our block where it would build its own. `install()` is the interface.
 
-Seams, each an attribute that Megatron looks up when it is called:
+Seams, each an attribute that Megatron looks up when it is called, and why it is this one (the last
+five only for a Megatron from its wheel, and over torch's Adam):
 
-    moe_module_specs.MoELayer             the class every MoE layer spec is made of
-    arguments.add_megatron_arguments      gains the --ep-* flags
-    arguments.validate_args               checks ours first; a mistake exits there and then
-    TransformerConfig.__post_init__       sets the activation of --ep-dense-activation
-    MoEMetricsTracker.report              also writes the load of every expert; track_moe_metrics
-                                          until 0.17
-    ChainedOptimizer.load_state_dict      resumes where experts had no optimizer of their own
-    training.save_checkpoint              audits what it saved, under --ep-audit-save
-    training.train_step                   keeps what it computed, for `ep-plugin parity`
+    moe_module_specs:MoELayer
+        every MoE layer's spec is made of this name
+    transformer_config:TransformerConfig.__post_init__
+        an activation has to be set before this derives others from it; --ep-dense-activation
+    module:MegatronModule.set_is_first_microbatch
+        Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew
+    optimizer:ChainedOptimizer.load_state_dict
+        here Megatron refuses the state of another number of optimizers
+    arguments:add_megatron_arguments
+        every parser of Megatron's loop is filled here; the --ep-* flags join
+    arguments:validate_args
+        every flag is parsed and nothing is built yet: a mistake ends the run here
+    training:save_checkpoint
+        every save of Megatron's loop goes through it; --ep-audit-save reads back what it wrote
+    training:maybe_finalize_async_save
+        only after it is an asynchronous save on disk, where --ep-audit-save can read it
+    training:train_step
+        one call is one step, with model, optimizer and gradients; --ep-parity-dump keeps them
+    moe_logging:MoEMetricsTracker.report
+        auxiliary losses are summed over ranks only here
+    moe_logging:MoEMetricsTracker.report
+        Megatron writes the losses of MoE layers here; the routers' metrics join them
+    utils:compile_helpers
+        it runs `make` where a wheel has no Makefile, and ends the process when that fails
+    distrib_optimizer:DistributedOptimizer.state_dict
+        it reads the step, which torch's Adam has only after its first update
+    distrib_optimizer:DistributedOptimizer.load_state_dict
+        it gives all parameters one shared step, which each update would count up for all
+    distrib_optimizer:DistributedOptimizer._get_main_param_and_optimizer_states
+        what it returns is saved as if it were as large as the parameter; a step is not
+    distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states
+        it asks a checkpoint for the step of each parameter, which is not saved there
 
-Nothing is copied, no function is replaced by a rewrite, and `uninstall()` puts each attribute back.
-What differs between releases stands in `versions/`, one file each.
+`ep-plugin doctor -v` lists what is changed here, CPU mode included. Nothing is copied, no function
+is replaced by a rewrite, and `uninstall()` puts each attribute back, unless somebody replaced it
+after us. What differs between releases stands in `versions/`, one file each.
 """
 
 from typing import TYPE_CHECKING

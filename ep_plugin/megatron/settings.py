@@ -1,10 +1,11 @@
-"""Megatron's words in ours: TransformerConfig to MoEConfig; supported.py has what we refuse."""
+"""Megatron's words in ours: TransformerConfig to MoEConfig; `theirs.py` refuses the rest."""
 
 from typing import Any
 
+from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.supported import check_supported, one
 from ep_plugin.megatron.arguments.table import SCOPES, feeding
+from ep_plugin.megatron.arguments.theirs import check, one
 from ep_plugin.megatron.edge_settings import EdgeSettings as EdgeSettings
 from ep_plugin.moe.config import GATED, Activation, Fp8, MoEConfig
 from ep_plugin.moe.experts import experts
@@ -78,7 +79,7 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
     `layer_number` counts from 1; it is needed when layers differ in experts. Raises ConfigError
     for settings that have no counterpart.
     """
-    check_supported(config)
+    check(config, settings)
     pattern = moe_pattern(config)
     num_experts = getattr(config, "num_moe_experts", None) or config.num_experts
     if settings.experts_per_layer is not None and layer_number is not None:
@@ -157,10 +158,7 @@ def fp8_recipe(config: Any, settings: EdgeSettings) -> Fp8:
 
 def moe_pattern(config: Any) -> list[int]:
     """Return 1 for each MoE layer of the model and 0 for each dense one, first to last."""
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return [int(layer % frequency == 0) for layer in range(config.num_layers)]
-    return list(frequency)
+    return [int(is_moe) for is_moe in moe_layers(config.moe_layer_freq, config.num_layers)]
 
 
 def _activation(config: Any, settings: EdgeSettings) -> Activation:

@@ -1,4 +1,4 @@
-"""FP8 by rows and by blocks: e4m3 values with powers of two as scales, in plain torch.
+"""FP8 by rows and by blocks: e4m3 values with powers of two as scales.
 
 By rows there is one scale for each row. A row's scale is the smallest power of two that brings its
 largest value to at most 448, the largest e4m3 number. Powers of two cost no precision (they move
@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
-SMALLEST = 2.0**-126  # scale
 BLOCK = 128  # values that share a scale, by blocks
 
 
@@ -45,7 +43,7 @@ class Weight8:
 class Columns8:
     """Rows of all experts, transposed, in e4m3: value = data * scale of the column's expert.
 
-    Each expert's columns are padded with zeros to a multiple of 128; see `kernels.Tiles`.
+    Each expert's columns are padded with zeros to a multiple of 128; see `kernels.types.Tiles`.
     """
 
     data: Tensor  # [X, P] e4m3
@@ -60,7 +58,7 @@ class Blocks8:
     scale: Tensor  # [R, X / 128] fp32, powers of two
 
 
-Narrow8 = TypeVar("Narrow8", Rows8, Blocks8)
+Values8 = TypeVar("Values8", Rows8, Blocks8)
 
 
 @dataclass(frozen=True)
@@ -80,27 +78,3 @@ class ColumnBlocks8:
 
     data: Tensor  # [X, P] e4m3
     scale: Tensor  # [P / 128, X / 128] fp32, powers of two
-
-
-def power_of_two_scale(largest: Tensor) -> Tensor:
-    """Return the smallest power of two s with largest / s <= 448, 2^-126 or larger.
-
-    That of zeros is the smallest of all: where scales are compared, zeros have no say.
-    """
-    mantissa, exponent = torch.frexp(largest.float() / LARGEST)  # in [0.5, 1) * 2^exponent
-    exponent = exponent - (mantissa == 0.5).int()
-    scale = torch.ldexp(torch.ones_like(mantissa), exponent.clamp(-126, 127))
-    return torch.where(largest > 0, scale, SMALLEST)
-
-
-def quantize_rows(matrix: Tensor) -> Rows8:
-    """Return `matrix` [R, X] in e4m3, each row with its own scale."""
-    wide = matrix.float()
-    largest = wide.abs().amax(dim=1) if matrix.shape[1] else wide.new_zeros(len(wide))
-    scale = power_of_two_scale(largest)
-    return Rows8((wide / scale.unsqueeze(1)).to(E4M3), scale)
-
-
-def dequantize_rows(rows: Rows8) -> Tensor:
-    """Return [R, X] fp32."""
-    return rows.data.float() * rows.scale.unsqueeze(1)

@@ -24,9 +24,11 @@ the experts.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from ep_plugin.moe.groups import ExpertGroups
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,9 @@ class Routing:
     probs: Tensor  # [T, K] fp32 (fp64 when asked), 0 = dropped; gradient flows to the router
     tokens_per_expert: Tensor  # [E] int64, choices of this rank that are not dropped
     losses: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, detached, no coefficient
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, sums over tokens
+    # Sums over tokens, [] each: all that router/_metrics.py names, or none.
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None  # [T, H] the tokens routed, to go on with; None: as they came
-
-    def onward(self, hidden: Tensor) -> Tensor:
-        """Return `hidden` [..., H], which was routed, as the layer is to go on with it.
-
-        The gate's share of its gradient is then added where it is computed, which saves a pass.
-        """
-        return hidden if self.hidden is None else self.hidden.view_as(hidden)
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Dispatched:
     num_rows: int | None = None  # choices that are not -1, where the host knows
     # Tokens that travelled in e4m3 (Rows8, Blocks8); `tokens` then has no values of its own and
     # stands for them where gradients go.
-    narrow: Any = None
+    tokens8: Any = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +78,7 @@ class Packed:
     sent: list[int]  # rows to each rank, P in all
     received: list[int]  # rows from each rank, N in all
     complete: Callable[[Tensor], Dispatched]  # with the tokens [N, H], received or to be
-    # Choices of this rank's experts in the rows from each rank, where the host knows.
-    choices: list[int] | None = None
+    choices: list[int] | None = None  # of this rank's experts, in each rank's rows, if known
     # Where each rank gets all P rows, and what comes home is summed to P rows: the probabilities
     # [P, K], with their gradient; that of what `complete` gives is not recorded then.
     probs: Tensor | None = None
@@ -94,13 +89,15 @@ class Packed:
 
 
 class Router(Protocol):
-    """Scores tokens against experts. Replicated on every rank; an nn.Module.
+    """Scores tokens against experts: an nn.Module, the same on every rank.
 
-    `attach_loss(carrier, loss)` returns `carrier` such that the backward also gets the gradient of
-    `loss` []; a training loop replaces it to scale auxiliary losses as it scales its own.
+    An option's `build(config, groups, device, dtype)` returns it, its parameters yet to be filled.
+    A router may have two attributes more, which a training loop sets with `set_up_router`:
+
+        attach_loss      of (carrier, loss): returns `carrier` such that the backward also gets the
+                         gradient of `loss` [], scaled as the loop scales its own
+        collect_metrics  whether somebody reads `Routing.metrics`
     """
-
-    attach_loss: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
         """Route `hidden` [T, H]; token t is of sequence t % num_sequences."""
@@ -110,7 +107,9 @@ class Router(Protocol):
 class Dispatcher(Protocol):
     """Carries tokens to the ranks that host their experts, and back.
 
-    Every rank of the expert-parallel group must call both, in the same order, also with T = 0.
+    Every rank of the expert-parallel group must call both, in the same order, also with T = 0. An
+    option's `build(config, groups)` returns it. A dispatcher may have `fail()` too, which tells
+    ranks that wait that this one failed between the two; see `tell_failure`.
     """
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
@@ -122,16 +121,16 @@ class Dispatcher(Protocol):
         ...
 
 
+@runtime_checkable
 class PeerDispatcher(Dispatcher, Protocol):
-    """A dispatcher that can also exchange with some ranks at a time, and says so.
+    """A dispatcher that can also exchange with some ranks at a time: it has these methods.
 
     Dispatch is pack, swap with every other rank, complete; combine is swap, unpack. All ranks must
     call `swap` for the same pairs in the same order, and forward and backward each with `after` = 0
     first.
     """
 
-    swaps: bool
-    narrow: Callable[[Tensor], Any] | None  # what tokens [P, H] travel as, where it is not bf16
+    wire_format: Callable[[Tensor], Any] | None  # makes what tokens [P, H] travel as; None: bf16
 
     def pack(self, hidden: Tensor, routing: Routing) -> Packed:
         """Sort `hidden` [T, H] by destination and exchange numbers, experts, probabilities."""
@@ -155,10 +154,22 @@ class PeerDispatcher(Dispatcher, Protocol):
 class Block(Protocol):
     """What a schedule orders: a layer after its router."""
 
-    groups: Any  # ep_plugin.moe.groups.ExpertGroups
+    groups: ExpertGroups
     dispatcher: Dispatcher
-    experts: Any  # ep_plugin.moe.experts.experts.Experts: [N, H] for what was dispatched
     shared_expert: Callable[[Tensor], Tensor] | None
+
+    @property
+    def experts(self) -> Callable[[Dispatched], Tensor]:
+        """What sums the choices of each token [N, H], times probability, on this rank."""
+        ...
+
+    def in_order(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """Dispatch, compute, combine one after another; return what a schedule returns."""
+        ...
+
+    def compute(self, inbox: Dispatched) -> Tensor:
+        """Return what the experts make of `inbox`: [N, H]; if they fail, waiting ranks are told."""
+        ...
 
 
 class Schedule(Protocol):
@@ -168,17 +179,21 @@ class Schedule(Protocol):
     """
 
     def __call__(
-        self, block: Block, hidden: Tensor, routing: Routing
+        self, block: Block, hidden: Tensor, routing: Routing, /
     ) -> tuple[Tensor, Tensor | None]:
         """Return the experts' sums [T, H], and what the shared expert makes of `hidden`."""
         ...
 
 
-class Layer(Block, Protocol):
+class RoutedBlock(Block, Protocol):
     """A layer with its router, for what runs several calls of it at a time."""
 
     def route(self, hidden: Tensor) -> Routing:
         """Route `hidden` [S, B, H] or [T, H]."""
+        ...
+
+    def onward(self, hidden: Tensor, routing: Routing) -> Tensor:
+        """Return `hidden`, which was routed, as the layer is to go on with it."""
         ...
 
     def merge(self, routed: Tensor, shared: Tensor | None, hidden: Tensor) -> Tensor:
@@ -192,6 +207,7 @@ class GroupedGemm(Protocol):
     `ends` [e] int32 are the rows at which each expert's block ends. Rows behind the last one are
     neither read nor written. `waits_for_host` says whether a product on CUDA copies from the device
     to the host: then a layer cannot be captured in a graph, and `auto` does not take the backend.
+    An option's `build(in_features, out_features, dtype)` returns it.
     """
 
     waits_for_host: bool
@@ -209,21 +225,24 @@ class GroupedGemm(Protocol):
         ...
 
 
+def set_up_router(
+    router: Router, *, attach_loss: Callable[[Tensor, Tensor], Tensor], collect_metrics: bool
+) -> None:
+    """Set a router's optional attributes; one without them adds no loss and reports nothing."""
+    wanted = {"attach_loss": attach_loss, "collect_metrics": collect_metrics}
+    for name, value in wanted.items():
+        if hasattr(router, name):
+            setattr(router, name, value)
+
+
+def tell_failure(dispatcher: Dispatcher) -> None:
+    """Call a dispatcher's `fail`; without one the other ranks wait until the launcher ends them."""
+    getattr(dispatcher, "fail", lambda: None)()
+
+
 def dispatch(dispatcher: Dispatcher, hidden: Tensor, routing: Routing) -> Dispatched:
     """Start and wait: the serial form of `Dispatcher.start_dispatch`."""
     return dispatcher.start_dispatch(hidden, routing).wait()
-
-
-def compute(block: Block, inbox: Dispatched) -> Tensor:
-    """Return what the experts make of `inbox`; when they fail, ranks that wait for it are told."""
-    try:
-        outbox: Tensor = block.experts(inbox)
-    except Exception:
-        agreement = getattr(block.dispatcher, "agreement", None)
-        if agreement is not None:
-            agreement.fail()
-        raise
-    return outbox
 
 
 def combine(dispatcher: Dispatcher, outbox: Tensor, inbox: Dispatched) -> Tensor:

@@ -1,6 +1,7 @@
-"""READ SECOND: the Mixture-of-Experts block, four verbs in a row.
+"""READ SECOND: the Mixture-of-Experts block: route, then dispatch, compute, combine; then merge.
 
-Route here; dispatch, experts, combine in `overlap/_in_order.py`, and in other orders beside it.
+`MoELayer.in_order` runs the three in the middle one after another; schedules (`schedule/`) run them
+in other orders.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.groups import ExpertGroups
-from ep_plugin.moe.interfaces import Dispatcher, Router, Routing, Schedule
+from ep_plugin.moe.interfaces import Dispatched, Dispatcher, Router, Routing, Schedule, tell_failure
 from ep_plugin.moe.parallel import check_experts_over_ranks
 from ep_plugin.moe.replicas import OncePerReplica
 from ep_plugin.registry import resolve
@@ -60,6 +61,7 @@ class MoELayer(nn.Module):
         self.experts = Experts(config, groups, device=device, dtype=dtype)
         self.shared_expert = shared_expert
         self.schedule: Schedule = resolve("overlap", config.overlap)(config, self)
+        self._routing_checked = False
         self.coefficient = _coefficient(config, shared_expert, device, dtype)
         if init_method is not None:
             self.reset_parameters(init_method)
@@ -86,15 +88,45 @@ class MoELayer(nn.Module):
         sequence, and who comes first when an expert is full.
         """
         routing = self.route(hidden)
-        hidden = routing.onward(hidden)
+        hidden = self.onward(hidden, routing)
         routed, shared = self.schedule(self, hidden, routing)
         return self.merge(routed, shared, hidden)
 
     def route(self, hidden: Tensor) -> Routing:
-        """Route `hidden` [S, B, H], or [T, H], one sequence."""
+        """Route `hidden` [S, B, H], or [T, H], one sequence.
+
+        Raises ConfigError when the first routing is not what `Routing` says.
+        """
         num_sequences = hidden.shape[-2] if hidden.dim() > 2 else 1
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
-        return self.router(tokens, num_sequences)
+        routing = self.router(tokens, num_sequences)
+        if not self._routing_checked:
+            check_routing(routing, len(tokens), self.config.num_experts)
+            self._routing_checked = True
+        return routing
+
+    def onward(self, hidden: Tensor, routing: Routing) -> Tensor:
+        """Return `hidden`, which was routed, as the layer is to go on with it.
+
+        The gate's share of its gradient is then added where it is computed, which saves a pass.
+        """
+        return hidden if routing.hidden is None else routing.hidden.view_as(hidden)
+
+    def in_order(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """Dispatch, compute, combine, and then the shared expert: what a schedule returns."""
+        tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
+        inbox = self.dispatcher.start_dispatch(tokens, routing).wait()
+        routed = self.dispatcher.start_combine(self.compute(inbox), inbox).wait()
+        return routed, None if self.shared_expert is None else self.shared_expert(hidden)
+
+    def compute(self, inbox: Dispatched) -> Tensor:
+        """Return what the experts make of `inbox`, [N, H]; if they fail, waiting ranks are told."""
+        try:
+            outbox: Tensor = self.experts(inbox)
+        except Exception:
+            tell_failure(self.dispatcher)
+            raise
+        return outbox
 
     def merge(self, routed: Tensor, shared: Tensor | None, hidden: Tensor) -> Tensor:
         """Return `routed` [T, H], shaped as `hidden`, and `shared` in one.
@@ -109,6 +141,50 @@ class MoELayer(nn.Module):
         logits: Tensor = self.coefficient(hidden)
         parts = logits.float().softmax(dim=-1).to(routed.dtype)  # [..., 2]
         return routed * parts[..., :1] + shared * parts[..., 1:]
+
+
+def check_routing(routing: Routing, num_tokens: int, num_experts: int) -> None:
+    """Raise ConfigError unless `routing` has the shapes and dtypes that `Routing` says.
+
+    On the CPU the values are looked at too; on a GPU the host would have to wait for them.
+    """
+    ids, probs, counts = routing.expert_ids, routing.probs, routing.tokens_per_expert
+    is_ids = ids.dim() == 2 and len(ids) == num_tokens and ids.dtype == torch.int64
+    is_counts = counts.shape == (num_experts,) and counts.dtype == torch.int64
+    rules = (
+        ("expert_ids", ids, is_ids, f"[{num_tokens}, K] int64, a row for each token"),
+        (
+            *("probs", probs, probs.shape == ids.shape and probs.is_floating_point()),
+            f"{list(ids.shape)} floating point, one for each of expert_ids",
+        ),
+        (
+            *("tokens_per_expert", counts, is_counts),
+            f"[{num_experts}] int64, the choices of each of the num_experts experts",
+        ),
+    )
+    for name, tensor, is_met, wanted in rules:
+        if not is_met:
+            raise ConfigError(
+                f"the router must return {name} of shape and dtype {wanted}; got "
+                f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            )
+    if ids.device.type == "cpu":
+        _check_values(ids, counts)
+
+
+def _check_values(ids: Tensor, counts: Tensor) -> None:
+    num_experts, chosen = len(counts), ids[ids >= 0]
+    if ids.numel() and not (ids.min() >= -1 and ids.max() < num_experts):
+        raise ConfigError(
+            f"the router must return expert_ids from 0 to {num_experts - 1}, or -1 for a dropped "
+            f"choice; got {ids.min()} to {ids.max()}"
+        )
+    counted = chosen.bincount(minlength=num_experts)
+    if not torch.equal(counted, counts):
+        raise ConfigError(
+            "the router must return in tokens_per_expert how often each expert is in expert_ids, "
+            f"{counted.tolist()}; got {counts.tolist()}"
+        )
 
 
 def _coefficient(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_plugin.moe.groups import all_gather_single
-from ep_plugin.moe.interfaces import Dispatched, Dispatcher, Pending, Routing
+from ep_plugin.moe.interfaces import Dispatched, Dispatcher, Pending, Routing, tell_failure
 from ep_plugin.moe.rows import count_choices
 
 
@@ -59,7 +59,6 @@ class OncePerReplica:
 
     def __init__(self, dispatcher: Dispatcher, group: dist.ProcessGroup) -> None:
         self.dispatcher, self.group = dispatcher, group
-        self.agreement = getattr(dispatcher, "agreement", None)
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         share = _Share(len(hidden), self.group)
@@ -75,9 +74,13 @@ class OncePerReplica:
         return Pending(wait)
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
-        share, inner = inbox.handle
+        handle: _Handle = inbox.handle
+        share, inner = handle
         pending = self.dispatcher.start_combine(outbox, replace(inbox, handle=inner))
         return Pending(lambda: _Gather.apply(pending.wait(), share))
+
+    def fail(self) -> None:
+        tell_failure(self.dispatcher)
 
 
 class _Drop(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Sorting the choices of this rank's tokens by expert, and summing them back.
+"""Which row each choice of a token is, sorted by expert or by rank; and the sum back.
 
 For two choices of 3 tokens a b c that chose (E1 E0) (E0 -) (E2 E0), `-` meaning none:
 
@@ -8,111 +8,166 @@ For two choices of 3 tokens a b c that chose (E1 E0) (E0 -) (E2 E0), `-` meaning
     place                  3 0 1 - 4 2                          row of each choice
 
 Nothing waits for the device: there is a row for every choice, and those behind the last expert's
-belong to absent ones and hold zeros here. Plain torch; on CUDA the kernels of
-`kernels/rows.py`.
+belong to absent ones and hold zeros after `permute`. Rows are moved by `kernels/rows.py` on CUDA,
+by its twin elsewhere.
 """
 
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ep_plugin.moe.kernels import rows_torch, select
+from ep_plugin.moe.kernels.types import Scales, Target, Tiles
+
 
 @dataclass(frozen=True)
-class RowPlan:
-    """Where each choice's row is, expert-major. R = N * C."""
+class Rows:
+    """Where each choice's row is, expert-major; R is N * C, or less where no row is absent's."""
 
-    order: Tensor  # [R] flat choice of each row
-    place: Tensor  # [N, C] row of each choice
-    present: Tensor  # [N, C] bool
-    end: Tensor | None = None  # [1] int32, row behind the last present choice's; on CUDA
-    exact: bool = False  # no row is an absent choice's
+    order: Tensor  # [R] int32 flat choice of each row
+    place: Tensor  # [N, C] int32 row of each choice
+    ends: Tensor  # [e] int32 row behind each expert's last
+    exact: bool  # no row is an absent choice's
 
-    def first(self, num_rows: int) -> "RowPlan":
-        """Return the plan without the rows behind the first `num_rows`, all of absent choices."""
-        return replace(self, order=self.order[:num_rows], exact=True)
+    @cached_property
+    def ops(self) -> Any:
+        """The kernels on them: `kernels._on_cuda`, or its twin."""
+        return select(self.place)
+
+    @cached_property
+    def present(self) -> Tensor:
+        """Whether each choice is present: [N, C] bool."""
+        return self.place < self.ends[-1]
 
 
-def plan_rows(expert_ids: Tensor, num_experts: int) -> RowPlan:
-    """Return the plan for `expert_ids` [N, C], local experts or -1 for an absent choice."""
-    if expert_ids.is_cuda:
-        ends = count_choices(expert_ids, num_experts).cumsum(0, dtype=torch.int32)
-        order, place = _kernels().sort_choices(expert_ids, ends)
-        return RowPlan(order, place, expert_ids >= 0, ends[-1:])
-    flat = expert_ids.flatten()
-    order = flat.where(flat >= 0, num_experts).argsort(stable=True)  # [R]
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    return RowPlan(order, place.view_as(expert_ids), expert_ids >= 0)
+@dataclass(frozen=True)
+class ExpertRows(Rows):
+    """The rows of this rank's experts, and what is computed on them; the same in the backward."""
+
+    activation: str
+    target: Target | None = None  # where `activate_backward` writes, unless matrices of its own
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """The rows as products in e4m3 take them, and rounding by blocks."""
+        tiles: Tiles = self.ops.plan_tiles(len(self.order), self.ends)
+        return tiles
+
+    def spread(self, tokens: Tensor | list[Tensor]) -> Tensor:
+        """Return the token [R, X] of each row, of `tokens` [N, X], whole or in pieces."""
+        pieces = [tokens] if isinstance(tokens, Tensor) else tokens
+        places = torch.split(self.place, [len(piece) for piece in pieces])
+        rows: Tensor | None = None
+        for piece, place in zip(pieces, places, strict=True):
+            rows = self.ops.spread_rows(piece, place, self.ends, len(self.order), rows)
+        assert rows is not None
+        return rows
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """Return the sum [N, X] over each token's `rows` [R, X]."""
+        summed: Tensor = self.ops.sum_rows(rows, self.place, self.ends)
+        return summed
+
+    def wgrad(self, gemm: Any, grads: Tensor, rows: Tensor, into: Tensor | None) -> Tensor | None:
+        """Return the weight gradient [e, b, a] by `gemm`, or add it to `into` and return None.
+
+        `gemm` is a `GroupedGemm`, `grads` [R, b], `rows` [R, a], `into` [e, b, a] fp32.
+        """
+        if into is None:
+            gradient: Tensor = gemm.wgrad(grads, rows, self.ends)
+            return gradient
+        aligned = grads.shape[1] % 8 == rows.shape[1] % 8 == 0
+        if grads.dtype == torch.bfloat16 and aligned:
+            self.ops.add_wgrad(into, grads, rows, self.ends)
+        else:
+            into += gemm.wgrad(grads, rows, self.ends)
+        return None
+
+    def activate(self, hidden: Tensor, probs: Tensor, scales: Scales | None = None) -> Any:
+        """Return activation times probability [R, F]; see `kernels.activation`."""
+        return self.ops.activate(hidden, probs, self.order, self.ends, self.activation, scales)
+
+    def activate_backward(
+        self, grads: Tensor, hidden: Any, probs: Tensor, scales: Scales | None = None
+    ) -> tuple[Any, Any, Tensor]:
+        """Return gradients of `hidden`, the activation again, gradients of `probs`."""
+        found: tuple[Any, Any, Tensor] = self.ops.activate_backward(
+            grads, hidden, probs, self.order, self.ends, self.activation, scales, self.target
+        )
+        return found
+
+
+def rows_of(expert_ids: Tensor, counts: Tensor, num_rows: int | None = None) -> Rows:
+    """Return the rows for `expert_ids` [N, C], -1 = absent; `counts` [e] are of each expert.
+
+    R is `num_rows`, the choices that are present, where the host knows them; else N * C.
+    """
+    ends = counts.cumsum(0, dtype=torch.int32)
+    order, place = select(expert_ids).sort_choices(expert_ids, ends)
+    return Rows(order[:num_rows], place, ends, exact=num_rows is not None)
+
+
+def expert_rows(
+    expert_ids: Tensor, counts: Tensor, activation: str, num_rows: int | None = None
+) -> ExpertRows:
+    """Return `rows_of` the choices of this rank's experts, to be computed with `activation`."""
+    rows = rows_of(expert_ids, counts, num_rows)
+    return ExpertRows(rows.order, rows.place, rows.ends, rows.exact, activation)
 
 
 def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
     """Return how many of `expert_ids` [N, C] are each expert's, -1 for none's: [e] int64."""
-    if expert_ids.is_cuda:
-        counted: Tensor = _kernels().count_choices(expert_ids, num_experts)
-        return counted
-    bucket = expert_ids.where(expert_ids >= 0, num_experts).flatten()
-    counts = bucket.new_zeros(num_experts + 1)
-    return counts.scatter_add(0, bucket, torch.ones_like(bucket))[:-1]
+    counted: Tensor = select(expert_ids).count_choices(expert_ids, num_experts)
+    return counted
 
 
-def permute(tokens: Tensor, plan: RowPlan) -> Tensor:
+def permute(tokens: Tensor, where: Rows) -> Tensor:
     """Return the token of `tokens` [N, H] of each row: [R, H]."""
-    result: Tensor = _Permute.apply(tokens, plan)
+    result: Tensor = _Permute.apply(tokens, where)
     return result
 
 
-def unpermute(rows: Tensor, plan: RowPlan) -> Tensor:
+def unpermute(rows: Tensor, where: Rows) -> Tensor:
     """Sum the rows [R, H] of each token's present choices: [N, H], the transpose of `permute`."""
-    result: Tensor = _Unpermute.apply(rows, plan)
+    result: Tensor = _Unpermute.apply(rows, where)
     return result
 
 
-def _kernels() -> Any:
-    return import_module("ep_plugin.moe.kernels.rows")  # Triton, which only CUDA needs
+def _gather(tokens: Tensor, where: Rows) -> Tensor:
+    planned = where.place, where.ends, len(where.order)
+    rows: Tensor = where.ops.spread_rows(tokens.contiguous(), *planned)
+    if where.exact or not rows.is_cuda:  # behind the last expert's the twin holds zeros
+        return rows
+    return rows.masked_fill(~where.present.flatten()[where.order].unsqueeze(1), 0)
 
 
-def _gather(tokens: Tensor, plan: RowPlan) -> Tensor:
-    if plan.end is not None:
-        planned = plan.place, plan.end, len(plan.order)
-        rows: Tensor = _kernels().spread_rows(tokens.contiguous(), *planned)
-        if plan.exact:
-            return rows
-    else:
-        rows = tokens[plan.order // max(plan.place.shape[1], 1)]
-    return rows.masked_fill(~plan.present.flatten()[plan.order].unsqueeze(1), 0)
-
-
-def _sum(rows: Tensor, plan: RowPlan) -> Tensor:
+def _sum(rows: Tensor, where: Rows) -> Tensor:
     # Each choice's row is read, in the order of choices: no additions race.
-    if not len(rows):
-        return rows.new_zeros(len(plan.place), rows.shape[1])
-    if plan.end is not None and rows.dtype != torch.float64:
-        summed: Tensor = _kernels().sum_rows(rows.contiguous(), plan.place, plan.end)
-        return summed
-    chosen = rows[plan.place * plan.present]  # [N, C, H]; an absent choice's: any
-    return chosen.masked_fill(~plan.present.unsqueeze(-1), 0).sum(dim=1)
+    ops = rows_torch if rows.dtype == torch.float64 else where.ops  # the kernel sums in fp32
+    summed: Tensor = ops.sum_rows(rows.contiguous(), where.place, where.ends)
+    return summed
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, plan: RowPlan) -> Tensor:
-        ctx.plan = plan
-        return _gather(tokens, plan)
+    def forward(ctx: Any, tokens: Tensor, where: Rows) -> Tensor:
+        ctx.where = where
+        return _gather(tokens, where)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum(grads[0], ctx.plan), None
+        return _sum(grads[0], ctx.where), None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, plan: RowPlan) -> Tensor:
-        ctx.plan = plan
-        return _sum(rows, plan)
+    def forward(ctx: Any, rows: Tensor, where: Rows) -> Tensor:
+        ctx.where = where
+        return _sum(rows, where)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.plan), None
+        return _gather(grads[0], ctx.where), None

@@ -10,9 +10,9 @@ from loop import MODEL, MOE, NEWEST, OURS, STOCK, launch, train
 from ep_plugin.commands.report.events import Run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
+from ep_plugin.megatron.arguments.in_flags import in_flags
 from ep_plugin.megatron.arguments.parser import add_ep_arguments
-from ep_plugin.megatron.arguments.supported import check_supported
-from ep_plugin.megatron.arguments.words import in_flags
+from ep_plugin.megatron.arguments.theirs import check as check_theirs
 
 pytestmark = pytest.mark.megatron
 TAGS = ("lm loss", "load_balancing_loss", "z_loss", "grad-norm")
@@ -247,7 +247,7 @@ def test_mistakes_are_one_sentence(mistake: str) -> None:
 
 def check_everything(args: Any) -> None:
     check_arguments(args, settings_from_args(args))
-    check_supported(args)
+    check_theirs(args)
 
 
 def test_a_mistake_stops_every_rank_with_code_2_and_writes_nothing(tmp_path: Path) -> None:

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 from loop import MOE, OURS, ROOT, launch, train
-from test_against_megatron import TAGS, check_everything, parse
 
 from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.settings import overlap_schedule
+from tests.edge.test_against_megatron import TAGS, check_everything, parse
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]  # the schedule is its own
 in_cpu_mode = pytest.mark.skipif(
     not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
 )
-STEPS = (str(ROOT / "tests" / "edge" / "steps_run.py"),)
+STEPS = (str(ROOT / "tests" / "helpers" / "steps_run.py"),)
 COMBINED = "--overlap-moe-expert-parallel-comm"
 TWO_RANKS = (*MOE, "--bf16", "--expert-model-parallel-size", "2")
 LAYERS, MICRO_BATCHES = 2, 2  # the model's; a global batch of 8 is 2 of 2 on each of 2 ranks

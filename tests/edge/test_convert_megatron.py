@@ -18,7 +18,7 @@ from spawn import run_ranks
 from torch import Tensor
 from warm import run_script
 
-from ep_plugin.checkpoint.adapt.ffn import Part
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor
 from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
@@ -31,7 +31,7 @@ from ep_plugin.megatron.workers import model_run
 pytestmark = pytest.mark.megatron
 
 ROOT = Path(__file__).parents[2]
-STOCK = ROOT / "tests" / "edge" / "stock_run.py"
+STOCK = ROOT / "tests" / "helpers" / "stock_run.py"
 E = 4
 LAYERS = "[0,1,1]"
 MODEL = (
@@ -115,7 +115,7 @@ def test_corrupted_expert_fails_parity(
     experts = ExpertMaker.experts
 
     def corrupted(
-        maker: ExpertMaker, values: Tensor, part: Part, *rest: Any
+        maker: ExpertMaker, values: Tensor, part: FfnTensor, *rest: Any
     ) -> Iterator[tuple[int, Tensor]]:
         for expert, made in experts(maker, values, part, *rest):
             broken = (part.layer, part.fc, expert) == (2, 2, 3)
@@ -125,7 +125,8 @@ def test_corrupted_expert_fails_parity(
     assert convert(dense[0], tmp_path / "moe") == 1
     captured = capsys.readouterr()
     assert re.search(
-        r"parity failed: logits differ by .*, more than --parity-tolerance 1.0e-04", captured.err
+        r"comparison failed: logits differ by .*, more than --parity-tolerance 1.0e-04",
+        captured.err,
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -23,17 +23,23 @@ import os, sys
 import torch, torch.distributed
 import megatron.core.tensor_parallel.random, megatron.training.arguments
 import megatron.core.transformer.torch_norm
-from ep_plugin.megatron import _cpu_torch, cpu
+from ep_plugin.megatron.cpu import mode as cpu
+from ep_plugin.megatron.seams.patches import Patches
+from ep_plugin.megatron.seams.touchpoints import find_owner
 
-owners = {id(owner): owner for owner, _, _ in _cpu_torch.replacements()}
-for name in ("megatron.core.tensor_parallel.random", "megatron.training.arguments"):
-    owners[name] = sys.modules[name]
-owners["norm"] = sys.modules["megatron.core.transformer.torch_norm"].WrappedTorchNorm
+patches = Patches()
+cpu.torch_changes(patches)
+cpu.megatron_changes(patches)
+found = [find_owner(place)[0] for place, _ in patches.table() if ":" in place]
+owners = {id(owner): owner for owner in found}
+assert len(owners) > 10
 def snapshot():
     # The tracker of random states is Megatron's own state, which the use below moves.
     return {(key, name): id(value) for key, owner in owners.items()
             for name, value in vars(owner).items()
             if name == "__new__" or not name.startswith(("__", "_CUDA_RNG_STATE_TRACKER"))}
+import torch._dynamo.eval_frame as compiler
+stance = compiler._stance
 before, environment = snapshot(), dict(os.environ)
 cpu.enable(); cpu.enable()
 during = snapshot()
@@ -65,6 +71,7 @@ cpu.disable(); cpu.disable()
 after = snapshot()
 assert after == before, {key for key in before if before[key] != after.get(key)}
 assert during != before and dict(os.environ) == environment
+assert compiler._stance == stance
 try:
     torch.zeros(1, device="cuda")
 except (RuntimeError, AssertionError):
@@ -89,7 +96,7 @@ GROUPS_END = """
 import atexit
 import torch.distributed as dist
 atexit.register(lambda: print(f"groups at the end: {dist.is_initialized()}"))  # runs last
-from ep_plugin.megatron import cpu
+from ep_plugin.megatron.cpu import mode as cpu
 cpu.enable()
 dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
 """

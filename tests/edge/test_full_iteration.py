@@ -18,7 +18,7 @@ from ep_plugin.commands.report.events import Run, read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.arguments.parser import add_ep_arguments
-from ep_plugin.megatron.arguments.supported import check_supported
+from ep_plugin.megatron.arguments.theirs import check as check_theirs
 from ep_plugin.megatron.block.graphs import check_graphs, end_graphs
 from ep_plugin.megatron.block.tracking import _accumulate
 from ep_plugin.megatron.cpu import mode as cpu_mode
@@ -47,7 +47,7 @@ def test_without_a_gpu_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     check_graphs(config, EdgeSettings())
     config.cuda_graph_impl = "local"
     monkeypatch.setattr(cpu_mode, "active", lambda: True)
-    with pytest.raises(ConfigError, match=r"\(local\) needs a GPU; --cuda-graph-impl none would"):
+    with pytest.raises(ConfigError, match=r"\(local\) needs a GPU; use --cuda-graph-impl none"):
         check_graphs(config, EdgeSettings())
 
 
@@ -65,12 +65,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {"expert_model_parallel_size": 2},
         {},
-        "wait for the host; got auto; --ep-dispatcher symm_mem",
+        "wait for the host; got auto; use --ep-dispatcher symm_mem",
     ),
     (
         {"tensor_model_parallel_size": 2},
         {},
-        "wait for the host; got auto; --ep-dispatcher symm_mem",
+        "wait for the host; got auto; use --ep-dispatcher symm_mem",
     ),
     ({"expert_model_parallel_size": 16}, {"dispatcher": "symm_mem"}, "at most 8 ranks .* got 16"),
     ({}, {"gemm": "loop"}, "does not wait for the host; got loop; use --ep-gemm auto"),
@@ -112,8 +112,8 @@ def test_megatron_s_own_flags_are_read() -> None:
         with pytest.raises(ConfigError, match=message):
             check_graphs(args, settings_from_args(args))
     args = parser.parse_args([*flags, "--moe-expert-rank-capacity-factor", "1.5"])
-    with pytest.raises(ConfigError, match=r"rank_capacity_factor = 1\.5 is not supported"):
-        check_supported(args)
+    with pytest.raises(ConfigError, match=r"rank-capacity-factor \(1\.5\) limits the tokens"):
+        check_theirs(args)
 
 
 def test_graphs_are_freed_before_nccl_s_groups_wait_for_them(

@@ -1,68 +1,209 @@
 """Installing is idempotent, leaves no trace when undone, and refuses an unknown Megatron."""
 
+import argparse
+import functools
 import importlib
+import itertools
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from release_checks import changed, check_no_trace, places, process, standing
 
 from ep_plugin import megatron as edge
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams import install as hooks
+from ep_plugin.megatron.seams import patches as patcher
 from ep_plugin.megatron.seams import touchpoints
 from ep_plugin.megatron.seams.install import install, uninstall
 
 pytestmark = pytest.mark.megatron
-SEAMS = (
-    "megatron.core.models.gpt.moe_module_specs:MoELayer",
-    "megatron.training.arguments:add_megatron_arguments",
-    "megatron.training.arguments:validate_args",
-    *touchpoints.release_for(touchpoints.installed_version()).losses.WRITERS,
-    "megatron.core.transformer.module:MegatronModule.set_is_first_microbatch",
-    "megatron.core.datasets.utils:compile_helpers",
-    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
-)
+TOUCHPOINTS = tuple(touchpoint.path for touchpoint in touchpoints.verify())
 
 
-def seams() -> list[Any]:
-    found = []
-    for path in SEAMS:
-        module, _, attributes = path.partition(":")
-        symbol: Any = importlib.import_module(module)
-        for attribute in attributes.split("."):
-            symbol = getattr(symbol, attribute)
-        found.append(symbol)
-    return found
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """Hold every touch point, before the test and after it, against each other."""
+    before, around = standing(TOUCHPOINTS), process()
+    yield
+    assert changed(before) == set()
+    assert process() == around
 
 
-def test_install_twice_and_uninstall_restores(capsys: pytest.CaptureFixture[str]) -> None:
-    before = seams()
+def test_install_twice_and_uninstall_restores(
+    untouched: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        check_no_trace()
+        assert capsys.readouterr().out.count("hosts Megatron's MoE layers") == 1
+        uninstall()
+        assert capsys.readouterr().out == ""
+
+
+def test_what_is_built_is_a_layer_of_megatron_s() -> None:
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    place = f"{hooks.MODULE_SPECS}:MoELayer"
+    install()
     try:
-        install()
-        hooked = seams()
-        install()
-        assert all(a is b for a, b in zip(seams(), hooked, strict=True))
-        assert not any(a is b for a, b in zip(hooked, before, strict=True))
-        from megatron.core.transformer.moe.moe_layer import MoELayer
-
-        assert issubclass(hooked[0], MoELayer)
-        assert "hosts Megatron's MoE layers" in capsys.readouterr().out
+        installed = standing()[place]
     finally:
         uninstall()
-    assert all(a is b for a, b in zip(seams(), before, strict=True))
+    assert issubclass(installed, MoELayer)
+    assert installed is not MoELayer
+
+
+@pytest.mark.parametrize("step", ["find", "make"])
+def test_an_error_at_any_change_leaves_nothing_changed(
+    step: str, untouched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each change in turn cannot be made, until there is none left that fails."""
+    checked = touchpoints.verify()
+    monkeypatch.setattr(touchpoints, "verify", lambda: checked)
+    before, around = standing(TOUCHPOINTS), process()
+    left = [0]
+
+    def failing(real: Callable[[Any], None]) -> Callable[[Any], None]:
+        def fail(change: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError(f"no {step} of {change.place}")
+            real(change)
+
+        return fail
+
+    for kind in ("_Replaced", "_Wrapped", "_Variable", "_Entered", "_AtExit"):
+        kind_of_change = getattr(patcher, kind)
+        if step in vars(kind_of_change):
+            monkeypatch.setattr(kind_of_change, step, failing(vars(kind_of_change)[step]))
+    for so_many in itertools.count():
+        left[0] = so_many
+        try:
+            install()
+        except RuntimeError:
+            assert changed(before) == set()
+            assert process() == around
+            assert not cpu_mode.active()
+        else:
+            break
     uninstall()
+    assert so_many >= len(places())
 
 
-def test_a_mismatch_is_refused_with_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = seams()
+@pytest.mark.newest
+def test_the_package_says_of_every_seam_why_it_sits_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_mode, "wanted", lambda: False)
+    planned = {(place, why) for place, why in hooks.seams() if ":" in place}
+    rows = re.findall(r"^    (\w+:\S+)\n        (.+)$", str(edge.__doc__), re.MULTILINE)
+    ends = {place: place.rpartition(":")[0].rpartition(".")[0] for place, _ in planned}
+    said = {(place.removeprefix(f"{ends[place]}."), why) for place, why in planned}
+    assert said <= set(rows)
+    assert len(rows) == len(set(rows))
+    optional = ("utils:compile_helpers", "distrib_optimizer:DistributedOptimizer.")
+    assert all(place.startswith(optional) for place, _ in set(rows) - said)
+
+
+def test_cpu_mode_that_was_on_before_an_error_stays_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EP_PLUGIN_DEVICE", "cpu")
+    cpu_mode.enable()
+    try:
+        before = standing()
+        with monkeypatch.context() as patch:
+            patch.setattr(hooks.wheel, "changes", lambda patches: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                install()
+        assert changed(before) == set()
+        assert cpu_mode.active()
+    finally:
+        cpu_mode.disable()
+
+
+def test_ours_is_around_cpu_mode_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both wrap the same two functions of Megatron."""
+    config = importlib.import_module("megatron.core.transformer.transformer_config")
+    arguments = importlib.import_module("megatron.training.arguments")
+    called: list[str] = []
+
+    def validate_args(args: Any, defaults: Any = None) -> None:
+        called.append("megatron")
+
+    monkeypatch.setenv("EP_PLUGIN_DEVICE", "cpu")
+    monkeypatch.setattr(arguments, "validate_args", validate_args)
+    monkeypatch.setattr(
+        config.TransformerConfig, "__post_init__", lambda config: called.append("megatron")
+    )
+
+    def inner(original: Callable[[Any], None], value: Any) -> None:
+        called.append("CPU mode")
+        original(value)
+
+    def outer(layer_class: Any, original: Callable[[Any], None], value: Any) -> None:
+        called.append("ours")
+        original(value)
+
+    for name in ("_with_cpu_arguments", "_with_kept_outputs"):
+        monkeypatch.setattr(cpu_mode, name, inner)
+    for name in ("_with_our_checks", "_with_activation"):
+        monkeypatch.setattr(hooks, name, outer)
+    install()
+    try:
+        arguments.validate_args(None)
+        config.TransformerConfig.__post_init__(None)
+    finally:
+        uninstall()
+    assert called == ["ours", "CPU mode", "megatron"] * 2
+
+
+def test_another_s_wrapper_stays_and_ours_is_not_there_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: Any = importlib.import_module("megatron.training.arguments")
+    name = "add_megatron_arguments"
+    monkeypatch.setattr(arguments, name, getattr(arguments, name))  # put back at the end
+
+    def parser() -> argparse.ArgumentParser:
+        filled = getattr(arguments, name)(argparse.ArgumentParser(allow_abbrev=False))
+        assert isinstance(filled, argparse.ArgumentParser)
+        return filled
+
+    def ours_in(filled: argparse.ArgumentParser) -> bool:
+        return "--ep-topk" in filled._option_string_actions
+
+    install()
+    below = getattr(arguments, name)
+
+    @functools.wraps(below)
+    def theirs(parser: argparse.ArgumentParser) -> Any:
+        parser.add_argument("--theirs")
+        return below(parser)
+
+    setattr(arguments, name, theirs)
+    assert ours_in(parser())
+    capsys.readouterr()
+    uninstall()
+    place = f"megatron.training.arguments:{name} is no longer what ep_plugin put there"
+    assert place in capsys.readouterr().out
+    assert getattr(arguments, name) is theirs
+    assert "--theirs" in parser()._option_string_actions
+    assert not ours_in(parser())
+    install()
+    assert ours_in(parser())
+    uninstall()
+    assert getattr(arguments, name) is theirs
+
+
+def test_a_mismatch_is_refused_with_nothing_changed(
+    untouched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = (touchpoints.Touchpoint("megatron.core.transformer.mlp:MLP.gone"),)
     monkeypatch.setattr(hooks.touchpoints, "table_for", lambda version: table)
     with pytest.raises(ConfigError, match=r"MLP\.gone is not there"):
         install()
-    assert all(a is b for a, b in zip(seams(), before, strict=True))
     assert not cpu_mode.active()
 
 

@@ -20,10 +20,10 @@ from spawn import run_ranks
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import checks
+from ep_plugin.megatron.arguments.in_flags import THEIRS, in_flags
 from ep_plugin.megatron.arguments.parser import with_preset
 from ep_plugin.megatron.arguments.resume import choose_format
 from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE, Argument
-from ep_plugin.megatron.arguments.words import THEIRS, in_flags
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import audit_save
 from ep_plugin.megatron.settings import moe_config, ranks_per_node

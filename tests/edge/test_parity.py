@@ -15,7 +15,7 @@ from ep_plugin.commands.parity import launch
 
 # The bugs are planted in functions that older releases do not use with us.
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
-PLANTED = str(Path(__file__).with_name("planted.py"))
+PLANTED = str(Path(__file__).parents[1] / "helpers" / "planted.py")
 # A run as users have them: large, in bf16, with dropout, data and a layout.
 LARGE = shlex.split(
     """

@@ -68,7 +68,7 @@ def decoder(preset: Preset) -> Preset:
 @pytest.mark.newest
 def test_models_without_storage_have_the_parameters_counted() -> None:
     """Every preset built by Megatron under fake tensors, in one process."""
-    command = [sys.executable, str(ROOT / "tests" / "edge" / "count_parameters.py"), *NAMES]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "count_parameters.py"), *NAMES]
     done = subprocess.run(
         command,
         env={**os.environ, "EP_PLUGIN_DEVICE": "cpu", "PYTHONPATH": str(ROOT)},

@@ -1,4 +1,4 @@
-"""Older releases: their training loop under torchrun, and what the README says of them."""
+"""Older releases: their training loop under torchrun, and what the support matrix says of them."""
 
 import json
 import subprocess
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from core_model import Case
-from layouts import CASES, CHECKS
+from layouts import CASES, CHECKS, EVERYWHERE, SEAMS, layouts_of
 from loop import MODEL, MOE
-from releases import OLDER_WITH_LOOP, RELEASES, ROOT, environment
-from support_matrix import FILE, MARKS, README, table
+from releases import NEWEST, OLDER_WITH_LOOP, RELEASES, ROOT, VARIABLE, choose, environment
+from support_matrix import DOCUMENT, FILE, MARKS, table
 
 from ep_plugin.commands.report.events import read_run
 from ep_plugin.megatron.cpu import mode as cpu_mode
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.megatron
 def test_torchrun_starts_the_oldest_loop(tmp_path: Path) -> None:
     """As users start it; `test_older_loop.py` looks at what it computes."""
     version = OLDER_WITH_LOOP[0]
-    script = str(ROOT / "tests" / "edge" / "pretrain_older.py")
+    script = str(ROOT / "tests" / "helpers" / "pretrain_older.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = [*MODEL, *MOE, "--expert-model-parallel-size", "2", "--train-iters", "4"]
     flags += ["--tensorboard-dir", str(tmp_path)]
@@ -40,9 +40,9 @@ def test_torchrun_starts_the_oldest_loop(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_the_readme_s_matrix_is_what_was_measured() -> None:
+def test_the_documents_matrix_is_what_was_measured() -> None:
     kept = json.loads(FILE.read_text())
-    assert MARKS[0] + table(kept) + MARKS[1] in README.read_text()
+    assert MARKS[0] + table(kept) + MARKS[1] in DOCUMENT.read_text()
     assert list(kept) == list(RELEASES)
     for version in RELEASES:
         assert list(kept[version]["layouts"]) == [case.name for case in CASES]
@@ -56,3 +56,29 @@ def test_a_case_says_what_it_is() -> None:
     cases: list[Case] = list(CASES)
     assert len({case.name for case in cases}) == len(set(cases)) == len(cases) >= 12
     assert all(case.world <= 8 for case in cases)
+
+
+def test_the_newest_is_always_tested_in_full_and_the_turn_is_an_older_one_s() -> None:
+    assert choose("all") == RELEASES
+    assert choose("newest") == (NEWEST,)
+    assert choose("0.17.1") == ("0.17.1", NEWEST)
+    assert choose("0.18.2 0.16.1") == ("0.16.1", "0.18.2", NEWEST)
+    turn = choose("turn")
+    assert len(turn) == 2
+    assert choose(" ".join(turn)) == turn  # as run.sh hands it on
+    with pytest.raises(ValueError, match=r"one of all, newest, turn, 0\.16\.1, .*; got '0\.17'"):
+        choose("0.17")
+
+
+def test_what_is_tested_on_a_release_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "0.17.1")
+    found = {version: len(layouts_of(version)) for version in RELEASES}
+    assert len(SEAMS) == 2
+    assert found == {
+        "0.16.1": len(SEAMS),
+        "0.17.1": len(EVERYWHERE),
+        "0.18.2": len(SEAMS),
+        NEWEST: len(CASES),
+    }
+    monkeypatch.delenv(VARIABLE)
+    assert len(layouts_of("0.16.1")) == len(EVERYWHERE)

@@ -21,6 +21,7 @@ from ep_plugin.megatron.seams.touchpoints import (
 pytestmark = pytest.mark.megatron
 EDGE = Path(ep_plugin.megatron.__file__).parent
 MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
+FILES = sorted(file for file in EDGE.rglob("*.py") if file.parent.name != "versions")
 OPTIONAL = {"megatron.core.datasets.helpers_cpp"}  # looked for, not relied on
 
 
@@ -84,7 +85,7 @@ def test_supported_releases_are_the_files_in_order_of_release(
     (tmp_path / "versions").mkdir()
     for name in ("core_0_19", "core_0_9", "core_1_2", "__init__"):
         (tmp_path / "versions" / f"{name}.py").touch()
-    monkeypatch.setattr(touchpoints, "__file__", str(tmp_path / "touchpoints.py"))
+    monkeypatch.setattr(touchpoints, "__file__", str(tmp_path / "seams" / "touchpoints.py"))
     assert list(supported()) == ["0.9", "0.19", "1.2"]
 
 
@@ -120,7 +121,7 @@ def test_symbols_used_are_found() -> None:
     }
 
 
-@pytest.mark.parametrize("file", sorted(EDGE.glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(EDGE)))
 def test_all_that_the_edge_uses_is_in_every_table(file: Path) -> None:
     for release in supported():
         check_covered(file, release)
@@ -152,7 +153,7 @@ def test_a_megatron_of_two_installations_is_refused(
     monkeypatch.setattr(
         touchpoints, "_folder", lambda name: tmp_path if "training" in name else real(name)
     )
-    with pytest.raises(ConfigError, match=f"and megatron.training from {tmp_path}; a path"):
+    with pytest.raises(ConfigError, match=f"and megatron.training from {tmp_path}; use a path"):
         verify()
 
 

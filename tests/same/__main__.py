@@ -26,7 +26,7 @@ from checkout import FINISHED, Checkout, DidNotRun
 
 Found = dict[str, str]
 PARTS = ("presets", "arguments", "json", "conversions", "training")
-RELEASES = ("0.17.1", "0.18.2")  # megatron-core, as tests/edge/releases.py installs them
+RELEASES = ("0.17.1", "0.18.2")  # megatron-core, as tests/helpers/releases.py installs them
 WIDTH, ROWS = 160, 60  # of a value and of the table
 EXAMPLES = """examples:
   python tests/same ../before .                     everything
@@ -106,7 +106,9 @@ def on_release(version: str, args: argparse.Namespace, folder: Path) -> dict[str
     """Train on an older release of megatron-core; raises DidNotRun where it is not installed."""
     release = Path(sys.prefix) / "megatron" / version
     if not (release / "complete").exists():
-        raise DidNotRun(f"megatron-core {version} is not in {release}; run tests/edge/releases.py")
+        raise DidNotRun(
+            f"megatron-core {version} is not in {release}; run tests/helpers/releases.py"
+        )
     sides = tuple(
         Checkout(root, folder / version / name, release)
         for root, name in ((args.old, "old"), (args.new, "new"))

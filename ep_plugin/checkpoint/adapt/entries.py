@@ -1,7 +1,6 @@
 """What each dense tensor or object becomes, and what the dense model has no counterpart of."""
 
 import argparse
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +10,19 @@ from torch import Tensor
 
 from ep_plugin.checkpoint import gpt_names
 from ep_plugin.checkpoint.adapt import optimizer_state
-from ep_plugin.checkpoint.adapt.ffn import Part, shard
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor, shard
 from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker
 from ep_plugin.checkpoint.adapt.new_router import router_rows
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.patterns import Match
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
+from ep_plugin.checkpoint.tensors import (
+    NewObject,
+    NewTensor,
+    Region,
+    Source,
+    TensorInfo,
+    no_extra_state,
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class EntryBuilder:
             yield _zeros(name(kind="weight"), TensorInfo((2, self.args.hidden_size), dtype))
             yield _zeros(name(kind="bias"), TensorInfo((2,), dtype))
 
-    def _part(self, match: Match) -> Part:
-        return Part(
+    def _part(self, match: Match) -> FfnTensor:
+        return FfnTensor(
             layer=int(match.fields["layer"]),
             fc=int(match.fields["fc"]),
             is_weight=match.fields["kind"] == "weight",
@@ -88,11 +94,12 @@ class EntryBuilder:
         if prefix + match.name not in self.source.tensors:
             for expert in range(num_experts):
                 place = "0_1" if key_per_expert else f"{expert}_{num_experts}"
-                yield NewObject(f"{match.target(expert)}/shard_{place}", _no_extra_state)
+                yield NewObject(f"{match.target(expert)}/shard_{place}", no_extra_state)
             return
         info, part = self.source.tensors[prefix + match.name], self._part(match)
         one = TensorInfo(_shard_shape(info.shape, part, self.settings.granularity), info.dtype)
-        regions = partial(self._expert_regions, prefix, match.name, part)
+        moments = optimizer_state.is_moment(prefix)
+        regions = partial(self._expert_regions, prefix + match.name, part, moments)
         if key_per_expert:
             for expert in range(num_experts):
                 single = partial(regions, expert)
@@ -102,11 +109,10 @@ class EntryBuilder:
         yield NewTensor(prefix + match.target(), stacked, regions)
 
     def _expert_regions(
-        self, prefix: str, name: str, part: Part, only: int | None = None
+        self, name: str, part: FfnTensor, moments: bool, only: int | None = None
     ) -> Iterator[Region]:
         """Yield all experts along a leading axis, or one of them alone; the dense is read once."""
-        dense = self.source.read_tensor(prefix + name)
-        moments = optimizer_state.is_moment(prefix)
+        dense = self.source.read_tensor(name)
         for expert, values in self.maker.experts(dense, part, moments, only):
             zeros = (0,) * values.dim()
             if only is None:
@@ -122,12 +128,12 @@ class EntryBuilder:
         make = partial(self._shared, prefix, match.name, self._part(match))
         yield _computed(prefix + target, self.source.tensors[prefix + match.name], make)
 
-    def _shared(self, prefix: str, name: str, part: Part) -> Tensor:
+    def _shared(self, prefix: str, name: str, part: FfnTensor) -> Tensor:
         moments = optimizer_state.is_moment(prefix)
         return self.maker.shared_expert(self.source.read_tensor(prefix + name), part, moments)
 
 
-def _shard_shape(shape: tuple[int, ...], part: Part, granularity: int) -> tuple[int, ...]:
+def _shard_shape(shape: tuple[int, ...], part: FfnTensor, granularity: int) -> tuple[int, ...]:
     return tuple(shard(torch.empty(shape, device="meta"), part, 0, granularity).shape)
 
 
@@ -158,10 +164,3 @@ def new_states(entry: NewTensor, states: tuple[optimizer_state.State, ...]) -> I
 def _cast(entry: NewTensor, dtype: torch.dtype) -> Iterator[Region]:
     for region in entry.regions():
         yield Region(region.offsets, region.values.to(dtype))
-
-
-def _no_extra_state() -> bytes:
-    """Return what Megatron saves for a linear layer without quantisation state."""
-    buffer = io.BytesIO()
-    torch.save([None], buffer)
-    return buffer.getvalue()

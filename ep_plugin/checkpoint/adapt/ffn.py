@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Part:
+class FfnTensor:
     """One tensor of one layer's FFN."""
 
     layer: int
@@ -36,7 +36,9 @@ class Part:
         return values.chunk(2) if self.fc == 1 and self.gated and not self.half else (values,)
 
 
-Change = Callable[[Tensor, Part, int], Tensor]  # (weights of one expert, which, expert) -> new ones
+Change = Callable[
+    [Tensor, FfnTensor, int], Tensor
+]  # (weights of one expert, which, expert) -> new ones
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Mode:
     deviation: str | None = None
 
 
-def shard(values: Tensor, part: Part, index: int, granularity: int) -> Tensor:
+def shard(values: Tensor, part: FfnTensor, index: int, granularity: int) -> Tensor:
     """Return the channels of shard `index` out of `granularity`; all of a bias of fc2."""
     if granularity == 1 or part.channel_dim is None:
         return values

@@ -30,7 +30,7 @@ from ep_plugin.moe.routing_config import RoutingConfig, ScoreFunction
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gates:
+class GateSums:
     """How a router's scores become weights, in Megatron's terms."""
 
     score_function: ScoreFunction = "softmax"
@@ -41,7 +41,7 @@ class Gates:
     expert_bias: bool = False
 
     @classmethod
-    def of(cls, routing: RoutingConfig) -> "Gates":
+    def of(cls, routing: RoutingConfig) -> "GateSums":
         """Return what a preset's routing means here."""
         return cls(
             score_function=routing.score_function,
@@ -58,6 +58,11 @@ class Gates:
             raise ConfigError(
                 "--topk 1 divided by its own sum leaves the router no gradient, so Megatron "
                 "demands --pre-softmax for it; use --topk 1 --pre-softmax"
+            )
+        if self.pre_softmax and self.score_function != "softmax":
+            raise ConfigError(
+                f"--pre-softmax is of softmax, and --score-function is {self.score_function}; use "
+                "--score-function softmax, or leave --pre-softmax out"
             )
         RoutingConfig(
             topk=topk,
@@ -99,7 +104,7 @@ class Gain:
     bias: float  # of the bias of fc2
 
 
-def spread(gain: float, bias: float, gated: bool) -> Gain:
+def divide(gain: float, bias: float, gated: bool) -> Gain:
     """Return where an output gain goes; `bias` is that of the bias of fc2."""
     value = 2.0 ** math.floor(math.log2(gain) / 2) if gated else 1.0
     return Gain(value=value, weight=gain / value, bias=bias)

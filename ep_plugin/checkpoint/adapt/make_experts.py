@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ep_plugin.checkpoint.adapt.ffn import Mode, Part, shard
-from ep_plugin.checkpoint.adapt.gains import Gain, spread
-from ep_plugin.checkpoint.adapt.settings import MODES, Upcycling
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor, Mode, shard
+from ep_plugin.checkpoint.adapt.gains import Gain, divide
+from ep_plugin.checkpoint.adapt.upcycling import MODES, Upcycling
 from ep_plugin.registry import resolve
 
 
@@ -27,7 +27,7 @@ class ExpertMaker:
     shared: Gain
 
     def experts(
-        self, dense: Tensor, part: Part, moments: bool, only: int | None = None
+        self, dense: Tensor, part: FfnTensor, moments: bool, only: int | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield each expert, or `only` one, with its tensor made of `dense`.
 
@@ -44,7 +44,7 @@ class ExpertMaker:
                 values = self.mode.change(values, part, expert)
             yield expert, scaled(values, part, self.routed)
 
-    def shared_expert(self, dense: Tensor, part: Part, moments: bool) -> Tensor:
+    def shared_expert(self, dense: Tensor, part: FfnTensor, moments: bool) -> Tensor:
         """Return the shared expert's tensor: all channels of the dense one."""
         return dense if moments else scaled(dense, part, self.shared)
 
@@ -58,8 +58,8 @@ def make_experts(settings: Upcycling, gated: bool) -> ExpertMaker:
         mode=mode,
         num_experts=settings.num_experts,
         gated=gated,
-        routed=spread(mode.granularity * bias, bias, gated),
-        shared=spread(kept, kept, gated),
+        routed=divide(mode.granularity * bias, bias, gated),
+        shared=divide(kept, kept, gated),
     )
 
 
@@ -70,7 +70,7 @@ def deviations(settings: Upcycling) -> tuple[str, ...]:
     return tuple(reason for reason in (mode.deviation, gates) if reason is not None)
 
 
-def scaled(values: Tensor, part: Part, gain: Gain) -> Tensor:
+def scaled(values: Tensor, part: FfnTensor, gain: Gain) -> Tensor:
     """Return `values` times its factor; itself where that is 1."""
     if part.fc == 2:
         factor = gain.weight if part.is_weight else gain.bias

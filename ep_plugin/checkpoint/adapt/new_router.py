@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.adapt.ffn import generator
-from ep_plugin.checkpoint.adapt.settings import RouterInit
+from ep_plugin.checkpoint.adapt.upcycling import RouterInit
 
 
 def router_rows(

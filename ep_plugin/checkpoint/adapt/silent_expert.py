@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.family import pattern
+from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.tensors import Source, TensorInfo
 
 _HALVES = ("_w", "_v")

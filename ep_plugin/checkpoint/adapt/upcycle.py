@@ -1,33 +1,34 @@
-"""The plan of an upcycling: every name, shape and operation of the new checkpoint.
+"""Upcycling: every name, shape and operation of the new checkpoint.
 
-What an expert is made of stands in `modes/`, what its outputs are multiplied by in `gates.py`, how
-a router begins in `routers.py`. A state of the optimizer is named after its parameter
+What an expert is made of stands in `modes/`, what its outputs are multiplied by in `gains.py`, how
+a router begins in `new_router.py`. A state of the optimizer is named after its parameter
 (`optimizer.state.exp_avg.PARAMETER`) and takes the same way: to every expert, as it is.
 """
 
 import argparse
-from dataclasses import dataclass
-from typing import Any
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ep_plugin.checkpoint import gpt_names
 from ep_plugin.checkpoint.adapt import optimizer_state
 from ep_plugin.checkpoint.adapt.entries import EntryBuilder, new_states
 from ep_plugin.checkpoint.adapt.make_experts import deviations, make_experts
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
 from ep_plugin.checkpoint.patterns import Match, compile_pattern, match_names
 from ep_plugin.checkpoint.run_arguments import new_common
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source, whole
 from ep_plugin.errors import ConfigError
 
-__all__ = ["Plan", "Upcycling", "plan"]
-
+if TYPE_CHECKING:
+    from ep_plugin.checkpoint.open import Opened
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Upcycled:
     """The new checkpoint, not computed yet."""
 
     content: tuple[NewTensor | NewObject, ...]
@@ -43,7 +44,52 @@ class Plan:
         return sum(entry.info.num_bytes for entry in self.content if isinstance(entry, NewTensor))
 
 
-def plan(source: Source, settings: Upcycling, keep_optimizer: bool = True) -> Plan:
+def add_experts(dense: "Opened", settings: Upcycling | None, keep_optimizer: bool) -> "Opened":
+    """Return the model that upcycling makes of a dense one, not computed yet; itself without
+    settings. Raises ConfigError as `upcycle` does."""
+    if settings is None:
+        return dense
+    source = dense.source
+    if dense.spelling == "plain":
+        args = copy.copy(dense.args)
+        args.transformer_impl = "transformer_engine"  # whose names plain ones are
+        metadata = {"singleton_local_shards": True}  # and they name every expert
+        source = replace(
+            source, common=source.common | {"args": args, "content_metadata": metadata}
+        )
+    new = upcycle(source, settings, keep_optimizer)
+    tensors = {entry.name: entry for entry in new.content if isinstance(entry, NewTensor)}
+    args = new.common["args"]
+    if dense.spelling == "plain":
+        args.transformer_impl = getattr(dense.args, "transformer_impl", "transformer_engine")
+        args.moe_token_dispatcher_type = "alltoall"
+    made = replace(
+        source,
+        common={**new.common, "content_metadata": source.common.get("content_metadata")},
+        tensors={name: entry.info for name, entry in tensors.items()},
+        read_tensor=lambda name: whole(tensors[name]),
+    )
+    return replace(
+        dense,
+        source=made,
+        args=args,
+        origins=_origins(dense, new, settings.num_experts),
+        family=None,
+        deviations=new.deviations,
+        upcycled=new,
+    )
+
+
+def _origins(dense: "Opened", new: Upcycled, num_experts: int) -> dict[str, tuple[str, ...]]:
+    origins = {}
+    for old, target in new.name_map:
+        for expert in range(num_experts) if "*" in target else (0,):
+            if old in dense.origins:
+                origins[target.replace("*", str(expert))] = dense.origins[old]
+    return origins
+
+
+def upcycle(source: Source, settings: Upcycling, keep_optimizer: bool = True) -> Upcycled:
     """Decide every name, shape and operation. Reads no tensor.
 
     Raises ConfigError when the checkpoint is no dense GPT, --layers or --granularity do not fit
@@ -79,7 +125,7 @@ def plan(source: Source, settings: Upcycling, keep_optimizer: bool = True) -> Pl
             content.extend([entry, *new_states(entry, states)])
             name_map.append(("", entry.name))
     carried = sum(len(state.names) for state in states)
-    return Plan(
+    return Upcycled(
         content=tuple(content),
         common=new_common(source, args, settings, frequency, bool(states)),
         name_map=tuple(name_map),

@@ -6,7 +6,7 @@ from typing import Any
 
 from ep_plugin.checkpoint.audit.facts import Facts, Part, Place
 from ep_plugin.checkpoint.audit.stored_names import Name, parse, with_layer
-from ep_plugin.checkpoint.audit.verdict import Finding, Layer
+from ep_plugin.checkpoint.audit.verdict import AuditedLayer, Finding
 from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.checkpoint.tensors import Stored, TensorInfo
 
@@ -47,7 +47,7 @@ Blocks = dict[str, dict[str, _Map]]
 
 def check(
     stored: Stored, facts: dict[str, Facts], broken: set[tuple[str, Place]]
-) -> tuple[list[Layer], list[Finding]]:
+) -> tuple[list[AuditedLayer], list[Finding]]:
     """Return a row for each MoE block, and what is wrong with its experts."""
     blocks = _inventory(stored, facts, broken)
     expected = _expected(stored.common.get("args"))
@@ -178,13 +178,13 @@ def _routers(stored: Stored, expected: dict[str, int]) -> list[Finding]:
     return findings
 
 
-def _row(block: str, maps: dict[str, _Map], count: int) -> Layer:
+def _row(block: str, maps: dict[str, _Map], count: int) -> AuditedLayer:
     whole = set.intersection(*(one.ids - one.broken for one in maps.values()))
     alike = {i for one in maps.values() for ids in _equal(one.parts[None]) for i in ids[1:]}
     states = set.intersection(*(set(one.nonzero) for one in maps.values()))
     moments = sorted(state for state in states if "param" not in state)
     shapes = [sorted(one.shapes) for name, one in sorted(maps.items()) if ".weight" in name]
-    return Layer(
+    return AuditedLayer(
         block=block,
         experts=len(whole & set(range(count))),
         expected=count,

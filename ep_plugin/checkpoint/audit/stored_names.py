@@ -45,11 +45,6 @@ class Name:
         layer = offsets[0] if self.stacked else None
         return layer, self.expert if self.expert_axis is None else offsets[self.expert_axis]
 
-    def block_of(self, layer: int | None) -> str:
-        """Return the block with its layer's number."""
-        assert self.block is not None
-        return with_layer(self.block, layer)
-
 
 def parse(key: str) -> Name:
     """Take a stored name apart."""

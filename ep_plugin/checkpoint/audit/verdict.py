@@ -17,7 +17,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Layer:
+class AuditedLayer:
     """The experts of one Mixture-of-Experts block."""
 
     block: str  # "decoder.layers.3.mlp"
@@ -37,7 +37,7 @@ class Report:
     iteration: int | None
     num_tensors: int
     num_bytes: int
-    layers: list[Layer]
+    layers: list[AuditedLayer]
     optimizer: str
     findings: list[Finding]
 

@@ -22,9 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ep_plugin.checkpoint.regions import whole
 from ep_plugin.checkpoint.staging import Journal
-from ep_plugin.checkpoint.tensors import NewTensor, Source, TensorInfo
+from ep_plugin.checkpoint.tensors import NewTensor, Source, TensorInfo, whole
 from ep_plugin.checkpoint.writer import HashedFile, OnBytes, Unit, write_units
 from ep_plugin.errors import ConfigError
 
@@ -48,11 +47,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
-
-
-def is_folder(path: Path) -> bool:
-    """Whether `path` looks like a Hugging Face model."""
-    return (path / CONFIG).is_file()
 
 
 def open_folder(folder: Path) -> Source:

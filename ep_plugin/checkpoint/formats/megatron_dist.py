@@ -39,6 +39,7 @@ from ep_plugin.checkpoint.writer import write_units
 from ep_plugin.errors import ConfigError
 
 COMMON_STATE = "common_state/shard_0_1"
+FIRST_ITERATION = "iter_0000001"
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _HINT = "save the dense model with --ckpt-format torch_dist"
 

@@ -51,7 +51,7 @@ _AGAIN = "copy the checkpoint again"
 
 
 @dataclass(frozen=True)
-class _Part:
+class RankPart:
     """A tensor-parallel rank's piece: an entry of a state dictionary, or one expert of it."""
 
     values: Tensor  # mapped, not read
@@ -63,14 +63,6 @@ class _Part:
 
     def read(self) -> Tensor:
         return self.values if self.expert is None else self.values[self.expert]
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path`, or the iteration it names, holds per-rank files."""
-    if not path.is_dir():
-        return False
-    folders = [path, *(child for child in path.glob("*") if child.is_dir())]
-    return any(True for folder in folders for _ in folder.glob(f"mp_rank_*/{FILE}"))
 
 
 def open_checkpoint(path: Path) -> Source:
@@ -113,7 +105,7 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[_Part]]:
+def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[RankPart]]:
     """Return for every whole tensor its pieces, tensor-parallel rank 0 first."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     ep = getattr(args, "expert_model_parallel_size", 1) or 1
@@ -128,7 +120,7 @@ def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[_Part]]:
     if missing:
         raise ConfigError(f"{folder} lacks {', '.join(missing)}; {_AGAIN}")
     states = {rank: _load(path) for rank, path in ranks.items()}
-    parts: dict[str, list[_Part]] = {}
+    parts: dict[str, list[RankPart]] = {}
     for tp_rank in range(tp):
         first_layer = 0
         for chunk in _chunks(states[0, 0, 0]):  # interleaved: chunk by chunk over all ranks
@@ -164,7 +156,7 @@ def _num_layers(state: dict[str, Any]) -> int:
 
 def _named(
     state: dict[str, Any], first_layer: int, ep_rank: int, ep: int, args: argparse.Namespace
-) -> list[tuple[str, _Part]]:
+) -> list[tuple[str, RankPart]]:
     """Return the tensors of one chunk on one rank under the names of the whole model."""
     found = []
     for name, value in state.items():
@@ -174,7 +166,7 @@ def _named(
             continue  # the last stage's copy of tied embeddings
         match = _LAYER.fullmatch(name)
         if match is None:
-            found.append((name, _Part(value)))
+            found.append((name, RankPart(value)))
             continue
         prefix = f"decoder.layers.{first_layer + int(match[1])}."
         first_expert = ep_rank * ((getattr(args, "num_experts", None) or 0) // ep)
@@ -183,16 +175,16 @@ def _named(
     return found
 
 
-def _experts(name: str, value: Tensor, first: int) -> list[tuple[str, _Part]]:
+def _experts(name: str, value: Tensor, first: int) -> list[tuple[str, RankPart]]:
     """Return (name below the layer, piece), one for each expert where it is of experts."""
     for pattern in _EXPERTS:
         if (match := pattern.fullmatch(name)) is not None:
             expert = first + int(match["expert"])
-            return [(f"mlp.experts.experts.{expert}.{match['rest']}", _Part(value))]
+            return [(f"mlp.experts.experts.{expert}.{match['rest']}", RankPart(value))]
     if (match := _STACKED.fullmatch(name)) is None:
-        return [(name, _Part(value))]
+        return [(name, RankPart(value))]
     return [
-        (f"mlp.experts.experts.{first + expert}.{match[1]}", _Part(value, expert))
+        (f"mlp.experts.experts.{first + expert}.{match[1]}", RankPart(value, expert))
         for expert in range(len(value))
     ]
 
@@ -205,7 +197,7 @@ def _stored_norm(name: str, args: argparse.Namespace) -> str:
     return name
 
 
-def _cut_along(name: str, parts: list[_Part], args: argparse.Namespace) -> int | None:
+def _cut_along(name: str, parts: list[RankPart], args: argparse.Namespace) -> int | None:
     """Return the dimension that tensor parallelism cuts; None when every rank has it whole."""
     if _COLUMN.fullmatch(name):
         return 0
@@ -218,7 +210,7 @@ def _cut_along(name: str, parts: list[_Part], args: argparse.Namespace) -> int |
     return None
 
 
-def _info(name: str, parts: list[_Part], args: argparse.Namespace) -> TensorInfo:
+def _info(name: str, parts: list[RankPart], args: argparse.Namespace) -> TensorInfo:
     shape = list(parts[0].shape)
     dim = _cut_along(name, parts, args)
     if dim is not None:
@@ -226,7 +218,7 @@ def _info(name: str, parts: list[_Part], args: argparse.Namespace) -> TensorInfo
     return TensorInfo(tuple(shape), parts[0].values.dtype)
 
 
-def _whole(name: str, parts: list[_Part], args: argparse.Namespace) -> Tensor:
+def _whole(name: str, parts: list[RankPart], args: argparse.Namespace) -> Tensor:
     dim = _cut_along(name, parts, args)
     if dim is None or len(parts) == 1:
         return parts[0].read()

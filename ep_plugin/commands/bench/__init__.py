@@ -13,13 +13,15 @@ import torch.distributed as dist
 
 from ep_plugin.commands.bench import over_ranks, products_alone, steps_alone, whole_layer
 from ep_plugin.commands.bench.case import ROUTINGS, require_cuda
-from ep_plugin.commands.bench.contest import Contest
+from ep_plugin.commands.bench.contest import OURS, Contest
 from ep_plugin.commands.bench.figures import Row, merge, read, table, write
 from ep_plugin.commands.bench.floors import PRECISIONS
 from ep_plugin.commands.bench.measure import Protocol, default_device
+from ep_plugin.commands.bench.needs import BACKENDS, NEEDS
 from ep_plugin.commands.bench.shapes import MODELS, TINY, Shape, pick
 from ep_plugin.errors import BackendUnavailable, ConfigError, check_choice
 
+__all__ = ["NEEDS", "add_arguments", "run"]
 EXAMPLES = """examples:
   ep-plugin bench layer --output benchmarks/results/layer_h100.json --plot layer_h100.png
   ep-plugin bench layer --shapes q3-30b --routing balanced zipf one_empty half
@@ -143,16 +145,13 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value < least:
             raise ConfigError(f"--{name} must be at least {least}; got {value}; use {least}")
-    if args.resume and args.output is None:
-        raise ConfigError("--resume needs --output, whose rows it keeps; use --output FILE")
-    for name in ("trace", "trace-plot", "recipes", "dispatchers"):
-        flag, value = f"--{name}", getattr(args, name.replace("-", "_"))
-        if value and args.bench != "overlap":
-            raise ConfigError(f"{flag} is for overlap; got {args.bench}; use bench overlap")
-    if args.cuda_graph and args.bench not in ("layer", "overlap"):
-        raise ConfigError(
-            f"--cuda-graph is for layer and overlap; got {args.bench}; use bench layer"
-        )
+    legal_backends = BACKENDS[args.bench]
+    for value in args.backends:
+        if value not in legal_backends:
+            raise ConfigError(
+                f"--backends must be among {', '.join(legal_backends)}; got {value!r}; use "
+                f"--backends {OURS}"
+            )
 
 
 def _measure(

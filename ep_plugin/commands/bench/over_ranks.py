@@ -27,7 +27,7 @@ from ep_plugin.commands.bench.case import Case, Contender, make_case
 from ep_plugin.commands.bench.contest import OURS, Contest, peer
 from ep_plugin.commands.bench.covered import covered_share, spans_of
 from ep_plugin.commands.bench.figures import Row, make_row
-from ep_plugin.commands.bench.floors import layer_floor
+from ep_plugin.commands.bench.floors import Precision, layer_floor
 from ep_plugin.commands.bench.measure import Protocol, Step, Timing, captured
 from ep_plugin.commands.bench.ours import as_contender, make_layer
 from ep_plugin.commands.bench.shapes import Shape
@@ -178,8 +178,6 @@ def _take_part(
 ) -> list[_Entry]:
     """Return what can run, after a step each; why another cannot is noted."""
     found = []
-    names = contest.dispatchers or tuple(DISPATCHERS)
-    dispatchers = [n for n in names if n in CAPTURABLE or not contest.cuda_graph]
     for name, precision in contest.entries((OURS,) if contest.cuda_graph else (OURS, PEER)):
         if name == PEER:
             with contest.attempt(name, precision):
@@ -187,8 +185,7 @@ def _take_part(
                     train_step(case, contender)(0)
                     found.append(_Entry(contender, "alltoall", "serial"))
             continue
-        recipes = [r for r in contest.recipes or RECIPES if (r == "off") == (precision == "bf16")]
-        for recipe, dispatcher, schedule in product(recipes, dispatchers, SCHEDULES):
+        for recipe, dispatcher, schedule in our_ways(contest, precision):
             backend = OURS if recipe == "off" else f"{OURS}+{recipe}"
             if contest.has(**_identity(backend, precision, dispatcher, schedule, **where)):
                 continue
@@ -199,6 +196,14 @@ def _take_part(
                 train_step(case, contender)(0)
                 found.append(_Entry(contender, dispatcher, schedule, layer))
     return found
+
+
+def our_ways(contest: Contest, precision: Precision) -> list[tuple[str, str, str]]:
+    """Return recipe, dispatcher and schedule of each layer of ours that shall be measured."""
+    recipes = [r for r in contest.recipes or RECIPES if (r == "off") == (precision == "bf16")]
+    names = contest.dispatchers or tuple(DISPATCHERS)
+    dispatchers = [n for n in names if n in CAPTURABLE or not contest.cuda_graph]
+    return list(product(recipes, dispatchers, SCHEDULES))
 
 
 def _parts(

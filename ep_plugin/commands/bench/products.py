@@ -12,7 +12,8 @@ from ep_plugin.commands.bench.case import SETS, Case
 from ep_plugin.commands.bench.floors import Direction, Precision
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.moe.e4m3 import BLOCK
-from ep_plugin.moe.kernels import Tiles, select
+from ep_plugin.moe.kernels import select
+from ep_plugin.moe.kernels.types import Tiles
 from ep_plugin.registry import available, resolve
 
 

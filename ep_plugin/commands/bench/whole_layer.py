@@ -18,6 +18,7 @@ from ep_plugin.commands.bench.measure import Step, Timing, captured
 from ep_plugin.commands.bench.shapes import Shape
 
 PEERS = ("torch", "megatron", "sonicmoe", "liger")
+CAPTURABLE = (OURS, "torch")  # no host sync in their steps
 STEPS_PER_WEIGHT = 8  # micro-batches of an optimizer step
 
 

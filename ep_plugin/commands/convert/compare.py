@@ -1,83 +1,205 @@
-"""Do two models compute the same? Asked of `transformers` and of Megatron, in float32 on the CPU.
+"""Do source and result compute the same? Asked of Megatron and of `transformers`, in float32 on the
+CPU.
 
 Each model is loaded by the software that its folder is for and given the same tokens; one is in
 memory at a time.
 """
 
+import json
+import sys
 from dataclasses import dataclass
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, TokenBatch, draw, fill
+from ep_plugin.checkpoint.target import Target
+from ep_plugin.commands.convert.request import Request
+from ep_plugin.commands.convert.run_model import aside, run_model
+from ep_plugin.errors import BackendUnavailable
 
-from ep_plugin.checkpoint.prompts import Batch, Prompts, draw, fill
+REPORT = "parity.json"
+NUM_TOKENS = 512  # random ones, for a model of Hugging Face's
+TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random router goes unseen
 
-NUM_TOKENS = 512
+
+class Differs(Exception):
+    """The result does not compute what the source computes."""
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What one model computed."""
+class Need:
+    """What a comparison takes, known before anything is written."""
 
-    logits: Tensor  # [B, S, V] fp32
-    layers: list[Tensor]  # of [B, S, H] fp32
+    tokens: int
+    prompts: int | None  # None: random tokens
+    seed: int
+    tolerance: float
+    memory_bytes: int  # about, at most: see `_need`
+
+    def sentence(self) -> str:
+        """Return that for a reader."""
+        return (
+            f"then source and result are run on {self.on()}, one model in memory at a time, in "
+            f"float32: about {self.memory_bytes / 2**30:.2f} GiB; they must agree to "
+            f"{self.tolerance:g}; --skip-parity leaves it out"
+        )
+
+    def on(self) -> str:
+        """Return which tokens they are."""
+        if self.prompts is None:
+            return f"{self.tokens} random tokens (--seed {self.seed})"
+        return f"{self.tokens} tokens of {self.prompts} prompts"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two models are run on."""
+
+    batch: TokenBatch
+    need: Need
+
+
+def need(request: Request, target: Target) -> Need | None:
+    """Return what the comparison takes, or None where there is to be none.
+
+    Raises ConfigError for prompts with tokens of another vocabulary.
+    """
+    if not request.compare:
+        return None
+    return _need(request, target, _tokens(request, target))
+
+
+def _need(request: Request, target: Target, batch: TokenBatch) -> Need:
+    """The memory is that of the larger model in float32, which is there twice while it is loaded,
+    and of what the layers of both computed."""
+    args = target.model.args
+    weights = sum(
+        prod(tensor.info.shape)
+        for tensor in target.tensors
+        if not tensor.name.startswith("optimizer.")
+    )
+    values = args.num_layers * args.hidden_size + args.padded_vocab_size  # of a token, a model
+    return Need(
+        tokens=int(batch.kept.sum()),
+        prompts=None if request.prompts is None else len(request.prompts),
+        seed=request.seed,
+        tolerance=request.tolerance,
+        memory_bytes=4 * (2 * weights + 2 * batch.tokens.numel() * values),
+    )
+
+
+def load_compare(request: Request, target: Target) -> Comparison | None:
+    """Import what the comparison needs and say what it takes; None where there is to be none.
+
+    Raises BackendUnavailable where a package is missing, ConfigError as `need` does.
+    """
+    if not request.compare:
+        return None
+    hf, megatron = _with_transformers(request), not (request.kind == request.format == "hf")
+    names = ["transformers"] * hf + ["megatron-core with megatron.training"] * megatron
+    try:
+        with aside():
+            if hf:
+                import_module("transformers")
+            if megatron:
+                import_module("ep_plugin.megatron.workers.model_run")
+    except ImportError as error:
+        extras = ",".join(["hf"] * hf + ["megatron"] * megatron)
+        raise BackendUnavailable(
+            f"the comparison needs {' and '.join(names)} ({error}); install 'ep-plugin[{extras}]', "
+            "or use --skip-parity"
+        ) from error
+    batch = _tokens(request, target)
+    wanted = _need(request, target, batch)
+    print(wanted.sentence(), file=sys.stderr)
+    return Comparison(batch, wanted)
 
 
 def compare(
-    source: Path, target: Path, seed: int, prompts: Prompts | None = None
-) -> dict[str, Any]:
-    """Compare two models, each a Hugging Face folder or an iteration folder of Megatron's.
+    comparison: Comparison | None, request: Request, target: Target, folder: Path
+) -> dict[str, Any] | None:
+    """Compare the source with the result in `folder`, and keep the report there.
 
-    Without prompts, on random tokens. Returns the largest absolute difference of the logits and of
-    each layer's output, and how large they are. Raises ConfigError for tokens of no vocabulary.
+    Raises Differs where the result is to keep the function and does not.
     """
-    batch = _batch(source if _is_hf(source) else target, seed, prompts)
-    old, new = _outputs(source, batch.tokens, seed), _outputs(target, batch.tokens, seed)
-    largest = batch.max_abs
-    layers = [
-        {"layer": layer, "max_abs_diff": largest(before - after), "max_abs": largest(before)}
-        for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True))
-    ]
+    if comparison is None:
+        return None
+    written = folder if target.iteration is None else folder / target.iteration
+    with aside():
+        report = _report(comparison, request, target, written)
+    same = report["logits_max_abs_diff"] <= request.tolerance  # False for nan
+    deviations = list(target.model.deviations)
+    report |= {"tolerance": request.tolerance, "deviations": deviations, "same": same}
+    report["passed"] = same or bool(deviations)
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    print(_table(report, comparison.need), file=sys.stderr if request.json else sys.stdout)
+    if not report["passed"]:
+        raise Differs(
+            f"comparison failed: logits differ by {report['logits_max_abs_diff']:.3e}, more than "
+            f"--parity-tolerance {request.tolerance:.1e}; {request.target} was not written"
+        )
+    return report
+
+
+def _report(
+    comparison: Comparison, request: Request, target: Target, written: Path
+) -> dict[str, Any]:
+    """Run both models; return the largest differences, and how large the values are."""
+    batch, seed = comparison.batch, request.seed
+    old = run_model(target.model.folder, batch.tokens, seed)
+    new = run_model(written, batch.tokens, seed)
+    is_moe = pattern(target.model.args)
+    layers = []
+    for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True)):
+        row = {
+            "layer": layer,
+            "moe": is_moe[layer],
+            "experts_used": new.experts_used.get(layer),
+            "max_abs_diff": batch.max_abs(before - after),
+            "max_abs": batch.max_abs(before),
+        }
+        layers.append(row)
     return {
-        "logits_max_abs_diff": largest(old.logits - new.logits),
-        "logits_max_abs": largest(old.logits),
+        "logits_max_abs_diff": batch.max_abs(old.logits - new.logits),
+        "logits_max_abs": batch.max_abs(old.logits),
         "layers": layers,
-        "tokens": int(batch.kept.sum()),
-        "prompts": None if prompts is None else len(prompts),
+        "tokens": comparison.need.tokens,
+        "prompts": comparison.need.prompts,
         "sequence_length": batch.tokens.shape[1],
         "seed": seed,
         "dtype": "float32",
     }
 
 
-def _is_hf(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+def _table(report: dict[str, Any], wanted: Need) -> str:
+    """Return the report for a reader."""
+    lines = [f"source and result in {report['dtype']}, {wanted.on()}:"]
+    lines.append("  output of         max |difference|     max |source|")
+    rows = [
+        (f"layer {row['layer']}", row["max_abs_diff"], row["max_abs"]) for row in report["layers"]
+    ]
+    rows.append(("logits", report["logits_max_abs_diff"], report["logits_max_abs"]))
+    lines += [f"  {name:<18}{difference:>16.3e}{size:>17.3e}" for name, difference, size in rows]
+    return "\n".join(
+        [*lines, *(f"  the output is not kept: {reason}" for reason in report["deviations"])]
+    )
 
 
-def _batch(folder: Path, seed: int, prompts: Prompts | None) -> Batch:
-    """Return tokens of a Hugging Face model's vocabulary."""
-    config = AutoConfig.from_pretrained(folder)
-    sizes = config.vocab_size, config.max_position_embeddings
-    return draw(NUM_TOKENS, *sizes, seed) if prompts is None else fill(prompts, *sizes)
+def _tokens(request: Request, target: Target) -> TokenBatch:
+    """Return the tokens; random ones are enough to reach every expert of Megatron's."""
+    args, hf = target.model.args, _with_transformers(request)
+    length = args.max_position_embeddings
+    if not hf:
+        length = min(args.seq_length, length)
+    if request.prompts is not None:
+        return fill(request.prompts, args.padded_vocab_size, length)
+    many = max(2 * min(length, MAX_SEQUENCE), TOKENS_PER_EXPERT * (args.num_experts or 0))
+    return draw(NUM_TOKENS if hf else many, args.padded_vocab_size, length, request.seed)
 
 
-@torch.no_grad()
-def _outputs(folder: Path, tokens: Tensor, seed: int) -> Outputs:
-    if not _is_hf(folder):
-        trace = import_module("ep_plugin.megatron.workers.model_run").trace(folder, tokens, seed)
-        return Outputs(trace.logits, [layer.transpose(0, 1) for layer in trace.layers])
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    layers: list[Tensor] = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, __, output: layers.append(_first(output)))
-    return Outputs(model(tokens, use_cache=False).logits, layers)
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
+def _with_transformers(request: Request) -> bool:
+    """Whether one of the two is a Hugging Face model."""
+    return "hf" in (request.kind, request.format)

@@ -1,163 +1,189 @@
-"""What a conversion prints: names and sizes before, parity and what to do next after."""
+"""What a conversion prints: names and sizes before, the comparison and what to do next after."""
 
-import argparse
 import json
 import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from ep_plugin.checkpoint.adapt.settings import Upcycling
-from ep_plugin.checkpoint.adapt.upcycle import Plan
-from ep_plugin.checkpoint.tensors import NewTensor
+from tqdm import tqdm
+
+from ep_plugin.checkpoint import manifest
+from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.staging import Staging
+from ep_plugin.checkpoint.target import Hashes, Target
+from ep_plugin.commands.convert.compare import need
+from ep_plugin.commands.convert.request import Request
 
 BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, hashed, written
 
 
-def tokens_of(report: dict[str, Any]) -> str:
-    """Return what two models were compared on."""
-    if report["prompts"] is None:
-        return f"{report['tokens']} random tokens"
-    return f"{report['tokens']} tokens of {report['prompts']} prompts"
+def check_manifest(folder: Path) -> int:
+    """Print what is wrong with a converted checkpoint's files; returns the exit code."""
+    problems = manifest.check(folder)
+    for problem in problems:
+        print(f"ep-plugin convert: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{folder}: every file has the bytes that were written")
+    return 1 if problems else 0
 
 
-def time_expected(num_bytes: int, processes: int) -> float:
-    """Return about how many seconds writing takes."""
-    return num_bytes / BYTES_PER_SECOND / processes
+def say_plan(request: Request, target: Target) -> int:
+    """Print every name and size, and about how long writing takes; returns exit code 0."""
+    seconds = target.num_bytes / BYTES_PER_SECOND / request.processes
+    comparison = need(request, target)
+    if request.json:
+        sizes = {
+            t.name: {"shape": t.info.shape, "num_bytes": t.info.num_bytes} for t in target.tensors
+        }
+        found = {
+            "names": target.name_map,
+            "tensors": sizes,
+            "num_bytes": target.num_bytes,
+            "seconds": seconds,
+            "deviations": list(target.model.deviations),
+            "settings": request.asked,
+            "comparison": None if comparison is None else asdict(comparison),
+        }
+        print(json.dumps(found))
+        return 0
+    for name, value in request.asked.items():
+        print(f"{name.removeprefix('--')}: {value}")
+    for old, name in target.name_map:
+        print(f"{old or '(new)'} -> {name}")
+    for name in target.model.left_out:
+        print(f"{name} -> (left out)")
+    for tensor in target.tensors:
+        print(f"{tensor.info.num_bytes:>14} bytes  {tensor.name} {list(tensor.info.shape)}")
+    for reason in target.model.deviations:
+        print(f"the output is not kept: {reason}")
+    print(f"{target.num_bytes:>14} bytes in all; nothing written")
+    print(f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process")
+    print("source and result are not compared" if comparison is None else comparison.sentence())
+    return 0
 
 
-def time_line(seconds: float) -> str:
-    """Return that for a reader."""
-    return f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process"
+def write(target: Target, staging: Staging, processes: int) -> Hashes:
+    """Write what is not there yet, with a bar for progress; returns hashes as `target.write`."""
+    with tqdm(
+        total=target.num_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="convert"
+    ) as bar:
+        return target.write(staging, processes, bar.update)
 
 
-def parity_table(report: dict[str, Any]) -> str:
-    """Return the table of `ep_plugin.megatron.workers.model_run.compare`'s report."""
-    lines = [f"parity, dense and MoE in {report['dtype']}, {tokens_of(report)}:"]
-    lines += ["  output of         max |dense - MoE|   max |dense|"]
-    for row in report["layers"]:
-        name = f"layer {row['layer']} ({'MoE' if row['moe'] else 'dense'})"
-        lines.append(f"  {name:<18}{row['max_abs_diff']:>17.3e}{row['max_abs']:>14.3e}")
-    lines.append(
-        f"  {'logits':<18}{report['logits_max_abs_diff']:>17.3e}{report['logits_max_abs']:>14.3e}"
-    )
-    lines += [f"  not the same function: {reason}" for reason in report["deviations"]]
-    return "\n".join(lines)
+def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
+    """Print what was made and how to go on; returns exit code 0."""
+    if request.json:
+        print(json.dumps(_summary(request, target, report)))
+    else:
+        _print(request, target, report)
+    return 0
 
 
-def summary(
-    new: Plan,
-    settings: Upcycling,
-    args: argparse.Namespace,
-    iteration_folder: str,
-    parity: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Return what was made, as one JSON object."""
+def _summary(request: Request, target: Target, report: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what was made, as one JSON object; None where a setting has no meaning."""
+    num_experts = getattr(target.model.args, "num_experts", None)
+    model, settings, made = target.model, request.settings, target.model.upcycled
     return {
-        "checkpoint": str(args.target),
-        "iteration_folder": iteration_folder,
-        "mode": settings.mode,
-        "granularity": settings.granularity,
-        "router_init": settings.router_init,
-        "shared_expert": settings.shared_expert,
-        "num_experts": settings.num_experts,
-        "topk": settings.topk,
-        "moe_layers": [layer for layer, is_moe in enumerate(new.moe_layers) if is_moe],
-        "num_layers": len(new.moe_layers),
-        "num_bytes": new.num_bytes,
-        "ep": settings.ep,
-        "optimizer": new.optimizer,
-        "dropped_entries": new.dropped,
-        "seed": settings.seed,
-        "deviations": list(new.deviations),
-        "parity": parity,
-        "megatron_flags": _megatron_flags(new, settings, args),
+        "checkpoint": str(request.target),
+        "format": request.format,
+        "iteration_folder": target.iteration,
+        "family": _family(target),
+        "left_out": list(model.left_out),
+        "mode": settings.mode if settings else None,
+        "granularity": settings.granularity if settings else None,
+        "router_init": settings.router_init if settings else None,
+        "shared_expert": settings.shared_expert if settings else None,
+        "num_experts": num_experts,
+        "topk": getattr(model.args, "moe_router_topk", None) if num_experts else None,
+        "moe_layers": _moe_layers(target),
+        "num_layers": model.args.num_layers,
+        "num_tensors": len(target.tensors),
+        "num_bytes": target.num_bytes,
+        "ep": settings.ep if settings else None,
+        "optimizer": _resumes(target),
+        "dropped_entries": made.dropped if made else 0,
+        "seed": request.seed,
+        "deviations": list(model.deviations),
+        "parity": report,
+        "megatron_flags": _flags(request, target),
     }
 
 
-def _megatron_flags(new: Plan, settings: Upcycling, args: argparse.Namespace) -> list[str]:
-    run_args, gates = new.common["args"], settings.gates
-    flags = [
-        *("--load", str(args.target), *([] if new.optimizer else ["--finetune"])),
-        *("--num-experts", str(settings.num_experts)),
-        *("--moe-router-topk", str(settings.topk)),
-        *("--moe-ffn-hidden-size", str(run_args.moe_ffn_hidden_size)),
-    ]
-    if run_args.moe_layer_freq != 1:
-        flags += ["--moe-layer-freq", str(run_args.moe_layer_freq).replace(" ", "")]
-    if gates.score_function != "softmax":
-        flags += ["--moe-router-score-function", gates.score_function]
-    if gates.pre_softmax:
-        flags += ["--moe-router-pre-softmax"]
-    if gates.scaling_factor != 1:
-        flags += ["--moe-router-topk-scaling-factor", str(gates.scaling_factor)]
-    if gates.num_groups is not None:
-        flags += ["--moe-router-num-groups", str(gates.num_groups)]
-        flags += ["--moe-router-group-topk", str(gates.group_topk)]
-    if gates.expert_bias:
-        flags += ["--moe-router-enable-expert-bias"]
-    if settings.shared_expert != "none":
-        flags += ["--moe-shared-expert-intermediate-size", str(run_args.ffn_hidden_size)]
-    if settings.shared_expert == "learned":
-        flags += ["--ep-shared-expert", "learned"]
-    return flags
+def _moe_layers(target: Target) -> list[int]:
+    return [layer for layer, is_moe in enumerate(pattern(target.model.args)) if is_moe]
 
 
-def print_summary(made: dict[str, Any], as_json: bool) -> None:
-    """Print `summary` for a reader, or as JSON."""
-    if as_json:
-        print(json.dumps(made))
-        return
-    print(
-        f"wrote {made['checkpoint']}: mode {made['mode']}, {made['num_experts']} experts, "
-        f"top-{made['topk']}, in {len(made['moe_layers'])} of {made['num_layers']} layers, "
-        f"{made['num_bytes'] / 2**20:.1f} MiB"
+def _family(target: Target) -> str | None:
+    return target.model.family.model_type if target.model.family else None
+
+
+def _flags(request: Request, target: Target) -> list[str]:
+    """Return the flags of summaries: where names stay, with those that load the checkpoint."""
+    if not request.moments_go_along:
+        return target.flags
+    return [*_load(request, target), *target.flags]
+
+
+def _load(request: Request, target: Target) -> list[str]:
+    return ["--load", str(request.target), *([] if _resumes(target) else ["--finetune"])]
+
+
+def _resumes(target: Target) -> bool:
+    """Whether the optimizer goes on."""
+    return target.model.upcycled is not None and target.model.upcycled.optimizer
+
+
+def _print(request: Request, target: Target, report: dict[str, Any] | None) -> None:
+    kind = ", ".join(filter(None, (request.format, _family(target))))
+    size = f"{len(target.tensors)} tensors, {target.num_bytes / 2**20:.1f} MiB"
+    print(f"wrote {request.target} ({kind}): {size}")
+    settings, made = request.settings, target.model.upcycled
+    if settings is not None:
+        print(
+            f"mode {settings.mode}, {settings.num_experts} experts, top-{settings.topk}, in "
+            f"{len(_moe_layers(target))} of {target.model.args.num_layers} layers"
+        )
+    if target.model.left_out:
+        print(f"left out: {', '.join(target.model.left_out)}")
+    for reason in target.model.deviations:
+        print(f"the output is not kept: {reason}")
+    if report is None:
+        print("source and result were not compared (--skip-parity)")
+    if made is not None and request.moments_go_along:
+        print(_optimizer(made.optimizer, made.dropped))
+    if request.format == "megatron":
+        _print_next(request, target)
+
+
+def _optimizer(resumes: bool, dropped: int) -> str:
+    if resumes:
+        return (
+            f"left out: random-number and rerun state ({dropped} entries); the optimizer goes on: "
+            "moments copied to each expert, zero for routers"
+        )
+    return (
+        f"left out: optimizer, random-number and rerun state ({dropped} entries); the optimizer "
+        "starts afresh"
     )
-    if made["parity"] is None:
-        print("parity: not checked (--skip-parity)")
-        for reason in made["deviations"]:
-            print(f"  not the same function: {reason}")
-    if made["optimizer"]:
-        print(
-            f"left out: random-number and rerun state ({made['dropped_entries']} entries); the "
-            "optimizer goes on: moments copied to each expert, zero for routers"
-        )
-    else:
-        print(
-            "left out: optimizer, random-number and rerun state "
-            f"({made['dropped_entries']} entries); the optimizer starts afresh"
-        )
-    ep = made["ep"] or "EP"
+
+
+def _print_next(request: Request, target: Target) -> None:
+    settings, made = request.settings, target.model.upcycled
+    flags = shlex.join([*_load(request, target), *target.flags])
+    if settings is None or made is None or not request.moments_go_along:
+        print("continue with your flags for data and optimizer, and:")
+        print(f"  {flags}")
+        return
     print("continue with the dense run's flags and:")
-    print(f"  {shlex.join(made['megatron_flags'])} --expert-model-parallel-size {ep}")
-    if made["optimizer"]:
-        legal = "1" if made["ep"] == 1 else f"any divisor above 1 of {made['num_experts']}"
-        print(f"  EP: {legal}; --no-load-optim at another. With another length of training or")
-        print("  learning rate than the dense run's, --override-opt-param-scheduler")
+    print(f"  {flags} --expert-model-parallel-size {settings.ep or 'EP'}")
+    if made.optimizer:
+        divisors = f"any divisor above 1 of {settings.num_experts}"
+        print(f"  EP: {'1' if settings.ep == 1 else divisors}; --no-load-optim at another. With")
+        print("  another length of training or learning rate than the dense run's,")
+        print("  --override-opt-param-scheduler")
         return
     print("  or, to keep the iteration and the place in the data, --no-load-optim --no-load-rng")
     print("  instead of --finetune")
-    print(f"  EP: any divisor of {made['num_experts']}.")
-
-
-def print_dry_run(new: Plan, processes: int, as_json: bool) -> None:
-    """Print every name and size, and about how long writing takes."""
-    tensors = [entry for entry in new.content if isinstance(entry, NewTensor)]
-    seconds = time_expected(new.num_bytes, processes)
-    if as_json:
-        sizes = {t.name: {"shape": t.info.shape, "num_bytes": t.info.num_bytes} for t in tensors}
-        found = {
-            "names": new.name_map,
-            "tensors": sizes,
-            "num_bytes": new.num_bytes,
-            "seconds": seconds,
-            "deviations": list(new.deviations),
-        }
-        print(json.dumps(found))
-        return
-    for old, name in new.name_map:
-        print(f"{old or '(new)'} -> {name}")
-    for tensor in tensors:
-        print(f"{tensor.info.num_bytes:>14} bytes  {tensor.name} {list(tensor.info.shape)}")
-    for reason in new.deviations:
-        print(f"not the same function: {reason}")
-    print(f"{new.num_bytes:>14} bytes in all; {new.dropped} entries left out; nothing written")
-    print(f"{time_line(seconds)}, and parity")
+    print(f"  EP: any divisor of {settings.num_experts}.")

@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "arguments", nargs=argparse.REMAINDER, metavar="ARGS",
         help="its flags, and behind them those of this command",
     )  # fmt: skip
-    _add_own(parser)
+    add_flags(parser)
 
 
-def _add_own(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that also stand behind those of the script."""
     parser.add_argument(
         "--layouts", nargs="+", metavar="LAYOUT", help="such as ep=2 tp=2,ep=2 pp=2,ep=2,dp=4"
     )
@@ -75,9 +77,12 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare. Returns 0, or 1 when a layout differs; raises ConfigError for a user's mistake."""
     theirs = _read_own(args)
-    layouts = _layouts(args)
     if not Path(args.script).is_file():
-        raise ConfigError(f"SCRIPT must be a Python file; got {args.script!r}, which is not here")
+        raise ConfigError(
+            f"SCRIPT must be a Python file; got {args.script!r}, which is not here; use the path "
+            "of your pretrain script"
+        )
+    layouts = _layouts(args)
     edits = [comparable(expand_preset(theirs), args.iterations * (2 if args.resume else 1))]
     if args.tiny:
         edits.append(shrink(edits[0].all, [ONE_RANK, *layouts]))
@@ -105,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 def _read_own(args: argparse.Namespace) -> list[str]:
     """Take this command's flags from behind the script's into `args`; return the script's."""
     own = argparse.ArgumentParser("ep-plugin parity", allow_abbrev=False, add_help=False)
-    _add_own(own)
+    add_flags(own)
     _, theirs = own.parse_known_args(args.arguments, namespace=args)
     return theirs
 
@@ -114,9 +119,16 @@ def _layouts(args: argparse.Namespace) -> list[Layout]:
     if not args.layouts:
         raise ConfigError("--layouts is needed; use --layouts ep=2")
     if args.iterations < (least := 2 if args.resume else 1):
-        raise ConfigError(f"--iterations must be at least {least}; got {args.iterations}")
+        raise ConfigError(
+            f"--iterations must be at least {least}; got {args.iterations}; use {least}"
+        )
     if not args.tolerance > 0:
-        raise ConfigError(f"--tolerance must be above 0; got {args.tolerance}")
+        raise ConfigError(
+            f"--tolerance must be above 0; got {args.tolerance}; use --tolerance 1e-5"
+        )
+    for text, times in Counter(args.layouts).items():
+        if times > 1:
+            raise ConfigError(f"--layouts has {text} {times} times; use it once")
     return [parse(text) for text in args.layouts]
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
+from ep_plugin.checkpoint.formats.megatron_dist import FIRST_ITERATION, open_checkpoint
 
-ITERATION = "iter_0000001"
 Scalars = dict[int, dict[str, float]]  # iteration -> name -> value
 
 
@@ -83,7 +82,7 @@ def compare_scalars(one: Scalars, other: Scalars) -> list[Difference]:
 
 def compare_gradients(one: Path, other: Path) -> list[Difference]:
     """Return the difference of every parameter's gradient, and every expert's, forward order."""
-    old, new = (open_checkpoint(run / "gradients" / ITERATION) for run in (one, other))
+    old, new = (open_checkpoint(run / "gradients" / FIRST_ITERATION) for run in (one, other))
     found = []
     for name in sorted(old.tensors, key=_forward_order):
         expected = old.read_tensor(name).double()

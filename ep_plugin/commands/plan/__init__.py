@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ep_plugin.commands.flags import Need
 from ep_plugin.commands.plan import fit
 from ep_plugin.commands.plan.network import (
     HOWS,
@@ -15,6 +16,7 @@ from ep_plugin.commands.plan.network import (
     Network,
     Traffic,
     forecast,
+    goes,
 )
 from ep_plugin.errors import ConfigError
 
@@ -29,6 +31,33 @@ EXAMPLES = """examples:
 
 --compute-ms is the layer without exchanges: ms of `ep-plugin bench layer`. Assumptions stand in
 ep_plugin/commands/plan/network.py, those of memory in ep_plugin/commands/plan/memory.py."""
+
+SPELLING = {  # a setting in a refusal -> the flag that it has here
+    **{name: f"--{name}" for name in ("tp", "pp", "cp", "ep", "etp", "experts")},
+    **{"world_size": "--gpus", "num_experts": "the number of experts"},
+}
+NEEDS = (
+    Need(
+        "--tokens",
+        lambda args: args.preset is None,
+        "--tokens is for the exchanges of a layer, and --preset {args.preset} asks for a model's "
+        "memory; use --micro-batch N and --seq-length N",
+    ),
+    Need(
+        "--topk --hidden --experts --chunks --compute-ms --imbalance --network --fp8-dispatch "
+        "--measured --plot",
+        lambda args: args.preset is None,
+        "{flag} is for the exchanges of a layer, and --preset {args.preset} asks for a model's "
+        "memory; use {flag} without --preset, or leave {flag} out",
+    ),
+    Need(
+        "--measured",
+        lambda args: not args.json or args.plot is not None,
+        "--measured is shown in the table and in the plot, and --json prints neither; use --plot "
+        "FILE, or --measured without --json",
+    ),
+    *fit.NEEDS,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--imbalance", type=float, default=1.0, help="busiest rank over the mean (default: 1)"
     )
     parser.add_argument(
-        "--ep", type=int, nargs="+", metavar="N", help="ranks (default: powers of 2 up to 256)"
+        "--ep",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="expert-parallel ranks (default: the powers of 2 up to 256 that divide the experts)",
     )
     parser.add_argument("--network", choices=NETWORKS, default="nvlink8", help="default: nvlink8")
     parser.add_argument("--fp8-dispatch", action="store_true", help="one byte a value on its way")
@@ -83,7 +116,6 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.preset is not None:
         return fit.run(args)
-    args.ep = args.ep or [2, 4, 8, 16, 32, 64, 128, 256]
     for name in ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance"):
         if getattr(args, name) <= 0:
             flag = name.replace("_", "-")
@@ -102,18 +134,32 @@ def run(args: argparse.Namespace) -> int:
         imbalance=args.imbalance,
     )
     network = NETWORKS[args.network]
+    powers = [2**n for n in range(1, 9)]
+    args.ep = args.ep or [ep for ep in powers if goes(args.experts, ep, network.domain)] or [1]
     rows = [
         forecast(traffic, network, ep, how, args.compute_ms, args.chunks)
         for ep in args.ep
         for how in (*HOWS, *(ONE_DOMAIN if ep <= network.domain else ()))
     ]
-    measured = read_measured(args.measured, traffic) if args.measured is not None else []
+    measured = _measured(args, traffic) if args.measured is not None else []
     if args.plot is not None:
         _draw(rows, measured, args)
     print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else _table(rows))
     if measured and not args.json:
         print(_beside(measured, traffic, network))
     return 0
+
+
+def _measured(args: argparse.Namespace, traffic: Traffic) -> list[Measured]:
+    """Return the exchanges in --measured; raises ConfigError when none is for one of --ep."""
+    found = read_measured(args.measured, traffic)
+    ranks = sorted({row.ep for row in found})
+    if not set(ranks) & set(args.ep):
+        raise ConfigError(
+            f"--measured {args.measured} has rows for --ep {' '.join(map(str, ranks))}, none for "
+            f"--ep {' '.join(map(str, args.ep))}; use --ep {ranks[0]}"
+        )
+    return found
 
 
 def read_measured(path: Path, traffic: Traffic) -> list[Measured]:

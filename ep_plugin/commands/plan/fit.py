@@ -4,12 +4,27 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 
+from ep_plugin.commands.flags import Need
 from ep_plugin.commands.plan.memory import Memory, split_layers, stage_memory
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.parallel import ParallelConfig
 from ep_plugin.presets import Preset, load
 
 USABLE = 0.9  # of a GPU's memory; the rest is what is not counted
+NEEDS = (
+    Need(
+        "--gpus --tp --pp --cp --etp --micro-batch --seq-length --recompute --dispatch-dedup "
+        "--gpu-gb",
+        lambda args: args.preset is not None,
+        "{flag} is for the memory of a whole model, and no model is named; use --preset NAME with "
+        "a name that `ep-plugin presets` lists",
+    ),
+    Need(
+        "--ep --etp --dispatch-dedup",
+        lambda args: args.preset is None or any(load(args.preset).model.experts),
+        "{flag} is for experts, and {args.preset} has none; use --tp, --pp and --cp without {flag}",
+    ),
+)
 
 
 @dataclass(frozen=True)

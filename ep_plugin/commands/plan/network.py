@@ -84,10 +84,10 @@ def load(traffic: Traffic, network: Network, ep: int, how: str, value_bytes: flo
     ranks of several domains where the way ends at a domain's border.
     """
     near = min(network.domain, ep)  # ranks of a domain
-    _check(traffic, ep, near)
+    _check(traffic, ep, network.domain)
     if how in ONE_DOMAIN and ep > near:
         raise ConfigError(
-            f"{how} needs all ranks (ep = {ep}) in one NVLink domain ({near}); use ep = {near}"
+            f"{how} needs all ranks (ep = {ep}) in one NVLink domain ({near}); use <ep={near}>"
         )
     row, domains = traffic.tokens * traffic.hidden * value_bytes * traffic.imbalance, ep // near
     if how == "flat":
@@ -107,15 +107,22 @@ def load(traffic: Traffic, network: Network, ep: int, how: str, value_bytes: flo
     return Load(row * chosen * (near - 1) * domains, crossing, domains - 1)
 
 
-def _check(traffic: Traffic, ep: int, near: int) -> None:
+def goes(experts: int, ep: int, domain: int) -> bool:
+    """Whether `ep` ranks share the experts evenly, and fill the NVLink domains they take."""
+    return ep >= 1 and experts % ep == 0 and (ep <= domain or ep % domain == 0)
+
+
+def _check(traffic: Traffic, ep: int, domain: int) -> None:
+    if goes(traffic.experts, ep, domain):
+        return
+    legal = next((n for n in range(ep, 0, -1) if goes(traffic.experts, n, domain)), 1)
     if ep < 1 or traffic.experts % ep:
         raise ConfigError(
-            f"ep ({ep}) must divide experts ({traffic.experts}); use ep = {traffic.experts}"
+            f"<ep> ({ep}) must divide <experts> ({traffic.experts}); use <ep={legal}>"
         )
-    if ep % near:
-        raise ConfigError(
-            f"ep ({ep}) must be a multiple of the NVLink domain ({near}); use ep = {near}"
-        )
+    raise ConfigError(
+        f"<ep> ({ep}) must be a multiple of the NVLink domain ({domain}); use <ep={legal}>"
+    )
 
 
 def received(traffic: Traffic, ep: int, dedup: bool) -> float:

@@ -60,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
 def _load() -> tuple[Any, Any, Any, Any]:
     try:
         events = import_module("ep_plugin.commands.report.events")
-        figures = import_module("ep_plugin.commands.report.figures")
+        figures = import_module("ep_plugin.commands.report.pictures")
     except ImportError as error:
         raise BackendUnavailable(
             f"reports need matplotlib and tensorboard ({error}); use "
             "pip install 'ep-plugin[report]'"
         ) from error
-    page = import_module("ep_plugin.commands.report.page")
+    page = import_module("ep_plugin.commands.report.html")
     summary = import_module("ep_plugin.commands.report.summary")
     return events.read_run, figures, page, summary
 

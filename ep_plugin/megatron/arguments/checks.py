@@ -8,7 +8,6 @@ import torch
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.parser import TYPED
-from ep_plugin.megatron.arguments.supported import check_supported
 from ep_plugin.megatron.arguments.table import (
     KINDS,
     SCOPES,
@@ -18,6 +17,7 @@ from ep_plugin.megatron.arguments.table import (
     expert_ranks,
     feeding,
 )
+from ep_plugin.megatron.arguments.theirs import check
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import touchpoints
@@ -167,6 +167,7 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
                 f"--num-experts {parallel.ep}"
             )
         return
+    check(args, settings)
     pattern = args.moe_layer_freq
     if isinstance(pattern, list) and len(pattern) != args.num_layers:
         example = ([0, 1] * args.num_layers)[: args.num_layers]
@@ -174,7 +175,6 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
             f"--moe-layer-freq must have one entry per layer, --num-layers ({args.num_layers}); "
             f"got {len(pattern)} entries: {pattern}; use {example}"
         )
-    check_supported(args)
     ranks_per_node(settings)
     if overlap_schedule(args, settings) == "two_batch":
         _check_combined_schedule()

@@ -8,8 +8,8 @@ from itertools import chain
 from typing import get_args
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.in_flags import in_flags
 from ep_plugin.megatron.arguments.table import TABLE, Argument, Group, automatic
-from ep_plugin.megatron.arguments.words import in_flags
 from ep_plugin.moe.rules import NEEDS, said
 from ep_plugin.registry import available
 

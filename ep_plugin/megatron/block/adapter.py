@@ -15,8 +15,9 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from ep_plugin.megatron.block import combined
+from ep_plugin.megatron.block.adopt_groups import adopt_groups
+from ep_plugin.megatron.block.build_shared_expert import build_shared_expert
 from ep_plugin.megatron.block.graphs import check_graphs
-from ep_plugin.megatron.block.groups import adopt_groups
 from ep_plugin.megatron.block.parameters import (
     MainGrads,
     are_grouped,
@@ -25,10 +26,9 @@ from ep_plugin.megatron.block.parameters import (
     set_tags,
 )
 from ep_plugin.megatron.block.sharded_state import EXTRA_STATE, expert_sharded_state
-from ep_plugin.megatron.block.shared_expert import build_shared_expert
 from ep_plugin.megatron.block.tracking import RoutingTracker
 from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
-from ep_plugin.moe.interfaces import Routing
+from ep_plugin.moe.interfaces import Routing, set_up_router
 from ep_plugin.moe.layer import MoELayer
 from ep_plugin.moe.rules import at_one_rank
 
@@ -99,8 +99,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
             initialize_experts(layer.experts, config, groups, grouped=grouped)
         set_tags(replicated, layer.experts, config, groups)
         layer.experts.totals = MainGrads(layer.experts)
-        router.attach_loss = self._attach_loss
-        router.collect_metrics = self.settings.metrics
+        set_up_router(router, attach_loss=self._attach_loss, collect_metrics=self.settings.metrics)
         router.register_forward_hook(self._after_routing)
         if self.use_shared_expert:
             self.shared_experts = build_shared_expert(config, submodules, pg_collection, name)
@@ -120,7 +119,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Return ([S, B, H], no bias) for `hidden_states` [S, B, H]."""
-        combined.refuse_padding(padding_mask)
+        if padding_mask is not None:
+            combined.refuse_padding(padding_mask)
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._compute, False, hidden_states), None
         return self._compute(hidden_states), None

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.moe.interfaces import Dispatched, Routing, compute
-from ep_plugin.moe.records import parts_of
+from ep_plugin.moe.experts.fused import parts_of
+from ep_plugin.moe.interfaces import Dispatched, Routing
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ def routed_experts_compute(block: Any, stand_in: Tensor, probs: Tensor) -> tuple
     inbox: Dispatched = block.under_way.inbox
     if probs.is_cuda:  # made on the exchanges' stream, not to be reused before this one is done
         used = (inbox.tokens, probs, inbox.expert_ids, inbox.tokens_per_expert)
-        for tensor in (*used, *parts_of(inbox.narrow)):
+        for tensor in (*used, *parts_of(inbox.tokens8)):
             tensor.record_stream(torch.cuda.current_stream())
     tokens = _Behind.apply(stand_in, inbox.tokens)
-    outbox = compute(block.layer, replace(inbox, tokens=tokens, probs=probs))
-    without_tokens = replace(inbox, tokens=inbox.tokens.new_empty(0), narrow=None)
+    outbox = block.layer.compute(replace(inbox, tokens=tokens, probs=probs))
+    without_tokens = replace(inbox, tokens=inbox.tokens.new_empty(0), tokens8=None)
     block.under_way = replace(block.under_way, inbox=without_tokens)
     return outbox, None
 

@@ -104,7 +104,7 @@ def set_tags(
 
 
 class MainGrads:
-    """The gradient buffers of Megatron's DDP, where they are fp32, as `fused_experts.Totals`.
+    """The gradient buffers of Megatron's DDP, where they are fp32, as `Totals` of `fused.py`.
 
     What apex's or Transformer Engine's fusion of gradient accumulation does for their own layers:
     a weight gradient is added to `main_grad` by the product that makes it, and DDP is told.

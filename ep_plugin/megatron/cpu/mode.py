@@ -7,13 +7,11 @@ statistics, NCCL. In CPU mode each such word gets its CPU meaning, in two ways:
 * a TorchFunctionMode that turns CUDA devices in the arguments of torch functions into the CPU.
 
 `enable` is called only where there is no GPU or `EP_PLUGIN_DEVICE=cpu` asks for it, and `disable`
-puts every attribute back; a run on GPUs never enters this file's replacements. One generator
+puts everything back; a run on GPUs never enters this file's replacements. One generator
 serves as both the CPU's and the GPU's: Megatron saves and restores the state it forks from, which
 is all it needs.
 """
 
-import atexit
-import functools
 import importlib
 import importlib.util
 import os
@@ -27,31 +25,12 @@ import torch.distributed as dist
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import words
 from ep_plugin.megatron.cpu.zero_centered import zero_centered
+from ep_plugin.megatron.seams.patches import Patches
 
-VALIDATE = "validate_args"
 _LEGAL = ("cpu", "cuda")
-_INHERITED = object()  # the attribute was found on a base class
 
 
-class CpuMode:
-    """What `enable` changed, newest last, so that it can be put back."""
-
-    def __init__(self) -> None:
-        self.replaced: list[tuple[Any, str, Any]] = []
-        self.environment: dict[str, str | None] = {}
-        self.mode = words.CudaMeansCpu()
-        self.active = False
-
-    def replace(self, owner: Any, name: str, value: Any) -> None:
-        self.replaced.append((owner, name, owner.__dict__.get(name, _INHERITED)))
-        setattr(owner, name, value)
-
-    def set_environment(self, name: str, value: str) -> None:
-        self.environment[name] = os.environ.get(name)
-        os.environ.setdefault(name, value)
-
-
-_cpu_mode = CpuMode()  # the one piece of state: what is replaced in this process
+_patches = Patches()  # the one piece of state: what CPU mode changed in this process
 
 
 def wanted() -> bool:
@@ -62,7 +41,7 @@ def wanted() -> bool:
     asked = os.environ.get("EP_PLUGIN_DEVICE")
     if asked is not None and asked not in _LEGAL:
         raise ConfigError(f"EP_PLUGIN_DEVICE must be one of {', '.join(_LEGAL)}; got {asked!r}")
-    if _cpu_mode.active:
+    if active():
         return True
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
@@ -72,57 +51,103 @@ def wanted() -> bool:
 
 def active() -> bool:
     """Whether CPU mode is on."""
-    return _cpu_mode.active
+    return _patches.active
 
 
 def enable() -> None:
-    """Switch CPU mode on; a second call does nothing. Megatron may be imported before or after."""
-    mode = _cpu_mode
-    if mode.active:
+    """Switch CPU mode on; a second call does nothing. Megatron may be imported before or after.
+
+    On an error nothing is changed.
+    """
+    global _patches
+    if active():
         return
-    mode.active = True
-    # Compiling for the CPU costs more than it gives. The variable counts where torch.compile is
-    # first used later, the stance where Megatron was imported before.
-    mode.set_environment("TORCHDYNAMO_DISABLE", "1")
-    torch.compiler.set_stance("force_eager")
-    mode.set_environment("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with TP or CP
-    for owner, name, value in words.replacements():
-        mode.replace(owner, name, value)
-    mode.mode.__enter__()  # type: ignore[no-untyped-call]
-    for owner, name, value in _megatron_replacements():
-        mode.replace(owner, name, value)
-    atexit.register(_end_groups)
+    patches = Patches()
+    torch_changes(patches)
+    patches.apply()  # Megatron is imported below, and has to find torch like this
+    try:
+        megatron_changes(patches)
+    except BaseException:
+        patches.undo()
+        raise
+    patches.apply()
+    _patches = patches
+
+
+def disable() -> list[str]:
+    """Put everything back; does nothing when CPU mode is off.
+
+    What somebody replaced after us is left, with one sentence for each in what is returned.
+    """
+    return _patches.undo()
+
+
+class EagerStance:
+    """Nothing is compiled."""
+
+    def __enter__(self) -> None:
+        self.stance = torch.compiler.set_stance("force_eager")
+
+    def __exit__(self, *error: Any) -> None:
+        self.stance.__exit__(*error)
+
+
+def torch_changes(patches: Patches) -> None:
+    """Note what CPU mode changes in torch and in the environment."""
+    why = "compiling for the CPU costs more than it gives"
+    patches.environment("TORCHDYNAMO_DISABLE", "1", f"{why}; read at the first torch.compile")
+    patches.enter(EagerStance(), f"{why}; for functions that are compiled already")
+    patches.environment("CUDA_DEVICE_MAX_CONNECTIONS", "1", "Megatron asks for it with TP or CP")
+    words.changes(patches)
+
+
+def megatron_changes(patches: Patches) -> None:
+    """Note what CPU mode changes in Megatron; imports it."""
+    patches.wrap(
+        "megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",
+        _with_kept_outputs,
+        "Megatron frees a sent output once the send is queued; gloo's threads still read it",
+    )
+    random = "megatron.core.tensor_parallel.random"
+    why = "random states are set and forked through it, without a device here"
+    patches.replace(f"{random}:_lazy_call", words.call_now, why)
+    patches.replace(f"{random}:device_ctx_manager", words.device_context, why)
+    patches.wrap(
+        "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
+        _norm_with_mark,
+        "torch's norms are made here; it refuses sequence parallelism and zero-centred weights",
+    )
+    if importlib.util.find_spec("megatron.training") is not None:
+        for place in validators():
+            patches.wrap(
+                place, _with_cpu_arguments, "flags that only a GPU can honour get their CPU value"
+            )
+        patches.replace(
+            "megatron.training.training:set_jit_fusion_options",
+            _no_warm_up,
+            "its warm-up draws from the generator of initial weights, how much depends on TP",
+        )
+    patches.at_exit(_end_groups, "gloo's threads end while Python can still wait for them")
+
+
+def validators() -> list[str]:
+    """Return every place where Megatron's loop looks `validate_args` up; imports it.
+
+    Until 0.17 initialize_megatron calls the name that is bound in its own module.
+    """
+    modules = ("megatron.training.arguments", "megatron.training.initialize")
+    name = "validate_args"
+    return [f"{m}:{name}" for m in modules if hasattr(importlib.import_module(m), name)]
 
 
 def _end_groups() -> None:
-    """End gloo's threads while Python can still wait for them; Megatron leaves them running.
+    """End gloo's threads; Megatron leaves them running.
 
     A thread that drops its last tensor after Python has ended takes the process down with SIGABRT.
     After an error they are left: what is under way may wait for ranks that will never come.
     """
     if dist.is_initialized() and not hasattr(sys, "last_exc"):
         dist.destroy_process_group()
-
-
-def disable() -> None:
-    """Put everything back; does nothing when CPU mode is off."""
-    mode = _cpu_mode
-    if not mode.active:
-        return
-    mode.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-    while mode.replaced:
-        owner, name, value = mode.replaced.pop()
-        if value is _INHERITED:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, value)
-    for name, value in mode.environment.items():
-        if value is None:
-            os.environ.pop(name, None)
-    mode.environment.clear()
-    atexit.unregister(_end_groups)
-    torch.compiler.set_stance("default")
-    mode.active = False
 
 
 # Megatron flags that need a GPU or a package for GPUs -> the value CPU mode gives them, and why.
@@ -137,88 +162,49 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _megatron_replacements() -> list[tuple[Any, str, Any]]:
-    """Return (owner, attribute, replacement) inside Megatron; imports what it replaces in."""
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
-    norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
-    config = importlib.import_module("megatron.core.transformer.transformer_config")
-    config = config.TransformerConfig
-    table = [
-        (config, "__post_init__", _with_kept_outputs(config.__post_init__)),
-        (random, "_lazy_call", words.call_now),
-        (random, "device_ctx_manager", words.device_context),
-        (norm, "__new__", _norm_with_mark(norm.__new__)),
-    ]
-    if importlib.util.find_spec("megatron.training") is not None:
-        arguments = importlib.import_module("megatron.training.arguments")
-        training = importlib.import_module("megatron.training.training")
-        initialize = importlib.import_module("megatron.training.initialize")
-        # Until 0.17 initialize_megatron calls the name that is bound in its own module.
-        callers = [module for module in (arguments, initialize) if hasattr(module, VALIDATE)]
-        table += [
-            *((m, VALIDATE, _with_cpu_arguments(getattr(m, VALIDATE))) for m in callers),
-            # Its warm-up draws numbers, how many depends on TP; here that would move the generator
-            # which initial weights come from.
-            (training, "set_jit_fusion_options", _no_warm_up),
-        ]
-    return table
-
-
 def _no_warm_up(tp_size: int | None = None) -> None:
     """Stand in for set_jit_fusion_options: nothing is compiled in CPU mode."""
 
 
-def _with_cpu_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_cpu_arguments(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
     """Give flags that only a GPU can honour their CPU value, and say which in one line."""
-
-    @functools.wraps(original)
-    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        changed = []
-        for name, (value, flag) in _ARGUMENTS.items():
-            if getattr(args, name, value) != value:
-                setattr(args, name, value)
-                changed.append(flag)
-        if os.environ.get("RANK", "0") == "0":
-            listed = " ".join(dict.fromkeys(changed)) or "no flag changed"
-            print(f"ep_plugin: CPU mode (gloo, no GPU used): {listed}", flush=True)
-        return original(args, *rest, **kwargs)
-
-    return validate_args
+    changed = []
+    for name, (value, flag) in _ARGUMENTS.items():
+        if getattr(args, name, value) != value:
+            setattr(args, name, value)
+            changed.append(flag)
+    if os.environ.get("RANK", "0") == "0":
+        listed = " ".join(dict.fromkeys(changed)) or "no flag changed"
+        print(f"ep_plugin: CPU mode (gloo, no GPU used): {listed}", flush=True)
+    return original(args, *rest, **kwargs)
 
 
-def _with_kept_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_kept_outputs(original: Callable[..., Any], config: Any) -> None:
     """Keep the memory of a pipeline stage's output while it is sent.
 
     Megatron frees it when the send is queued, which a stream orders and gloo's threads do not.
     """
-
-    @functools.wraps(original)
-    def __post_init__(self: Any) -> None:  # noqa: N807
-        self.deallocate_pipeline_outputs = False
-        original(self)
-
-    return __post_init__
+    config.deallocate_pipeline_outputs = False
+    original(config)
 
 
-def _norm_with_mark(original: Callable[..., Any]) -> Callable[..., Any]:
+def _norm_with_mark(
+    original: Callable[..., Any], cls: type, config: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Let torch's norms work with sequence parallelism, and with weights that are centred at zero.
 
     For the first they lack a mark on their parameters: with it, Megatron sums their gradients over
     the tensor-parallel ranks, which hold other tokens. For the second ours take their place.
     """
-
-    def __new__(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        sequence_parallel, centered = config.sequence_parallel, config.layernorm_zero_centered_gamma
-        config.sequence_parallel = config.layernorm_zero_centered_gamma = False
-        try:
-            norm = original(cls, config, *args, **kwargs)
-        finally:
-            config.sequence_parallel = sequence_parallel
-            config.layernorm_zero_centered_gamma = centered
-        if centered:
-            norm = zero_centered(norm)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = sequence_parallel
-        return norm
-
-    return __new__
+    sequence_parallel, centered = config.sequence_parallel, config.layernorm_zero_centered_gamma
+    config.sequence_parallel = config.layernorm_zero_centered_gamma = False
+    try:
+        norm = original(cls, config, *args, **kwargs)
+    finally:
+        config.sequence_parallel = sequence_parallel
+        config.layernorm_zero_centered_gamma = centered
+    if centered:
+        norm = zero_centered(norm)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = sequence_parallel
+    return norm

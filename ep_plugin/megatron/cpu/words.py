@@ -1,4 +1,4 @@
-"""The CPU meaning of torch's CUDA words: the table that `cpu.py` applies and takes back."""
+"""The CPU meaning of torch's CUDA words: the table that `mode.py` applies and takes back."""
 
 import contextlib
 import inspect
@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from ep_plugin.megatron.seams.patches import Patches
+
 CPU = torch.device("cpu")
-_RUN_BACKWARD = "_engine_run_backward"  # what every kind of backward calls
 MEMORY = 8 << 30  # bytes; what the pretended device reports
 
 
@@ -156,52 +156,60 @@ def _num_devices() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _gloo(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Force backend gloo and drop what only NCCL takes."""
-    signature = inspect.signature(original)
-
-    def with_gloo(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        for name in ("device_id", "pg_options"):
-            bound.arguments.pop(name, None)
-        bound.arguments["backend"] = "gloo"
-        return original(*bound.args, **bound.kwargs)
-
-    return with_gloo
+def _with_gloo(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    for name in ("device_id", "pg_options"):
+        bound.arguments.pop(name, None)
+    bound.arguments["backend"] = "gloo"
+    return original(*bound.args, **bound.kwargs)
 
 
-def _with_list_splits(original: Callable[..., Any]) -> Callable[..., Any]:
-    """gloo wants the splits of an all-to-all as lists; Megatron also passes tensors."""
-
-    def all_to_all_single(
-        output: Any,
-        input: Any,  # torch's own name
-        output_split_sizes: Any = None,
-        input_split_sizes: Any = None,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        splits = [
-            sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
-            for sizes in (output_split_sizes, input_split_sizes)
-        ]
-        return original(output, input, *splits, group=group, async_op=async_op)
-
-    return all_to_all_single
+def _with_list_splits(
+    original: Callable[..., Any],
+    output: Any,
+    input: Any,  # torch's own name
+    output_split_sizes: Any = None,
+    input_split_sizes: Any = None,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    splits = [
+        sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+        for sizes in (output_split_sizes, input_split_sizes)
+    ]
+    return original(output, input, *splits, group=group, async_op=async_op)
 
 
-def _with_cpu_words(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the mode on in backwards: torch switches it off while it handles `backward` itself."""
-
-    def run_backward(*args: Any, **kwargs: Any) -> Any:
-        with CudaMeansCpu():
-            return original(*args, **kwargs)
-
-    return run_backward
+def _with_cpu_words(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with CudaMeansCpu():
+        return original(*args, **kwargs)
 
 
-def replacements() -> list[tuple[Any, str, Any]]:
-    """Return (owner, attribute, replacement) for torch, in the order to apply them."""
+def changes(patches: Patches) -> None:
+    """Give each of torch's CUDA words its CPU meaning."""
+    for place, value in _meanings().items():
+        patches.replace(place, value, "a word for CUDA, which gets its CPU meaning")
+    patches.wrap(
+        "torch.autograd:_engine_run_backward",
+        _with_cpu_words,
+        "every kind of backward calls it, and torch switches function modes off before",
+    )
+    for name in ("init_process_group", "new_group"):
+        patches.wrap(
+            f"torch.distributed:{name}",
+            _with_gloo,
+            "a group is made here, and takes gloo without what only NCCL takes",
+        )
+    patches.wrap(
+        "torch.distributed:all_to_all_single",
+        _with_list_splits,
+        "gloo wants the splits as lists; Megatron also passes tensors",
+    )
+    patches.enter(CudaMeansCpu(), "CUDA devices in the arguments of torch functions mean the CPU")
+
+
+def _meanings() -> dict[str, Any]:
+    """Return place -> what it means on the CPU."""
     cuda: dict[str, Any] = {
         "is_available": _constant(True),
         "is_initialized": _constant(True),
@@ -242,21 +250,17 @@ def replacements() -> list[tuple[Any, str, Any]]:
         cuda[f"memory_{counter}"] = cuda[f"max_memory_{counter}"] = _constant(0)
     for kind in ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Byte"):
         cuda[f"{kind}Tensor"] = getattr(torch, f"{kind}Tensor")
-    return [
-        *((torch.cuda, name, value) for name, value in cuda.items()),
-        (torch.cuda.random, "get_rng_state", _get_rng_state),
-        (torch.cuda.random, "set_rng_state", _set_rng_state),
-        (torch.cuda.nvtx, "range_push", _nothing()),
-        (torch.cuda.nvtx, "range_pop", _nothing()),
-        (torch.accelerator, "is_available", _constant(False)),
-        (torch.accelerator, "current_device_index", _constant(0)),
-        (torch.accelerator, "current_stream", lambda *device, **kwargs: Stream()),
-        (torch.autograd, _RUN_BACKWARD, _with_cpu_words(getattr(torch.autograd, _RUN_BACKWARD))),
-        (torch.Tensor, "cuda", _same()),
-        (torch.Tensor, "pin_memory", _same()),
-        (torch.Tensor, "record_stream", _nothing()),
-        (torch.nn.Module, "cuda", _same()),
-        (dist, "init_process_group", _gloo(dist.init_process_group)),
-        (dist, "new_group", _gloo(dist.new_group)),
-        (dist, "all_to_all_single", _with_list_splits(dist.all_to_all_single)),
-    ]
+    return {
+        **{f"torch.cuda:{name}": value for name, value in cuda.items()},
+        "torch.cuda.random:get_rng_state": _get_rng_state,
+        "torch.cuda.random:set_rng_state": _set_rng_state,
+        "torch.cuda.nvtx:range_push": _nothing(),
+        "torch.cuda.nvtx:range_pop": _nothing(),
+        "torch.accelerator:is_available": _constant(False),
+        "torch.accelerator:current_device_index": _constant(0),
+        "torch.accelerator:current_stream": lambda *device, **kwargs: Stream(),
+        "torch:Tensor.cuda": _same(),
+        "torch:Tensor.pin_memory": _same(),
+        "torch:Tensor.record_stream": _nothing(),
+        "torch.nn:Module.cuda": _same(),
+    }

@@ -16,12 +16,13 @@ from ep_plugin.checkpoint.audit import Report, damaged, judge, open_stored, read
 from ep_plugin.checkpoint.audit.facts import Facts
 from ep_plugin.checkpoint.tensors import Damaged, Stored
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.seams.patches import Patches
 
 TRAINING = "megatron.training.training"
 
 
-def seams() -> list[tuple[str, Callable[..., Any]]]:
-    """Return what is to be wrapped to audit saves, where `--ep-audit-save` is given."""
+def changes(patches: Patches) -> None:
+    """Audit saves, where `--ep-audit-save` is given."""
     training = importlib.import_module(TRAINING)
     pending: list[Path] = []  # saves under way
 
@@ -41,10 +42,16 @@ def seams() -> list[tuple[str, Callable[..., Any]]]:
         if pending and queue.is_empty_async_queue():
             _audit_all(pending)
 
-    return [
-        (f"{TRAINING}:save_checkpoint", with_save),
-        (f"{TRAINING}:maybe_finalize_async_save", with_finalize),
-    ]
+    patches.wrap(
+        f"{TRAINING}:save_checkpoint",
+        with_save,
+        "every save of Megatron's loop goes through it; --ep-audit-save reads back what it wrote",
+    )
+    patches.wrap(
+        f"{TRAINING}:maybe_finalize_async_save",
+        with_finalize,
+        "only after it is an asynchronous save on disk, where --ep-audit-save can read it",
+    )
 
 
 def _audit_all(pending: list[Path]) -> None:

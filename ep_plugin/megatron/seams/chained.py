@@ -9,18 +9,22 @@ and Megatron refuses to load it into another number of them. Here it is dealt ou
 from collections.abc import Callable
 from typing import Any
 
+from ep_plugin.megatron.seams.patches import Patches
+
 LOAD = "megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict"
 SHARDING, STATE = "param_state_sharding_type", "param_state"
 FORMATS = ("fully_reshardable", "fully_sharded_model_space")
 
 
-def seams() -> list[tuple[str, Callable[..., Any]]]:
-    """Return what is to be wrapped so that loaded groups are dealt out to the optimizers."""
+def changes(patches: Patches) -> None:
+    """Deal loaded groups out to the optimizers there are."""
+    patches.wrap(
+        LOAD, _load_state_dict, "here Megatron refuses the state of another number of optimizers"
+    )
 
-    def load_state_dict(original: Callable[..., Any], chained: Any, state: Any) -> Any:
-        return original(chained, dealt(state, len(chained.chained_optimizers)))
 
-    return [(LOAD, load_state_dict)]
+def _load_state_dict(original: Callable[..., Any], chained: Any, state: Any) -> Any:
+    return original(chained, dealt(state, len(chained.chained_optimizers)))
 
 
 def dealt(state: Any, num_optimizers: int) -> Any:

@@ -1,6 +1,5 @@
 """Putting our block where Megatron looks its own up, and taking it out again."""
 
-import atexit
 import functools
 import inspect
 import os
@@ -13,14 +12,16 @@ from ep_plugin import __version__
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams import apex, audit_save, chained, torch_adam, touchpoints, wheel
+from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.megatron.workers import layout_run
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
-INITIALIZE = "megatron.training.initialize"
 GLOBAL_VARS = "megatron.training.global_vars"
 TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config:TransformerConfig"
 MODULE = "megatron.core.transformer.module:MegatronModule"
+
+_patches = Patches()  # the one piece of state: what `install` changed in this process
 
 
 def install(settings: Any = None) -> None:
@@ -28,96 +29,107 @@ def install(settings: Any = None) -> None:
 
     `settings`, an EdgeSettings, is for loops that do not parse Megatron's arguments; where they
     are parsed, the --ep-* flags take its place. A second call does nothing. Every touch point is
-    verified first: raises ConfigError, with nothing changed, when the installed Megatron is not
-    one we know.
+    verified first: raises ConfigError when the installed Megatron is not one we know. On any error
+    nothing is changed.
     """
+    global _patches
+    if _patches.active:
+        return
     foreign = apex.foreign_apex()
     if foreign is not None:
         raise ConfigError(foreign)
     release = touchpoints.release_for(touchpoints.installed_version())
+    had_cpu_mode = cpu_mode.active()
     if cpu_mode.wanted():
         cpu_mode.enable()
-    specs: Any = import_module(MODULE_SPECS)
-    if hasattr(specs.MoELayer, "ep_original"):
-        return
+    patches = Patches()
     try:
         checked = touchpoints.verify()
-    except ConfigError:
-        cpu_mode.disable()
+        changes(patches, release, settings)
+        patches.apply()
+    except BaseException:
+        if not had_cpu_mode:
+            cpu_mode.disable()
         raise
-    layer_class = _make_layer_class(specs.MoELayer, release.losses.record, settings)
-    specs.MoELayer = layer_class
-    seams = _seams(layer_class, release.losses.WRITERS)
-    # All are looked up before any is replaced: a module imported late may bind a name of another.
-    owners = [touchpoints.find_owner(path) for path, _ in seams]
-    for (owner, name), (_, wrapper) in zip(owners, seams, strict=True):
-        _wrap(owner, name, wrapper)
-        layer_class.wrapped.append((owner, name))
-    wheel.without_compilation()
-    torch_adam.correct()
-    atexit.register(_end)
+    _patches = patches
     _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
 
 
 def uninstall() -> None:
-    """Put back every attribute that `install` replaced, CPU mode included, if it did."""
-    specs: Any = import_module(MODULE_SPECS)
-    if hasattr(specs.MoELayer, "ep_original"):
-        for owner, name in reversed(specs.MoELayer.wrapped):
-            setattr(owner, name, getattr(owner, name).ep_original)
-        wheel.with_compilation()
-        torch_adam.uncorrect()
-        atexit.unregister(_end)
-        specs.MoELayer = specs.MoELayer.ep_original
-    cpu_mode.disable()
+    """Put back every attribute that `install` replaced, CPU mode included, if it did.
+
+    What somebody replaced after us stays as it is, and is named.
+    """
+    for left in (*_patches.undo(), *cpu_mode.disable()):
+        _print(f"{left}; it is left as it is")
 
 
-def _seams(layer_class: Any, writers: tuple[str, ...]) -> list[tuple[str, Callable[..., Any]]]:
-    """Return the path of every function to wrap here, and what to wrap it in."""
-    with_our_metrics = functools.partial(_with_our_metrics, layer_class)
-    seams: list[tuple[str, Callable[..., Any]]] = [
-        (f"{TRANSFORMER_CONFIG}.__post_init__", functools.partial(_with_activation, layer_class)),
-        (f"{MODULE}.set_is_first_microbatch", _with_our_weights),
-        *chained.seams(),
-    ]
+def seams() -> list[tuple[str, str]]:
+    """Return (place, why there) of all that `install` would change here; changes nothing."""
+    patches = Patches()
+    if cpu_mode.wanted():
+        cpu_mode.torch_changes(patches)
+        cpu_mode.megatron_changes(patches)
+    changes(patches, touchpoints.release_for(touchpoints.installed_version()))
+    return patches.table()
+
+
+def changes(patches: Patches, release: Any, settings: Any = None) -> None:
+    """Note every change to make in Megatron, of a release in `versions/`."""
+    layer_class = _make_layer_class(release.losses.record, settings)
+    patches.wrap(
+        f"{TRANSFORMER_CONFIG}.__post_init__",
+        functools.partial(_with_activation, layer_class),
+        "an activation has to be set before this derives others from it; --ep-dense-activation",
+    )
+    patches.wrap(
+        f"{MODULE}.set_is_first_microbatch",
+        _with_our_weights,
+        "Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew",
+    )
+    chained.changes(patches)
     training = touchpoints.has_training()
     if training:
-        seams.append((f"{ARGUMENTS}:add_megatron_arguments", _with_our_flags))
-        # Until 0.17 initialize_megatron calls the name that is bound in its own module.
-        seams += [
-            (f"{module}:{cpu_mode.VALIDATE}", functools.partial(_with_our_checks, layer_class))
-            for module in (ARGUMENTS, INITIALIZE)
-            if hasattr(import_module(module), cpu_mode.VALIDATE)
-        ]
-        seams += [*audit_save.seams(), *layout_run.seams(writers)]
-    seams += [
-        (path, with_our_metrics)
-        for path in writers
-        if training or not path.startswith("megatron.training")
-    ]
-    return seams
+        _argument_changes(patches, layer_class)
+        audit_save.changes(patches)
+        layout_run.changes(patches, release.losses.WRITERS)
+    for place in release.losses.WRITERS:
+        if training or not place.startswith("megatron.training"):
+            patches.wrap(
+                place,
+                functools.partial(_with_our_metrics, layer_class),
+                "Megatron writes the losses of MoE layers here; the routers' metrics join them",
+            )
+    wheel.changes(patches)
+    torch_adam.changes(patches)
+    patches.at_exit(_end, "Megatron frees no CUDA graphs, and logs after its last flush")
+    patches.replace(
+        f"{MODULE_SPECS}:MoELayer", layer_class, "every MoE layer's spec is made of this name"
+    )
 
 
-def _make_layer_class(original: type, record_loss: Callable[..., None], settings: Any) -> Any:
+def _argument_changes(patches: Patches, layer_class: Any) -> None:
+    patches.wrap(
+        f"{ARGUMENTS}:add_megatron_arguments",
+        _with_our_flags,
+        "every parser of Megatron's loop is filled here; the --ep-* flags join",
+    )
+    for place in cpu_mode.validators():
+        patches.wrap(
+            place,
+            functools.partial(_with_our_checks, layer_class),
+            "every flag is parsed and nothing is built yet: a mistake ends the run here",
+        )
+
+
+def _make_layer_class(record_loss: Callable[..., None], settings: Any) -> Any:
     """Return a fresh subclass of the adapter, so that settings of one install do not outlive it."""
     adapter = import_module("ep_plugin.megatron.block.adapter")
     tracker = import_module("ep_plugin.megatron.block.tracking").RoutingTracker(record_loss)
-    fields = {"ep_original": original, "tracker": tracker, "shared": {}, "wrapped": []}
+    fields = {"tracker": tracker, "shared": {}}
     if settings is not None:
         fields["settings"] = settings
     return type("MoELayer", (adapter.EPMoELayer,), fields)
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace `owner.name` by `wrapper(original, ...)`, which remembers the original."""
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    replacement.ep_original = original  # type: ignore[attr-defined]
-    setattr(owner, name, replacement)
 
 
 def _with_our_flags(original: Callable[..., Any], parser: Any) -> Any:
@@ -137,9 +149,9 @@ def _with_our_checks(
         settings_from_args,
         take_typed,
     )
+    from ep_plugin.megatron.arguments.in_flags import in_flags
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
-    from ep_plugin.megatron.arguments.supported import check_supported
-    from ep_plugin.megatron.arguments.words import in_flags
+    from ep_plugin.megatron.arguments.theirs import check
     from ep_plugin.megatron.block.graphs import check_graphs
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.megatron.settings import fp8_recipe
@@ -156,7 +168,7 @@ def _with_our_checks(
         if said is not None:
             _print(said)
         if args.num_experts is not None:
-            check_supported(args)
+            check(args, layer_class.settings)
             check_graphs(args, layer_class.settings)
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))

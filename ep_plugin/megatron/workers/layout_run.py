@@ -20,13 +20,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ep_plugin.checkpoint.formats.megatron_dist import FIRST_ITERATION
+from ep_plugin.megatron.seams.patches import Patches
+
 TRAINING = "megatron.training.training"
 INITIAL, GRADIENTS, SCALARS = "initial", "gradients", "scalars.json"
-ITERATION = "iter_0000001"  # a name that readers of checkpoints know
 
 
-def seams(writers: tuple[str, ...]) -> list[tuple[str, Callable[..., Any]]]:
-    """Return what is to be wrapped for `--ep-parity-dump`; runs without it are as they were.
+def changes(patches: Patches, writers: tuple[str, ...]) -> None:
+    """Keep what `--ep-parity-dump` asks for; runs without it are as they were.
 
     `writers` are the paths of the functions that write Megatron's auxiliary losses.
     """
@@ -60,10 +62,13 @@ def seams(writers: tuple[str, ...]) -> list[tuple[str, Callable[..., Any]]]:
         _write(folders[0], seen)
         return text
 
-    return [
-        (f"{TRAINING}:train_step", with_dump),
-        *((path, with_losses) for path in writers),
-    ]
+    patches.wrap(
+        f"{TRAINING}:train_step",
+        with_dump,
+        "one call is one step, with model, optimizer and gradients; --ep-parity-dump keeps them",
+    )
+    for path in writers:
+        patches.wrap(path, with_losses, "auxiliary losses are summed over ranks only here")
 
 
 class _Losses:
@@ -83,7 +88,7 @@ def _equal_start(model: list[Any], optimizer: Any, folder: Path) -> None:
     """Load the initial weights, or save them where no run has yet. Every rank must call it."""
     from megatron.core import dist_checkpointing
 
-    place = folder / ITERATION
+    place = folder / FIRST_ITERATION
     state, first = _sharded(model), not (place / ".metadata").is_file()
     dist.barrier()  # all have looked
     if first:
@@ -108,7 +113,7 @@ def _dumping(
             chunk.force_all_reduce = True
         result = forward_backward(*rest, **{**settings, "force_all_reduce": True})
         with _gradients_as_values(model):
-            _save(_sharded(model), folder / ITERATION)
+            _save(_sharded(model), folder / FIRST_ITERATION)
         return result
 
     return replacement

@@ -1,8 +1,7 @@
-"""Does the converted model compute what the dense one computed? Asked of Megatron itself.
+"""What the model in a checkpoint computes, asked of Megatron itself.
 
-Both models are built from the run arguments in their checkpoints, in float32 on the CPU, in this
-process alone (a gloo group of one rank), loaded through Megatron's own distributed checkpointing,
-and given the same random tokens. One model is in memory at a time.
+It is built from the run arguments in the checkpoint, in float32 on the CPU, in this process alone
+(a gloo group of one rank), and loaded through Megatron's own distributed checkpointing.
 """
 
 import argparse
@@ -24,15 +23,13 @@ from megatron.training import arguments as megatron_arguments
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, Batch, Prompts, draw, fill
+from ep_plugin.checkpoint.names import norms
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.cpu.latent_attention import use_local_latent_attention
 from ep_plugin.megatron.seams.install import install, uninstall
 
-TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random router goes unseen
-
-# One rank, float32, no fused kernel, no dropout: what both models are built with.
+# One rank, float32, no fused kernel, no dropout: what every model is built with.
 _PLAIN: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
     "tensor_parallel_num_weight_shards": None,
@@ -100,39 +97,6 @@ class Trace:
     experts_used: dict[int, int] = field(default_factory=dict)  # layer -> number of experts
 
 
-def compare(dense: Path, moe: Path, seed: int, prompts: Prompts | None = None) -> dict[str, Any]:
-    """Compare the models in two iteration folders on the same tokens, random without prompts.
-
-    Returns the report that `parity.json` keeps: per layer and for the logits the largest absolute
-    difference, float32, and of every MoE layer how many experts the tokens reached. Must be called
-    in a process without a process group.
-    """
-    with _one_rank(seed):
-        args = dist_checkpointing.load_common_state_dict(str(moe))["args"]
-        batch = _batch(args, seed, prompts)
-        old, new = _trace(dense, batch.tokens), _trace(moe, batch.tokens)
-    layers = [
-        {
-            "layer": layer,
-            "moe": layer in new.experts_used,
-            "experts_used": new.experts_used.get(layer),
-            "max_abs_diff": batch.max_abs((before - after).transpose(0, 1)),
-            "max_abs": batch.max_abs(before.transpose(0, 1)),
-        }
-        for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True))
-    ]
-    return {
-        "logits_max_abs_diff": batch.max_abs(old.logits - new.logits),
-        "logits_max_abs": batch.max_abs(old.logits),
-        "layers": layers,
-        "tokens": int(batch.kept.sum()),
-        "prompts": None if prompts is None else len(prompts),
-        "sequence_length": batch.tokens.shape[1],
-        "seed": seed,
-        "dtype": "float32",
-    }
-
-
 def trace(folder: Path, tokens: Tensor, seed: int) -> Trace:
     """Return what the model in an iteration folder makes of `tokens` [B, S].
 
@@ -159,15 +123,6 @@ def _one_rank(seed: int) -> Iterator[None]:
     finally:
         uninstall()
         cpu_mode.disable()
-
-
-def _batch(args: argparse.Namespace, seed: int, prompts: Prompts | None) -> Batch:
-    """Return the tokens; random ones are enough to reach every expert."""
-    sizes = args.padded_vocab_size, min(args.seq_length, args.max_position_embeddings)
-    if prompts is not None:
-        return fill(prompts, *sizes)
-    wanted = max(2 * min(sizes[1], MAX_SEQUENCE), TOKENS_PER_EXPERT * (args.num_experts or 0))
-    return draw(wanted, *sizes, seed)
 
 
 @torch.no_grad()
@@ -236,27 +191,15 @@ def _load(model: Any, folder: Path, metadata: dict[str, Any], fused_norm_kept: b
     model.load_state_dict(loaded["model"])
 
 
-# Of a norm in a local layer: its module's name, and the one that Transformer Engine saves.
-_MOE_NORM = ("pre_mlp_layernorm.", "pre_mlp_layernorm.")
-_LATENT_NORMS = (
-    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
-    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
-)
-_LATENT_DENSE_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
-
-
 def _rename_norms(model: Any, state: dict[str, Any]) -> None:
     """Name norms as Transformer Engine does, which fuses others into what follows than we do."""
     latent = model.config.multi_latent_attention
     for number, layer in enumerate(model.decoder.layers):
-        is_moe = hasattr(layer.mlp, "router")
-        names = [*_LATENT_NORMS] if latent else []
-        names += [_MOE_NORM] if is_moe else [_LATENT_DENSE_NORM] if latent else []
-        for module, saved in names:
+        for norm in norms(latent, hasattr(layer.mlp, "router")):
             for kind in ("weight", "bias"):
-                tensor = state.get(f"decoder.layers.{number}.{module}{kind}")
+                tensor = state.get(f"decoder.layers.{number}.{norm.module}{kind}")
                 if tensor is not None:
-                    tensor.key = f"decoder.layers.{number}.{saved}{kind}"
+                    tensor.key = f"decoder.layers.{number}.{norm.engine}{kind}"
 
 
 def _record_experts(trace: Trace, layer: int) -> Any:

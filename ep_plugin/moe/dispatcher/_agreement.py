@@ -82,5 +82,10 @@ class Agreement:
         return gathered
 
 
+def agreement(group: dist.ProcessGroup, checks: CheckSplits) -> Agreement | None:
+    """Return the checks of one dispatcher; None where nothing is ever checked."""
+    return None if checks == "off" else Agreement(group, checks)
+
+
 def _list(values: list[int]) -> str:
     return ", ".join(map(str, values))

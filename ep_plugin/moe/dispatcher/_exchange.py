@@ -5,13 +5,28 @@ back and `Start` waits for it, so that what was computed between the two hides t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Narrow = Callable[[Tensor], Any]  # rows [P, H] to Rows8 or Blocks8
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.kernels import select
+
+WireFormat = Callable[[Tensor], Any]  # rows [P, H] to Rows8 or Blocks8
+
+
+def wire_format_of(config: MoEConfig) -> WireFormat | None:
+    """Return what rounds rows [P, H] to e4m3 as the experts' recipe would; None for bf16."""
+    if config.dispatch_dtype != "fp8":
+        return None
+    return partial(_round, "quantize_rows" if config.fp8 == "rowwise" else "quantize_blocks")
+
+
+def _round(quantize: str, rows: Tensor) -> Any:
+    return getattr(select(rows), quantize)(rows)
 
 
 class Splits(NamedTuple):
@@ -28,7 +43,7 @@ class Exchange:
         self.splits, self.group = splits, group
         self.works: list[Any] = []  # dist.Work
         self.received: Tensor | None = None
-        self.record: Any = None  # Rows8 or Blocks8, as it arrives, of a narrow exchange
+        self.record: Any = None  # Rows8 or Blocks8, as it arrives, of an exchange in e4m3
 
     def out(self, rows: Tensor) -> Tensor:
         """Send `rows` [P, ...]; what is returned stands for what is received [N, ...]."""
@@ -55,15 +70,15 @@ class Exchange:
         self.works = []
 
 
-class NarrowExchange(Exchange):
+class Exchange8(Exchange):
     """An exchange of rows in e4m3 with their scales; the way back is of gradients as they are."""
 
-    def __init__(self, splits: Splits, group: dist.ProcessGroup, narrow: Narrow) -> None:
+    def __init__(self, splits: Splits, group: dist.ProcessGroup, wire_format: WireFormat) -> None:
         super().__init__(splits, group)
-        self.narrow = narrow
+        self.wire_format = wire_format
 
     def out(self, rows: Tensor) -> Tensor:
-        sent = self.narrow(rows)
+        sent = self.wire_format(rows)
         data = self.start(sent.data.view(torch.uint8), self.splits)  # not all backends have e4m3
         scale = self.start(sent.scale, self.splits)
         self.record = type(sent)(data.view(sent.data.dtype), scale)
@@ -115,9 +130,11 @@ def exchange(rows: Tensor, splits: Splits, group: dist.ProcessGroup) -> Callable
 
 
 def exchange_tokens(
-    rows: Tensor, splits: Splits, group: dist.ProcessGroup, narrow: Narrow | None
+    rows: Tensor, splits: Splits, group: dist.ProcessGroup, wire_format: WireFormat | None
 ) -> Callable[[], tuple[Tensor, Any]]:
-    """Do as `exchange`; what is returned also gives the rows as they travelled, where `narrow`."""
-    under_way = Exchange(splits, group) if narrow is None else NarrowExchange(splits, group, narrow)
+    """Do as `exchange`; with a `wire_format` the rows as they travelled are returned too."""
+    under_way = Exchange(splits, group)
+    if wire_format is not None:
+        under_way = Exchange8(splits, group, wire_format)
     rows = Start.apply(rows, under_way)
     return lambda: (Wait.apply(rows, under_way), under_way.record)

@@ -23,7 +23,7 @@ from ep_plugin.moe.kernels.peers_torch import Peers, rows_of
 _ALIGN = 128  # bytes; each tensor in the buffers starts at a multiple of it
 
 
-class Plan(NamedTuple):
+class Sends(NamedTuple):
     place: Tensor  # [T, G] int32, row of each token among those of each rank, -1 = not sent
     received: int  # rows on this rank, N; while a graph is captured `most`
     most: int  # rows that the buffers have room for, the same on every rank
@@ -37,36 +37,36 @@ class Link(NamedTuple):
     buffer: SharedBuffer
     programs: int  # SMs the kernels run on
 
-    def push(self, tensors: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
+    def push(self, tensors: Sequence[Tensor], sends: Sends) -> tuple[Tensor, ...]:
         """Send rows of each tensor [T, W]; return those received, [N, W] each, by source rank."""
-        ops, offsets, peers = self._begin(tensors, plan)
+        ops, offsets, peers = self._begin(tensors, sends)
         for rows, offset in zip(tensors, offsets, strict=True):
-            ops.push_rows(rows.contiguous(), peers, offset, plan.place, self.programs)
+            ops.push_rows(rows.contiguous(), peers, offset, sends.place, self.programs)
         self.buffer.barrier()
         own = peers.buffers[self.buffer.rank]
         return tuple(
-            rows_of(own, offset, plan.received, rows).clone()
+            rows_of(own, offset, sends.received, rows).clone()
             for rows, offset in zip(tensors, offsets, strict=True)
         )
 
-    def sum_home(self, tensors: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
+    def sum_home(self, tensors: Sequence[Tensor], sends: Sends) -> tuple[Tensor, ...]:
         """Return the sums [T, W] over ranks of each token's rows of each tensor [N, W]."""
-        ops, offsets, peers = self._begin(tensors, plan)
+        ops, offsets, peers = self._begin(tensors, sends)
         own = peers.buffers[self.buffer.rank]
         for rows, offset in zip(tensors, offsets, strict=True):
-            rows_of(own, offset, plan.received, rows).copy_(rows)
+            rows_of(own, offset, sends.received, rows).copy_(rows)
         self.buffer.barrier()
         return tuple(
-            ops.sum_rows(rows, peers, offset, plan.place, self.programs)
+            ops.sum_rows(rows, peers, offset, sends.place, self.programs)
             for rows, offset in zip(tensors, offsets, strict=True)
         )
 
-    def _begin(self, tensors: Sequence[Tensor], plan: Plan) -> tuple[Any, list[int], Peers]:
+    def _begin(self, tensors: Sequence[Tensor], sends: Sends) -> tuple[Any, list[int], Peers]:
         """Return kernels, each tensor's offset and the buffers, which no rank uses any more."""
-        *offsets, end = _offsets(tensors, plan.most)
-        peers = self.buffer.reserve(end, plan.place.device)
+        *offsets, end = _offsets(tensors, sends.most)
+        peers = self.buffer.reserve(end, sends.place.device)
         self.buffer.barrier()
-        kernels = "peers" if plan.place.is_cuda else "peers_torch"
+        kernels = "peers" if sends.place.is_cuda else "peers_torch"
         return import_module(f"ep_plugin.moe.kernels.{kernels}"), offsets, peers
 
     def swap(
@@ -125,26 +125,26 @@ def _offsets(likes: Sequence[Tensor], num_rows: int) -> list[int]:
 
 
 class Dispatch(torch.autograd.Function):
-    """Rows of matrices to where the plan says; the last are whole numbers."""
+    """Rows of matrices to where `sends` says; the last are whole numbers."""
 
     @staticmethod
-    def forward(ctx: Any, link: Link, plan: Plan, *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.link, ctx.plan = link, plan
-        received = link.push(rows, plan)
+    def forward(ctx: Any, link: Link, sends: Sends, *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.link, ctx.sends = link, sends
+        received = link.push(rows, sends)
         ctx.mark_non_differentiable(received[-1])
         return received
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.link.sum_home(grads[:-1], ctx.plan), None
+        return None, None, *ctx.link.sum_home(grads[:-1], ctx.sends), None
 
 
 class Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, outbox: Tensor, link: Link, plan: Plan) -> Tensor:
-        ctx.link, ctx.plan = link, plan
-        return link.sum_home((outbox,), plan)[0]
+    def forward(ctx: Any, outbox: Tensor, link: Link, sends: Sends) -> Tensor:
+        ctx.link, ctx.sends = link, sends
+        return link.sum_home((outbox,), sends)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.link.push(grads, ctx.plan)[0], None, None
+        return ctx.link.push(grads, ctx.sends)[0], None, None

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.rows import RowPlan, plan_rows
+from ep_plugin.moe.rows import Rows, count_choices, rows_of
 
 
 class Hosts(NamedTuple):
@@ -34,7 +34,7 @@ class Hosts(NamedTuple):
 class Copies(NamedTuple):
     """Rows to send, by destination."""
 
-    plan: RowPlan
+    rows: Rows
     token: Tensor  # [P] of each row
     destination: Tensor  # [P]
 
@@ -43,5 +43,6 @@ def once_for_each(wanted: Tensor, num_rows: int) -> Copies:
     """Return a row for each token and destination in `wanted` [T, D] bool, `num_rows` in all."""
     destinations = wanted.shape[1]
     columns = torch.arange(destinations, device=wanted.device)
-    plan = plan_rows(columns.where(wanted, -1), destinations).first(num_rows)
-    return Copies(plan, plan.order // destinations, plan.order % destinations)
+    ids = columns.where(wanted, -1)
+    rows = rows_of(ids, count_choices(ids, destinations), num_rows)
+    return Copies(rows, rows.order // destinations, rows.order % destinations)

@@ -30,31 +30,34 @@ from torch import Tensor
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import CheckSplits, MoEConfig
-from ep_plugin.moe.dispatcher._agreement import Agreement
-from ep_plugin.moe.dispatcher._exchange import Narrow, Splits, exchange, exchange_tokens
-from ep_plugin.moe.dispatcher._narrow import narrow_of
+from ep_plugin.moe.dispatcher._agreement import agreement
+from ep_plugin.moe.dispatcher._exchange import (
+    Splits,
+    WireFormat,
+    exchange,
+    exchange_tokens,
+    wire_format_of,
+)
 from ep_plugin.moe.dispatcher._once_per_rank import Hosts, once_for_each
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched, Packed, Pending, Routing
-from ep_plugin.moe.rows import RowPlan, count_choices, permute, plan_rows, unpermute
+from ep_plugin.moe.rows import Rows, count_choices, permute, rows_of, unpermute
 
 
 class _Handle(NamedTuple):
-    plan: RowPlan  # of the rows sent: one for each choice, or each rank
+    rows: Rows  # of the rows sent: one for each choice, or each rank
     splits: Splits
 
 
 class AllToAllDispatcher:
     """Sends each row straight to the ranks that host its expert."""
 
-    swaps = True
-
     def __init__(
         self,
         num_experts: int,
         groups: ExpertGroups,
         dedup: bool = False,
-        narrow: Narrow | None = None,
+        wire_format: WireFormat | None = None,
         check_splits: CheckSplits = "first",
     ) -> None:
         assert groups.ep_etp is not None
@@ -63,29 +66,35 @@ class AllToAllDispatcher:
         self.etp_size = groups.etp_size
         self.num_experts = num_experts
         self.dedup = dedup
-        self.narrow = narrow
-        self.agreement = Agreement(self.group, check_splits)
+        self.wire_format = wire_format
+        self.agreement = agreement(self.group, check_splits)
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         packed = self.pack(hidden, routing)
         splits = Splits(packed.sent, packed.received)
-        tokens = exchange_tokens(packed.outgoing, splits, self.group, self.narrow)
+        tokens = exchange_tokens(packed.outgoing, splits, self.group, self.wire_format)
 
         def wait() -> Dispatched:
             received, record = tokens()
-            return replace(packed.complete(received), narrow=record)
+            return replace(packed.complete(received), tokens8=record)
 
         return Pending(wait)
 
+    def fail(self) -> None:
+        if self.agreement is not None:
+            self.agreement.fail()
+
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
-        self.agreement.before_combine()
+        if self.agreement is not None:
+            self.agreement.before_combine()
         handle: _Handle = inbox.handle
         back = Splits(sent=handle.splits.received, received=handle.splits.sent)
         returned = exchange(outbox, back, self.group)  # [P, H]
         return Pending(lambda: self.unpack(returned(), inbox))
 
     def pack(self, hidden: Tensor, routing: Routing) -> Packed:
-        self.agreement.begin_dispatch(hidden, routing.expert_ids, self.num_experts)
+        if self.agreement is not None:
+            self.agreement.begin_dispatch(hidden, routing.expert_ids, self.num_experts)
         pack = self._once_for_each_rank if self.dedup else self._once_for_each_choice
         return pack(hidden, routing)
 
@@ -113,16 +122,18 @@ class AllToAllDispatcher:
         return Pending(wait)
 
     def unpack(self, returned: Tensor, inbox: Dispatched) -> Tensor:
-        return unpermute(returned, inbox.handle.plan)
+        handle: _Handle = inbox.handle
+        return unpermute(returned, handle.rows)
 
     def _once_for_each_choice(self, hidden: Tensor, routing: Routing) -> Packed:
         counts = self._exchange_counts(routing.tokens_per_expert)  # [2, G, e]
         on_host = counts.sum(2).tolist()  # the host sync
         splits = Splits(*on_host)
-        plan = plan_rows(self._destinations(routing.expert_ids), counts[0].numel())
-        plan = plan.first(sum(splits.sent))
+        destinations = self._destinations(routing.expert_ids)
+        to_each = count_choices(destinations, counts[0].numel())
+        rows = rows_of(destinations, to_each, sum(splits.sent))
         copies = routing.probs.repeat_interleave(self.etp_size, dim=1)  # [T, K * etp]
-        probs = exchange(copies.flatten()[plan.order], splits, self.group)
+        probs = exchange(copies.flatten()[rows.order], splits, self.group)
         received = counts[1]
         local = torch.arange(received.shape[1], device=hidden.device).repeat(len(received))
         expert_ids = local.repeat_interleave(received.flatten(), output_size=sum(splits.received))
@@ -133,10 +144,10 @@ class AllToAllDispatcher:
                 expert_ids.unsqueeze(1),  # [N, 1]
                 probs().unsqueeze(1),
                 received.sum(0),
-                _Handle(plan, splits),
+                _Handle(rows, splits),
             )
 
-        outgoing, rank = permute(hidden, plan), self.group.rank()
+        outgoing, rank = permute(hidden, rows), self.group.rank()
         return Packed(outgoing, rank, *splits, complete, choices=splits.received)
 
     def _once_for_each_rank(self, hidden: Tensor, routing: Routing) -> Packed:
@@ -146,17 +157,19 @@ class AllToAllDispatcher:
         numbers = torch.stack([wanted.sum(0), hosted.sum((0, 1))], dim=1)  # [G, 2]
         rows, chosen = self._both_ways(numbers).movedim(2, 0).tolist()  # the host sync
         splits, num_rows = Splits(*rows), sum(chosen[1])
-        plan, token, destination = once_for_each(wanted, sum(splits.sent))
-        names = hosts.local(routing.expert_ids[token], destination)  # [P, K]
+        copies = once_for_each(wanted, sum(splits.sent))
+        names = hosts.local(routing.expert_ids[copies.token], copies.destination)  # [P, K]
         expert_ids = exchange(names, splits, self.group)
-        probs = exchange(permute(routing.probs, plan).where(names >= 0, 0), splits, self.group)
+        probs = exchange(
+            permute(routing.probs, copies.rows).where(names >= 0, 0), splits, self.group
+        )
 
         def complete(tokens: Tensor) -> Dispatched:
             ids = expert_ids()  # [N, K]
             counts = count_choices(ids, hosts.experts)
-            return Dispatched(tokens, ids, probs(), counts, _Handle(plan, splits), num_rows)
+            return Dispatched(tokens, ids, probs(), counts, _Handle(copies.rows, splits), num_rows)
 
-        outgoing, rank = permute(hidden, plan), self.group.rank()
+        outgoing, rank = permute(hidden, copies.rows), self.group.rank()
         return Packed(outgoing, rank, *splits, complete, choices=chosen[1])
 
     def _exchange_counts(self, tokens_per_expert: Tensor) -> Tensor:
@@ -190,5 +203,9 @@ def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
             f"<etp={groups.etp_size}> without one; use <dispatcher=local>"
         )
     return AllToAllDispatcher(
-        config.num_experts, groups, config.dispatch_dedup, narrow_of(config), config.check_splits
+        config.num_experts,
+        groups,
+        config.dispatch_dedup,
+        wire_format_of(config),
+        config.check_splits,
     )

@@ -38,21 +38,29 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import CheckSplits, MoEConfig
-from ep_plugin.moe.dispatcher._agreement import Agreement
-from ep_plugin.moe.dispatcher._exchange import Narrow, Splits, exchange, exchange_tokens
-from ep_plugin.moe.dispatcher._narrow import narrow_of
+from ep_plugin.moe.dispatcher._agreement import agreement
+from ep_plugin.moe.dispatcher._exchange import (
+    Splits,
+    WireFormat,
+    exchange,
+    exchange_tokens,
+    wire_format_of,
+)
 from ep_plugin.moe.dispatcher._once_per_rank import Hosts, once_for_each
 from ep_plugin.moe.groups import ExpertGroups, by_node, relays
 from ep_plugin.moe.interfaces import Dispatched, Pending, Routing
-from ep_plugin.moe.rows import RowPlan, count_choices, permute, unpermute
+from ep_plugin.moe.rows import Rows, count_choices, permute, unpermute
 
 
 class _Leg(NamedTuple):
     """One exchange, as combine needs it for the way back."""
 
-    plan: RowPlan  # of the rows sent
+    rows: Rows  # those sent
     splits: Splits
     group: dist.ProcessGroup
+
+
+_Handle = tuple[_Leg, _Leg]  # between nodes, and inside this one
 
 
 class HierarchicalDispatcher:
@@ -62,7 +70,7 @@ class HierarchicalDispatcher:
         self,
         num_experts: int,
         groups: ExpertGroups,
-        narrow: Narrow | None = None,
+        wire_format: WireFormat | None = None,
         check_splits: CheckSplits = "first",
     ) -> None:
         assert groups.ep_etp is not None
@@ -80,27 +88,34 @@ class HierarchicalDispatcher:
         here = next(i for i, node in enumerate(nodes) if rank in node)
         first = [0, *accumulate(self.sizes)][here]
         self.own = slice(first, first + self.sizes[here])  # this node's ranks in the expert group
-        self.narrow = narrow
-        self.agreement = Agreement(groups.ep_etp, check_splits)
+        self.wire_format = wire_format
+        self.agreement = agreement(groups.ep_etp, check_splits)
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
         ids = routing.expert_ids
-        self.agreement.begin_dispatch(
-            hidden, ids, self.num_experts, **{"ranks of a node": self.ranks_per_node}
-        )
+        if self.agreement is not None:
+            self.agreement.begin_dispatch(
+                hidden, ids, self.num_experts, **{"ranks of a node": self.ranks_per_node}
+            )
         wanted = self.hosts.wanted(ids)  # [T, G]
         between, inside = self._count(wanted)
         copies = once_for_each(self._by_node(wanted), sum(between.sent))
-        leg = _Leg(copies.plan, between, self.inter)
+        leg = _Leg(copies.rows, between, self.inter)
         expert_ids = exchange(ids[copies.token], between, self.inter)
-        probs = exchange(permute(routing.probs, copies.plan), between, self.inter)
-        rows = permute(hidden, copies.plan)  # [P, H]
-        tokens = exchange_tokens(rows, between, self.inter, self.narrow)
+        probs = exchange(permute(routing.probs, copies.rows), between, self.inter)
+        rows = permute(hidden, copies.rows)  # [P, H]
+        tokens = exchange_tokens(rows, between, self.inter, self.wire_format)
         return Pending(lambda: self._pass_on(expert_ids(), probs, tokens, leg, inside))
 
+    def fail(self) -> None:
+        if self.agreement is not None:
+            self.agreement.fail()
+
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
-        self.agreement.before_combine()
-        between, inside = inbox.handle
+        if self.agreement is not None:
+            self.agreement.before_combine()
+        handle: _Handle = inbox.handle
+        between, inside = handle
         at_relay = _start_home(outbox, inside)
         return Pending(lambda: _start_home(at_relay(), between)())
 
@@ -114,18 +129,18 @@ class HierarchicalDispatcher:
     ) -> Dispatched:
         """Send what comes over the rail, [M, K] and [M, H], to the ranks of this node."""
         wanted = self.hosts.wanted(expert_ids)[:, self.own]
-        plan, token, destination = once_for_each(wanted, sum(splits.sent))
+        where, token, destination = once_for_each(wanted, sum(splits.sent))
         chosen = self.hosts.local(expert_ids[token], destination + self.own.start)  # [P, K]
         at_relay, record = tokens()  # before the exchanges below, so that no two legs compete
-        narrow = None if record is None else lambda _: _rows_of(record, token)
+        wire_format = None if record is None else lambda _: _rows_of(record, token)
         local_ids = exchange(chosen, splits, self.intra)
-        local_probs = exchange(permute(probs(), plan).where(chosen >= 0, 0), splits, self.intra)
-        received = exchange_tokens(permute(at_relay, plan), splits, self.intra, narrow)
+        local_probs = exchange(permute(probs(), where).where(chosen >= 0, 0), splits, self.intra)
+        received = exchange_tokens(permute(at_relay, where), splits, self.intra, wire_format)
         ids = local_ids()  # [N, K]
         counts = count_choices(ids, self.hosts.experts)
-        handle = between, _Leg(plan, splits, self.intra)
+        handle: _Handle = between, _Leg(where, splits, self.intra)
         arrived, arrived_record = received()
-        return Dispatched(*(arrived, ids, local_probs(), counts, handle), narrow=arrived_record)
+        return Dispatched(*(arrived, ids, local_probs(), counts, handle), tokens8=arrived_record)
 
     def _by_node(self, wanted: Tensor) -> Tensor:
         """Return [T, D] bool: whether a node has any of the ranks that are `wanted` [T, G]."""
@@ -157,7 +172,7 @@ def _start_home(rows: Tensor, leg: _Leg) -> Callable[[], Tensor]:
     """Start sending `rows` back along `leg`; the function returned sums them where they split."""
     sent, received = leg.splits
     returned = exchange(rows, Splits(sent=received, received=sent), leg.group)
-    return lambda: unpermute(returned(), leg.plan)
+    return lambda: unpermute(returned(), leg.rows)
 
 
 def _rows_of(record: Any, rows: Tensor) -> Any:
@@ -180,5 +195,5 @@ def build(config: MoEConfig, groups: ExpertGroups) -> HierarchicalDispatcher:
             "ranks_per_node=8) or <dispatcher=alltoall>"
         )
     return HierarchicalDispatcher(
-        config.num_experts, groups, narrow_of(config), config.check_splits
+        config.num_experts, groups, wire_format_of(config), config.check_splits
     )

@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import GRAPH_RANKS, MoEConfig
-from ep_plugin.moe.dispatcher._link import Combine, Dispatch, Link, Plan
+from ep_plugin.moe.dispatcher._link import Combine, Dispatch, Link, Sends
 from ep_plugin.moe.dispatcher._once_per_rank import Hosts
 from ep_plugin.moe.dispatcher._shared_buffer import shared_buffer
 from ep_plugin.moe.groups import ExpertGroups, all_gather_single
@@ -48,8 +48,7 @@ def _captured(tensor: Tensor) -> bool:
 class SymmetricMemoryDispatcher:
     """Stores each token in the buffers of the ranks that host its experts; sums what they leave."""
 
-    swaps = True
-    narrow = None
+    wire_format = None
 
     def __init__(self, num_experts: int, groups: ExpertGroups, comm_sms: int) -> None:
         assert groups.ep_etp is not None
@@ -61,20 +60,20 @@ class SymmetricMemoryDispatcher:
         self.most_tokens = 0  # that a rank had in a call
 
     def start_dispatch(self, hidden: Tensor, routing: Routing) -> Pending[Dispatched]:
-        plan = self._plan(routing.expert_ids)
+        sends = self._plan(routing.expert_ids)
         inputs = (hidden, routing.probs, routing.expert_ids)
         (tokens, probs, chosen), finish = self.link.buffer.beside(
-            (*inputs, plan.place), lambda: Dispatch.apply(self.link, plan, *inputs)
+            (*inputs, sends.place), lambda: Dispatch.apply(self.link, sends, *inputs)
         )
 
         def wait() -> Dispatched:
             finish()
             here = self._is_here(chosen)
-            if plan.came is not None:  # there may be rows that nobody wrote
+            if sends.came is not None:  # there may be rows that nobody wrote
                 rows = torch.arange(len(here), device=here.device)
-                here &= (rows < plan.came).unsqueeze(1)
+                here &= (rows < sends.came).unsqueeze(1)
             own = self._own(chosen, probs, here)
-            return Dispatched(tokens, *own, handle=plan, num_rows=plan.choices)
+            return Dispatched(tokens, *own, handle=sends, num_rows=sends.choices)
 
         return Pending(wait)
 
@@ -87,8 +86,9 @@ class SymmetricMemoryDispatcher:
         return ids, probs.where(here, 0), count_choices(ids, self.experts)
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
+        sends: Sends = inbox.handle
         (summed,), finish = self.link.buffer.beside(
-            (outbox,), lambda: (Combine.apply(outbox, self.link, inbox.handle),)
+            (outbox,), lambda: (Combine.apply(outbox, self.link, sends),)
         )
 
         def wait() -> Tensor:
@@ -108,10 +108,10 @@ class SymmetricMemoryDispatcher:
         ranks, rank = self.link.buffer.ranks, self.link.buffer.rank
         own = torch.arange(rank * most, (rank + 1) * most, dtype=torch.int32, device=device)
         rows = ranks * most
-        plan = Plan(own.unsqueeze(1).expand(-1, ranks).contiguous(), rows, rows, None)
+        sends = Sends(own.unsqueeze(1).expand(-1, ranks).contiguous(), rows, rows, None)
         self.link.prepare_swaps((hidden, probs))
         (all_probs, chosen), finish = self.link.buffer.beside(
-            (probs, ids, plan.place), lambda: self.link.push((probs.detach(), ids), plan)
+            (probs, ids, sends.place), lambda: self.link.push((probs.detach(), ids), sends)
         )
 
         def complete(tokens: Tensor) -> Dispatched:
@@ -146,7 +146,7 @@ class SymmetricMemoryDispatcher:
         self.most_tokens = max(self.most_tokens, most)
         return most, [row[self.link.buffer.rank] for row in of_ranks]
 
-    def _plan(self, expert_ids: Tensor) -> Plan:
+    def _plan(self, expert_ids: Tensor) -> Sends:
         """Tell all ranks how many rows go where; return where this rank's do."""
         captured = _captured(expert_ids)
         if captured:
@@ -164,14 +164,14 @@ class SymmetricMemoryDispatcher:
         came = counts[:, rank].sum()
         if captured:
             most = self.most_tokens * len(counts)
-            return Plan(place, most, most, None, came)
+            return Sends(place, most, most, None, came)
         busiest = counts.sum(0).max()
         numbers = torch.stack([came, table[:, 1, rank].sum(), table[:, 2].max(), busiest])
         received, choices, tokens_of_a_rank, most = numbers.tolist()  # the host sync
         self.most_tokens = max(self.most_tokens, tokens_of_a_rank)
         # Routing changes, and growing stops all ranks: a quarter more than this call needs.
         room = self.most_tokens * len(counts) if len(counts) <= GRAPH_RANKS else most + most // 4
-        return Plan(place, received, room, choices)
+        return Sends(place, received, room, choices)
 
     def _of_ranks(self, own: Tensor) -> Tensor:
         """Return every rank's `own` [a, ...]: [G, a, ...]."""

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.moe.config import Activation, MoEConfig
-from ep_plugin.moe.experts.autotune import AutoGemm
+from ep_plugin.moe.experts import autotune
 from ep_plugin.moe.experts.fp8 import blockwise, rowwise
 from ep_plugin.moe.experts.fused import Bf16, FusedExperts, Recipe, Totals
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched, GroupedGemm
-from ep_plugin.moe.kernels import Rows, plan
-from ep_plugin.moe.rows import permute, plan_rows, unpermute
+from ep_plugin.moe.rows import ExpertRows, expert_rows, permute, rows_of, unpermute
 from ep_plugin.registry import resolve
 
 
@@ -39,6 +38,11 @@ FP8: dict[str, tuple[Any, Any]] = {  # module with check and prepare, and the re
     "rowwise": (rowwise, rowwise.Rowwise),
     "blockwise": (blockwise, blockwise.Blockwise),
 }
+
+
+def captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is captured with `tensor` in it."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class GroupedLinear(nn.Module):
@@ -66,15 +70,25 @@ class GroupedLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype)) if bias else None
         )
-        self.gemm: GroupedGemm | AutoGemm = AutoGemm()
+        self._gemm: GroupedGemm | None = None  # None: whatever `auto` picks
         if gemm != "auto":
-            self.gemm = resolve("gemm", gemm)(in_features, out_features, self.weight.dtype)
+            self._gemm = resolve("gemm", gemm)(in_features, out_features, self.weight.dtype)
+        self._picked: dict[Any, GroupedGemm] = {}
 
     def pick_gemm(self, num_rows: int) -> GroupedGemm:
-        """Return the backend; `auto` is settled at the first rows, since a layer may be moved."""
-        if not isinstance(self.gemm, AutoGemm):
-            return self.gemm
-        return self.gemm.pick(self.weight, num_rows if self.measures else 0)  # 0: the rule's
+        """Return the backend for a call with `num_rows` rows.
+
+        `auto` is settled at the first rows, and anew where the layer is moved. While a CUDA graph
+        is captured, and without rows, nothing can be measured, and it goes by a rule.
+        """
+        if self._gemm is not None:
+            return self._gemm
+        weight = self.weight
+        measured = self.measures and num_rows > 0 and not captured(weight)
+        where = weight.device, weight.dtype, measured
+        if where not in self._picked:
+            self._picked[where] = autotune.pick(weight, num_rows if measured else 0)
+        return self._picked[where]
 
     def forward(self) -> Tensor:
         """Return the weight [e, out, in]."""
@@ -151,15 +165,15 @@ class Experts(nn.Module):
         saves_less = self.config.save != "bf16"
         if fc1.bias is None and (self.fp8 or saves_less or inbox.tokens.is_cuda):
             choices = inbox.expert_ids, inbox.tokens_per_expert
-            planned = plan(*choices, self.config.activation, inbox.num_rows)
+            where = expert_rows(*choices, self.config.activation, inbox.num_rows)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
-                *(self.recipes(len(planned.order))(planned), self.config.save, self.totals),
-                inbox.narrow,
+                *(self.recipes(len(where.order))(where), self.config.save, self.totals),
+                inbox.tokens8,
             )
             return output
-        ends = inbox.tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
-        moves = plan_rows(inbox.expert_ids, self.num_local_experts)
+        moves = rows_of(inbox.expert_ids, inbox.tokens_per_expert)
+        ends = moves.ends
         probs = inbox.probs.flatten()[moves.order].unsqueeze(1)  # [R, 1]
         expert = torch.searchsorted(ends, torch.arange(len(probs), device=ends.device), right=True)
         expert = expert.clamp(max=self.num_local_experts - 1)  # [R]; rows of absent choices: any
@@ -173,7 +187,7 @@ class Experts(nn.Module):
             rows = rows + (bias * probs).to(rows.dtype)
         return unpermute(rows, moves)
 
-    def recipes(self, num_rows: int) -> Callable[[Rows], Recipe]:
+    def recipes(self, num_rows: int) -> Callable[[ExpertRows], Recipe]:
         """Return what makes the recipe of some of a call's `num_rows` rows, or of all of them."""
         wgrad8 = self.config.fp8_wgrad == "fp8"
         kind: Any = FP8[self.config.fp8][1] if self.fp8 else Bf16

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ep_plugin.moe.config import Save
 from ep_plugin.moe.interfaces import GroupedGemm
-from ep_plugin.moe.kernels import Rows
-from ep_plugin.moe.records import parts_of, whole_of
+from ep_plugin.moe.rows import ExpertRows
 
 Into = tuple[Tensor | None, Tensor | None]  # where the gradients of fc1 and fc2 are added
 
@@ -42,7 +41,7 @@ class Recipe(Protocol):
 
     has_own_products: bool
     takes_pieces: bool  # fc1_grads takes what is kept of several pieces of the tokens as a list
-    rows: Rows
+    rows: ExpertRows
 
     def keep(self, tokens: Tensor) -> Any:
         """Return `tokens` [N, H] as they are kept for the backward."""
@@ -56,7 +55,7 @@ class Recipe(Protocol):
         """Return the sum [N, H] over each token's outputs."""
         ...
 
-    def narrow(self, hidden: Tensor) -> Any:
+    def held(self, hidden: Tensor) -> Any:
         """Return `hidden` in e4m3, as save = fp8 keeps it."""
         ...
 
@@ -93,7 +92,7 @@ class Bf16:
     has_own_products = False
     takes_pieces = True
 
-    def __init__(self, rows: Rows, gemm: GroupedGemm) -> None:
+    def __init__(self, rows: ExpertRows, gemm: GroupedGemm) -> None:
         self.rows, self.gemm = rows, gemm
 
     def keep(self, tokens: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ class Bf16:
         active = self.rows.activate(hidden, probs)
         return self.rows.sum(self.gemm.forward(active, fc2, self.rows.ends))
 
-    def narrow(self, hidden: Tensor) -> Any:
+    def held(self, hidden: Tensor) -> Any:
         return self.rows.ops.quantize_rows(hidden)
 
     def incoming(self, grads: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ class Bf16:
 class FusedExperts(torch.autograd.Function):
     """tokens [N, H], probs [N, C], weights [e, out, in] -> [N, H].
 
-    `narrow` are the tokens as the recipe would keep them, where they came so.
+    `tokens8` are the tokens as the recipe would keep them, where they came so.
     """
 
     @staticmethod
@@ -149,9 +148,9 @@ class FusedExperts(torch.autograd.Function):
         recipe: Recipe,
         save: Save,
         totals: Totals | None,
-        narrow: Any,
+        tokens8: Any,
     ) -> Tensor:
-        probs, kept = probs.contiguous(), recipe.keep(tokens) if narrow is None else narrow
+        probs, kept = probs.contiguous(), recipe.keep(tokens) if tokens8 is None else tokens8
         hidden = recipe.first(kept, fc1)
         output, held = recipe.second(hidden, probs, fc2), hold(recipe, hidden, save)
         ctx.recipe, ctx.totals, ctx.kinds = recipe, totals, (type(kept), type(held))
@@ -195,4 +194,24 @@ def hold(recipe: Recipe, hidden: Tensor, save: Save) -> Any:
     """Return what `save` holds of the pre-activations."""
     if save == "recompute":
         return None
-    return hidden if save == "bf16" else recipe.narrow(hidden)
+    return hidden if save == "bf16" else recipe.held(hidden)
+
+
+def parts_of(value: Any) -> list[Tensor]:
+    """Return the tensors of a tensor, of a record of tensors, or of nothing."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, Tensor) else list(vars(value).values())
+
+
+def whole_of(kind: Any, parts: list[Tensor]) -> Any:
+    """Return what `parts_of` was given, of type `kind`."""
+    if kind is type(None):
+        return None
+    return parts[0] if issubclass(kind, Tensor) else kind(*parts)
+
+
+def joined(pieces: list[Any]) -> Any:
+    """Return one matrix, or record of matrices, with the rows of all pieces."""
+    tensors = [torch.cat(same) for same in zip(*map(parts_of, pieces), strict=True)]
+    return whole_of(type(pieces[0]), tensors)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.kernels import TILE, Tiles
+from ep_plugin.moe.kernels.types import TILE, Tiles
 
 
 def sources(

@@ -1,4 +1,4 @@
-"""Plain-torch twins of `kernels.experts`: the same functions, the same rounding, any device.
+"""Plain-torch twins of `kernels._on_cuda`: the same functions, the same rounding, any device.
 
 Where the kernels leave rows behind the last expert's as they are, the twins hold zeros.
 """
@@ -6,8 +6,7 @@ Where the kernels leave rows behind the last expert's as they are, the twins hol
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.e4m3 import E4M3, Columns8, Narrow8, Rows8, Weight8, quantize_rows
-from ep_plugin.moe.kernels import TILE, Tiles
+from ep_plugin.moe.e4m3 import E4M3, Columns8, Rows8, Weight8
 from ep_plugin.moe.kernels._columns_torch import products, sources
 from ep_plugin.moe.kernels.activation_torch import activate, activate_backward
 from ep_plugin.moe.kernels.blocks_torch import (
@@ -18,80 +17,34 @@ from ep_plugin.moe.kernels.blocks_torch import (
     quantize_weight_blocks,
     transpose_blocks,
 )
-from ep_plugin.moe.rows import plan_rows
+from ep_plugin.moe.kernels.quantize_torch import quantize_rows
+from ep_plugin.moe.kernels.rows_torch import (
+    count_choices,
+    sort_choices,
+    spread_rows,
+    spread_rows8,
+    sum_pieces,
+    sum_rows,
+)
+from ep_plugin.moe.kernels.types import TILE, Tiles
 
 __all__ = [  # as they are elsewhere
     "activate",
     "activate_backward",
     "add_wgrad_blocks",
+    "count_choices",
     "multiply_blocks",
     "multiply_column_blocks",
     "quantize_blocks",
     "quantize_rows",
     "quantize_weight_blocks",
+    "sort_choices",
+    "spread_rows",
+    "spread_rows8",
+    "sum_pieces",
+    "sum_rows",
     "transpose_blocks",
 ]
-
-
-def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the flat choice of each row [R] and the row of each choice [N, C], int32.
-
-    A stable counting sort of `expert_ids` [N, C]; absent choices, -1, come last. `ends` [e] int32
-    is the row behind each expert's last.
-    """
-    plan = plan_rows(expert_ids, len(ends))
-    return plan.order.int(), plan.place.int()
-
-
-def spread_rows(
-    tokens: Tensor,
-    place: Tensor,
-    ends: Tensor,
-    num_rows: int | None = None,
-    into: Tensor | None = None,
-) -> Tensor:
-    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X].
-
-    R is `num_rows`, at least the last of `ends`, or N * C. Rows of other tokens stay as they are
-    in `into`, where that is given.
-    """
-    num_tokens, choices = place.shape
-    if into is None:
-        size = num_tokens * choices if num_rows is None else num_rows
-        into = tokens.new_zeros(size, tokens.shape[1])
-    at = place.flatten()
-    present = at < ends[-1]
-    into[at[present].long()] = tokens.repeat_interleave(choices, dim=0)[present]
-    return into
-
-
-def spread_rows8(
-    tokens: Narrow8, place: Tensor, ends: Tensor, num_rows: int | None = None
-) -> Narrow8:
-    """Do as `spread_rows` for tokens in e4m3."""
-    planned, scale = (place, ends, num_rows), tokens.scale
-    data = spread_rows(tokens.data.view(torch.uint8), *planned).view(E4M3)
-    rows = spread_rows(scale.reshape(len(scale), scale[:1].numel()), *planned)
-    return type(tokens)(data, rows.view(len(rows), *scale.shape[1:]))
-
-
-def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
-    """Return the sums in fp32 of each token's rows [R, X], absent choices left out: [N, X]."""
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    absent = place >= ends[-1]
-    if not len(rows):
-        return rows.new_zeros(len(place), rows.shape[1])
-    chosen = wide[place.masked_fill(absent, 0)].masked_fill(absent.unsqueeze(-1), 0)  # [N, C, X]
-    return chosen.sum(dim=1).to(rows.dtype)
-
-
-def sum_pieces(pieces: list[Tensor]) -> Tensor:
-    """Return the sum [N, X] of at least two `pieces` [N, X], in their order, in fp32 at least."""
-    dtype = pieces[0].dtype
-    total = pieces[0].to(torch.promote_types(dtype, torch.float32), copy=True)
-    for piece in pieces[1:]:
-        total += piece
-    return total.to(dtype)
 
 
 def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:

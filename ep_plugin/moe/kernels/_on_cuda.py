@@ -1,6 +1,6 @@
 """Steps of the experts in Triton: products in e4m3, and what is bound by memory around products.
 
-The functions have the same names, arguments and results as their twins in `experts_torch`.
+The functions have the same names, arguments and results as their twins in `_on_any`.
 """
 
 from ep_plugin.moe.kernels.activation import ACTIVATIONS, activate, activate_backward
@@ -10,6 +10,14 @@ from ep_plugin.moe.kernels.block_product import (
     multiply_column_blocks,
 )
 from ep_plugin.moe.kernels.blocks import quantize_blocks, quantize_weight_blocks
+from ep_plugin.moe.kernels.move_rows import (
+    count_choices,
+    sort_choices,
+    spread_rows,
+    spread_rows8,
+    sum_pieces,
+    sum_rows,
+)
 from ep_plugin.moe.kernels.product import multiply
 from ep_plugin.moe.kernels.quantize import (
     quantize_rows,
@@ -17,7 +25,6 @@ from ep_plugin.moe.kernels.quantize import (
     transpose_blocks,
     transpose_rows,
 )
-from ep_plugin.moe.kernels.rows import sort_choices, spread_rows, spread_rows8, sum_pieces, sum_rows
 from ep_plugin.moe.kernels.tiles import plan_tiles
 from ep_plugin.moe.kernels.wgrad import add_wgrad, add_wgrad8, multiply_columns
 
@@ -28,6 +35,7 @@ __all__ = [
     "add_wgrad",
     "add_wgrad8",
     "add_wgrad_blocks",
+    "count_choices",
     "multiply",
     "multiply_blocks",
     "multiply_column_blocks",

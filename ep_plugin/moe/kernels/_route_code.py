@@ -1,11 +1,11 @@
-"""The Triton code of `kernels.routing`: choose, add up and drop, and the backward."""
+"""The Triton code of `kernels.route`: choose, add up and drop, and the backward."""
 
 import torch
 import triton
 import triton.language as tl
 
 from ep_plugin.moe.kernels._launch import jit
-from ep_plugin.moe.kernels.capacity import place_of, queue_key, serve
+from ep_plugin.moe.kernels.capacity import RANDOM, place_of, queue_key, serve
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # divisors are at least this
 NOBODY = tl.constexpr(-(2**31))  # below the rank of any logit
@@ -157,7 +157,7 @@ def route_kernel(
             for k in tl.static_range(K):
                 weight = values[k] / divisor
                 draw = weight
-                if POLICY == 4:
+                if POLICY == RANDOM:
                     at = token.to(tl.int64) * K + k
                     draw = tl.load(draws + at, mask=real, other=0.0)
                 key = queue_key(place, k, weight, first_value, draw, place_bits, POLICY)

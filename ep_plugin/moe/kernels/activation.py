@@ -12,11 +12,19 @@ from torch import Tensor
 
 from ep_plugin.moe.config import GATED
 from ep_plugin.moe.e4m3 import BLOCK, E4M3, Blocks8, Rows8
-from ep_plugin.moe.kernels import Narrow, Target
 from ep_plugin.moe.kernels._launch import jit, next_power_of_2
 from ep_plugin.moe.kernels.quantize import power_of_two_scale
+from ep_plugin.moe.kernels.types import Scales, Target
 
-ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "geglu_tanh": 4}
+SWIGLU, GEGLU, GELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+RELU, GEGLU_TANH = tl.constexpr(3), tl.constexpr(4)
+ACTIVATIONS = {
+    "swiglu": SWIGLU.value,
+    "geglu": GEGLU.value,
+    "gelu": GELU.value,
+    "relu": RELU.value,
+    "geglu_tanh": GEGLU_TANH.value,
+}
 
 
 def _warps(width: int) -> int:
@@ -55,15 +63,15 @@ def _sigmoid(x):
 @triton.jit
 def _activate(gate, up, ACT: tl.constexpr):
     """Activation of one row, and its slopes with respect to gate and up."""
-    if ACT == 0:
+    if ACT == SWIGLU:
         sigma = _sigmoid(gate)
         return gate * sigma * up, up * sigma * (1.0 + gate * (1.0 - sigma)), gate * sigma
-    if ACT == 1:
+    if ACT == GEGLU:
         value = _erf_gelu(gate)
         return value * up, up * _erf_gelu_slope(gate), value
-    if ACT == 2:
+    if ACT == GELU:
         return _erf_gelu(gate), _erf_gelu_slope(gate), gate
-    if ACT == 4:
+    if ACT == GEGLU_TANH:
         # x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3) is x sigmoid(2 u)
         sigma = _sigmoid(gate * (1.5957691216057308 + 0.07135481627260025 * gate * gate))
         steep = 1.5957691216057308 + 0.21406444881780075 * gate * gate  # slope of 2 u
@@ -83,7 +91,7 @@ def _scale(largest, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _narrow(row, scales, BLOCK: tl.constexpr, SIZE: tl.constexpr, NUM_SCALES, DTYPE: tl.constexpr):
+def _to_e4m3(row, scales, BLOCK: tl.constexpr, SIZE: tl.constexpr, NUM_SCALES, DTYPE: tl.constexpr):
     """Store the scales of one row's values, one for each SIZE; the values in their units."""
     blocks = tl.reshape(row, (BLOCK // SIZE, SIZE))
     scale = _scale(tl.max(tl.abs(blocks), axis=1), DTYPE)
@@ -117,7 +125,7 @@ def _activate_kernel(
         value *= 1.0 / scale
     if BLOCKS8 > 0:
         num_scales = WIDTH // BLOCKS8
-        value = _narrow(value, scales + row * num_scales, BLOCK, BLOCKS8, num_scales, carried)
+        value = _to_e4m3(value, scales + row * num_scales, BLOCK, BLOCKS8, num_scales, carried)
     small = value.to(carried).to(out.dtype.element_ty)
     tl.store(out + row * WIDTH + column, small, mask=inside)
 
@@ -128,15 +136,15 @@ def activate(
     order: Tensor,
     ends: Tensor,
     activation: str,
-    narrow: Narrow | None = None,
+    scales: Scales | None = None,
 ) -> Tensor | Rows8 | Blocks8:
     """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
 
-    In e4m3 as `narrow` says; by blocks F is a multiple of 128.
+    In e4m3 as `scales` says; by blocks F is a multiple of 128.
     """
     gated = activation in GATED
     num_rows, width = len(hidden), hidden.shape[1] // (2 if gated else 1)
-    active = _empty(num_rows, width, narrow, hidden)
+    active = _empty(num_rows, width, scales, hidden)
     if active.data.numel():
         block = next_power_of_2(width)
         _activate_kernel[(num_rows,)](
@@ -144,8 +152,8 @@ def activate(
             *(active.data, ends if isinstance(active, Tensor) else active.scale, width),
             ACT=ACTIVATIONS[activation],
             IS_GATED=gated,
-            ROWS8=narrow == "rows",
-            BLOCKS8=BLOCK if narrow == "blocks" else 0,
+            ROWS8=scales == "rows",
+            BLOCKS8=BLOCK if scales == "blocks" else 0,
             BLOCK=block,
             num_warps=_warps(block),
         )
@@ -208,11 +216,11 @@ def _activate_backward_kernel(
         d_up *= 1.0 / scale
     if BLOCKS8 > 0:
         each = WIDTH // BLOCKS8  # scales of the activation
-        value = _narrow(value, out_scales + row * each, BLOCK, BLOCKS8, each, carried)
+        value = _to_e4m3(value, out_scales + row * each, BLOCK, BLOCKS8, each, carried)
         start = d_scales + row * factor * each
-        d_gate = _narrow(d_gate, start, BLOCK, BLOCKS8, each, carried)
+        d_gate = _to_e4m3(d_gate, start, BLOCK, BLOCKS8, each, carried)
         if IS_GATED:
-            d_up = _narrow(d_up, start + each, BLOCK, BLOCKS8, each, carried)
+            d_up = _to_e4m3(d_up, start + each, BLOCK, BLOCKS8, each, carried)
     stored: tl.constexpr = out.dtype.element_ty
     tl.store(out + row * WIDTH + column, value.to(carried).to(stored), mask=inside)
     target = d_hidden + row * WIDTH * factor + column
@@ -228,12 +236,12 @@ def activate_backward(
     order: Tensor,
     ends: Tensor,
     activation: str,
-    narrow: Narrow | None = None,
+    scales: Scales | None = None,
     target: Target | None = None,
 ) -> tuple[Any, Any, Tensor]:
     """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
 
-    `grads` [R, F] are the activation's. The first two are in e4m3 as `narrow` says, and rows of
+    `grads` [R, F] are the activation's. The first two are in e4m3 as `scales` says, and rows of
     larger matrices with a `target`.
     """
     gated = activation in GATED
@@ -243,9 +251,9 @@ def activate_backward(
         found = target.matrices
     else:
         rows = num_rows if target is None else target.num_rows
-        found = tuple(_empty(rows, like.shape[1], narrow, grads) for like in (kept, grads))
+        found = tuple(_empty(rows, like.shape[1], scales, grads) for like in (kept, grads))
     d_hidden, out = (matrix.data for matrix in found)
-    d_scales, out_scales = (matrix.scale if narrow else ends for matrix in found)
+    d_scales, out_scales = (matrix.scale if scales else ends for matrix in found)
     make = torch.empty if num_rows == probs.numel() else torch.zeros  # absent choices have no row
     d_probs = make(probs.shape, dtype=torch.float32, device=grads.device)
     if grads.numel():
@@ -257,8 +265,8 @@ def activate_backward(
             *(d_hidden, d_scales, out, out_scales, d_probs, width),
             ACT=ACTIVATIONS[activation],
             IS_GATED=gated,
-            ROWS8=narrow == "rows",
-            BLOCKS8=BLOCK if narrow == "blocks" else 0,
+            ROWS8=scales == "rows",
+            BLOCKS8=BLOCK if scales == "blocks" else 0,
             HIDDEN_ROWS8=isinstance(hidden, Rows8),
             HIDDEN_BLOCKS8=BLOCK if isinstance(hidden, Blocks8) else 0,
             AT=target is not None,
@@ -269,10 +277,10 @@ def activate_backward(
     return *found, d_probs
 
 
-def _empty(rows: int, width: int, narrow: Narrow | None, like: Tensor) -> Tensor | Rows8 | Blocks8:
-    if narrow is None:
+def _empty(rows: int, width: int, scales: Scales | None, like: Tensor) -> Tensor | Rows8 | Blocks8:
+    if scales is None:
         return like.new_empty(rows, width)
     data = like.new_empty(rows, width, dtype=E4M3)
-    if narrow == "rows":
+    if scales == "rows":
         return Rows8(data, like.new_empty(rows, dtype=torch.float32))
     return Blocks8(data, like.new_empty(rows, width // BLOCK, dtype=torch.float32))

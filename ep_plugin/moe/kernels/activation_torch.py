@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ep_plugin.moe.config import GATED
-from ep_plugin.moe.e4m3 import E4M3, Blocks8, Rows8, dequantize_rows, quantize_rows
-from ep_plugin.moe.kernels import Narrow, Target
+from ep_plugin.moe.e4m3 import E4M3, Blocks8, Rows8
 from ep_plugin.moe.kernels.blocks_torch import dequantize_blocks, quantize_blocks
+from ep_plugin.moe.kernels.quantize_torch import dequantize_rows, quantize_rows
+from ep_plugin.moe.kernels.types import Scales, Target
 
-QUANTIZE: dict[Narrow, Callable[[Tensor], Any]] = {"rows": quantize_rows, "blocks": quantize_blocks}
+QUANTIZE: dict[Scales, Callable[[Tensor], Any]] = {"rows": quantize_rows, "blocks": quantize_blocks}
 
 # GELU by tanh, x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), is x sigmoid(2 u).
 _TANH = 1.5957691216057308  # 2 sqrt(2 / pi)
@@ -53,17 +54,17 @@ def activate(
     order: Tensor,
     ends: Tensor,
     activation: str,
-    narrow: Narrow | None = None,
+    scales: Scales | None = None,
 ) -> Tensor | Rows8 | Blocks8:
     """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
 
-    In e4m3 as `narrow` says; by blocks F is a multiple of 128.
+    In e4m3 as `scales` says; by blocks F is a multiple of 128.
     """
     value = _slopes(hidden, activation)[0]
     row_probs = probs.flatten()[order].unsqueeze(1).to(value.dtype)
     out = (value * row_probs).to(hidden.dtype)
     out = out.masked_fill(~_inside(len(out), ends), 0)
-    return out if narrow is None else QUANTIZE[narrow](out)
+    return out if scales is None else QUANTIZE[scales](out)
 
 
 def activate_backward(
@@ -73,12 +74,12 @@ def activate_backward(
     order: Tensor,
     ends: Tensor,
     activation: str,
-    narrow: Narrow | None = None,
+    scales: Scales | None = None,
     target: Target | None = None,
 ) -> tuple[Any, Any, Tensor]:
     """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
 
-    `grads` [R, F] are the activation's. The first two are in e4m3 as `narrow` says, and rows of
+    `grads` [R, F] are the activation's. The first two are in e4m3 as `scales` says, and rows of
     larger matrices with a `target`.
     """
     absent = ~_inside(len(grads), ends)
@@ -95,8 +96,8 @@ def activate_backward(
     d_hidden = d_hidden.masked_fill(absent, 0)
     out = (value * weights).to(grads.dtype).masked_fill(absent, 0)
     matrices: tuple[Any, Any] = d_hidden, out
-    if narrow is not None:
-        matrices = QUANTIZE[narrow](d_hidden), QUANTIZE[narrow](out)
+    if scales is not None:
+        matrices = QUANTIZE[scales](d_hidden), QUANTIZE[scales](out)
     return *(matrices if target is None else _placed(matrices, target, ends)), d_probs
 
 

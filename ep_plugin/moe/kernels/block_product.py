@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ep_plugin.moe.e4m3 import BLOCK, Blocks8, ColumnBlocks8, WeightBlocks8
-from ep_plugin.moe.kernels import TILE, Tiles
 from ep_plugin.moe.kernels._launch import jit
 from ep_plugin.moe.kernels.tiles import in_bands, num_programs, span, tiled
+from ep_plugin.moe.kernels.types import TILE, Tiles
 from ep_plugin.moe.kernels.wgrad import corner, store_tile
 
 PART = BLOCK // 2  # columns

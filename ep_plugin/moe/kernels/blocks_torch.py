@@ -3,16 +3,10 @@
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.e4m3 import (
-    BLOCK,
-    E4M3,
-    Blocks8,
-    ColumnBlocks8,
-    WeightBlocks8,
-    power_of_two_scale,
-)
-from ep_plugin.moe.kernels import TILE, Tiles
+from ep_plugin.moe.e4m3 import BLOCK, E4M3, Blocks8, ColumnBlocks8, WeightBlocks8
 from ep_plugin.moe.kernels._columns_torch import products, sources
+from ep_plugin.moe.kernels.quantize_torch import power_of_two_scale
+from ep_plugin.moe.kernels.types import TILE, Tiles
 
 
 def quantize_blocks(matrix: Tensor) -> Blocks8:

@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-POLICIES = {  # number, and bits of the priority
-    "position": (1, 0),
-    "rank_position": (2, 4),
-    "probs": (3, 30),
-    "random": (4, 30),
-    "bpr": (5, 34),
+POSITION, RANK_POSITION, PROBS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+RANDOM, BPR = tl.constexpr(4), tl.constexpr(5)
+POLICIES = {  # number, 0 for no capacity, and bits of the priority
+    "position": (POSITION.value, 0),
+    "rank_position": (RANK_POSITION.value, 4),
+    "probs": (PROBS.value, 30),
+    "random": (RANDOM.value, 30),
+    "bpr": (BPR.value, 34),
 }
 K_BITS = tl.constexpr(4)  # of k in a key
 SCORE_BITS = tl.constexpr(30)  # of a score in [0, 1]: the bits of fp32 are ordered as the numbers
@@ -69,13 +71,13 @@ def _descending(score):
 def queue_key(place, k: tl.constexpr, weight, first_score, draw, place_bits, POLICY: tl.constexpr):
     """Key of the k-th choice of tokens at `place`."""
     key = place.to(tl.int64)
-    if POLICY == 2:
+    if POLICY == RANK_POSITION:
         key += (place * 0 + k).to(tl.int64) << place_bits
-    if POLICY == 3:
+    if POLICY == PROBS:
         key += _descending(weight) << place_bits
-    if POLICY == 4:
+    if POLICY == RANDOM:
         key += draw.to(tl.int32, bitcast=True).to(tl.int64) << place_bits
-    if POLICY == 5:
+    if POLICY == BPR:
         key += _descending(first_score) << place_bits
         key += (place * 0 + k).to(tl.int64) << (place_bits + SCORE_BITS)
     return (key << K_BITS) + k

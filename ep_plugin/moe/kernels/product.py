@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ep_plugin.moe.e4m3 import Rows8, Weight8
-from ep_plugin.moe.kernels import TILE, Tiles
 from ep_plugin.moe.kernels._launch import cdiv, jit
 from ep_plugin.moe.kernels.tiles import in_bands, num_programs, tiled
+from ep_plugin.moe.kernels.types import TILE, Tiles
 
 WIDE = 256  # the other side of a tile
 DEPTH = 128  # of one step along the sum

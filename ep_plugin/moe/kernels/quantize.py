@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ep_plugin.moe.e4m3 import BLOCK, E4M3, Blocks8, ColumnBlocks8, Columns8, Rows8, Weight8
-from ep_plugin.moe.kernels import TILE, Tiles
 from ep_plugin.moe.kernels._launch import cdiv, jit, next_power_of_2
 from ep_plugin.moe.kernels.tiles import span
+from ep_plugin.moe.kernels.types import TILE, Tiles
 
 
 def warps(width: int) -> int:

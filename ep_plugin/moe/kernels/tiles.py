@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ep_plugin.moe.kernels import TILE, Tiles
 from ep_plugin.moe.kernels._launch import cdiv, jit, next_power_of_2
+from ep_plugin.moe.kernels.types import TILE, Tiles
 
 BLOCK = 64  # tiles of one program
 

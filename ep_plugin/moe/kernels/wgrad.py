@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ep_plugin.moe.e4m3 import Columns8
-from ep_plugin.moe.kernels import TILE, Tiles
 from ep_plugin.moe.kernels._launch import cdiv, jit
 from ep_plugin.moe.kernels.tiles import in_bands, span, tiled
+from ep_plugin.moe.kernels.types import TILE, Tiles
 
 WIDE = 256  # the other side of a tile
 BAND = 8  # rows of tiles

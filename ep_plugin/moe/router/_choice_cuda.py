@@ -17,7 +17,7 @@ fits = kernel.fits
 
 @dataclass(frozen=True)
 class FusedChoice:
-    """What `kernels.routing` found; a `Choice` whose sums are over all tokens of the rank."""
+    """What `kernels.route` found; a `Choice` whose sums are over all tokens of the rank."""
 
     routed: kernel.Routed
 

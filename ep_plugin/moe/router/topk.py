@@ -14,6 +14,7 @@ from torch import Tensor
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Routing
+from ep_plugin.moe.kernels import select
 from ep_plugin.moe.router import _random
 from ep_plugin.moe.router._capacity import keep, place_by_sequence
 from ep_plugin.moe.router._choice import Choice, choose, weigh
@@ -76,7 +77,10 @@ class TopKRouter(Gate):
         if self.wants_losses():
             losses = self._losses(choice, num_sequences)
             probs = self._attach(probs, losses)
-        tokens_per_expert = self._count(expert_ids) if choice.sent is None else choice.sent
+        tokens_per_expert = choice.sent
+        if tokens_per_expert is None:
+            num_experts = self.config.num_experts
+            tokens_per_expert = select(expert_ids).count_choices(expert_ids, num_experts)
         if self.local_tokens_per_expert is not None and torch.is_grad_enabled():
             self.local_tokens_per_expert += tokens_per_expert
         detached = {name: loss.detach() for name, loss in losses.items()}
@@ -179,12 +183,6 @@ class TopKRouter(Gate):
                     share /= self.config.num_moe_layers
             probs = self.attach_loss(probs, loss * share)
         return probs
-
-    def _count(self, expert_ids: Tensor) -> Tensor:
-        """Return the choices of each expert [E]; torch.bincount would wait for the device."""
-        num_experts = self.config.num_experts
-        ids = torch.where(expert_ids >= 0, expert_ids, num_experts).flatten()
-        return ids.new_zeros(num_experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:-1]
 
     @torch.no_grad()
     def update_expert_bias(self) -> None:

@@ -1,13 +1,13 @@
-"""The rows a rank receives, in parts: its own, and those of some of the other ranks.
+"""The rows a rank receives, in legs: its own, and those of some of the other ranks.
 
 Rows lie by distance here: those of this rank, of the next one, ..., of the one before it. On 4
-ranks, seen by rank 2, with the other ranks in two parts:
+ranks, seen by rank 2, with the other ranks in two legs:
 
     received, by rank        0 1 2 3
     received, by distance    2 | 3 0 | 1       own rows, distance 1 and 2, distance 3
 
 What a rank receives from the rank at distance d it computes while the rank at distance -d computes
-what this one has sent; so every part is a balanced exchange, and all ranks agree on its partners.
+what this one has sent; so every leg is a balanced exchange, and all ranks agree on its partners.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ep_plugin.moe.experts.fused import parts_of, whole_of
 from ep_plugin.moe.interfaces import Packed, PeerDispatcher, Pending
 from ep_plugin.moe.kernels import select
-from ep_plugin.moe.records import parts_of, whole_of
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Leg:
     """Consecutive rows of those received, by distance."""
 
     rows: slice
@@ -32,7 +32,7 @@ class Part:
 
 
 class Trip:
-    """The way of one call's rows to the ranks that compute them, part by part, and home.
+    """The way of one call's rows to the ranks that compute them, leg by leg, and home.
 
     It lives until the backward, and holds numbers alone.
     """
@@ -46,51 +46,51 @@ class Trip:
         starts = [0, *accumulate(by_distance)]  # row at which each distance's start
         self.num_received, others = starts[-1], self.size - 1
         bounds = [1 + others * chunk // num_chunks for chunk in range(num_chunks + 1)]
-        self.own = Part(slice(0, starts[1]), range(0))
-        self.others = [Part(slice(starts[a], starts[b]), range(a, b)) for a, b in pairwise(bounds)]
-        self.parts = [self.own, *self.others]  # as their rows lie
+        self.own = Leg(slice(0, starts[1]), range(0))
+        self.others = [Leg(slice(starts[a], starts[b]), range(a, b)) for a, b in pairwise(bounds)]
+        self.legs = [self.own, *self.others]  # as their rows lie
 
-    def num_choices(self, part: Part | None = None) -> int | None:
-        """Return the choices of this rank's experts in the part's rows, or all, if known."""
+    def num_choices(self, leg: Leg | None = None) -> int | None:
+        """Return the choices of this rank's experts in the leg's rows, or all, if known."""
         if self.choices is None:
             return None
-        if part is None:
+        if leg is None:
             return sum(self.choices)
-        return sum(self.choices[self._source(d)] for d in part.distances or [0])
+        return sum(self.choices[self._source(d)] for d in leg.distances or [0])
 
-    def away(self, sources: Sequence[Tensor], part: Part) -> Pending[list[Tensor]]:
-        """Start moving the part's rows from where they are `sources` [P, ...]; those that come.
+    def away(self, sources: Sequence[Tensor], leg: Leg) -> Pending[list[Tensor]]:
+        """Start moving the leg's rows from where they are `sources` [P, ...]; those that come.
 
-        This rank sends what others count to the same part.
+        This rank sends what others count to the same leg.
         """
         split = [[s] * self.size if self.to_all else torch.split(s, self.sent) for s in sources]
         rows = [list(of_rank) for of_rank in zip(*split, strict=True)]
-        if not part.distances:
+        if not leg.distances:
             return Pending(lambda: rows[self.rank])
-        outs = {self._target(d): rows[self._target(d)] for d in part.distances}
-        ins = {self._source(d): self.received[self._source(d)] for d in part.distances}
-        return self.dispatcher.swap(outs, ins, part.rows.start - self.own.rows.stop)
+        outs = {self._target(d): rows[self._target(d)] for d in leg.distances}
+        ins = {self._source(d): self.received[self._source(d)] for d in leg.distances}
+        return self.dispatcher.swap(outs, ins, leg.rows.start - self.own.rows.stop)
 
-    def home(self, rows: Sequence[Tensor], part: Part) -> Pending[list[Tensor]]:
-        """Start moving the part's `rows` back to where they came from; those that come home."""
-        if not part.distances:
+    def home(self, rows: Sequence[Tensor], leg: Leg) -> Pending[list[Tensor]]:
+        """Start moving the leg's `rows` back to where they came from; those that come home."""
+        if not leg.distances:
             return Pending(lambda: list(rows))
-        sources = [self._source(d) for d in part.distances]
+        sources = [self._source(d) for d in leg.distances]
         counts = [self.received[source] for source in sources]
         split = [torch.split(tensor, counts) for tensor in rows]
         outs = dict(zip(sources, zip(*split, strict=True), strict=True))
-        ins = {self._target(d): self.sent[self._target(d)] for d in part.distances}
-        before = sum(self.sent[self._target(d)] for d in range(1, part.distances.start))
+        ins = {self._target(d): self.sent[self._target(d)] for d in leg.distances}
+        before = sum(self.sent[self._target(d)] for d in range(1, leg.distances.start))
         # What came on the way out may still be read.
         return self.dispatcher.swap(outs, ins, self.num_received - self.own.rows.stop + before)
 
-    def collected(self, homes: Mapping[Part, Tensor]) -> Tensor:
-        """Return what came home with all parts as it was packed: [P, ...]."""
+    def collected(self, homes: Mapping[Leg, Tensor]) -> Tensor:
+        """Return what came home with all legs as it was packed: [P, ...]."""
         pieces: dict[int, Tensor] = {}
-        for part in self.others:
-            ranks = [self._target(d) for d in part.distances]
+        for leg in self.others:
+            ranks = [self._target(d) for d in leg.distances]
             counts = [self.sent[rank] for rank in ranks]
-            pieces |= zip(ranks, torch.split(homes[part], counts), strict=True)
+            pieces |= zip(ranks, torch.split(homes[leg], counts), strict=True)
         pieces[self.rank] = homes[self.own]
         by_rank = [pieces[rank] for rank in range(self.size)]
         if not self.to_all:
@@ -105,12 +105,12 @@ class Trip:
         return (self.rank - distance) % self.size
 
 
-def set_out(trip: Trip, source: Any) -> dict[Part, Pending[Any]]:
-    """Start all of the way out for `source` [P, H], or a record of it; the network's part first."""
+def set_out(trip: Trip, source: Any) -> dict[Leg, Pending[Any]]:
+    """Start all of the way out for `source` [P, H], or a record of it; the network's leg first."""
     sources = parts_of(source)
 
-    def away(part: Part) -> Pending[Any]:
-        started = trip.away([as_bytes(tensor) for tensor in sources], part)
+    def away(leg: Leg) -> Pending[Any]:
+        started = trip.away([as_bytes(tensor) for tensor in sources], leg)
 
         def wait() -> Any:
             came = zip(started.wait(), sources, strict=True)
@@ -118,14 +118,14 @@ def set_out(trip: Trip, source: Any) -> dict[Part, Pending[Any]]:
 
         return Pending(wait)
 
-    return {part: away(part) for part in (*trip.others, trip.own)}
+    return {leg: away(leg) for leg in (*trip.others, trip.own)}
 
 
-def collected(trip: Trip, homes: Mapping[Part, Pending[list[Tensor]]]) -> list[Tensor]:
-    """Return what came home with all parts, as it was packed."""
-    rows = {part: home.wait() for part, home in homes.items()}
+def collected(trip: Trip, homes: Mapping[Leg, Pending[list[Tensor]]]) -> list[Tensor]:
+    """Return what came home with all legs, as it was packed."""
+    rows = {leg: home.wait() for leg, home in homes.items()}
     number = len(next(iter(rows.values())))
-    return [trip.collected({part: came[i] for part, came in rows.items()}) for i in range(number)]
+    return [trip.collected({leg: came[i] for leg, came in rows.items()}) for i in range(number)]
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -18,14 +18,15 @@ Host syncs: those of the dispatcher's `pack`; through `symm_mem` none while a gr
 """
 
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.interfaces import Block, Dispatched, PeerDispatcher, Routing, Schedule
 from ep_plugin.moe.schedule._chunked_experts import Call, ChunkedExperts, ThereAndBack
-from ep_plugin.moe.schedule._in_order import in_order
 from ep_plugin.moe.schedule._trip import Trip
 
 DEFAULT_CHUNKS = 2  # of the other ranks, where there are as many
@@ -35,18 +36,18 @@ def chunked(
     num_chunks: int, block: Block, hidden: Tensor, routing: Routing
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the own tokens while others travel, and the others' part by part."""
-    dispatcher: PeerDispatcher = block.dispatcher  # type: ignore[assignment]  # `build` has checked
-    experts = block.experts
+    dispatcher = cast(PeerDispatcher, block.dispatcher)  # `build` has checked
+    experts = cast(Experts, block.experts)
     packed = dispatcher.pack(hidden.reshape(-1, hidden.shape[-1]), routing)
     trip = Trip(dispatcher, packed, num_chunks)
     weights = experts.linear_fc1(), experts.linear_fc2()
     inbox = packed.complete(packed.outgoing.new_empty(0))
     ids, probs = (tensor.roll(-trip.shift, 0) for tensor in (inbox.expert_ids, inbox.probs))
-    config: MoEConfig = experts.config
+    config = experts.config
     recipes = experts.recipes(ids.numel())
     call = Call(
         *(trip, ids, probs.detach(), inbox.tokens_per_expert, config.activation, recipes),
-        *(config.save, experts.totals, dispatcher.narrow),
+        *(config.save, experts.totals, dispatcher.wire_format),
     )
     wanted = probs if packed.probs is None else packed.probs
     returned: Tensor = ChunkedExperts.apply(packed.outgoing, wanted, *weights, call)
@@ -77,14 +78,14 @@ def build(config: MoEConfig, block: Block) -> Schedule:
             "or <bias=False>"
         )
     if not others:
-        return in_order
+        return type(block).in_order
     if block.groups.replicas is not None:
         raise ConfigError(
             f"<overlap> (chunked) exchanges part by part, and the {block.groups.replicas.size()} "
             "ranks of tp that hold the same tokens gather theirs; use sequence parallelism or "
             "<overlap=serial>"
         )
-    if not getattr(block.dispatcher, "swaps", False):
+    if not isinstance(block.dispatcher, PeerDispatcher):
         raise ConfigError(
             "<overlap> (chunked) needs a dispatcher that exchanges with some ranks at a time, and "
             f"<dispatcher> ({config.dispatcher}) does not; use "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
-from ep_plugin.moe.interfaces import Block, Routing, Schedule, combine, compute
+from ep_plugin.moe.interfaces import Block, Routing, Schedule, combine
 
 
 def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
@@ -23,7 +23,7 @@ def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Ten
     shared = block.shared_expert(hidden)
     inbox = pending.wait()
     del pending  # and the tokens that were sent
-    return combine(block.dispatcher, compute(block, inbox), inbox), shared
+    return combine(block.dispatcher, block.compute(inbox), inbox), shared
 
 
 def build(config: MoEConfig, block: Block) -> Schedule:

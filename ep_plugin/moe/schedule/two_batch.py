@@ -26,12 +26,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ep_plugin.moe.config import MoEConfig
-from ep_plugin.moe.interfaces import Block, Dispatched, Layer, Pending, Schedule, compute
-from ep_plugin.moe.schedule._in_order import in_order
+from ep_plugin.moe.interfaces import Block, Dispatched, Pending, RoutedBlock, Schedule
 
 
 @dataclass(frozen=True)
-class Batch[Result]:
+class UnderWay[Result]:
     """One micro-batch whose tokens are on their way."""
 
     hidden: Tensor  # [S, B, H] or [T, H]
@@ -39,29 +38,29 @@ class Batch[Result]:
     pending: Pending[Result]
 
 
-def depart(layer: Layer, hidden: Tensor) -> Batch[Dispatched]:
+def depart(layer: RoutedBlock, hidden: Tensor) -> UnderWay[Dispatched]:
     """Route `hidden` and start its dispatch; the shared expert runs while tokens travel."""
     routing = layer.route(hidden)
-    hidden = routing.onward(hidden)
+    hidden = layer.onward(hidden, routing)
     tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
     pending = layer.dispatcher.start_dispatch(tokens, routing)
     shared = None if layer.shared_expert is None else layer.shared_expert(hidden)
-    return Batch(hidden, shared, pending)
+    return UnderWay(hidden, shared, pending)
 
 
-def work(layer: Layer, batch: Batch[Dispatched]) -> Batch[Tensor]:
+def work(layer: RoutedBlock, batch: UnderWay[Dispatched]) -> UnderWay[Tensor]:
     """Wait for the tokens of `batch`, compute them and start their combine."""
     inbox = batch.pending.wait()
-    pending = layer.dispatcher.start_combine(compute(layer, inbox), inbox)
-    return Batch(batch.hidden, batch.shared, pending)
+    pending = layer.dispatcher.start_combine(layer.compute(inbox), inbox)
+    return UnderWay(batch.hidden, batch.shared, pending)
 
 
-def arrive(layer: Layer, batch: Batch[Tensor]) -> Tensor:
+def arrive(layer: RoutedBlock, batch: UnderWay[Tensor]) -> Tensor:
     """Wait for what the experts made of `batch` and return the layer's output."""
     return layer.merge(batch.pending.wait(), batch.shared, batch.hidden)
 
 
-def two_batch(layer: Layer, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def two_batch(layer: RoutedBlock, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Return the outputs of `layer`, an MoELayer, for two micro-batches, [S, B, H] or [T, H] each.
 
     Every rank of the expert group must call it.
@@ -73,4 +72,4 @@ def two_batch(layer: Layer, first: Tensor, second: Tensor) -> tuple[Tensor, Tens
 
 def build(config: MoEConfig, block: Block) -> Schedule:
     """Return the schedule of one call; every block will do."""
-    return in_order
+    return type(block).in_order

@@ -2,11 +2,11 @@
 
 An MoE layer computes y = sum over the chosen experts i of p_i * FFN_i(x). With FFN_i = FFN for all
 i, y = (sum of p_i) * FFN(x): the dense output whatever the router says, once the sum of the gates
-is known (`gates.py`).
+is known (`gains.py`).
 """
 
 from ep_plugin.checkpoint.adapt.ffn import Mode
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 
 
 def build(_: Upcycling) -> Mode:

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.adapt.ffn import Mode, Part, generator, normal
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor, Mode, generator, normal
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 
 
 def build(settings: Upcycling) -> Mode:
@@ -28,7 +28,7 @@ def dropped(num_channels: int, ratio: float, seed: int, layer: int, expert: int)
     return drawn[: int(ratio * num_channels)]
 
 
-def _redraw(ratio: float, seed: int, values: Tensor, part: Part, expert: int) -> Tensor:
+def _redraw(ratio: float, seed: int, values: Tensor, part: FfnTensor, expert: int) -> Tensor:
     dim = part.channel_dim
     if dim is None:
         return values

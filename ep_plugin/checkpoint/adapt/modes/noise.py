@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.adapt.ffn import Mode, Part, normal
-from ep_plugin.checkpoint.adapt.settings import Upcycling
+from ep_plugin.checkpoint.adapt.ffn import FfnTensor, Mode, normal
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 
 
 def build(settings: Upcycling) -> Mode:
@@ -21,7 +21,7 @@ def build(settings: Upcycling) -> Mode:
     return Mode(change=partial(_perturb, ratio, settings.seed), deviation=deviation)
 
 
-def _perturb(ratio: float, seed: int, values: Tensor, part: Part, expert: int) -> Tensor:
+def _perturb(ratio: float, seed: int, values: Tensor, part: FfnTensor, expert: int) -> Tensor:
     if not part.is_weight:
         return values
     new = values.clone()

@@ -9,7 +9,7 @@ from ep_plugin.commands.bench.case import require_cuda
 from ep_plugin.commands.bench.floors import Precision
 from ep_plugin.commands.bench.peers._scaled import scaled_product
 from ep_plugin.commands.bench.products import Problem, Product, by_rows
-from ep_plugin.moe.kernels import TILE
+from ep_plugin.moe.kernels.types import TILE
 
 
 def build(problem: Problem, precision: Precision) -> list[Product]:

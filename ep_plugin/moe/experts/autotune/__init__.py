@@ -27,29 +27,12 @@ PACKAGES = ("transformer-engine", "deep-gemm", "sgl-deep-gemm")  # of backends, 
 logger = logging.getLogger(__name__)
 
 
-class AutoGemm:
-    """What `auto` stands for in one layer: settled at its first rows, and anew where it moves."""
+def pick(weight: Tensor, num_rows: int) -> GroupedGemm:
+    """Return the backend for `weight` [e, out, in] and calls with about `num_rows` rows.
 
-    def __init__(self) -> None:
-        self._where: tuple[torch.device, torch.dtype] | None = None
-        self._ruled: GroupedGemm | None = None
-        self._settled: GroupedGemm | None = None
-
-    def pick(self, weight: Tensor, num_rows: int) -> GroupedGemm:
-        """Return the backend for `weight` [e, out, in] and a call with `num_rows` rows.
-
-        While a CUDA graph is captured it is the rule's, which never waits for the GPU; without
-        rows too, since nothing can be measured for them.
-        """
-        where = (weight.device, weight.dtype)
-        if self._ruled is None or where != self._where:
-            self._where, self._settled = where, None
-            self._ruled = build(rule(weight), weight)
-        if num_rows == 0 or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return self._ruled
-        if self._settled is None:
-            self._settled = settle(weight, num_rows)
-        return self._settled
+    With 0 rows it is the rule's, which never waits for the GPU: nothing can be measured for them.
+    """
+    return settle(weight, num_rows) if num_rows else build(rule(weight), weight)
 
 
 def rule(weight: Tensor) -> str:

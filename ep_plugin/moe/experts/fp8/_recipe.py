@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from ep_plugin.moe.e4m3 import Weight8, WeightBlocks8
+from ep_plugin.moe.experts.fused import joined
 from ep_plugin.moe.interfaces import GroupedGemm
-from ep_plugin.moe.kernels import Narrow, Rows
-from ep_plugin.moe.records import joined
+from ep_plugin.moe.kernels.types import Scales
+from ep_plugin.moe.rows import ExpertRows
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ class Weights:
 
 
 class Fp8(ABC):
-    """A `Recipe` of `fused_experts`, but for its kernels.
+    """A `Recipe` of `experts/fused.py`, but for its kernels.
 
     `wgrad8` says whether they make the weight gradients.
     """
 
     has_own_products = True  # but for weight gradients in bf16
     takes_pieces = False
-    narrow_as: Narrow
+    scales: Scales
 
-    def __init__(self, rows: Rows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
+    def __init__(self, rows: ExpertRows, gemm: GroupedGemm, weights: Weights, wgrad8: bool) -> None:
         self.rows, self.gemm, self.weights, self.wgrad8 = rows, gemm, weights, wgrad8
 
     @abstractmethod
@@ -64,10 +65,10 @@ class Fp8(ABC):
         return self._multiply(self._spread(kept), self.weights.fc1)
 
     def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
-        active = self.rows.activate(hidden, probs, self.narrow_as)
+        active = self.rows.activate(hidden, probs, self.scales)
         return self.rows.sum(self._multiply(active, self.weights.fc2))
 
-    def narrow(self, hidden: Tensor) -> Any:
+    def held(self, hidden: Tensor) -> Any:
         return self._quantize(hidden)
 
     def incoming(self, grads: Tensor) -> Any:
@@ -81,8 +82,8 @@ class Fp8(ABC):
     ) -> tuple[Any, Any, Tensor]:
         incoming = incoming if self.wgrad8 else self._quantize(incoming)
         d_active = self._multiply(self._spread(incoming), self.weights.fc2_transposed)
-        narrow = self.narrow_as if self.wgrad8 else None
-        return self.rows.activate_backward(d_active, hidden, probs, narrow)
+        scales = self.scales if self.wgrad8 else None
+        return self.rows.activate_backward(d_active, hidden, probs, scales)
 
     def fc2_grads(self, incoming: Any, active: Any, into: Tensor | None) -> Tensor | None:
         if not self.wgrad8:
@@ -91,8 +92,8 @@ class Fp8(ABC):
         return self._wgrad8(self._tokens(incoming), self._transpose(active, 0), into)
 
     def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
-        narrow = d_hidden if self.wgrad8 else self._quantize(d_hidden)
-        return self.rows.sum(self._multiply(narrow, self.weights.fc1_transposed))
+        grads = d_hidden if self.wgrad8 else self._quantize(d_hidden)
+        return self.rows.sum(self._multiply(grads, self.weights.fc1_transposed))
 
     def fc1_grads(self, d_hidden: Any, kept: Any, into: Tensor | None) -> Tensor | None:
         if not self.wgrad8:

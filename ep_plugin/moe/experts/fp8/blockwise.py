@@ -30,7 +30,7 @@ def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
 class Blockwise(Fp8):
     """The kernels of this recipe."""
 
-    narrow_as = "blocks"
+    scales = "blocks"
 
     def _quantize(self, matrix: Tensor) -> Blocks8:
         quantized: Blocks8 = self.rows.ops.quantize_blocks(matrix)

@@ -29,7 +29,7 @@ def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
 class Rowwise(Fp8):
     """The kernels of this recipe."""
 
-    narrow_as = "rows"
+    scales = "rows"
 
     def _quantize(self, matrix: Tensor) -> Rows8:
         quantized: Rows8 = self.rows.ops.quantize_rows(matrix)

@@ -1,0 +1,109 @@
+"""Any checkpoint, opened: what its folder holds, and under which names its tensors are worked on.
+
+    stored   the names and pieces that the folder has; what is written keeps them, optimizer state
+             included: torch_dist to torch_dist
+    plain    one spelling for all formats (`names.py`): every other way
+
+Every step from here on is a `Source` whose `read_tensor` asks the one before it, so nothing is
+computed until it is written, and then one tensor at a time.
+"""
+
+import argparse
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from ep_plugin.checkpoint import family as families
+from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron
+from ep_plugin.checkpoint.adapt.upcycle import Upcycled
+from ep_plugin.checkpoint.family import Family
+from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
+from ep_plugin.checkpoint.names import plain, stored_name
+from ep_plugin.checkpoint.tensors import Source, finite
+from ep_plugin.errors import BackendUnavailable, ConfigError
+
+Format = Literal["megatron", "hf"]
+Kind = Literal["hf", "per-rank", "torch_dist"]
+Spelling = Literal["stored", "plain"]
+Origins = dict[str, tuple[str, ...]]  # name -> names in the folder that it is made of
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model: its tensors under names of one spelling, its arguments, and where it comes from."""
+
+    folder: Path  # that was read: of the iteration, or the Hugging Face model
+    source: Source
+    args: argparse.Namespace
+    spelling: Spelling
+    origins: Origins
+    family: Family | None = None  # of a Hugging Face model
+    left_out: tuple[str, ...] = ()
+    deviations: tuple[str, ...] = ()  # why the function is not kept; empty: it is
+    upcycled: Upcycled | None = None  # what gave it its experts
+
+
+def is_hf(path: Path) -> bool:
+    """Whether `path` is a Hugging Face model."""
+    return (path / "config.json").is_file()
+
+
+def kind_of(path: Path) -> Kind:
+    """Return what a folder holds; what is neither of the others is left to torch_dist's reader.
+
+    Raises ConfigError when it is no folder.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"checkpoint {path} is not a folder; give the folder that --save named")
+    if is_hf(path):
+        return "hf"
+    folders = [path, *(child for child in path.glob("*") if child.is_dir())]
+    ranks = (folder.glob(f"mp_rank_*/{megatron_legacy.FILE}") for folder in folders)
+    return "per-rank" if any(any(found) for found in ranks) else "torch_dist"
+
+
+def open_source(path: Path, output: Format) -> Opened:
+    """Open a checkpoint of any format, to be written as `output`. Reads no tensor but tied ones.
+
+    Reading a value that is NaN or infinite is a ConfigError. Raises ConfigError for a checkpoint
+    that is incomplete, contradicts itself or is of no known family.
+    """
+    kind = kind_of(path)
+    if kind == "hf":
+        return _open_hf(path)
+    opener = megatron_dist if kind == "torch_dist" else megatron_legacy
+    source = finite(opener.open_checkpoint(path))
+    args = source.common.get("args")
+    if not isinstance(args, argparse.Namespace):
+        raise ConfigError(f"{source.folder} holds no run arguments; give one that Megatron saved")
+    if kind == "torch_dist" and output == "megatron":
+        same: Origins = {name: (name,) for name in source.tensors}
+        return Opened(source.folder, source, args, "stored", same)
+    source = plain(source, args)
+    origins: Origins = {name: (stored_name(name, args),) for name in source.tensors}
+    return Opened(source.folder, source, args, "plain", origins)
+
+
+def _open_hf(path: Path) -> Opened:
+    source = safetensors().open_folder(path)
+    config = source.common["config"]
+    if "model_type" not in config:
+        legal = ", ".join(families.names())
+        raise ConfigError(f"{path / 'config.json'} has no model_type; use one of {legal}")
+    family = families.load(str(config["model_type"]))
+    args = arguments(config, family)
+    origins = {pair.megatron: pair.hf for pair in families.pairs(family, args)}
+    unused = tuple(sorted(left_out(source, family)))
+    source = to_megatron(finite(source), family, args)
+    return Opened(path, source, args, "plain", origins, family, unused)
+
+
+def safetensors() -> Any:
+    """Return the format's module; its package is needed by those alone who use it."""
+    try:
+        return import_module("ep_plugin.checkpoint.formats.hf_safetensors")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"Hugging Face folders need safetensors ({error}); install 'ep-plugin[hf]'"
+        ) from error

@@ -1,0 +1,191 @@
+"""What is to be written: content, names, and how, in the format that was asked for.
+
+A Hugging Face family cannot hold every model: one is fitted to it before it is written as one.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ep_plugin.checkpoint import family as families
+from ep_plugin.checkpoint.adapt import fold_gemma
+from ep_plugin.checkpoint.adapt.hugging_face import to_hf
+from ep_plugin.checkpoint.adapt.silent_expert import with_silent_expert
+from ep_plugin.checkpoint.adapt.upcycle import Upcycled
+from ep_plugin.checkpoint.formats import megatron_dist
+from ep_plugin.checkpoint.names import stored, stored_name
+from ep_plugin.checkpoint.open import Format, Opened, is_hf, safetensors
+from ep_plugin.checkpoint.run_arguments import KEPT
+from ep_plugin.checkpoint.run_flags import run_flags
+from ep_plugin.checkpoint.staging import Staging
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source
+from ep_plugin.checkpoint.writer import OnBytes
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NEW = ("(new)",)  # the origin of what the source has no counterpart of
+
+Hashes = dict[str, dict[str, Any]]  # file -> {num_bytes, sha256}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to write of a model.
+
+    `write(staging, processes, on_bytes)` returns the hashes of the files that hold tensors.
+    """
+
+    model: Opened
+    content: Sequence[NewTensor | NewObject]
+    write: Callable[[Staging, int, OnBytes], Hashes]
+    name_map: Sequence[tuple[str, str]]  # (names in the source, names in the result)
+    flags: list[str]  # that ask Megatron for this model
+    iteration: str | None = None  # the folder below the target that holds the model; None: itself
+
+    @property
+    def tensors(self) -> list[NewTensor]:
+        return [entry for entry in self.content if isinstance(entry, NewTensor)]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.info.num_bytes for tensor in self.tensors)
+
+
+def fit_family(model: Opened, dense: Opened, output: Format, model_type: str | None) -> Opened:
+    """Return the same function as a Hugging Face family has it; any other output keeps it as it is.
+
+    `dense` is what `model` was before it got experts, or the same. Without `model_type`, the family
+    is the source's, or the first whose models have these settings. Raises ConfigError for none.
+    """
+    if output != "hf":
+        return model
+    has_shared = getattr(model.args, "moe_shared_expert_intermediate_size", None)
+    if model is not dense and getattr(model.args, "add_qkv_bias", False) and not has_shared:
+        source, args = with_silent_expert(model.source, dense.source, model.args)
+        model = replace(model, source=source, args=args)
+    if fold_gemma.applies(model.args):
+        source, args, lost = fold_gemma.fold(model.source, model.args)
+        deviations = (*model.deviations, *lost)
+        model = replace(model, source=source, args=args, deviations=deviations)
+    chosen = families.load(model_type) if model_type else model.family
+    return replace(model, family=chosen or families.recognise(model.args))
+
+
+def aim(model: Opened, output: Format, implementation: str | None) -> Target:
+    """Return what a folder of format `output` holds; reads no tensor.
+
+    `implementation`: whose names a torch_dist checkpoint gets; None: those of the model.
+    """
+    if output == "hf":
+        return _hf_folder(model)
+    if model.upcycled is not None and model.spelling == "stored":
+        return _same_names(model, model.upcycled)
+    return _new_names(model, implementation)
+
+
+def _same_names(model: Opened, made: Upcycled) -> Target:
+    source = model.source
+    flags = experts_flags(model.args)
+    write = _torch_dist(source, source.common, made.content)
+    return Target(model, made.content, write, made.name_map, flags, source.folder.name)
+
+
+def _new_names(model: Opened, implementation: str | None) -> Target:
+    args = copy.copy(model.args)
+    if implementation is not None:
+        args.transformer_impl = implementation
+    style = replace(
+        model.source,
+        common={"content_metadata": {"singleton_local_shards": False}},
+        common_in_file=True,
+    )
+    kept = {key: model.source.common[key] for key in KEPT if key in model.source.common}
+    content = stored(model.source, args)
+    targets = {name: (stored_name(name, args),) for name in model.source.tensors}
+    write = _torch_dist(style, {"args": args, **kept}, content)
+    return Target(
+        model, content, write, _name_map(model, targets), run_flags(args), style.folder.name
+    )
+
+
+def _torch_dist(
+    style: Source, common: dict[str, Any], content: Sequence[NewTensor | NewObject]
+) -> Callable[[Staging, int, OnBytes], Hashes]:
+    def write(staging: Staging, processes: int, on_bytes: OnBytes) -> Hashes:
+        return megatron_dist.write_checkpoint(
+            staging.folder, style, common, content, on_bytes, staging.journal, processes
+        )
+
+    return write
+
+
+def _hf_folder(model: Opened) -> Target:
+    assert model.family is not None, "fit_family has chosen one"
+    made = to_hf(model.source, model.family, model.args)
+    config = _token_ids(model.folder) | made.common["config"]
+    targets = {pair.megatron: pair.hf for pair in families.pairs(model.family, model.args)}
+    content = [
+        NewTensor(name, info, partial(_one_region, made, name))
+        for name, info in made.tensors.items()
+    ]
+    format_ = safetensors()
+
+    def write(staging: Staging, processes: int, on_bytes: OnBytes) -> Hashes:
+        hashes: Hashes = format_.write_folder(
+            staging.folder, config, content, on_bytes, journal=staging.journal, processes=processes
+        )
+        if is_hf(model.folder):
+            format_.copy_beside(model.folder, staging.folder)
+        return hashes
+
+    return Target(model, content, write, _name_map(model, targets), run_flags(model.args))
+
+
+def _token_ids(path: Path) -> dict[str, Any]:
+    """Return what config.json says of special tokens: where generation begins and ends."""
+    if not is_hf(path):
+        return {}
+    config = json.loads((path / "config.json").read_text())
+    return {name: config[name] for name in _SPECIAL if config.get(name) is not None}
+
+
+def _one_region(source: Source, name: str) -> Iterator[Region]:
+    values = source.read_tensor(name)
+    yield Region((0,) * values.dim(), values)
+
+
+def _name_map(model: Opened, targets: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    rows = (
+        (", ".join(model.origins.get(name, _NEW)), ", ".join(targets[name]))
+        for name in model.source.tensors
+    )
+    return list(dict.fromkeys(rows))
+
+
+def experts_flags(args: argparse.Namespace) -> list[str]:
+    """Return the flags that a dense run's command line needs beside its own for these experts."""
+    flags = ["--num-experts", str(args.num_experts), "--moe-router-topk", str(args.moe_router_topk)]
+    flags += ["--moe-ffn-hidden-size", str(args.moe_ffn_hidden_size)]
+    if args.moe_layer_freq != 1:
+        flags += ["--moe-layer-freq", str(args.moe_layer_freq).replace(" ", "")]
+    if args.moe_router_score_function != "softmax":
+        flags += ["--moe-router-score-function", args.moe_router_score_function]
+    if args.moe_router_pre_softmax:
+        flags += ["--moe-router-pre-softmax"]
+    if args.moe_router_topk_scaling_factor is not None:
+        flags += ["--moe-router-topk-scaling-factor", str(args.moe_router_topk_scaling_factor)]
+    if getattr(args, "moe_router_num_groups", None) is not None:
+        flags += ["--moe-router-num-groups", str(args.moe_router_num_groups)]
+        flags += ["--moe-router-group-topk", str(args.moe_router_group_topk)]
+    if getattr(args, "moe_router_enable_expert_bias", False):
+        flags += ["--moe-router-enable-expert-bias"]
+    if getattr(args, "moe_shared_expert_intermediate_size", None):
+        shared = str(args.moe_shared_expert_intermediate_size)
+        flags += ["--moe-shared-expert-intermediate-size", shared]
+    if getattr(args, "ep_shared_expert", None) == "learned":
+        flags += ["--ep-shared-expert", "learned"]
+    return flags

@@ -1,0 +1,75 @@
+"""Which flags of `ep-plugin bench` act in which bench, and beside which others."""
+
+from ep_plugin.commands.bench import over_ranks, products_alone, whole_layer
+from ep_plugin.commands.bench.contest import OURS
+from ep_plugin.commands.bench.floors import PRECISIONS
+from ep_plugin.commands.flags import Need
+
+
+def _any_of(names: list[str], wanted: tuple[str, ...]) -> bool:
+    """Whether one of `wanted` is among `names`; no name stands for all."""
+    return not names or not set(names).isdisjoint(wanted)
+
+
+def _precisions(recipes: list[str]) -> set[str]:
+    return {"bf16" if recipe == "off" else "fp8" for recipe in recipes}
+
+
+BACKENDS = {  # that take part
+    "layer": (OURS, *whole_layer.PEERS),
+    "gemm": (OURS, *products_alone.PEERS),
+    "kernels": (OURS,),
+    "overlap": (OURS, over_ranks.PEER),
+}
+NEEDS = (
+    Need(
+        "--recipes --dispatchers --trace --trace-plot",
+        lambda args: args.bench == "overlap",
+        "{flag} is for overlap; got {args.bench}; use bench overlap",
+    ),
+    Need(
+        "--cuda-graph",
+        lambda args: args.bench in ("layer", "overlap"),
+        "--cuda-graph is for layer and overlap; got {args.bench}; use bench layer",
+    ),
+    Need(
+        "--cuda-graph",
+        lambda args: args.bench != "layer" or _any_of(args.backends, whole_layer.CAPTURABLE),
+        "--cuda-graph cannot capture the layers of --backends {args.backends[0]}; use --backends "
+        "ep_plugin",
+    ),
+    Need(
+        "--backends",
+        lambda args: args.bench != "kernels",
+        "--backends has no choice in bench kernels, whose steps are all ep_plugin's; use bench "
+        "kernels without --backends",
+    ),
+    Need(
+        "--backends",
+        lambda args: args.bench != "overlap" or not args.cuda_graph,
+        "--backends has no choice beside --cuda-graph, which overlap has for ep_plugin alone; use "
+        "--cuda-graph without --backends",
+    ),
+    Need(
+        "--recipes --dispatchers",
+        lambda args: _any_of(args.backends, (OURS,)),
+        "{flag} is for ep_plugin, and --backends leaves it out; use --backends ep_plugin",
+    ),
+    Need(
+        "--recipes",
+        lambda args: _precisions(args.recipes) <= set(args.precision or PRECISIONS),
+        "--recipes off is in bf16 and the others are in fp8, and --precision {args.precision[0]} "
+        "has not all that are named; use --recipes without --precision",
+    ),
+    Need(
+        "--dispatchers",
+        lambda args: not args.cuda_graph or set(args.dispatchers) <= set(over_ranks.CAPTURABLE),
+        "--dispatchers {args.dispatchers[0]} cannot be captured by --cuda-graph; use --dispatchers "
+        "symm_mem",
+    ),
+    Need(
+        "--resume",
+        lambda args: args.output is not None,
+        "--resume needs --output, whose rows it keeps; use --output FILE",
+    ),
+)

@@ -1,0 +1,57 @@
+"""What the model in a folder computes, asked of the software that the folder is for."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_plugin.checkpoint.open import is_hf
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one model computed."""
+
+    logits: Tensor  # [B, S, V] fp32
+    layers: list[Tensor]  # of [B, S, H] fp32
+    experts_used: dict[int, int] = field(default_factory=dict)  # layer -> how many, where counted
+
+
+@torch.no_grad()
+def run_model(folder: Path, tokens: Tensor, seed: int) -> Outputs:
+    """Return what the model in a Hugging Face or an iteration folder makes of `tokens` [B, S]."""
+    if not is_hf(folder):
+        trace = import_module("ep_plugin.megatron.workers.model_run").trace(folder, tokens, seed)
+        layers = [layer.transpose(0, 1) for layer in trace.layers]
+        return Outputs(trace.logits, layers, trace.experts_used)
+    model = (
+        import_module("transformers")
+        .AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
+        .eval()
+    )
+    outputs: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, output: outputs.append(_first(output)))
+    return Outputs(model(tokens, use_cache=False).logits, outputs)
+
+
+def _first(output: Any) -> Tensor:
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Keep what loading prints off stdout; drop warnings about packages not needed here."""
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

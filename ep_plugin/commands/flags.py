@@ -1,0 +1,86 @@
+"""Every flag that is typed acts, or is refused before any work.
+
+A command's module may have a table NEEDS: which flags act only beside others. A flag that is typed
+although it would do nothing is refused in one sentence, and so is a flag that is typed twice, of
+which only the last would count. `cli.main` calls `check` for every command.
+
+A module whose flags may stand among those of another script adds its own in `add_flags`.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from ep_plugin.errors import ConfigError, in_python
+
+LAST_COUNTS = ("convert",)  # commands whose scripts put flags behind others, which they replace
+
+
+class Need(NamedTuple):
+    """What some flags need in order to act."""
+
+    flags: str  # separated by spaces
+    met: Callable[[argparse.Namespace], bool]
+    sentence: str  # what is wrong, and what to use; with {flag}, {args.NAME}
+
+
+class _Counted(argparse.Namespace):
+    """Counts how often each of `names` is set after it was made."""
+
+    def __init__(self, **names: None) -> None:
+        object.__setattr__(self, "times", Counter())
+        super().__init__(**names)
+        self.times.subtract(names.keys())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.times[name] += 1
+        super().__setattr__(name, value)
+
+
+def check(module: ModuleType, args: argparse.Namespace, argv: list[str]) -> None:
+    """Raise ConfigError for a flag in `argv` that would do nothing; `args` is `argv`, parsed."""
+    times = _times_typed(module, argv)
+    for name, count in times.items():
+        if count > 1 and argv[0] not in LAST_COUNTS:
+            raise ConfigError(f"{_flag(name)} is typed {count} times; use it once")
+    needs: tuple[Need, ...] = getattr(module, "NEEDS", ())
+    for need in needs:
+        for flag in need.flags.split():
+            if times[_name(flag)] and not need.met(args):
+                raise ConfigError(need.sentence.format(flag=flag, args=args))
+
+
+def words(spelling: dict[str, str]) -> Callable[[str, str | None], str]:
+    """Return what spells a setting of a ConfigError as a command's own flag, where it has one."""
+
+    def word(name: str, value: str | None) -> str:
+        if name not in spelling:
+            return in_python(name, value)
+        return spelling[name] if value is None else f"{spelling[name]} {value}"
+
+    return word
+
+
+def _times_typed(module: ModuleType, argv: list[str]) -> Counter[str]:
+    """Return how often each flag was typed, by its name in the namespace.
+
+    Argparse fills in a default only where the namespace lacks a name. Here it has them all.
+    """
+    among_others = hasattr(module, "add_flags")
+    parser = argparse.ArgumentParser(f"ep-plugin {argv[0]}", allow_abbrev=not among_others)
+    (module.add_flags if among_others else module.add_arguments)(parser)
+    names = vars(parser.parse_known_args(argv[1:])[0])
+    counted = _Counted(**dict.fromkeys(names))
+    parser.parse_known_args(argv[1:], counted)
+    times: Counter[str] = counted.times
+    return times
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")

@@ -1,0 +1,185 @@
+"""Refusal of Megatron's own settings that nobody would honour, in the words a user typed.
+
+`theirs_table.py` says of every setting what becomes of it. Nothing here imports torch or Megatron.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.theirs_table import THEIRS, Theirs
+
+BY_FIELD = {row.field: row for row in THEIRS}
+
+
+def check(theirs: Any, ours: Any = None) -> None:
+    """Raise ConfigError for the first of Megatron's settings that our block cannot honour.
+
+    `theirs` are parsed arguments, before or after `validate_args`, or a TransformerConfig. `ours`
+    is an EdgeSettings; None: the `--ep-*` flags among the arguments, if any. Without experts
+    every setting is Megatron's own, and none is refused.
+    """
+    given = Given(theirs, ours)
+    if not (given.num_experts or given.num_moe_experts):
+        return
+    for row in THEIRS:
+        if hasattr(theirs, row.field):
+            _check_row(row, given)
+    for field, is_refused, sentence in BESIDE:
+        if is_refused(given):
+            raise ConfigError(f"{_subject(BY_FIELD[field], given)} {sentence}")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Megatron's settings, as attributes, with the plugin's beside them."""
+
+    theirs: Any
+    ours: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting of Megatron's, None where this release has none."""
+        return one(getattr(self.theirs, name, None))
+
+    def own(self, name: str) -> Any:
+        """Return a setting of the plugin's, None where it was not given."""
+        if self.ours is not None:
+            return getattr(self.ours, name)
+        return getattr(self.theirs, f"ep_{name}", None)
+
+    @property
+    def is_arguments(self) -> bool:
+        """Whether these are arguments, which a user types as flags."""
+        return hasattr(self.theirs, "num_experts")
+
+    @property
+    def selective(self) -> bool:
+        """Whether Megatron reads `recompute_modules`."""
+        asked = self.recompute_granularity == "selective"
+        return bool(asked or self.recompute_activations or self.moe_layer_recompute)
+
+    @property
+    def recomputed(self) -> list[str]:
+        """Return the modules to recompute."""
+        named = _several(self.recompute_modules) if self.selective else []
+        return [*named, "moe"] if self.moe_layer_recompute else named
+
+
+_PAIRS = (("silu", True), ("gelu", True), ("gelu_tanh", True), ("gelu", False), ("relu", False))
+
+
+def _is_no_pair(given: Given) -> bool:
+    pair = _plain(given.activation_func), bool(given.gated_linear_unit)
+    unasked = given.activation_func is None or given.own("expert_activation") is not None
+    return not (unasked or pair in _PAIRS)
+
+
+def _has_biases(field: str) -> Callable[[Given], bool]:
+    return lambda given: bool(getattr(given, field) and given.add_bias_linear)
+
+
+def _keeps_activation(given: Given) -> bool:
+    parts = given.recomputed
+    return bool(given.add_bias_linear) and "moe_act" in parts and "moe" not in parts
+
+
+def _keeps_shared_expert(given: Given) -> bool:
+    size, parts = given.moe_shared_expert_intermediate_size, given.recomputed
+    return bool(size) and "shared_experts" in parts and "moe" not in parts
+
+
+def _loses_layernorm(given: Given) -> bool:
+    size, parts = given.moe_shared_expert_intermediate_size, given.recomputed
+    return bool(given.fp8 and size) and "layernorm" in parts
+
+
+# Legal values that are refused beside another setting: field, when, the rest of the sentence.
+BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
+    (
+        "moe_aux_loss_coeff",
+        lambda given: isinstance(given.moe_aux_loss_coeff, list),
+        "are coefficients of several losses, and our router has one; use one number",
+    ),
+    (
+        "gated_linear_unit",
+        _is_no_pair,
+        "and activation_func are a pair that the experts do not have; use --ep-expert-activation "
+        "swiglu, geglu, geglu_tanh, gelu or relu",
+    ),
+    (
+        "moe_shared_expert_gate",
+        _has_biases("moe_shared_expert_gate"),
+        "needs linear layers without bias; use --disable-bias-linear or --ep-shared-expert learned",
+    ),
+    (
+        "moe_shared_expert_glu_interleave_size",
+        _has_biases("moe_shared_expert_glu_interleave_size"),
+        "needs linear layers without bias; use --disable-bias-linear",
+    ),
+    (
+        "recompute_modules",
+        _keeps_activation,
+        "has moe_act, and experts with biases keep their activation; use --recompute-modules moe",
+    ),
+    (
+        "recompute_modules",
+        _keeps_shared_expert,
+        "has shared_experts, which our block does not recompute alone; use --recompute-modules moe",
+    ),
+    (
+        "recompute_modules",
+        _loses_layernorm,
+        "has layernorm, which --fp8-format with a shared expert cannot recompute; use "
+        "--recompute-modules without layernorm",
+    ),
+)
+
+
+def _check_row(row: Theirs, given: Given) -> None:
+    value = getattr(given, row.field)
+    refused = row.effect == "refused" and value not in row.off
+    illegal = row.effect == "acts" and bool(row.legal) and not _is_legal(row, value)
+    if (refused or illegal) and row.when(given):
+        advice = "" if "; " in row.why else f"; use {_choices(row)}"
+        raise ConfigError(f"{_subject(row, given)} {row.why}{advice}")
+
+
+def _is_legal(row: Theirs, value: Any) -> bool:
+    if isinstance(value, list) and row.field == "moe_router_load_balancing_type":
+        return False  # several losses
+    return all(_plain(part) in row.legal for part in _several(value))
+
+
+def _subject(row: Theirs, given: Given) -> str:
+    """Return what the user gave: a flag with its value, or `field=value` in Python."""
+    value = getattr(given, row.field)
+    if not given.is_arguments or row.flag == "":
+        return f"{row.field}={_text(value)}"
+    return row.name if isinstance(value, bool) else f"{row.name} ({_text(value)})"
+
+
+def _choices(row: Theirs) -> str:
+    *most, last = map(str, row.legal)
+    return f"{row.name} {', '.join(most)} or {last}"
+
+
+def _text(value: Any) -> str:
+    return " ".join(str(_plain(part)) for part in _several(value))
+
+
+def _several(value: Any) -> list[Any]:
+    """Return the values of a setting that may have several."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [] if value is None else [value]
+
+
+def _plain(value: Any) -> Any:
+    """Return the name of a function or of a member of an enumeration, any other value as it is."""
+    return getattr(value, "__name__", None) or getattr(value, "name", value)
+
+
+def one(value: Any) -> Any:
+    """Return the element of a list of one, else the value itself."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

@@ -1,0 +1,246 @@
+"""Where each row of the experts comes from: sorting choices, spreading tokens, summing rows.
+
+One program handles one token, or one block of choices. Rows behind the last expert's are not
+touched.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ep_plugin.moe.e4m3 import Values8
+from ep_plugin.moe.kernels._launch import cdiv, jit, next_power_of_2
+
+
+@jit
+def _count_kernel(
+    expert_ids, counts, num_choices, NUM_EXPERTS, BLOCK: tl.constexpr, E: tl.constexpr
+):
+    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(expert_ids + choice, mask=choice < num_choices, other=-1).to(tl.int32)
+    bucket = tl.where(expert < 0, NUM_EXPERTS, expert)
+    bucket = tl.where(choice < num_choices, bucket, -1)
+    column = tl.arange(0, E)
+    hits = (bucket[:, None] == column[None, :]).to(tl.int32)
+    row = tl.program_id(0) * (NUM_EXPERTS + 1)
+    tl.store(counts + row + column, tl.sum(hits, axis=0), mask=column <= NUM_EXPERTS)
+
+
+@jit
+def _total_kernel(
+    expert_ids, totals, num_choices, NUM_EXPERTS, BLOCK: tl.constexpr, E: tl.constexpr
+):
+    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(expert_ids + choice, mask=choice < num_choices, other=-1).to(tl.int32)
+    column = tl.arange(0, E)
+    hits = tl.sum((expert[:, None] == column[None, :]).to(tl.int64), axis=0)
+    tl.atomic_add(totals + column, hits, mask=(column < NUM_EXPERTS) & (hits > 0))
+
+
+def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Return how many of `expert_ids` [N, C] are each expert's, -1 for none's: [e] int64."""
+    totals = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
+    if expert_ids.numel():
+        buckets = next_power_of_2(num_experts)
+        block = max(16, min(512, 8192 // buckets))
+        _total_kernel[(cdiv(expert_ids.numel(), block),)](
+            *(expert_ids.contiguous(), totals, expert_ids.numel(), num_experts),
+            BLOCK=block,
+            E=buckets,
+        )
+    return totals
+
+
+@jit
+def _scan_kernel(counts, num_blocks, NUM_EXPERTS, BLOCK: tl.constexpr):
+    """Replace the counts of one bucket, block after block, by the sums of those before."""
+    cell = tl.arange(0, BLOCK) * (NUM_EXPERTS + 1) + tl.program_id(0)
+    inside = tl.arange(0, BLOCK) < num_blocks
+    values = tl.load(counts + cell, mask=inside, other=0)
+    tl.store(counts + cell, tl.cumsum(values, axis=0) - values, mask=inside)
+
+
+@jit
+def _place_kernel(
+    expert_ids, before, ends, order, place, num_choices, NUM_EXPERTS, BLOCK: tl.constexpr
+):
+    slot = tl.arange(0, BLOCK)
+    choice = tl.program_id(0) * BLOCK + slot
+    inside = choice < num_choices
+    expert = tl.load(expert_ids + choice, mask=inside, other=-1).to(tl.int32)
+    bucket = tl.where(expert < 0, NUM_EXPERTS, expert)
+    same = (bucket[:, None] == bucket[None, :]) & (slot[None, :] < slot[:, None])
+    earlier = tl.sum(same.to(tl.int32), axis=1)  # in this block
+    start = tl.load(ends + bucket - 1, mask=bucket > 0, other=0)
+    cell = tl.program_id(0) * (NUM_EXPERTS + 1) + bucket
+    row = start + tl.load(before + cell, mask=inside, other=0) + earlier
+    tl.store(order + row, choice, mask=inside)
+    tl.store(place + choice, row, mask=inside)
+
+
+def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the flat choice of each row [R] and the row of each choice [N, C], int32.
+
+    A stable counting sort of `expert_ids` [N, C]; absent choices, -1, come last. `ends` [e] int32
+    is the row behind each expert's last.
+    """
+    num_choices, num_experts = expert_ids.numel(), len(ends)
+    order = torch.empty(num_choices, dtype=torch.int32, device=expert_ids.device)
+    place = torch.empty(expert_ids.shape, dtype=torch.int32, device=expert_ids.device)
+    if num_choices:
+        block = 128
+        num_blocks = cdiv(num_choices, block)
+        counts = order.new_empty(num_blocks, num_experts + 1)
+        ids = expert_ids.contiguous()
+        buckets = next_power_of_2(num_experts + 1)
+        _count_kernel[(num_blocks,)](
+            *(ids, counts, num_choices, num_experts), BLOCK=block, E=buckets
+        )
+        _scan_kernel[(num_experts + 1,)](
+            *(counts, num_blocks, num_experts), BLOCK=next_power_of_2(num_blocks)
+        )
+        _place_kernel[(num_blocks,)](
+            *(ids, counts, ends, order, place, num_choices, num_experts), BLOCK=block
+        )
+    return order, place
+
+
+@jit
+def _spread_kernel(
+    source, scales, place, ends, out, out_scales, num_experts, WIDTH, NUM_SCALES,
+    CHOICES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Token by token: each is read once, although it goes to several rows.
+    last = tl.load(ends + num_experts - 1)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    values = tl.load(source + token * WIDTH + column, mask=inside)
+    if SCALES > 0:
+        of = tl.arange(0, SCALES)
+        scale = tl.load(scales + token * NUM_SCALES + of, mask=of < NUM_SCALES)
+    for choice in tl.static_range(CHOICES):
+        row = tl.load(place + token * CHOICES + choice).to(tl.int64)
+        if row < last:
+            tl.store(out + row * WIDTH + column, values, mask=inside)
+            if SCALES > 0:
+                tl.store(out_scales + row * NUM_SCALES + of, scale, mask=of < NUM_SCALES)
+
+
+def _spread(
+    tokens: Tensor,
+    scales: Tensor | None,
+    place: Tensor,
+    ends: Tensor,
+    num_rows: int | None,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return rows and their scales; without `scales` the latter are not to be read."""
+    (num_tokens, choices), width = place.shape, tokens.shape[1]
+    if into is None:
+        into = tokens.new_empty(num_tokens * choices if num_rows is None else num_rows, width)
+    each, out_scales = 0, ends  # scales of a token
+    if scales is not None:
+        each, out_scales = scales[:1].numel(), scales.new_empty(len(into), *scales.shape[1:])
+    if into.numel() and num_tokens:
+        # Bytes are moved, so any dtype may be; eight at a time where rows allow it.
+        unit = torch.int64 if width * tokens.element_size() % 8 == 0 else torch.uint8
+        moved, target = tokens.view(unit), into.view(unit)
+        block = next_power_of_2(moved.shape[1])
+        _spread_kernel[(num_tokens,)](
+            *(moved, ends if scales is None else scales, place, ends, target, out_scales),
+            *(len(ends), moved.shape[1], each),
+            CHOICES=choices,
+            SCALES=next_power_of_2(each) if each else 0,
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 256)),
+        )
+    return into, out_scales
+
+
+def spread_rows(
+    tokens: Tensor,
+    place: Tensor,
+    ends: Tensor,
+    num_rows: int | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X].
+
+    R is `num_rows`, at least the last of `ends`, or N * C. Rows of other tokens stay as they are
+    in `into`, where that is given.
+    """
+    return _spread(tokens, None, place, ends, num_rows, into)[0]
+
+
+def spread_rows8(
+    tokens: Values8, place: Tensor, ends: Tensor, num_rows: int | None = None
+) -> Values8:
+    """Do as `spread_rows` for tokens in e4m3."""
+    return type(tokens)(*_spread(tokens.data, tokens.scale, place, ends, num_rows))
+
+
+@jit
+def _sum_kernel(
+    rows, place, ends, out, num_experts, WIDTH, CHOICES: tl.constexpr, BLOCK: tl.constexpr
+):
+    last = tl.load(ends + num_experts - 1)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for choice in tl.static_range(CHOICES):
+        row = tl.load(place + token * CHOICES + choice).to(tl.int64)
+        values = tl.load(rows + row * WIDTH + column, mask=inside & (row < last), other=0.0)
+        total += values.to(tl.float32)
+    tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
+    """Return the sums in fp32 of each token's rows [R, X], absent choices left out: [N, X]."""
+    (num_tokens, choices), width = place.shape, rows.shape[1]
+    out = rows.new_empty(num_tokens, width)
+    if out.numel():
+        block = min(1024, next_power_of_2(width))
+        grid = (num_tokens, cdiv(width, block))
+        _sum_kernel[grid](
+            *(rows, place, ends, out, len(ends), width),
+            CHOICES=choices,
+            BLOCK=block,
+        )
+    return out
+
+
+@jit
+def _sum_pieces_kernel(out, a, b, c, d, e, f, g, h, size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.load(a + at, mask=inside).to(tl.float32)
+    total += tl.load(b + at, mask=inside).to(tl.float32)
+    if COUNT > 2:
+        total += tl.load(c + at, mask=inside).to(tl.float32)
+    if COUNT > 3:
+        total += tl.load(d + at, mask=inside).to(tl.float32)
+    if COUNT > 4:
+        total += tl.load(e + at, mask=inside).to(tl.float32)
+    if COUNT > 5:
+        total += tl.load(f + at, mask=inside).to(tl.float32)
+    if COUNT > 6:
+        total += tl.load(g + at, mask=inside).to(tl.float32)
+    if COUNT > 7:
+        total += tl.load(h + at, mask=inside).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def sum_pieces(pieces: list[Tensor]) -> Tensor:
+    """Return the sum [N, X] of at least two `pieces` [N, X], in their order, in fp32."""
+    out = torch.empty_like(pieces[0])
+    while len(pieces) > 1 and out.numel():
+        now, later = pieces[:8], pieces[8:]
+        summed = torch.empty_like(out, dtype=torch.float32) if later else out
+        unused = [now[0]] * (8 - len(now))
+        _sum_pieces_kernel[(cdiv(out.numel(), 4096),)](
+            *(summed, *now, *unused, out.numel()), COUNT=len(now), BLOCK=4096, num_warps=8
+        )
+        pieces = [summed, *later]
+    return out

@@ -1,0 +1,303 @@
+"""`ep-plugin bench` runs whole on the CPU; floors are the published ones; routings are as asked."""
+
+import json
+import re
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ep_plugin.cli import main
+from ep_plugin.commands import bench as command
+from ep_plugin.commands.bench import contest, ours
+from ep_plugin.commands.bench.case import ROUTINGS, make_case, reference, relative_error
+from ep_plugin.commands.bench.figures import EMPTY
+from ep_plugin.commands.bench.floors import layer_floor
+from ep_plugin.commands.bench.measure import timing
+from ep_plugin.commands.bench.peers import torch as torch_peer
+from ep_plugin.commands.bench.shapes import SHAPES, Shape
+from ep_plugin.commands.bench.whole_layer import _errors
+
+PACKAGES = {
+    "megatron": "transformer_engine",
+    "sonicmoe": "sonicmoe",
+    "liger": "liger_kernel",
+    "deepgemm": "deep_gemm",
+}
+KEYS = {
+    *("bench", "shape", "backend", "precision", "routing", "ep", "ms", "fwd_ms", "floor_ms"),
+    *("saved_mib", "device", "versions", "date"),
+}
+FAST = ["--repeats", "3", "--warm", "1"]
+CPU = torch.device("cpu")
+
+# Milliseconds in bf16 and fp8, worked out by hand from the same assumptions.
+FLOORS = {
+    "dsv3": (12.1, 7.9),
+    "q3-235b": (10.8, 7.1),
+    "q3-30b-ep8": (3.05, 2.06),
+    "q3-30b": (4.16, 3.32),
+    "mixtral": (23.6, 15.2),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "default_device", lambda: CPU)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_floors_are_those_worked_out_by_hand(name: str) -> None:
+    found = [layer_floor(SHAPES[name], precision) for precision in ("bf16", "fp8")]
+    assert found == pytest.approx(FLOORS[name], rel=0.015)
+
+
+def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, object]]:
+    assert main(["bench", *arguments, *FAST, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    for row in rows:
+        assert set(EMPTY) | KEYS <= set(row)
+        assert row["ms"] > 0
+        assert row["floor_ms"] > 0
+        assert (row["device"], row["ep"]) == ("cpu", 1)
+        assert row["versions"]["torch"] == torch.__version__
+    return rows
+
+
+def test_layer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output, plot = tmp_path / "results" / "layer.json", tmp_path / "layer.png"
+    rows = bench(capsys, "layer", "--output", str(output), "--plot", str(plot))
+    assert json.loads(output.read_text()) == rows
+    by_name = {(row["backend"], row["precision"]): row for row in rows}
+    assert {("ep_plugin", "bf16"), ("ep_plugin+save_fp8", "bf16"), ("torch", "bf16")} <= set(
+        by_name
+    )
+    assert ("ep_plugin+rowwise", "fp8") in by_name
+    for (backend, precision), row in by_name.items():
+        rounded = precision == "fp8" or backend.endswith("save_fp8")
+        limit = 0.09 if rounded else 0.01  # an ideal quantiser's is 0.065
+        assert row["error"] < limit
+        assert row["grad_error"] < limit
+        assert 0 < row["fwd_ms"] < row["ms"]
+        assert (row["weight_quant_ms"] > 0) == (precision == "fp8")
+    width, height = struct.unpack(">II", plot.read_bytes()[16:24])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert min(width, height) > 300
+
+
+def test_gemm(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = bench(capsys, "gemm")
+    backends = {(row["backend"], row["precision"]) for row in rows}
+    assert {
+        *(("ep_plugin+loop", "bf16"), ("ep_plugin+torch_grouped", "bf16"), ("torch", "bf16")),
+        ("ep_plugin+rowwise", "fp8"),
+    } <= backends
+    operations = {f"{w} {d}" for w in ("fc1", "fc2") for d in ("forward", "dgrad", "wgrad")}
+    for backend, precision in backends:
+        own = [r for r in rows if (r["backend"], r["precision"]) == (backend, precision)]
+        assert {row["op"] for row in own} == operations
+        assert all(row["error"] < (0.005 if precision == "bf16" else 0.045) for row in own)
+
+
+def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = bench(capsys, "kernels")
+    operations = {str(row["op"]).partition(",")[0].partition(" ")[0] for row in rows}
+    assert operations == {
+        *("route", "add_gate", "sort", "spread", "quantise", "activate", "activate_backward"),
+        *("transpose_rows", "sum_rows", "quantize_weight"),
+        *("quantize_blocks", "transpose_blocks", "quantize_weight_blocks"),
+    }
+    shape = SHAPES["tiny"]
+    (spread,) = (row for row in rows if row["op"] == "spread")
+    moved = (shape.tokens + shape.rows) * shape.hidden * 2  # and the places, int64 on the CPU
+    counted = spread["gbps"] * spread["ms"] * 1e6
+    assert moved < counted < 1.1 * moved
+
+
+def test_resume_keeps_what_is_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    arguments = ["layer", "--precision", "bf16", "--output", str(output)]
+    first = bench(capsys, *arguments, "--backends", "torch")
+    resumed = bench(capsys, *arguments, "--resume", "--backends", "torch", "ep_plugin")
+    assert [row["backend"] for row in resumed] == ["torch", "ep_plugin", "ep_plugin+save_fp8"]
+    assert resumed[0] == first[0]
+    assert bench(capsys, *arguments, "--resume") == resumed
+    replaced = bench(capsys, *arguments, "--backends", "torch")
+    kept = json.loads(output.read_text())
+    assert kept == [replaced[0], *resumed[1:]]
+    assert replaced[0]["ms"] != first[0]["ms"]
+
+
+@pytest.mark.parametrize("name", contest.INSTALL)
+def test_absent_peers_are_named(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, PACKAGES[name], None)
+    monkeypatch.delitem(sys.modules, f"ep_plugin.commands.bench.peers.{name}", raising=False)
+    words = ["bench", "gemm" if name == "deepgemm" else "layer", *FAST]
+    assert main(words) == 0
+    start = f"not measured: {name} (bf16, fp8): {name} needs "
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith(start))
+    assert PACKAGES[name] in line
+    assert line.endswith("run " + contest.INSTALL[name])
+    assert main([*words, "--backends", name]) == 2
+    assert line.partition(": ")[2].partition(": ")[2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("bench", "name"), [("layer", "torch"), ("gemm", "grouped_mm")])
+def test_a_peer_that_needs_a_gpu_is_named(
+    bench: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", bench, *FAST]) == 0
+    assert f"not measured: {name} (fp8): torch fp8 needs a CUDA device" in capsys.readouterr().out
+
+
+def test_a_run_that_measures_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(command.BENCHES, "gemm", lambda *_: [])
+    assert main(["bench", "gemm", *FAST]) == 2
+
+
+def test_a_peer_that_breaks_does_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no kernel\nand a trace")
+
+    monkeypatch.setattr(torch_peer, "build", broken)
+    assert main(["bench", "layer", *FAST, "--precision", "bf16"]) == 0
+    assert "not measured: torch (bf16): RuntimeError: no kernel\n" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no kernel"):
+        main(["bench", "layer", *FAST, "--precision", "bf16", "--backends", "torch"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["all"], "BENCH must be one of layer, gemm, kernels, overlap; got 'all'"),
+        (["gemm", "--shapes", "huge"], "--shapes must be among dsv3, .* tiny; got 'huge'"),
+        (["layer", "--backends", "apex"], "--backends must be among ep_plugin, torch, .*'apex'"),
+        (
+            ["kernels", "--backends", "torch"],
+            "--backends has no choice in bench kernels",
+        ),
+        (["layer", "--backends", "liger"], "liger needs .*; run .*"),
+        (["layer", "--precision", "fp4"], "--precision must be one of bf16, fp8; got 'fp4'"),
+        (["layer", "--routing", "flat"], "--routing must be one of balanced, .*; got 'flat'"),
+        (["layer", "--repeats", "0"], "--repeats must be at least 1; got 0; use 1"),
+        (["layer", "--resume"], "--resume needs --output, .*"),
+        (["gemm", "--cuda-graph"], "--cuda-graph is for layer and overlap; got gemm; use .*"),
+        (["layer", "--cuda-graph"], "--cuda-graph needs a CUDA device; this is cpu; use .*"),
+        (["layer", "--output", "bad.json"], "bad.json: is no list of rows.*"),
+    ],
+)
+def test_bad_input_is_refused(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text("{")
+    assert main(["bench", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ep-plugin bench: error: ")
+    assert re.search(sentence, said)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("shape", [SHAPES["tiny"], Shape("many", 512, 8, 256, 32, 64)])
+def test_every_router_chooses_what_was_planted(routing: str, shape: Shape) -> None:
+    case = make_case(shape, routing, CPU)
+    for choices, tokens in zip(case.choices, case.tokens, strict=True):
+        wanted = choices.sort(dim=1).values
+        assert torch.equal(wanted[:, :-1] == wanted[:, 1:], torch.zeros_like(wanted[:, 1:]).bool())
+        for logits in (tokens @ case.router.T, tokens.float() @ case.router.float().T):
+            assert torch.equal(logits.topk(shape.topk, dim=1).indices.sort(dim=1).values, wanted)
+    counts = torch.bincount(case.choices[0].flatten(), minlength=shape.experts)
+    if routing == "one_empty":
+        assert (counts == 0).tolist() == [False] * (shape.experts - 1) + [True]
+    if routing == "half":
+        assert int(counts[0]) == shape.tokens
+        assert case.largest_share() == 1 / shape.topk
+    if routing == "zipf":
+        assert int(counts[0]) == int(counts.max()) > 2 * int(counts[-1])
+
+
+def test_the_reference_is_the_layer_token_by_token() -> None:
+    case = make_case(SHAPES["tiny"], "balanced", CPU)
+    output, grad = reference(case, num_tokens=2)
+    for token in range(2):
+        row = case.tokens[0][token].detach().double().requires_grad_()
+        values, experts = (row @ case.router.double().T).topk(2)
+        total = torch.zeros(128, dtype=torch.float64)
+        for prob, expert in zip(values.softmax(dim=0), experts.tolist(), strict=True):
+            fc1, fc2 = case.fc1[expert].double(), case.fc2[expert].double()
+            total = total + prob * (fc2 @ (F.silu(fc1[:128] @ row) * (fc1[128:] @ row)))
+        total.backward(case.grads[0][token].double())
+        assert relative_error(output[token], total.detach()) < 1e-5
+        assert row.grad is not None
+        assert relative_error(grad[token], row.grad) < 1e-5
+
+
+def multiply_scaled(left: Tensor, right: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """What torch's scaled grouped product does on a GPU, in fp32; as strict about multiples."""
+    spans = list(zip([0, *ends.tolist()], ends.tolist(), strict=False))
+    if right.dim() == 3:
+        parts = [
+            (left[s:e].float() * a[s:e, None]) @ (right[i].float() * b[i])
+            for i, (s, e) in enumerate(spans)
+        ]
+        return torch.cat(parts).bfloat16()
+    assert all(end % 16 == 0 for end in ends.tolist())
+    a, b = a.view(len(spans), -1, 1), b.view(len(spans), 1, -1)
+    products = [left[:, s:e].float() @ right[s:e].float() for s, e in spans]
+    return (torch.stack(products) * a * b).bfloat16()
+
+
+@pytest.mark.parametrize("routing", ["balanced", "one_empty"])
+def test_the_fp8_peer_in_torch_computes_the_layer(
+    routing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_peer, "scaled_product", multiply_scaled)
+    monkeypatch.setattr(torch_peer, "require_cuda", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    case = make_case(SHAPES["tiny"], routing, CPU)
+    (contender,) = torch_peer.build(case, "fp8")
+    errors = _errors(case, contender, reference(case))
+    assert max(errors.values()) < 0.09
+    (plain,) = torch_peer.build(case, "bf16")
+    grads = []
+    for layer in (contender, plain):
+        torch.autograd.backward(layer.forward(case.tokens[0]), case.grads[0])
+        grads.append([parameter.grad for parameter in layer.parameters])
+    for mine, theirs in zip(*grads, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert relative_error(mine, theirs) < 0.09
+
+
+def test_weights_are_quantised_once_for_all_steps() -> None:
+    case = make_case(SHAPES["tiny"], "balanced", CPU)
+    contender = next(c for c in ours.build(case, "fp8") if c.backend == "ep_plugin+rowwise")
+    assert contender.quantize is not None
+    kept = contender.quantize()
+    contender.forward(case.tokens[0])
+    layer = contender.forward
+    assert layer.experts._weights8 is kept  # type: ignore[attr-defined]
+    assert contender.quantize() is not kept
+
+
+def test_median_and_deciles() -> None:
+    found = timing([float(value) for value in range(100, -1, -1)])
+    assert (found.median, found.p10, found.p90) == (50.0, 10.0, 90.0)
+
+
+def test_every_peer_has_a_way_to_install_it() -> None:
+    folder = Path(torch_peer.__file__).parent
+    names = {path.stem for path in folder.glob("[!_]*.py")}
+    assert names == {*contest.INSTALL, "torch", "grouped_mm"}

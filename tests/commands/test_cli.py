@@ -1,0 +1,209 @@
+"""The command line: help, flags, exit codes, and one line for a user's mistake."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ep_plugin import __version__
+from ep_plugin.cli import COMMANDS, build_parser, main
+
+# Changing a command's flags changes what users' scripts rely on: change this list with it.
+FLAGS = {
+    "apply": "SCRIPT --check --diff --revert",
+    "audit": "CKPT --json",
+    "bench": (
+        "BENCH --backends --cuda-graph --dispatchers --json --output --plot --precision --recipes "
+        "--repeats --resume --routing --shapes --trace --trace-plot --warm"
+    ),
+    "convert": (
+        "--check --drop-optimizer --drop-ratio --dry-run --ep --family --format --from "
+        "--granularity --json --layers --mode --noise-std --num-experts --parity-tolerance "
+        "--pre-softmax --preset --processes --prompts --router-init --scaling-factor "
+        "--score-function --seed --shared-expert --skip-parity --to --topk --transformer-impl "
+        "--verify"
+    ),
+    "doctor": "--json --verbose",
+    "parity": (
+        "SCRIPT ARGS --device --iterations --json --layouts --output --resume --tiny --tolerance"
+    ),
+    "plan": (
+        "--chunks --compute-ms --cp --dispatch-dedup --ep --etp --experts --fp8-dispatch --gpu-gb "
+        "--gpus --hidden --imbalance --json --measured --micro-batch --network --plot --pp "
+        "--preset --recompute --seq-length --tokens --topk --tp"
+    ),
+    "presets": "NAME --json",
+    "recipes": "NAME --copy --json",
+    "report": "--device --ep --experts --json --ranks --resumed-at-iteration --run --topk",
+}
+
+
+def command_parser(command: str) -> argparse.ArgumentParser:
+    parser = build_parser(command)
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    found: argparse.ArgumentParser = commands.choices[command]
+    return found
+
+
+def test_every_command_has_its_flags_listed() -> None:
+    assert {*FLAGS, "run"} == set(COMMANDS)  # all that stands behind `run SCRIPT` is the script's
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags_are_the_ones_listed(command: str) -> None:
+    actions = command_parser(command)._actions
+    names = {
+        action.option_strings[-1] if action.option_strings else action.metavar for action in actions
+    }
+    assert names - {"--help"} == set(FLAGS[command].split())
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_shows_every_flag_and_examples(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main([command, "--help"])
+    assert exited.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in FLAGS[command].split())
+    assert re.search(rf"^examples:\n  ep-plugin {command}\b", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_examples_use_flags_that_exist(command: str) -> None:
+    epilog = command_parser(command).epilog
+    assert epilog is not None
+    examples = re.findall(rf"^  (ep-plugin {command} .*(?:\\\n.*)*)", epilog, re.MULTILINE)
+    used = set(re.findall(r" (--[\w-]+)", " ".join(examples)))
+    assert used <= set(FLAGS[command].split())
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["--help"])
+    assert exited.value.code == 0
+    shown = capsys.readouterr().out
+    for command, summary in COMMANDS.items():
+        assert command in shown
+        assert summary.split()[0] in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["apply"], ["doctor", "--fast"]])
+def test_a_wrong_command_line_is_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    assert exited.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: ep-plugin")
+
+
+MISTAKES = {
+    "apply": (["no_such_script.py"], "no_such_script.py: cannot be read"),
+    "audit": (["no_such_folder"], "checkpoint no_such_folder is not a folder; .* named"),
+    "bench": (["layer", "--shapes", "huge"], "--shapes must be among dsv3, .*; got 'huge'"),
+    "convert": (
+        ["--from", "no_such_folder", "--to", "moe", "--num-experts", "8", "--topk", "9"],
+        r"--topk \(9\) must be at most --num-experts \(8\); use --topk 8",
+    ),
+    "parity": (
+        ["missing.py", "--num-experts", "4", "--layouts", "ep=2"],
+        "SCRIPT must be a Python file; got 'missing.py', which is not here",
+    ),
+    "recipes": (
+        ["--copy", "train", "qwen3-nan"],
+        "NAME must be one that `ep-plugin recipes` lists; got 'qwen3-nan'; use qwen3-nano",
+    ),
+    "report": (["--run", "no_such_folder"], "--run must hold .*'no_such_folder'.*"),
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, sentence = MISTAKES[command]
+    assert main([command, *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(rf"ep-plugin {command}: error: {sentence}.*\n", said.err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_installed_command_and_module_are_the_same() -> None:
+    scripts = Path(sys.executable).parent
+    for command in ([str(scripts / "ep-plugin")], [sys.executable, "-m", "ep_plugin.cli"]):
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert result.stdout == f"{__version__}\n"
+
+
+def call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+EP_PLUGIN = str(Path(sys.executable).parent / "ep-plugin")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ([sys.executable, "-m", "ep_plugin.run"], "ep_plugin.run"),
+        ([EP_PLUGIN, "run"], "ep-plugin run"),
+    ],
+)
+def test_run_says_how_and_refuses_a_missing_script(
+    command: list[str], name: str, tmp_path: Path
+) -> None:
+    shown = call(tmp_path, *command, "--help")
+    assert shown.returncode == 0
+    assert re.match(rf"usage: (python -m )?{name} SCRIPT ", shown.stdout)
+    assert "torchrun ... -m ep_plugin.run SCRIPT" in shown.stdout
+    assert "examples:" in shown.stdout
+    assert call(tmp_path, *command).returncode == 2
+    refused = call(tmp_path, *command, "missing.py")
+    assert refused.returncode == 2
+    assert re.fullmatch(rf"{name}: error: .*'missing\.py'.*; use .*\n", refused.stderr)
+
+
+def test_run_works_under_torchrun_without_python(tmp_path: Path) -> None:
+    """Each of two ranks runs the script as __main__, with the plugin in, and its flags as typed."""
+    (tmp_path / "beside.py").touch()
+    (tmp_path / "script.py").write_text(
+        "import os, sys\n"
+        "import beside\n"
+        "assert 'ep_plugin.megatron.seams.install' in sys.modules\n"
+        "assert __name__ == '__main__'\n"
+        "with open('rank' + os.environ['RANK'], 'w') as file:\n"
+        "    print(*sys.argv, file=file)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    flags = ["--help", "--", "--version", "--", "run"]
+    done = call(
+        tmp_path,
+        *(*torchrun, "--nproc-per-node", "2", "--no-python", EP_PLUGIN),
+        *("run", "script.py", *flags),
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert (tmp_path / f"rank{rank}").read_text() == f"script.py {' '.join(flags)}\n"
+
+
+def test_a_reader_that_has_had_enough_is_no_error() -> None:
+    """`ep-plugin presets | head -1` says nothing on stderr."""
+    command = [sys.executable, "-m", "ep_plugin.cli", "presets", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

@@ -1,0 +1,57 @@
+"""What is slow, and is left out by `tests/run.sh --quick`."""
+
+import pytest
+
+# A file, or one test of a file with all its cases. To see what belongs here:
+# pytest --durations=40 --durations-min=3
+SLOW = (
+    "test_against_megatron",
+    "test_applied",
+    "test_audit_save",
+    "test_bench_overlap",
+    "test_benchmark_scripts::test_the_fastest_way_at_each_ep_counts_beside_one_rank",
+    "test_combined",
+    "test_convert::test_source_saved_by_two_ranks",
+    "test_convert_formats",
+    "test_convert_megatron",
+    "test_convert_scale::test_memory_is_that_of_two_tensors",
+    "test_cpu",
+    "test_kernels_experts",
+    "test_kernels_fit",
+    "test_kernels_routing",
+    "test_layouts",
+    "test_narrow_dispatch::test_narrow_tokens_change_nothing",
+    "test_older_loop",
+    "test_older_releases",
+    "test_overlap::test_whole_numbers_give_equal_bits",
+    "test_parity",
+    "test_presets_train",
+    "test_readme",
+    "test_recipes::test_megatron_and_the_plugin_take_the_flags",
+    "test_recipes::test_a_run_that_is_asked_to_end_leaves_a_checkpoint_with_its_optimizer",
+    "test_releases::test_torchrun_starts_the_oldest_loop",
+    "test_resume",
+    "test_routing::test_a_thousand_random_cases",
+    "test_routing::test_random_token_selection_is_fair_and_seedable",
+    "test_routing_flags::test_a_residual_pyramid_trains_alike_on_any_ep_and_resumes",
+    "test_symm_mem::test_kernels_equal_their_twins_in_triton_s_interpreter",
+    "test_vpp",
+    "test_weights",
+)
+
+
+def is_slow(file: str, test: str) -> bool:
+    """Return whether a test, without its parameters, is in the list."""
+    return file in SLOW or f"{file}::{test}" in SLOW
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item.path.stem, item.name.partition("[")[0]):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if "not slow" in terminalreporter.config.option.markexpr:
+        names = ", ".join(SLOW)
+        terminalreporter.write_line(f"left out, as they take long (tests/conftest.py): {names}")

@@ -1,0 +1,234 @@
+"""Every setting of Megatron's acts, is refused, or has a reason why it does neither."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from releases import RELEASES, environment
+
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.theirs import BESIDE, BY_FIELD, check
+from ep_plugin.megatron.arguments.theirs_table import THEIRS, Theirs
+from ep_plugin.megatron.settings import EdgeSettings
+
+LIST = Path(__file__).parents[1] / "helpers" / "list_settings.py"
+# Flags that are no fields, and about MoE, recomputing, FP8 and FP4, CUDA graphs, overlap, offload
+# or the activation; reinforcement learning and text generation have argument groups of their own.
+NAMED = re.compile(
+    "moe|expert|upcycl|recompute|offload|fp8|fp4|precision_config|kitchen|quant|cuda_graph|overlap"
+    "|wgrad|tp_comm|swiglu|relu|gelu|geglu|checkpoint_activations"
+)
+ELSEWHERE = ("rl", "inference", "expert parallelism (ep_plugin)")
+# What makes a setting's `when` true, beside the value that is to be refused.
+ASKED: dict[str, Any] = {
+    "recompute_granularity": "selective",
+    "fine_grained_activation_offloading": True,
+    "fp8": "e4m3",
+    "cuda_graph_impl": "local",
+}
+NEEDS = {
+    "fp8_recipe": ("fp8",),
+    "fp8_wgrad": ("fp8",),
+    "fp8_param": ("fp8",),
+    "fp8_param_gather": ("fp8",),
+    "first_last_layers_bf16": ("fp8",),
+    "recompute_modules": ("recompute_granularity",),
+    "offload_modules": ("fine_grained_activation_offloading",),
+    "cuda_graph_modules": ("cuda_graph_impl",),
+    "cuda_graph_scope": ("cuda_graph_impl",),
+    "cuda_graph_scope_deprecated": ("cuda_graph_impl",),
+}
+REFUSED = [row for row in THEIRS if row.effect == "refused"]
+SOME_LEGAL = [row for row in THEIRS if row.effect == "acts" and row.legal]
+
+
+def of(kind: str, row: Theirs, value: Any, **more: Any) -> SimpleNamespace:
+    """Return settings of an MoE model with one value, as arguments or as a configuration."""
+    experts = "num_experts" if kind == "arguments" else "num_moe_experts"
+    asked = {name: ASKED[name] for name in NEEDS.get(row.field, ())}
+    return SimpleNamespace(**{experts: 4, **asked, row.field: value, **more})
+
+
+def listed() -> dict[str, Any]:
+    """Return what each release has, all asked at once."""
+    running = {
+        version: subprocess.Popen(
+            [sys.executable, str(LIST)],
+            env=environment(version),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for version in RELEASES
+    }
+    said = {version: process.communicate() for version, process in running.items()}
+    for version, process in running.items():
+        assert process.returncode == 0, said[version][1][-3000:]
+    return {version: json.loads(out.splitlines()[-1]) for version, (out, _) in said.items()}
+
+
+@pytest.fixture(scope="module")
+def releases() -> dict[str, Any]:
+    try:
+        return listed()
+    except subprocess.CalledProcessError:
+        pytest.skip("not every release of megatron-core can be installed here")
+
+
+@pytest.mark.megatron
+@pytest.mark.newest
+def test_every_setting_of_every_release_has_a_row(releases: dict[str, Any]) -> None:
+    for version, found in releases.items():
+        flags = [
+            name
+            for name, (_, group) in found["flags"].items()
+            if NAMED.search(name) and group not in ELSEWHERE
+        ]
+        missing = {*found["fields"], *flags} - {*BY_FIELD}
+        assert not missing, f"{version}: {sorted(missing)}"
+
+
+@pytest.mark.megatron
+@pytest.mark.newest
+def test_every_row_is_a_setting_of_some_release(releases: dict[str, Any]) -> None:
+    known = {name for found in releases.values() for name in (*found["fields"], *found["flags"])}
+    assert not {*BY_FIELD} - known
+    flags = {
+        name: names for found in releases.values() for name, (names, _) in found["flags"].items()
+    }
+    for row in (*REFUSED, *SOME_LEGAL, *(BY_FIELD[field] for field, _, _ in BESIDE)):
+        assert row.name in flags[row.field] if row.field in flags else row.flag == "", row
+
+
+@pytest.mark.megatron
+@pytest.mark.newest
+def test_a_plain_model_is_never_refused(releases: dict[str, Any]) -> None:
+    assert {v: (found["config"], found["args"]) for v, found in releases.items()} == dict.fromkeys(
+        RELEASES, (None, None)
+    )
+
+
+def test_no_setting_has_two_rows() -> None:
+    assert len(BY_FIELD) == len(THEIRS)
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.field)
+@pytest.mark.parametrize("kind", ["arguments", "configuration"])
+def test_what_is_refused_is_named(row: Theirs, kind: str) -> None:
+    given = False if True in row.off else 2
+    with pytest.raises(ConfigError) as refusal:
+        check(of(kind, row, given))
+    said = str(refusal.value)
+    assert said.startswith(row.name if kind == "arguments" else f"{row.field}={given}")
+    assert "; use " in said or "; leave it out" in said
+    for off in row.off:
+        check(of(kind, row, off))
+    check(SimpleNamespace(**{row.field: given}))  # without experts
+
+
+@pytest.mark.parametrize("row", SOME_LEGAL, ids=lambda row: row.field)
+@pytest.mark.parametrize("kind", ["arguments", "configuration"])
+def test_other_values_than_the_legal_ones_are_refused(row: Theirs, kind: str) -> None:
+    for value in (None, *row.legal):
+        check(of(kind, row, value, gated_linear_unit=value != "relu"))
+    check(of(kind, row, [row.legal[0]], gated_linear_unit=True))
+    for value in ("another", ["another"], [row.legal[0], "another"]):
+        with pytest.raises(ConfigError, match=rf"^{row.name}|^{row.field}=.*another.*; use "):
+            check(of(kind, row, value))
+
+
+def squared_relu(x: float) -> float:
+    """Stand in for Megatron's."""
+    return max(x, 0) ** 2
+
+
+SHARED = {"moe_shared_expert_intermediate_size": 64}
+TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
+    "two losses": (
+        {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]},
+        r"\(aux_loss seq_aux_loss\) is not one loss",
+    ),
+    "two coefficients": ({"moe_aux_loss_coeff": [1e-2, 1e-3]}, r"\(0.01 0.001\) are coefficients"),
+    "a gate beside biases": (
+        {**SHARED, "moe_shared_expert_gate": True, "add_bias_linear": True},
+        "--moe-shared-expert-gate needs linear layers without bias; use --disable-bias-linear",
+    ),
+    "mixed rows beside biases": (
+        {"moe_shared_expert_glu_interleave_size": 32, "add_bias_linear": True},
+        r"size \(32\) needs linear layers without bias; use --disable-bias-linear",
+    ),
+    "the activation of experts with biases": (
+        {"recompute_activations": True, "recompute_modules": ["moe_act"], "add_bias_linear": True},
+        r"--recompute-modules \(moe_act\) has moe_act, and experts with biases",
+    ),
+    "a shared expert alone": (
+        {**SHARED, "recompute_granularity": "selective", "recompute_modules": ["shared_experts"]},
+        r"has shared_experts, .*; use --recompute-modules moe",
+    ),
+    "a layernorm before a shared expert in FP8": (
+        {
+            **SHARED,
+            "fp8": "e4m3",
+            "recompute_granularity": "selective",
+            "recompute_modules": ["core_attn", "layernorm"],
+        },
+        r"\(core_attn layernorm\) has layernorm, .*; use --recompute-modules without layernorm",
+    ),
+}
+
+
+@pytest.mark.parametrize("together", TOGETHER)
+def test_settings_that_do_not_go_together(together: str) -> None:
+    given, said = TOGETHER[together]
+    with pytest.raises(ConfigError, match=said):
+        check(SimpleNamespace(num_experts=4, **given))
+
+
+def test_a_part_within_the_whole_layer_is_recomputed_with_it() -> None:
+    parts = ["moe", "moe_act", "shared_experts"]
+    check(
+        SimpleNamespace(
+            num_experts=4,
+            add_bias_linear=True,
+            recompute_activations=True,
+            recompute_modules=parts,
+            **SHARED,
+        )
+    )
+
+
+def test_an_activation_has_its_name_in_the_error() -> None:
+    with pytest.raises(ConfigError, match=r"^activation_func=squared_relu is .* geglu_tanh, gelu"):
+        check(SimpleNamespace(num_moe_experts=4, activation_func=squared_relu))
+    pair = SimpleNamespace(__name__="relu")
+    with pytest.raises(
+        ConfigError, match=r"^gated_linear_unit=True and activation_func are a pair"
+    ):
+        check(SimpleNamespace(num_moe_experts=4, activation_func=pair, gated_linear_unit=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        ({"squared_relu": True}, {"expert_activation": "gelu"}),
+        ({"quick_geglu": True}, {"expert_activation": "swiglu"}),
+        ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, {"fp8": "blockwise"}),
+        ({"fp8": "hybrid", "fp8_wgrad": False}, {"fp8_wgrad": "bf16"}),
+        ({"fp8": "hybrid", "first_last_layers_bf16": True}, {"fp8": "off"}),
+        ({"fp8": "hybrid", "fp8_param_gather": True}, {"fp8": "off"}),
+        ({"te_precision_config_file": "recipes.yaml"}, {"fp8": "rowwise"}),
+        ({"activation_func_fp8_input_store": True}, {"save": "fp8"}),
+    ],
+    ids=lambda part: next(reversed(part)),
+)
+def test_a_flag_of_ours_takes_the_place(given: dict[str, Any], own: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--ep-"):
+        check(SimpleNamespace(num_experts=4, **given))
+    flags = {f"ep_{name}": value for name, value in own.items()}
+    check(SimpleNamespace(num_experts=4, **given, **flags))
+    check(SimpleNamespace(num_experts=4, **given), EdgeSettings(**own))

@@ -1,0 +1,121 @@
+"""The layouts at which training must equal one rank's, and what Megatron gets wrong without us."""
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from core_model import Case
+from releases import NEWEST, ROOT, environment, in_full
+
+EVERYWHERE = (  # on every release that is tested in full
+    Case("TP 2 with sequence parallelism, EP 4, ETP 1", 8, tp=2, ep=4),
+    Case("EP 8 over TP 4 x DP 2 (folding), ETP 1", 8, tp=4, ep=8),
+    Case("TP 2, EP 2, ETP 2, PP 2, distributed optimizer", 8, tp=2, pp=2, ep=2, etp=2,
+         distributed_optimizer=True),
+    Case("EP 1, ETP 2 over TP 1", 4, etp=2),
+    Case("EP 1, ETP 1 under TP 2", 4, tp=2),
+    Case("PP 2 x 2 virtual stages, EP 2, distributed optimizer", 4, pp=2, vpp=2, ep=2,
+         distributed_optimizer=True),
+    Case("dense-only first stage, PP 2, EP 2", 4, pp=2, ep=2, dense_layers=2),
+    Case("per-token loss, TP 2, EP 2, ETP 1", 4, tp=2, ep=2, per_token=True),
+    Case("full recompute, TP 2, EP 2, ETP 2", 4, tp=2, ep=2, etp=2, recompute="full"),
+    Case("biases, shared expert, ranks without tokens: TP 2, EP 4, ETP 1", 4, tp=2, ep=4,
+         bias=True),
+    Case("CP 2, EP 2", 4, cp=2, ep=2),
+    Case("EP 4 over DP 2 x CP 2 (folding), per-token loss, distributed optimizer", 4, cp=2, ep=4,
+         per_token=True, distributed_optimizer=True),
+    Case("TP 2, CP 2, PP 2, EP 4, ETP 1", 8, tp=2, cp=2, pp=2, ep=4),
+)  # fmt: skip
+MORE = (
+    Case("EP 8", 8, sequences=8, ep=8),
+    Case("EP 2, expert data parallelism 4, distributed optimizer", 8, sequences=8, ep=2,
+         distributed_optimizer=True),
+    Case("PP 4, EP 2, four micro-batches", 8, sequences=8, pp=4, ep=2),
+    Case("TP 2, PP 2, EP 4, ETP 1, distributed optimizer", 8, tp=2, pp=2, ep=4,
+         distributed_optimizer=True),
+    Case("EP 2, ETP 2 over TP 1, distributed optimizer", 4, ep=2, etp=2,
+         distributed_optimizer=True),
+    Case("selective recompute, TP 2, EP 2, ETP 1", 4, tp=2, ep=2, recompute="selective"),
+    Case("per-token loss, PP 2, EP 2, distributed optimizer", 4, pp=2, ep=2, per_token=True,
+         distributed_optimizer=True),
+    Case("MoE layers in the last of 2 x 2 virtual stages, EP 2", 4, pp=2, vpp=2, ep=2,
+         dense_layers=3),
+)  # fmt: skip
+CASES = EVERYWHERE + MORE
+# On the other releases, where they differ: tags that tell experts apart, and the log of losses
+# over the stages of a pipeline.
+SEAMS = tuple(
+    case
+    for case in EVERYWHERE
+    if case.name
+    in (
+        "TP 2 with sequence parallelism, EP 4, ETP 1",
+        "PP 2 x 2 virtual stages, EP 2, distributed optimizer",
+    )
+)
+CHECKS = (
+    "doctor",
+    "a symbol that is gone",
+    "install and uninstall",
+    "helpers of the wheel",
+    "evaluation",
+)
+# Megatron until 0.18, as it is without us: each must differ from one rank.
+BUGS = (
+    Case("Megatron's own block: EP 1, ETP 1 under TP 2", 4, sequences=8, tp=2, layers=2,
+         block="stock"),
+    Case("untagged experts: TP 2, EP 4, ETP 1", 4, sequences=8, tp=2, ep=4, layers=2,
+         block="untagged"),
+)  # fmt: skip
+
+
+def layouts_of(version: str) -> tuple[Case, ...]:
+    """Return the layouts of a test run, with two layers where no stage needs more.
+
+    `support_matrix.py` runs all on every release, with four.
+    """
+    older = EVERYWHERE if version in in_full() else SEAMS
+    cases = CASES if version == NEWEST else older
+    return tuple(
+        case if case.vpp or case.dense_layers or case.pp > 2 else replace(case, layers=2)
+        for case in cases
+    )
+
+
+@functools.cache
+def results(version: str, layouts: tuple[Case, ...], iterations: int) -> dict[str, Any]:
+    """Run layouts and the checks of a release, once, in one process; raises if that fails."""
+    bugs = () if version == NEWEST else BUGS
+    alone = {case.alone().name: case.alone() for case in (*layouts, *bugs)}
+    cases = [asdict(case) for case in (*alone.values(), *layouts, *bugs)]
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, found = Path(folder, "cases.json"), Path(folder, "results.json")
+        wanted.write_text(json.dumps({"cases": cases, "iterations": iterations, "checks": CHECKS}))
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "helpers" / "core_loop.py"), wanted, found],
+            env=environment(version),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0 or not found.exists():
+            raise RuntimeError(done.stdout[-2000:] + done.stderr[-4000:])
+        answer: dict[str, Any] = json.loads(found.read_text())
+        return answer
+
+
+def difference(found: dict[str, Any], case: Case) -> float:
+    """Return the largest relative difference of any scalar of any iteration from one rank's."""
+    worst = 0.0
+    values, expected = found[case.name]["values"], found[case.alone().name]["values"]
+    for ours, theirs in zip(values, expected, strict=True):
+        for name, value in theirs.items():
+            if name == "experts' gradients" and case.distributed_optimizer:
+                continue  # ranks hold reduced shards alone
+            worst = max(worst, abs(ours[name] - value) / max(abs(value), 1e-30))
+    return worst

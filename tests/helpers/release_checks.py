@@ -1,0 +1,141 @@
+"""What must hold on every release in a process of its own; `py` forks one for each."""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.seams import install as hooks
+from ep_plugin.megatron.seams import touchpoints, wheel
+
+
+def doctor_is_content() -> None:
+    """`doctor` names the release and has nothing to object."""
+    from ep_plugin.commands.doctor import examine
+
+    (finding,) = [f for f in examine() if f.name == "megatron-core"]
+    assert finding.status == "ok", finding.text
+    assert finding.text.startswith(touchpoints.installed_version()), finding.text
+    assert ("megatron.training" in finding.text) is not touchpoints.has_training()
+
+
+def a_missing_symbol_is_named() -> None:
+    """Without a symbol install refuses with its path, and nothing is changed."""
+    release = touchpoints.release_for(touchpoints.installed_version())
+    specs: Any = importlib.import_module(hooks.MODULE_SPECS)
+    for path in (
+        "megatron.core.transformer.moe.moe_utils:get_default_pg_collection",
+        release.losses.WRITERS[0],
+    ):
+        owner, name = touchpoints.find_owner(path)
+        symbol, before = getattr(owner, name), specs.MoELayer
+        delattr(owner, name)
+        with pytest.raises(ConfigError, match=f"{path} is not there"):
+            hooks.install()
+        setattr(owner, name, symbol)
+        assert specs.MoELayer is before
+        assert not cpu_mode.active()
+
+
+def places() -> list[str]:
+    """Return every attribute that install would replace here, CPU mode included."""
+    return [place for place, _ in hooks.seams() if ":" in place]
+
+
+def standing(more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what stands now wherever install changes something, and at `more` places."""
+    found: dict[str, Any] = {}
+    for place in dict.fromkeys((*places(), *more)):
+        owner, name = touchpoints.find_owner(place)
+        found[place] = vars(owner).get(name, "inherited")
+    return found
+
+
+def process() -> tuple[Any, ...]:
+    """Return what else install changes in this process."""
+    eval_frame: Any = importlib.import_module("torch._dynamo.eval_frame")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    return environment, torch._C._len_torch_function_stack(), eval_frame._stance
+
+
+def changed(before: dict[str, Any]) -> set[str]:
+    """Return the places where something else stands than before."""
+    return {p for p, v in standing(tuple(before)).items() if v is not before.get(p, "inherited")}
+
+
+def install_leaves_no_trace() -> None:
+    """Every seam is hooked once and put back, again and again, on the CPU and as on a GPU."""
+    assert any("validate_args" in place for place in places()) is touchpoints.has_training()
+    for device in ("cpu", "cuda", "cpu", "cuda"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("EP_PLUGIN_DEVICE", device)
+            patch.setattr(torch.cuda, "is_available", functools.partial(bool, device == "cuda"))
+            check_no_trace()
+
+
+def check_no_trace() -> None:
+    """Install twice and uninstall."""
+    before, around, wanted = standing(), process(), set(places())
+    on_cpu = cpu_mode.wanted()
+    hooks.install()
+    assert cpu_mode.active() is on_cpu
+    hooked = standing()
+    assert changed(before) == wanted
+    hooks.install()
+    assert changed(hooked) == set()
+    hooks.uninstall()
+    assert not cpu_mode.active()
+    assert changed(before) == set()
+    assert process() == around
+
+
+def the_wheel_s_helpers_are_not_made_again() -> None:
+    """Megatron runs `make` without a Makefile and exits; with us it does not."""
+    datasets: Any = importlib.import_module(wheel.DATASETS)
+    with pytest.raises(SystemExit, match="1"):
+        datasets.compile_helpers()
+    hooks.install()
+    datasets.compile_helpers()
+
+
+def evaluation_drops_nothing() -> None:
+    """A full expert drops in training alone; Megatron's own block drops in evaluation too."""
+    from core_loop import without_the_plugin
+    from core_model import HIDDEN, Case, build, fill, transformer_config
+    from forked import one_rank
+
+    model, tokens = Case("one layer"), torch.randn(64, 1, HIDDEN)
+
+    def output(training: bool, **capacity: Any) -> torch.Tensor:
+        config = transformer_config(model)
+        for name, value in capacity.items():
+            setattr(config, name, value)
+        block = build(config, None)
+        fill(block)
+        layer = block.decoder.layers[0].mlp.train(training)
+        with torch.no_grad():
+            found: torch.Tensor = layer(tokens)[0]
+        return found
+
+    without_the_plugin()
+    one_rank()
+    capacity = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "probs"}
+    assert not torch.allclose(output(False, **capacity), output(False), atol=1e-3)
+    hooks.install()
+    assert torch.equal(output(False, **capacity), output(False))
+    assert not torch.allclose(output(True, **capacity), output(True), atol=1e-3)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "doctor": doctor_is_content,
+    "a symbol that is gone": a_missing_symbol_is_named,
+    "install and uninstall": install_leaves_no_trace,
+    "helpers of the wheel": the_wheel_s_helpers_are_not_made_again,
+    "evaluation": evaluation_drops_nothing,
+}

@@ -1,0 +1,140 @@
+"""A schedule never changes a result: outputs and all gradients are those of `serial`."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from overlap_cases import ALL, BASE, SOME, VARIANTS, routings, run, sized
+from routings import NUM_EXPERTS
+from spawn import run_ranks
+from symm_mem_cases import MULTICAST_OFF
+from tolerance import assert_close
+
+from ep_plugin import ConfigError, ParallelConfig, create_expert_groups
+from ep_plugin.registry import available
+
+# One call of two_batch is serial's; two are in test_two_batch.py.
+SCHEDULES = [name for name in available("overlap") if name not in ("serial", "two_batch")]
+LAYOUTS = [(2, 2, 1), (4, 4, 1), (4, 2, 2)]  # ranks, ep, etp
+
+
+def changes_of(
+    schedule: str, ranks: int, dedup: bool, variant: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the settings of `schedule` to try; symm_mem rounds as dispatch_dedup does."""
+    if schedule != "chunked":
+        return [{"overlap": schedule}]
+    numbers = (None,) if variant in VARIANTS else (None, 1, ranks - 1)
+    chunked = [{"overlap": schedule, "overlap_chunks": n} for n in numbers]
+    own = {"dispatcher": "symm_mem", "dispatch_dedup": False}  # it does so anyway
+    blocks = [{**changes, **own} for changes in chunked if dedup]
+    return [*chunked, *blocks[::2]]
+
+
+def check_bits(ranks: int, ep: int, etp: int) -> dict[str, int]:
+    """Compare every schedule with one run of `serial`; return how often each was."""
+    groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ep, etp=etp))
+    checked = dict.fromkeys(SCHEDULES, 0)
+    for case, variant in ALL:
+        for dedup in (False, True):
+            config = sized(BASE, dispatch_dedup=dedup, **variant)
+            expected = run(config, groups, routings()[case], whole=True)
+            for schedule in SCHEDULES:
+                for changes in changes_of(schedule, ranks, dedup, variant):
+                    found = run(replace(config, **changes), groups, routings()[case], whole=True)
+                    for name, value in expected.items():
+                        what = f"{case}, {variant}, dedup {dedup}, {changes}: {name}"
+                        assert torch.equal(found[name], value), what
+                    checked[schedule] += 1
+            assert any(value.any() for value in expected.values()) or case == "no tokens at all"
+    return checked
+
+
+@pytest.mark.parametrize(("ranks", "ep", "etp"), LAYOUTS)
+def test_whole_numbers_give_equal_bits(ranks: int, ep: int, etp: int) -> None:
+    cases = {
+        schedule: sum(
+            len(changes_of(schedule, ranks, dedup, variant))
+            for _, variant in ALL
+            for dedup in (False, True)
+        )
+        for schedule in SCHEDULES
+    }
+    assert all(cases.values())
+    assert run_ranks(ranks, check_bits, ranks, ep, etp) == [cases] * ranks
+
+
+def check_two_legs() -> int:
+    """On 2 nodes x 2 ranks: the shared expert beside either leg, and the bits of `alltoall`."""
+    groups = create_expert_groups(ParallelConfig(world_size=4, ep=4), ranks_per_node=2)
+    for case, ids in routings().items():
+        expected = run(BASE, groups, ids, whole=True)
+        for schedule in ("serial", "shared_expert"):
+            config = replace(BASE, dispatcher="hierarchical", overlap=schedule)
+            found = run(config, groups, ids, whole=True)
+            for name, value in expected.items():
+                assert torch.equal(found[name], value), f"{case}, {schedule}: {name}"
+    with pytest.raises(ConfigError, match=r"dispatcher \(hierarchical\) does not"):
+        run(replace(config, overlap="chunked"), groups, ids, whole=True)
+    return len(routings())
+
+
+def test_two_legs_give_the_bits_of_one() -> None:
+    assert run_ranks(4, check_two_legs) == [9] * 4
+
+
+def check_random(schedule: str) -> int:
+    groups = create_expert_groups(ParallelConfig(world_size=4, ep=4))
+    checked = 0
+    for case in SOME:
+        for activation in ("swiglu", "gelu"):
+            config = replace(BASE, activation=activation, dispatch_dedup=activation == "gelu")
+            expected = run(config, groups, routings()[case], whole=False)
+            found = run(replace(config, overlap=schedule), groups, routings()[case], whole=False)
+            for name, value in expected.items():
+                assert_close(found[name], value.double(), torch.float32, f"{case}: {name}")
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_random_numbers_agree(schedule: str) -> None:
+    assert run_ranks(4, check_random, schedule) == [2 * len(SOME)] * 4
+
+
+def check_on_gpus(schedule: str) -> int:
+    device = torch.device("cuda", dist.get_rank())
+    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2))
+    generator = torch.Generator().manual_seed(9)
+    scores = [torch.rand(tokens, NUM_EXPERTS, generator=generator) for tokens in (3001, 1777)]
+    ids = [rows.topk(3, dim=1).indices.masked_fill(rows[:, :3] < 0.2, -1) for rows in scores]
+    base, hard = replace(BASE, activation="swiglu"), routings()["a rank without tokens"]
+    checked = 0
+    for variant in ({}, {"fp8": "rowwise"}, *VARIANTS):
+        for dedup, chosen in ((False, ids), (True, ids), (True, hard)):
+            config = sized(base, dispatch_dedup=dedup, **variant)
+            config = replace(config, hidden_size=512, ffn_hidden_size=1024)
+            expected = run(config, groups, chosen, whole=False, device=device)
+            for changes in changes_of(schedule, 2, dedup, variant):
+                changed = replace(config, **changes)
+                found = run(changed, groups, chosen, whole=False, device=device)
+                for name, value in expected.items():
+                    what = f"{variant}, dedup {dedup}, {changes}: {name}"
+                    assert torch.equal(found[name], value), what
+            checked += 1
+    return checked
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_on_two_gpus_random_numbers_give_equal_bits(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product's row does not depend on how many rows there are: kernels sum along it alike."""
+    for name, value in MULTICAST_OFF.items():
+        monkeypatch.setenv(name, value)
+    cases = 3 * (2 + len(VARIANTS))
+    assert run_ranks(2, check_on_gpus, schedule, backend="nccl") == [cases] * 2

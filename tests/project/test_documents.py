@@ -1,0 +1,148 @@
+"""README and documents name what there is: flags, files, links; and figures are those measured."""
+
+import argparse
+import functools
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+from documents import BLOCKS, DOCUMENTS, FENCE, README, ROOT, megatron_parser
+
+from ep_plugin.cli import COMMANDS, build_parser
+
+PLACEHOLDER = r"NAME|X_Y|MODEL_TYPE"  # part of a file's name that a reader fills in
+# flags of programs that are not ours nor Megatron's -> the program
+FOREIGN = {
+    "--strict": "mypy",
+    "--standalone": "torchrun",
+    "--nproc-per-node": "torchrun",
+    "--editable": "pip",
+    "--no-deps": "pip",
+    "--local-dir": "hf",
+    "--nodes": "sbatch",
+    "--table": "tests/helpers/support_matrix.py",
+    "--quick": "tests/run.sh",
+    "--releases": "tests/run.sh",
+}
+
+
+@functools.cache
+def known_flags() -> frozenset[str]:
+    parsers = [megatron_parser()]
+    for command in COMMANDS:
+        actions = build_parser(command)._actions
+        parsers += [
+            a.choices[command] for a in actions if isinstance(a, argparse._SubParsersAction)
+        ]
+    ours = itertools.chain(*(parser._option_string_actions for parser in parsers))
+    return frozenset([*ours, *FOREIGN, "--version"])
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_that_is_named_exists(path: Path) -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])", path.read_text()))
+    assert not named - known_flags()
+
+
+def test_flags_of_our_own_scripts_exist() -> None:
+    for flag, program in FOREIGN.items():
+        if "/" in program:
+            assert flag in (ROOT / program).read_text(), (flag, program)
+
+
+def anchors(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        assert not target.startswith("http"), "documents stand for themselves"
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(path: Path) -> None:
+    text = FENCE.sub("", path.read_text())
+    top = "ep_plugin|recipes|benchmarks|tests|patches|docs"
+    for name in re.findall(rf"`((?:{top})/[\w./-]+)`", text):
+        if not re.search(PLACEHOLDER, name):
+            assert (ROOT / name).exists(), name
+    for name in re.findall(r"`(test_\w+\.py)`", text):
+        assert list((ROOT / "tests").rglob(name)), name
+
+
+def test_the_tree_of_the_architecture_exists() -> None:
+    """Files and folders of the tree, one level of indentation a folder."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    tree = next(b.text for b in BLOCKS if b.text.startswith("ep_plugin/"))
+    folder = ROOT / "ep_plugin"
+    for line in filter(None, tree.splitlines()[1:]):
+        indent = len(line) - len(line.lstrip())
+        base = folder if indent == 4 else ROOT / "ep_plugin"
+        for word in line.split():
+            if not word.endswith((".py", "/")):
+                break
+            assert (base / word).exists(), line
+            if indent == 2 and word.endswith("/"):
+                folder = ROOT / "ep_plugin" / word
+    for path in (ROOT / "ep_plugin").iterdir():
+        if path.is_dir() and path.name != "__pycache__":
+            assert f"\n  {path.name}/ " in tree, path.name
+    steps = re.findall(r"<!-- walk: token -->\n```text\n(.*?)```", text, re.DOTALL)[0]
+    for line in steps.splitlines():
+        assert (ROOT / "ep_plugin" / line.split()[0]).is_file(), line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_are_ascii(path: Path) -> None:
+    assert path.read_text().isascii()
+
+
+def rows(name: str) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(
+        (ROOT / "benchmarks" / "results" / f"{name}.json").read_text()
+    )
+    return found
+
+
+def pick(name: str, key: str, **wanted: object) -> float:
+    """Return the smallest `key` of the rows in a file of results that have these values."""
+    found = [
+        float(str(row[key]))
+        for row in rows(name)
+        if row.get(key) is not None and all(row[k] == v for k, v in wanted.items())
+    ]
+    return min(found)
+
+
+def test_figures_of_the_readme_are_those_measured() -> None:
+    text = README.read_text()
+    layer = functools.partial(pick, "layer_h100", "ms", shape="dsv3", routing="balanced")
+    ours = [
+        layer(backend=backend, precision=precision, graph=graph)
+        for graph in (True, False)
+        for backend, precision in (("ep_plugin", "bf16"), ("ep_plugin+rowwise", "fp8"))
+    ]
+    theirs = [layer(backend="megatron", precision="bf16")]
+    theirs.append(layer(backend="megatron+blockwise", precision="fp8"))
+    assert "**{:.1f} ms in bf16 and {:.1f} in FP8**".format(*ours[:2]) in text
+    assert "({:.1f} and {:.1f} launched by the host)".format(*ours[2:]) in text
+    assert "Megatron's takes {:.1f} and {:.1f}".format(*theirs) in text
+    speed = functools.partial(
+        pick, "eight_gpus", "tokens_per_second", op="ep=2", shape="qwen3-30b-a3b, 4 layers"
+    )
+    bf16 = [
+        speed(backend=backend, graph=graph, precision="bf16")
+        for backend, graph in (("ep_plugin", True), ("ep_plugin", False), ("megatron (te)", False))
+    ]
+    for value in bf16:
+        digits = -3 if value > 1e5 else -2
+        assert f"{round(value, digits):,.0f}" in text, value
