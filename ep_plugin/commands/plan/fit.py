@@ -43,22 +43,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory", "does a published system fit so many GPUs?")
     group.add_argument("--preset", metavar="NAME", help="see ep-plugin presets")
     numbers = {
-        "gpus": (8, "all of them"),
+        "gpus": (8, "GPUs in all"),
         "tp": (1, "tensor-parallel ranks, with sequence parallelism"),
-        "pp": (1, "pipeline stages, of as many layers each as go"),
+        "pp": (1, "pipeline stages; layers are split evenly"),
         "cp": (1, "context-parallel ranks"),
         "etp": (1, "expert tensor-parallel ranks"),
-        "micro-batch": (1, "sequences"),
+        "micro-batch": (1, "sequences of a micro-batch"),
     }
     for name, (default, summary) in numbers.items():
         group.add_argument(
             f"--{name}", type=int, default=default, help=f"{summary} (default: {default})"
         )
-    group.add_argument("--seq-length", type=int, help="default: the preset's")
-    group.add_argument("--recompute", action="store_true", help="each layer, in the backward")
+    group.add_argument(
+        "--seq-length", type=int, help="tokens of a sequence (default: the preset's)"
+    )
+    group.add_argument(
+        "--recompute", action="store_true", help="recompute each layer in the backward"
+    )
     group.add_argument("--dispatch-dedup", action="store_true", help="as --ep-dispatch-dedup on")
     group.add_argument(
-        "--gpu-gb", type=float, default=80.0, help="memory of one, 10^9 bytes (default: 80)"
+        "--gpu-gb", type=float, default=80.0, help="memory of one GPU in 10^9 bytes (default: 80)"
     )
 
 
