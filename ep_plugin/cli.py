@@ -14,15 +14,15 @@ from ep_plugin.errors import ConfigError
 # In NEEDS it may say which of its flags act only beside others (commands/flags.py).
 COMMANDS = {
     "apply": "add the plugin to a Megatron pretrain script, or take it out",
-    "audit": "prove that a checkpoint is whole, each expert there once",
-    "bench": "time the layer, its products and kernels beside peers",
-    "convert": "dense checkpoints to Mixture-of-Experts, Hugging Face both ways",
-    "doctor": "say what is installed and whether Megatron matches",
-    "parity": "compare layouts with one rank, on your own script",
-    "plan": "foresee what a layer's exchanges take on so many ranks",
-    "presets": "list published systems, or print one's arguments",
-    "recipes": "list the scripts, models and layouts, and copy them",
-    "report": "draw what happened in a quickstart run, as HTML and PNG",
+    "audit": "check that a checkpoint is whole, with each expert in it once",
+    "bench": "time the layer, its matrix products and kernels, also of other packages",
+    "convert": "convert dense checkpoints to Mixture-of-Experts, and from and to Hugging Face",
+    "doctor": "show what is installed, and whether it works together",
+    "parity": "check that parallel layouts of your own script compute what one rank does",
+    "plan": "estimate communication time of a layer, or memory of a whole model",
+    "presets": "list published models, or print the Megatron arguments of one",
+    "recipes": "list ready-made scripts, models and layouts, and copy them",
+    "report": "draw the results of a quickstart run, as HTML and PNG",
     "run": "run your pretrain script with the plugin, without editing it",
 }
 

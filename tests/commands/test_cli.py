@@ -139,6 +139,21 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "use"),
+    [
+        (["presets", "qwen3"], "qwen3-30b-a3b, qwen3-235b-a22b, qwen3-nano"),
+        (["plan", "--preset", "Mixtral-8x7"], "mixtral-8x7b"),
+        (["bench", "layer", "--shapes", "mixtral-8x7b"], "--shapes mixtral"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_closest_real_ones_first(
+    words: list[str], use: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.endswith(f"; use {use}\n")
+
+
 def test_installed_command_and_module_are_the_same() -> None:
     scripts = Path(sys.executable).parent
     for command in ([str(scripts / "ep-plugin")], [sys.executable, "-m", "ep_plugin.cli"]):

@@ -26,6 +26,7 @@ from ep_plugin.megatron.arguments.resume import choose_format
 from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE, Argument
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import audit_save
+from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.megatron.settings import moe_config, ranks_per_node
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.routing_config import RoutingConfig
@@ -293,7 +294,10 @@ def audited(args: Any) -> list[str]:
         patch.object(audit_save.importlib, "import_module", lambda name: training),
         patch.object(audit_save, "_audit_all", lambda pending: read_back.extend(pending)),
     ):
-        [(_, with_save), _] = audit_save.seams()
+        patches = Patches()
+        with patch.object(patches, "wrap") as wrap:
+            audit_save.changes(patches)
+        (_, with_save, _), _ = (call.args for call in wrap.call_args_list)
         with_save(lambda iteration: None, 3)
     return read_back
 

@@ -186,8 +186,10 @@ def chunks(config: MoEConfig) -> int | None:
     """Return how many parts the other ranks of 4 come in: fewer ranks have one part alone."""
     if config.overlap != "chunked":
         return None
+    names = ("start_dispatch", "start_combine", "pack", "swap", "unpack", "wire_format")
     block: Any = SimpleNamespace(
-        groups=SimpleNamespace(ep_etp_size=4, replicas=None), dispatcher=SimpleNamespace(swaps=True)
+        groups=SimpleNamespace(ep_etp_size=4, replicas=None),
+        dispatcher=SimpleNamespace(**dict.fromkeys(names, print)),
     )
     schedule: Any = resolve("overlap", "chunked")(config, block)
     return int(schedule.args[0])
