@@ -8,8 +8,7 @@ from copy import copy
 from typing import Any
 
 import pytest
-from silence import parser
-from test_no_silence import CASES, PLAIN, given
+from flag_values import CASES, PLAIN, given, parser
 
 from ep_plugin.megatron.arguments.digest import OWN, alike, digest
 from ep_plugin.megatron.arguments.parser import with_preset

@@ -1,8 +1,8 @@
 """Flags about exchanges on one rank: legal, without effect, and named once."""
 
 import pytest
+from flag_values import parser
 from loop import OURS, launch
-from silence import parser
 
 from ep_plugin.megatron.arguments.checks import idle, take_typed
 from ep_plugin.moe.config import MoEConfig

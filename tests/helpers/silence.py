@@ -4,13 +4,12 @@ What can only run on a GPU is seen by what it is asked: the backends of the grou
 `loop` under their names, `symm_mem` runs its CPU twin, and `deepep` a stand-in of its package.
 """
 
-import argparse
 import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ep_plugin import ExpertGroups, MoEConfig, MoELayer, ParallelConfig, create_expert_groups
-from ep_plugin.megatron.arguments.parser import add_ep_arguments
 from ep_plugin.moe.dispatcher import _agreement
 from ep_plugin.moe.experts import autotune, experts
 from ep_plugin.moe.kernels import peers_torch
@@ -29,14 +27,6 @@ from ep_plugin.registry import resolve
 
 POSITIONS, SEQUENCES = 10, 4
 COLLECTIVES = ("all_to_all_single", "batch_isend_irecv", "all_gather", "all_gather_into_tensor")
-
-
-@cache
-def parser() -> argparse.ArgumentParser:
-    """Return Megatron's parser with our flags."""
-    from megatron.training import arguments
-
-    return add_ep_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser()))
 
 
 @dataclass(frozen=True)
@@ -174,7 +164,7 @@ def observe(case: Case, groups: ExpertGroups | None = None) -> dict[str, Any]:
         "kept": log.kept,
         "products": log.products,
         "sms": log.sms,
-        "chunks": chunks(config),
+        "chunks": chunks(layer),
         "built": [
             *(type(part).__name__ for part in (layer.router, layer.dispatcher)),
             *(f"{name} {tuple(p.shape)}" for name, p in layer.named_parameters()),
@@ -182,16 +172,13 @@ def observe(case: Case, groups: ExpertGroups | None = None) -> dict[str, Any]:
     }
 
 
-def chunks(config: MoEConfig) -> int | None:
-    """Return how many parts the other ranks of 4 come in: fewer ranks have one part alone."""
-    if config.overlap != "chunked":
+def chunks(layer: MoELayer) -> int | None:
+    """Return how many parts the other ranks of 4 come in: of 2 ranks there is one part alone."""
+    if layer.config.overlap != "chunked":
         return None
-    names = ("start_dispatch", "start_combine", "pack", "swap", "unpack", "wire_format")
-    block: Any = SimpleNamespace(
-        groups=SimpleNamespace(ep_etp_size=4, replicas=None),
-        dispatcher=SimpleNamespace(**dict.fromkeys(names, print)),
-    )
-    schedule: Any = resolve("overlap", "chunked")(config, block)
+    groups = SimpleNamespace(ep_etp_size=4, replicas=None)
+    block: Any = SimpleNamespace(groups=groups, dispatcher=layer.dispatcher)
+    schedule: Any = resolve("overlap", "chunked")(layer.config, block)
     return int(schedule.args[0])
 
 
