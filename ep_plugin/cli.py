@@ -7,7 +7,7 @@ from importlib import import_module
 from types import ModuleType
 
 from ep_plugin import __version__
-from ep_plugin.commands import flags
+from ep_plugin.commands import law
 from ep_plugin.errors import ConfigError
 
 # A command is a module of commands/ with add_arguments(parser) and run(args) -> int; and its help.
@@ -63,11 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser(selected).parse_args(argv)
     module = _module(args.command)
     try:
-        flags.check(module, args, argv[argv.index(args.command) :])
+        law.check(module, args, argv[argv.index(args.command) :])
         code = int(module.run(args))
         sys.stdout.flush()
     except ConfigError as error:
-        words = flags.words(getattr(module, "SPELLING", {}))
+        words = law.words(getattr(module, "SPELLING", {}))
         print(f"ep-plugin {args.command}: error: {error.spelled(words)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, head or less, has had enough

@@ -17,8 +17,8 @@ from ep_plugin.commands.bench.contest import OURS, Contest
 from ep_plugin.commands.bench.figures import Row, merge, read, table, write
 from ep_plugin.commands.bench.floors import PRECISIONS
 from ep_plugin.commands.bench.measure import Protocol, default_device
-from ep_plugin.commands.bench.needs import BACKENDS, NEEDS
 from ep_plugin.commands.bench.shapes import MODELS, TINY, Shape, pick
+from ep_plugin.commands.bench.which_flags import BACKENDS, NEEDS
 from ep_plugin.errors import BackendUnavailable, ConfigError, check_choice
 
 __all__ = ["NEEDS", "add_arguments", "run"]

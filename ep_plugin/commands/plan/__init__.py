@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.commands.flags import Need
+from ep_plugin.commands.law import Need
 from ep_plugin.commands.plan import fit
 from ep_plugin.commands.plan.network import (
     HOWS,

@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 
-from ep_plugin.commands.flags import Need
+from ep_plugin.commands.law import Need
 from ep_plugin.commands.plan.memory import Memory, split_layers, stage_memory
 from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.moe.parallel import ParallelConfig
