@@ -2,6 +2,19 @@
 
 A pattern such as `decoder.layers.{layer}.mlp.linear_fc{fc}.{kind}` matches a whole name or not at
 all; each field matches only what it stands for, so the order of the rules does not matter.
+
+The table here is that of Megatron's GPT with dense layers, and with MoE layers:
+
+    dense                                      Mixture-of-Experts
+    mlp.linear_fc1.weight       [2F, H]        mlp.experts.experts.linear_fc1.weight    [E, 2F, H]
+    mlp.linear_fc2.weight       [H, F]         mlp.experts.experts.linear_fc2.weight    [E, H, F]
+    (none)                                     mlp.router.weight                        [E, H]
+    mlp.linear_fc{1,2}, a second time          mlp.shared_experts.linear_fc{1,2}        the same
+    (none)                                     mlp.coefficient.{weight,bias}            [2, H], [2]
+
+SequentialMLP and TEGroupedMLP share these names. The norm before the MLP differs: Transformer
+Engine fuses it into the dense `linear_fc1` but not into the experts; the local implementation saves
+it under the fused name in both.
 """
 
 import re
@@ -10,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from ep_plugin.checkpoint.tensors import TensorInfo
 from ep_plugin.errors import ConfigError
 
 FIELDS = {
@@ -41,19 +55,75 @@ class Rule:
 
 @dataclass(frozen=True)
 class Match:
-    """A name and the rule that it matched. `layer` is None outside the layers."""
+    """A name, the rule that it matched, and what it becomes. `layer` is None outside the layers.
+
+    `target` has {expert} in it where each expert has a name of its own.
+    """
 
     name: str
     rule: Rule
     fields: dict[str, str]
+    target: str
 
     @property
     def layer(self) -> int | None:
         return int(self.fields["layer"]) if "layer" in self.fields else None
 
-    def target(self, expert: int | str = "") -> str:
-        """Return the target name, of one expert where it names one."""
-        return self.rule.target.format(**self.fields, expert=expert)
+
+ROUTER = "decoder.layers.{layer}.mlp.router.{kind}"
+COEFFICIENT = "decoder.layers.{layer}.mlp.coefficient.{kind}"  # of a shared expert that is weighed
+# What every MoE layer must come out with.
+REQUIRED = (
+    "decoder.layers.{layer}.mlp.linear_fc1.weight{half}",
+    "decoder.layers.{layer}.mlp.linear_fc2.weight",
+)
+
+_LAYER = "decoder.layers.{layer}."
+_FC = _LAYER + "mlp.linear_fc{fc}."
+_NORM = _LAYER + "mlp.linear_fc1.layer_norm_{kind}"
+
+_KEPT = tuple(
+    Rule(name, name)
+    for name in (
+        "embedding.{rest}",
+        "output_layer.{rest}",
+        "decoder.final_layernorm.{rest}",
+        _LAYER + "input_layernorm.{rest}",
+        _LAYER + "self_attention.{rest}",
+        _LAYER + "pre_mlp_layernorm.{rest}",
+    )
+)
+_DENSE_LAYERS = (Rule(_LAYER + "mlp.{rest}", _LAYER + "mlp.{rest}", layers="dense"),)
+# Random-number state and the rerun machine belong to the run that ends here. What is kept of the
+# optimizer goes the way of its parameter (`adapt/optimizer_state.py`).
+_DROPPED = tuple(
+    Rule(name, operation="drop")
+    for name in (
+        "optimizer.{rest}",
+        "chained_{expert}.optimizer.{rest}",
+        "rng_state/{rest}",
+        "rerun_state_machine_state/{rest}",
+    )
+)
+
+
+def rules(transformer_engine: bool, key_per_expert: bool) -> tuple[Rule, ...]:
+    """Return the table of one checkpoint style.
+
+    key_per_expert: each expert under a name of its own, as Megatron saves with
+    `singleton_local_shards`, instead of along a leading axis.
+    """
+    experts = _LAYER + "mlp.experts.experts." + ("{expert}." if key_per_expert else "")
+    moe_layers = (
+        Rule(
+            _NORM,
+            _LAYER + "pre_mlp_layernorm.{kind}" if transformer_engine else _NORM,
+            layers="moe",
+        ),
+        Rule(_FC + "{kind}{half}", experts + "linear_fc{fc}.{kind}{half}", "experts", "moe"),
+        Rule(_FC + "_extra_state/{rest}", experts + "linear_fc{fc}._extra_state", "experts", "moe"),
+    )
+    return _KEPT + _DENSE_LAYERS + moe_layers + _DROPPED
 
 
 def match_names(
@@ -82,7 +152,8 @@ def _match(name: str, rule: Rule, moe_layers: tuple[bool, ...]) -> Match | None:
     found = compile_pattern(rule.source).fullmatch(name)
     if found is None:
         return None
-    match = Match(name, rule, found.groupdict())
+    fields = found.groupdict()
+    match = Match(name, rule, fields, rule.target.format(**{"expert": "{expert}"} | fields))
     if match.layer is not None:
         if match.layer >= len(moe_layers):
             return None
@@ -101,3 +172,31 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         for odd, part in enumerate(literals)
     ]
     return re.compile("".join(parts))
+
+
+def check_complete(matches: list[Match], moe_layers: tuple[bool, ...]) -> None:
+    """Raise ConfigError unless every layer that is to be an MoE layer has a dense MLP."""
+    names = [match.name for match in matches]
+    missing = []
+    for pattern in REQUIRED:
+        found = (compile_pattern(pattern).fullmatch(name) for name in names)
+        present = {int(match["layer"]) for match in found if match}
+        missing += [
+            pattern.format(layer=layer, half="")
+            for layer, is_moe in enumerate(moe_layers)
+            if is_moe and layer not in present
+        ]
+    if missing:
+        raise ConfigError(
+            f"the checkpoint lacks {', '.join(missing)}; choose --layers that have a dense MLP"
+        )
+
+
+def is_gated(tensors: dict[str, TensorInfo], ffn_hidden_size: int) -> bool:
+    """Whether fc1 holds a gate beside its value: by its rows, whatever the activation's flag."""
+    rows = {1}
+    for name, info in tensors.items():
+        found = compile_pattern(REQUIRED[0]).fullmatch(name)
+        if found:
+            rows.add(2 if found["half"] else info.shape[0] // ffn_hidden_size)
+    return 2 in rows

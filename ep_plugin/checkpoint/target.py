@@ -16,11 +16,10 @@ from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt import fold_gemma
 from ep_plugin.checkpoint.adapt.hugging_face import to_hf
 from ep_plugin.checkpoint.adapt.silent_expert import with_silent_expert
-from ep_plugin.checkpoint.adapt.upcycle import Upcycled
+from ep_plugin.checkpoint.adapt.upcycle import KEPT, Upcycled
 from ep_plugin.checkpoint.formats import megatron_dist
 from ep_plugin.checkpoint.names import stored, stored_name
 from ep_plugin.checkpoint.open import Format, Opened, is_hf, safetensors
-from ep_plugin.checkpoint.run_arguments import KEPT
 from ep_plugin.checkpoint.staging import Staging
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source
 from ep_plugin.checkpoint.writer import OnBytes

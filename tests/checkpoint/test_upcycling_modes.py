@@ -9,12 +9,10 @@ from tolerance import MAX_ERROR
 from torch import Tensor
 
 from ep_plugin import MoEConfig, MoELayer, RoutingConfig
-from ep_plugin.checkpoint.adapt.ffn import FfnTensor, shard
-from ep_plugin.checkpoint.adapt.gains import GateSums
-from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker, deviations, make_experts
+from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, FfnTensor, router_rows, shard
 from ep_plugin.checkpoint.adapt.modes.drop import dropped
-from ep_plugin.checkpoint.adapt.new_router import router_rows
-from ep_plugin.checkpoint.adapt.upcycling import Upcycling
+from ep_plugin.checkpoint.adapt.upcycle import make_experts
+from ep_plugin.checkpoint.adapt.upcycling import GateSums, Upcycling
 from ep_plugin.errors import ConfigError
 from ep_plugin.presets import presets
 from ep_plugin.registry import available
@@ -119,10 +117,10 @@ def test_granular_keeps_the_output(granularity: int, activation: str) -> None:
         granularity=granularity,
         router_init="virtual-group",
     )
-    assert deviations(settings) == ()
+    assert make_experts(settings, gated=True).deviations == ()
     assert relative_error(settings, RoutingConfig(), activation) < MAX_ERROR[torch.float64]
     loose = replace(settings, router_init="normal")
-    assert "no whole FFN" in deviations(loose)[0]
+    assert "no whole FFN" in make_experts(loose, gated=True).deviations[0]
     assert relative_error(loose, RoutingConfig(), activation) > 0.1
 
 
@@ -181,8 +179,8 @@ def test_copy_under_each_preset_s_routing(name: str) -> None:
     )
     assert relative_error(zero, certain) < 1e-6
     error = relative_error(settings, certain)
-    if deviations(settings):
-        assert "divided by their sum" in deviations(settings)[0]
+    if make_experts(settings, gated=True).deviations:
+        assert "divided by their sum" in make_experts(settings, gated=True).deviations[0]
         assert 1e-3 < error < 5
     else:
         assert error < 1e-6
@@ -207,7 +205,7 @@ def test_gates_that_are_not_divided_by_their_sum(topk: int, activation: str) -> 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_shared_expert_keeps_the_output(shared: str, activation: str) -> None:
     settings = Upcycling(num_experts=8, topk=2, shared_expert=shared)  # type: ignore[arg-type]
-    assert deviations(settings) == ()
+    assert make_experts(settings, gated=True).deviations == ()
     dtype = torch.float32 if shared == "learned" else torch.float64  # its softmax is fp32
     assert relative_error(settings, RoutingConfig(), activation) < MAX_ERROR[dtype]
 
@@ -261,10 +259,10 @@ def test_noise_is_relative() -> None:
 def test_changed_experts_say_so(mode: str) -> None:
     """The deviation is stated, and is none when nothing is changed."""
     settings = Upcycling(num_experts=4, topk=2, mode=mode)
-    assert len(deviations(settings)) == 1
+    assert len(make_experts(settings, gated=True).deviations) == 1
     assert 1e-3 < relative_error(settings, RoutingConfig()) < 3
     nothing = replace(settings, drop_ratio=0.0, noise_std=0.0)
-    assert deviations(nothing) == ()
+    assert make_experts(nothing, gated=True).deviations == ()
     assert relative_error(nothing, RoutingConfig()) < MAX_ERROR[torch.float64]
 
 

@@ -362,7 +362,7 @@ def test_transformer_engine_norm_is_unfused(tmp_path: Path) -> None:
 def test_names_are_matched_whole() -> None:
     rules = (Rule("layers.{layer}.fc{fc}.{kind}", "moved.{layer}.{fc}.{kind}"),)
     (match,) = match_names(["layers.12.fc1.bias"], rules, (True,) * 13)
-    assert (match.layer, match.target()) == (12, "moved.12.1.bias")
+    assert (match.layer, match.target) == (12, "moved.12.1.bias")
     wrong = ["xlayers.1.fc1.bias", "layers.1.fc1.bias.x", "layers.1.fc3.bias", "layers.a.fc1.bias"]
     with pytest.raises(ConfigError) as error:
         match_names(["layers.1.fc1.bias", *wrong], rules, (True,) * 13)

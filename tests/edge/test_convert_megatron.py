@@ -18,8 +18,7 @@ from spawn import run_ranks
 from torch import Tensor
 from warm import run_script
 
-from ep_plugin.checkpoint.adapt.ffn import FfnTensor
-from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker
+from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, FfnTensor
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint, write_checkpoint
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
 from ep_plugin.cli import main

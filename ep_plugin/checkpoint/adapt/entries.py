@@ -8,13 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint import gpt_names
-from ep_plugin.checkpoint.adapt import optimizer_state
-from ep_plugin.checkpoint.adapt.ffn import FfnTensor, shard
-from ep_plugin.checkpoint.adapt.make_experts import ExpertMaker
-from ep_plugin.checkpoint.adapt.new_router import router_rows
+from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, FfnTensor, router_rows, shard
+from ep_plugin.checkpoint.adapt.optimizer_state import State
 from ep_plugin.checkpoint.adapt.upcycling import Upcycling
-from ep_plugin.checkpoint.patterns import Match
+from ep_plugin.checkpoint.patterns import COEFFICIENT, ROUTER, Match
 from ep_plugin.checkpoint.tensors import (
     NewObject,
     NewTensor,
@@ -34,20 +31,20 @@ class EntryBuilder:
     maker: ExpertMaker
     args: argparse.Namespace
 
-    def entries(self, match: Match, prefix: str) -> Iterator[NewTensor | NewObject]:
+    def entries(self, match: Match, prefix: str, moments: bool) -> Iterator[NewTensor | NewObject]:
         """Yield what one dense tensor or object becomes; `prefix` names a state of its optimizer.
 
-        A moment is copied; a master copy of the weight is treated as the weight.
+        moments: that state is copied; a master copy of the weight is treated as the weight.
         """
         if match.rule.operation == "experts":
-            yield from self._expert_entries(match, prefix)
+            yield from self._expert_entries(match, prefix, moments)
             if self.settings.shared_expert != "none":
-                yield from self._shared_entries(match, prefix)
+                yield from self._shared_entries(match, prefix, moments)
         elif prefix + match.name in self.source.tensors:
-            yield self._as_it_is(prefix + match.name, prefix + match.target())
+            yield self._as_it_is(prefix + match.name, prefix + match.target)
         else:
             read = partial(self.source.read_object, match.name)
-            yield NewObject(match.target(), read)
+            yield NewObject(match.target, read)
 
     def new_parameters(self, layer: int) -> Iterator[NewTensor]:
         """Yield what the dense model has no counterpart of: router and coefficient of one layer."""
@@ -64,14 +61,14 @@ class EntryBuilder:
             seed=settings.seed,
             layer=layer,
         )
-        router = partial(gpt_names.ROUTER.format, layer=layer)
+        router = partial(ROUTER.format, layer=layer)
         yield _computed(router(kind="weight"), TensorInfo(shape, dtype), draw)
         if self.args.add_bias_linear:
             yield _zeros(router(kind="bias"), TensorInfo(shape[:1], dtype))
         if settings.gates.expert_bias:
             yield _zeros(router(kind="expert_bias"), TensorInfo(shape[:1], torch.float32))
         if settings.shared_expert == "learned":
-            name = partial(gpt_names.COEFFICIENT.format, layer=layer)
+            name = partial(COEFFICIENT.format, layer=layer)
             yield _zeros(name(kind="weight"), TensorInfo((2, self.args.hidden_size), dtype))
             yield _zeros(name(kind="bias"), TensorInfo((2,), dtype))
 
@@ -88,25 +85,27 @@ class EntryBuilder:
         read = partial(self.source.read_tensor, name)
         return _computed(target, self.source.tensors[name], read)
 
-    def _expert_entries(self, match: Match, prefix: str) -> Iterator[NewTensor | NewObject]:
+    def _expert_entries(
+        self, match: Match, prefix: str, moments: bool
+    ) -> Iterator[NewTensor | NewObject]:
         num_experts = self.settings.num_experts
-        key_per_expert = "{expert}" in match.rule.target
+        key_per_expert = "{expert}" in match.target
+        targets = [match.target.replace("{expert}", str(expert)) for expert in range(num_experts)]
         if prefix + match.name not in self.source.tensors:
-            for expert in range(num_experts):
+            for expert, target in enumerate(targets):
                 place = "0_1" if key_per_expert else f"{expert}_{num_experts}"
-                yield NewObject(f"{match.target(expert)}/shard_{place}", no_extra_state)
+                yield NewObject(f"{target}/shard_{place}", no_extra_state)
             return
         info, part = self.source.tensors[prefix + match.name], self._part(match)
         one = TensorInfo(_shard_shape(info.shape, part, self.settings.granularity), info.dtype)
-        moments = optimizer_state.is_moment(prefix)
         regions = partial(self._expert_regions, prefix + match.name, part, moments)
         if key_per_expert:
-            for expert in range(num_experts):
+            for expert, target in enumerate(targets):
                 single = partial(regions, expert)
-                yield NewTensor(prefix + match.target(expert), one, single)
+                yield NewTensor(prefix + target, one, single)
             return
         stacked = TensorInfo((num_experts, *one.shape), info.dtype)
-        yield NewTensor(prefix + match.target(), stacked, regions)
+        yield NewTensor(prefix + match.target, stacked, regions)
 
     def _expert_regions(
         self, name: str, part: FfnTensor, moments: bool, only: int | None = None
@@ -120,17 +119,18 @@ class EntryBuilder:
             else:
                 yield Region(zeros, values)
 
-    def _shared_entries(self, match: Match, prefix: str) -> Iterator[NewTensor | NewObject]:
+    def _shared_entries(
+        self, match: Match, prefix: str, moments: bool
+    ) -> Iterator[NewTensor | NewObject]:
         target = match.rule.source.replace(".mlp.", ".mlp.shared_experts.").format(**match.fields)
         if prefix + match.name not in self.source.tensors:
             yield NewObject(target, partial(self.source.read_object, match.name))
             return
-        make = partial(self._shared, prefix, match.name, self._part(match))
+        make = partial(self._shared, prefix + match.name, self._part(match), moments)
         yield _computed(prefix + target, self.source.tensors[prefix + match.name], make)
 
-    def _shared(self, prefix: str, name: str, part: FfnTensor) -> Tensor:
-        moments = optimizer_state.is_moment(prefix)
-        return self.maker.shared_expert(self.source.read_tensor(prefix + name), part, moments)
+    def _shared(self, name: str, part: FfnTensor, moments: bool) -> Tensor:
+        return self.maker.shared_expert(self.source.read_tensor(name), part, moments)
 
 
 def _shard_shape(shape: tuple[int, ...], part: FfnTensor, granularity: int) -> tuple[int, ...]:
@@ -149,13 +149,13 @@ def _zeros(name: str, info: TensorInfo) -> NewTensor:
     return _computed(name, info, partial(torch.zeros, info.shape, dtype=info.dtype))
 
 
-def new_states(entry: NewTensor, states: tuple[optimizer_state.State, ...]) -> Iterator[NewTensor]:
+def new_states(entry: NewTensor, states: tuple[State, ...]) -> Iterator[NewTensor]:
     """Yield the optimizer state of a new parameter: zero moments, and its value as master copy."""
     if entry.name.endswith("expert_bias"):
         return  # a buffer
     for state in states:
         info = TensorInfo(entry.info.shape, state.dtype)
-        if optimizer_state.is_moment(state.prefix):
+        if state.is_moment:
             yield _zeros(state.prefix + entry.name, info)
         else:
             yield NewTensor(state.prefix + entry.name, info, partial(_cast, entry, state.dtype))

@@ -1,4 +1,6 @@
-"""One feed-forward block's tensors, as Megatron keeps them, and the channels they have in common.
+"""From one dense FFN to experts, shared expert and router: pure tensor maths.
+
+A feed-forward block's tensors, as Megatron keeps them, and the channels they have in common:
 
     linear_fc1.weight [F, H], gated [2F, H] = [gate; value]      linear_fc1.bias [F] or [2F]
     linear_fc2.weight [H, F]                                     linear_fc2.bias [H]
@@ -7,11 +9,13 @@ A channel is one of the F hidden units: a row of fc1 (of each half), a column of
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ep_plugin.checkpoint.adapt.upcycling import Gain, RouterInit
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,78 @@ def normal(like: Tensor, *key: object) -> Tensor:
     """Return fp32 (fp64 for fp64) draws from N(0, 1) of the shape of `like`."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.randn(like.shape, generator=generator(*key), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class ExpertMaker:
+    """The experts of an upcycled layer.
+
+    A shared expert that is added would double the output, so it and the routed experts each get
+    half of it. One that is weighed by the learned softmax (a residual expert, arXiv:2201.05596) is
+    whole: the two weights sum to 1 and both sides compute the dense FFN.
+    """
+
+    mode: Mode
+    num_experts: int
+    gated: bool
+    routed: Gain
+    shared: Gain
+    deviations: tuple[str, ...] = ()  # why they do not compute what the dense FFN did
+
+    def experts(
+        self, dense: Tensor, part: FfnTensor, moments: bool, only: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield each expert, or `only` one, with its tensor made of `dense`.
+
+        moments: it is optimizer state of that tensor, which is cut but neither changed nor scaled
+        (Adam's steps do not depend on the scale of its moments).
+        """
+        parts = self.mode.granularity
+        for expert in range(self.num_experts) if only is None else (only,):
+            values = shard(dense, part, expert % parts, parts)
+            if moments:
+                yield expert, values
+                continue
+            if self.mode.change is not None:
+                values = self.mode.change(values, part, expert)
+            yield expert, scaled(values, part, self.routed)
+
+    def shared_expert(self, dense: Tensor, part: FfnTensor, moments: bool) -> Tensor:
+        """Return the shared expert's tensor: all channels of the dense one."""
+        return dense if moments else scaled(dense, part, self.shared)
+
+
+def scaled(values: Tensor, part: FfnTensor, gain: Gain) -> Tensor:
+    """Return `values` times its factor; itself where that is 1."""
+    if part.fc == 2:
+        factor = gain.weight if part.is_weight else gain.bias
+        return values if factor == 1 else values * factor
+    if gain.value == 1 or not part.gated or part.half == "_w":
+        return values
+    values = values.clone()
+    part.halves(values)[-1].mul_(gain.value)
+    return values
+
+
+def router_rows(
+    init: RouterInit, shape: tuple[int, int], granularity: int, std: float, seed: int, layer: int
+) -> Tensor:
+    """Return the weight [E, H] of one layer's new router, fp32.
+
+    normal: rows from N(0, std^2), the checkpoint's init_method_std. The router is the only thing in
+    which copied experts differ at the start; random rows spread the tokens, and from then on each
+    expert sees other tokens and the copies drift apart.
+
+    virtual-group (arXiv:2410.07524): one such row for each group of `granularity` experts, repeated
+    inside the group, so that the shards of one FFN are chosen together. With granularity 1 it is
+    normal.
+
+    zero: every expert has the same logit and the same weight, so gates that are not divided by
+    their sum have a known sum. But top-k then breaks the tie by index: the same k experts see
+    every token until the router has moved.
+    """
+    if init == "zero":
+        return torch.zeros(shape)
+    repeats = granularity if init == "virtual-group" else 1
+    rows = torch.randn(shape[0] // repeats, shape[1], generator=generator(seed, layer, "router"))
+    return (rows * std).repeat_interleave(repeats, dim=0)

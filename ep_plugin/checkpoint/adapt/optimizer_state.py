@@ -37,11 +37,7 @@ class State:
     prefix: str  # optimizer.state.exp_avg.
     dtype: torch.dtype
     names: tuple[str, ...]
-
-
-def is_moment(prefix: str) -> bool:
-    """Whether `prefix`, of a state's name, is neither empty nor that of a copy of the weights."""
-    return prefix != "" and prefix.split(".")[-2] not in MASTER_COPIES
+    is_moment: bool  # else a copy of the weights
 
 
 def find(source: Source, parameters: Set[str]) -> tuple[State, ...]:
@@ -69,9 +65,23 @@ def find(source: Source, parameters: Set[str]) -> tuple[State, ...]:
         assert match is not None
         by_prefix.setdefault(match[1], []).append(name)
     return tuple(
-        State(prefix, source.tensors[members[0]].dtype, tuple(members))
+        State(
+            prefix=prefix,
+            dtype=source.tensors[members[0]].dtype,
+            names=tuple(members),
+            is_moment=prefix.split(".")[-2] not in MASTER_COPIES,
+        )
         for prefix, members in by_prefix.items()
     )
+
+
+def counters(source: Source, ep: int | None, with_bias: bool) -> dict[str, Any]:
+    """Return what stands beside the tensors of the optimizer, for a run of that size."""
+    groups = source.common["optimizer"]
+    return {
+        "optimizer": groups if ep == 1 else new_groups(groups, with_bias),
+        "opt_param_scheduler": source.common["opt_param_scheduler"],
+    }
 
 
 def new_groups(groups: dict[str, Any], with_bias: bool) -> dict[int, Any]:

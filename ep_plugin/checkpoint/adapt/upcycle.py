@@ -1,7 +1,7 @@
 """Upcycling: every name, shape and operation of the new checkpoint.
 
-What an expert is made of stands in `modes/`, what its outputs are multiplied by in `gains.py`, how
-a router begins in `new_router.py`. A state of the optimizer is named after its parameter
+What an expert is made of stands in `modes/`, what its outputs are multiplied by in `upcycling.py`,
+how all of it is computed in `ffn.py`. A state of the optimizer is named after its parameter
 (`optimizer.state.exp_avg.PARAMETER`) and takes the same way: to every expert, as it is.
 """
 
@@ -10,20 +10,21 @@ import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ep_plugin.checkpoint import gpt_names
 from ep_plugin.checkpoint.adapt import optimizer_state
 from ep_plugin.checkpoint.adapt.entries import EntryBuilder, new_states
-from ep_plugin.checkpoint.adapt.make_experts import deviations, make_experts
-from ep_plugin.checkpoint.adapt.upcycling import Upcycling
+from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, Mode
+from ep_plugin.checkpoint.adapt.upcycling import MODES, Upcycling, divide
 from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
-from ep_plugin.checkpoint.patterns import Match, compile_pattern, match_names
-from ep_plugin.checkpoint.run_arguments import new_common
+from ep_plugin.checkpoint.patterns import check_complete, is_gated, match_names, rules
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source, whole
 from ep_plugin.errors import ConfigError
+from ep_plugin.registry import resolve
 
 if TYPE_CHECKING:
     from ep_plugin.checkpoint.open import Opened
 
+# What goes along from the run that ends, beside its arguments.
+KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -69,24 +70,21 @@ def add_experts(dense: "Opened", settings: Upcycling | None, keep_optimizer: boo
         tensors={name: entry.info for name, entry in tensors.items()},
         read_tensor=lambda name: whole(tensors[name]),
     )
+    origins = {
+        target.replace("*", str(expert)): dense.origins[old]
+        for old, target in new.name_map
+        if old in dense.origins
+        for expert in (range(settings.num_experts) if "*" in target else (0,))
+    }
     return replace(
         dense,
         source=made,
         args=args,
-        origins=_origins(dense, new, settings.num_experts),
+        origins=origins,
         family=None,
         deviations=new.deviations,
         upcycled=new,
     )
-
-
-def _origins(dense: "Opened", new: Upcycled, num_experts: int) -> dict[str, tuple[str, ...]]:
-    origins = {}
-    for old, target in new.name_map:
-        for expert in range(num_experts) if "*" in target else (0,):
-            if old in dense.origins:
-                origins[target.replace("*", str(expert))] = dense.origins[old]
-    return origins
 
 
 def upcycle(source: Source, settings: Upcycling, keep_optimizer: bool = True) -> Upcycled:
@@ -105,34 +103,62 @@ def upcycle(source: Source, settings: Upcycling, keep_optimizer: bool = True) ->
             f"({args.ffn_hidden_size})"
         )
     content_metadata = source.common.get("content_metadata") or {}
-    table = gpt_names.rules(
+    table = rules(
         transformer_engine=args.transformer_impl != "local",
         key_per_expert=bool(content_metadata.get("singleton_local_shards")),
     )
     matches = match_names([*source.tensors, *sorted(source.objects)], table, chosen)
-    _check_complete(matches, chosen)
+    check_complete(matches, chosen)
+    gated = is_gated(source.tensors, args.ffn_hidden_size)
     kept = [match for match in matches if match.rule.operation != "drop"]
     states = optimizer_state.find(source, {m.name for m in kept}) if keep_optimizer else ()
-    builder = EntryBuilder(source, settings, make_experts(settings, _is_gated(source, args)), args)
+    counters = {}
+    if states:
+        counters = optimizer_state.counters(source, settings.ep, args.add_bias_linear)
+    common = _new_common(source, args, settings, frequency, counters)
+    maker = make_experts(settings, gated)
+    builder = EntryBuilder(source, settings, maker, args)
+    new_names: list[tuple[str, str]] = []
+    made: list[NewTensor | NewObject] = []  # what the dense model has no counterpart of
+    for layer in (layer for layer, is_moe in enumerate(chosen) if is_moe):
+        for entry in builder.new_parameters(layer):
+            made.extend([entry, *new_states(entry, states)])
+            new_names.append(("", entry.name))
     content: list[NewTensor | NewObject] = []
     name_map = []
     for match in kept:
-        for prefix in ("", *(s.prefix for s in states if s.prefix + match.name in source.tensors)):
-            content.extend(builder.entries(match, prefix))
-            name_map.append((prefix + match.name, prefix + match.target("*")))
-    for layer in (layer for layer, is_moe in enumerate(chosen) if is_moe):
-        for entry in builder.new_parameters(layer):
-            content.extend([entry, *new_states(entry, states)])
-            name_map.append(("", entry.name))
+        for prefix, moments in (("", False), *((s.prefix, s.is_moment) for s in states)):
+            if prefix and prefix + match.name not in source.tensors:
+                continue
+            content.extend(builder.entries(match, prefix, moments))
+            target = match.target.replace("{expert}", "*")
+            name_map.append((prefix + match.name, prefix + target))
     carried = sum(len(state.names) for state in states)
     return Upcycled(
-        content=tuple(content),
-        common=new_common(source, args, settings, frequency, bool(states)),
-        name_map=tuple(name_map),
+        content=(*content, *made),
+        common=common,
+        name_map=(*name_map, *new_names),
         dropped=len(matches) - len(kept) - carried,
         moe_layers=chosen,
-        deviations=deviations(settings),
+        deviations=maker.deviations,
         optimizer=bool(states),
+    )
+
+
+def make_experts(settings: Upcycling, gated: bool) -> ExpertMaker:
+    """Return the experts of `settings`, for an FFN with or without a gate."""
+    mode: Mode = resolve(MODES, settings.mode)(settings)
+    gates, topk = settings.gates, settings.topk
+    kept = 0.5 if settings.shared_expert == "copy" else 1.0
+    bias = kept / gates.sum(topk, settings.num_experts)
+    reasons = (mode.deviation, gates.deviation(topk, settings.router_init == "zero"))
+    return ExpertMaker(
+        mode=mode,
+        num_experts=settings.num_experts,
+        gated=gated,
+        routed=divide(mode.granularity * bias, bias, gated),
+        shared=divide(kept, kept, gated),
+        deviations=tuple(reason for reason in reasons if reason is not None),
     )
 
 
@@ -167,28 +193,34 @@ def _check_embeddings(source: Source, args: argparse.Namespace) -> None:
             )
 
 
-def _is_gated(source: Source, args: argparse.Namespace) -> bool:
-    """Whether fc1 holds a gate beside its value: by its rows, whatever the activation's flag."""
-    rows = {1}
-    for name, info in source.tensors.items():
-        found = compile_pattern(gpt_names.REQUIRED[0]).fullmatch(name)
-        if found:
-            rows.add(2 if found["half"] else info.shape[0] // args.ffn_hidden_size)
-    return 2 in rows
-
-
-def _check_complete(matches: list[Match], chosen: tuple[bool, ...]) -> None:
-    names = [match.name for match in matches]
-    missing = []
-    for pattern in gpt_names.REQUIRED:
-        found = (compile_pattern(pattern).fullmatch(name) for name in names)
-        present = {int(match["layer"]) for match in found if match}
-        missing += [
-            pattern.format(layer=layer, half="")
-            for layer, is_moe in enumerate(chosen)
-            if is_moe and layer not in present
-        ]
-    if missing:
-        raise ConfigError(
-            f"the checkpoint lacks {', '.join(missing)}; choose --layers that have a dense MLP"
-        )
+def _new_common(
+    source: Source,
+    args: argparse.Namespace,
+    settings: Upcycling,
+    frequency: int | list[int],
+    counters: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what stands beside the tensors; random-number state belongs to the run that ends."""
+    args, gates = copy.copy(args), settings.gates
+    args.num_experts = settings.num_experts
+    args.moe_router_topk = settings.topk
+    args.moe_layer_freq = frequency
+    args.moe_ffn_hidden_size = args.ffn_hidden_size // settings.granularity
+    # What the sum of the gates rests on.
+    args.moe_router_score_function = gates.score_function
+    args.moe_router_pre_softmax = gates.pre_softmax
+    args.moe_router_topk_scaling_factor = None
+    if gates.scaling_factor != 1:
+        args.moe_router_topk_scaling_factor = gates.scaling_factor
+    if gates.num_groups is not None:
+        args.moe_router_num_groups = gates.num_groups
+        args.moe_router_group_topk = gates.group_topk
+    if gates.expert_bias:
+        args.moe_router_enable_expert_bias = True
+    if settings.shared_expert != "none":
+        args.moe_shared_expert_intermediate_size = args.ffn_hidden_size
+    if settings.shared_expert == "learned":
+        args.ep_shared_expert = "learned"
+    args.no_save_optim, args.no_save_rng = not counters, True
+    kept = {key: source.common[key] for key in KEPT if key in source.common}
+    return {"args": args, **kept, **counters}

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin import presets
-from ep_plugin.checkpoint.adapt.gains import GateSums
-from ep_plugin.checkpoint.adapt.upcycling import Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import GateSums, Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
 from ep_plugin.checkpoint.staging import check_free

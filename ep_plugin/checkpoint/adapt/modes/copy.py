@@ -2,7 +2,7 @@
 
 An MoE layer computes y = sum over the chosen experts i of p_i * FFN_i(x). With FFN_i = FFN for all
 i, y = (sum of p_i) * FFN(x): the dense output whatever the router says, once the sum of the gates
-is known (`gains.py`).
+is known (`upcycling.py`).
 """
 
 from ep_plugin.checkpoint.adapt.ffn import Mode

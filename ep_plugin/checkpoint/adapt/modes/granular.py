@@ -9,7 +9,7 @@ takes whole groups and gives the g experts of a group the same weight p:
     sum over groups n of p_n * (sum over j of FFN_j(x)) = (sum over n of p_n) * y = (G / g) * y
 
 where G is the sum of all k gates. Hence the gain g / G on the experts' outputs; the bias of fc2 is
-in every expert whole, so its own gain is 1 / G. Where the gain goes stands in `gains.py`.
+in every expert whole, so its own gain is 1 / G. Where the gain goes stands in `upcycling.py`.
 
 With another router the chosen shards are no whole FFN. The same gain is then right on average over
 shards, and wrong for each token.
