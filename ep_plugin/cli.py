@@ -7,22 +7,23 @@ from importlib import import_module
 from types import ModuleType
 
 from ep_plugin import __version__
-from ep_plugin.commands import flags
+from ep_plugin.commands import law
 from ep_plugin.errors import ConfigError
 
 # A command is a module of commands/ with add_arguments(parser) and run(args) -> int; and its help.
 # In NEEDS it may say which of its flags act only beside others (commands/flags.py).
 COMMANDS = {
     "apply": "add the plugin to a Megatron pretrain script, or take it out",
-    "audit": "prove that a checkpoint is whole, each expert there once",
-    "bench": "time the layer, its products and kernels beside peers",
-    "convert": "dense checkpoints to Mixture-of-Experts, Hugging Face both ways",
-    "doctor": "say what is installed and whether Megatron matches",
-    "parity": "compare layouts with one rank, on your own script",
-    "plan": "foresee what a layer's exchanges take on so many ranks",
-    "presets": "list published systems, or print one's arguments",
-    "recipes": "list the scripts, models and layouts, and copy them",
-    "report": "draw what happened in runs, as HTML and PNG",
+    "audit": "check that a checkpoint is whole, with each expert in it once",
+    "bench": "time the layer, its matrix products and kernels, also of other packages",
+    "convert": "convert dense checkpoints to Mixture-of-Experts, and from and to Hugging Face",
+    "doctor": "show what is installed, and whether it works together",
+    "parity": "check that parallel layouts of your own script compute what one rank does",
+    "plan": "estimate communication time of a layer, or memory of a whole model",
+    "presets": "list published models, or print the Megatron arguments of one",
+    "recipes": "list ready-made scripts, models and layouts, and copy them",
+    "report": "draw the results of a quickstart run, as HTML and PNG",
+    "run": "run your pretrain script with the plugin, without editing it",
 }
 
 
@@ -35,7 +36,7 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ep-plugin",
         description="Expert parallelism for Megatron.",
-        epilog="To run a script with the plugin: torchrun ... -m ep_plugin.run SCRIPT ARGS",
+        epilog="On several ranks: torchrun ... -m ep_plugin.run SCRIPT ARGS",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -56,15 +57,17 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a ConfigError is printed as one sentence and gives exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["run"]:  # not by argparse, which would take a `--` out of the script's flags
+        return int(import_module("ep_plugin.run").main(argv[1:], "ep-plugin run"))
     selected = next((word for word in argv if not word.startswith("-")), None)
     args = build_parser(selected).parse_args(argv)
     module = _module(args.command)
     try:
-        flags.check(module, args, argv[argv.index(args.command) :])
+        law.check(module, args, argv[argv.index(args.command) :])
         code = int(module.run(args))
         sys.stdout.flush()
     except ConfigError as error:
-        words = flags.words(getattr(module, "SPELLING", {}))
+        words = law.words(getattr(module, "SPELLING", {}))
         print(f"ep-plugin {args.command}: error: {error.spelled(words)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, head or less, has had enough

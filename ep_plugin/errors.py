@@ -3,8 +3,9 @@
 A message has the rule, the names, the values and what to use instead.
 """
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class ConfigError(ValueError):
@@ -40,6 +41,18 @@ class BackendUnavailable(ConfigError):
 def largest_divisor(value: int, at_most: int) -> int:
     """Return the largest divisor of `value` that is at most `at_most`."""
     return next(d for d in range(max(1, min(value, at_most)), 0, -1) if value % d == 0)
+
+
+def closest(name: str, known: Iterable[str]) -> list[str]:
+    """Return up to five of the `known` names that `name` may have meant; toy models come last.
+
+    Those that contain it, else those that are spelled most like it, else all.
+    """
+    names = list(known)
+    near = [other for other in names if name.lower() in other]
+    near = near or difflib.get_close_matches(name.lower(), names, n=5) or names
+    toys_last = sorted(near, key=lambda other: other.endswith(("-nano", "tiny")))
+    return toys_last if near is names else toys_last[:5]
 
 
 def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m ep_plugin.run pretrain_gpt.py --num-experts 8 ...
 
-Alone, without torchrun, the script runs as the only rank.
+`ep-plugin run SCRIPT ARGS` is the same. Without torchrun the script runs as the only rank.
 """
 
 import os
@@ -12,27 +12,37 @@ from pathlib import Path
 
 from ep_plugin.errors import ConfigError
 
-USAGE = """usage: [torchrun ...] python -m ep_plugin.run SCRIPT [ARGS ...]
+USAGE = """usage: {name} SCRIPT [ARGS ...]
 
-Runs SCRIPT as `python SCRIPT ARGS ...` would, after ep_plugin.megatron.install().
+Runs SCRIPT as `python SCRIPT ARGS ...` would, with the plugin installed in Megatron first.
+All that stands behind SCRIPT goes to the script, --help too.
+
+On several ranks:
+  torchrun ... -m ep_plugin.run SCRIPT [ARGS ...]
+  torchrun ... --no-python ep-plugin run SCRIPT [ARGS ...]
 
 examples:
+  ep-plugin run pretrain_gpt.py --help
+  EP_PLUGIN_DEVICE=cpu ep-plugin run pretrain_gpt.py ...      one rank, on the CPU
   torchrun --nproc-per-node 8 -m ep_plugin.run pretrain_gpt.py --num-experts 8 \\
       --moe-router-topk 2 --expert-model-parallel-size 8 ...
-  EP_PLUGIN_DEVICE=cpu python -m ep_plugin.run pretrain_gpt.py ...      one rank, on the CPU
 """
 
 
-def main(argv: list[str]) -> int:
-    """Run the script in `argv`; a ConfigError is one line on rank 0 and code 2 on every rank."""
+def main(argv: list[str], name: str = "python -m ep_plugin.run") -> int:
+    """Run the script in `argv`; a ConfigError is one line on rank 0 and code 2 on every rank.
+
+    `name` is what was typed before the script.
+    """
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
+        print(USAGE.format(name=name), end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     try:
         run_script(argv[0], argv[1:])
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"ep_plugin.run: error: {error}", file=sys.stderr, flush=True)
+            short = name.removeprefix("python -m ")
+            print(f"{short}: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -41,7 +51,8 @@ def run_script(script: str, arguments: list[str]) -> None:
     """Install the plugin and run `script` as __main__; raises ConfigError without such a file."""
     if not Path(script).is_file():
         raise ConfigError(
-            f"SCRIPT must be a Python file; got {script!r}, which does not exist here"
+            f"SCRIPT must be a Python file; got {script!r}, which does not exist here; use the "
+            "path of your pretrain script, with its flags behind it"
         )
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).resolve().parent)

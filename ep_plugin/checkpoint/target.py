@@ -20,7 +20,6 @@ from ep_plugin.checkpoint.adapt.upcycle import KEPT, Upcycled
 from ep_plugin.checkpoint.formats import megatron_dist
 from ep_plugin.checkpoint.names import stored, stored_name
 from ep_plugin.checkpoint.open import Format, Opened, is_hf, safetensors
-from ep_plugin.checkpoint.run_flags import run_flags
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, one_region
 from ep_plugin.checkpoint.writer import Journal, OnBytes
 
@@ -46,7 +45,7 @@ class Target:
     content: Sequence[NewTensor | NewObject]
     write: Write
     name_map: Sequence[tuple[str, str]]  # (names in the source, names in the result)
-    flags: list[str]  # that ask Megatron for this model
+    args: argparse.Namespace  # of a run of this model
     iteration: str | None = None  # the folder below the target that holds the model; None: itself
 
     @property
@@ -92,11 +91,10 @@ def aim(model: Opened, output: Format, implementation: str | None) -> Target:
 
 def _same_names(model: Opened, made: Upcycled) -> Target:
     source = model.source
-    flags = experts_flags(model.args)
     write = partial(
         megatron_dist.write_checkpoint, source=source, common=source.common, content=made.content
     )
-    return Target(model, made.content, write, made.name_map, flags, source.folder.name)
+    return Target(model, made.content, write, made.name_map, model.args, source.folder.name)
 
 
 def _new_names(model: Opened, implementation: str | None) -> Target:
@@ -113,9 +111,7 @@ def _new_names(model: Opened, implementation: str | None) -> Target:
     targets = {name: (stored_name(name, args),) for name in model.source.tensors}
     common = {"args": args, **kept}
     write = partial(megatron_dist.write_checkpoint, source=style, common=common, content=content)
-    return Target(
-        model, content, write, _name_map(model, targets), run_flags(args), style.folder.name
-    )
+    return Target(model, content, write, _name_map(model, targets), args, style.folder.name)
 
 
 def _hf_folder(model: Opened) -> Target:
@@ -137,7 +133,7 @@ def _hf_folder(model: Opened) -> Target:
             format_.copy_beside(model.folder, root)
         return hashes
 
-    return Target(model, content, write, _name_map(model, targets), run_flags(model.args))
+    return Target(model, content, write, _name_map(model, targets), model.args)
 
 
 def _token_ids(path: Path) -> dict[str, Any]:
@@ -154,28 +150,3 @@ def _name_map(model: Opened, targets: Mapping[str, tuple[str, ...]]) -> list[tup
         for name in model.source.tensors
     )
     return list(dict.fromkeys(rows))
-
-
-def experts_flags(args: argparse.Namespace) -> list[str]:
-    """Return the flags that a dense run's command line needs beside its own for these experts."""
-    flags = ["--num-experts", str(args.num_experts), "--moe-router-topk", str(args.moe_router_topk)]
-    flags += ["--moe-ffn-hidden-size", str(args.moe_ffn_hidden_size)]
-    if args.moe_layer_freq != 1:
-        flags += ["--moe-layer-freq", str(args.moe_layer_freq).replace(" ", "")]
-    if args.moe_router_score_function != "softmax":
-        flags += ["--moe-router-score-function", args.moe_router_score_function]
-    if args.moe_router_pre_softmax:
-        flags += ["--moe-router-pre-softmax"]
-    if args.moe_router_topk_scaling_factor is not None:
-        flags += ["--moe-router-topk-scaling-factor", str(args.moe_router_topk_scaling_factor)]
-    if getattr(args, "moe_router_num_groups", None) is not None:
-        flags += ["--moe-router-num-groups", str(args.moe_router_num_groups)]
-        flags += ["--moe-router-group-topk", str(args.moe_router_group_topk)]
-    if getattr(args, "moe_router_enable_expert_bias", False):
-        flags += ["--moe-router-enable-expert-bias"]
-    if getattr(args, "moe_shared_expert_intermediate_size", None):
-        shared = str(args.moe_shared_expert_intermediate_size)
-        flags += ["--moe-shared-expert-intermediate-size", shared]
-    if getattr(args, "ep_shared_expert", None) == "learned":
-        flags += ["--ep-shared-expert", "learned"]
-    return flags

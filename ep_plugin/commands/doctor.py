@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from ep_plugin import __version__
+from ep_plugin.commands.law import Need
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.registry import available, resolve
 
@@ -43,6 +44,15 @@ class Finding:
     name: str
     status: Literal["ok", "absent", "broken"]
     text: str
+
+
+NEEDS = (
+    Need(
+        "--verbose",
+        lambda args: not args.json,
+        "{flag} lists what --json has anyway; use one of them",
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

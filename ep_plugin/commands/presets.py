@@ -1,4 +1,4 @@
-"""`ep-plugin presets`: what there is, and the arguments each stands for."""
+"""`ep-plugin presets`: published models by name, and the Megatron arguments of each."""
 
 import argparse
 import json

@@ -5,21 +5,18 @@ rank, and must be legal there, since a laptop and a cluster share one command li
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.routing_config import RoutingConfig
-
-if TYPE_CHECKING:
-    from ep_plugin.moe.config import MoEConfig
 
 
 @dataclass(frozen=True)
 class Need:
     """A setting acts only `when`; else giving it is a ConfigError: the setting, then `sentence`."""
 
-    when: "Callable[[MoEConfig], bool]"  # of the finished configuration
+    when: Callable[[Any], bool]  # of the finished MoEConfig, which imports this file
     sentence: str  # what it is for, and what to use, with settings in angle brackets
     values: tuple[Any, ...] = ()  # of this setting that need it; (): every one but the default
 
@@ -29,12 +26,12 @@ def own(name: str) -> bool:
     return "." in name
 
 
-def _drops(config: "MoEConfig") -> bool:
+def _drops(config: Any) -> bool:
     routing = config.routing
     return routing.capacity_factor is not None or routing.eval_capacity_factor is not None
 
 
-def _through(*names: str) -> "Callable[[MoEConfig], bool]":
+def _through(*names: str) -> Callable[[Any], bool]:
     """Whether tokens travel through one of these dispatchers, or one of the user's own."""
     return lambda c: c.dispatcher in (*names, "auto", "local") or own(c.dispatcher)
 
@@ -189,7 +186,14 @@ IDLE_AT_ONE_RANK = frozenset(
 )
 
 
-def given(config: "MoEConfig") -> Iterator[tuple[str, Any]]:
+def at_one_rank(config: Any) -> Any:
+    """Return `config` for one rank that has all experts: a dispatcher of ours has no work there."""
+    if own(config.dispatcher):
+        return config
+    return replace(config, dispatcher="local", comm_sms=type(config).comm_sms)
+
+
+def given(config: Any) -> Iterator[tuple[str, Any]]:
     """Yield "routing.FIELD" or "moe.FIELD" and its value for each setting not at its default."""
     default = RoutingConfig()
     for field in fields(RoutingConfig):
@@ -201,7 +205,7 @@ def given(config: "MoEConfig") -> Iterator[tuple[str, Any]]:
             yield f"moe.{field.name}", getattr(config, field.name)
 
 
-def check_needs(config: "MoEConfig") -> None:
+def check_needs(config: Any) -> None:
     """Raise ConfigError for a setting that would do nothing beside the others."""
     settings = dict(given(config))
     if config.router == "expert_choice":
@@ -217,7 +221,7 @@ def check_needs(config: "MoEConfig") -> None:
                 raise ConfigError(f"<{field}> ({value}) {need.sentence.format(**vars(config))}")
 
 
-def _check_expert_choice(config: "MoEConfig", settings: dict[str, Any]) -> None:
+def _check_expert_choice(config: Any, settings: dict[str, Any]) -> None:
     if config.routing.capacity_factor is None:
         raise ConfigError(
             "<router> (expert_choice) needs <capacity_factor>, the experts of an average token; "

@@ -3,10 +3,9 @@
 A file exports `PRESETS`; a new file is picked up as it is.
 """
 
-import difflib
 from importlib import import_module
 
-from ep_plugin.errors import ConfigError
+from ep_plugin.errors import ConfigError, closest
 from ep_plugin.presets._model import (
     LayerParams,
     Model,
@@ -39,6 +38,5 @@ def load(name: str) -> Preset:
     """Return a preset; raises ConfigError, with names close to it, for one that does not exist."""
     known = presets()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3) or list(known)
-        raise ConfigError(f"unknown preset {name!r}; use {', '.join(close)}")
+        raise ConfigError(f"unknown preset {name!r}; use {', '.join(closest(name, known))}")
     return known[name]

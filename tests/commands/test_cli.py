@@ -49,7 +49,11 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     return found
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_flags_listed() -> None:
+    assert {*FLAGS, "run"} == set(COMMANDS)  # all that stands behind `run SCRIPT` is the script's
+
+
+@pytest.mark.parametrize("command", FLAGS)
 def test_flags_are_the_ones_listed(command: str) -> None:
     actions = command_parser(command)._actions
     names = {
@@ -58,7 +62,7 @@ def test_flags_are_the_ones_listed(command: str) -> None:
     assert names - {"--help"} == set(FLAGS[command].split())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", FLAGS)
 def test_help_shows_every_flag_and_examples(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +74,7 @@ def test_help_shows_every_flag_and_examples(
     assert re.search(rf"^examples:\n  ep-plugin {command}\b", shown, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", FLAGS)
 def test_examples_use_flags_that_exist(command: str) -> None:
     epilog = command_parser(command).epilog
     assert epilog is not None
@@ -135,6 +139,21 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "use"),
+    [
+        (["presets", "qwen3"], "qwen3-30b-a3b, qwen3-235b-a22b, qwen3-nano"),
+        (["plan", "--preset", "Mixtral-8x7"], "mixtral-8x7b"),
+        (["bench", "layer", "--shapes", "mixtral-8x7b"], "--shapes mixtral"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_closest_real_ones_first(
+    words: list[str], use: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.endswith(f"; use {use}\n")
+
+
 def test_installed_command_and_module_are_the_same() -> None:
     scripts = Path(sys.executable).parent
     for command in ([str(scripts / "ep-plugin")], [sys.executable, "-m", "ep_plugin.cli"]):
@@ -142,20 +161,56 @@ def test_installed_command_and_module_are_the_same() -> None:
         assert result.stdout == f"{__version__}\n"
 
 
-def test_run_as_a_module_says_how_and_refuses_a_missing_script(tmp_path: Path) -> None:
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ep_plugin.run", *arguments]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment
-        )
+def call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
-    shown = call("--help")
+
+EP_PLUGIN = str(Path(sys.executable).parent / "ep-plugin")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ([sys.executable, "-m", "ep_plugin.run"], "ep_plugin.run"),
+        ([EP_PLUGIN, "run"], "ep-plugin run"),
+    ],
+)
+def test_run_says_how_and_refuses_a_missing_script(
+    command: list[str], name: str, tmp_path: Path
+) -> None:
+    shown = call(tmp_path, *command, "--help")
     assert shown.returncode == 0
+    assert re.match(rf"usage: (python -m )?{name} SCRIPT ", shown.stdout)
+    assert "torchrun ... -m ep_plugin.run SCRIPT" in shown.stdout
     assert "examples:" in shown.stdout
-    refused = call("missing.py")
+    assert call(tmp_path, *command).returncode == 2
+    refused = call(tmp_path, *command, "missing.py")
     assert refused.returncode == 2
-    assert re.fullmatch(r"ep_plugin\.run: error: .*'missing\.py'.*\n", refused.stderr)
+    assert re.fullmatch(rf"{name}: error: .*'missing\.py'.*; use .*\n", refused.stderr)
+
+
+def test_run_works_under_torchrun_without_python(tmp_path: Path) -> None:
+    """Each of two ranks runs the script as __main__, with the plugin in, and its flags as typed."""
+    (tmp_path / "beside.py").touch()
+    (tmp_path / "script.py").write_text(
+        "import os, sys\n"
+        "import beside\n"
+        "assert 'ep_plugin.megatron.seams.install' in sys.modules\n"
+        "assert __name__ == '__main__'\n"
+        "with open('rank' + os.environ['RANK'], 'w') as file:\n"
+        "    print(*sys.argv, file=file)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    flags = ["--help", "--", "--version", "--", "run"]
+    done = call(
+        tmp_path,
+        *(*torchrun, "--nproc-per-node", "2", "--no-python", EP_PLUGIN),
+        *("run", "script.py", *flags),
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert (tmp_path / f"rank{rank}").read_text() == f"script.py {' '.join(flags)}\n"
 
 
 def test_a_reader_that_has_had_enough_is_no_error() -> None:

@@ -176,7 +176,7 @@ MISTAKES = {
     ),
     "unsupported setting": (
         ("--num-experts", "4", "--moe-pad-expert-input-to-capacity"),
-        "moe_pad_expert_input_to_capacity = True is not supported",
+        "--moe-pad-expert-input-to-capacity pads experts to their capacity",
     ),
     "two capacities": (
         (

@@ -77,11 +77,17 @@ def test_one_flag_of_ours_stands_for_megatron_s() -> None:
 SHARED = ("--moe-shared-expert-intermediate-size", "32")
 REFUSED = {
     "two orders": ((COMBINED, "--ep-overlap", "chunked"), "leave one of them out"),
-    "a residual": ((COMBINED, "--ep-shared-expert", "learned", *SHARED), "shared-expert sum would"),
-    "delayed": ((COMBINED, "--delay-wgrad-compute"), "use no --delay-wgrad-compute"),
+    "a residual": (
+        (COMBINED, "--ep-shared-expert", "learned", *SHARED),
+        "use --ep-shared-expert sum",
+    ),
+    "delayed": (
+        (COMBINED, "--delay-wgrad-compute"),
+        "--delay-wgrad-compute delays weight gradients",
+    ),
     "delayed into dispatch": (
         ("--overlap-dispatch-backward-with-experts-wgrad",),
-        "--ep-overlap chunked is ours",
+        "use --ep-overlap chunked",
     ),
 }
 

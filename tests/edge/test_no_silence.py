@@ -4,7 +4,6 @@ Driven by the table of flags. A row without an observer fails; a configuration t
 the value is no observer.
 """
 
-import argparse
 import os
 import re
 from collections.abc import Iterator
@@ -12,54 +11,28 @@ from dataclasses import dataclass, fields
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
-from loop import MODEL
+from flag_values import CASES, PLAIN, SAMPLES, given, parser
 from silence import Case, observe, observe_all
 from spawn import run_ranks
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import checks
 from ep_plugin.megatron.arguments.in_flags import THEIRS, in_flags
-from ep_plugin.megatron.arguments.parser import add_ep_arguments, with_preset
+from ep_plugin.megatron.arguments.parser import with_preset
 from ep_plugin.megatron.arguments.resume import choose_format
-from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE, Argument
+from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import audit_save
 from ep_plugin.megatron.settings import moe_config, ranks_per_node
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.routing_config import RoutingConfig
-from ep_plugin.moe.rules import FACTS, IDLE_AT_ONE_RANK, NEEDS, said
+from ep_plugin.moe.rules import FACTS, IDLE_AT_ONE_RANK, NEEDS
 from ep_plugin.registry import available
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
-PLAIN = (
-    *(*MODEL, "--num-experts", "8", "--expert-model-parallel-size", "2"),
-    *("--hidden-size", "128", "--moe-ffn-hidden-size", "128"),
-)
-# Sample values of what is no choice of names: one to give, and one to compare with.
-SAMPLES: dict[str, tuple[Any, Any]] = {
-    "topk": (3, 2),
-    "scaling_factor": (2.5, 1.0),
-    "jitter_eps": (0.1, 0.0),
-    "second_threshold": (0.5, 0.2),
-    "num_groups": (4, 2),
-    "group_topk": (1, 2),
-    "group_score_topk": (1, 2),
-    "bias_update_rate": (0.5, 0.001),
-    "capacity_factor": (0.5, 1.0),
-    "eval_capacity_factor": (0.5, 1.0),
-    "min_capacity": (24, 0),
-    "group_tokens": (8, 16),
-    "aux_loss_coeff": (0.5, 0.0),
-    "z_loss_coeff": (0.5, 0.0),
-    "comm_sms": (8, 32),
-    "ranks_per_node": (1, 2),
-    "overlap_chunks": (1, 3),
-    "experts_per_layer": ("4,8", "8,8"),
-    "preset": ("mixtral-8x7b", "switch-base-8"),
-}
 # What else is typed beside what the refusals say, so that a difference can be seen.
 BESIDE: dict[tuple[str, Any], str] = {
     ("preset", "mixtral-8x7b"): "--moe-layer-freq 1",
@@ -88,11 +61,6 @@ TOGETHER: tuple[tuple[str, Any, str, int], ...] = (
      "--ep-capacity-factor 1", 1),
     ("normalize", "after_drop", "--ep-second-expert threshold --ep-second-threshold 0.4", 1),
 )  # fmt: skip
-# Values that say what is so anyway in the plain model, which has --swiglu and no bias.
-SO_ANYWAY = {
-    *(("dense_activation", "swiglu"), ("expert_activation", "swiglu"), ("shared_expert", "sum")),
-    *(("router_bias", False), ("deterministic", False)),
-}
 # Values that `auto` stands for: the name of a layout is the number of its ranks.
 AS_AUTO = {("dispatcher", "local"): 1, ("dispatcher", "alltoall"): 2}
 OBSERVERS = {  # row -> what must differ
@@ -121,29 +89,10 @@ OBSERVERS = {  # row -> what must differ
 OF_VALUES = {("overlap", "two_batch"): "args"}  # Megatron runs its schedule for two micro-batches
 
 
-def values(row: Argument) -> list[Any]:
-    """Return the legal values of a row that are not its default, or a sample."""
-    if row.name in SAMPLES:
-        return [SAMPLES[row.name][0]]
-    if row.kind is not None:
-        found: tuple[Any, ...] = available(row.kind)
-    else:
-        found = (True, False) if row.hint is bool else row.legal or ()
-    assert found, f"{row.flag} has no value to try: add one to SAMPLES"
-    return [v for v in found if v != row.field_default and (row.name, v) not in SO_ANYWAY]
-
-
-CASES = [(row.name, value) for row in TABLE for value in values(row)]
 ACTS = [
     *((name, value, BESIDE.get((name, value), ""), None) for name, value in CASES),
     *TOGETHER,
 ]
-
-
-def given(name: str, value: Any) -> list[str]:
-    """Return how the value is typed."""
-    row = BY_NAME[name]
-    return [row.flag] if row.default is False else [row.flag, said(value)]
 
 
 @dataclass
@@ -153,13 +102,6 @@ class Accepted:
     args: Any
     settings: EdgeSettings
     config: MoEConfig
-
-
-@cache
-def parser() -> argparse.ArgumentParser:
-    from megatron.training import arguments
-
-    return add_ep_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser()))
 
 
 @cache
@@ -301,7 +243,9 @@ def audited(args: Any) -> list[str]:
         patch.object(audit_save.importlib, "import_module", lambda name: training),
         patch.object(audit_save, "_audit_all", lambda pending: read_back.extend(pending)),
     ):
-        [(_, with_save), _] = audit_save.seams()
+        patches = Mock()
+        audit_save.changes(patches)
+        [(_, with_save, _), _] = [call.args for call in patches.wrap.call_args_list]
         with_save(lambda iteration: None, 3)
     return read_back
 

@@ -81,7 +81,7 @@ def test_each_planted_bug_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bugs = "run1:scale,run2:norm,run3:router,run4:swap"
-    layouts = ("ep=2", "ep=2", SEQUENCE_PARALLEL, "ep=2")
+    layouts = ("ep=2", "ep=2,tp=1", SEQUENCE_PARALLEL, "tp=1,ep=2")
     flags = ("--iterations", "1", "--layouts", *layouts)
     code, (scale, norm, router, swap) = parity(monkeypatch, capsys, bugs, *flags)
     assert code == 1
@@ -110,7 +110,7 @@ def test_a_run_that_fails_or_refuses_is_shown_in_its_own_words(
     assert "torch.distributed.elastic" not in said
     refused = ("--moe-pad-expert-input-to-capacity", "--layouts", "ep=2")
     assert main(["parity", SCRIPT, *LARGE, "--tiny", *refused]) == 2
-    sentence = "error: one rank: moe_pad_expert_input_to_capacity = True is not supported"
+    sentence = "error: one rank: --moe-pad-expert-input-to-capacity pads experts to their capacity"
     assert f"ep-plugin parity: {sentence}" in capsys.readouterr().err
 
 
@@ -126,7 +126,7 @@ MISTAKES = {
     ),
     "a layout that cannot be": (
         ["--layouts", "tp=2,ep=3,etp=1,dp=1"],
-        "ep*etp*pp (3*1*1) must divide world_size (2); use ep = 2 with etp = 1",
+        "ep*etp*pp (3*1*1) must divide world_size (2); use ep=2 with etp=1",
     ),
     "a pyramid": (
         ["--layouts", "ep=2", "--ep-experts-per-layer", "2*12"],

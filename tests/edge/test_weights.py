@@ -117,7 +117,9 @@ def test_megatron_s_fp8_flags_choose_a_recipe() -> None:
     assert recipe("blockwise", EdgeSettings(fp8_wgrad="bf16")).fp8_wgrad == "bf16"
     assert recipe("blockwise", EdgeSettings()).fp8 == "blockwise"
     assert recipe("blockwise", EdgeSettings(fp8="off")).fp8 == "off"
-    with pytest.raises(ConfigError, match=r"--fp8-recipe \(mxfp8\).*--ep-fp8 rowwise, blockwise"):
+    with pytest.raises(
+        ConfigError, match=r"fp8_recipe=mxfp8 has no counterpart.*--ep-fp8 rowwise, blockwise"
+    ):
         recipe("mxfp8", EdgeSettings())
     assert not recipe("delayed", EdgeSettings()).deterministic
     assert recipe("delayed", EdgeSettings(deterministic=True)).deterministic

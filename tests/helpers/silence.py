@@ -164,7 +164,7 @@ def observe(case: Case, groups: ExpertGroups | None = None) -> dict[str, Any]:
         "kept": log.kept,
         "products": log.products,
         "sms": log.sms,
-        "chunks": chunks(config),
+        "chunks": chunks(layer),
         "built": [
             *(type(part).__name__ for part in (layer.router, layer.dispatcher)),
             *(f"{name} {tuple(p.shape)}" for name, p in layer.named_parameters()),
@@ -172,14 +172,13 @@ def observe(case: Case, groups: ExpertGroups | None = None) -> dict[str, Any]:
     }
 
 
-def chunks(config: MoEConfig) -> int | None:
-    """Return how many parts the other ranks of 4 come in: fewer ranks have one part alone."""
-    if config.overlap != "chunked":
+def chunks(layer: MoELayer) -> int | None:
+    """Return how many parts the other ranks of 4 come in: of 2 ranks there is one part alone."""
+    if layer.config.overlap != "chunked":
         return None
-    block: Any = SimpleNamespace(
-        groups=SimpleNamespace(ep_etp_size=4, replicas=None), dispatcher=SimpleNamespace(swaps=True)
-    )
-    schedule: Any = resolve("overlap", "chunked")(config, block)
+    groups = SimpleNamespace(ep_etp_size=4, replicas=None)
+    block: Any = SimpleNamespace(groups=groups, dispatcher=layer.dispatcher)
+    schedule: Any = resolve("overlap", "chunked")(layer.config, block)
     return int(schedule.args[0])
 
 

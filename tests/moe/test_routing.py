@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from ep_plugin.moe.router import _random
 from ep_plugin.moe.router._capacity import capacity
 from ep_plugin.moe.router.expert_choice import ExpertChoiceRouter
 from ep_plugin.moe.router.topk import TopKRouter
+from ep_plugin.moe.rules import NEEDS
 
 GOLDEN = torch.tensor(
     [[2, 1, 0], [2, 0, 1], [3, 1, 0], [0, 2, 1], [2.5, 0.5, 0], [0, 1, 2]], dtype=torch.float64
@@ -228,6 +230,18 @@ class Case:
     expected: reference.Result
 
 
+def without_idle(routing: RoutingConfig) -> RoutingConfig:
+    """Return `routing` without the settings that would do nothing: `MoEConfig` refuses those."""
+    for name, needs in NEEDS.items():
+        part, _, field = name.partition(".")
+        if part == "routing":
+            config, value = SimpleNamespace(routing=routing, router="topk"), getattr(routing, field)
+            met = (n.when(config) for n in needs if not n.values or value in n.values)
+            if not all(met):
+                routing = replace(routing, **{field: getattr(RoutingConfig(), field)})
+    return routing
+
+
 def run_case(
     rng: random.Random,
     fixed: dict[str, Any],
@@ -238,7 +252,7 @@ def run_case(
     """Route a random case both ways, the reference with the draws that the router made."""
     exact = dtype == "fp64"
     routing, logits, num_sequences = random_case(rng, fixed, repeats=exact)
-    routing = replace(routing, router_dtype=dtype)
+    routing = without_idle(replace(routing, router_dtype=dtype))
     experts = logits.shape[1]
     router = make_router(routing, experts, num_moe_layers=3)
     bias = np.zeros(experts)

@@ -31,7 +31,7 @@ FOREIGN = {
 @functools.cache
 def known_flags() -> frozenset[str]:
     parsers = [megatron_parser()]
-    for command in COMMANDS:
+    for command in set(COMMANDS) - {"run"}:  # whose flags are the script's
         actions = build_parser(command)._actions
         parsers += [
             a.choices[command] for a in actions if isinstance(a, argparse._SubParsersAction)

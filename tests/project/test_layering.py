@@ -78,8 +78,8 @@ STOREYS = {
         "megatron transformer_engine sonicmoe liger_kernel deep_gemm",
     ),
     # the doors
-    "cli": Storey("commands"),
     "run": Storey("megatron"),
+    "cli": Storey("commands run"),
 }
 OPTION_FOLDERS = (
     "moe.router",
@@ -217,6 +217,21 @@ def test_options_do_not_know_each_other_and_helpers_are_private(name: str) -> No
             assert is_helper or target == name, f"{name} imports the option {target}"
 
 
+def test_no_two_files_have_one_name() -> None:
+    """But options of a choice, whose names are the users', and public names of what lies deeper."""
+    public = ("config", "contracts", "groups", "overlap", "router")
+    found: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        folder = name.rpartition(".")[0]
+        if (
+            path.name != "__init__.py"
+            and folder not in OPTION_FOLDERS
+            and not within(name, " ".join(public))
+        ):
+            found.setdefault(path.name, []).append(name)
+    assert [names for names in found.values() if len(names) > 1] == []
+
+
 LIGHT = (
     "",
     ".cli",
@@ -228,7 +243,7 @@ LIGHT = (
     ".megatron",
     ".megatron.arguments.spell",
     ".megatron.arguments.table",
-    ".megatron.arguments.words",
+    ".megatron.arguments.in_flags",
     ".moe.config",
     ".presets",
     ".registry",

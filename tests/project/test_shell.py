@@ -291,7 +291,9 @@ def run_tests(tmp_path: Path, *arguments: str, **settings: str) -> subprocess.Co
     programs = project / ".venv" / "bin"
     for name in ("ruff", "mypy", "pytest"):
         executable(programs / name, f'echo "{name} $*; EP_RELEASES=$EP_RELEASES" >>calls')
-    releases = f'*releases.py*) shift; exec {sys.executable} {ROOT}/tests/edge/releases.py "$@" ;;'
+    releases = (
+        f'*releases.py*) shift; exec {sys.executable} {ROOT}/tests/helpers/releases.py "$@" ;;'
+    )
     executable(programs / "python", f'case "$*" in {releases} esac')
     stamp = subprocess.run(["cksum"], input="", capture_output=True, text=True, check=True).stdout
     (project / ".venv" / "ep_plugin.stamp").write_text(stamp)

@@ -129,9 +129,13 @@ def _height_of_block(lines: list[str], end: int, layout: tuple[str, str], uses: 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("scripts", nargs="+", type=Path, metavar="SCRIPT", help="pretrain script")
-    parser.add_argument("--revert", action="store_true", help="take the plugin out")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a change")
-    parser.add_argument("--diff", action="store_true", help="write nothing; print a unified diff")
+    parser.add_argument("--revert", action="store_true", help="take the plugin out instead")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if a script would change"
+    )
+    parser.add_argument(
+        "--diff", action="store_true", help="write nothing; print the change as a patch"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

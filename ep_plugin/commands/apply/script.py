@@ -1,7 +1,7 @@
 """Understanding a Megatron pretrain script: its guard, its `pretrain(` call, its layout.
 
-Nothing here changes a script; `codemod.py` does. Every function raises ConfigError, with the line
-named, for what it does not understand.
+Nothing here changes a script; `__init__.py` beside it does. Every function raises ConfigError, with
+the line named, for what it does not understand.
 """
 
 import ast

@@ -17,8 +17,8 @@ from ep_plugin.commands.bench.contest import OURS, Contest
 from ep_plugin.commands.bench.figures import Row, merge, read, table, write
 from ep_plugin.commands.bench.floors import PRECISIONS
 from ep_plugin.commands.bench.measure import Protocol, default_device
-from ep_plugin.commands.bench.needs import BACKENDS, NEEDS
 from ep_plugin.commands.bench.shapes import MODELS, TINY, Shape, pick
+from ep_plugin.commands.bench.which_flags import BACKENDS, NEEDS
 from ep_plugin.errors import BackendUnavailable, ConfigError, check_choice
 
 __all__ = ["NEEDS", "add_arguments", "run"]
@@ -39,8 +39,16 @@ overlap  the layer over ranks: exchanges alone, computation alone, together, and
 Random data in three sets taken in turn; all backends in turn in one process; medians. Weights,
 tokens and gradients are the same for every backend, and tokens are made such that each backend's
 own router sends them to the same experts. Floors are those of one H100. Peers that cannot run are
-named with the reason. Shapes: dsv3 q3-235b q3-30b-ep8 q3-30b mixtral tiny; without a GPU tiny is
-the default, and ratios to torch are printed in place of times.
+named with the reason. Without a GPU, tiny is the default shape, and ratios to torch are printed in
+place of times.
+
+Shapes are what one rank computes of a published model:
+  dsv3         DeepSeek-V3
+  q3-235b      Qwen3-235B-A22B at ep = 8
+  q3-30b-ep8   Qwen3-30B-A3B at ep = 8
+  q3-30b       Qwen3-30B-A3B, all of its experts
+  mixtral      Mixtral 8x7B
+  tiny         for a quick look, on any machine
 """
 BENCHES: dict[str, Callable[[Contest, Shape, str], list[Row]]] = {
     "layer": whole_layer.measure,
@@ -54,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("bench", metavar="BENCH", help=", ".join(BENCHES))
     for name, summary in (
-        ("shapes", "sizes (default: all models; without a GPU tiny)"),
+        ("shapes", "sizes, listed below (default: all models; without a GPU tiny)"),
         ("backends", "ep_plugin or peers; one asked for by name runs, or the command fails"),
         ("precision", f"{', '.join(PRECISIONS)} (default: both)"),
         ("routing", f"{', '.join(ROUTINGS)} (default: balanced)"),
@@ -62,13 +70,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("dispatchers", f"overlap: {', '.join(over_ranks.DISPATCHERS)} (default: all)"),
     ):
         parser.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help=summary)
-    for name, default, summary in (("repeats", 100, "timed"), ("warm", 20, "before they are")):
+    for name, default, summary in (
+        ("repeats", 100, "that are timed"),
+        ("warm", 20, "to warm up, not timed"),
+    ):
         parser.add_argument(
             f"--{name}", type=int, default=default, help=f"rounds {summary} (default: {default})"
         )
     for name, summary in (
         ("cuda-graph", "layer, overlap: steps as CUDA graphs where a backend allows it"),
-        ("resume", "keep the rows of --output and measure the others"),
+        ("resume", "keep the rows that are in --output, and measure only the others"),
         ("json", "print the rows on stdout"),
     ):
         parser.add_argument(f"--{name}", action="store_true", help=summary)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ep_plugin.errors import ConfigError
+from ep_plugin.errors import ConfigError, closest
 
 
 @dataclass(frozen=True)
@@ -42,5 +42,8 @@ def pick(names: list[str]) -> list[Shape]:
     """Return the shapes called so; raises ConfigError for an unknown name."""
     for name in names:
         if name not in SHAPES:
-            raise ConfigError(f"--shapes must be among {', '.join(SHAPES)}; got {name!r}")
+            raise ConfigError(
+                f"--shapes must be among {', '.join(SHAPES)}; got {name!r}; use --shapes "
+                f"{closest(name, SHAPES)[0]}"
+            )
     return [SHAPES[name] for name in names]

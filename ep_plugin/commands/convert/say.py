@@ -14,6 +14,7 @@ from ep_plugin.checkpoint.staging import Staging, manifest_problems
 from ep_plugin.checkpoint.target import Hashes, Target
 from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.request import Request
+from ep_plugin.megatron.arguments.spell import experts_flags, run_flags
 
 BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, hashed, written
 
@@ -125,9 +126,16 @@ def _family(target: Target) -> str | None:
 
 def _flags(request: Request, target: Target) -> list[str]:
     """Return the flags of summaries: where names stay, with those that load the checkpoint."""
-    if not request.moments_go_along:
-        return target.flags
-    return [*_load(request, target), *target.flags]
+    flags = _model_flags(request, target)
+    return [*_load(request, target), *flags] if request.moments_go_along else flags
+
+
+def _model_flags(request: Request, target: Target) -> list[str]:
+    """Return the flags of the model; where names stay, those beside a dense run's own."""
+    model = target.model
+    names_stay = model.upcycled is not None and model.spelling == "stored"
+    beside = names_stay and request.format != "hf"
+    return experts_flags(target.args) if beside else run_flags(target.args)
 
 
 def _load(request: Request, target: Target) -> list[str]:
@@ -175,7 +183,7 @@ def _optimizer(resumes: bool, dropped: int) -> str:
 
 def _print_next(request: Request, target: Target) -> None:
     settings, made = request.settings, target.model.upcycled
-    flags = shlex.join([*_load(request, target), *target.flags])
+    flags = shlex.join([*_load(request, target), *_model_flags(request, target)])
     if settings is None or made is None or not request.moments_go_along:
         print("continue with your flags for data and optimizer, and:")
         print(f"  {flags}")

@@ -57,7 +57,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="shrink the model, on random data")
     parser.add_argument(
-        "--iterations", type=int, default=3, metavar="N", help="of each run (default: %(default)s)"
+        "--iterations",
+        type=int,
+        default=3,
+        metavar="N",
+        help="iterations of each run (default: %(default)s)",
     )
     parser.add_argument(
         "--resume", action="store_true",
@@ -69,7 +73,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="largest relative difference of a loss or norm; ten times that of a gradient "
         "(default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run; auto: GPUs where there are enough, else the CPU (default: auto)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object here")
 

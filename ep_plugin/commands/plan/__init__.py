@@ -1,4 +1,4 @@
-"""`ep-plugin plan`: what the exchanges of a layer would take, on so many ranks."""
+"""`ep-plugin plan`: the communication time of a layer, or with --preset the memory of a model."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.commands.flags import Need
+from ep_plugin.commands.law import Need
 from ep_plugin.commands.plan import fit
 from ep_plugin.commands.plan.network import (
     HOWS,
@@ -25,12 +25,12 @@ SENT_IN_A_GRAPH = {"serial": "symm_mem", "chunked": "swaps"}  # through symm_mem
 EXAMPLES = """examples:
   ep-plugin plan --tokens 8192 --topk 8 --hidden 7168 --experts 256 --compute-ms 10
   ep-plugin plan --topk 8 --hidden 2048 --experts 128 --ep 2 4 8 --network nvlink72 --json
-  ep-plugin plan --preset qwen3-30b-a3b --gpus 16 --pp 2      what a GPU would hold, for each ep
+  ep-plugin plan --preset qwen3-30b-a3b --gpus 16 --pp 2      memory of a GPU, for each ep
   ep-plugin plan --experts 512 --ep 8 64 512 --chunks 8 --fp8-dispatch --plot plan.png
   ep-plugin plan --topk 4 --ep 2 4 8 --measured overlap.json --plot plan.png
 
---compute-ms is the layer without exchanges: ms of `ep-plugin bench layer`. Assumptions stand in
-ep_plugin/commands/plan/network.py, those of memory in ep_plugin/commands/plan/memory.py."""
+--compute-ms is the time of the layer without communication, ms of `ep-plugin bench layer`.
+The assumptions are listed in ep_plugin/commands/plan/network.py and, of memory, in memory.py."""
 
 SPELLING = {  # a setting in a refusal -> the flag that it has here
     **{name: f"--{name}" for name in ("tp", "pp", "cp", "ep", "etp", "experts")},
@@ -73,21 +73,30 @@ class Measured:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the layer is, and where it would run."""
     numbers = {
-        "tokens": (8192, "of a rank and micro-batch"),
-        "topk": (8, "experts of a token"),
+        "tokens": (8192, "tokens of one rank in one micro-batch"),
+        "topk": (8, "experts that a token is sent to"),
         "hidden": (7168, "hidden size"),
-        "experts": (256, "of the layer"),
-        "chunks": (4, "that a schedule makes of a layer; 1 hides nothing"),
+        "experts": (256, "experts of the layer"),
+        "chunks": (
+            4,
+            "parts that the tokens are split into, to overlap communication; 1 hides nothing",
+        ),
     }
     for name, (default, summary) in numbers.items():
         parser.add_argument(
             f"--{name}", type=int, default=default, help=f"{summary} (default: {default})"
         )
     parser.add_argument(
-        "--compute-ms", type=float, default=10.0, help="of a step without exchanges (default: 10)"
+        "--compute-ms",
+        type=float,
+        default=10.0,
+        help="time of a step without communication (default: 10)",
     )
     parser.add_argument(
-        "--imbalance", type=float, default=1.0, help="busiest rank over the mean (default: 1)"
+        "--imbalance",
+        type=float,
+        default=1.0,
+        help="load of the busiest rank over the mean load (default: 1)",
     )
     parser.add_argument(
         "--ep",
@@ -96,15 +105,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="expert-parallel ranks (default: the powers of 2 up to 256 that divide the experts)",
     )
-    parser.add_argument("--network", choices=NETWORKS, default="nvlink8", help="default: nvlink8")
-    parser.add_argument("--fp8-dispatch", action="store_true", help="one byte a value on its way")
+    parser.add_argument(
+        "--network",
+        choices=NETWORKS,
+        default="nvlink8",
+        help="GPUs that share NVLink: 8 or 72 (default: nvlink8)",
+    )
+    parser.add_argument(
+        "--fp8-dispatch", action="store_true", help="dispatch tokens in FP8, one byte a value"
+    )
     parser.add_argument("--json", action="store_true", help="print the rows on stdout as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them: PNG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows as a PNG")
     parser.add_argument(
         "--measured",
         type=Path,
         metavar="FILE",
-        help="rows of `bench overlap`: those of this layer are put beside what is foreseen",
+        help="JSON of `bench overlap`; its rows of this layer are shown beside the estimate",
     )
     fit.add_arguments(parser)
 

@@ -4,9 +4,9 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 
-from ep_plugin.commands.flags import Need
+from ep_plugin.commands.law import Need
 from ep_plugin.commands.plan.memory import Memory, split_layers, stage_memory
-from ep_plugin.errors import ConfigError
+from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.moe.parallel import ParallelConfig
 from ep_plugin.presets import Preset, load
 
@@ -43,36 +43,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory", "does a published system fit so many GPUs?")
     group.add_argument("--preset", metavar="NAME", help="see ep-plugin presets")
     numbers = {
-        "gpus": (8, "all of them"),
+        "gpus": (8, "GPUs in all"),
         "tp": (1, "tensor-parallel ranks, with sequence parallelism"),
-        "pp": (1, "pipeline stages, of as many layers each as go"),
+        "pp": (1, "pipeline stages; layers are split evenly"),
         "cp": (1, "context-parallel ranks"),
         "etp": (1, "expert tensor-parallel ranks"),
-        "micro-batch": (1, "sequences"),
+        "micro-batch": (1, "sequences of a micro-batch"),
     }
     for name, (default, summary) in numbers.items():
         group.add_argument(
             f"--{name}", type=int, default=default, help=f"{summary} (default: {default})"
         )
-    group.add_argument("--seq-length", type=int, help="default: the preset's")
-    group.add_argument("--recompute", action="store_true", help="each layer, in the backward")
+    group.add_argument(
+        "--seq-length", type=int, help="tokens of a sequence (default: the preset's)"
+    )
+    group.add_argument(
+        "--recompute", action="store_true", help="recompute each layer in the backward"
+    )
     group.add_argument("--dispatch-dedup", action="store_true", help="as --ep-dispatch-dedup on")
     group.add_argument(
-        "--gpu-gb", type=float, default=80.0, help="memory of one, 10^9 bytes (default: 80)"
+        "--gpu-gb", type=float, default=80.0, help="memory of one GPU in 10^9 bytes (default: 80)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a row for each --ep, or for each that goes; raises ConfigError."""
     preset = load(args.preset)
-    for name in ("micro_batch", "seq_length", "gpu_gb"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} must be positive; got {value}; without it the "
-                "default is taken"
-            )
-    rows = [_fit(args, preset, ep) for ep in args.ep] if args.ep else _all(args, preset)
+    _check(args, preset)
+    ranks = args.ep or [ep for ep in _powers(preset) if ep == 1 or _goes(args, preset, ep)]
+    rows = [_fit(args, preset, ep) for ep in ranks]
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
@@ -80,19 +79,70 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _all(args: argparse.Namespace, preset: Preset) -> list[Fit]:
-    """Return the rows of every power of 2 that the experts and the ranks allow."""
-    rows = []
-    ep = 1
-    while ep <= max(1, *preset.model.experts):
-        allowed = all(experts % ep == 0 for experts in preset.model.experts)
-        if allowed and (args.gpus % (ep * args.etp * args.pp) == 0 or ep == 1):
-            rows.append(_fit(args, preset, ep))
-        ep *= 2
-    return rows
+def _check(args: argparse.Namespace, preset: Preset) -> None:
+    """Raise ConfigError for a layout that the model's sizes or the GPUs do not allow."""
+    numbers = "gpus", "tp", "pp", "cp", "etp", "micro_batch", "seq_length", "gpu_gb"
+    for name in numbers:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} must be positive; got {value}; use {flag} 1")
+    heads, layers = preset.model.heads, len(preset.model.experts)
+    if heads % args.tp:
+        raise ConfigError(
+            f"--tp ({args.tp}) must divide the {heads} attention heads of {preset.name}; use "
+            f"--tp {largest_divisor(heads, args.tp)}"
+        )
+    if args.pp > layers:
+        raise ConfigError(
+            f"--pp ({args.pp}) must be at most the {layers} layers of {preset.name}; use "
+            f"--pp {layers}"
+        )
+    product = args.tp * args.cp * args.pp
+    if args.gpus % product:
+        raise ConfigError(
+            f"--tp {args.tp}, --cp {args.cp} and --pp {args.pp} take {product} GPUs or a multiple "
+            f"of that; got --gpus {args.gpus}; use --gpus {-(-args.gpus // product) * product}"
+        )
+
+
+def _powers(preset: Preset) -> list[int]:
+    """Return the powers of 2 up to the largest number of experts."""
+    return [2**n for n in range(max(1, *preset.model.experts).bit_length())]
+
+
+def _shared(preset: Preset, ep: int) -> bool:
+    """Whether `ep` ranks can share every layer's experts evenly."""
+    return ep >= 1 and all(experts % ep == 0 for experts in preset.model.experts)
+
+
+def _goes(args: argparse.Namespace, preset: Preset, ep: int) -> bool:
+    """Whether `ep` ranks share the experts, and a stage's GPUs, evenly."""
+    return _shared(preset, ep) and args.gpus // args.pp % (ep * args.etp) == 0
+
+
+def _check_experts(args: argparse.Namespace, preset: Preset, ep: int) -> None:
+    """Raise ConfigError, with an --ep that goes, unless `ep` does."""
+    if _goes(args, preset, ep):
+        return
+    per_stage = args.gpus // args.pp
+    legal = next((n for n in range(ep, 0, -1) if _goes(args, preset, n)), None)
+    use = f"--ep {legal}"
+    if legal is None:
+        use = f"--ep 1 --etp {largest_divisor(per_stage, args.etp)}"
+    if not _shared(preset, ep):
+        counts = " and ".join(str(n) for n in sorted(set(preset.model.experts)) if n)
+        raise ConfigError(
+            f"--ep ({ep}) must divide the experts of a layer of {preset.name} ({counts}); use {use}"
+        )
+    raise ConfigError(
+        f"--ep {ep} times --etp {args.etp} must divide the {per_stage} GPUs of a pipeline stage; "
+        f"use {use}"
+    )
 
 
 def _fit(args: argparse.Namespace, preset: Preset, ep: int) -> Fit:
+    _check_experts(args, preset, ep)
     parallel = ParallelConfig(
         world_size=args.gpus, tp=args.tp, pp=args.pp, cp=args.cp, ep=ep, etp=args.etp
     )

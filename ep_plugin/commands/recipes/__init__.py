@@ -1,14 +1,13 @@
 """`ep-plugin recipes`: the scripts, models, layouts and patches that come along; copies of them."""
 
 import argparse
-import difflib
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from ep_plugin.errors import ConfigError
+from ep_plugin.errors import ConfigError, closest
 
 EXAMPLES = """examples:
   ep-plugin recipes                               every recipe, one a line
@@ -78,7 +77,7 @@ def choose(everything: list[Recipe], names: list[str]) -> list[Recipe]:
     known = [recipe.name for recipe in everything]
     for name in names:
         if name not in known:
-            (near,) = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            near = ", ".join(closest(name, known))
             raise ConfigError(
                 f"NAME must be one that `ep-plugin recipes` lists; got {name!r}; use {near}"
             )

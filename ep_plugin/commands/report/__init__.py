@@ -66,7 +66,7 @@ def _load() -> tuple[Any, Any, Any, Any]:
             f"reports need matplotlib and tensorboard ({error}); use "
             "pip install 'ep-plugin[report]'"
         ) from error
-    page = import_module("ep_plugin.commands.report.page")
+    page = import_module("ep_plugin.commands.report.html")
     summary = import_module("ep_plugin.commands.report.summary")
     return events.read_run, figures, page, summary
 

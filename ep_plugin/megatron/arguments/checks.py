@@ -14,6 +14,7 @@ from ep_plugin.megatron.arguments.table import (
     TABLE,
     WITHOUT_EXPERTS,
     automatic,
+    expert_ranks,
     feeding,
 )
 from ep_plugin.megatron.arguments.theirs import check
@@ -30,7 +31,7 @@ from ep_plugin.megatron.settings import (
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import check_sizes
 from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
-from ep_plugin.moe.rules import said
+from ep_plugin.moe.rules import own, said
 from ep_plugin.registry import available, resolve
 
 
@@ -117,6 +118,19 @@ def check_typed(args: Any, typed: Collection[str]) -> None:
         for need in row.needs:
             if (not need.values or value in need.values) and not need.when(args):
                 raise ConfigError(f"{row.flag} ({said(value)}) {need.sentence}")
+
+
+def idle(args: Any, typed: Collection[str]) -> list[str]:
+    """Return the flags that were typed and do nothing since one rank has all experts."""
+    if args.num_experts is None or expert_ranks(args) > 1:
+        return []
+    modules = {"dispatch": args.ep_dispatcher, "overlap": args.ep_overlap}
+    return [
+        row.flag
+        for row in TABLE
+        if row.flag in typed and row.idle_at_one_rank and not own(modules[row.group])
+        if getattr(args, row.dest) not in (row.field_default, "local")
+    ]
 
 
 def check_block(args: Any, settings: EdgeSettings) -> None:

@@ -10,7 +10,7 @@ from typing import get_args
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.in_flags import in_flags
 from ep_plugin.megatron.arguments.table import TABLE, Argument, Group, automatic
-from ep_plugin.moe.rules import IDLE_AT_ONE_RANK, NEEDS, said
+from ep_plugin.moe.rules import NEEDS, said
 from ep_plugin.registry import available
 
 INTRO = """# Flags
@@ -92,7 +92,7 @@ def _needs(row: Argument) -> str:
         for sentence, values in sentences
         if (way := _way_out(row, ConfigError(sentence).spelled(in_flags(()))))
     ]
-    if f"moe.{row.name}" in IDLE_AT_ONE_RANK:
+    if row.idle_at_one_rank:
         found.append("idle on one rank")
     return "; ".join(found)
 

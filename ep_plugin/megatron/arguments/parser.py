@@ -8,10 +8,10 @@ None when not given.
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.table import TABLE, Argument, automatic
+from ep_plugin.megatron.arguments.table import TABLE, Argument, Group, automatic
 from ep_plugin.registry import available
 
 # On the parsed arguments until `checks.take_typed` reads it: the flags of the user's command line.
@@ -47,11 +47,11 @@ READERS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def add_ep_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the plugin's flags in a group of their own, and make `--ep-preset` work."""
-    group = parser.add_argument_group("expert parallelism (ep_plugin)")
+    """Add the plugin's flags in groups of their own, and make `--ep-preset` work."""
+    groups = {name: parser.add_argument_group(f"ep_plugin: {name}") for name in get_args(Group)}
     for row in TABLE:
-        group.add_argument(row.flag, **_settings(row))
-    group.add_argument("--ep-parity-dump", metavar="FOLDER", help=argparse.SUPPRESS)
+        groups[row.group].add_argument(row.flag, **_settings(row))
+    parser.add_argument("--ep-parity-dump", metavar="FOLDER", help=argparse.SUPPRESS)
     _note_what_is_typed(parser)
     return parser
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.routing_config import RoutingConfig
+from ep_plugin.moe.rules import IDLE_AT_ONE_RANK
 
 Group = Literal[
     "routing", "capacity", "losses", "experts", "fp8", "dispatch", "overlap", "checkpoint", "run"
@@ -68,6 +69,11 @@ class Argument:
     def dest(self) -> str:
         """The attribute of the parsed arguments, and of those in a checkpoint."""
         return self.twin or f"ep_{self.name}"
+
+    @property
+    def idle_at_one_rank(self) -> bool:
+        """Whether it does nothing, and is legal, where one rank has all experts."""
+        return f"moe.{self.name}" in IDLE_AT_ONE_RANK or self.name == "ranks_per_node"
 
     @cached_property
     def hint(self) -> Any:

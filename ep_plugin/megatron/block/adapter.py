@@ -30,6 +30,7 @@ from ep_plugin.megatron.block.tracking import RoutingTracker
 from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
 from ep_plugin.moe.interfaces import Routing, set_up_router
 from ep_plugin.moe.layer import MoELayer
+from ep_plugin.moe.rules import at_one_rank
 
 
 class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
@@ -77,8 +78,9 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
             ranks_per_node=ranks_per_node(self.settings),
             replicated=not config.sequence_parallel,
         )
+        ours = moe_config(config, self.settings, self.layer_number)
         layer = MoELayer(
-            moe_config(config, self.settings, self.layer_number),
+            at_one_rank(ours) if groups.ep_etp_size == 1 else ours,
             groups,
             shared_expert=self._shared if self.use_shared_expert else None,
             init_method=None,

@@ -145,6 +145,7 @@ def _with_our_checks(
         check_arguments,
         check_block,
         check_typed,
+        idle,
         settings_from_args,
         take_typed,
     )
@@ -171,6 +172,7 @@ def _with_our_checks(
             check_graphs(args, layer_class.settings)
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
+            _say_idle(idle(args, typed))
     except ConfigError as error:
         refuse(ConfigError(error.spelled(in_flags(typed))))
     return validated
@@ -233,6 +235,11 @@ def _say_recipe(args: Any, recipe: str) -> None:
             f"--fp8-format {args.fp8} --fp8-recipe {args.fp8_recipe}: the experts run with "
             f"--ep-fp8 {recipe}, in e4m3 forward and backward"
         )
+
+
+def _say_idle(flags: list[str]) -> None:
+    if flags:
+        _print(f"idle at expert-parallel size 1: {', '.join(flags)}")
 
 
 def _say(what: str) -> None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from ep_plugin.errors import ConfigError, in_python
 
+LAST_COUNTS = ("convert",)  # commands whose scripts put flags behind others, which they replace
+
 
 class Need(NamedTuple):
     """What some flags need in order to act."""
@@ -41,7 +43,7 @@ def check(module: ModuleType, args: argparse.Namespace, argv: list[str]) -> None
     """Raise ConfigError for a flag in `argv` that would do nothing; `args` is `argv`, parsed."""
     times = _times_typed(module, argv)
     for name, count in times.items():
-        if count > 1:
+        if count > 1 and argv[0] not in LAST_COUNTS:
             raise ConfigError(f"{_flag(name)} is typed {count} times; use it once")
     needs: tuple[Need, ...] = getattr(module, "NEEDS", ())
     for need in needs:

@@ -3,7 +3,7 @@
 from ep_plugin.commands.bench import over_ranks, products_alone, whole_layer
 from ep_plugin.commands.bench.contest import OURS
 from ep_plugin.commands.bench.floors import PRECISIONS
-from ep_plugin.commands.flags import Need
+from ep_plugin.commands.law import Need
 
 
 def _any_of(names: list[str], wanted: tuple[str, ...]) -> bool:

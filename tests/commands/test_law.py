@@ -22,8 +22,8 @@ from ep_plugin.commands.bench import over_ranks
 from ep_plugin.commands.bench.contest import OURS, Contest
 from ep_plugin.commands.bench.figures import Row, make_row
 from ep_plugin.commands.bench.measure import Timing
-from ep_plugin.commands.bench.needs import BACKENDS
 from ep_plugin.commands.bench.shapes import Shape
+from ep_plugin.commands.bench.which_flags import BACKENDS
 from ep_plugin.commands.parity.launch import Launcher
 from ep_plugin.commands.parity.layouts import Layout
 
