@@ -1,7 +1,9 @@
 """A setting in the user's words: the flag that was typed, or would be. No torch, no Megatron."""
 
+import re
 from collections.abc import Callable, Collection
 
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.table import BY_NAME, SWITCHES, Argument
 
 # What storey 1 calls a fact of the model or the layout -> Megatron's flag for it.
@@ -17,6 +19,15 @@ THEIRS = {
     "ep": "--expert-model-parallel-size",
     "etp": "--expert-tensor-parallel-size",
 }
+
+
+def refusal(error: ConfigError, typed: Collection[str]) -> ConfigError:
+    """Return `error` in the words of a command line that had the flags `typed`."""
+    text = error.spelled(in_flags(typed))
+    switched = {"True": "on", "False": "off"}
+    return ConfigError(
+        re.sub(r"(--ep-[\w-]+) \((True|False)\)", lambda m: f"{m[1]} ({switched[m[2]]})", text)
+    )
 
 
 def in_flags(typed: Collection[str]) -> Callable[[str, str | None], str]:

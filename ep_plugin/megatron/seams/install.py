@@ -149,7 +149,7 @@ def _with_our_checks(
         settings_from_args,
         take_typed,
     )
-    from ep_plugin.megatron.arguments.in_flags import in_flags
+    from ep_plugin.megatron.arguments.in_flags import refusal
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
     from ep_plugin.megatron.arguments.theirs import check
     from ep_plugin.megatron.block.graphs import check_graphs
@@ -174,7 +174,7 @@ def _with_our_checks(
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
             _say_idle(idle(args, typed))
     except ConfigError as error:
-        refuse(ConfigError(error.spelled(in_flags(typed))))
+        refuse(refusal(error, typed))
     return validated
 
 
