@@ -178,6 +178,6 @@ def _load_common(content: bytes, folder: Path) -> Any:
 def _check_name(folder: Path) -> None:
     if folder.name != "release" and not re.fullmatch(r"iter_\d{7,}", folder.name):
         raise ConfigError(
-            f"{folder} is not named as Megatron names an iteration's folder; use "
-            "iter_ and the iteration in seven digits"
+            f"{folder} is not named as Megatron names an iteration's folder; "
+            "rename it to iter_ and the iteration in seven digits, such as iter_0001000"
         )

@@ -129,7 +129,8 @@ def _layouts(args: argparse.Namespace) -> list[Layout]:
         raise ConfigError("--layouts is needed; use --layouts ep=2")
     if args.iterations < (least := 2 if args.resume else 1):
         raise ConfigError(
-            f"--iterations must be at least {least}; got {args.iterations}; use {least}"
+            f"--iterations must be at least {least}; got {args.iterations}; use "
+            f"--iterations {least}"
         )
     if not args.tolerance > 0:
         raise ConfigError(
