@@ -58,7 +58,7 @@ def say_plan(request: Request, target: Target) -> int:
     for tensor in target.tensors:
         print(f"{tensor.info.num_bytes:>14} bytes  {tensor.name} {list(tensor.info.shape)}")
     for reason in target.model.deviations:
-        print(f"the output is not kept: {reason}")
+        print(f"the model's output changes: {reason}")
     print(f"{target.num_bytes:>14} bytes in all; nothing written")
     print(f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process")
     print("source and result are not compared" if comparison is None else comparison.sentence())
@@ -156,7 +156,7 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
     if target.model.left_out:
         print(f"left out: {', '.join(target.model.left_out)}")
     for reason in target.model.deviations:
-        print(f"the output is not kept: {reason}")
+        print(f"the model's output changes: {reason}")
     if report is None:
         print("source and result were not compared (--skip-parity)")
     if made is not None and request.moments_go_along:
