@@ -434,7 +434,9 @@ def test_gemma_in_bf16_says_what_folding_rounds(
 ) -> None:
     source = hf_models.save("gemma", tmp_path / "hf", torch.bfloat16)
     assert convert(source, tmp_path / "moe", "--format", "hf", *EXPERTS) == 0
-    assert "output changes: 1 + w of the norms is rounded to torch.bfloat16" in capsys.readouterr().out
+    assert (
+        "output changes: 1 + w of the norms is rounded to torch.bfloat16" in capsys.readouterr().out
+    )
     difference = hf_models.logits(source) - hf_models.logits(tmp_path / "moe")
     assert TOLERANCE < difference.abs().max() < 0.02 * hf_models.logits(source).abs().max()
 

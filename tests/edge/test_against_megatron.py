@@ -209,7 +209,7 @@ MISTAKES = {
             *("--num-experts", "4", "--moe-layer-freq", "[1,1]"),
             *("--ep-experts-per-layer", "4"),
         ),
-        "with --num-experts (4) the largest; got (4,); use 4*2",
+        "with --num-experts (4) the largest; got (4,); use --ep-experts-per-layer 4*2",
     ),
     "a pyramid over ranks": (
         (

@@ -53,33 +53,33 @@ NEEDS = (
     Need(
         ("--granularity",),
         lambda typed, _: _mode(typed) == "granular",
-        "{flag} is of --mode granular, and --mode is {mode}; use --mode granular, or leave {flag} "
+        "{flag} is for --mode granular, and --mode is {mode}; use --mode granular, or leave {flag} "
         "out",
     ),
     Need(
         ("--drop-ratio",),
         lambda typed, _: _mode(typed) == "drop",
-        "{flag} is of --mode drop, and --mode is {mode}; use --mode drop, or leave {flag} out",
+        "{flag} is for --mode drop, and --mode is {mode}; use --mode drop, or leave {flag} out",
     ),
     Need(
         ("--noise-std",),
         lambda typed, _: _mode(typed) == "noise",
-        "{flag} is of --mode noise, and --mode is {mode}; use --mode noise, or leave {flag} out",
+        "{flag} is for --mode noise, and --mode is {mode}; use --mode noise, or leave {flag} out",
     ),
     Need(
         ("--router-init",),
         lambda typed, _: typed["router_init"] != "virtual-group" or _mode(typed) == "granular",
-        "{flag} virtual-group is of --mode granular, and --mode is {mode}; use {flag} normal",
+        "{flag} virtual-group is for --mode granular, and --mode is {mode}; use {flag} normal",
     ),
     Need(
         ("--family",),
         lambda typed, _: typed.get("format") == "hf",
-        "{flag} is of a Hugging Face output; use --format hf, or leave {flag} out",
+        "{flag} is for a Hugging Face output; use --format hf, or leave {flag} out",
     ),
     Need(
         ("--transformer-impl",),
         lambda typed, _: typed.get("format") != "hf",
-        "{flag} is of a Megatron output; use --format megatron, or leave {flag} out",
+        "{flag} is for a Megatron output; use --format megatron, or leave {flag} out",
     ),
     Need(
         ("--transformer-impl",),
@@ -101,9 +101,9 @@ NEEDS = (
     Need(
         ("--prompts", "--parity-tolerance", "--verify"),
         lambda typed, _: "skip_parity" not in typed,
-        "{flag} is of the comparison that --skip-parity leaves out; use one of the two",
+        "{flag} is for the comparison, which --skip-parity leaves out; use one of the two",
     ),
-    Need(("--seed",), _draws, "{flag} is of what is drawn, and nothing is; leave {flag} out"),
+    Need(("--seed",), _draws, "{flag} is for random draws, and this makes none; leave {flag} out"),
 )
 
 
@@ -135,8 +135,8 @@ def refuse_beside_check(typed: Typed) -> None:
         if name not in ("check", "target"):
             flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
             raise ConfigError(
-                f"{flag} is of a conversion, and --check only looks at what one wrote; use --check "
-                "--to FOLDER alone"
+                f"{flag} is for a conversion, and --check only looks at what one wrote; use "
+                "--check --to FOLDER alone"
             )
 
 
