@@ -65,7 +65,7 @@ class Family:
         if missing:
             raise ConfigError(
                 f"config.json of model_type {self.model_type!r} lacks {', '.join(missing)}; "
-                "give the one that came with the weights"
+                "give the config.json that came with the weights"
             )
         values = {argument: config[key] for key, argument in self.fields.items()}
         return argparse.Namespace(**(self.fixed | values | self.to_args(config)))

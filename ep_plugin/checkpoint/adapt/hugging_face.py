@@ -167,7 +167,8 @@ def _merged_info(pair: Pair, source: Source, args: argparse.Namespace) -> Tensor
         found = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
         raise ConfigError(
             f"{', '.join(pair.hf)} are {found}; config.json asks for {rows} rows of one dtype "
-            f"({args.num_attention_heads} heads, {groups} of keys and values, of {width})"
+            f"({args.num_attention_heads} heads, {groups} of keys and values, of {width}); "
+            "give the config.json that came with the weights"
         )
     return TensorInfo((sum(rows), *parts[0].shape[1:]), parts[0].dtype)
 

@@ -218,7 +218,9 @@ def qwen_moe_args(config: Config) -> dict[str, Any]:
     refuse(config, "use_sliding_window", False)
     num_experts = config.get("num_experts", config.get("num_local_experts"))  # both are in use
     if not num_experts:
-        raise ConfigError("config.json lacks num_experts; give the one that came with the weights")
+        raise ConfigError(
+            "config.json lacks num_experts; give the config.json that came with the weights"
+        )
     experts = experts_args(config, normalized=bool(config.get("norm_topk_prob", False)))
     layers = sparse_layers_args(config)
     return decoder_args(config) | experts | layers | {"num_experts": num_experts}

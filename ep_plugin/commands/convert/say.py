@@ -188,10 +188,10 @@ def _print_next(request: Request, target: Target) -> None:
     print(f"  {flags} --expert-model-parallel-size {settings.ep or 'EP'}")
     if made.optimizer:
         divisors = f"any divisor above 1 of {settings.num_experts}"
-        print(f"  EP: {'1' if settings.ep == 1 else divisors}; --no-load-optim at another. With")
-        print("  another length of training or learning rate than the dense run's,")
+        print(f"  EP: {'1' if settings.ep == 1 else divisors}; at another add --no-load-optim")
+        print("  for another training length or learning rate than the dense run's, add")
         print("  --override-opt-param-scheduler")
         return
     print("  or, to keep the iteration and the place in the data, --no-load-optim --no-load-rng")
     print("  instead of --finetune")
-    print(f"  EP: any divisor of {settings.num_experts}.")
+    print(f"  EP: any divisor of {settings.num_experts}")
