@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("script", metavar="SCRIPT", help="your pretrain script")
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGS",
-        help="its flags, and behind them those of this command",
+        help="the flags of SCRIPT, then those of this command",
     )  # fmt: skip
     add_flags(parser)
 
