@@ -17,7 +17,7 @@ from ep_plugin.commands.bench.contest import OURS
 from ep_plugin.commands.bench.figures import EMPTY, Row, merge, read
 from ep_plugin.errors import ConfigError
 
-GOAL = 0.92  # of EP=8 over EP=1
+AIM = 0.92  # of EP=8 over EP=1
 Series = dict[int, Row]  # by EP
 
 
@@ -66,7 +66,7 @@ def table(found: dict[tuple[str, ...], Series]) -> str:
 
 
 def draw(found: dict[tuple[str, ...], Series]) -> Any:
-    """Return the figure: efficiency over EP, a panel for each shape, the goal as a line."""
+    """Return the figure: efficiency over EP, a panel for each shape, the aim as a line."""
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(name[1] for name in found))
@@ -78,7 +78,7 @@ def draw(found: dict[tuple[str, ...], Series]) -> Any:
                 line = "-" if what[0].startswith(OURS) else ":"
                 values = [efficiency(by_ep, ep) for ep in by_ep]
                 axes.plot(list(by_ep), values, line, marker="o", label=" ".join(what))
-        axes.axhline(GOAL, color="#b91c1c", lw=1)
+        axes.axhline(AIM, color="#b91c1c", lw=1)
         axes.set_title(shape, loc="left", fontsize=10)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks := sorted({ep for by_ep in found.values() for ep in by_ep}))
@@ -87,7 +87,7 @@ def draw(found: dict[tuple[str, ...], Series]) -> Any:
         axes.set_ylim(0, 1.1)
         axes.grid(color="#e5e7eb")
         axes.legend(fontsize=7, loc="lower left", frameon=False)
-    panels[0].set_ylabel(f"time at EP=1 over time at EP (line: {GOAL})")
+    panels[0].set_ylabel(f"time at EP=1 over time at EP (line: {AIM})")
     return figure
 
 

@@ -11,7 +11,7 @@ from ep_plugin.commands import law
 from ep_plugin.errors import ConfigError
 
 # A command is a module of commands/ with add_arguments(parser) and run(args) -> int; and its help.
-# In NEEDS it may say which of its flags act only beside others (commands/flags.py).
+# In NEEDS it may say which of its flags act only beside others (commands/law.py).
 COMMANDS = {
     "apply": "add the plugin to a Megatron pretrain script, or take it out",
     "audit": "check that a checkpoint is whole, with each expert in it once",

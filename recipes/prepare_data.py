@@ -64,7 +64,9 @@ def prepare(inputs: list[Path], output: Path, vocab_size: int, json_key: str) ->
     vocabulary that does not fit it and for an output folder that holds something else.
     """
     if vocab_size < 1:
-        raise ConfigError(f"--vocab-size must be at least 1; got {vocab_size}; use 4096")
+        raise ConfigError(
+            f"--vocab-size must be at least 1; got {vocab_size}; use --vocab-size 4096"
+        )
     files = list_files(inputs)
     wanted = {"files": fingerprint(files), "vocab_size": vocab_size, "json_key": json_key}
     if is_complete(output, wanted):
@@ -103,7 +105,9 @@ def list_files(inputs: list[Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise ConfigError(f"INPUT must be a file or a folder; {str(path)!r} does not exist")
+            raise ConfigError(
+                f"INPUT must be a file or a folder; {str(path)!r} does not exist here"
+            )
     return files
 
 
@@ -217,7 +221,7 @@ def train_tokenizer(documents: list[str], folder: Path, vocab_size: int) -> None
         limit = re.search(r"(?:value <=|\d vs) (\d+)", str(error))
         raise ConfigError(
             f"--vocab-size ({vocab_size}) does not fit the text; "
-            + (f"use {limit[1]}" if limit else f"SentencePiece says: {error}")
+            + (f"use --vocab-size {limit[1]}" if limit else f"SentencePiece says: {error}")
         ) from error
     (folder / "tokenizer.vocab").unlink()
 

@@ -162,7 +162,7 @@ evaluate() {
 evaluate evaluate-dense --load "$dense"
 evaluate evaluate-converted --load "$converted" "${EXPERT_PARALLEL[@]}"
 
-# The converted checkpoint holds the iteration and the place in the data, but no optimizer.
+# The run goes on at the iteration and the place in the data, and starts an optimizer of its own.
 schedule=(--train-iters "$total" --lr-decay-iters "$MOE_ITERS"
     --tensorboard-dir "$RUN_DIR/tensorboard/moe" --save "$moe" --save-interval "$total")
 if ! reached "$moe" "$half"; then

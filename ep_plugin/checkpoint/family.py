@@ -65,7 +65,7 @@ class Family:
         if missing:
             raise ConfigError(
                 f"config.json of model_type {self.model_type!r} lacks {', '.join(missing)}; "
-                "give the one that came with the weights"
+                "give the config.json that came with the weights"
             )
         values = {argument: config[key] for key, argument in self.fields.items()}
         return argparse.Namespace(**(self.fixed | values | self.to_args(config)))
@@ -76,7 +76,7 @@ class Family:
         if differing:
             raise ConfigError(
                 f"the checkpoint is no {self.model_type}: {', '.join(differing)}; use "
-                "another --family, or none"
+                "another --family, or leave --family out"
             )
         values = {key: getattr(args, argument) for key, argument in self.fields.items()}
         head = {"architectures": [self.architecture], "model_type": self.model_type}
@@ -128,7 +128,10 @@ def recognise(args: argparse.Namespace) -> Family:
         if not family.differing(args):
             return family
     reasons = "; ".join(f"{f.model_type}: {f.differing(args)[0]}" for f in families)
-    raise ConfigError(f"the checkpoint is of no supported family ({reasons})")
+    raise ConfigError(
+        f"the checkpoint is of no supported family ({reasons}); use --family NAME to see all that "
+        "differs from one of them"
+    )
 
 
 def pairs(family: Family, args: argparse.Namespace) -> Iterator[Pair]:

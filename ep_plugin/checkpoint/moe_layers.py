@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ep_plugin.errors import ConfigError
 
-LEGAL = "legal are all, every:N, and one 0 or 1 per layer, such as [0,1,0,1] or [0]*1+[1]*3"
+LEGAL = "use all, every:N, or one 0 or 1 per layer, such as [0,1,0,1] or [0]*1+[1]*3"
 
 
 def parse_layers(text: str, num_layers: int) -> int | list[int]:

@@ -76,7 +76,9 @@ def open_source(path: Path, output: Format) -> Opened:
     source = finite(opener.open_checkpoint(path))
     args = source.common.get("args")
     if not isinstance(args, argparse.Namespace):
-        raise ConfigError(f"{source.folder} holds no run arguments; give one that Megatron saved")
+        raise ConfigError(
+            f"{source.folder} holds no run arguments; give a checkpoint that Megatron saved"
+        )
     if kind == "torch_dist" and output == "megatron":
         same: Origins = {name: (name,) for name in source.tensors}
         return Opened(source.folder, source, args, "stored", same)
@@ -90,7 +92,7 @@ def _open_hf(path: Path) -> Opened:
     config = source.common["config"]
     if "model_type" not in config:
         legal = ", ".join(families.names())
-        raise ConfigError(f"{path / 'config.json'} has no model_type; use one of {legal}")
+        raise ConfigError(f"{path / 'config.json'} has no model_type; set it to one of {legal}")
     family = families.load(str(config["model_type"]))
     args = arguments(config, family)
     origins = {pair.megatron: pair.hf for pair in families.pairs(family, args)}

@@ -143,7 +143,7 @@ def match_names(
     if unmatched:
         raise ConfigError(
             f"{len(unmatched)} names of the checkpoint are in no rule of this family: "
-            f"{', '.join(unmatched)}; use a decoder-only GPT with a dense MLP in every layer"
+            f"{', '.join(unmatched)}; give a decoder-only GPT with a dense MLP in every layer"
         )
     return matches
 

@@ -50,7 +50,7 @@ def read_prompts(path: Path, tokenizer: Path | None) -> list[list[int]]:
     if not _are_ids(prompts):
         raise ConfigError(
             f"--prompts {path} must hold at least one prompt, in .json as a list of lists of token "
-            "ids; use [[1, 2, 3]]"
+            "ids such as [[1, 2, 3]]"
         )
     return [list(prompt) for prompt in prompts]
 
@@ -93,7 +93,7 @@ def fill(prompts: Prompts, vocab_size: int, max_length: int) -> TokenBatch:
     if largest >= vocab_size:
         raise ConfigError(
             f"--prompts has token {largest}, and the vocabulary has {vocab_size}; use ids "
-            "below that"
+            f"from 0 to {vocab_size - 1}"
         )
     limit = min(max_length, MAX_SEQUENCE)
     length = min(max(map(len, prompts)), limit)

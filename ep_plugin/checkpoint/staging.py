@@ -98,8 +98,8 @@ def _open(partial: Path, request: dict[str, Any]) -> Staging:
     if different:
         values = ", ".join(f"{k} was {old.get(k)} and is {request.get(k)}" for k in different)
         raise ConfigError(
-            f"{partial} holds an unfinished conversion of another kind ({values}); the same "
-            "arguments would finish it, and removing that folder would start anew"
+            f"{partial} holds an unfinished conversion of another kind ({values}); repeat "
+            "that command to finish it, or remove that folder to start anew"
         )
     folder.mkdir(exist_ok=True)
     fresh = path.with_suffix(".new")
@@ -121,7 +121,7 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
         else:
             raise ConfigError(f"another conversion is writing {target}; use {_sibling(target)}")
         if not partial.is_dir():
-            raise ConfigError(f"another conversion has just written {target}; there it is")
+            raise ConfigError(f"another conversion has just written {target}; use that")
         yield
     finally:
         os.close(descriptor)

@@ -169,7 +169,7 @@ def _receive(ours: Any, process: multiprocessing.process.BaseProcess) -> Any:
         process.join()
         raise ConfigError(
             f"a process of --processes ended with exit code {process.exitcode}, perhaps for want "
-            "of memory; --processes 1 needs least"
+            "of memory; use --processes 1, which needs least"
         ) from error
 
 

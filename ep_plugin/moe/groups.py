@@ -74,9 +74,9 @@ def expert_grid(parallel: ParallelConfig) -> RankGrid:
     grid = RankGrid({axis: sizes[axis] for axis in order})
     if grid.groups("pp") != dense_grid(parallel).groups("pp"):
         raise ConfigError(
-            f"order {parallel.order!r} gives experts other pipeline stages than the dense "
+            f"<order> ({parallel.order}) gives experts other pipeline stages than the dense "
             f"layers at pp={parallel.pp}, ep={parallel.ep}, etp={parallel.etp}; use "
-            "tp-cp-ep-dp-pp"
+            "<order=tp-cp-ep-dp-pp>"
         )
     return grid
 
@@ -182,8 +182,8 @@ def node_size(ranks_per_node: int | None) -> int | None:
         found = int(os.environ["LOCAL_WORLD_SIZE"])
     if found is not None and found < 1:
         raise ConfigError(
-            f"<ranks_per_node> must be at least 1; got {found}; use the GPUs of a node, "
-            "<ranks_per_node=8>"
+            f"<ranks_per_node> must be at least 1; got {found}; use the number of "
+            "GPUs of a node, such as <ranks_per_node=8>"
         )
     return found
 

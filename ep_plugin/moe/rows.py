@@ -8,8 +8,8 @@ For two choices of 3 tokens a b c that chose (E1 E0) (E0 -) (E2 E0), `-` meaning
     place                  3 0 1 - 4 2                          row of each choice
 
 Nothing waits for the device: there is a row for every choice, and those behind the last expert's
-belong to absent ones and hold zeros after `permute`. Rows are moved by `kernels/rows.py` on CUDA,
-by its twin elsewhere.
+belong to absent ones and hold zeros after `permute`. Rows are moved by `kernels/move_rows.py` on
+CUDA, by its twin `kernels/rows_torch.py` elsewhere.
 """
 
 from dataclasses import dataclass

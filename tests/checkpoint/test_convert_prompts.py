@@ -111,4 +111,6 @@ def test_prompts_without_a_comparison_are_refused(
     ids.write_text("[[1]]")
     paths = ["--from", str(llama), "--to", str(tmp_path / "moe"), "--prompts", str(ids)]
     assert main(["convert", *paths, "--format", "hf", "--skip-parity"]) == 2
-    assert "--prompts is of the comparison that --skip-parity leaves out" in capsys.readouterr().err
+    assert (
+        "--prompts is for the comparison, which --skip-parity leaves out" in capsys.readouterr().err
+    )

@@ -187,11 +187,11 @@ def test_a_peer_that_breaks_does_not_end_the_run(
         (["layer", "--backends", "liger"], "liger needs .*; run .*"),
         (["layer", "--precision", "fp4"], "--precision must be one of bf16, fp8; got 'fp4'"),
         (["layer", "--routing", "flat"], "--routing must be one of balanced, .*; got 'flat'"),
-        (["layer", "--repeats", "0"], "--repeats must be at least 1; got 0; use 1"),
+        (["layer", "--repeats", "0"], "--repeats must be at least 1; got 0; use --repeats 1"),
         (["layer", "--resume"], "--resume needs --output, .*"),
         (["gemm", "--cuda-graph"], "--cuda-graph is for layer and overlap; got gemm; use .*"),
         (["layer", "--cuda-graph"], "--cuda-graph needs a CUDA device; this is cpu; use .*"),
-        (["layer", "--output", "bad.json"], "bad.json: is no list of rows.*"),
+        (["layer", "--output", "bad.json"], "bad.json is no file of bench.*"),
     ],
 )
 def test_bad_input_is_refused(

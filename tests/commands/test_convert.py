@@ -504,7 +504,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
         ),
         (["--layers", "[0]*4"], r"leaves every layer dense"),
         (["--layers", "[2]*4"], r"is no list of 0 and 1"),
-        (["--layers", "odd"], r"'odd' cannot be read; legal are all, every:N"),
+        (["--layers", "odd"], r"'odd' cannot be read; use all, every:N"),
         (["--layers", "every:0"], r"needs N >= 1; got 'every:0'"),
         (["--layers", "__import__('os')"], r"cannot be read"),
         (["--parity-tolerance", "nan"], r"--parity-tolerance must be above 0"),

@@ -107,4 +107,4 @@ def test_no_flag_is_silent(
 def test_check_is_alone(value: str, sources: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     code, said = convert(sources["hf"], tmp_path, "--check", *value.split())
     assert code == 2
-    assert "is of a conversion, and --check only looks at what one wrote" in said
+    assert "is for a conversion, and --check only looks at what one wrote" in said

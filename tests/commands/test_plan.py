@@ -193,7 +193,7 @@ def test_measured_rows_stand_beside_what_is_foreseen(
             "--ep (12) must be a multiple of the NVLink domain (8); use --ep 8",
         ),
         (["--topk", "300"], "--topk (300) must be at most --experts (256)"),
-        (["--chunks", "0"], "--chunks must be positive; got 0; use 1"),
+        (["--chunks", "0"], "--chunks must be positive; got 0; use --chunks 1"),
     ],
 )
 def test_mistakes(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

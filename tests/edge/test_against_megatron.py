@@ -172,7 +172,7 @@ MISTAKES = {
             *("--num-experts", "4", "--ep-dispatcher", "hierarchical"),
             *("--ep-ranks-per-node", "0"),
         ),
-        "--ep-ranks-per-node must be at least 1; got 0; use the GPUs of a node",
+        "--ep-ranks-per-node must be at least 1; got 0; use the number of GPUs of a node",
     ),
     "unsupported setting": (
         ("--num-experts", "4", "--moe-pad-expert-input-to-capacity"),
@@ -209,7 +209,7 @@ MISTAKES = {
             *("--num-experts", "4", "--moe-layer-freq", "[1,1]"),
             *("--ep-experts-per-layer", "4"),
         ),
-        "with --num-experts (4) the largest; got (4,); use 4*2",
+        "with --num-experts (4) the largest; got (4,); use --ep-experts-per-layer 4*2",
     ),
     "a pyramid over ranks": (
         (

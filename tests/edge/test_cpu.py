@@ -120,7 +120,9 @@ def test_the_device_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_mode.wanted()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("EP_PLUGIN_DEVICE", "cuda")
-    with pytest.raises(ConfigError, match="needs a GPU and torch sees none; use cpu"):
+    with pytest.raises(
+        ConfigError, match="needs a GPU and torch sees none; use EP_PLUGIN_DEVICE=cpu"
+    ):
         cpu_mode.wanted()
 
 

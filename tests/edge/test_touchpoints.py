@@ -153,7 +153,7 @@ def test_a_megatron_of_two_installations_is_refused(
     monkeypatch.setattr(
         touchpoints, "_folder", lambda name: tmp_path if "training" in name else real(name)
     )
-    with pytest.raises(ConfigError, match=f"and megatron.training from {tmp_path}; use a path"):
+    with pytest.raises(ConfigError, match=f"and megatron.training from {tmp_path}; leave one of"):
         verify()
 
 

@@ -164,7 +164,7 @@ def test_the_vocabulary_that_would_do_does(
     for number, wrong in enumerate(("10", "90000")):
         output = ["--output", str(tmp_path / f"data{number}")]
         assert script.main([str(folder), *output, "--vocab-size", wrong]) == 2
-        found = re.search(r"; use (\d+)", capsys.readouterr().err)
+        found = re.search(r"; use --vocab-size (\d+)", capsys.readouterr().err)
         assert found is not None
         assert script.main([str(folder), *output, "--vocab-size", found[1]]) == 0
 

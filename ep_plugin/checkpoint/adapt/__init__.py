@@ -1,1 +1,1 @@
-"""A dense model becomes a Mixture-of-Experts; begin with `plan.py`."""
+"""A dense model becomes a Mixture-of-Experts; begin with `upcycle.py`."""

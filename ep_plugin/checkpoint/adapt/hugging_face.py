@@ -133,8 +133,8 @@ def _check_head(names: set[str], source: Source, args: argparse.Namespace) -> No
     untied = args.untie_embeddings_and_output_weights
     if untied and _HEAD not in names and _EMBEDDING in names:
         raise ConfigError(
-            f"config.json says tie_word_embeddings = false, and there is no {_HEAD}; use "
-            "tie_word_embeddings = true"
+            f"config.json says tie_word_embeddings = false, and there is no {_HEAD}; set "
+            "tie_word_embeddings to true in config.json"
         )
     if untied or _HEAD not in names:
         return
@@ -144,7 +144,7 @@ def _check_head(names: set[str], source: Source, args: argparse.Namespace) -> No
     if not same:
         raise ConfigError(
             f"config.json says tie_word_embeddings = true, and {_HEAD} differs from {_EMBEDDING}; "
-            "use tie_word_embeddings = false"
+            "set tie_word_embeddings to false in config.json"
         )
 
 
@@ -152,8 +152,8 @@ def _check_vocabulary(info: TensorInfo, args: argparse.Namespace) -> None:
     if info.shape != (args.padded_vocab_size, args.hidden_size):
         raise ConfigError(
             f"the embedding is {list(info.shape)}, and the settings say vocabulary "
-            f"{args.padded_vocab_size} (padded), hidden size {args.hidden_size}; use "
-            f"a vocabulary of {info.shape[0]}"
+            f"{args.padded_vocab_size} (padded), hidden size {args.hidden_size}; "
+            "give the settings that belong to these weights"
         )
 
 
@@ -167,7 +167,8 @@ def _merged_info(pair: Pair, source: Source, args: argparse.Namespace) -> Tensor
         found = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
         raise ConfigError(
             f"{', '.join(pair.hf)} are {found}; config.json asks for {rows} rows of one dtype "
-            f"({args.num_attention_heads} heads, {groups} of keys and values, of {width})"
+            f"({args.num_attention_heads} heads, {groups} of keys and values, of {width}); "
+            "give the config.json that came with the weights"
         )
     return TensorInfo((sum(rows), *parts[0].shape[1:]), parts[0].dtype)
 

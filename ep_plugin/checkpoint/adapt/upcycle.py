@@ -165,7 +165,9 @@ def make_experts(settings: Upcycling, gated: bool) -> ExpertMaker:
 def _dense_args(source: Source) -> argparse.Namespace:
     args = source.common.get("args")
     if not isinstance(args, argparse.Namespace):
-        raise ConfigError(f"{source.folder} holds no run arguments; give one that Megatron saved")
+        raise ConfigError(
+            f"{source.folder} holds no run arguments; give a checkpoint that Megatron saved"
+        )
     if getattr(args, "num_experts", None):
         raise ConfigError(
             f"{source.folder} is a Mixture-of-Experts already (num_experts = {args.num_experts}); "

@@ -1,7 +1,7 @@
 """Is a Megatron checkpoint whole, and is every expert in it once? `audit` is the interface.
 
 Facts are read tensor by tensor (`facts.py`), which ranks may share; what they mean is judged once
-they are all there: parts (`coverage.py`), experts (`experts.py`), optimizer (`optimizer.py`).
+they are all there: parts (`coverage.py`), experts (`each_expert.py`), optimizer (`moments.py`).
 """
 
 from collections.abc import Callable

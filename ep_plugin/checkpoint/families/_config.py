@@ -106,7 +106,8 @@ def experts_config(args: argparse.Namespace) -> Config:
     scale = getattr(args, "moe_router_topk_scaling_factor", None)
     if scale not in (None, 1.0):
         raise ConfigError(
-            f"moe_router_topk_scaling_factor ({scale}) has no counterpart in this family; use 1.0"
+            f"moe_router_topk_scaling_factor ({scale}) has no counterpart in this family; "
+            "give a model with 1.0"
         )
     coefficient = getattr(args, "moe_aux_loss_coeff", None)
     return {"router_aux_loss_coef": coefficient or 0.0}
@@ -128,7 +129,7 @@ def refuse(config: Config, key: str, legal: Any) -> None:
     if (value or None) != (legal or None):
         raise ConfigError(
             f"config.json has {key} = {value!r}, which Megatron's GPT has no counterpart for here; "
-            f"use {legal!r}"
+            f"give a model with {legal!r}"
         )
 
 
@@ -156,8 +157,8 @@ def _rope_args(config: Config) -> dict[str, Any]:
         return {**values, "use_rope_scaling": True, "rope_scaling_factor": scaling["factor"]}
     if scaling["rope_type"] not in ("default", "yarn"):  # yarn: a family of its own says so
         raise ConfigError(
-            f"rope_type {scaling['rope_type']!r} has no counterpart in Megatron's GPT; use "
-            "default or llama3"
+            f"rope_type {scaling['rope_type']!r} has no counterpart in Megatron's GPT; give "
+            "a model with default or llama3"
         )
     return values
 
@@ -217,7 +218,9 @@ def qwen_moe_args(config: Config) -> dict[str, Any]:
     refuse(config, "use_sliding_window", False)
     num_experts = config.get("num_experts", config.get("num_local_experts"))  # both are in use
     if not num_experts:
-        raise ConfigError("config.json lacks num_experts; give the one that came with the weights")
+        raise ConfigError(
+            "config.json lacks num_experts; give the config.json that came with the weights"
+        )
     experts = experts_args(config, normalized=bool(config.get("norm_topk_prob", False)))
     layers = sparse_layers_args(config)
     return decoder_args(config) | experts | layers | {"num_experts": num_experts}

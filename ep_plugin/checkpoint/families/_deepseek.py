@@ -64,8 +64,8 @@ def check_groups(args: argparse.Namespace, each: int) -> None:
     if groups != best and found != each:
         raise ConfigError(
             f"{best} of {groups} groups for {args.moe_router_topk} experts are ranked by their "
-            f"best {found} scores, this family's by their best {each}; use "
-            f"ep_group_score_topk = {each}"
+            f"best {found} scores, this family's by their best {each}; "
+            f"give a model trained with --ep-group-score-topk {each}"
         )
 
 
@@ -74,15 +74,17 @@ def latent_args(config: Config) -> dict[str, Any]:
     if config["rms_norm_eps"] != _LATENT_EPSILON:
         raise ConfigError(
             f"rms_norm_eps ({config['rms_norm_eps']}) is not that of the norms of latents, "
-            f"{_LATENT_EPSILON}, and Megatron has one for all; use {_LATENT_EPSILON}"
+            f"{_LATENT_EPSILON}, and Megatron has one for all; "
+            f"give a model with {_LATENT_EPSILON}"
         )
     if not config["q_lora_rank"]:
         raise ConfigError(
             "config.json has no q_lora_rank; Megatron has no norm for the latents of keys and "
-            "values without one for queries, which this model lacks; use a q_lora_rank"
+            "values without one for queries, which this model lacks; give a model "
+            "with a q_lora_rank"
         )
     if not config.get("n_shared_experts"):
-        raise ConfigError("config.json has no n_shared_experts; use at least 1")
+        raise ConfigError("config.json has no n_shared_experts; give a model that has them")
     _config.refuse(config, "rope_interleave", True)
     first = config["first_k_dense_replace"]
     sparse = config["num_hidden_layers"] - first
@@ -108,13 +110,13 @@ def latent_config(args: argparse.Namespace) -> Config:
     if not all(chosen[first:]):
         raise ConfigError(
             f"DeepSeek has dense layers before its MoE layers, none after; moe_layer_freq is "
-            f"{args.moe_layer_freq}"
+            f"{args.moe_layer_freq}; use another --family"
         )
     shared = args.moe_shared_expert_intermediate_size
     if not shared or shared % args.moe_ffn_hidden_size:
         raise ConfigError(
             f"the shared expert's size ({shared}) must be a multiple of an expert's "
-            f"({args.moe_ffn_hidden_size}); use {args.moe_ffn_hidden_size}"
+            f"({args.moe_ffn_hidden_size}); use another --family"
         )
     return {
         **_config.decoder_config(args),

@@ -17,7 +17,7 @@ def _to_args(config: Config) -> dict[str, Any]:
     if not config.get("norm_topk_prob", True):
         raise ConfigError(
             "config.json has norm_topk_prob = false; Megatron divides sigmoid scores by their sum; "
-            "use true"
+            "give a model with true"
         )
     topk, groups, best = (config[k] for k in ("num_experts_per_tok", "n_group", "topk_group"))
     return {

@@ -47,7 +47,7 @@ def _hidden_act(args: argparse.Namespace) -> str:
     if ours not in (None, "swiglu") or not (ours or args.swiglu):
         raise ConfigError(
             f"the checkpoint is no mixtral: ep_dense_activation = {ours!r} with swiglu = "
-            f"{args.swiglu}; use swiglu or {_TANH[1]}"
+            f"{args.swiglu}; give a model with swiglu or {_TANH[1]}"
         )
     return "silu"
 

@@ -218,5 +218,5 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _dtype(word: str, name: str) -> torch.dtype:
     if word not in _DTYPES:
-        raise ConfigError(f"{name} has dtype {word}; use {', '.join(_DTYPES)}")
+        raise ConfigError(f"{name} has dtype {word}; give the model in {', '.join(_DTYPES)}")
     return _DTYPES[word]

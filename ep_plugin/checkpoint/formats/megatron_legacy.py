@@ -76,7 +76,7 @@ def open_checkpoint(path: Path) -> Source:
     common = _load(first)
     args = common.get("args")
     if not isinstance(args, argparse.Namespace):
-        raise ConfigError(f"{first} holds no run arguments; give one that Megatron saved")
+        raise ConfigError(f"{first} holds no run arguments; give a checkpoint that Megatron saved")
     parts = _parts(folder, args)
     return Source(
         folder=folder,

@@ -89,9 +89,11 @@ def rewrite(source: bytes, edit: Callable[[str], str]) -> bytes:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
         text = source.decode(encoding)
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not Python source ({error}); use a script that Python runs") from error
+        raise ConfigError(f"not Python source ({error}); give a script that Python runs") from error
     if text.encode(encoding) != source:
-        raise ConfigError(f"the encoding {encoding} cannot restore every byte; use utf-8")
+        raise ConfigError(
+            f"the encoding {encoding} cannot restore every byte; save the script in utf-8"
+        )
     return edit(text).encode(encoding)
 
 

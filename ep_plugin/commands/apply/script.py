@@ -19,7 +19,9 @@ def parse(text: str) -> ast.Module:
     try:
         return ast.parse(text.removeprefix("\ufeff"))
     except SyntaxError as error:
-        raise ConfigError(f"line {error.lineno}: {error.msg}; use valid Python") from error
+        raise ConfigError(
+            f"line {error.lineno}: {error.msg}; give a script that Python runs"
+        ) from error
 
 
 def split_lines(text: str) -> list[str]:
@@ -44,7 +46,7 @@ def find_guard(tree: ast.Module) -> ast.If:
     if len(tests) > 1:
         raise ConfigError(
             f"line {tests[1].lineno}: a second `{GUARD}`; the first is in line {tests[0].lineno}; "
-            f"use one of them, and {NO_EDIT}"
+            f"keep one of them; {NO_EDIT}"
         )
     for statement in tree.body:
         if isinstance(statement, ast.If) and statement.test is tests[0]:
@@ -96,15 +98,15 @@ def check_pretrain(tree: ast.Module, guard: ast.If) -> None:
     calls = _pretrain_calls(tree)
     if not calls:
         raise ConfigError(
-            "there is no `pretrain(` call of an imported pretrain; use a Megatron pretrain script, "
-            f"with `from megatron.training import pretrain`, and {NO_EDIT}"
+            "there is no `pretrain(` call of an imported pretrain; give a Megatron pretrain "
+            f"script, with `from megatron.training import pretrain`; {NO_EDIT}"
         )
     run_at_import = set(_run_at_import(tree, guard))
     too_early = [call.lineno for call in calls if call in run_at_import]
     if too_early:
         raise ConfigError(
             f"line {min(too_early)}: pretrain( is called outside `{GUARD}` (line {guard.lineno}), "
-            f"so before the plugin; use a call under it, and {NO_EDIT}"
+            f"so before the plugin; move the call under it; {NO_EDIT}"
         )
 
 
@@ -118,8 +120,8 @@ def end_of_header(lines: list[str], guard: ast.If) -> int:
         end -= 1
     if not own_line or lines[end - 1].rstrip().endswith("\\"):
         raise ConfigError(
-            f"line {guard.lineno}: the guard and its first statement share a line; use "
-            "a statement on a line of its own"
+            f"line {guard.lineno}: the guard and its first statement share a line; "
+            "put the statement on a line of its own"
         )
     return end
 

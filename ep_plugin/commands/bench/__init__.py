@@ -155,7 +155,9 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("repeats", 1), ("warm", 0)):
         value = getattr(args, name)
         if value < least:
-            raise ConfigError(f"--{name} must be at least {least}; got {value}; use {least}")
+            raise ConfigError(
+                f"--{name} must be at least {least}; got {value}; use --{name} {least}"
+            )
     legal_backends = BACKENDS[args.bench]
     for value in args.backends:
         if value not in legal_backends:

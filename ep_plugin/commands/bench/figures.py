@@ -76,9 +76,9 @@ def read(path: Path) -> list[Row]:
     try:
         rows = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path}: is no list of rows ({error}); use another --output") from error
+        raise ConfigError(f"{path} is no file of bench ({error}); use another --output") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"{path}: is no list of rows; use another --output")
+        raise ConfigError(f"{path} is no file of bench; use another --output")
     return rows
 
 

@@ -25,20 +25,20 @@ EXAMPLES = r"""examples:
 After a kill the same command goes on where it stopped.
 
 modes:
-  copy      every expert is the dense FFN (arXiv:2212.05055); the output is kept
+  copy      every expert is the dense FFN (arXiv:2212.05055); the model's output is kept
   granular  --granularity g experts are one FFN, cut along its channels (arXiv:2410.07524); the
-            output is kept with --router-init virtual-group
-  drop      --drop-ratio of each expert's channels drawn anew (arXiv:2502.19261); not kept
-  noise     copies with Gaussian noise of --noise-std; not kept
-The output is kept to rounding where a token's weights are divided by their sum, as Megatron does by
-default. Otherwise (--pre-softmax, top-1) experts are scaled for equal logits: exact with
---router-init zero, about right with a random router. The report says by how much the output is not
-kept and why; the comparison fails only where it is to be kept.
+            model's output is kept with --router-init virtual-group
+  drop      --drop-ratio of each expert's channels drawn anew (arXiv:2502.19261); output changes
+  noise     copies with Gaussian noise of --noise-std; output changes
+The model's output is kept to rounding where a token's weights are divided by their sum, as Megatron
+does by default. Otherwise (--pre-softmax, top-1) experts are scaled for equal logits: exact with
+--router-init zero, about right with a random router. The report says by how much the output
+changes and why; the comparison fails only where it is to be kept.
 
-The output is a Megatron torch_dist checkpoint that loads at any tensor-, pipeline- and
+What is written is a Megatron torch_dist checkpoint that loads at any tensor-, pipeline- and
 expert-parallel size. Optimizer state goes along: moments are copied to the experts.
 Every flag acts, or is refused. Exit code 1: the comparison failed; 2: a setting or the input is
-wrong. Neither leaves an output behind.
+wrong. Neither leaves anything in --to.
 
 between formats:
   ep-plugin convert --from models/qwen3 --to runs/qwen3

@@ -184,7 +184,7 @@ def _table(report: dict[str, Any], wanted: Need) -> str:
     rows.append(("logits", report["logits_max_abs_diff"], report["logits_max_abs"]))
     lines += [f"  {name:<18}{difference:>16.3e}{size:>17.3e}" for name, difference, size in rows]
     return "\n".join(
-        [*lines, *(f"  the output is not kept: {reason}" for reason in report["deviations"])]
+        [*lines, *(f"  the model's output changes: {reason}" for reason in report["deviations"])]
     )
 
 

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_comparison(parser)
     add(
         "--processes", type=int, metavar="N",
-        help="that write at once; each holds a tensor or two (default: 1)",
+        help="processes that write at once; each holds a tensor or two (default: 1)",
     )  # fmt: skip
     add(
         "--check", action="store_true",
@@ -65,14 +65,19 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
         "--mode", metavar="MODE",
         help=f"what experts are made of: {', '.join(available(MODES))} (default: {default.mode})",
     )  # fmt: skip
-    add("--granularity", type=int, metavar="G", help="of mode granular: experts an FFN is cut into")
+    add(
+        "--granularity", type=int, metavar="G",
+        help="in mode granular: how many experts each FFN is cut into",
+    )  # fmt: skip
     add(
         "--drop-ratio", type=float, metavar="R",
-        help=f"of mode drop (default: {default.drop_ratio})",
+        help="in mode drop: part of each expert's channels that is drawn anew (default: "
+        f"{default.drop_ratio})",
     )  # fmt: skip
     add(
         "--noise-std", type=float, metavar="S",
-        help=f"of mode noise, relative to the weights' (default: {default.noise_std})",
+        help="in mode noise: standard deviation of the noise, relative to the weights' (default: "
+        f"{default.noise_std})",
     )  # fmt: skip
     add(
         "--router-init", choices=get_args(RouterInit),
@@ -86,29 +91,33 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
         "weighed by a learned softmax, as --ep-shared-expert learned. Both keep the output",
     )  # fmt: skip
     add("--preset", metavar="NAME", help="take top-k and gates of a system of `ep-plugin presets`")
-    add("--score-function", choices=get_args(ScoreFunction), help="of the gates (default: softmax)")
+    add(
+        "--score-function", choices=get_args(ScoreFunction),
+        help="score function of the gates (default: softmax)",
+    )  # fmt: skip
     add(
         "--pre-softmax", action="store_true",
         help="softmax over all experts, not divided by the sum of the chosen",
     )  # fmt: skip
-    add("--scaling-factor", type=float, metavar="F", help="of the gates")
-    add("--seed", type=int, help=f"of everything drawn (default: {default.seed})")
+    add("--scaling-factor", type=float, metavar="F", help="factor on the gates (default: 1)")
+    add("--seed", type=int, help=f"seed of all random draws (default: {default.seed})")
 
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add(
         "--format", choices=get_args(Format),
-        help="of the output: torch_dist, or a Hugging Face folder (default: megatron)",
+        help="what to write: torch_dist, or a Hugging Face folder (default: megatron)",
     )  # fmt: skip
     add(
         "--family", metavar="MODEL_TYPE",
-        help="of a Hugging Face output (default: the first whose models have these settings)",
+        help="family of a Hugging Face output (default: the first whose models have these "
+        "settings)",
     )  # fmt: skip
     add(
         "--transformer-impl", choices=("transformer_engine", "local"),
-        help="whose names a Megatron output has, where they differ (default: the source's, or "
-        "transformer_engine)",
+        help="implementation whose names a Megatron output has, where they differ (default: the "
+        "source's, or transformer_engine)",
     )  # fmt: skip
 
 
@@ -172,33 +181,33 @@ NEEDS = (
     Need(
         ("--granularity",),
         lambda typed, _: _mode(typed) == "granular",
-        "{flag} is of --mode granular, and --mode is {mode}; use --mode granular, or leave {flag} "
+        "{flag} is for --mode granular, and --mode is {mode}; use --mode granular, or leave {flag} "
         "out",
     ),
     Need(
         ("--drop-ratio",),
         lambda typed, _: _mode(typed) == "drop",
-        "{flag} is of --mode drop, and --mode is {mode}; use --mode drop, or leave {flag} out",
+        "{flag} is for --mode drop, and --mode is {mode}; use --mode drop, or leave {flag} out",
     ),
     Need(
         ("--noise-std",),
         lambda typed, _: _mode(typed) == "noise",
-        "{flag} is of --mode noise, and --mode is {mode}; use --mode noise, or leave {flag} out",
+        "{flag} is for --mode noise, and --mode is {mode}; use --mode noise, or leave {flag} out",
     ),
     Need(
         ("--router-init",),
         lambda typed, _: typed["router_init"] != "virtual-group" or _mode(typed) == "granular",
-        "{flag} virtual-group is of --mode granular, and --mode is {mode}; use {flag} normal",
+        "{flag} virtual-group is for --mode granular, and --mode is {mode}; use {flag} normal",
     ),
     Need(
         ("--family",),
         lambda typed, _: typed.get("format") == "hf",
-        "{flag} is of a Hugging Face output; use --format hf, or leave {flag} out",
+        "{flag} is for a Hugging Face output; use --format hf, or leave {flag} out",
     ),
     Need(
         ("--transformer-impl",),
         lambda typed, _: typed.get("format") != "hf",
-        "{flag} is of a Megatron output; use --format megatron, or leave {flag} out",
+        "{flag} is for a Megatron output; use --format megatron, or leave {flag} out",
     ),
     Need(
         ("--transformer-impl",),
@@ -220,9 +229,9 @@ NEEDS = (
     Need(
         ("--prompts", "--parity-tolerance", "--verify"),
         lambda typed, _: "skip_parity" not in typed,
-        "{flag} is of the comparison that --skip-parity leaves out; use one of the two",
+        "{flag} is for the comparison, which --skip-parity leaves out; use one of the two",
     ),
-    Need(("--seed",), _draws, "{flag} is of what is drawn, and nothing is; leave {flag} out"),
+    Need(("--seed",), _draws, "{flag} is for random draws, and this makes none; leave {flag} out"),
 )
 
 

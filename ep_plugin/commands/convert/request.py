@@ -106,9 +106,14 @@ def read_request(args: argparse.Namespace) -> Request:
 
 def _check_values(typed: Typed) -> None:
     if not typed.get("parity_tolerance", TOLERANCE) > 0:
-        raise ConfigError(f"--parity-tolerance must be above 0; got {typed['parity_tolerance']}")
+        raise ConfigError(
+            f"--parity-tolerance must be above 0; got {typed['parity_tolerance']}; use "
+            f"--parity-tolerance {TOLERANCE}"
+        )
     if typed.get("processes", 1) < 1:
-        raise ConfigError(f"--processes must be at least 1; got {typed['processes']}")
+        raise ConfigError(
+            f"--processes must be at least 1; got {typed['processes']}; use --processes 1"
+        )
 
 
 def _refuse_beside_check(typed: Typed) -> None:

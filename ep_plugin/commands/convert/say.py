@@ -57,7 +57,7 @@ def say_plan(request: Request, target: Target) -> int:
     for tensor in target.tensors:
         print(f"{tensor.info.num_bytes:>14} bytes  {tensor.name} {list(tensor.info.shape)}")
     for reason in target.model.deviations:
-        print(f"the output is not kept: {reason}")
+        print(f"the model's output changes: {reason}")
     print(f"{target.num_bytes:>14} bytes in all; nothing written")
     print(f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process")
     print("source and result are not compared" if comparison is None else comparison.sentence())
@@ -160,7 +160,7 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
     if target.model.left_out:
         print(f"left out: {', '.join(target.model.left_out)}")
     for reason in target.model.deviations:
-        print(f"the output is not kept: {reason}")
+        print(f"the model's output changes: {reason}")
     if report is None:
         print("source and result were not compared (--skip-parity)")
     if made is not None and request.moments_go_along:
@@ -192,10 +192,10 @@ def _print_next(request: Request, target: Target) -> None:
     print(f"  {flags} --expert-model-parallel-size {settings.ep or 'EP'}")
     if made.optimizer:
         divisors = f"any divisor above 1 of {settings.num_experts}"
-        print(f"  EP: {'1' if settings.ep == 1 else divisors}; --no-load-optim at another. With")
-        print("  another length of training or learning rate than the dense run's,")
+        print(f"  EP: {'1' if settings.ep == 1 else divisors}; at another add --no-load-optim")
+        print("  for another training length or learning rate than the dense run's, add")
         print("  --override-opt-param-scheduler")
         return
     print("  or, to keep the iteration and the place in the data, --no-load-optim --no-load-rng")
     print("  instead of --finetune")
-    print(f"  EP: any divisor of {settings.num_experts}.")
+    print(f"  EP: any divisor of {settings.num_experts}")

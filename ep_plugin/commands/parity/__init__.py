@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("script", metavar="SCRIPT", help="your pretrain script")
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGS",
-        help="its flags, and behind them those of this command",
+        help="the flags of SCRIPT, then those of this command",
     )  # fmt: skip
     add_flags(parser)
 
@@ -129,7 +129,8 @@ def _layouts(args: argparse.Namespace) -> list[Layout]:
         raise ConfigError("--layouts is needed; use --layouts ep=2")
     if args.iterations < (least := 2 if args.resume else 1):
         raise ConfigError(
-            f"--iterations must be at least {least}; got {args.iterations}; use {least}"
+            f"--iterations must be at least {least}; got {args.iterations}; use "
+            f"--iterations {least}"
         )
     if not args.tolerance > 0:
         raise ConfigError(

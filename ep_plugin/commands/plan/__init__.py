@@ -135,7 +135,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance"):
         if getattr(args, name) <= 0:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} must be positive; got {getattr(args, name)}; use 1")
+            raise ConfigError(
+                f"--{flag} must be positive; got {getattr(args, name)}; use --{flag} 1"
+            )
     if args.topk > args.experts:
         raise ConfigError(
             f"--topk ({args.topk}) must be at most --experts ({args.experts}); use "

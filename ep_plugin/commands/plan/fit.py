@@ -41,7 +41,7 @@ class Fit:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model and its layout."""
     group = parser.add_argument_group("memory", "does a published system fit so many GPUs?")
-    group.add_argument("--preset", metavar="NAME", help="see ep-plugin presets")
+    group.add_argument("--preset", metavar="NAME", help="model: a name of ep-plugin presets")
     numbers = {
         "gpus": (8, "GPUs in all"),
         "tp": (1, "tensor-parallel ranks, with sequence parallelism"),

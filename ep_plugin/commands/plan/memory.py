@@ -73,7 +73,8 @@ def stage_memory(
     if len(layers) != parallel.pp or sum(layers) != len(model.experts):
         raise ConfigError(
             f"layers must name the {len(model.experts)} layers of {preset.name} in {parallel.pp} "
-            f"stages; got {list(layers)}; use {split_layers(len(model.experts), parallel.pp)}"
+            f"stages; got {list(layers)}; use "
+            f"{split_layers(len(model.experts), parallel.pp)}"
         )
     length = preset.seq_length if seq_length is None else seq_length
     tokens = micro_batch * length // (parallel.cp * parallel.tp)

@@ -39,7 +39,7 @@ class Recipe(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="some of them; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes (default: all)")
     parser.add_argument("--copy", type=Path, metavar="FOLDER", help="copy them, with what they use")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
 

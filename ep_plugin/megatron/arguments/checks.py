@@ -173,7 +173,8 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         example = ([0, 1] * args.num_layers)[: args.num_layers]
         raise ConfigError(
             f"--moe-layer-freq must have one entry per layer, --num-layers ({args.num_layers}); "
-            f"got {len(pattern)} entries: {pattern}; use {example}"
+            f"got {len(pattern)} entries: {pattern}; use "
+            f"--moe-layer-freq '{example}'"
         )
     ranks_per_node(settings)
     if overlap_schedule(args, settings) == "two_batch":
@@ -211,7 +212,7 @@ def _experts(args: Any, settings: EdgeSettings) -> tuple[int, ...]:
         raise ConfigError(
             f"--ep-experts-per-layer must have one entry per MoE layer ({num_moe_layers}) with "
             f"--num-experts ({args.num_experts}) the largest; got {per_layer}; use "
-            f"{args.num_experts}*{num_moe_layers}"
+            f"--ep-experts-per-layer {args.num_experts}*{num_moe_layers}"
         )
     return per_layer
 

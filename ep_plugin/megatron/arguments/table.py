@@ -177,9 +177,7 @@ TABLE: tuple[Argument, ...] = (
     ),
     # routing, in the order of RoutingConfig
     _routing("topk", "routing", "experts a token goes to", "moe_router_topk"),
-    _routing(
-        "score_function", "routing", "what makes scores of logits", "moe_router_score_function"
-    ),
+    _routing("score_function", "routing", "how logits become scores", "moe_router_score_function"),
     _routing(
         "normalize",
         "routing",
@@ -188,7 +186,10 @@ TABLE: tuple[Argument, ...] = (
         cousin_values={"none": "", "after_drop": ""},
     ),
     _routing(
-        "scaling_factor", "routing", "factor of the weights", "moe_router_topk_scaling_factor"
+        "scaling_factor",
+        "routing",
+        "factor that the weights are multiplied by",
+        "moe_router_topk_scaling_factor",
     ),
     _routing(
         "router_dtype",
@@ -196,17 +197,25 @@ TABLE: tuple[Argument, ...] = (
         "dtype of the logits; default fp32, or --moe-router-dtype",
         cousin="--moe-router-dtype",
     ),
-    _routing("router_bias", "routing", "a bias in the router; default as the other linear layers"),
+    _routing(
+        "router_bias", "routing", "a bias in the router; default: as in the other linear layers"
+    ),
     _routing(
         "jitter_eps",
         "routing",
-        "router input times U[1-eps, 1+eps], training",
+        "multiply the router's input by U[1-eps, 1+eps], in training",
         "moe_input_jitter_eps",
         comparable=False,
     ),
-    _routing("noise", "routing", "Gumbel noise on the logits chooses, training", comparable=False),
+    _routing(
+        "noise", "routing", "choose by logits with Gumbel noise, in training", comparable=False
+    ),
     _routing("second_expert", "routing", "how the second expert of top-2 is found"),
-    _routing("second_threshold", "routing", "weight below which random and threshold leave it out"),
+    _routing(
+        "second_threshold",
+        "routing",
+        "weight below which the second expert is left out, for random and threshold",
+    ),
     _routing(
         "num_groups", "routing", "groups of experts, with --ep-group-topk", "moe_router_num_groups"
     ),
@@ -222,14 +231,16 @@ TABLE: tuple[Argument, ...] = (
         "balance by a bias instead of a loss",
         "moe_router_enable_expert_bias",
     ),
-    _routing("bias_update_rate", "losses", "step of that bias", "moe_router_bias_update_rate"),
+    _routing(
+        "bias_update_rate", "losses", "step of the expert bias", "moe_router_bias_update_rate"
+    ),
     _routing(
         "capacity_factor",
         "capacity",
         "tokens an expert takes, over its fair share, with --ep-drop-policy; default: all",
         cousin="--moe-expert-capacity-factor",
     ),
-    _routing("eval_capacity_factor", "capacity", "the same in evaluation; default: all"),
+    _routing("eval_capacity_factor", "capacity", "the same factor in evaluation; default: all"),
     _routing("min_capacity", "capacity", "tokens an expert takes at least"),
     _routing("capacity_rounding", "capacity", "how a capacity becomes a whole number"),
     _routing("capacity_counts_topk", "capacity", "whether the fair share is S*K/E or S/E"),
@@ -250,11 +261,11 @@ TABLE: tuple[Argument, ...] = (
     _routing(
         "aux_loss_scope",
         "losses",
-        "tokens it is taken over",
+        "tokens that the load-balancing loss is taken over",
         cousin="--moe-router-load-balancing-type",
         cousin_values=SCOPES,
     ),
-    _routing("aux_loss_layers", "losses", "its sum or its mean over layers"),
+    _routing("aux_loss_layers", "losses", "sum or mean of the load-balancing loss over layers"),
     _routing("z_loss_coeff", "losses", "coefficient of the router z-loss", "moe_z_loss_coeff"),
     _routing(
         "force_expert_choice",
@@ -263,9 +274,16 @@ TABLE: tuple[Argument, ...] = (
     ),
     # the block
     _edge(
-        "dense_activation", "experts", "of the dense feed-forward blocks", needs=(_DENSE_BLOCKS,)
+        "dense_activation",
+        "experts",
+        "activation of the dense feed-forward blocks",
+        needs=(_DENSE_BLOCKS,),
     ),
-    _edge("expert_activation", "experts", "of the experts; default as the dense blocks"),
+    _edge(
+        "expert_activation",
+        "experts",
+        "activation of the experts; default: that of the dense blocks",
+    ),
     _block(
         "fp8",
         "fp8",
@@ -274,7 +292,10 @@ TABLE: tuple[Argument, ...] = (
         cousin="--fp8-recipe",
     ),
     _block(
-        "fp8_wgrad", "fp8", "their weight gradients, where --ep-fp8 is not off", comparable=False
+        "fp8_wgrad",
+        "fp8",
+        "precision of the experts' weight gradients, where --ep-fp8 is not off",
+        comparable=False,
     ),
     _block(
         "save",
@@ -293,7 +314,7 @@ TABLE: tuple[Argument, ...] = (
     _block(
         "dispatch_dtype",
         "dispatch",
-        "what tokens travel in; fp8 as FP8 products read them",
+        "dtype that tokens travel in; fp8: as the FP8 products read them",
         comparable=False,
     ),
     _block(
@@ -302,11 +323,11 @@ TABLE: tuple[Argument, ...] = (
         "a token travels once to a rank, not once for each expert there",
     ),
     _block("check_splits", "dispatch", "when ranks compare what they send before they send it"),
-    _block("comm_sms", "dispatch", "SMs that --ep-dispatcher symm_mem copies with"),
+    _block("comm_sms", "dispatch", "number of SMs that --ep-dispatcher symm_mem copies with"),
     _edge(
         "ranks_per_node",
         "dispatch",
-        "that --ep-dispatcher hierarchical counts on; default torchrun's",
+        "ranks that share a node, for --ep-dispatcher hierarchical; default: torchrun's",
         needs=(
             Need(
                 lambda args: args.ep_dispatcher == "hierarchical" or "." in args.ep_dispatcher,
@@ -317,7 +338,7 @@ TABLE: tuple[Argument, ...] = (
     _block(
         "overlap_chunks",
         "overlap",
-        "parts the other ranks' tokens come in, for --ep-overlap chunked",
+        "number of parts that the other ranks' tokens come in, for --ep-overlap chunked",
     ),
     _block("shared_expert", "experts", "add the shared expert, or weigh it by a learned softmax"),
     _edge("experts_per_layer", "experts", "experts of each MoE layer (a pyramid): N*LAYERS,..."),
@@ -347,7 +368,7 @@ TABLE: tuple[Argument, ...] = (
     Argument(
         "--ep-audit-save",
         "checkpoint",
-        "read every checkpoint after it was saved, and stop when it is not whole: audit",
+        "audit each checkpoint after it is saved, and stop when it is not whole: ep-plugin audit",
         default=False,
         needs=(
             _SAVES,

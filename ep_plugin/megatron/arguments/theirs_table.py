@@ -166,7 +166,7 @@ SOME_VALUES = (
             "mla_up_proj",
             "gdn_norm_out",
         ),
-        "has a part that nobody recomputes",
+        "has a part that Megatron does not recompute",
         when=lambda given: bool(given.selective),
     ),
     _some(
@@ -279,7 +279,9 @@ REFUSED = (
         "limits the tokens of a rank, and ours have a limit each; use --ep-capacity-factor 1.25",
     ),
     _refused(
-        "moe_token_dropping", "is read by nobody; use moe_expert_capacity_factor=1.25", flag=""
+        "moe_token_dropping",
+        "is not read by Megatron; use moe_expert_capacity_factor=1.25",
+        flag="",
     ),
     _refused(
         "moe_pad_experts_for_cuda_graph_inference",
@@ -324,7 +326,9 @@ REFUSED = (
         "wants bits of a token that no other token changes, and our experts do not promise that; "
         "leave it out",
     ),
-    _refused("moe_extended_tp", "is read by nobody; use expert_tensor_parallel_size=2", flag=""),
+    _refused(
+        "moe_extended_tp", "is not read by Megatron; use expert_tensor_parallel_size=2", flag=""
+    ),
     _refused(
         "tensor_parallel_num_weight_shards",
         f"{_SHARDS}--tensor-model-parallel-size 2",

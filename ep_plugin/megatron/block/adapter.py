@@ -183,7 +183,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         """Do nothing: weight gradients are computed in the backward, not delayed."""
 
     def set_for_recompute_pre_mlp_layernorm(self) -> None:
-        """Do nothing: a shared expert needs it under fp8 alone, which `check_supported` refuses."""
+        """Do nothing: a shared expert needs it under fp8 alone, and `theirs.py` refuses that."""
 
 
 def _device(config: Any) -> torch.device:

@@ -35,7 +35,10 @@ def adopt_groups(
     )
     problems = [_mismatch(pg_collection, parallel, order) for order in ORDERS]
     if all(problems):
-        raise ConfigError(f"Megatron's process groups are not the ones expected: {problems[0]}")
+        raise ConfigError(
+            f"Megatron's process groups are not the ones expected: {problems[0]}; give the groups "
+            "that megatron.core.parallel_state makes"
+        )
     intra_node = inter_node = None
     if ranks_per_node is not None and parallel.ep * parallel.expert_tp > 1:
         intra_node, inter_node = _node_groups(pg_collection.tp_ep, ranks_per_node, shared)

@@ -45,7 +45,9 @@ def wanted() -> bool:
         return True
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
-        raise ConfigError("EP_PLUGIN_DEVICE = 'cuda' needs a GPU and torch sees none; use cpu")
+        raise ConfigError(
+            "EP_PLUGIN_DEVICE = 'cuda' needs a GPU and torch sees none; use EP_PLUGIN_DEVICE=cpu"
+        )
     return asked == "cpu" or not has_gpu
 
 

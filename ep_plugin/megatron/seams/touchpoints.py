@@ -124,8 +124,8 @@ def verify() -> tuple[Touchpoint, ...]:
     found = problems(table)
     if found:
         raise ConfigError(
-            f"megatron-core {version} does not match the plugin's table: {'; '.join(found)}; use "
-            "an unmodified release"
+            f"megatron-core {version} does not match the plugin's table: {'; '.join(found)}; "
+            f"install an unmodified megatron-core {version}"
         )
     return table
 
@@ -139,7 +139,7 @@ def _check_one_megatron(version: str) -> None:
     if core != training:
         raise ConfigError(
             f"megatron.core ({version}) is taken from {core} and megatron.training from "
-            f"{training}; use a path with one of them alone"
+            f"{training}; leave one of these folders out of PYTHONPATH, or uninstall it"
         )
 
 

@@ -12,10 +12,11 @@ rank 1 (E0 E2), d of rank 2 (E0 E1):
     inside nodes      d | c         b d |       |    a | c         a b |     from the first | second
 
 Relays keep what their own rank chose for their node. On the way back each sums what its node's
-ranks made of a token, and one row crosses. So `plan/network.py` counts it: with D nodes of L ranks
-a rank sends D - 1 messages to other nodes and L - 1 inside its own, where the other dispatchers
-send D * L - 1. It pays where the network between nodes is slower than inside; on one node it is
-`alltoall` with `dispatch_dedup`, and one copy more. `dispatch_dedup` changes nothing here.
+ranks made of a token, and one row crosses. So `commands/plan/network.py` counts it: with D nodes of
+L ranks a rank sends D - 1 messages to other nodes and L - 1 inside its own, where the other
+dispatchers send D * L - 1. It pays where the network between nodes is slower than inside; on one
+node it is `alltoall` with `dispatch_dedup`, and one copy more. `dispatch_dedup` changes nothing
+here.
 
 A group may span nodes unevenly: the ranks of the smallest part are then relays for several ranks
 of the others (`groups.rails`). A rank receives its rows by relay, then by the rank they come from.

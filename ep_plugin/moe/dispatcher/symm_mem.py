@@ -184,14 +184,14 @@ class SymmetricMemoryDispatcher:
         ranks = self.link.buffer.ranks
         if ranks > GRAPH_RANKS:
             raise ConfigError(
-                f"a graph of <dispatcher=symm_mem> must have at most {GRAPH_RANKS} ranks of ep "
-                f"and etp; got {ranks}; use steps that are not captured"
+                f"a CUDA graph of <dispatcher=symm_mem> takes at most {GRAPH_RANKS} ranks of ep "
+                f"and etp; got {ranks}; run the step without a CUDA graph"
             )
         if num_tokens > self.most_tokens:
             raise ConfigError(
-                f"a graph of <dispatcher=symm_mem> must have at most the tokens ({num_tokens}) of "
-                f"a call before it ({self.most_tokens} on any rank); use a step that is not "
-                "captured, with as many tokens"
+                "a CUDA graph of <dispatcher=symm_mem> takes at most the tokens of an earlier "
+                f"call ({self.most_tokens} on any rank); got {num_tokens}; first run a step of "
+                "as many tokens without a CUDA graph"
             )
 
 

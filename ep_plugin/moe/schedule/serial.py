@@ -5,5 +5,5 @@ from ep_plugin.moe.interfaces import Block, Schedule
 
 
 def build(config: MoEConfig, block: Block) -> Schedule:
-    """Return the schedule; every block will do."""
+    """Return the schedule; it takes every block."""
     return type(block).in_order

@@ -71,5 +71,5 @@ def two_batch(layer: RoutedBlock, first: Tensor, second: Tensor) -> tuple[Tensor
 
 
 def build(config: MoEConfig, block: Block) -> Schedule:
-    """Return the schedule of one call; every block will do."""
+    """Return the schedule of one call; it takes every block."""
     return type(block).in_order

@@ -36,5 +36,5 @@ class LoopGemm:
 
 
 def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGemm:
-    """Return the backend; every size and dtype will do."""
+    """Return the backend; it takes every size and dtype."""
     return LoopGemm()

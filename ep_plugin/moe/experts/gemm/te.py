@@ -38,7 +38,7 @@ class TransformerEngineGemm:
 
 
 def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGemm:
-    """Return the backend; every size will do. Raises ConfigError for a dtype it does not take."""
+    """Return the backend, for any size; raises ConfigError for a dtype it does not take."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"<gemm=te> needs fp32, bf16 or fp16; got {dtype}; use <gemm=loop>")
     if not torch.cuda.is_available():
