@@ -69,8 +69,8 @@ def open_checkpoint(path: Path) -> Source:
     folder = iteration_folder(path)
     if folder.name != "release" and not re.fullmatch(r"iter_\d{7,}", folder.name):
         raise ConfigError(
-            f"{folder} is not named as Megatron names an iteration's folder; use "
-            "iter_ and the iteration in seven digits"
+            f"{folder} is not named as Megatron names an iteration's folder; "
+            "rename it to iter_ and the iteration in seven digits, such as iter_0001000"
         )
     common_in_file = (folder / "common.pt").is_file()
     if common_in_file:

@@ -122,8 +122,8 @@ def _refuse_beside_check(typed: Typed) -> None:
         if name not in ("check", "target"):
             flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
             raise ConfigError(
-                f"{flag} is of a conversion, and --check only looks at what one wrote; use --check "
-                "--to FOLDER alone"
+                f"{flag} is for a conversion, and --check only looks at what one wrote; use "
+                "--check --to FOLDER alone"
             )
 
 
