@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from loop import MODEL, MOE, NEWEST, OURS, STOCK, launch, train
 
 from ep_plugin.commands.report.events import Run
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
-from ep_plugin.megatron.arguments.in_flags import in_flags
+from ep_plugin.megatron.arguments.checks import check_arguments, check_block, settings_from_args
+from ep_plugin.megatron.arguments.in_flags import in_flags, refusal
 from ep_plugin.megatron.arguments.parser import add_ep_arguments
 from ep_plugin.megatron.arguments.theirs import check as check_theirs
 
@@ -243,6 +244,39 @@ def test_mistakes_are_one_sentence(mistake: str) -> None:
     with pytest.raises(ConfigError) as raised:
         check_everything(args)
     assert message in raised.value.spelled(in_flags(flags))
+
+
+CHUNKED = ("--num-experts", "4", "--expert-model-parallel-size", "2", "--ep-overlap", "chunked")
+LATE = {  # what used to be found while a layer was built
+    "biases": ((), "--ep-overlap (chunked) needs experts without bias"),
+    "replicas": (
+        ("--disable-bias-linear", "--tensor-model-parallel-size", "2"),
+        "the 2 ranks of tp that hold the same tokens",
+    ),
+    "chunks": (
+        ("--disable-bias-linear", "--ep-overlap-chunks", "2"),
+        "--ep-overlap-chunks (2) must be at most the other ranks of ep*etp (1); use "
+        "--ep-overlap-chunks 1",
+    ),
+    "fp8": (
+        ("--disable-bias-linear", "--ep-fp8", "blockwise", "--moe-ffn-hidden-size", "96"),
+        "--ep-fp8 (blockwise) needs",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", LATE)
+def test_what_a_block_cannot_be_is_found_before_it_is_built(mistake: str) -> None:
+    flags, message = LATE[mistake]
+    args = parse(*CHUNKED, *flags)
+    args.params_dtype = torch.float32
+    args.add_bias_linear = "--disable-bias-linear" not in flags
+    args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    if args.expert_tensor_parallel_size is None and args.tensor_model_parallel_size > 1:
+        args.expert_tensor_parallel_size = 1
+    with pytest.raises(ConfigError) as raised:
+        check_block(args, settings_from_args(args))
+    assert message in str(refusal(raised.value, flags))
 
 
 def check_everything(args: Any) -> None:

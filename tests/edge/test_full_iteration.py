@@ -74,6 +74,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"expert_model_parallel_size": 16}, {"dispatcher": "symm_mem"}, "at most 8 ranks .* got 16"),
     ({}, {"gemm": "loop"}, "does not wait for the host; got loop; use --ep-gemm auto"),
+    (
+        {"hidden_size": 8, "moe_ffn_hidden_size": 16, "params_dtype": torch.float32},
+        {"gemm": "my_moe.gemm"},
+        "does not wait for the host; got my_moe.gemm",
+    ),
 ]
 
 

@@ -32,6 +32,7 @@ from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import check_sizes
 from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.moe.rules import own, said
+from ep_plugin.moe.schedule.chunked import check_ranks
 from ep_plugin.registry import available, resolve
 
 
@@ -142,6 +143,9 @@ def check_block(args: Any, settings: EdgeSettings) -> None:
             continue
         config = moe_config(args, settings, layer)
         check_sizes(config, etp, device)
+        if config.overlap == "chunked":
+            tp, ranks = args.tensor_model_parallel_size, args.expert_model_parallel_size * etp
+            check_ranks(config, ranks - 1, tp if tp > 1 and not args.sequence_parallel else None)
         if config.gemm != "auto":
             hidden, ffn = config.hidden_size, config.ffn_hidden_size // etp
             build = resolve("gemm", config.gemm)

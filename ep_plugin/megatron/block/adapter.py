@@ -1,5 +1,6 @@
 """What Megatron builds in place of the dense MLP: ours inside, Megatron's contract outside."""
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.in_flags import refusal
 from ep_plugin.megatron.block import combined
 from ep_plugin.megatron.block.adopt_groups import adopt_groups
 from ep_plugin.megatron.block.build_shared_expert import build_shared_expert
@@ -27,6 +30,7 @@ from ep_plugin.megatron.block.parameters import (
 )
 from ep_plugin.megatron.block.sharded_state import EXTRA_STATE, expert_sharded_state
 from ep_plugin.megatron.block.tracking import RoutingTracker
+from ep_plugin.megatron.seams.refusal import refuse
 from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
 from ep_plugin.moe.interfaces import Routing, set_up_router
 from ep_plugin.moe.layer import MoELayer
@@ -41,6 +45,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     """
 
     settings = EdgeSettings()
+    typed: Collection[str] | None = None  # flags of the command line, where one was parsed
     tracker: RoutingTracker | None = None
     log_interval = 1  # iterations between two writes of the tracker
     shared: dict[str, Any]
@@ -65,9 +70,21 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
             config.recompute_granularity == "selective" and "moe" in config.recompute_modules
         )
         self._is_built = False
-        self._build = partial(self._build_block, submodules, pg_collection, name)
+        self._build = partial(self._build_or_refuse, submodules, pg_collection, name)
         if layer_number is not None or self.settings.experts_per_layer is None:
             self._build()
+
+    def _build_or_refuse(self, *block: Any) -> None:
+        """Build; where a command line was parsed, a mistake found here ends the run as one there.
+
+        What only a layer with its groups can know is found here, on every rank alike.
+        """
+        try:
+            self._build_block(*block)
+        except ConfigError as error:
+            if self.typed is None:
+                raise
+            refuse(refusal(error, self.typed))
 
     def _build_block(self, submodules: Any, pg_collection: Any, name: str | None) -> None:
         """Make the block and its parameters; layers may differ in experts, by their number."""

@@ -12,6 +12,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.settings import EdgeSettings
 from ep_plugin.moe.config import GRAPH_RANKS
+from ep_plugin.registry import resolve
 
 OUTSIDE = ("attn", "mlp")  # modules of Megatron's layers that are not ours
 WAITS = ("loop", "te", "deepgemm")  # grouped GEMMs that want row counts on the host
@@ -57,6 +58,14 @@ def _modules(config: Any) -> list[str]:
     return [str(getattr(each, "name", each)) for each in several]
 
 
+def _waits(config: Any, name: str) -> bool:
+    """Whether a grouped GEMM waits for the host; one of the user's own is asked."""
+    if "." not in name:
+        return name in WAITS
+    ffn = config.moe_ffn_hidden_size or config.ffn_hidden_size
+    return bool(resolve("gemm", name)(config.hidden_size, ffn, config.params_dtype).waits_for_host)
+
+
 def _check_iteration(config: Any, settings: EdgeSettings) -> None:
     etp = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
     ranks = config.expert_model_parallel_size * etp
@@ -71,7 +80,7 @@ def _check_iteration(config: Any, settings: EdgeSettings) -> None:
             f"--cuda-graph-impl full_iteration needs at most {GRAPH_RANKS} ranks of ep and etp; "
             f"got {ranks}; use --cuda-graph-impl none"
         )
-    if settings.gemm in WAITS:
+    if _waits(config, settings.gemm):
         raise ConfigError(
             f"--cuda-graph-impl full_iteration needs a grouped GEMM that does not wait for the "
             f"host; got {settings.gemm}; use --ep-gemm auto"

@@ -156,7 +156,7 @@ def _with_our_checks(
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.megatron.settings import fp8_recipe
 
-    typed = take_typed(args)
+    layer_class.typed = typed = take_typed(args)
     try:
         check_typed(args, typed)
         layer_class.settings = settings_from_args(args)

@@ -71,29 +71,38 @@ def exchange_alone(
 
 def build(config: MoEConfig, block: Block) -> Schedule:
     """Return the schedule; raises ConfigError for biases, dispatchers, or chunks it cannot take."""
-    others = block.groups.ep_etp_size - 1
-    if config.bias:
-        raise ConfigError(
-            "<overlap> (chunked) needs experts without bias; got <bias=True>; use <overlap=serial> "
-            "or <bias=False>"
-        )
+    others, replicas = block.groups.ep_etp_size - 1, block.groups.replicas
+    check_ranks(config, others, None if replicas is None else replicas.size())
     if not others:
         return type(block).in_order
-    if block.groups.replicas is not None:
-        raise ConfigError(
-            f"<overlap> (chunked) exchanges part by part, and the {block.groups.replicas.size()} "
-            "ranks of tp that hold the same tokens gather theirs; use sequence parallelism or "
-            "<overlap=serial>"
-        )
     if not isinstance(block.dispatcher, PeerDispatcher):
         raise ConfigError(
             "<overlap> (chunked) needs a dispatcher that exchanges with some ranks at a time, and "
             f"<dispatcher> ({config.dispatcher}) does not; use "
             "<dispatcher=alltoall> or <overlap=serial>"
         )
+    return partial(chunked, config.overlap_chunks or min(DEFAULT_CHUNKS, others))
+
+
+def check_ranks(config: MoEConfig, others: int, replicas: int | None) -> None:
+    """Raise ConfigError for what cannot be exchanged with `others` ranks of ep*etp in parts.
+
+    `replicas` is how many ranks of tp hold the same tokens; None: no two do.
+    """
+    if config.bias:
+        raise ConfigError(
+            "<overlap> (chunked) needs experts without bias; got <bias=True>; use <overlap=serial> "
+            "or <bias=False>"
+        )
+    if not others:
+        return
+    if replicas is not None:
+        raise ConfigError(
+            f"<overlap> (chunked) exchanges part by part, and the {replicas} ranks of tp that hold "
+            "the same tokens gather theirs; use sequence parallelism or <overlap=serial>"
+        )
     if config.overlap_chunks is not None and config.overlap_chunks > others:
         raise ConfigError(
             f"<overlap_chunks> ({config.overlap_chunks}) must be at most the other ranks of ep*etp "
             f"({others}); use <overlap_chunks={others}>"
         )
-    return partial(chunked, config.overlap_chunks or min(DEFAULT_CHUNKS, others))
