@@ -273,7 +273,7 @@ def test_fp8_refuses_biases() -> None:
 def test_fp8_refuses_sizes_it_has_no_product_for() -> None:
     for fp8, legal in (("rowwise", 48), ("blockwise", 128)):
         config = replace(CONFIG, hidden_size=128, ffn_hidden_size=40, fp8=fp8)  # type: ignore[arg-type]
-        message = rf"ffn_hidden_size on each rank \(40\).*{legal} or fp8='off'"
+        message = rf"ffn_hidden_size on each rank \(40\).*use {legal} on each rank or fp8='off'"
         with pytest.raises(ConfigError, match=message):
             Experts(config, ExpertGroups())
 

@@ -15,7 +15,7 @@ def check_recipe(
     for name, size in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
         if size % multiple:
             raise ConfigError(
-                f"<fp8> ({recipe}) needs {name} on each rank ({size}) to be a multiple of "
+                f"<fp8> ({recipe}) needs <{name}> on each rank ({size}) to be a multiple of "
                 f"{multiple}; use {-(-size // multiple) * multiple} on each rank or <fp8=off>"
             )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
