@@ -138,10 +138,8 @@ def check_block(args: Any, settings: EdgeSettings) -> None:
     """Raise ConfigError for a block that validated arguments cannot make, before it is built."""
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     device = torch.device("cpu" if cpu_mode.wanted() else "cuda")
-    for layer, has_experts in enumerate(moe_pattern(args), start=1):
-        if not has_experts:
-            continue
-        config = moe_config(args, settings, layer)
+    layers = (layer for layer, is_moe in enumerate(moe_pattern(args), start=1) if is_moe)
+    for config in {moe_config(args, settings, layer) for layer in layers}:  # most are alike
         check_sizes(config, etp, device)
         if config.overlap == "chunked":
             tp, ranks = args.tensor_model_parallel_size, args.expert_model_parallel_size * etp
