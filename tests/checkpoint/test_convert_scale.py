@@ -18,7 +18,7 @@ import torch
 
 from ep_plugin.checkpoint import writer
 from ep_plugin.checkpoint.formats import _dcp_writer
-from ep_plugin.checkpoint.formats.megatron_dist import write_checkpoint
+from ep_plugin.checkpoint.formats._dcp_writer import write_checkpoint
 from ep_plugin.checkpoint.tensors import NewTensor, Region, Source, TensorInfo
 from ep_plugin.cli import main
 from tests.commands.test_convert import (

@@ -76,7 +76,7 @@ def write(content: Content, root: Path) -> Path:
         NewTensor(key, TensorInfo(content.shapes[key], content.dtypes[key]), regions.__iter__)
         for key, regions in content.regions.items()
     ]
-    files = units([*entries, NewObject(COMMON_STATE, common.getvalue)])
+    files = units([*entries, NewObject(COMMON_STATE, common.getvalue())])
     written = write_units(files, folder, Journal(), 1, lambda _: None)
     contents = [record["content"] for record in written]
     write_metadata(folder, list(zip([file.name for file in files], contents, strict=True)))

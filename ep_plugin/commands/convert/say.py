@@ -7,11 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ep_plugin.checkpoint.moe_layers import pattern
-from ep_plugin.checkpoint.staging import Staging, manifest_problems
-from ep_plugin.checkpoint.target import Hashes, Target
+from ep_plugin.checkpoint.staging import manifest_problems
+from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.request import Request
 from ep_plugin.megatron.arguments.spell import experts_flags, run_flags
@@ -62,19 +60,6 @@ def say_plan(request: Request, target: Target) -> int:
     print(f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process")
     print("source and result are not compared" if comparison is None else comparison.sentence())
     return 0
-
-
-def write(target: Target, staging: Staging, processes: int) -> Hashes:
-    """Write what is not there yet, with a bar for progress; returns hashes as `target.write`."""
-    with tqdm(
-        total=target.num_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="convert"
-    ) as bar:
-        return target.write(
-            root=staging.folder,
-            on_bytes=bar.update,
-            journal=staging.journal,
-            processes=processes,
-        )
 
 
 def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
