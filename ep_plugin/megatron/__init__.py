@@ -11,12 +11,15 @@ five only for a Megatron from its wheel, and over torch's Adam):
         Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew
     optimizer:ChainedOptimizer.load_state_dict
         here Megatron refuses the state of another number of optimizers
+    upcycling_utils:upcycle_state_dict
+        it writes the names of Megatron's own experts; a model with ours is refused
     arguments:add_megatron_arguments
         every parser of Megatron's loop is filled here; the --ep-* flags join
     arguments:validate_args
         every flag is parsed and nothing is built yet: a mistake ends the run here
     training:save_checkpoint
-        every save of Megatron's loop goes through it; --ep-audit-save reads back what it wrote
+        every save of Megatron's loop goes through it; the size of the vocabulary goes along, and
+        --ep-audit-save reads back what it wrote
     training:maybe_finalize_async_save
         only after it is an asynchronous save on disk, where --ep-audit-save can read it
     training:train_step

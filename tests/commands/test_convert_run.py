@@ -124,7 +124,7 @@ def test_the_comparison_s_need_is_said_before_a_byte_is_written(
     skipped = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run", "--skip-parity")[1]
     assert "source and result are not compared" in skipped
     errors = io.StringIO()
-    monkeypatch.setattr("ep_plugin.commands.convert.write", no_room)
+    monkeypatch.setattr("ep_plugin.commands.convert.staged", no_room)
     with contextlib.redirect_stderr(errors), pytest.raises(OSError, match="full"):
         main(["convert", "--from", str(sources["hf"]), "--to", str(tmp_path / "out"), *EXPERTS])
     assert said in errors.getvalue()

@@ -86,6 +86,7 @@ def arguments(config: Config, family: Family) -> argparse.Namespace:
     word = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     args = family.args(config)
     args.params_dtype = getattr(torch, word.removeprefix("torch."), torch.float32)
+    args.ep_vocab_size = args.padded_vocab_size  # no row pads it
     args.bf16, args.fp16 = word.endswith("bfloat16"), word == "float16"
     return args
 

@@ -23,6 +23,7 @@ layers and however `--moe-layer-freq` is spelled.
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
@@ -89,6 +90,21 @@ def open_checkpoint(path: Path) -> Source:
     )
 
 
+def read_common(path: Path) -> dict[str, Any]:
+    """Return what stands beside the tensors of the checkpoint at `path`.
+
+    Raises as `open_stored`.
+    """
+    folder = iteration_folder(path)
+    if (folder / "common.pt").is_file():
+        content = (folder / "common.pt").read_bytes()
+        common: dict[str, Any] = load_arguments(content, folder)
+        return common
+    content = Files(folder, load_metadata(folder)).read_bytes(MetadataIndex(COMMON_STATE))
+    common = load_arguments(content, folder)[0]
+    return common
+
+
 def open_stored(path: Path) -> Stored:
     """Open the checkpoint at `path` as `open_checkpoint` does, and check nothing of its content.
 
@@ -96,10 +112,7 @@ def open_stored(path: Path) -> Stored:
     """
     folder = iteration_folder(path)
     files = Files(folder, load_metadata(folder))
-    if (folder / "common.pt").is_file():
-        common = load_arguments((folder / "common.pt").read_bytes(), folder)
-    else:
-        common = load_arguments(files.read_bytes(MetadataIndex(COMMON_STATE)), folder)[0]
+    common = read_common(folder)
     entries = files.metadata.state_dict_metadata
     return Stored(
         folder=folder,

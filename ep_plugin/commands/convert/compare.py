@@ -163,7 +163,7 @@ def _report(
         }
         layers.append(row)
     return {
-        "logits_max_abs_diff": batch.max_abs(old.logits - new.logits),
+        "logits_max_abs_diff": batch.max_abs(old.logits[..., : new.logits.shape[-1]] - new.logits),
         "logits_max_abs": batch.max_abs(old.logits),
         "layers": layers,
         "tokens": comparison.need.tokens,

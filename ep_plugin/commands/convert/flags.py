@@ -108,6 +108,11 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         "settings)",
     )  # fmt: skip
     add(
+        "--vocab-size", type=int, metavar="V",
+        help="rows of the vocabulary that do not pad it: the others are cut; from torch_dist to "
+        "torch_dist they stay and the size is noted (default: what the checkpoint says of it)",
+    )  # fmt: skip
+    add(
         "--transformer-impl", choices=("transformer_engine", "local"),
         help="implementation whose names a Megatron output has, where they differ (default: the "
         "source's, or transformer_engine)",

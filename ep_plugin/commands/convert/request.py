@@ -127,6 +127,7 @@ class Request:
     settings: Upcycling | None = None  # of the experts that it gets
     format: Format = "megatron"
     family: str | None = None
+    vocab_size: int | None = None  # without rows that pad it; None: what the checkpoint says
     implementation: str | None = None
     keep_optimizer: bool = True
     compare: bool = True
@@ -165,6 +166,7 @@ def read_request(args: argparse.Namespace) -> Request:
     asked = {
         "--format": output,
         "--family": typed.get("family"),
+        "--vocab-size": typed.get("vocab_size"),
         "--transformer-impl": typed.get("transformer_impl"),
         "--drop-optimizer": "drop_optimizer" in typed,
         **(asdict(settings) if settings else {}),
@@ -176,6 +178,7 @@ def read_request(args: argparse.Namespace) -> Request:
         settings=settings,
         format=output,
         family=typed.get("family"),
+        vocab_size=typed.get("vocab_size"),
         implementation=typed.get("transformer_impl"),
         keep_optimizer=not asked["--drop-optimizer"],
         compare="skip_parity" not in typed,
@@ -200,6 +203,11 @@ def _check_values(typed: Typed) -> None:
     if typed.get("processes", 1) < 1:
         raise ConfigError(
             f"--processes must be at least 1; got {typed['processes']}; use --processes 1"
+        )
+    if typed.get("vocab_size", 1) < 1:
+        raise ConfigError(
+            f"--vocab-size must be at least 1; got {typed['vocab_size']}; use the number of the "
+            "tokenizer's words"
         )
     target: Path = typed["target"]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

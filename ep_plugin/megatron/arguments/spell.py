@@ -3,8 +3,11 @@
 import argparse
 from dataclasses import fields
 from itertools import groupby
+from math import lcm
 from typing import Any
 
+from ep_plugin.checkpoint.family import query_groups
+from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.megatron.arguments.table import BY_NAME, SCOPES, SWITCHES
 from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.moe.rules import said
@@ -133,7 +136,6 @@ _VALUES = {  # flag -> argument, where it is set
     "--kv-channels": "kv_channels",
     "--max-position-embeddings": "max_position_embeddings",
     "--seq-length": "seq_length",
-    "--padded-vocab-size": "padded_vocab_size",
     "--normalization": "normalization",
     "--norm-epsilon": "layernorm_epsilon",
     "--init-method-std": "init_method_std",
@@ -202,6 +204,8 @@ def run_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags of a model with these arguments; data and optimizer are the user's."""
     flags = [] if args.add_bias_linear else ["--disable-bias-linear"]
     flags += [flag for flag, name in _SWITCHES.items() if getattr(args, name, False)]
+    if getattr(args, "padded_vocab_size", None) is not None:
+        flags += ["--padded-vocab-size", str(padded_vocabulary(args))]
     values = dict(_VALUES)
     for condition, more in _VALUES_WITH.items():
         if getattr(args, condition, None):
@@ -211,6 +215,22 @@ def run_flags(args: argparse.Namespace) -> list[str]:
         if value is not None:
             flags += [flag, _text(value)]
     return flags
+
+
+def padded_vocabulary(args: argparse.Namespace) -> int:
+    """Return the number of rows, at least those there are, that each tensor-parallel size divides
+    which divides what else is cut: heads, groups of them, and the channels of dense blocks."""
+    cut = [args.num_attention_heads, getattr(args, "moe_shared_expert_intermediate_size", 0) or 0]
+    if not all(pattern(args)):
+        cut.append(args.ffn_hidden_size)
+    groups = query_groups(args)
+    sizes = [
+        tp
+        for tp in range(1, args.num_attention_heads + 1)
+        if not any(size % tp for size in cut) and 0 in (groups % tp, tp % groups)
+    ]
+    rows = int(args.padded_vocab_size)
+    return -(-rows // lcm(*sizes)) * lcm(*sizes)
 
 
 def _text(value: object) -> str:

@@ -105,6 +105,11 @@ COMMON = (
         f"{GPT}.gpt_layer_specs:get_gpt_layer_local_spec",
         ("qk_layernorm", "multi_latent_attention", "normalization"),
     ),
+    Touchpoint(
+        "megatron.core.transformer.moe.upcycling_utils:upcycle_state_dict",
+        ("moe_model", "dense_model"),
+    ),
+    Touchpoint("megatron.training.global_vars:get_tokenizer"),
     # saves that are audited, and resumed at other layouts
     Touchpoint("megatron.training.training:save_checkpoint", ("iteration", "non_persistent_ckpt")),
     Touchpoint("megatron.training.training:maybe_finalize_async_save"),
