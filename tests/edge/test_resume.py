@@ -2,17 +2,24 @@
 
 import argparse
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from loop import MOE, OURS, launch
 from stored import E, healthy, write
 
 from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.resume import check_resumable
+from ep_plugin.megatron.seams import upcycling
 from ep_plugin.megatron.seams.chained import dealt
+from ep_plugin.megatron.seams.patches import Patches
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.experts.experts import Experts
+from ep_plugin.moe.groups import ExpertGroups
 
 pytestmark = pytest.mark.megatron
 
@@ -53,9 +60,15 @@ def run_args(load: Path, **changes: Any) -> argparse.Namespace:
         "expert_model_parallel_size": 4,
         "expert_tensor_parallel_size": 1,
     }
+    values |= dict.fromkeys(SCHEDULE, 0) | {"train_iters": 4, "global_batch_size": 4, "lr": 0.01}
     return argparse.Namespace(**(values | changes))
 
 
+SCHEDULE = (
+    *("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "min_lr"),
+    *("lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction", "lr_decay_style"),
+    *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
 ONE: dict[str, Any] = {"param_groups": []}  # the state of one optimizer
 SHARDED = ONE | {"param_state_sharding_type": "fully_reshardable"}
 EP2 = {"expert_model_parallel_size": 2}
@@ -93,6 +106,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, st
         ),
         "use --expert-model-parallel-size 2",
     ),
+    "schedule": (
+        *({}, {"optimizer": SHARDED, "opt_param_scheduler": {"max_lr": 0.1, "lr_decay_steps": 8}}),
+        *({}, "(--lr 0.1, here 0.01; samples of --lr-decay-iters 8, here 16)"),
+        "use --override-opt-param-scheduler",
+    ),
     "buckets": (
         {"tensor_model_parallel_size": 2, **EP2},
         {
@@ -117,6 +135,9 @@ def test_what_cannot_be_resumed_is_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(wrong)) as refused:
         check_resumable(run_args(folder, **run))
     assert way in str(refused.value)
+    if "override" in way:
+        check_resumable(run_args(folder, override_opt_param_scheduler=True))
+        check_resumable(run_args(folder, lr=0.1, lr_decay_iters=2))
     if "optim" in way or way == "use --finetune":
         check_resumable(run_args(folder, **run, finetune=True))
         check_resumable(run_args(folder, **run, no_load_optim=True))
@@ -149,6 +170,24 @@ def test_a_folder_that_megatron_does_not_read(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is a Hugging Face model") as refused:
             check_resumable(run_args(**({"load": tmp_path / "nothing"} | names)))
         assert f"ep-plugin convert --from {tmp_path}" in str(refused.value)
+
+
+def test_upcycling_by_hand_names_the_command() -> None:
+    """Of a model with our experts, also in Megatron's list of one; others are left to Megatron."""
+    place = import_module("megatron.core.transformer.moe.upcycling_utils")
+    config = MoEConfig(num_experts=2, hidden_size=4, ffn_hidden_size=4)
+    ours = torch.nn.Sequential(Experts(config, ExpertGroups()))
+    patches = Patches()
+    upcycling.changes(patches)
+    patches.apply()
+    try:
+        for model in (ours, [ours]):
+            with pytest.raises(ConfigError, match="run ep-plugin convert --from DENSE"):
+                place.upcycle_state_dict(model, model)
+        with pytest.raises(AssertionError, match="mlp layer"):  # of Megatron's own function
+            place.upcycle_state_dict([torch.nn.Linear(1, 1)], [None])
+    finally:
+        patches.undo()
 
 
 def test_the_size_of_the_vocabulary_goes_along(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def check_resumable(args: Any) -> None:
     if goes_on and not per_rank and not args.finetune and not args.no_load_optim:
         _check_optimizer(args, folder, saved, common)
         _check_buckets(args, folder, saved, common)
+        _check_schedule(args, folder, common)
 
 
 def _loaded(args: Any) -> tuple[Path | None, bool]:
@@ -178,6 +179,53 @@ def _check_buckets(args: Any, folder: Path, saved: Any, common: dict[str, Any]) 
             f"this run has {wanted}; resume at that layout, which then saves by parameter, or "
             "leave the optimizer out with --no-load-optim"
         )
+
+
+def _check_schedule(args: Any, folder: Path, common: dict[str, Any]) -> None:
+    """Raise ConfigError where the scheduler, which goes on with the optimizer, has other settings;
+    Megatron demands that they are equal unless a flag says which of the two to follow."""
+    theirs = common.get("opt_param_scheduler")
+    if not isinstance(theirs, dict) or not (args.train_iters or args.train_samples):
+        return
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    differing = [
+        f"{flag} {theirs[name]}, here {ours}"
+        for name, (flag, ours) in _schedule(args).items()
+        if name in theirs and theirs[name] != ours
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder} goes on with another schedule ({'; '.join(differing)}); use "
+            "--override-opt-param-scheduler to follow this command line, "
+            "--use-checkpoint-opt-param-scheduler to follow the checkpoint, or --finetune"
+        )
+
+
+def _schedule(args: Any) -> dict[str, tuple[str, Any]]:
+    """Return what Megatron's scheduler will be made of: its name there -> (flag, value)."""
+    if args.train_iters:
+        batch, unit = args.global_batch_size, "iters"
+        length, decay, warmup = args.train_iters, args.lr_decay_iters, args.lr_warmup_iters
+    else:
+        batch, unit = 1, "samples"
+        length, decay, warmup = args.train_samples, args.lr_decay_samples, args.lr_warmup_samples
+    decayed = (decay or length) * batch
+    fraction = args.lr_warmup_fraction
+    return {
+        "max_lr": ("--lr", args.lr),
+        "min_lr": ("--min-lr", args.min_lr),
+        "lr_decay_style": ("--lr-decay-style", args.lr_decay_style),
+        "lr_decay_steps": (f"samples of --lr-decay-{unit}", decayed),
+        "lr_warmup_steps": (
+            f"samples of --lr-warmup-{unit}",
+            warmup * batch if fraction is None else fraction * decayed,
+        ),
+        "start_wd": ("--start-weight-decay", args.start_weight_decay),
+        "end_wd": ("--end-weight-decay", args.end_weight_decay),
+        "wd_incr_steps": (f"samples of --train-{unit}", length * batch),
+        "wd_incr_style": ("--weight-decay-incr-style", args.weight_decay_incr_style),
+    }
 
 
 def _size(args: Any, name: str) -> int:

@@ -315,7 +315,8 @@ REFUSED = (
     _refused("moe_latent_size", "shrinks tokens for the experts, and ours read all; leave it out"),
     _refused(
         "moe_use_upcycling",
-        "makes Megatron's own block; use python -m ep_plugin convert, then --load FOLDER",
+        "makes Megatron's own block; use ep-plugin convert --from DENSE --to EXPERTS "
+        "--num-experts 8 --topk 2, then --load EXPERTS",
     ),
     _refused(
         "init_model_with_meta_device",
