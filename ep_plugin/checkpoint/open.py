@@ -77,18 +77,16 @@ def open_source(path: Path, output: Format, vocab_size: int | None = None) -> Op
     """
     kind = kind_of(path)
     opened = _open_hf(path) if kind == "hf" else _open_megatron(path, kind, output)
-    return _without_padding(opened, vocab_size)
+    size = vocab_size or getattr(opened.args, "ep_vocab_size", None)
+    return opened if size is None else _without_padding(opened, size)
 
 
-def _without_padding(model: Opened, vocab_size: int | None) -> Opened:
+def _without_padding(model: Opened, size: int) -> Opened:
     """Return the model without the rows that pad its vocabulary; where names stay, rows do too.
 
     The size travels in the arguments either way: Megatron pads it anew for its layout.
     """
-    rows = getattr(model.args, "padded_vocab_size", None)
-    size = vocab_size or getattr(model.args, "ep_vocab_size", None)
-    if size is None or rows is None:
-        return model
+    rows = model.args.padded_vocab_size
     if size > rows:
         raise ConfigError(
             f"--vocab-size ({size}) is more than the {rows} rows of the vocabulary in "

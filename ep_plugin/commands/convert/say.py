@@ -177,8 +177,10 @@ def _vocabulary(request: Request, target: Target) -> Iterator[str]:
             f"vocabulary: all {rows} rows are kept, since the checkpoint does not say whether some "
             "only pad it; --vocab-size V keeps V"
         )
+    if request.format != "megatron" or model.spelling == "stored":
+        return
     padded = padded_vocabulary(target.args)
-    if request.format == "megatron" and model.spelling == "plain" and padded != rows:
+    if padded != rows:
         yield (
             f"vocabulary: {rows} rows, and {padded} in a run, so that each tensor-parallel size "
             "that the heads allow divides it; Megatron fills the new rows with zeros"
