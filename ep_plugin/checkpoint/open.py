@@ -86,11 +86,12 @@ def _without_padding(model: Opened, size: int) -> Opened:
 
     The size travels in the arguments either way: Megatron pads it anew for its layout.
     """
-    rows = model.args.padded_vocab_size
-    if size > rows:
+    table = model.source.tensors.get(EMBEDDING)
+    rows = table.shape[0] if table is not None and table.shape else 0
+    if not isinstance(size, int) or not 0 < size <= rows:
         raise ConfigError(
-            f"--vocab-size ({size}) is more than the {rows} rows of the vocabulary in "
-            f"{model.folder}; use --vocab-size {rows}"
+            f"a vocabulary of {size!r} is asked for, and {EMBEDDING} in {model.folder} has {rows} "
+            f"rows; use --vocab-size {rows}"
         )
     args = copy.copy(model.args)
     args.ep_vocab_size = size

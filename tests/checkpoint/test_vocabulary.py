@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hf_models
 import pytest
@@ -36,7 +37,7 @@ def convert(capsys: pytest.CaptureFixture[str]) -> Said:
     return run
 
 
-def pad(source: Path, target: Path, rows: int, size: int | None) -> Path:
+def pad(source: Path, target: Path, rows: int, size: Any) -> Path:
     """Write a torch_dist checkpoint as a run with so many rows would, which may know the size."""
     old = open_checkpoint(source)
     changed = vars(old.common["args"]) | {"padded_vocab_size": rows, "ep_vocab_size": size}
@@ -106,6 +107,16 @@ def test_a_size_that_cannot_be(size: int, tmp_path: Path, convert: Said) -> None
     said = convert(source, tmp_path / "out", "--vocab-size", str(size), code=2)
     assert f"--vocab-size {WORDS}" in said or "at least 1" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [0.5, "x", -1, [96], 10**9])
+def test_run_arguments_that_say_nonsense(size: Any, tmp_path: Path, convert: Said) -> None:
+    source = hf_models.save("llama", tmp_path / "hf")
+    convert(source, tmp_path / "megatron")
+    padded = pad(tmp_path / "megatron", tmp_path / "padded", WORDS + 1, size)
+    said = convert(padded, tmp_path / "out", "--format", "hf", code=2)
+    assert f"use --vocab-size {WORDS + 1}" in said
+    convert(padded, tmp_path / "out", "--format", "hf", "--vocab-size", "90")
 
 
 def test_padding_is_the_least_that_every_size_divides() -> None:
