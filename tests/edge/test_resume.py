@@ -163,6 +163,18 @@ def test_what_can_be_resumed_is_left_alone(tmp_path: Path) -> None:
     check_resumable(run_args(tmp_path / "0", **PLAIN))
 
 
+def test_per_rank_files_without_experts(tmp_path: Path) -> None:
+    """`--ckpt-format torch`; of the optimizer Megatron has words of its own there."""
+    file = tmp_path / "iter_0000030" / "mp_rank_00" / "model_optim_rng.pt"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("30")
+    torch.save({"args": argparse.Namespace(num_experts=E), "model": {}}, file)
+    check_resumable(run_args(tmp_path))
+    torch.save({"args": argparse.Namespace(num_experts=None), "model": {}}, file)
+    with pytest.raises(ConfigError, match="a model without experts"):
+        check_resumable(run_args(tmp_path))
+
+
 def test_a_folder_that_megatron_does_not_read(tmp_path: Path) -> None:
     """It would begin with random weights."""
     (tmp_path / "config.json").write_text("{}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.formats.megatron_dist import TRACKER
-from ep_plugin.checkpoint.open import is_hf, kind_of
+from ep_plugin.checkpoint.open import is_hf
 from ep_plugin.errors import ConfigError
 
 BY_PARAMETER, BY_BUCKET = "fully_reshardable", "dp_reshardable"
@@ -69,18 +69,14 @@ def check_resumable(args: Any) -> None:
     folder, goes_on = _loaded(args)
     if folder is None:
         return  # Megatron starts afresh
-    try:
-        per_rank = kind_of(folder) == "per-rank"
-        common = (megatron_legacy if per_rank else megatron_dist).read_common(folder)
-    except ConfigError:
-        return  # of another format, or not whole: Megatron has words for it
+    common, is_dist = _beside_the_weights(folder)
     saved = common.get("args")
     if not isinstance(saved, argparse.Namespace):
-        return
+        return  # of another format, or not whole: Megatron has words for it
     if getattr(saved, "ep_vocab_size", None) is not None:
         args.ep_vocab_size = saved.ep_vocab_size
     _check_experts(args, folder, saved)
-    if goes_on and not per_rank and not args.finetune and not args.no_load_optim:
+    if goes_on and is_dist and not args.finetune and not args.no_load_optim:
         _check_optimizer(args, folder, saved, common)
         _check_buckets(args, folder, saved, common)
         _check_schedule(args, folder, common)
@@ -104,6 +100,16 @@ def _loaded(args: Any) -> tuple[Path | None, bool]:
                 f"convert --from {folder} --to {folder}-megatron, then --load {folder}-megatron"
             )
     return None, False
+
+
+def _beside_the_weights(folder: Path) -> tuple[dict[str, Any], bool]:
+    """Return what a checkpoint keeps beside its weights, and whether it is torch_dist's."""
+    for format_ in (megatron_dist, megatron_legacy):
+        try:
+            return format_.read_common(folder), format_ is megatron_dist
+        except ConfigError:
+            continue
+    return {}, False
 
 
 def _check_experts(args: Any, folder: Path, saved: Any) -> None:
