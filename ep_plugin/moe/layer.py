@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.moe import auto
+from ep_plugin.moe.auto import Place, settle
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.groups import ExpertGroups
@@ -222,10 +222,10 @@ def settled(config: MoEConfig, groups: ExpertGroups, device: torch.device) -> Mo
             )
         return reason is None
 
-    place = auto.Place(
+    place = Place(
         ranks=groups.ep_etp_size,
         cuda=device.type == "cuda",
         replicated=groups.replicas is not None,
         shares_memory=shares_memory,
     )
-    return auto.settle(config, place)
+    return settle(config, place)

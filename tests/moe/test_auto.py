@@ -13,8 +13,14 @@ import pytest
 import torch
 from spawn import run_ranks
 
-from ep_plugin import ConfigError, MoEConfig, MoELayer, ParallelConfig, RoutingConfig
-from ep_plugin import create_expert_groups as create
+from ep_plugin import (
+    ConfigError,
+    MoEConfig,
+    MoELayer,
+    ParallelConfig,
+    RoutingConfig,
+    create_expert_groups,
+)
 from ep_plugin.commands.bench.over_ranks import DISPATCHERS
 from ep_plugin.commands.bench.shapes import SHAPES, Shape
 from ep_plugin.moe.auto import Place, settle, wants_shared_memory
@@ -126,7 +132,7 @@ def test_more_ranks_than_a_graph_takes_do_not_share_memory_in_one() -> None:
 
 def reasons(num_bytes: int, how: str) -> list[str | None]:
     """Try twice; `how` breaks something on rank 1 alone."""
-    groups = create(ParallelConfig(world_size=4, ep=2))
+    groups = create_expert_groups(ParallelConfig(world_size=4, ep=2))
     real = SharedBuffer.reserve
 
     def reserve(buffer: SharedBuffer, size: int, device: torch.device) -> Any:
@@ -160,7 +166,7 @@ def test_all_ranks_are_told_the_same(how: str, expected: str | None) -> None:
 
 def layer_in_a_graph(works: bool) -> tuple[str, str]:
     """Pretend that the CPU is a GPU; return what the layer took, or the sentence."""
-    groups = create(ParallelConfig(world_size=2, ep=2))
+    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2))
     config = MoEConfig(**SIZES, in_graph=True, tokens=16)
 
     def place(ranks: int, cuda: bool, **more: Any) -> Place:
@@ -169,7 +175,7 @@ def layer_in_a_graph(works: bool) -> tuple[str, str]:
     refused = patch.object(_trial, "_missing", lambda *_: None if works else "no NVLink")
     with (
         refused,
-        patch("ep_plugin.moe.auto.Place", place),
+        patch("ep_plugin.moe.layer.Place", place),
         patch("ep_plugin.moe.experts.experts.check_capturable"),
     ):
         try:
@@ -185,8 +191,8 @@ def test_a_layer_takes_it() -> None:
     for kind, sentence in run_ranks(2, layer_in_a_graph, False):
         assert kind == "refused"
         assert sentence == (
-            "a CUDA graph needs dispatcher='symm_mem', which does not work here: no NVLink; run the "
-            "step without a CUDA graph"
+            "a CUDA graph needs dispatcher='symm_mem', which does not work here: no NVLink; run "
+            "the step without a CUDA graph"
         )
 
 
@@ -219,3 +225,65 @@ def test_products_that_wait_for_the_host_are_refused_in_a_graph(
             ConfigError, match=r"waits? for the host.*; use .* without a CUDA graph"
         ):
             check_capturable(config, 1, gpu, dtype)
+
+
+def beside_plain(graph: bool) -> tuple[str, str, float]:
+    """Return what `auto` took on GPUs, and how far its output is from that of `alltoall`."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    ranks = torch.distributed.get_world_size()
+    groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ranks))
+    config = MoEConfig(hidden_size=256, ffn_hidden_size=128, num_experts=8, tokens=64)
+    layers = [
+        MoELayer(each, groups, device=device, dtype=torch.bfloat16)
+        for each in (
+            replace(config, in_graph=graph),
+            replace(config, dispatcher="alltoall", overlap="serial"),
+        )
+    ]
+    layers[0].load_state_dict(layers[1].state_dict())
+    hidden = torch.randn(64, 512, device=device).bfloat16()[:, :256]  # a view, not contiguous
+    found, wanted = (layer(hidden).float() for layer in layers)
+    chosen = layers[0].config
+    return chosen.dispatcher, chosen.overlap, float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize(("graph", "overlap"), [(False, "serial"), (True, "chunked")])
+def test_on_gpus_of_one_host_it_takes_their_memory(graph: bool, overlap: str) -> None:
+    for taken, order, error in run_ranks(2, beside_plain, graph, backend="nccl", uses_gpu=True):
+        assert (taken, order) == ("symm_mem", overlap)
+        assert error < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_while_a_graph_is_captured_a_product_that_waits_is_refused() -> None:
+    config = MoEConfig(hidden_size=60, ffn_hidden_size=64, num_experts=4)
+    layer = MoELayer(config, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(16, 60, device="cuda").bfloat16()
+    layer(hidden)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(ConfigError, match="multiples of 8"), torch.cuda.graph(graph):
+        layer(hidden)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("fp8", ["off", "rowwise", "blockwise"])
+def test_hidden_states_may_lie_in_memory_in_any_way(fp8: Any) -> None:
+    config = MoEConfig(hidden_size=256, ffn_hidden_size=256, num_experts=4, fp8=fp8)
+    layer = MoELayer(config, device="cuda", dtype=torch.bfloat16)
+    plain = torch.randn(24, 3, 256, device="cuda").bfloat16()
+    wide = torch.cat([plain, plain * torch.nan], dim=2)[..., :256]
+    across = plain.transpose(0, 2).contiguous().transpose(0, 2)
+    batch_first = plain.transpose(0, 1).contiguous().transpose(0, 1)
+    results = []
+    for hidden in (plain, wide, across, batch_first):
+        leaf = hidden.detach().requires_grad_()
+        output = layer(leaf)
+        output.sum().backward()  # its gradient is one number, expanded
+        results.append((output, leaf.grad))
+    for output, grad in results[1:]:
+        assert torch.equal(output, results[0][0])
+        assert torch.equal(grad, results[0][1])
