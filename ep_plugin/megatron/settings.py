@@ -54,23 +54,29 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
         # Megatron takes a type without a coefficient, and then has no loss.
         "aux_loss_scope": scopes.get(balancing, "micro_batch") if coefficient else "micro_batch",
         "z_loss_coeff": config.moe_z_loss_coeff or 0.0,
-        **_capacity(config, settings.routing),
+        **_capacity(config, settings),
     }
     return RoutingConfig(**(values | settings.routing))
 
 
-def _capacity(config: Any, ours: dict[str, Any]) -> dict[str, Any]:
-    """Return what Megatron's own capacity flags ask for, in training."""
-    factor = config.moe_expert_capacity_factor
-    if factor is None or factor < 0:  # Megatron reads a negative one as none
-        return {}
+def _capacity(config: Any, settings: EdgeSettings) -> dict[str, Any]:
+    """Return what Megatron's own capacity flags ask for, in training.
+
+    A capacity has the drop policy of Megatron's flag, by whichever name it was given.
+    """
+    ours, factor = settings.routing, config.moe_expert_capacity_factor
+    if factor is not None and factor < 0:  # Megatron reads a negative one as none
+        factor = None
     given = ours.get("capacity_factor", factor)
-    if given != factor:
+    if factor is not None and given != factor:
         raise ConfigError(
             f"--ep-capacity-factor ({given}) and --moe-expert-capacity-factor ({factor}) "
             "contradict each other; give one of them"
         )
-    return {"capacity_factor": factor, "drop_policy": config.moe_token_drop_policy}
+    if given is None and ours.get("eval_capacity_factor") is None:
+        return {}
+    policy = "none" if settings.router == "expert_choice" else config.moe_token_drop_policy
+    return {"capacity_factor": given, "drop_policy": policy}
 
 
 def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = None) -> MoEConfig:

@@ -30,8 +30,10 @@ ASKED: dict[str, Any] = {
     "fine_grained_activation_offloading": True,
     "fp8": "e4m3",
     "cuda_graph_impl": "local",
+    "moe_expert_capacity_factor": 1.0,
 }
 NEEDS = {
+    "moe_token_drop_policy": ("moe_expert_capacity_factor",),
     "fp8_recipe": ("fp8",),
     "fp8_wgrad": ("fp8",),
     "fp8_param": ("fp8",),

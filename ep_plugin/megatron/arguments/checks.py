@@ -18,6 +18,7 @@ from ep_plugin.megatron.arguments.table import (
     feeding,
 )
 from ep_plugin.megatron.arguments.theirs import check
+from ep_plugin.megatron.arguments.together import check_together
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import touchpoints
@@ -119,6 +120,7 @@ def check_typed(args: Any, typed: Collection[str]) -> None:
         for need in row.needs:
             if (not need.values or value in need.values) and not need.when(args):
                 raise ConfigError(f"{row.flag} ({said(value)}) {need.sentence}")
+    check_together(args, typed)
 
 
 def idle(args: Any, typed: Collection[str]) -> list[str]:

@@ -113,10 +113,12 @@ def with_preset(arguments: list[str]) -> list[str]:
     if name is None:
         return arguments
     from ep_plugin.megatron.arguments.spell import megatron_arguments
+    from ep_plugin.megatron.arguments.together import unless_typed
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.presets import load
 
     try:
-        return [*megatron_arguments(load(name)), *arguments]
+        preset = megatron_arguments(load(name))
     except ConfigError as error:
         refuse(error)
+    return [*unless_typed(preset, typed_in(arguments)), *arguments]

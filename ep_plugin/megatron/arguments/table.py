@@ -237,7 +237,7 @@ TABLE: tuple[Argument, ...] = (
     _routing(
         "capacity_factor",
         "capacity",
-        "tokens an expert takes, over its fair share, with --ep-drop-policy; default: all",
+        "tokens an expert takes, over its fair share; default: all",
         cousin="--moe-expert-capacity-factor",
     ),
     _routing("eval_capacity_factor", "capacity", "the same factor in evaluation; default: all"),
@@ -247,7 +247,7 @@ TABLE: tuple[Argument, ...] = (
     _routing(
         "drop_policy",
         "capacity",
-        "who goes when an expert is full, with --ep-capacity-factor",
+        "who goes when an expert is full; probs where there is a capacity",
         cousin="--moe-token-drop-policy",
     ),
     _routing("group_tokens", "capacity", "tokens of a routing group; default: all of a rank"),

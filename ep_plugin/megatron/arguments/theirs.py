@@ -45,7 +45,7 @@ class Given:
     def own(self, name: str) -> Any:
         """Return a setting of the plugin's, None where it was not given."""
         if self.ours is not None:
-            return getattr(self.ours, name)
+            return getattr(self.ours, name, self.ours.routing.get(name))
         return getattr(self.theirs, f"ep_{name}", None)
 
     @property
@@ -94,12 +94,24 @@ def _loses_layernorm(given: Given) -> bool:
     return bool(given.fp8 and size) and "layernorm" in parts
 
 
+def _drops_nothing(given: Given) -> bool:
+    factors = given.moe_expert_capacity_factor, given.own("capacity_factor")
+    dropless = (*factors, given.own("eval_capacity_factor")) == (None, None, None)
+    return dropless and given.moe_token_drop_policy not in (None, "probs")  # Megatron's default
+
+
 # Legal values that are refused beside another setting: field, when, the rest of the sentence.
 BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
     (
         "moe_aux_loss_coeff",
         lambda given: isinstance(given.moe_aux_loss_coeff, list),
         "are coefficients of several losses, and our router has one; use one number",
+    ),
+    (
+        "moe_token_drop_policy",
+        _drops_nothing,
+        "says who goes when an expert is full, and none has a capacity; use "
+        "--moe-expert-capacity-factor 1.25 beside it",
     ),
     (
         "gated_linear_unit",
