@@ -209,7 +209,8 @@ def run_flags(args: argparse.Namespace) -> list[str]:
     for flag, name in values.items():
         value = getattr(args, name, None)
         if value is not None:
-            flags += [flag, _text(value)]
+            several = isinstance(value, list) and name != "moe_layer_freq"  # an expression
+            flags += [flag, *(map(_text, value) if several else [_text(value)])]
     return flags
 
 

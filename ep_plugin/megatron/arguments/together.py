@@ -32,8 +32,12 @@ def _check_cousins(row: Argument, args: Any) -> None:
     assert row.cousin is not None
     ours = getattr(args, row.dest)
     theirs = one(getattr(args, row.cousin.removeprefix("--").replace("-", "_")))
-    meant = row.cousin_values.get(str(ours), ours)
-    if meant not in ("", theirs):
+    if ours is False:
+        on = row.cousin_values["True"]
+        clash = theirs == (on or True)
+    else:
+        clash = row.cousin_values.get(str(ours), ours) not in ("", theirs)
+    if clash:
         bare = theirs is True
         raise ConfigError(
             f"{row.flag} ({said(ours)}) and {row.cousin}{'' if bare else f' ({theirs})'} "
