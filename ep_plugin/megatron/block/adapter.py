@@ -8,7 +8,11 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_random_logits,
+    get_default_pg_collection,
+)
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     sharded_state_dict_default,
@@ -119,6 +123,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         set_tags(replicated, layer.experts, config, groups)
         layer.experts.totals = MainGrads(layer.experts)
         set_up_router(router, attach_loss=self._attach_loss, collect_metrics=self.settings.metrics)
+        if ours.routing.force_load_balancing:
+            router.random_logits = apply_random_logits
         router.register_forward_hook(self._after_routing)
         if self.use_shared_expert:
             self.shared_experts = build_shared_expert(config, submodules, pg_collection, name)

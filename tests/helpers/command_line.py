@@ -1,0 +1,45 @@
+"""What the plugin makes of a command line, up to what needs more than its arguments."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+from flag_values import PLAIN, parser
+
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments import checks
+from ep_plugin.megatron.arguments.in_flags import in_flags
+from ep_plugin.megatron.arguments.parser import with_preset
+from ep_plugin.megatron.arguments.resume import choose_format
+from ep_plugin.megatron.edge_settings import EdgeSettings
+from ep_plugin.megatron.settings import moe_config, ranks_per_node
+from ep_plugin.moe.config import MoEConfig
+
+
+@dataclass
+class Accepted:
+    """A command line that was taken."""
+
+    args: Any
+    settings: EdgeSettings
+    config: MoEConfig
+
+
+@cache
+def read(*flags: str) -> Accepted | str:
+    """Return what a command line means, or the sentence with which it is refused."""
+    args = parser().parse_args(with_preset([*PLAIN, *flags]))
+    args.world_size, typed = 2, frozenset(word for word in flags if word.startswith("--"))
+    checks.take_typed(args)
+    try:
+        checks.check_typed(args, typed)
+        with patch.object(checks, "resolve"):  # packages of options may not be here
+            settings = checks.settings_from_args(args)
+        checks.check_arguments(args, settings)
+        config = moe_config(args, settings, 1)
+        ranks_per_node(settings)
+    except ConfigError as error:
+        return error.spelled(in_flags(typed))
+    choose_format(args)
+    return Accepted(args, settings, config)
