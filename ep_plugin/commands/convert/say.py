@@ -111,6 +111,7 @@ def _summary(request: Request, target: Target, report: dict[str, Any] | None) ->
         "dropped_entries": made.dropped if made else 0,
         "seed": request.seed,
         "deviations": list(model.deviations),
+        "training": _training(request, target),
         "parity": report,
         "megatron_flags": _flags(request, target),
     }
@@ -122,6 +123,12 @@ def _moe_layers(target: Target) -> list[int]:
 
 def _family(target: Target) -> str | None:
     return target.model.family.model_type if target.model.family else None
+
+
+def _training(request: Request, target: Target) -> list[str]:
+    """Return what training with the settings of source and result differs in."""
+    family, exported = target.model.family, request.format == "hf"
+    return family.training_notes(target.args, exported) if family else []
 
 
 def _flags(request: Request, target: Target) -> list[str]:
@@ -161,6 +168,8 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
         print(f"left out: {', '.join(target.model.left_out)}")
     for reason in target.model.deviations:
         print(f"the model's output changes: {reason}")
+    for difference in _training(request, target):
+        print(f"in training: {difference}")
     if report is None:
         print("source and result were not compared (--skip-parity)")
     if made is not None and request.moments_go_along:

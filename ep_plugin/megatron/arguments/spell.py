@@ -142,6 +142,8 @@ _VALUES = {  # flag -> argument, where it is set
     "--window-size": "window_size",
     "--transformer-impl": "transformer_impl",
     "--ep-dense-activation": "ep_dense_activation",
+    "--attention-dropout": "attention_dropout",
+    "--hidden-dropout": "hidden_dropout",
 }
 # argument -> flags that count where it is set
 _VALUES_WITH = {
@@ -165,6 +167,10 @@ _VALUES_WITH = {
         "--ep-group-score-topk": "ep_group_score_topk",
         "--moe-router-load-balancing-type": "moe_router_load_balancing_type",
         "--moe-aux-loss-coeff": "moe_aux_loss_coeff",
+        "--ep-aux-loss-counts": "ep_aux_loss_counts",
+        "--ep-aux-loss-layers": "ep_aux_loss_layers",
+        "--moe-z-loss-coeff": "moe_z_loss_coeff",
+        "--moe-input-jitter-eps": "moe_input_jitter_eps",
         "--moe-shared-expert-intermediate-size": "moe_shared_expert_intermediate_size",
         "--moe-token-dispatcher-type": "moe_token_dispatcher_type",
     },
@@ -180,6 +186,7 @@ _VALUES_WITH = {
         "--mscale-all-dim": "mscale_all_dim",
     },
 }
+_SEVERAL = ("moe_router_load_balancing_type", "moe_aux_loss_coeff")  # a word for each of a list
 _SWITCHES = {  # flag -> argument, given when the argument is true
     "--swiglu": "swiglu",
     "--apply-layernorm-1p": "layernorm_zero_centered_gamma",
@@ -209,8 +216,14 @@ def run_flags(args: argparse.Namespace) -> list[str]:
     for flag, name in values.items():
         value = getattr(args, name, None)
         if value is not None:
-            flags += [flag, _text(value)]
+            flags += [flag, *_words(name, value)]
     return flags
+
+
+def _words(name: str, value: object) -> list[str]:
+    if name in _SEVERAL and isinstance(value, list):
+        return [str(one) for one in value]
+    return [_text(value)]
 
 
 def _text(value: object) -> str:
