@@ -18,6 +18,7 @@ from torch import Tensor
 from ep_plugin import ExpertGroups, MoEConfig, presets
 from ep_plugin.checkpoint import family
 from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.open import open_source
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.spell import run_flags
@@ -48,8 +49,13 @@ def routing_of(args: argparse.Namespace) -> RoutingConfig:
     absent |= {"moe_z_loss_coeff": None, "moe_input_jitter_eps": None}
     absent |= {"moe_router_topk_scaling_factor": None, "moe_router_num_groups": None}
     absent |= {"moe_router_group_topk": None, "moe_router_pre_softmax": False}
+    absent |= {"moe_router_enable_expert_bias": False, "moe_expert_capacity_factor": None}
     values = absent | plain | {"moe_aux_loss_coeff": coefficient, "moe_input_jitter_eps": None}
-    ours = {name: plain[f"ep_{name}"] for name in ("aux_loss_layers",) if f"ep_{name}" in plain}
+    ours = {
+        name: plain[f"ep_{name}"]
+        for name in ("aux_loss_layers", "aux_loss_counts")
+        if f"ep_{name}" in plain
+    }
     ours |= {"group_score_topk": plain.get("ep_group_score_topk")}
     return routing_config(argparse.Namespace(**values), EdgeSettings(routing=ours))
 
@@ -292,3 +298,31 @@ def test_the_summary_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*command, "--format", "hf", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["training"]
     assert said[0].startswith("moe_aux_loss_coeff 0.002 is router_aux_loss_coef 0.001")
+
+
+PRESETS = [name for name, preset in presets.presets().items() if preset.router == "topk"]
+
+
+@pytest.mark.parametrize("preset", ["", *(name for name in PRESETS if name.endswith("-nano"))])
+def test_a_dense_model_gets_a_balancing_loss(
+    preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0.01, or the losses of the preset, in the flags that are printed."""
+    transformers.utils.logging.disable_progress_bar()
+    source = hf_models.save("llama", tmp_path / "dense")
+    experts = ["--preset", preset] if preset else ["--topk", "2"]
+    command = ["convert", "--skip-parity", "--json", "--from", str(source), "--num-experts", "16"]
+    command += ["--to", str(tmp_path / "moe"), *experts]
+    assert main(command) == 0
+    words = json.loads(capsys.readouterr().out)["megatron_flags"]
+    asked = presets.load(preset).routing if preset else RoutingConfig(aux_loss_coeff=0.01)
+    opened = open_source(tmp_path / "moe", "hf").args
+    found = routing_of(opened)
+    for name in ("aux_loss_coeff", "z_loss_coeff", "expert_bias"):
+        assert getattr(found, name) == getattr(asked, name), name
+    scope = "micro_batch" if asked.aux_loss_scope == "group" else asked.aux_loss_scope
+    assert found.aux_loss_scope == scope
+    assert ("--moe-aux-loss-coeff" in words) == (asked.aux_loss_coeff > 0)
+    assert ("--moe-z-loss-coeff" in words) == (asked.z_loss_coeff > 0)
+    assert ("--ep-aux-loss-counts" in words) == (asked.aux_loss_counts == "top1")
+    assert found.aux_loss_coeff > 0 or found.expert_bias

@@ -249,6 +249,14 @@ def experts_flags(args: argparse.Namespace) -> list[str]:
         flags += ["--moe-router-group-topk", str(args.moe_router_group_topk)]
     if getattr(args, "moe_router_enable_expert_bias", False):
         flags += ["--moe-router-enable-expert-bias"]
+    if args.moe_router_load_balancing_type != "aux_loss":  # Megatron's default
+        flags += ["--moe-router-load-balancing-type", args.moe_router_load_balancing_type]
+    if args.moe_router_load_balancing_type != "none":
+        flags += ["--moe-aux-loss-coeff", str(args.moe_aux_loss_coeff)]
+    if getattr(args, "ep_aux_loss_counts", None):
+        flags += ["--ep-aux-loss-counts", args.ep_aux_loss_counts]
+    if getattr(args, "moe_z_loss_coeff", None):
+        flags += ["--moe-z-loss-coeff", str(args.moe_z_loss_coeff)]
     if getattr(args, "moe_shared_expert_intermediate_size", None):
         shared = str(args.moe_shared_expert_intermediate_size)
         flags += ["--moe-shared-expert-intermediate-size", shared]
