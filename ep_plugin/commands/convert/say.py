@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.staging import Staging, manifest_problems
 from ep_plugin.checkpoint.target import Hashes, Target
+from ep_plugin.commands.convert.beside import tokenizer
 from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.request import Request
 from ep_plugin.megatron.arguments.spell import experts_flags, run_flags
@@ -112,6 +113,7 @@ def _summary(request: Request, target: Target, report: dict[str, Any] | None) ->
         "seed": request.seed,
         "deviations": list(model.deviations),
         "training": _training(request, target),
+        "tokenizer": tokenizer(request, target),
         "parity": report,
         "megatron_flags": _flags(request, target),
     }
@@ -168,6 +170,8 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
         print(f"left out: {', '.join(target.model.left_out)}")
     for reason in target.model.deviations:
         print(f"the model's output changes: {reason}")
+    if (beside := tokenizer(request, target)) is not None:
+        print(beside)
     for difference in _training(request, target):
         print(f"in training: {difference}")
     if report is None:

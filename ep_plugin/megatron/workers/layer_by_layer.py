@@ -24,7 +24,7 @@ def without_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def move(module: nn.Module, device: str, but: nn.Module | None = None) -> None:
