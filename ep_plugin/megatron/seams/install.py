@@ -11,7 +11,15 @@ from typing import Any
 from ep_plugin import __version__
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
-from ep_plugin.megatron.seams import apex, audit_save, chained, torch_adam, touchpoints, wheel
+from ep_plugin.megatron.seams import (
+    apex,
+    audit_save,
+    chained,
+    expert_bias,
+    torch_adam,
+    touchpoints,
+    wheel,
+)
 from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.megatron.workers import layout_run
 
@@ -88,6 +96,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         "Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew",
     )
     chained.changes(patches)
+    expert_bias.changes(patches)
     training = touchpoints.has_training()
     if training:
         _argument_changes(patches, layer_class)

@@ -42,6 +42,10 @@ COMMON = (
     # losses
     Touchpoint(f"{MOE}.moe_utils:MoEAuxLossAutoScaler.apply"),
     Touchpoint(f"{MOE}.moe_utils:MoEAuxLossAutoScaler.set_loss_scale", ("scale",)),
+    Touchpoint(
+        "megatron.core.distributed.finalize_model_grads:_update_router_expert_bias",
+        ("model", "config"),
+    ),
     # arguments
     Touchpoint(f"{ARGUMENTS}:add_megatron_arguments", ("parser",)),
     Touchpoint(f"{ARGUMENTS}:validate_args", ("args", "defaults")),
