@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import losses_checks
 import pytest
 import torch
 
@@ -169,4 +170,5 @@ CHECKS: dict[str, Callable[[], None]] = {
     "install and uninstall": install_leaves_no_trace,
     "helpers of the wheel": the_wheel_s_helpers_are_not_made_again,
     "evaluation": evaluation_drops_nothing,
+    **losses_checks.CHECKS,
 }

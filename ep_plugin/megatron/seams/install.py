@@ -21,6 +21,7 @@ from ep_plugin.megatron.seams import (
     wheel,
 )
 from ep_plugin.megatron.seams.patches import Patches
+from ep_plugin.megatron.versions._common import MTP_LAYER
 from ep_plugin.megatron.workers import layout_run
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
@@ -95,6 +96,12 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         _with_our_weights,
         "Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew",
     )
+    if release.UNMARKED_MTP:
+        patches.wrap(
+            f"{MTP_LAYER}.__init__",
+            functools.partial(_with_mtp_marked, layer_class),
+            "a layer of multi-token prediction does not tell our block that it is one",
+        )
     chained.changes(patches)
     expert_bias.changes(patches)
     training = touchpoints.has_training()
@@ -198,6 +205,16 @@ def _with_activation(layer_class: Any, original: Callable[..., Any], config: Any
     original(config)
 
 
+def _with_mtp_marked(
+    layer_class: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    layer_class.inside_mtp = True
+    try:
+        original(*args, **kwargs)
+    finally:
+        layer_class.inside_mtp = False
+
+
 def _with_our_weights(original: Callable[..., Any], module: Any) -> None:
     """Pass on to our experts that a step begins: weights in e4m3 are made anew, once a step.
 
@@ -220,7 +237,7 @@ def _with_our_metrics(
     iteration, num_layers = given["iteration"], given.get("num_layers")
     if num_layers is not None and iteration % layer_class.log_interval == 0:
         writers = given.get("writer"), given.get("wandb_writer")
-        layer_class.tracker.write(iteration, num_layers, *writers)
+        layer_class.tracker.write(iteration, *writers)
     return text
 
 

@@ -5,6 +5,7 @@ from ep_plugin.megatron.seams.touchpoints import Touchpoint
 MOE = "megatron.core.transformer.moe"
 ARGUMENTS = "megatron.training.arguments"
 GPT = "megatron.core.models.gpt"
+MTP_LAYER = "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionLayer"
 _TENSOR_PARALLEL = "megatron.core.tensor_parallel"
 _CHECKPOINTING = "megatron.core.dist_checkpointing"
 _CONFIG = "megatron.core.transformer.transformer_config"
