@@ -69,6 +69,7 @@ CHECKS = (
     "a repeated layer's z-loss",
     "loads of multi-token prediction",
     "several models",
+    "auxiliary losses' strength",
 )
 # Megatron until 0.18, as it is without us: each must differ from one rank.
 BUGS = (

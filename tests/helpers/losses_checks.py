@@ -1,11 +1,13 @@
 """Balancing losses and loads of layers used several times, and of several models."""
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
-from core_loop import Scalars, without_the_plugin
+from core_loop import Scalars, train, without_the_plugin
 from core_model import EXPERTS, HIDDEN, LENGTH, VOCAB, Case, transformer_config
-from forked import one_rank
+from forked import connect, one_rank
 from torch import Tensor
 
 from ep_plugin.megatron.seams import install as hooks
@@ -204,7 +206,28 @@ def counted(layer: Any, count: Tensor) -> None:
     layer(hidden)[0].sum().backward()
 
 
+def one_strength() -> None:
+    """Auxiliary losses are as strong with --calculate-per-token-loss as without, whatever counts.
+
+    Every micro-batch has as many counted tokens, so the gradients are the same.
+    """
+    hooks.install()
+    connect()
+    found = {}
+    for counted in (1, 2, 10):
+        model = Case("", layers=1, sequences=2, counted=counted)
+        per_token = replace(model, per_token=True)
+        norms = [
+            train(case, 1)[0]["gradient norm"]
+            for case in (model, per_token, replace(model, values=2), replace(per_token, values=2))
+        ]
+        assert norms == pytest.approx(norms[:1] * 4, rel=1e-5), norms
+        found[counted] = norms[0]
+    assert found[1] != pytest.approx(found[10], rel=1e-2)  # the mask acts
+
+
 CHECKS = {
+    "auxiliary losses' strength": one_strength,
     "a repeated layer's balancing loss": a_repeated_layer_counts_once,
     "a repeated layer's z-loss": a_repeated_layer_s_z_loss_counts_once_here_alone,
     "loads of multi-token prediction": loads_have_rows_of_their_own,

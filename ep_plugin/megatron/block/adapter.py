@@ -30,6 +30,7 @@ from ep_plugin.megatron.block.parameters import (
     set_tags,
 )
 from ep_plugin.megatron.block.sharded_state import EXTRA_STATE, expert_sharded_state
+from ep_plugin.megatron.block.strength import Strength
 from ep_plugin.megatron.block.tracking import RoutingTracker
 from ep_plugin.megatron.seams.refusal import refuse
 from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
@@ -50,6 +51,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     tracker: RoutingTracker | None = None
     log_interval = 1  # iterations between two writes of the tracker
     inside_mtp = False  # whether what is built now belongs to a layer of multi-token prediction
+    strength = Strength()
     shared: dict[str, Any]
 
     def __init__(
@@ -171,7 +173,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         loss = loss / uses(self)
         if self.config.calculate_per_token_loss:
             # finalize_model_grads divides by the global number of tokens; undo it for this loss.
-            loss = loss * carrier.shape[0] * self.tp_cp_group.size()
+            loss = self.strength.weigh(loss, carrier.shape[0] * self.tp_cp_group.size())
         attached: Tensor = MoEAuxLossAutoScaler.apply(carrier, loss)
         return attached
 

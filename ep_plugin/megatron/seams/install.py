@@ -26,6 +26,7 @@ from ep_plugin.megatron.workers import layout_run
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
+SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 GLOBAL_VARS = "megatron.training.global_vars"
 TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config:TransformerConfig"
 MODULE = "megatron.core.transformer.module:MegatronModule"
@@ -104,6 +105,11 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         )
     chained.changes(patches)
     expert_bias.changes(patches)
+    patches.wrap(
+        f"{SCHEDULES}:forward_step_calc_loss",
+        layer_class.strength.around_loss,
+        "here the number of counted tokens is known, which auxiliary losses weigh by",
+    )
     training = touchpoints.has_training()
     if training:
         _argument_changes(patches, layer_class)
@@ -142,7 +148,8 @@ def _make_layer_class(record_loss: Callable[..., None], settings: Any) -> Any:
     """Return a fresh subclass of the adapter, so that settings of one install do not outlive it."""
     adapter = import_module("ep_plugin.megatron.block.adapter")
     tracker = import_module("ep_plugin.megatron.block.tracking").RoutingTracker(record_loss)
-    fields = {"tracker": tracker, "shared": {}}
+    strength = import_module("ep_plugin.megatron.block.strength")
+    fields = {"tracker": tracker, "strength": strength.Strength(), "shared": {}}
     if settings is not None:
         fields["settings"] = settings
     return type("MoELayer", (adapter.EPMoELayer,), fields)

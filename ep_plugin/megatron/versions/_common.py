@@ -44,6 +44,10 @@ COMMON = (
     Touchpoint(f"{MOE}.moe_utils:MoEAuxLossAutoScaler.apply"),
     Touchpoint(f"{MOE}.moe_utils:MoEAuxLossAutoScaler.set_loss_scale", ("scale",)),
     Touchpoint(
+        "megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
+        ("loss_func", "config", "vp_stage", "num_microbatches"),
+    ),
+    Touchpoint(
         "megatron.core.distributed.finalize_model_grads:_update_router_expert_bias",
         ("model", "config"),
     ),
