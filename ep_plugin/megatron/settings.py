@@ -6,6 +6,7 @@ from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.table import SCOPES, feeding
 from ep_plugin.megatron.arguments.theirs import check, one
+from ep_plugin.megatron.block.graphs import captures_iteration
 from ep_plugin.megatron.edge_settings import EdgeSettings as EdgeSettings
 from ep_plugin.moe.config import GATED, Activation, Fp8, MoEConfig
 from ep_plugin.moe.experts import experts
@@ -100,6 +101,8 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         "dispatcher": settings.dispatcher,
         "gemm": settings.gemm,
         "overlap": overlap_schedule(config, settings),
+        "in_graph": captures_iteration(config),
+        "tokens": settings.tokens,
     }
     given = {row.name: getattr(settings, row.name) for row in feeding("moe")}
     return MoEConfig(**(values | {name: v for name, v in given.items() if v is not None}))
@@ -130,7 +133,7 @@ def overlap_schedule(config: Any, settings: EdgeSettings) -> str:
     """
     if not config.overlap_moe_expert_parallel_comm:
         return settings.overlap
-    if settings.overlap not in ("serial", "two_batch"):
+    if settings.overlap not in ("auto", "two_batch"):
         raise ConfigError(
             f"--ep-overlap ({settings.overlap}) and --overlap-moe-expert-parallel-comm are two "
             "orders of the same exchanges; leave one of them out"
