@@ -54,6 +54,7 @@ def run_args(**changes: Any) -> argparse.Namespace:
         "add_bias_linear": True,
         "transformer_impl": "local",
         "params_dtype": torch.float32,
+        "num_attention_heads": 2,
         "lr": 0.125,
     }
     return argparse.Namespace(**(values | changes))

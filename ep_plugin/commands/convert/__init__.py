@@ -12,6 +12,7 @@ from ep_plugin.checkpoint.staging import seal, staged
 from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.commands.convert.compare import Differs, compare, load_compare
 from ep_plugin.commands.convert.flags import add_arguments as add_arguments
+from ep_plugin.commands.convert.flags_txt import write_flags
 from ep_plugin.commands.convert.request import read_request
 from ep_plugin.commands.convert.say import check_manifest, say_plan, say_summary
 
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
                     processes=request.processes,
                 )
             report = compare(comparison, request, target, staging.folder) if comparison else None
+            write_flags(request, target, staging.folder)
             seal(staging.folder, hashes, target.content, request.manifest)
     except Differs as error:
         print(f"ep-plugin convert: {error}", file=sys.stderr)
