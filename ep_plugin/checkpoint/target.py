@@ -17,7 +17,7 @@ from ep_plugin.checkpoint.adapt import fold_gemma
 from ep_plugin.checkpoint.adapt.hugging_face import to_hf
 from ep_plugin.checkpoint.adapt.silent_expert import with_silent_expert
 from ep_plugin.checkpoint.adapt.upcycle import KEPT, Upcycled
-from ep_plugin.checkpoint.formats._dcp_writer import write_checkpoint
+from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
 from ep_plugin.checkpoint.names import stored, stored_name
 from ep_plugin.checkpoint.open import Format, Opened, is_hf, safetensors
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, one_region

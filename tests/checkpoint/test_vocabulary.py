@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT
-from ep_plugin.checkpoint.formats._dcp_writer import write_checkpoint
+from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, TensorInfo
 from ep_plugin.cli import main

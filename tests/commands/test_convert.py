@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ep_plugin.checkpoint.adapt.upcycle import upcycle
 from ep_plugin.checkpoint.adapt.upcycling import Upcycling
-from ep_plugin.checkpoint.formats._dcp_writer import write_checkpoint
+from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
 from ep_plugin.checkpoint.patterns import Rule, match_names

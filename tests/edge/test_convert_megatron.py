@@ -19,7 +19,7 @@ from torch import Tensor
 from warm import run_script
 
 from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, FfnTensor
-from ep_plugin.checkpoint.formats._dcp_writer import write_checkpoint
+from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
 from ep_plugin.cli import main

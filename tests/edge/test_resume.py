@@ -14,7 +14,7 @@ from stored import E, healthy, write
 from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.resume import check_resumable
-from ep_plugin.megatron.seams import upcycling
+from ep_plugin.megatron.seams import upcycling_by_hand
 from ep_plugin.megatron.seams.chained import dealt
 from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.moe.config import MoEConfig
@@ -190,7 +190,7 @@ def test_upcycling_by_hand_names_the_command() -> None:
     config = MoEConfig(num_experts=2, hidden_size=4, ffn_hidden_size=4)
     ours = torch.nn.Sequential(Experts(config, ExpertGroups()))
     patches = Patches()
-    upcycling.changes(patches)
+    upcycling_by_hand.changes(patches)
     patches.apply()
     try:
         for model in (ours, [ours]):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.formats._dcp_writer import units, write_metadata
+from ep_plugin.checkpoint.formats.dist_writer import units, write_metadata
 from ep_plugin.checkpoint.formats.megatron_dist import COMMON_STATE, CONFIG, TRACKER
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, TensorInfo
 from ep_plugin.checkpoint.writer import Journal, write_units

@@ -3,7 +3,7 @@
 A Megatron checkpoint keeps its arguments as a pickle that names classes of Megatron, which may not
 be installed here; and a pickle may name anything at all, while an input file is not to be trusted.
 So every name outside a short list becomes a stand-in class that only remembers how it was built;
-`_dcp_writer.py` writes it back under its own name. `OpaquePickle` has the shape
+`dist_writer.py` writes it back under its own name. `OpaquePickle` has the shape
 `torch.load(pickle_module=...)` asks for.
 """
 

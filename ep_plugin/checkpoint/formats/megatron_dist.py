@@ -7,7 +7,7 @@ A checkpoint folder holds `latest_checkpointed_iteration.txt` and `iter_NNNNNNN/
     __R_T.distcp       the chunks, one after the other, each a `torch.save` of its own
     common.pt          run arguments and counters; newer: the object `common_state/shard_0_1`
 
-`_dcp_writer.py` writes them.
+`dist_writer.py` writes them.
 
 Blocks whose layers are alike are stored with the layers stacked on a leading axis:
 

@@ -4,7 +4,6 @@ import argparse
 import copy
 from math import lcm
 
-from ep_plugin.checkpoint.family import query_groups
 from ep_plugin.checkpoint.moe_layers import pattern
 
 _VALUES = {  # flag -> argument, where it is set
@@ -117,7 +116,8 @@ def padded_vocabulary(args: argparse.Namespace) -> int:
     cut = [args.num_attention_heads, getattr(args, "moe_shared_expert_intermediate_size", 0) or 0]
     if not all(pattern(args)):
         cut.append(args.ffn_hidden_size)
-    groups = query_groups(args)
+    grouped = getattr(args, "group_query_attention", False)
+    groups = args.num_query_groups if grouped else args.num_attention_heads
     sizes = [
         tp
         for tp in range(1, args.num_attention_heads + 1)

@@ -18,7 +18,7 @@ from ep_plugin.megatron.seams import (
     expert_bias,
     torch_adam,
     touchpoints,
-    upcycling,
+    upcycling_by_hand,
     wheel,
 )
 from ep_plugin.megatron.seams.patches import Patches
@@ -105,7 +105,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
             "a layer of multi-token prediction does not tell our block that it is one",
         )
     chained.changes(patches)
-    upcycling.changes(patches)
+    upcycling_by_hand.changes(patches)
     expert_bias.changes(patches)
     patches.wrap(
         f"{SCHEDULES}:forward_step_calc_loss",
