@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, st
     ),
     "schedule": (
         *({}, {"optimizer": SHARDED, "opt_param_scheduler": {"max_lr": 0.1, "lr_decay_steps": 8}}),
-        *({}, "(--lr 0.1, here 0.01; samples of --lr-decay-iters 8, here 16)"),
+        *({}, "(--lr 0.1, here 0.01; --lr-decay-iters, in samples, 8, here 16)"),
         "use --override-opt-param-scheduler",
     ),
     "buckets": (

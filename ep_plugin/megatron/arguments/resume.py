@@ -222,14 +222,14 @@ def _schedule(args: Any) -> dict[str, tuple[str, Any]]:
         "max_lr": ("--lr", args.lr),
         "min_lr": ("--min-lr", args.min_lr),
         "lr_decay_style": ("--lr-decay-style", args.lr_decay_style),
-        "lr_decay_steps": (f"samples of --lr-decay-{unit}", decayed),
+        "lr_decay_steps": (f"--lr-decay-{unit}, in samples,", decayed),
         "lr_warmup_steps": (
-            f"samples of --lr-warmup-{unit}",
+            f"--lr-warmup-{unit}, in samples,",
             warmup * batch if fraction is None else fraction * decayed,
         ),
         "start_wd": ("--start-weight-decay", args.start_weight_decay),
         "end_wd": ("--end-weight-decay", args.end_weight_decay),
-        "wd_incr_steps": (f"samples of --train-{unit}", length * batch),
+        "wd_incr_steps": (f"--train-{unit}, in samples,", length * batch),
         "wd_incr_style": ("--weight-decay-incr-style", args.weight_decay_incr_style),
     }
 

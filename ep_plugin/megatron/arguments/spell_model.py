@@ -59,7 +59,7 @@ def model_flags(args: argparse.Namespace) -> list[str]:
     flags = run_flags(args)
     flags += [flag for flag, name in _SWITCHES.items() if getattr(args, name, False)]
     for flag, name in _DROPOUTS.items():
-        flags += [flag, str(getattr(args, name, 0.0))]
+        flags += [] if flag in flags else [flag, str(getattr(args, name, 0.0))]
     experts = bool(getattr(args, "num_experts", None))
     for flag, (name, default) in (_OTHERS | (_OF_EXPERTS if experts else {})).items():
         if getattr(args, name, default) != default:
