@@ -11,6 +11,10 @@ five only for a Megatron from its wheel, and over torch's Adam):
         Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew
     optimizer:ChainedOptimizer.load_state_dict
         here Megatron refuses the state of another number of optimizers
+    finalize_model_grads:_update_router_expert_bias
+        Megatron stacks all biases here, which needs layers of one size
+    schedules:forward_step_calc_loss
+        here the number of counted tokens is known, which auxiliary losses weigh by
     upcycling_utils:upcycle_state_dict
         it writes the names of Megatron's own experts; a model with ours is refused
     arguments:add_megatron_arguments
@@ -18,8 +22,7 @@ five only for a Megatron from its wheel, and over torch's Adam):
     arguments:validate_args
         every flag is parsed and nothing is built yet: a mistake ends the run here
     training:save_checkpoint
-        every save of Megatron's loop goes through it; the size of the vocabulary goes along, and
-        --ep-audit-save reads back what it wrote
+        each save goes through it: the vocabulary's size goes along, --ep-audit-save reads back
     training:maybe_finalize_async_save
         only after it is an asynchronous save on disk, where --ep-audit-save can read it
     training:train_step

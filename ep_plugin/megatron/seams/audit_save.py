@@ -48,8 +48,7 @@ def changes(patches: Patches) -> None:
     patches.wrap(
         f"{TRAINING}:save_checkpoint",
         with_save,
-        "every save of Megatron's loop goes through it; the size of the vocabulary goes along, "
-        "and --ep-audit-save reads back what it wrote",
+        "each save goes through it: the vocabulary's size goes along, --ep-audit-save reads back",
     )
     patches.wrap(
         f"{TRAINING}:maybe_finalize_async_save",

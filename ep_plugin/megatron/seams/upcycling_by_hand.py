@@ -7,11 +7,12 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.seams.patches import Patches
 
 UPCYCLE = "megatron.core.transformer.moe.upcycling_utils:upcycle_state_dict"
+WHY = "it writes the names of Megatron's own experts; a model with ours is refused"
 
 
 def changes(patches: Patches) -> None:
     """Refuse models with our experts."""
-    patches.wrap(UPCYCLE, _refuse_ours, "it writes the names of Megatron's own experts")
+    patches.wrap(UPCYCLE, _refuse_ours, WHY)
 
 
 def _refuse_ours(original: Callable[..., Any], moe_model: Any, dense_model: Any) -> Any:
