@@ -302,6 +302,8 @@ def test_run_arguments_are_those_of_an_moe_run(tmp_path: Path, in_file: bool) ->
     }
     assert vars(common["args"]) == vars(
         run_args(
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=0.01,
             num_experts=E,
             moe_ffn_hidden_size=F,
             moe_layer_freq=2,

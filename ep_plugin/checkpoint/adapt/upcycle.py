@@ -222,7 +222,8 @@ def _new_common(
     losses = settings.losses
     args.moe_router_load_balancing_type = losses.kind
     args.moe_aux_loss_coeff = losses.coefficient
-    args.moe_z_loss_coeff = losses.z_coefficient or None
+    if losses.z_coefficient:
+        args.moe_z_loss_coeff = losses.z_coefficient
     if losses.counts != "topk":
         args.ep_aux_loss_counts = losses.counts
     if settings.shared_expert != "none":
