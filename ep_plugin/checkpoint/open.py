@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ep_plugin.checkpoint import family as families
-from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron
+from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron, with_dtype
 from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
@@ -139,7 +139,7 @@ def _open_hf(path: Path) -> Opened:
         legal = ", ".join(families.names())
         raise ConfigError(f"{path / 'config.json'} has no model_type; set it to one of {legal}")
     family = families.load(str(config["model_type"]))
-    args = arguments(config, family)
+    args = arguments(with_dtype(config, source), family)
     origins = {pair.megatron: pair.hf for pair in families.pairs(family, args)}
     unused = tuple(sorted(left_out(source, family)))
     source = to_megatron(finite(source), family, args)

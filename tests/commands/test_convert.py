@@ -304,6 +304,8 @@ def test_run_arguments_are_those_of_an_moe_run(tmp_path: Path, in_file: bool) ->
     }
     assert vars(common["args"]) == vars(
         run_args(
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=0.01,
             num_experts=E,
             moe_ffn_hidden_size=F,
             moe_layer_freq=2,
@@ -311,9 +313,6 @@ def test_run_arguments_are_those_of_an_moe_run(tmp_path: Path, in_file: bool) ->
             moe_router_score_function="softmax",
             moe_router_pre_softmax=False,
             moe_router_topk_scaling_factor=None,
-            moe_router_load_balancing_type="aux_loss",
-            moe_aux_loss_coeff=0.01,
-            moe_z_loss_coeff=None,
             no_save_optim=True,
             no_save_rng=True,
         )

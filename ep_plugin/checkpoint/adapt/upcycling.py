@@ -213,7 +213,8 @@ class Upcycling:
             args.moe_router_enable_expert_bias = True
         args.moe_router_load_balancing_type = self.losses.kind
         args.moe_aux_loss_coeff = self.losses.coefficient
-        args.moe_z_loss_coeff = self.losses.z_coefficient or None
+        if self.losses.z_coefficient:
+            args.moe_z_loss_coeff = self.losses.z_coefficient
         if self.losses.counts != "topk":
             args.ep_aux_loss_counts = self.losses.counts
         if self.shared_expert != "none":
