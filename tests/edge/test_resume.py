@@ -66,7 +66,14 @@ def run_args(load: Path, **changes: Any) -> argparse.Namespace:
 
 SCHEDULE = (
     *("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "min_lr"),
-    *("lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction", "lr_decay_style"),
+    *(
+        "skip_train",
+        "train_samples",
+        "lr_decay_iters",
+        "lr_warmup_iters",
+        "lr_warmup_fraction",
+        "lr_decay_style",
+    ),
     *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
 ONE: dict[str, Any] = {"param_groups": []}  # the state of one optimizer
@@ -141,6 +148,8 @@ def test_what_cannot_be_resumed_is_refused(case: str, tmp_path: Path) -> None:
     if "optim" in way or way == "use --finetune":
         check_resumable(run_args(folder, **run, finetune=True))
         check_resumable(run_args(folder, **run, no_load_optim=True))
+        check_resumable(run_args(folder, **run, skip_train=True))
+        check_resumable(run_args(folder, **run, train_iters=None))
     flags = {flag.replace("-", "_"): int(n) for flag, n in re.findall(r"--([a-z-]+) (\d+)", way)}
     if flags:
         check_resumable(run_args(folder, **run | flags, no_load_optim="num_experts" in flags))

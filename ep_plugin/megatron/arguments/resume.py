@@ -76,7 +76,8 @@ def check_resumable(args: Any) -> None:
     if getattr(saved, "ep_vocab_size", None) is not None:
         args.ep_vocab_size = saved.ep_vocab_size
     _check_experts(args, folder, saved)
-    if goes_on and is_dist and not args.finetune and not args.no_load_optim:
+    trains = (args.train_iters or args.train_samples) and not args.skip_train
+    if trains and goes_on and is_dist and not args.finetune and not args.no_load_optim:
         _check_optimizer(args, folder, saved, common)
         _check_buckets(args, folder, saved, common)
         _check_schedule(args, folder, common)
@@ -191,7 +192,7 @@ def _check_schedule(args: Any, folder: Path, common: dict[str, Any]) -> None:
     """Raise ConfigError where the scheduler, which goes on with the optimizer, has other settings;
     Megatron demands that they are equal unless a flag says which of the two to follow."""
     theirs = common.get("opt_param_scheduler")
-    if not isinstance(theirs, dict) or not (args.train_iters or args.train_samples):
+    if not isinstance(theirs, dict):
         return
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
