@@ -47,6 +47,7 @@ def routing_of(args: argparse.Namespace) -> RoutingConfig:
         coefficient = float(words[words.index("--moe-aux-loss-coeff") + 1])
     absent = {"moe_router_dtype": "fp64", "moe_router_bias_update_rate": 1e-3}
     absent |= {"moe_z_loss_coeff": None, "moe_input_jitter_eps": None}
+    absent |= {"moe_router_force_load_balancing": None}
     absent |= {"moe_router_topk_scaling_factor": None, "moe_router_num_groups": None}
     absent |= {"moe_router_group_topk": None, "moe_router_pre_softmax": False}
     absent |= {"moe_router_enable_expert_bias": False, "moe_expert_capacity_factor": None}
