@@ -64,18 +64,21 @@ class TopKRouter(Gate):
                 self._buffers[name] = buffer.to(after.device)
         return self
 
-    def forward(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
+    def forward(
+        self, hidden: Tensor, num_sequences: int = 1, padding: Tensor | None = None
+    ) -> Routing:
         """Route `hidden` [T, H]; token t is of sequence t % num_sequences.
 
         In training all ranks of `groups.tp_cp` (for a global loss of `tp_dp_cp`) must call it
-        together.
+        together. Tokens of `padding` [T] bool are sent nowhere and enter no loss, count or
+        capacity; on a GPU they are routed by plain torch.
         """
         logits, hidden = self.logits(hidden)
-        choice = self._choose(logits, num_sequences)
-        expert_ids, probs = self._drop(choice, num_sequences)
+        choice = self._choose(logits, num_sequences, padding)
+        expert_ids, probs = self._drop(choice, num_sequences, padding)
         losses: dict[str, Tensor] = {}
         if self.wants_losses():
-            losses = self._losses(choice, num_sequences)
+            losses = self._losses(choice, num_sequences, padding)
             probs = self._attach(probs, losses)
         tokens_per_expert = choice.sent
         if tokens_per_expert is None:
@@ -84,25 +87,27 @@ class TopKRouter(Gate):
         if self.local_tokens_per_expert is not None and torch.is_grad_enabled():
             self.local_tokens_per_expert += tokens_per_expert
         detached = {name: loss.detach() for name, loss in losses.items()}
-        seen = metrics(choice, expert_ids) if self.collect_metrics else {}
+        seen = metrics(choice, expert_ids, padding) if self.collect_metrics else {}
         return Routing(expert_ids, probs, tokens_per_expert, detached, seen, hidden)
 
-    def _choose(self, logits: Tensor, num_sequences: int) -> Choice:
+    def _choose(self, logits: Tensor, num_sequences: int, padding: Tensor | None) -> Choice:
         routing, bias = self.routing, self.expert_bias
-        if logits.is_cuda:
+        if logits.is_cuda and padding is None:
             from ep_plugin.moe.router import _choice_cuda  # it needs Triton, which the CPU does not
 
             if _choice_cuda.fits(logits, routing, self.training):
                 return _choice_cuda.choose(
                     logits, routing, bias, self._capacity_factor(), num_sequences
                 )
-        return choose(logits, routing, bias, self.training)
+        return choose(logits, routing, bias, self.training, padding)
 
-    def _drop(self, choice: Choice, num_sequences: int) -> tuple[Tensor, Tensor]:
+    def _drop(
+        self, choice: Choice, num_sequences: int, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return expert ids [T, K] and probs [T, K] of what fits, -1 and 0 for the rest."""
         routing, weights, expert_ids = self.routing, choice.weights, choice.sent_ids
         if expert_ids is None:
-            expert_ids = self._sent_ids(choice, num_sequences)
+            expert_ids = self._sent_ids(choice, num_sequences, padding)
             if self._may_leave_out():
                 weights = weights.masked_fill(expert_ids < 0, 0.0)
         if routing.normalize == "after_drop":
@@ -111,17 +116,17 @@ class TopKRouter(Gate):
         return expert_ids, weights if scale == 1 else weights * scale
 
     @torch.no_grad()
-    def _sent_ids(self, choice: Choice, num_sequences: int) -> Tensor:
+    def _sent_ids(self, choice: Choice, num_sequences: int, padding: Tensor | None) -> Tensor:
         """Return the expert ids [T, K], -1 for those without room."""
         factor, weights, routing = self._capacity_factor(), choice.weights, self.routing
         if factor is None:
             return choice.expert_ids
         shape = tuple(weights.shape)
         draws = _random.uniform(shape, weights) if routing.drop_policy == "random" else None
-        place = place_by_sequence(shape[0], num_sequences, weights.device)  # [T]
+        place = place_by_sequence(shape[0], num_sequences, weights.device, padding)  # [T]
         fits = keep(
             *(choice.expert_ids, weights, choice.first_scores, draws, place),
-            *(factor, self.config.num_experts, routing),
+            *(factor, self.config.num_experts, routing, padding),
         )
         return choice.expert_ids.masked_fill(~fits, -1)
 
@@ -133,24 +138,40 @@ class TopKRouter(Gate):
         by_policy = self.routing.second_expert in ("random", "threshold")
         return by_policy or self._capacity_factor() is not None
 
-    def _losses(self, choice: Choice, num_sequences: int) -> dict[str, Tensor]:
+    def _losses(
+        self, choice: Choice, num_sequences: int, padding: Tensor | None
+    ) -> dict[str, Tensor]:
         losses = {}
         if self.routing.z_loss_coeff > 0:
             losses["z_loss"] = choice.z_loss()
+            if padding is not None:
+                losses["z_loss"] = losses["z_loss"] * self._counting_share(padding).to(
+                    losses["z_loss"].dtype
+                )
         if self.routing.aux_loss_coeff > 0:
             name = NAMES[self.routing.aux_loss_scope]
-            losses[name] = self._balancing_loss(choice, num_sequences)
+            losses[name] = self._balancing_loss(choice, num_sequences, padding)
         return losses
 
-    def _balancing_loss(self, choice: Choice, num_sequences: int) -> Tensor:
+    def _counting_share(self, padding: Tensor) -> Tensor:
+        """Return what makes of a mean over this rank's tokens its part of one over all but padding.
+
+        The mean of the parts over `groups.tp_cp`, whose ranks may have more padding or less.
+        """
+        counted = (~padding).sum()
+        if self.groups.tp_cp is not None:
+            dist.all_reduce(counted, group=self.groups.tp_cp)
+        return len(padding) * self.groups.tp_cp_size / counted.clamp(min=1).double()
+
+    def _balancing_loss(self, choice: Choice, num_sequences: int, padding: Tensor | None) -> Tensor:
         routing, tokens = self.routing, choice.weights
         shared = self.groups.tp_cp is not None or routing.aux_loss_scope == "global"
         if choice.own_loss is not None and not shared:
             return choice.own_loss
         place = None
         if routing.aux_loss_scope == "group":
-            place = place_by_sequence(len(tokens), num_sequences, tokens.device)  # [T]
-        pools = make_pools(tokens, num_sequences, place, routing, self.groups)
+            place = place_by_sequence(len(tokens), num_sequences, tokens.device, padding)  # [T]
+        pools = make_pools(tokens, num_sequences, place, routing, self.groups, padding)
         counts = choice.counts(pools)  # [P, E + 1]
         of_step = self._accumulate(counts[:, :-1]) if routing.aux_loss_scope == "global" else None
         if pools.group is not None:
