@@ -8,7 +8,11 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_random_logits,
+    get_default_pg_collection,
+)
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     sharded_state_dict_default,
@@ -125,6 +129,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         set_tags(replicated, layer.experts, config, groups)
         layer.experts.totals = MainGrads(layer.experts)
         set_up_router(router, attach_loss=self._attach_loss, collect_metrics=self.settings.metrics)
+        if ours.routing.force_load_balancing:
+            router.random_logits = apply_random_logits
         router.register_forward_hook(self._after_routing)
         if self.use_shared_expert:
             self.shared_experts = build_shared_expert(config, submodules, pg_collection, name)
@@ -149,7 +155,15 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
 
         `padding_mask` [B, S] is true for padding, which goes to no expert and counts for nothing.
         """
-        mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+        mask = None
+        if padding_mask is not None:
+            wanted = hidden_states.shape[1], hidden_states.shape[0]
+            if padding_mask.shape != wanted:
+                raise ConfigError(
+                    f"padding_mask must be [B, S], here {list(wanted)}, True for padding; got "
+                    f"{list(padding_mask.shape)}"
+                )
+            mask = padding_mask.transpose(0, 1).bool()
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._compute, False, hidden_states, mask), None
         return self._compute(hidden_states, mask), None

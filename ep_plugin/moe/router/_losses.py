@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_plugin.moe.groups import ExpertGroups, group_size
-from ep_plugin.moe.routing_config import RoutingConfig
+from ep_plugin.moe.routing_config import AuxLossScope, RoutingConfig
 
 NAMES = {  # scope -> name, Megatron's where it has one
     "micro_batch": "load_balancing_loss",
@@ -80,20 +80,21 @@ def make_pools(
     tokens: Tensor,
     num_sequences: int,
     place: Tensor | None,
+    scope: AuxLossScope,
     routing: RoutingConfig,
     groups: ExpertGroups,
     padding: Tensor | None = None,
 ) -> Pools:
-    """Return the pools of `aux_loss_scope` for `tokens` [T, ...].
+    """Return the pools of a loss of this `scope` for `tokens` [T, ...].
 
     `place` [T] lists tokens sequence by sequence; routing groups need it. Tokens of `padding` [T]
     are in none.
     """
     num_tokens = len(tokens)
-    if routing.aux_loss_scope == "sequence":
+    if scope == "sequence":
         token = torch.arange(num_tokens, device=tokens.device)
         return Pools(num_sequences, token % num_sequences, groups.tp_cp, padding)
-    if routing.aux_loss_scope == "group":
+    if scope == "group":
         assert routing.group_tokens is not None
         assert place is not None
         num_pools = max(1, -(-num_tokens // routing.group_tokens))
@@ -121,3 +122,14 @@ def load_balancing_loss(
         loss = per_pool.sum() / (tokens > 0).sum().clamp(min=1)
     alone = pools.group is None
     return loss / group_size(groups.tp_cp) if alone else loss
+
+
+def counting_share(padding: Tensor, groups: ExpertGroups) -> Tensor:
+    """Return [] fp64: what makes of a mean over this rank's tokens its part of one without padding.
+
+    The mean of the parts over `groups.tp_cp`, whose ranks may have more `padding` [T] or less.
+    """
+    counted = (~padding).sum()
+    if groups.tp_cp is not None:
+        dist.all_reduce(counted, group=groups.tp_cp)
+    return len(padding) * groups.tp_cp_size / counted.clamp(min=1).double()
