@@ -45,7 +45,8 @@ MORE = (
          distributed_optimizer=True),
     Case("padding masks, per-token loss, TP 2, CP 2, EP 4, ETP 1", 4, tp=2, cp=2, ep=4,
          per_token=True, padded=True),
-    Case("padding masks, per-token loss, PP 2, EP 2", 4, pp=2, ep=2, per_token=True, padded=True),
+    Case("padding masks, TP 2, PP 2, EP 2, ETP 1", 4, tp=2, pp=2, ep=2, per_token=True,
+         padded=True),
     Case("MoE layers in the last of 2 x 2 virtual stages, EP 2", 4, pp=2, vpp=2, ep=2,
          dense_layers=3),
 )  # fmt: skip

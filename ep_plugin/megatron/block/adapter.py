@@ -155,18 +155,27 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
 
         `padding_mask` [B, S] is true for padding, which goes to no expert and counts for nothing.
         """
-        mask = None
-        if padding_mask is not None:
-            wanted = hidden_states.shape[1], hidden_states.shape[0]
-            if padding_mask.shape != wanted:
-                raise ConfigError(
-                    f"padding_mask must be [B, S], here {list(wanted)}, True for padding; got "
-                    f"{list(padding_mask.shape)}"
-                )
-            mask = padding_mask.transpose(0, 1).bool()
+        mask = None if padding_mask is None else self._mask(padding_mask, hidden_states)
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._compute, False, hidden_states, mask), None
         return self._compute(hidden_states, mask), None
+
+    def _mask(self, padding_mask: Tensor, hidden_states: Tensor) -> Tensor:
+        """Return [S, B] bool of `padding_mask` [B, S]; raises ConfigError for another shape.
+
+        Megatron's first stage gives each tensor-parallel rank its part of the sequence, the later
+        ones give all of it.
+        """
+        length, batch = hidden_states.shape[:2]
+        tp: Any = self.attn_tp_group
+        if self.config.sequence_parallel and padding_mask.shape == (batch, length * tp.size()):
+            padding_mask = padding_mask.chunk(tp.size(), dim=1)[tp.rank()]
+        if padding_mask.shape != (batch, length):
+            raise ConfigError(
+                f"padding_mask must be [B, S], here {[batch, length]}, True for padding; got "
+                f"{list(padding_mask.shape)}"
+            )
+        return padding_mask.transpose(0, 1).bool()
 
     def _compute(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
         self._note_counted(hidden_states, padding_mask)

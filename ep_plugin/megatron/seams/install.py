@@ -175,6 +175,7 @@ def _with_our_checks(
     from ep_plugin.megatron.arguments.in_flags import refusal
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
     from ep_plugin.megatron.arguments.theirs import check
+    from ep_plugin.megatron.arguments.unbalanced import unbalanced
     from ep_plugin.megatron.block.graphs import check_graphs
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.megatron.settings import fp8_recipe
@@ -196,6 +197,9 @@ def _with_our_checks(
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
             _say_idle(idle(args, typed))
+            warning = unbalanced(args, layer_class.settings)
+            if warning is not None:
+                _print(warning)
     except ConfigError as error:
         refuse(refusal(error, typed))
     return validated
