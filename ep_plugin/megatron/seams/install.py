@@ -21,7 +21,6 @@ from ep_plugin.megatron.seams import (
     wheel,
 )
 from ep_plugin.megatron.seams.patches import Patches
-from ep_plugin.megatron.versions._common import MTP_LAYER
 from ep_plugin.megatron.workers import layout_run
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
@@ -97,9 +96,9 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         _with_our_weights,
         "Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew",
     )
-    if release.UNMARKED_MTP:
+    if release.UNMARKED_MTP is not None:
         patches.wrap(
-            f"{MTP_LAYER}.__init__",
+            release.UNMARKED_MTP,
             functools.partial(_with_mtp_marked, layer_class),
             "a layer of multi-token prediction does not tell our block that it is one",
         )
