@@ -22,7 +22,6 @@ from ep_plugin.megatron.seams import (
     wheel,
 )
 from ep_plugin.megatron.seams.patches import Patches
-from ep_plugin.megatron.versions._common import MTP_LAYER
 from ep_plugin.megatron.workers import layout_run
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
@@ -98,9 +97,9 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         _with_our_weights,
         "Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew",
     )
-    if release.UNMARKED_MTP:
+    if release.UNMARKED_MTP is not None:
         patches.wrap(
-            f"{MTP_LAYER}.__init__",
+            release.UNMARKED_MTP,
             functools.partial(_with_mtp_marked, layer_class),
             "a layer of multi-token prediction does not tell our block that it is one",
         )
@@ -177,6 +176,7 @@ def _with_our_checks(
     from ep_plugin.megatron.arguments.in_flags import refusal
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
     from ep_plugin.megatron.arguments.theirs import check
+    from ep_plugin.megatron.arguments.unbalanced import unbalanced
     from ep_plugin.megatron.block.graphs import check_graphs
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.megatron.settings import fp8_recipe
@@ -198,6 +198,9 @@ def _with_our_checks(
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
             _say_idle(idle(args, typed))
+            warning = unbalanced(args, layer_class.settings)
+            if warning is not None:
+                _print(warning)
     except ConfigError as error:
         refuse(refusal(error, typed))
     return validated

@@ -7,7 +7,8 @@ from ep_plugin.megatron.versions._common import COMMON, MOE, MTP_LAYER
 __all__ = ["COMBINED_1F1B", "TOUCHPOINTS", "UNMARKED_MTP", "losses"]
 
 COMBINED_1F1B = False  # its schedule for two micro-batches is not tested with our layer
-UNMARKED_MTP = True  # its MTP layers are numbered from 1, and it tells its own block alone
+# Its MTP layers are numbered from 1, and it tells its own block alone that it is in one.
+UNMARKED_MTP = f"{MTP_LAYER}.__init__"
 
 TOUCHPOINTS = (
     *COMMON,
@@ -16,6 +17,6 @@ TOUCHPOINTS = (
         f"{MOE}.moe_layer:MoELayer.__init__",
         ("config", "submodules", "layer_number", "pg_collection", "is_mtp_layer"),
     ),
-    Touchpoint(f"{MTP_LAYER}.__init__"),
+    Touchpoint(UNMARKED_MTP),
     Touchpoint("megatron.training.initialize:validate_args", ("args", "defaults")),
 )
