@@ -176,7 +176,7 @@ def test_a_layout_that_does_not_finish_leaves_the_others(
     report, script = tmp_path / "report.json", tmp_path / "script.py"
     script.touch()
     ours = ["--layouts", "ep=2", "dp=2", "--output", str(report)]
-    assert cli.main(["parity", str(script), "--num-layers", "2", *ours]) == 1
+    assert cli.main(["parity", str(script), "--num-experts", "4", *ours]) == 1
     shown = capsys.readouterr().out
     assert "DID NOT FINISH" in shown
     assert "ep=2: out of memory" in shown
