@@ -136,9 +136,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance"):
         if getattr(args, name) <= 0:
             flag = name.replace("_", "-")
-            use = _least_experts(args) if name == "experts" else 1
+            least = _least_experts(args) if name == "experts" else 1
             raise ConfigError(
-                f"--{flag} must be positive; got {getattr(args, name)}; use --{flag} {use}"
+                f"--{flag} must be positive; got {getattr(args, name)}; use --{flag} {least}"
             )
     if args.imbalance < 1:
         raise ConfigError(
