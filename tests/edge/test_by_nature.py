@@ -11,11 +11,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from command_line import Accepted, completed, read
 from flag_values import CASES as VALUES
 from flag_values import given
 from spawn import run_ranks
 from torch import Tensor
-from typed import Accepted, completed, read
 
 from ep_plugin import MoEConfig, MoELayer, create_expert_groups
 from ep_plugin.commands.parity.by_nature import set_aside

@@ -13,10 +13,10 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
+from command_line import Accepted, completed, read
 from flag_values import CASES, SAMPLES, given
 from silence import Case, observe, observe_all
 from spawn import run_ranks
-from typed import Accepted, completed, read
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.in_flags import THEIRS, in_flags
@@ -58,8 +58,13 @@ TOGETHER: tuple[tuple[str, Any, str, int], ...] = (
      "--ep-capacity-factor 1", 1),
     ("normalize", "after_drop", "--ep-second-expert threshold --ep-second-threshold 0.4", 1),
 )  # fmt: skip
-# Values that `auto` stands for: the name of a layout is the number of its ranks.
-AS_AUTO = {("dispatcher", "local"): 1, ("dispatcher", "alltoall"): 2}
+# Values that `auto` stands for on CPUs: the name of a layout is the number of its ranks.
+AS_AUTO = {
+    ("dispatcher", "local"): 1,
+    **dict.fromkeys(
+        (("dispatcher", "alltoall"), ("overlap", "serial"), ("dispatch_dedup", False)), 2
+    ),
+}
 OBSERVERS = {  # row -> what must differ
     **dict.fromkeys(("preset", "optimizer_format"), "args"),
     "audit_save": "audited",
@@ -70,7 +75,9 @@ OBSERVERS = {  # row -> what must differ
     **dict.fromkeys(("expert_bias", "bias_update_rate", "drop_policy", "group_tokens"), "routing"),
     **dict.fromkeys(("capacity_factor", "min_capacity", "capacity_rounding"), "routing"),
     **dict.fromkeys(("eval_capacity_factor", "capacity_counts_topk"), "routing"),
+    **dict.fromkeys(("quantile_balancing", "quantile_ema", "force_load_balancing"), "routing"),
     "scaling_factor": "output",
+    "further_losses": "gradients",
     **dict.fromkeys(("aux_loss_coeff", "aux_loss_counts", "aux_loss_scope"), "gradients"),
     **dict.fromkeys(("aux_loss_layers", "z_loss_coeff", "fp8_wgrad"), "gradients"),
     **dict.fromkeys(("dense_activation", "expert_activation", "fp8", "shared_expert"), "output"),
@@ -222,7 +229,8 @@ def test_every_field_has_one_row() -> None:
     elsewhere = FACTS | kinds | set(THEIRS) | {"bias"}
     block = {f"moe.{f.name}" for f in fields(MoEConfig) if f.name not in elsewhere}
     assert sorted(x for x in feeds() if x.startswith("moe.")) == sorted(block)
-    edge = sorted(f.name for f in fields(EdgeSettings) if f.name not in ("routing", "metrics"))
+    read = ("routing", "metrics", "tokens")  # from several arguments
+    edge = sorted(f.name for f in fields(EdgeSettings) if f.name not in read)
     assert edge == sorted(x.partition(".")[2] for x in feeds() if not x.startswith("routing."))
 
 
