@@ -138,7 +138,15 @@ ASIDE = {  # flags -> what they become at dp=2, and at tp=2
         "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.1",
         None,
     ),
-    "--moe-router-force-load-balancing": ("", ""),
+    "--ep-aux-loss-scope global": ("--ep-aux-loss-scope micro_batch", None),
+    "--ep-further-losses micro_batch:1,global:1 --ep-aux-loss-scope sequence": (
+        "--ep-further-losses micro_batch:1 --ep-aux-loss-scope sequence",
+        None,
+    ),
+    "--ep-further-losses micro_batch:1 --ep-aux-loss-scope global": (
+        "--ep-further-losses micro_batch:1 --ep-aux-loss-scope sequence",
+        None,
+    ),
     "--dataloader-type cyclic": ("--dataloader-type single", None),
     "--ep-second-expert random": ("--ep-second-expert threshold",) * 2,
     "--optimizer muon": (None, "--optimizer muon --muon-tp-mode duplicated"),
