@@ -25,7 +25,7 @@ from ep_plugin.megatron.arguments.table import BY_NAME
 from ep_plugin.moe.rules import at_one_rank
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
-LENGTH, SEQUENCES = 16, 4
+LENGTH, SEQUENCES = 16, 2
 DATA, TENSOR = parse("ep=2"), parse("tp=2,ep=2,etp=1")
 MEGATRON_S = (
     "--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.5",
