@@ -121,6 +121,9 @@ COMMON = (
         ),
     ),
     Touchpoint("megatron.core.utils:unwrap_model", ("model",)),
+    # which models are served
+    Touchpoint("megatron.training.training:setup_model_and_optimizer"),
+    Touchpoint("megatron.training:get_args"),
     Touchpoint(f"{_CHECKPOINTING}:save", ("sharded_state_dict", "checkpoint_dir")),
     Touchpoint(
         "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
