@@ -13,6 +13,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams import (
     apex,
+    attention,
     audit_save,
     chained,
     served,
@@ -113,6 +114,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         audit_save.changes(patches)
         layout_run.changes(patches, release.losses.WRITERS)
         served.changes(patches, layer_class)
+        attention.changes(patches, _print)
     for place in release.losses.WRITERS:
         if training or not place.startswith("megatron.training"):
             patches.wrap(
@@ -180,6 +182,7 @@ def _with_our_checks(
     layer_class.typed = typed = take_typed(args)
     try:
         check_typed(args, typed)
+        attention.check_installed(args)
         layer_class.settings = settings_from_args(args)
         layer_class.log_interval = args.tensorboard_log_interval
         check_arguments(args, layer_class.settings)
