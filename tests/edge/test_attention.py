@@ -122,24 +122,27 @@ def test_what_is_asked_is_the_runs_own() -> None:
     assert (shape["deterministic"], shape["window_size"]) == (True, (63, 0))
 
 
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("there", ["works", "is not installed", "cannot be imported here"])
 @pytest.mark.parametrize("implementation", ["transformer_engine", "local"])
 @pytest.mark.parametrize("spec", [None, ["my.module", "spec"]])
 @pytest.mark.parametrize("cpu", [True, False])
 def test_only_a_run_that_needs_it_is_refused_without_it(
-    there: bool,
+    there: str,
     implementation: str,
     spec: list[str] | None,
     cpu: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention, "find_spec", lambda name: object() if there else None)
+    extension = attention.import_module(attention.EXTENSION)
+    monkeypatch.setattr(extension, "HAVE_TE", there == "works")
+    found = None if there == "is not installed" else object()
+    monkeypatch.setattr(attention, "find_spec", lambda name: found)
     monkeypatch.setattr(attention.cpu_mode, "wanted", lambda: cpu)
     args = SimpleNamespace(transformer_impl=implementation, spec=spec)
-    if there or cpu or spec or implementation == "local":
+    if there == "works" or cpu or spec or implementation == "local":
         attention.check_installed(args)
         return
-    with pytest.raises(ConfigError, match="which is not installed") as refused:
+    with pytest.raises(ConfigError, match=f"which {there}") as refused:
         attention.check_installed(args)
     assert attention.LOCAL in str(refused.value)
     assert attention.INSTALL in str(refused.value)

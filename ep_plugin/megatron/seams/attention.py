@@ -18,6 +18,7 @@ from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.patches import Patches
 
 SETUP = "megatron.training.training:setup_model_and_optimizer"
+EXTENSION = "megatron.core.extensions.transformer_engine"  # where Megatron takes its parts
 INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 LOCAL = (
     "--transformer-impl local --no-masked-softmax-fusion --no-gradient-accumulation-fusion "
@@ -43,11 +44,14 @@ def check_installed(args: Any) -> None:
     In CPU mode they are Megatron's own.
     """
     wanted = args.transformer_impl == "transformer_engine" and args.spec is None
-    if wanted and not cpu_mode.wanted() and find_spec("transformer_engine") is None:
-        raise ConfigError(
-            "--transformer-impl (transformer_engine), Megatron's default on GPUs, needs "
-            f"Transformer Engine, which is not installed; use {LOCAL}, or run {INSTALL}"
-        )
+    if not wanted or cpu_mode.wanted() or import_module(EXTENSION).HAVE_TE:
+        return
+    missing = find_spec("transformer_engine") is None
+    what = "is not installed" if missing else "cannot be imported here (ep-plugin doctor says why)"
+    raise ConfigError(
+        "--transformer-impl (transformer_engine), Megatron's default on GPUs, needs "
+        f"Transformer Engine, which {what}; use {LOCAL}, or run {INSTALL}"
+    )
 
 
 def changes(patches: Patches, say: Callable[[str], None]) -> None:

@@ -124,6 +124,7 @@ COMMON = (
     # which models are served
     Touchpoint("megatron.training.training:setup_model_and_optimizer"),
     Touchpoint("megatron.training:get_args"),
+    Touchpoint("megatron.core.extensions.transformer_engine:HAVE_TE"),
     Touchpoint(f"{_CHECKPOINTING}:save", ("sharded_state_dict", "checkpoint_dir")),
     Touchpoint(
         "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
