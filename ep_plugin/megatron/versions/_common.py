@@ -36,6 +36,7 @@ COMMON = (
     Touchpoint("megatron.core.transformer.spec_utils:ModuleSpec", ("module", "submodules")),
     # process groups
     Touchpoint(f"{MOE}.moe_utils:get_default_pg_collection"),
+    Touchpoint(f"{MOE}.moe_utils:apply_random_logits", ("logits",)),
     Touchpoint(
         "megatron.core.process_groups_config:ProcessGroupCollection",
         ("tp", "cp", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "tp_ep", "expt_dp"),
