@@ -29,6 +29,10 @@ five only for a Megatron from its wheel, and over torch's Adam):
         one call is one step, with model, optimizer and gradients; --ep-parity-dump keeps them
     moe_logging:MoEMetricsTracker.report
         auxiliary losses are summed over ranks only here
+    training:setup_model_and_optimizer
+        a model that holds none of our blocks, or others, ends the run here
+    training:setup_model_and_optimizer
+        the model is built: Transformer Engine is asked which attention it will run
     moe_logging:MoEMetricsTracker.report
         Megatron writes the losses of MoE layers here; the routers' metrics join them
     utils:compile_helpers

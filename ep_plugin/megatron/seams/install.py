@@ -13,9 +13,11 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams import (
     apex,
+    attention,
     audit_save,
     chained,
     expert_bias,
+    served,
     torch_adam,
     touchpoints,
     upcycling_by_hand,
@@ -74,6 +76,17 @@ def uninstall() -> None:
         _print(f"{left}; it is left as it is")
 
 
+def say_unused() -> None:
+    """Say so where Megatron neither parsed its flags nor built a block of ours in this process."""
+    layer_class = import_module(MODULE_SPECS).MoELayer
+    if not getattr(layer_class, "used", True):
+        _print(
+            "no MoE layer was built in this process, and no flag of Megatron's parsed; a script "
+            "that starts workers of its own needs ep_plugin.megatron.install() in the worker: "
+            f"{served.PAGE}"
+        )
+
+
 def seams() -> list[tuple[str, str]]:
     """Return (place, why there) of all that `install` would change here; changes nothing."""
     patches = Patches()
@@ -116,6 +129,8 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         _argument_changes(patches, layer_class)
         audit_save.changes(patches)
         layout_run.changes(patches, release.losses.WRITERS)
+        served.changes(patches, layer_class)
+        attention.changes(patches, _print)
     for place in release.losses.WRITERS:
         if training or not place.startswith("megatron.training"):
             patches.wrap(
@@ -134,7 +149,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
 def _argument_changes(patches: Patches, layer_class: Any) -> None:
     patches.wrap(
         f"{ARGUMENTS}:add_megatron_arguments",
-        _with_our_flags,
+        functools.partial(_with_our_flags, layer_class),
         "every parser of Megatron's loop is filled here; the --ep-* flags join",
     )
     for place in cpu_mode.validators():
@@ -156,9 +171,10 @@ def _make_layer_class(record_loss: Callable[..., None], settings: Any) -> Any:
     return type("MoELayer", (adapter.EPMoELayer,), fields)
 
 
-def _with_our_flags(original: Callable[..., Any], parser: Any) -> Any:
+def _with_our_flags(layer_class: Any, original: Callable[..., Any], parser: Any) -> Any:
     from ep_plugin.megatron.arguments.parser import add_ep_arguments
 
+    layer_class.used = True
     return add_ep_arguments(original(parser))
 
 
@@ -184,6 +200,7 @@ def _with_our_checks(
     layer_class.typed = typed = take_typed(args)
     try:
         check_typed(args, typed)
+        attention.check_installed(args)
         layer_class.settings = settings_from_args(args)
         layer_class.log_interval = args.tensorboard_log_interval
         check_arguments(args, layer_class.settings)
