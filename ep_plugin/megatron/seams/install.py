@@ -158,6 +158,7 @@ def _with_our_checks(
 
     layer_class.typed = typed = take_typed(args)
     try:
+        wheel.check_helpers()
         check_typed(args, typed)
         layer_class.settings = settings_from_args(args)
         layer_class.log_interval = args.tensorboard_log_interval
