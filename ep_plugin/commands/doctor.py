@@ -162,7 +162,19 @@ def _megatron() -> list[Finding]:
     text = f"{touchpoints.installed_version()}, all {len(table)} touch points match"
     if not touchpoints.has_training():
         text += "; without megatron.training, for loops of your own: install(settings)"
-    return [Finding("megatron-core", "ok", text)]
+    return [Finding("megatron-core", "ok", text), _helper()]
+
+
+def _helper() -> Finding:
+    """Return whether Megatron's data sets have what they need in C++."""
+    from ep_plugin.megatron.seams import wheel
+
+    try:
+        wheel.check_helpers()
+    except ConfigError as error:
+        return Finding("megatron's helper", "broken", str(error))
+    text = "compiled" if wheel.is_compiled() else "is compiled when a run starts"
+    return Finding("megatron's helper", "ok", text)
 
 
 def _options() -> list[Finding]:

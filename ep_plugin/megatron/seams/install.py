@@ -199,6 +199,7 @@ def _with_our_checks(
 
     layer_class.typed = typed = take_typed(args)
     try:
+        wheel.check_helpers()
         check_typed(args, typed)
         attention.check_installed(args)
         layer_class.settings = settings_from_args(args)
