@@ -88,6 +88,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         "Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew",
     )
     chained.changes(patches)
+    release.muon.changes(patches)
     training = touchpoints.has_training()
     if training:
         _argument_changes(patches, layer_class)
@@ -150,6 +151,7 @@ def _with_our_checks(
         take_typed,
     )
     from ep_plugin.megatron.arguments.in_flags import refusal
+    from ep_plugin.megatron.arguments.optimizers import check_optimizer
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
     from ep_plugin.megatron.arguments.theirs import check
     from ep_plugin.megatron.block.graphs import check_graphs
@@ -169,6 +171,7 @@ def _with_our_checks(
             _print(said)
         if args.num_experts is not None:
             check(args, layer_class.settings)
+            check_optimizer(args)
             check_graphs(args, layer_class.settings)
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
