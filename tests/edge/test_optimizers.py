@@ -1,6 +1,7 @@
 """Optimizers that step matrices train stacks of experts as Megatron trains its own experts."""
 
 import argparse
+import importlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import optimizers
 from ep_plugin.megatron.arguments.optimizers import check_optimizer
+from ep_plugin.megatron.arguments.theirs import BY_FIELD
 from ep_plugin.megatron.seams import matrices, touchpoints
 from ep_plugin.megatron.seams.patches import Patches
 
@@ -171,6 +173,52 @@ def test_parts_of_a_matrix_become_one_as_megatron_s_do() -> None:
         one, other, parts = (whole[f"{mode} {dim}"] for mode in reversed(MODES))
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(one, parts, atol=1e-2)
+
+
+def who_steps_what() -> dict[str, str]:
+    """Return the class of the optimizer that steps each parameter of layer 0's MoE block."""
+    from core_model import Case, build, transformer_config
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+
+    from ep_plugin.megatron.seams.install import install
+
+    install()
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    config = transformer_config(Case("biases", layers=1, bias=True))
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(), build(config, None))
+    release = touchpoints.release_for(touchpoints.installed_version())
+    module, name = release.muon.MAKER.split(":")
+    made_by = getattr(importlib.import_module(module), name)
+    chain = made_by(OptimizerConfig(optimizer="muon", lr=0.1, min_lr=0.1), [model])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for optimizer in chain.chained_optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                found[names.pop(id(parameter))] = type(optimizer.optimizer).__name__
+    assert not names  # nobody is forgotten, and nobody is stepped twice
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    return {name.partition(".mlp.")[2]: kind for name, kind in found.items() if ".mlp." in name}
+
+
+def test_weights_are_matrices_and_biases_are_vectors() -> None:
+    (found,) = run_ranks(1, who_steps_what)
+    linears = ("experts.linear_fc1", "experts.linear_fc2")
+    assert {found[f"{linear}.weight"] for linear in linears} == {"TensorParallelMuon"}
+    assert {found[f"{linear}.bias"] for linear in linears} == {"AdamW"}
+    assert found["router.weight"] == "TensorParallelMuon"
+
+
+def test_the_document_names_what_is_served() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "support-matrix.md").read_text()
+    section = text.partition("## Optimizers")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ((?:`\w+`,? ?)+) \| (\w+)", section, re.MULTILINE)
+    named = {word: re.findall(r"`(\w+)`", names) for names, word in rows}
+    assert {*named["served"]} == {*BY_FIELD["optimizer"].legal}
+    assert named["refused"]
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,8 @@ def _kind(args: Any) -> str:
 def _has_own_groups(args: Any) -> bool:
     """Whether experts are averaged over other ranks than the rest."""
     tp = args.tensor_model_parallel_size
-    return args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tp) != tp
+    own_etp = (args.expert_tensor_parallel_size or tp) != tp
+    return bool(args.expert_model_parallel_size > 1 or own_etp)
 
 
 def _dotted(version: tuple[int, int]) -> str:

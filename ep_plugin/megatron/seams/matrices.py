@@ -54,5 +54,5 @@ def orthogonalize(
         return torch.stack([step(matrix, etp, dim) for matrix in grad])
     dim = p.partition_dim - 3 if sharded else None
     together = max(1, ELEMENTS // grad[0].numel())
-    steps = [step(part, etp, dim) for part in grad.split(together)]
+    steps = [step(part, etp, dim) for part in torch.split(grad, together)]
     return steps[0] if len(steps) == 1 else torch.cat(steps)

@@ -9,6 +9,7 @@ from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.megatron.seams.touchpoints import Touchpoint
 
 _MUON = "megatron.core.optimizer.muon"
+MAKER = f"{_MUON}:get_megatron_muon_optimizer"
 ORTHOGONALIZE = f"{_MUON}:TensorParallelMuon.orthogonalize"
 _GROUPS = f"{_MUON}:_get_param_groups"
 _OTHERS = f"{_MUON}:get_megatron_optimizer"

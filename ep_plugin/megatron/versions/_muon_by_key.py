@@ -8,6 +8,7 @@ from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.megatron.seams.touchpoints import Touchpoint
 
 _OPTIMIZER = "megatron.core.optimizer"
+MAKER = f"{_OPTIMIZER}:get_megatron_optimizer"
 ORTHOGONALIZE = f"{_OPTIMIZER}.emerging_optimizers:TensorParallelMuon.orthogonalize"
 _PREDICATE = f"{_OPTIMIZER}.optimizer_config:ParamPredicate.__call__"
 _NO_MATRIX = "nonlinear_or_embedding"  # the predicate's name
