@@ -11,6 +11,14 @@ five only for a Megatron from its wheel, and over torch's Adam):
         Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew
     optimizer:ChainedOptimizer.load_state_dict
         here Megatron refuses the state of another number of optimizers
+    emerging_optimizers:TensorParallelMuon.orthogonalize
+        Muon steps a matrix here; stacks of experts are several
+    optimizer_config:ParamPredicate.__call__
+        what is no matrix by its shape goes to Adam; stacks of experts are matrices
+    layer_wise_optimizer:is_managed_by_layer_wise_optimizer
+        the layer-wise optimizer finds its matrices by shape; stacks of experts join them
+    optimizer:is_managed_by_layer_wise_optimizer
+        the layer-wise optimizer finds its matrices by shape; stacks of experts join them
     arguments:add_megatron_arguments
         every parser of Megatron's loop is filled here; the --ep-* flags join
     arguments:validate_args

@@ -15,6 +15,7 @@ from ep_plugin.checkpoint.open import is_hf
 from ep_plugin.checkpoint.staging import manifest_problems
 from ep_plugin.cli import main
 from ep_plugin.commands.convert.run_model import Outputs
+from ep_plugin.megatron.arguments import flags_file, spell_model
 from tests.checkpoint import test_convert_legacy, test_convert_optimizer
 from tests.commands import test_convert
 
@@ -78,6 +79,29 @@ def test_the_manifest_lists_all_other_files(
     assert {"parity.json", "manifest.json"} < files
     assert files - {"manifest.json"} <= set(listed)
     assert manifest_problems(tmp_path / "out") == []
+    assert ("flags.txt" in listed) is ("hf" not in flags)
+
+
+@pytest.mark.parametrize("source", ["torch_dist", "hf"])
+def test_flags_txt_belongs_to_the_result(
+    source: str, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another word in it is found by --check; a model that it cannot say is written without it."""
+    folder = tmp_path / "out"
+    code, said = convert(sources[source], folder, *EXPERTS)
+    assert (code, f"MODEL={folder} LAYOUT=ep2 ./recipes/run.sh" in said) == (0, True)
+    words = flags_file.read(folder / "flags.txt", "model")
+    assert words[0] == "schedule=finetune"
+    assert words[words.index("--num-experts") + 1] == "4"
+    assert main(["convert", "--check", "--to", str(folder)]) == 0
+    (folder / "flags.txt").write_text("\n".join([*words, "--qk-layernorm"]))
+    assert main(["convert", "--check", "--to", str(folder)]) == 1
+    assert "flags.txt has" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spell_model, "UNSAID", ("num_layers",))
+        code, said = convert(sources[source], tmp_path / "bare", *EXPERTS)
+    assert (code, not (tmp_path / "bare" / "flags.txt").exists()) == (0, True)
+    assert "no flags.txt, so recipes/run.sh cannot run it: it cannot say num_layers" in said
 
 
 def test_one_schema_for_every_way(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -115,14 +139,22 @@ def test_the_comparison_s_need_is_said_before_a_byte_is_written(
     planned = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run", "--json")[1]
     comparison = json.loads(planned)["comparison"]
     assert (comparison["tokens"], comparison["prompts"]) == (512, None)
-    weights = 2 * 4 * json.loads(planned)["num_bytes"] // 4
+    sizes = json.loads(planned)["tensors"]
+    within = sum(size["num_bytes"] for name, size in sizes.items() if ".layers." in name)
+    weights = 3 * within // 2 + 2 * (json.loads(planned)["num_bytes"] - within)
     outputs = 2 * 4 * 512 * (2 * 32 + hf_models.VOCAB)  # two layers and the logits
     assert comparison["memory_bytes"] == weights + outputs
     text = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run")[1]
-    said = "then source and result are run on 512 random tokens (--seed 1234), one model in memory"
+    said = "then source and result are run on 512 random tokens (--seed 1234), one layer in memory"
     assert said in text
     skipped = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run", "--skip-parity")[1]
     assert "source and result are not compared" in skipped
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "_read", lambda _: "MemTotal: 9 kB\nMemAvailable:       7 kB\n")
+        code, refused = convert(sources["hf"], tmp_path / "out", *EXPERTS)
+    assert code == 2
+    assert "GiB of memory, and 0.00 are free; use --skip-parity" in refused
+    assert not (tmp_path / "out").exists()
     errors = io.StringIO()
     monkeypatch.setattr("ep_plugin.commands.convert.write", no_room)
     with contextlib.redirect_stderr(errors), pytest.raises(OSError, match="full"):

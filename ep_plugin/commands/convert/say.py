@@ -12,7 +12,9 @@ from tqdm import tqdm
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.staging import Staging, manifest_problems
 from ep_plugin.checkpoint.target import Hashes, Target
+from ep_plugin.commands.convert.beside import tokenizer
 from ep_plugin.commands.convert.compare import need
+from ep_plugin.commands.convert.flags_txt import why_not
 from ep_plugin.commands.convert.request import Request
 from ep_plugin.megatron.arguments.spell import experts_flags, run_flags
 
@@ -111,6 +113,8 @@ def _summary(request: Request, target: Target, report: dict[str, Any] | None) ->
         "dropped_entries": made.dropped if made else 0,
         "seed": request.seed,
         "deviations": list(model.deviations),
+        "training": _training(request, target),
+        "tokenizer": tokenizer(request, target),
         "parity": report,
         "megatron_flags": _flags(request, target),
     }
@@ -122,6 +126,12 @@ def _moe_layers(target: Target) -> list[int]:
 
 def _family(target: Target) -> str | None:
     return target.model.family.model_type if target.model.family else None
+
+
+def _training(request: Request, target: Target) -> list[str]:
+    """Return what training with the settings of source and result differs in."""
+    family, exported = target.model.family, request.format == "hf"
+    return family.training_notes(target.args, exported) if family else []
 
 
 def _flags(request: Request, target: Target) -> list[str]:
@@ -161,12 +171,17 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
         print(f"left out: {', '.join(target.model.left_out)}")
     for reason in target.model.deviations:
         print(f"the model's output changes: {reason}")
+    if (beside := tokenizer(request, target)) is not None:
+        print(beside)
+    for difference in _training(request, target):
+        print(f"in training: {difference}")
     if report is None:
         print("source and result were not compared (--skip-parity)")
     if made is not None and request.moments_go_along:
         print(_optimizer(made.optimizer, made.dropped))
     if request.format == "megatron":
         _print_next(request, target)
+        _print_recipe(request, target)
 
 
 def _optimizer(resumes: bool, dropped: int) -> str:
@@ -179,6 +194,16 @@ def _optimizer(resumes: bool, dropped: int) -> str:
         f"left out: optimizer, random-number and rerun state ({dropped} entries); the optimizer "
         "starts afresh"
     )
+
+
+def _print_recipe(request: Request, target: Target) -> None:
+    if reason := why_not(request, target):
+        print(f"no flags.txt, so recipes/run.sh cannot run it: {reason}")
+        return
+    folder = str(request.target)
+    words = shlex.join([f"MODEL={folder if '/' in folder else f'./{folder}'}"])
+    print("or fine-tune its weights with a recipe, on 2 ranks:")
+    print(f"  {words} LAYOUT=ep2 ./recipes/run.sh pretrain_gpt.py")
 
 
 def _print_next(request: Request, target: Target) -> None:

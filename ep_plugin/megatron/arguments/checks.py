@@ -17,7 +17,8 @@ from ep_plugin.megatron.arguments.table import (
     expert_ranks,
     feeding,
 )
-from ep_plugin.megatron.arguments.theirs import check
+from ep_plugin.megatron.arguments.theirs import check, one
+from ep_plugin.megatron.arguments.together import check_together
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import touchpoints
@@ -29,7 +30,7 @@ from ep_plugin.megatron.settings import (
     routing_config,
 )
 from ep_plugin.moe.config import MoEConfig
-from ep_plugin.moe.experts.experts import check_sizes
+from ep_plugin.moe.experts.experts import check_capturable, check_sizes
 from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.moe.rules import own, said
 from ep_plugin.moe.schedule.chunked import check_ranks
@@ -61,6 +62,7 @@ def settings_from_args(args: Any) -> EdgeSettings:
     routing = {name: value for name, value in own.items() if value is not None}
     if "aux_loss_scope" in routing:
         _choose_scope(args, routing["aux_loss_scope"])
+    _write_balancing(args, routing)
     if routing.get("normalize") in ("none", "after_drop"):
         args.moe_router_pre_softmax = True
     elif "normalize" in routing and args.moe_router_pre_softmax:
@@ -75,12 +77,23 @@ def settings_from_args(args: Any) -> EdgeSettings:
             "--ep-deterministic (off) and --deterministic-mode contradict each other; leave one of "
             "them out"
         )
-    names = {f.name for f in fields(EdgeSettings)} - {"routing", "metrics"}
+    names = {f.name for f in fields(EdgeSettings)} - {"routing", "metrics", "tokens"}
     return EdgeSettings(
         routing=routing,
         metrics=bool(args.tensorboard_dir or args.wandb_project),
+        tokens=tokens_of_a_rank(args),
         **{row.name: getattr(args, row.dest) for row in TABLE if row.name in names},
     )
+
+
+def tokens_of_a_rank(args: Any) -> int | None:
+    """Return the tokens of a micro-batch that one rank routes; None where it is not said."""
+    if not args.seq_length or not args.micro_batch_size:
+        return None
+    shares = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    tokens: int = args.seq_length * args.micro_batch_size
+    ranks: int = args.context_parallel_size * shares
+    return max(1, tokens // ranks)
 
 
 def _choose_scope(args: Any, scope: str) -> None:
@@ -92,6 +105,19 @@ def _choose_scope(args: Any, scope: str) -> None:
             "contradict each other; leave one of them out"
         )
     args.moe_router_load_balancing_type = SCOPES[scope]
+
+
+def _write_balancing(args: Any, routing: dict[str, Any]) -> None:
+    """Write what else of ours balances into Megatron's type, whose counts and bias it keeps."""
+    further = routing.get("further_losses")
+    main, coefficient = one(args.moe_router_load_balancing_type), one(args.moe_aux_loss_coeff)
+    if further and coefficient:  # without a first loss they are refused
+        args.moe_router_load_balancing_type = [main, *(SCOPES[scope] for scope, _ in further)]
+        args.moe_aux_loss_coeff = [coefficient, *(share for _, share in further)]
+    if routing.get("quantile_balancing"):
+        args.moe_router_load_balancing_type = ["quantile_balancing"]
+    if "quantile_ema" in routing:
+        args.moe_router_quantile_balancing_ema = routing["quantile_ema"]
 
 
 def _check_option(flag: str, kind: str, name: str) -> None:
@@ -119,6 +145,10 @@ def check_typed(args: Any, typed: Collection[str]) -> None:
         for need in row.needs:
             if (not need.values or value in need.values) and not need.when(args):
                 raise ConfigError(f"{row.flag} ({said(value)}) {need.sentence}")
+    check_together(args, typed)
+
+
+_OF_ONE_RANK = ("local", "serial", False)  # what is done there anyway
 
 
 def idle(args: Any, typed: Collection[str]) -> list[str]:
@@ -130,7 +160,7 @@ def idle(args: Any, typed: Collection[str]) -> list[str]:
         row.flag
         for row in TABLE
         if row.flag in typed and row.idle_at_one_rank and not own(modules[row.group])
-        if getattr(args, row.dest) not in (row.field_default, "local")
+        if getattr(args, row.dest) not in (row.field_default, *_OF_ONE_RANK)
     ]
 
 
@@ -141,6 +171,7 @@ def check_block(args: Any, settings: EdgeSettings) -> None:
     layers = (layer for layer, is_moe in enumerate(moe_pattern(args), start=1) if is_moe)
     for config in {moe_config(args, settings, layer) for layer in layers}:  # most are alike
         check_sizes(config, etp, device)
+        check_capturable(config, etp, device, args.params_dtype)
         if config.overlap == "chunked":
             tp, ranks = args.tensor_model_parallel_size, args.expert_model_parallel_size * etp
             check_ranks(config, ranks - 1, tp if tp > 1 and not args.sequence_parallel else None)

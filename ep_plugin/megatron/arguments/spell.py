@@ -142,6 +142,8 @@ _VALUES = {  # flag -> argument, where it is set
     "--window-size": "window_size",
     "--transformer-impl": "transformer_impl",
     "--ep-dense-activation": "ep_dense_activation",
+    "--attention-dropout": "attention_dropout",
+    "--hidden-dropout": "hidden_dropout",
 }
 # argument -> flags that count where it is set
 _VALUES_WITH = {
@@ -165,6 +167,10 @@ _VALUES_WITH = {
         "--ep-group-score-topk": "ep_group_score_topk",
         "--moe-router-load-balancing-type": "moe_router_load_balancing_type",
         "--moe-aux-loss-coeff": "moe_aux_loss_coeff",
+        "--ep-aux-loss-counts": "ep_aux_loss_counts",
+        "--ep-aux-loss-layers": "ep_aux_loss_layers",
+        "--moe-z-loss-coeff": "moe_z_loss_coeff",
+        "--moe-input-jitter-eps": "moe_input_jitter_eps",
         "--moe-shared-expert-intermediate-size": "moe_shared_expert_intermediate_size",
         "--moe-token-dispatcher-type": "moe_token_dispatcher_type",
     },
@@ -198,6 +204,13 @@ _SWITCHES = {  # flag -> argument, given when the argument is true
 }
 
 
+def printed_flags() -> dict[str, bool]:
+    """Return each flag that `run_flags` can print -> whether a value follows it."""
+    switches = dict.fromkeys([*_SWITCHES, "--disable-bias-linear"], False)
+    more = [flag for flags in _VALUES_WITH.values() for flag in flags]
+    return dict.fromkeys([*_VALUES, *more], True) | switches
+
+
 def run_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags of a model with these arguments; data and optimizer are the user's."""
     flags = [] if args.add_bias_linear else ["--disable-bias-linear"]
@@ -209,14 +222,17 @@ def run_flags(args: argparse.Namespace) -> list[str]:
     for flag, name in values.items():
         value = getattr(args, name, None)
         if value is not None:
-            flags += [flag, _text(value)]
+            flags += [flag, *words_of(value)]
     return flags
 
 
-def _text(value: object) -> str:
+def words_of(value: object) -> list[str]:
+    """Return an argument as a command line has it; several balancing losses are several words."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).replace(" ", "")
+        return [",".join(map(str, value))]
+    if isinstance(value, list) and not all(isinstance(entry, int) for entry in value):
+        return [str(entry) for entry in value]
+    return [str(value).replace(" ", "")]
 
 
 def experts_flags(args: argparse.Namespace) -> list[str]:
@@ -236,6 +252,14 @@ def experts_flags(args: argparse.Namespace) -> list[str]:
         flags += ["--moe-router-group-topk", str(args.moe_router_group_topk)]
     if getattr(args, "moe_router_enable_expert_bias", False):
         flags += ["--moe-router-enable-expert-bias"]
+    if args.moe_router_load_balancing_type != "aux_loss":  # Megatron's default
+        flags += ["--moe-router-load-balancing-type", args.moe_router_load_balancing_type]
+    if args.moe_router_load_balancing_type != "none":
+        flags += ["--moe-aux-loss-coeff", str(args.moe_aux_loss_coeff)]
+    if getattr(args, "ep_aux_loss_counts", None):
+        flags += ["--ep-aux-loss-counts", args.ep_aux_loss_counts]
+    if getattr(args, "moe_z_loss_coeff", None):
+        flags += ["--moe-z-loss-coeff", str(args.moe_z_loss_coeff)]
     if getattr(args, "moe_shared_expert_intermediate_size", None):
         shared = str(args.moe_shared_expert_intermediate_size)
         flags += ["--moe-shared-expert-intermediate-size", shared]
