@@ -196,8 +196,9 @@ SOME_VALUES = (
     ),
     _some(
         "optimizer",
-        ("adam", "sgd", "lion"),
-        "steps matrices, and leaves the experts' weights, of three dimensions here, to Adam",
+        ("adam", "sgd", "lion", "muon", "dist_muon"),
+        "takes single matrices alone, and the experts' weights are stacks of them here; use "
+        "--optimizer muon, or adam, sgd or lion",
     ),
     *(
         _some(field, ("attn", "mlp", "full_iteration"), _SOME_GRAPHS, flag=flag, when=_graphs)

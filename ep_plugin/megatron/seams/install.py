@@ -118,6 +118,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         )
     chained.changes(patches)
     upcycling_by_hand.changes(patches)
+    release.muon.changes(patches)
     expert_bias.changes(patches)
     patches.wrap(
         f"{SCHEDULES}:forward_step_calc_loss",
@@ -190,6 +191,7 @@ def _with_our_checks(
         take_typed,
     )
     from ep_plugin.megatron.arguments.in_flags import refusal
+    from ep_plugin.megatron.arguments.optimizers import check_optimizer
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
     from ep_plugin.megatron.arguments.theirs import check
     from ep_plugin.megatron.arguments.unbalanced import unbalanced
@@ -212,6 +214,7 @@ def _with_our_checks(
             _print(said)
         if args.num_experts is not None:
             check(args, layer_class.settings)
+            check_optimizer(args)
             check_graphs(args, layer_class.settings)
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
