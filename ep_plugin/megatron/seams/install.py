@@ -151,6 +151,7 @@ def _with_our_checks(
     )
     from ep_plugin.megatron.arguments.in_flags import refusal
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
+    from ep_plugin.megatron.arguments.speed import take_speed
     from ep_plugin.megatron.arguments.theirs import check
     from ep_plugin.megatron.block.graphs import check_graphs
     from ep_plugin.megatron.seams.refusal import refuse
@@ -159,6 +160,7 @@ def _with_our_checks(
     layer_class.typed = typed = take_typed(args)
     try:
         check_typed(args, typed)
+        about_speed = take_speed(args, typed)
         layer_class.settings = settings_from_args(args)
         layer_class.log_interval = args.tensorboard_log_interval
         check_arguments(args, layer_class.settings)
@@ -167,6 +169,8 @@ def _with_our_checks(
         check_resumable(args)
         if said is not None:
             _print(said)
+        for line in about_speed:
+            _print(line)
         if args.num_experts is not None:
             check(args, layer_class.settings)
             check_graphs(args, layer_class.settings)
