@@ -2,6 +2,9 @@
 # One launcher for every model and layout; the rest is data in models/ and layouts/. See --help.
 set -euo pipefail
 recipes="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# recipes/_check.sh and recipes/_model.sh; recipes/schedules/finetune.sh is used below
+source "$recipes/_check.sh"
+source "$recipes/_model.sh"
 
 names() {
     # names FOLDER: the recipes in it, on one line.
@@ -17,25 +20,29 @@ usage() {
     cat <<EOF
 usage: MODEL=NAME LAYOUT=NAME ./recipes/run.sh PRETRAIN_SCRIPT [MEGATRON_FLAGS ...]
 
-Trains a published system with your own Megatron pretrain script, which stays as it is, under
-torchrun on this node. Flags given here win over those of the recipe.
+Trains a published system, or a model of your own, with your own Megatron pretrain script, which
+stays as it is, under torchrun on this node. Flags given here win over those of the recipe.
 
 models:   $(names models)
+          or a folder that ep-plugin convert wrote, such as MODEL=runs/moe or MODEL=./moe
 layouts:  $(names layouts)
 What fits where, and what is published of each schedule, stands on top of its file in
 $recipes/models.
 
 from the environment:
-  DRY_RUN=1        print the command and do nothing
+  DRY_RUN=1        print the command and do nothing; files that only the run reads may be missing
   DATA_PATH        prefix of Megatron's .bin and .idx files; without it mock data
   TOKENIZER        folder, file or name of the tokenizer; without it numbers are tokens
   TOKENIZER_TYPE   Megatron's name of its kind (HuggingFaceTokenizer)
   NAME             of the run (MODEL-LAYOUT)
   RUN_DIR          its folder, shared by all nodes (runs/NAME)
   SAVE             checkpoints, optimizer included (RUN_DIR/checkpoints); a run continues from the
-                   one that is there
-  LOAD             checkpoint to start from, weights alone, until SAVE has one
-  SCHEDULE=own     leave batch, learning rate and length to your flags
+                   one that is there, with the schedule it began with (RUN_DIR/schedule.txt)
+  LOAD             checkpoint to start from, weights alone, until SAVE has one (MODEL, where that
+                   is a folder)
+  SCHEDULE         published: the system's own. finetune: 1000 iterations at a small learning
+                   rate, see recipes/schedules. own: batch, learning rate and length are left to
+                   your flags. (finetune with LOAD or where MODEL is a folder, else published)
   RECOMPUTE        full or none: compute each layer again in the backward (the model's choice)
   WANDB_PROJECT    log to Weights & Biases too
   NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR, MASTER_PORT
@@ -45,15 +52,12 @@ examples:
   MODEL=qwen3-nano LAYOUT=ep2 ./recipes/run.sh recipes/pretrain_gpt.py --exit-interval 20
   MODEL=ds-350m-moe128 LAYOUT=ep8 DATA_PATH=data/corpus TOKENIZER=gpt2 \\
       ./recipes/run.sh pretrain_gpt.py
+  MODEL=runs/moe LAYOUT=ep2 DATA_PATH=data/corpus TOKENIZER=models/qwen3 \\
+      ./recipes/run.sh pretrain_gpt.py --train-iters 200
   DRY_RUN=1 MODEL=deepseek-v3 LAYOUT=ep64-pp16 NNODES=128 MASTER_ADDR=node0 \\
       ./recipes/run.sh pretrain_gpt.py
   MODEL=qwen3-30b-a3b LAYOUT=ep8-pp4 sbatch --nodes 4 recipes/slurm/pretrain.sbatch pretrain_gpt.py
 EOF
-}
-
-refuse() {
-    echo "error: $*" >&2
-    exit 2
 }
 
 given() {
@@ -77,46 +81,58 @@ fi
 pretrain="$1"
 shift
 
-MODEL="${MODEL:-}" LAYOUT="${LAYOUT:-}"
-[[ -n "$MODEL" && -f "$recipes/models/$MODEL.sh" ]] ||
-    refuse "MODEL must be one of $(names models); got '$MODEL'"
-[[ -n "$LAYOUT" && -f "$recipes/layouts/$LAYOUT.sh" ]] ||
-    refuse "LAYOUT must be one of $(names layouts); got '$LAYOUT'"
+listed() {
+    # listed FOLDER NAME MORE: the variable must name a file of the folder, or else what MORE says.
+    local known near
+    known="$(names "$1")"
+    if [[ "${!2}" =~ ^[[:alnum:]._-]+$ && " $known " == *" ${!2} "* ]]; then return 0; fi
+    # shellcheck disable=SC2086
+    near="$(nearest "${!2}" $known)"
+    refuse "$2 must be one of $known$3; got '${!2}'; use $2=${near// / or $2=}"
+}
+
+MODEL="${MODEL:-}" LAYOUT="${LAYOUT:-}" LOAD="${LOAD:-}" SCHEDULE="${SCHEDULE:-}"
+DRY_RUN="${DRY_RUN:-0}" # check, of slurm/pretrain.sbatch: all checks and nothing else
+one_of DRY_RUN 0 1 check
 
 # What the two files set; RECOMPUTE is the model's unless the user has chosen.
-GPUS=1 PP=1 VOCAB=
+GPUS=1 PP=1 VOCAB='' default_schedule=published
 MODEL_ARGS=() TRAIN_ARGS=() PARALLEL_ARGS=() ENVIRONMENT=()
 declare -A PIPELINE_LAYOUT=() # PP -> how layers are split where they do not divide evenly
-# shellcheck source=/dev/null
-source "$recipes/models/$MODEL.sh"
+folder=no
+if [[ "$MODEL" == */* || (-d "$MODEL" && ! -f "$recipes/models/$MODEL.sh") ]]; then
+    folder=yes MODEL="${MODEL%/}"
+    listed layouts LAYOUT ""
+    read_model_folder
+else
+    listed models MODEL ", or a folder that ep-plugin convert wrote"
+    listed layouts LAYOUT ""
+    # shellcheck source=/dev/null
+    source "$recipes/models/$MODEL.sh"
+fi
 # shellcheck source=/dev/null
 source "$recipes/layouts/$LAYOUT.sh"
 if [[ -n "${PIPELINE_LAYOUT[$PP]:-}" ]]; then
     PARALLEL_ARGS+=(--pipeline-model-parallel-layout "${PIPELINE_LAYOUT[$PP]}")
 fi
 
-RECOMPUTE="${RECOMPUTE:-none}" SCHEDULE="${SCHEDULE:-published}"
-case "$RECOMPUTE" in
-    none) ;;
-    full)
-        MODEL_ARGS+=(--recompute-granularity full --recompute-method uniform)
-        MODEL_ARGS+=(--recompute-num-layers 1)
-        ;;
-    *) refuse "RECOMPUTE must be full or none; got '$RECOMPUTE'" ;;
-esac
-case "$SCHEDULE" in
-    published) ;;
-    own) TRAIN_ARGS=() ;;
-    *) refuse "SCHEDULE must be published or own; got '$SCHEDULE'" ;;
-esac
+RECOMPUTE="${RECOMPUTE:-none}"
+one_of RECOMPUTE full none
+if [[ "$RECOMPUTE" == full ]]; then
+    MODEL_ARGS+=(--recompute-granularity full --recompute-method uniform)
+    MODEL_ARGS+=(--recompute-num-layers 1)
+fi
 
 NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
 NPROC_PER_NODE="${NPROC_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}"
 MASTER_ADDR="${MASTER_ADDR:-}" MASTER_PORT="${MASTER_PORT:-29500}"
-for name in NNODES NPROC_PER_NODE; do
-    [[ "${!name}" =~ ^[1-9][0-9]*$ ]] ||
-        refuse "$name must be a whole number from 1 on; got '${!name}'"
-done
+whole 1 NNODES NPROC_PER_NODE MASTER_PORT
+whole 0 NODE_RANK
+((NODE_RANK < NNODES)) ||
+    refuse "NODE_RANK must be below NNODES; got NODE_RANK=$NODE_RANK, NNODES=$NNODES; use" \
+        "NNODES=$((NODE_RANK + 1))"
+((MASTER_PORT < 65536)) ||
+    refuse "MASTER_PORT must be below 65536; got $MASTER_PORT; use MASTER_PORT=29500"
 if ((NNODES * NPROC_PER_NODE % GPUS)); then
     nodes=1
     while ((nodes * NPROC_PER_NODE % GPUS)); do nodes=$((nodes + 1)); done
@@ -131,20 +147,62 @@ else
     rendezvous=(--standalone) # a free port of its own
 fi
 
-NAME="${NAME:-$MODEL-$LAYOUT}"
+NAME="${NAME:-${MODEL##*/}-$LAYOUT}"
 RUN_DIR="${RUN_DIR:-runs/$NAME}"
-SAVE="${SAVE:-$RUN_DIR/checkpoints}" LOAD="${LOAD:-}"
+SAVE="${SAVE:-$RUN_DIR/checkpoints}"
 DATA_PATH="${DATA_PATH:-}" TOKENIZER="${TOKENIZER:-}" WANDB_PROJECT="${WANDB_PROJECT:-}"
+not_a_file RUN_DIR SAVE
+if [[ -n "${TOKENIZER_TYPE:-}" && -z "$TOKENIZER" ]]; then
+    refuse "TOKENIZER_TYPE=$TOKENIZER_TYPE needs TOKENIZER, the folder, file or name of the" \
+        "tokenizer; use TOKENIZER=FOLDER too"
+fi
+
+# A run that continues keeps the schedule it began with. A new one takes it from SCHEDULE, or from
+# what it starts with: weights that are trained already are not pretrained anew.
+kept="$RUN_DIR/schedule.txt" began='' continues=no
+if [[ -n "$SCHEDULE" ]]; then one_of SCHEDULE own finetune published; fi
+if is_checkpoint "$SAVE"; then
+    continues=yes
+    if [[ -e "$kept" ]]; then
+        words_of schedule "$kept"
+        began="${words[0]#schedule=}" TRAIN_ARGS=("${words[@]:1}")
+    fi
+elif [[ -n "$LOAD" ]]; then
+    check_checkpoint LOAD
+    if [[ "$default_schedule" == published ]]; then default_schedule=finetune; fi
+fi
+if [[ -n "$began" && -n "$SCHEDULE" && "$SCHEDULE" != "$began" ]]; then
+    refuse "$SAVE continues with the schedule it began with, $began; got SCHEDULE=$SCHEDULE; leave" \
+        "SCHEDULE out, or use another RUN_DIR, with LOAD=$SAVE, for a run of its own"
+fi
+SCHEDULE="${began:-${SCHEDULE:-$default_schedule}}"
+if [[ -z "$began" ]]; then
+    case "$SCHEDULE" in
+        published)
+            [[ "$folder" == no ]] || refuse "SCHEDULE=published is for the models of recipes/models;" \
+                "got MODEL=$MODEL, a folder; use SCHEDULE=finetune or SCHEDULE=own"
+            ;;
+        finetune)
+            [[ -n "$LOAD" || "$continues" == yes ]] || refuse "SCHEDULE=finetune is for weights" \
+                "that are trained already, and there are none; use LOAD=CHECKPOINT too, or" \
+                "SCHEDULE=own with your flags"
+            # shellcheck source=/dev/null
+            source "$recipes/schedules/finetune.sh"
+            ;;
+        own) TRAIN_ARGS=() ;;
+    esac
+fi
 
 # The optimizer is saved in a form that another layout can read.
 RUN_ARGS=(
-    --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     --save "$SAVE" --save-interval 500 --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable
     --exit-signal-handler # SIGTERM: save, then exit
     --log-interval 10 --log-throughput --tensorboard-dir "$RUN_DIR/tensorboard"
     --eval-interval 1000 --eval-iters 10 --data-cache-path "$RUN_DIR/cache"
 )
-if [[ -f "$SAVE/latest_checkpointed_iteration.txt" ]]; then
+if ! given --fp16 "${MODEL_ARGS[@]}" "$@"; then RUN_ARGS+=(--bf16); fi
+if [[ "$continues" == yes ]]; then
     RUN_ARGS+=(--load "$SAVE")
 elif [[ -n "$LOAD" ]]; then
     RUN_ARGS+=(--load "$LOAD" --finetune)
@@ -159,7 +217,7 @@ if [[ -n "$TOKENIZER" ]]; then
     RUN_ARGS+=(--tokenizer-type "${TOKENIZER_TYPE:-HuggingFaceTokenizer}")
     RUN_ARGS+=(--tokenizer-model "$TOKENIZER")
 elif ! given --tokenizer-type "$@"; then
-    RUN_ARGS+=(--tokenizer-type NullTokenizer --vocab-size "$VOCAB")
+    RUN_ARGS+=(--tokenizer-type NullTokenizer ${VOCAB:+--vocab-size "$VOCAB"})
 fi
 if [[ -n "$WANDB_PROJECT" ]]; then
     RUN_ARGS+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$NAME")
@@ -171,7 +229,7 @@ command=(
     "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${RUN_ARGS[@]}" "$@"
 )
 
-if [[ "${DRY_RUN:-0}" == 1 ]]; then
+if [[ "$DRY_RUN" == 1 ]]; then
     printf '%q' "${command[0]}"
     for word in "${command[@]:1}"; do
         if [[ "$word" == --* || "$word" == -m ]]; then printf ' \\\n   '; fi
@@ -183,4 +241,20 @@ fi
 [[ -f "$pretrain" ]] || refuse "PRETRAIN_SCRIPT must be a file; got '$pretrain', which is not here"
 command -v torchrun >/dev/null ||
     refuse "torchrun is not on PATH; activate the environment that ep_plugin is installed in"
+if [[ -n "$DATA_PATH" && ! -f "$DATA_PATH.idx" ]]; then
+    refuse "DATA_PATH must be the prefix of Megatron's .bin and .idx files; got '$DATA_PATH', and" \
+        "$DATA_PATH.idx does not exist; use recipes/prepare_data.py, or Megatron's" \
+        "tools/preprocess_data.py, to make them"
+fi
+if [[ "$TOKENIZER" == [./]* || "$TOKENIZER" == */*/* ]] && [[ ! -e "$TOKENIZER" ]]; then
+    refuse "TOKENIZER must be a folder, a file, or a name on the Hugging Face hub; got" \
+        "'$TOKENIZER', which does not exist; use the folder of the model's tokenizer"
+fi
+if [[ "$DRY_RUN" == check ]]; then exit 0; fi
+if [[ "$continues" == no && "$NODE_RANK" == 0 ]]; then
+    if ! { mkdir -p "$RUN_DIR" && printf '%s\n' "schedule=$SCHEDULE" "${TRAIN_ARGS[@]}" \
+        >"$kept.new" && mv "$kept.new" "$kept"; } 2>/dev/null; then
+        refuse "RUN_DIR must be a folder that can be written; got '$RUN_DIR'; use another RUN_DIR"
+    fi
+fi
 exec "${command[@]}"

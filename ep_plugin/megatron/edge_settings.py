@@ -21,7 +21,7 @@ class EdgeSettings:
     router: str = "topk"
     dispatcher: str = "auto"
     gemm: str = "auto"
-    overlap: str = "serial"
+    overlap: str = "auto"
     routing: dict[str, Any] = field(default_factory=dict)  # fields of RoutingConfig
     dense_activation: Activation | None = None
     expert_activation: Activation | None = None
@@ -38,3 +38,4 @@ class EdgeSettings:
     ranks_per_node: int | None = None
     overlap_chunks: int | None = None
     metrics: bool = False  # whether somebody reads the routers' metrics
+    tokens: int | None = None  # of a micro-batch on one rank, where the arguments say

@@ -7,6 +7,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import speed
 from ep_plugin.megatron.arguments.table import SCOPES, feeding
 from ep_plugin.megatron.arguments.theirs import check, several
+from ep_plugin.megatron.block.graphs import captures_iteration
 from ep_plugin.megatron.edge_settings import EdgeSettings as EdgeSettings
 from ep_plugin.moe.config import GATED, Activation, Fp8, MoEConfig
 from ep_plugin.moe.experts import experts
@@ -127,6 +128,8 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         "dispatcher": speed.dispatcher(config, settings),
         "gemm": settings.gemm,
         "overlap": overlap_schedule(config, settings),
+        "in_graph": captures_iteration(config),
+        "tokens": settings.tokens,
     }
     given = {row.name: getattr(settings, row.name) for row in feeding("moe")}
     return MoEConfig(**(values | {name: v for name, v in given.items() if v is not None}))
@@ -158,7 +161,7 @@ def overlap_schedule(config: Any, settings: EdgeSettings) -> str:
     asked = speed.overlap(config, settings)
     if not config.overlap_moe_expert_parallel_comm:
         return asked
-    if asked not in ("serial", "two_batch"):
+    if asked not in ("auto", "two_batch"):
         raise ConfigError(
             f"--ep-overlap ({asked}) and --overlap-moe-expert-parallel-comm are two "
             "orders of the same exchanges; leave one of them out"

@@ -26,6 +26,7 @@ _SIZES = {
     "num_moe_layers": (1, "<num_moe_layers=1>"),
     "comm_sms": (1, "<comm_sms=32>"),
     "overlap_chunks": (1, "<overlap_chunks=None>"),
+    "tokens": (1, "<tokens=None>"),
 }
 
 
@@ -52,13 +53,19 @@ class MoEConfig:
     deterministic: bool = False  # equal bits in every run: no kernel is chosen by measuring
     router: str = "topk"
     dispatcher: str = "auto"
-    dispatch_dedup: bool = False  # a token travels once to a rank, not once for each expert there
+    # a token travels once to a rank, not once for each expert there; None: as dispatcher = auto
+    # finds best, and off beside a dispatcher by name
+    dispatch_dedup: bool | None = None
     dispatch_dtype: DispatchDtype = "bf16"  # fp8: tokens travel as the experts' products read them
     check_splits: CheckSplits = "first"  # whether ranks compare what they send; first: 8 dispatches
     comm_sms: int = 32  # SMs of the GPU that dispatcher symm_mem copies with
     gemm: str = "auto"
-    overlap: str = "serial"  # the order of a layer's verbs: what is computed while tokens travel
+    overlap: str = "auto"  # the order of a layer's verbs: what is computed while tokens travel
     overlap_chunks: int | None = None  # of the other ranks, for overlap = chunked; None: 2 at most
+    # What is known of the run, for `auto` (moe/auto.py) and for refusals: whether its steps are in
+    # a CUDA graph, and the tokens of a micro-batch on one rank.
+    in_graph: bool = False
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_counts(self, _SIZES)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.moe.auto import Place, settle
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.groups import ExpertGroups
@@ -50,12 +51,11 @@ class MoELayer(nn.Module):
         super().__init__()
         groups = groups if groups is not None else ExpertGroups()
         check_experts_over_ranks(config.num_experts, groups.ep_size)
+        config = settled(config, groups, torch.empty(0, device=device).device)
         self.config = config
         self.groups = groups
         self.router: Router = resolve("router", config.router)(config, groups, device, dtype)
-        self.dispatcher: Dispatcher = resolve("dispatcher", pick_dispatcher(config, groups))(
-            config, groups
-        )
+        self.dispatcher: Dispatcher = resolve("dispatcher", config.dispatcher)(config, groups)
         if groups.replicas is not None:
             self.dispatcher = OncePerReplica(self.dispatcher, groups.replicas)
         self.experts = Experts(config, groups, device=device, dtype=dtype)
@@ -204,8 +204,28 @@ def _coefficient(
     return nn.Linear(config.hidden_size, 2, device=device, dtype=dtype)
 
 
-def pick_dispatcher(config: MoEConfig, groups: ExpertGroups) -> str:
-    """Return the dispatcher `auto` stands for: `local` on one rank, `alltoall` on several."""
-    if config.dispatcher != "auto":
-        return config.dispatcher
-    return "local" if groups.ep_etp_size == 1 else "alltoall"
+def settled(config: MoEConfig, groups: ExpertGroups, device: torch.device) -> MoEConfig:
+    """Return `config` with what `auto` stands for on `groups`; see `moe/auto.py`.
+
+    Every rank of the layer must call it: on GPUs they may have to try each other's memory. Raises
+    ConfigError for a step in a CUDA graph where they cannot.
+    """
+
+    def shares_memory() -> bool:
+        from ep_plugin.moe.dispatcher import symm_mem
+
+        reason = symm_mem.why_not(config, groups, device)
+        if reason is not None and config.in_graph:
+            raise ConfigError(
+                f"a CUDA graph needs <dispatcher=symm_mem>, which does not work here: {reason}; "
+                "run the step without a CUDA graph"
+            )
+        return reason is None
+
+    place = Place(
+        ranks=groups.ep_etp_size,
+        cuda=device.type == "cuda",
+        replicated=groups.replicas is not None,
+        shares_memory=shares_memory,
+    )
+    return settle(config, place)

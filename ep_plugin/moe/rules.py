@@ -126,6 +126,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             _through("alltoall"),
             "is about dispatcher alltoall, and through {dispatcher} a token travels once to a rank "
             "anyway; use <dispatcher=alltoall>",
+            values=(True,),
         ),
     ),
     "moe.dispatch_dtype": (
@@ -185,8 +186,13 @@ UNUSED_BY_EXPERT_CHOICE = {
     "second_expert": "lets experts choose",
     "noise": "lets experts choose",
 }
-# Of the model, not a choice of the user's: legal whatever else is set.
-FACTS = frozenset({"hidden_size", "ffn_hidden_size", "num_experts", "num_moe_layers", "routing"})
+# Of the model and the run, not a choice of the user's: legal whatever else is set.
+FACTS = frozenset(
+    {
+        *("hidden_size", "ffn_hidden_size", "num_experts", "num_moe_layers", "routing"),
+        *("in_graph", "tokens"),
+    }
+)
 # What concerns exchanges: without effect on one rank of ep and etp, and legal there.
 IDLE_AT_ONE_RANK = frozenset(
     {

@@ -15,6 +15,7 @@ from ep_plugin.checkpoint.open import is_hf
 from ep_plugin.checkpoint.staging import manifest_problems
 from ep_plugin.cli import main
 from ep_plugin.commands.convert.run_model import Outputs
+from ep_plugin.megatron.arguments import flags_file, spell_model
 from tests.checkpoint import test_convert_legacy, test_convert_optimizer
 from tests.commands import test_convert
 
@@ -78,6 +79,29 @@ def test_the_manifest_lists_all_other_files(
     assert {"parity.json", "manifest.json"} < files
     assert files - {"manifest.json"} <= set(listed)
     assert manifest_problems(tmp_path / "out") == []
+    assert ("flags.txt" in listed) is ("hf" not in flags)
+
+
+@pytest.mark.parametrize("source", ["torch_dist", "hf"])
+def test_flags_txt_belongs_to_the_result(
+    source: str, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another word in it is found by --check; a model that it cannot say is written without it."""
+    folder = tmp_path / "out"
+    code, said = convert(sources[source], folder, *EXPERTS)
+    assert (code, f"MODEL={folder} LAYOUT=ep2 ./recipes/run.sh" in said) == (0, True)
+    words = flags_file.read(folder / "flags.txt", "model")
+    assert words[0] == "schedule=finetune"
+    assert words[words.index("--num-experts") + 1] == "4"
+    assert main(["convert", "--check", "--to", str(folder)]) == 0
+    (folder / "flags.txt").write_text("\n".join([*words, "--qk-layernorm"]))
+    assert main(["convert", "--check", "--to", str(folder)]) == 1
+    assert "flags.txt has" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spell_model, "UNSAID", ("num_layers",))
+        code, said = convert(sources[source], tmp_path / "bare", *EXPERTS)
+    assert (code, not (tmp_path / "bare" / "flags.txt").exists()) == (0, True)
+    assert "no flags.txt, so recipes/run.sh cannot run it: it cannot say num_layers" in said
 
 
 def test_one_schema_for_every_way(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -59,8 +59,13 @@ TOGETHER: tuple[tuple[str, Any, str, int], ...] = (
      "--ep-capacity-factor 1", 1),
     ("normalize", "after_drop", "--ep-second-expert threshold --ep-second-threshold 0.4", 1),
 )  # fmt: skip
-# Values that `auto` stands for: the name of a layout is the number of its ranks.
-AS_AUTO = {("dispatcher", "local"): 1, ("dispatcher", "alltoall"): 2}
+# Values that `auto` stands for on CPUs: the name of a layout is the number of its ranks.
+AS_AUTO = {
+    ("dispatcher", "local"): 1,
+    **dict.fromkeys(
+        (("dispatcher", "alltoall"), ("overlap", "serial"), ("dispatch_dedup", False)), 2
+    ),
+}
 OBSERVERS = {  # row -> what must differ
     **dict.fromkeys(("preset", "optimizer_format"), "args"),
     "audit_save": "audited",
@@ -265,7 +270,8 @@ def test_every_field_has_one_row() -> None:
     elsewhere = FACTS | kinds | set(THEIRS) | {"bias"}
     block = {f"moe.{f.name}" for f in fields(MoEConfig) if f.name not in elsewhere}
     assert sorted(x for x in feeds() if x.startswith("moe.")) == sorted(block)
-    edge = sorted(f.name for f in fields(EdgeSettings) if f.name not in ("routing", "metrics"))
+    read = ("routing", "metrics", "tokens")  # from several arguments
+    edge = sorted(f.name for f in fields(EdgeSettings) if f.name not in read)
     assert edge == sorted(x.partition(".")[2] for x in feeds() if not x.startswith("routing."))
 
 

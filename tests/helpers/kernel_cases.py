@@ -339,6 +339,67 @@ def check_products(narrow: str, rows: int, b: int, a: int, device: str) -> None:
         assert torch.equal(total[1], before[1]), f"{add} of no rows, {name}"
 
 
+def laid_out(matrix: Tensor) -> list[Tensor]:
+    """Return `matrix` [R, X] lying in memory in other ways: down columns, and with gaps."""
+    wide = torch.full((len(matrix), 2 * matrix.shape[1]), torch.nan, device=matrix.device)
+    wide = wide.to(matrix.dtype)
+    wide[:, : matrix.shape[1]] = matrix
+    return [matrix.T.contiguous().T, wide[:, : matrix.shape[1]]]
+
+
+def parts(result: Any) -> list[Tensor]:
+    """Return the tensors of a result: of a tensor, a record, or several of both."""
+    if isinstance(result, Tensor):
+        return [result]
+    inside = result if isinstance(result, tuple) else vars(result).values()
+    return [tensor for each in inside for tensor in parts(each)]
+
+
+def check_layouts(device: str) -> None:
+    """What is given lies in memory as its maker left it: every layout has the same bits."""
+    tokens, experts, choices, width = 12, 4, 2, 128
+    ids, ends = random_choices(tokens, experts, choices, device)
+    order, place = twins.sort_choices(ids, ends)
+    rows = tokens * choices
+    probs = torch.rand(tokens, choices, device=device)
+    gated = torch.randn(rows, 2 * width, device=device).bfloat16()
+    few, many = (torch.randn(n, width, device=device).bfloat16() for n in (tokens, rows))
+    calls: dict[str, tuple[Any, Tensor]] = {
+        "spread_rows": (lambda m: kernels.spread_rows(m, place, ends)[: int(ends[-1])], few),
+        "sum_rows": (lambda m: kernels.sum_rows(m, place, ends), many),
+        "sum_pieces": (lambda m: kernels.sum_pieces([m, few]), few),
+        "quantize_rows": (kernels.quantize_rows, few),
+        "quantize_blocks": (kernels.quantize_blocks, few),
+        "quantize_weight": (lambda m: kernels.quantize_weight(m.unsqueeze(0)), few),
+        "quantize_weight_blocks": (
+            lambda m: kernels.quantize_weight_blocks(m.unsqueeze(0)),
+            torch.randn(128, 128, device=device).bfloat16(),
+        ),
+        "activate": (
+            lambda m: kernels.activate(m, probs, order, ends, "swiglu")[: int(ends[-1])],
+            gated,
+        ),
+        "activate_backward": (
+            lambda m: tuple(
+                matrix[: int(ends[-1])]
+                for matrix in kernels.activate_backward(m, gated, probs, order, ends, "swiglu")[:2]
+            ),
+            many,
+        ),
+        "activate_backward of hidden": (
+            lambda m: tuple(
+                matrix[: int(ends[-1])]
+                for matrix in kernels.activate_backward(many, m, probs, order, ends, "swiglu")[:2]
+            ),
+            gated,
+        ),
+    }
+    for name, (call, matrix) in calls.items():
+        expected = parts(call(matrix))
+        for other in laid_out(matrix):
+            assert_same(parts(call(other)), expected, f"{name} of strides {other.stride()}")
+
+
 def check_all(device: str) -> None:
     torch.manual_seed(0)
     for rows, b, a in ((40, 48, 32), (300, 160, 272), (300, 272, 160)):
@@ -357,6 +418,7 @@ def check_all(device: str) -> None:
     for width in () if INTERPRETED else (4096, 6016, 14336):  # 8, 16 and 32 warps
         check_activations(width, ("rows",), device, ["swiglu"])
     check_weights_by_blocks(device)
+    check_layouts(device)
 
 
 if __name__ == "__main__":

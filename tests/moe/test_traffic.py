@@ -16,7 +16,7 @@ from torch import Tensor
 from ep_plugin import MoEConfig, ParallelConfig, create_expert_groups
 from ep_plugin.commands.plan.network import Network, Traffic, load
 from ep_plugin.moe.interfaces import Routing, combine, dispatch
-from ep_plugin.moe.layer import pick_dispatcher
+from ep_plugin.moe.layer import settled
 from ep_plugin.registry import resolve
 
 RANKS, EXPERTS, TOKENS, H, K = 8, 32, 64, 24, 4
@@ -56,7 +56,8 @@ def sent(case: str, etp: int, ranks_per_node: int | None = None, **how: Any) -> 
     parallel = ParallelConfig(world_size=RANKS, ep=RANKS // etp, etp=etp)
     groups = create_expert_groups(parallel, ranks_per_node)
     config = MoEConfig(hidden_size=H, ffn_hidden_size=8, num_experts=EXPERTS, **how)
-    dispatcher = resolve("dispatcher", pick_dispatcher(config, groups))(config, groups)
+    config = settled(config, groups, torch.device("cpu"))
+    dispatcher = resolve("dispatcher", config.dispatcher)(config, groups)
     ids = CASES[case](dist.get_rank())
     routing = Routing(ids, torch.rand(ids.shape, dtype=torch.float64), count(ids, EXPERTS))
     legs: list[Leg] = []

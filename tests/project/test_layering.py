@@ -37,6 +37,7 @@ STOREYS = {
     "moe.routing_config": Storey(),
     "moe.rules": Storey("moe.routing_config"),
     "moe.config": Storey("moe.routing_config moe.rules"),
+    "moe.auto": Storey("moe.config moe.rules"),
     "moe.parallel": Storey("moe.config"),
     "moe.groups": Storey(SETTINGS, "torch"),
     "moe.interfaces": Storey("moe.groups", "torch"),
@@ -54,8 +55,8 @@ STOREYS = {
     ),
     "moe.schedule": Storey(f"{SETTINGS} moe.interfaces moe.kernels moe.rows moe.experts", "torch"),
     "moe.layer": Storey(
-        f"{SETTINGS} moe.interfaces moe.groups moe.replicas moe.router moe.dispatcher moe.experts "
-        "moe.schedule",
+        f"{SETTINGS} moe.auto moe.interfaces moe.groups moe.replicas moe.router moe.dispatcher "
+        "moe.experts moe.schedule",
         "torch",
     ),
     # public names of what lies in storey 1
@@ -241,7 +242,9 @@ LIGHT = (
     ".commands.presets",
     ".commands.recipes",
     ".megatron",
+    ".megatron.arguments.flags_file",
     ".megatron.arguments.spell",
+    ".megatron.arguments.spell_model",
     ".megatron.arguments.table",
     ".megatron.arguments.in_flags",
     ".moe.config",

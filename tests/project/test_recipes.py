@@ -21,6 +21,7 @@ from ep_plugin.presets import load as load_preset
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 RUN = RECIPES / "run.sh"
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 SBATCH = sorted((RECIPES / "slurm").glob("*.sbatch"))
 FITS = [  # model, layout, GPUs of 80 GB, RECOMPUTE where it is not the model's own
     ("deepseek-v3", "ep32-pp16", 512, ""),
@@ -53,7 +54,7 @@ def launch(*arguments: str, cwd: Path = ROOT, **settings: str) -> subprocess.Com
     """Run the launcher with `settings` as its environment and nothing else."""
     return subprocess.run(
         [str(RUN), *arguments],
-        env={"PATH": os.environ["PATH"], **settings},
+        env={"PATH": PATH, "PYTHONPATH": str(ROOT), **settings},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -171,9 +172,23 @@ def test_every_recipe_is_in_the_table_and_says_what_it_fits() -> None:
             {"MODEL": "mixtral-8x7b", "LAYOUT": "ep8-pp4", "NNODES": "4"},
             "NNODES=4 needs MASTER_ADDR, the host of NODE_RANK=0",
         ),
+        ({"MODEL": "mixtrl-8x7b"}, "MODEL must be one of deepseek-v3 "),
+        ({"MODEL": "../models/qwen3-nano"}, "MODEL must be a name or a folder that ep-plugin con"),
+        ({"LAYOUT": "../layouts/ep2"}, "LAYOUT must be one of ep2 "),
+        ({"LAYOUT": "ep2 ep256"}, "LAYOUT must be one of ep2 "),
         ({"NNODES": "two"}, "NNODES must be a whole number from 1 on; got 'two'"),
-        ({"RECOMPUTE": "some"}, "RECOMPUTE must be full or none; got 'some'"),
-        ({"SCHEDULE": "mine"}, "SCHEDULE must be published or own; got 'mine'"),
+        ({"NPROC_PER_NODE": "08"}, "NPROC_PER_NODE must be a whole number from 1 on; got '08'"),
+        (
+            {"NODE_RANK": "1"},
+            "NODE_RANK must be below NNODES; got NODE_RANK=1, NNODES=1; use NNODES",
+        ),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT must be below 65536; got 99999"),
+        ({"RECOMPUTE": "some"}, "RECOMPUTE must be full or none; got 'some'; use RECOMPUTE=full"),
+        ({"SCHEDULE": "mine"}, "SCHEDULE must be own, finetune or published; got 'mine'"),
+        ({"DRY_RUN": "yes"}, "DRY_RUN must be 0, 1 or check; got 'yes'"),
+        ({"LOAD": "none"}, "LOAD must be a folder with a checkpoint; got 'none', which does not"),
+        ({"RUN_DIR": "README.md/x"}, "RUN_DIR must be a folder, or one to make; got 'README.md/x'"),
+        ({"TOKENIZER_TYPE": "NullTokenizer"}, "TOKENIZER_TYPE=NullTokenizer needs TOKENIZER, "),
         ({}, "PRETRAIN_SCRIPT must be a file; got 'none.py', which is not here"),
     ],
 )
@@ -182,6 +197,37 @@ def test_mistakes_are_one_sentence_and_code_2(settings: dict[str, str], message:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {message}")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"DATA_PATH": "data/none"}, "DATA_PATH must be the prefix of Megatron's .bin and .idx "),
+        ({"TOKENIZER": "./none"}, "TOKENIZER must be a folder, a file, or a name on the Hugging "),
+        ({"PATH": "/usr/bin:/bin"}, "torchrun is not on PATH; activate the environment that ep_p"),
+    ],
+)
+def test_files_that_the_run_reads_are_looked_at_before_it(
+    settings: dict[str, str], message: str
+) -> None:
+    """Printing leaves them alone: it may be done on another machine."""
+    here = {"MODEL": "qwen3-nano", "LAYOUT": "ep2", **settings}
+    done = launch("recipes/pretrain_gpt.py", **{"DRY_RUN": "check", **here})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert len(done.stderr.splitlines()) == 1
+    assert launch("recipes/pretrain_gpt.py", **{"DRY_RUN": "1", **here}).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [("mixtrl-8x7b", "mixtral"), ("MIXTRAL", "mixtral"), ("30b", "qwen3-30b"), ("qwen", "qwen3-")],
+)
+def test_the_nearest_models_are_named(word: str, near: str) -> None:
+    done = launch("p.py", MODEL=word, LAYOUT="ep2")
+    found = re.findall(r"MODEL=(\S+)", done.stderr)
+    assert found
+    assert all(name.startswith(near) for name in found)
 
 
 def test_help_lists_what_there_is() -> None:
@@ -206,7 +252,8 @@ def test_what_is_printed_is_what_is_run(tmp_path: Path) -> None:
     folder = tmp_path / "a user's folder"
     folder.mkdir()
     script = folder / "pre train.py"
-    script.touch()
+    for path in (script, folder / "my *data.idx", folder / "tok $HOME"):
+        path.touch()
     settings = {
         "MODEL": "deepseek-v3",
         "LAYOUT": "ep32-pp16",
@@ -241,9 +288,14 @@ def test_a_run_continues_from_its_own_checkpoint(tmp_path: Path) -> None:
     words = dry_run("p.py", **recipe)
     assert value(words, "--save") == "runs/qwen3-nano-ep2/checkpoints"
     assert "--load" not in words
-    settings = {**recipe, "RUN_DIR": str(tmp_path), "LOAD": "converted"}
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    (converted / "latest_checkpointed_iteration.txt").write_text("release")
+    settings = {**recipe, "RUN_DIR": str(tmp_path), "LOAD": str(converted)}
     words = dry_run("p.py", **settings)
-    assert value(words, "--load") == "converted"
+    assert value(words, "--load") == str(converted)
+    assert value(words, "--lr") == "1e-5"  # not that of pretraining
+    assert value(dry_run("p.py", **settings, SCHEDULE="published"), "--lr") == "3e-3"
     assert "--finetune" in words
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("7")
@@ -291,10 +343,14 @@ def test_a_job_about_to_end_saves_and_goes_back_into_the_queue(tmp_path: Path) -
     saves = f"trap 'echo saved $MASTER_ADDR $NNODES >>{tmp_path}/calls; exit 1' TERM"
     waits = f"echo $$ >{tmp_path}/step; for i in {{1..3000}}; do sleep 0.02; done"
     recorder(tmp_path, "srun", f"{saves}\n{waits}")
+    recorder(tmp_path, "torchrun")
     slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "host-[a-b]"}
     job = subprocess.Popen(
-        ["bash", str(SBATCH[0]), "pretrain.py"],
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), **slurm},
+        ["bash", str(SBATCH[0]), "recipes/pretrain_gpt.py"],
+        env={
+            **{"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)},
+            **{"MODEL": "qwen3-nano", "LAYOUT": "ep2", **slurm},
+        },
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -308,7 +364,7 @@ def test_a_job_about_to_end_saves_and_goes_back_into_the_queue(tmp_path: Path) -
     assert output.startswith("requeue: job 77 is about to end")
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == "scontrol 'show' 'hostnames' 'host-[a-b]'"
-    assert calls[1].endswith(f"'{RUN}' 'pretrain.py'")
+    assert calls[1].endswith(f"'{RUN}' 'recipes/pretrain_gpt.py'")
     assert calls[2:] == [
         "scancel '--signal=TERM' '77'",
         "saved host-a 2",

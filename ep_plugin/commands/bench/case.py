@@ -6,7 +6,7 @@ token shall go to have logits in [2, 3), the others in [0, 1). Rounding to bf16 
 less than 0.02, so each backend's own router, whatever its precision, chooses the same experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,10 @@ class Contender:
     quantize: Callable[[], object] | None = None  # the weights, as a new optimizer step needs
     renew: Callable[[], object] | None = None  # where that cannot be called: next step does it
     capturable: bool = False  # into a CUDA graph: no host sync
+
+
+# What a backend has for a case: the name of each of its recipes, and what makes it.
+Makers = Mapping[str, Callable[[], Contender]]
 
 
 def require_cuda(name: str, device: torch.device, legal: str = "--backends ep_plugin") -> None:

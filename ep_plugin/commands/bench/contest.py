@@ -24,12 +24,10 @@ FAILURES = (
 )
 
 
-def peer(name: str) -> Callable[..., list[Any]]:
+def peer(name: str) -> Callable[..., Any]:
     """Return the `build` of a peer; raises BackendUnavailable when its package is missing."""
     try:
-        build: Callable[..., list[Any]] = import_module(
-            f"ep_plugin.commands.bench.peers.{name}"
-        ).build
+        build: Callable[..., Any] = import_module(f"ep_plugin.commands.bench.peers.{name}").build
     except ImportError as error:
         raise BackendUnavailable(
             f"{name} needs a package that is not here ({error}); run {INSTALL[name]}"
@@ -59,16 +57,17 @@ class Contest:
     def attempt(
         self, name: str, precision: Precision, one_of_several: bool = False
     ) -> Iterator[None]:
-        """Note why a backend cannot run; raise it where the backend was asked for by name.
+        """Note why a backend cannot run, so that the others do.
 
-        With `one_of_several` ways to run it, it is noted even then. Of this package's own errors
-        only ConfigError is noted.
+        A package that is missing is raised where the backend was asked for by name, unless it is
+        `one_of_several` ways to run it. Of this package's own errors only ConfigError is noted.
         """
         failures = (ConfigError,) if name.startswith(OURS) else FAILURES
         try:
             yield
         except failures as error:
-            if name in self.backends and not one_of_several:
+            missing = isinstance(error, BackendUnavailable)
+            if missing and name in self.backends and not one_of_several:
                 raise
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             first_line = str(error).partition("\n")[0]

@@ -1,9 +1,10 @@
 """The layer of this package as a contender, in each recipe and each way of keeping."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
-from ep_plugin.commands.bench.case import Case, Contender
+from ep_plugin.commands.bench.case import Case, Contender, Makers
 from ep_plugin.commands.bench.floors import Precision
 from ep_plugin.moe.config import Fp8, MoEConfig, Save
 from ep_plugin.moe.groups import ExpertGroups
@@ -14,21 +15,27 @@ SAVES: tuple[Save, ...] = ("bf16", "fp8")
 AUX_LOSS = 0.01  # its cost is part of a training step; Megatron's layer has it too
 
 
-def build(case: Case, precision: Precision) -> list[Contender]:
-    """Return one contender for each recipe of this precision and each way of keeping.
+def build(case: Case, precision: Precision) -> Makers:
+    """Return what makes the layer for each recipe of this precision and each way of keeping.
 
-    Raises ConfigError where a recipe has no product for the shape or the device.
+    Making it raises ConfigError where a recipe has no product for the shape or the device.
     """
     recipes: list[Fp8] = [r for r in get_args(Fp8) if (r == "off") == (precision == "bf16")]
-    return [_contender(case, precision, recipe, save) for recipe in recipes for save in SAVES]
+    return {
+        _name(recipe, save): partial(_contender, case, precision, recipe, save)
+        for recipe in recipes
+        for save in SAVES
+    }
+
+
+def _name(recipe: Fp8, save: Save) -> str:
+    suffixes = ([recipe] if recipe != "off" else []) + ([f"save_{save}"] if save != "bf16" else [])
+    return "+".join(["ep_plugin", *suffixes])
 
 
 def _contender(case: Case, precision: Precision, recipe: Fp8, save: Save) -> Contender:
     layer = make_layer(case, ExpertGroups(), fp8=recipe, save=save)
-    suffixes = ([recipe] if recipe != "off" else []) + ([f"save_{save}"] if save != "bf16" else [])
-    return replace(
-        as_contender(layer, "+".join(["ep_plugin", *suffixes]), precision), capturable=True
-    )
+    return replace(as_contender(layer, _name(recipe, save), precision), capturable=True)
 
 
 def make_layer(case: Case, groups: ExpertGroups, **options: Any) -> MoELayer:

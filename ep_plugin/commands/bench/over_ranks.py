@@ -32,6 +32,7 @@ from ep_plugin.commands.bench.measure import Protocol, Step, Timing, captured
 from ep_plugin.commands.bench.ours import as_contender, make_layer
 from ep_plugin.commands.bench.shapes import Shape
 from ep_plugin.commands.bench.whole_layer import (
+    ready,
     saved_mib,
     train_step,
     weight_ms,
@@ -181,9 +182,9 @@ def _take_part(
     for name, precision in contest.entries((OURS,) if contest.cuda_graph else (OURS, PEER)):
         if name == PEER:
             with contest.attempt(name, precision):
-                for contender in peer(name)(case, precision):
-                    train_step(case, contender)(0)
-                    found.append(_Entry(contender, "alltoall", "serial"))
+                makers = peer(name)(case, precision)
+                peers = ready(contest, case, precision, makers)
+                found += [_Entry(contender, "alltoall", "serial") for contender in peers]
             continue
         for recipe, dispatcher, schedule in our_ways(contest, precision):
             backend = OURS if recipe == "off" else f"{OURS}+{recipe}"

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from ep_plugin.commands.bench import ours
-from ep_plugin.commands.bench.case import Case, Contender, make_case, reference, relative_error
+from ep_plugin.commands.bench.case import (
+    Case,
+    Contender,
+    Makers,
+    make_case,
+    reference,
+    relative_error,
+)
 from ep_plugin.commands.bench.contest import OURS, Contest, peer
 from ep_plugin.commands.bench.figures import Row, make_row
-from ep_plugin.commands.bench.floors import layer_floor, layer_flops
+from ep_plugin.commands.bench.floors import Precision, layer_floor, layer_flops
 from ep_plugin.commands.bench.measure import Step, Timing, captured
 from ep_plugin.commands.bench.shapes import Shape
 
@@ -62,12 +69,21 @@ def _contenders(contest: Contest, case: Case) -> list[Contender]:
     for name, precision in contest.entries((OURS, *PEERS)):
         with contest.attempt(name, precision):
             build = ours.build if name == OURS else peer(name)
-            made = build(case, precision)
-            for contender in made:
-                train_step(case, contender)(0)
-            found += made
-            if not made:
+            makers: Makers = build(case, precision)
+            if not makers:
                 contest.note(name, precision, f"it has no {precision}")
+            found += ready(contest, case, precision, makers)
+    return found
+
+
+def ready(contest: Contest, case: Case, precision: Precision, makers: Makers) -> list[Contender]:
+    """Return those of a backend's recipes that can take the case, after a step each."""
+    found = []
+    for backend, make in makers.items():
+        with contest.attempt(backend, precision):
+            contender = make()
+            train_step(case, contender)(0)
+            found.append(contender)
     return found
 
 

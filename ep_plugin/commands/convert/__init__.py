@@ -9,6 +9,7 @@ from ep_plugin.checkpoint.staging import check_room, seal, staged
 from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.commands.convert.compare import Differs, compare, load_compare
 from ep_plugin.commands.convert.flags import add_arguments as add_arguments
+from ep_plugin.commands.convert.flags_txt import write_flags
 from ep_plugin.commands.convert.request import read_request
 from ep_plugin.commands.convert.say import check_manifest, say_plan, say_summary, write
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         with staged(request.target, dense.folder, request.asked) as staging:
             hashes = write(target, staging, request.processes)
             report = compare(comparison, request, target, staging.folder)
+            write_flags(request, target, staging.folder)
             seal(staging.folder, hashes, target.content, request.manifest)
     except Differs as error:
         print(f"ep-plugin convert: {error}", file=sys.stderr)

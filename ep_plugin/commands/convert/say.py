@@ -13,6 +13,7 @@ from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.staging import Staging, manifest_problems
 from ep_plugin.checkpoint.target import Hashes, Target
 from ep_plugin.commands.convert.compare import need
+from ep_plugin.commands.convert.flags_txt import why_not
 from ep_plugin.commands.convert.request import Request
 from ep_plugin.megatron.arguments.spell import experts_flags, run_flags
 
@@ -167,6 +168,7 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
         print(_optimizer(made.optimizer, made.dropped))
     if request.format == "megatron":
         _print_next(request, target)
+        _print_recipe(request, target)
 
 
 def _optimizer(resumes: bool, dropped: int) -> str:
@@ -179,6 +181,16 @@ def _optimizer(resumes: bool, dropped: int) -> str:
         f"left out: optimizer, random-number and rerun state ({dropped} entries); the optimizer "
         "starts afresh"
     )
+
+
+def _print_recipe(request: Request, target: Target) -> None:
+    if reason := why_not(request, target):
+        print(f"no flags.txt, so recipes/run.sh cannot run it: {reason}")
+        return
+    folder = str(request.target)
+    words = shlex.join([f"MODEL={folder if '/' in folder else f'./{folder}'}"])
+    print("or fine-tune its weights with a recipe, on 2 ranks:")
+    print(f"  {words} LAYOUT=ep2 ./recipes/run.sh pretrain_gpt.py")
 
 
 def _print_next(request: Request, target: Target) -> None:

@@ -18,10 +18,13 @@ EXAMPLES = """examples:
 """
 FILES = Path(__file__).parent / "files"  # links to recipes/ and patches/; in a wheel their content
 LAUNCHER = "recipes/run.sh"
-BESIDE = {"model": [LAUNCHER], "layout": [LAUNCHER], "patch": ["patches/README.md"]}
+BESIDE = {name: [LAUNCHER] for name in ("model", "layout", "schedule")} | {
+    "patch": ["patches/README.md"]
+}
 KINDS = {  # what each matches, below FILES
     "model": "recipes/models/*.sh",
     "layout": "recipes/layouts/*.sh",
+    "schedule": "recipes/schedules/*.sh",
     "script": "recipes/[!_]*.*",
     "slurm": "recipes/slurm/*.sbatch",
     "patch": "patches/*/*.patch",
@@ -66,7 +69,7 @@ def recipes() -> list[Recipe]:
     for kind, pattern in KINDS.items():
         for path in sorted(FILES.glob(pattern)):
             file = str(path.relative_to(FILES))
-            name = path.stem if kind in ("model", "layout") else file.partition("/")[2]
+            name = path.stem if kind in ("model", "layout", "schedule") else file.partition("/")[2]
             files = used([file, *BESIDE.get(kind, [])])
             found.append(Recipe(kind, name, _summary(path), files))
     return found

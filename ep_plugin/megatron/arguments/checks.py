@@ -30,7 +30,7 @@ from ep_plugin.megatron.settings import (
     routing_config,
 )
 from ep_plugin.moe.config import MoEConfig
-from ep_plugin.moe.experts.experts import check_sizes
+from ep_plugin.moe.experts.experts import check_capturable, check_sizes
 from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.moe.rules import own, said
 from ep_plugin.moe.schedule.chunked import check_ranks
@@ -79,12 +79,23 @@ def settings_from_args(args: Any) -> EdgeSettings:
             "--ep-deterministic (off) and --deterministic-mode contradict each other; leave one of "
             "them out"
         )
-    names = {f.name for f in fields(EdgeSettings)} - {"routing", "metrics"}
+    names = {f.name for f in fields(EdgeSettings)} - {"routing", "metrics", "tokens"}
     return EdgeSettings(
         routing=routing,
         metrics=bool(args.tensorboard_dir or args.wandb_project),
+        tokens=tokens_of_a_rank(args),
         **{row.name: getattr(args, row.dest) for row in TABLE if row.name in names},
     )
+
+
+def tokens_of_a_rank(args: Any) -> int | None:
+    """Return the tokens of a micro-batch that one rank routes; None where it is not said."""
+    if not args.seq_length or not args.micro_batch_size:
+        return None
+    shares = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    tokens: int = args.seq_length * args.micro_batch_size
+    ranks: int = args.context_parallel_size * shares
+    return max(1, tokens // ranks)
 
 
 def _choose_scope(args: Any, scope: str) -> None:
@@ -141,6 +152,9 @@ def check_typed(args: Any, typed: Collection[str]) -> None:
     check_together(args, typed)
 
 
+_OF_ONE_RANK = ("local", "serial", False)  # what is done there anyway
+
+
 def idle(args: Any, typed: Collection[str]) -> list[str]:
     """Return the flags that were typed and do nothing since one rank has all experts."""
     if args.num_experts is None or expert_ranks(args) > 1:
@@ -150,7 +164,7 @@ def idle(args: Any, typed: Collection[str]) -> list[str]:
         row.flag
         for row in TABLE
         if row.flag in typed and row.idle_at_one_rank and not own(modules[row.group])
-        if getattr(args, row.dest) not in (row.field_default, "local")
+        if getattr(args, row.dest) not in (row.field_default, *_OF_ONE_RANK)
     ]
 
 
@@ -161,6 +175,7 @@ def check_block(args: Any, settings: EdgeSettings) -> None:
     layers = (layer for layer, is_moe in enumerate(moe_pattern(args), start=1) if is_moe)
     for config in {moe_config(args, settings, layer) for layer in layers}:  # most are alike
         check_sizes(config, etp, device)
+        check_capturable(config, etp, device, args.params_dtype)
         if config.overlap == "chunked":
             tp, ranks = args.tensor_model_parallel_size, args.expert_model_parallel_size * etp
             check_ranks(config, ranks - 1, tp if tp > 1 and not args.sequence_parallel else None)

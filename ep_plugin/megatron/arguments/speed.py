@@ -58,7 +58,7 @@ def _take_flex(args: Any, typed: Mapping[str, str]) -> list[str]:
         except BackendUnavailable as error:
             raise ConfigError(
                 f"{said} needs the package deep_ep, which is not here or does not load; use "
-                "--ep-dispatcher alltoall beside it"
+                "--ep-dispatcher auto beside it"
             ) from error
     return [f"{said}: changes speed alone; tokens travel by --ep-dispatcher {args.ep_dispatcher}"]
 

@@ -198,6 +198,13 @@ _SWITCHES = {  # flag -> argument, given when the argument is true
 }
 
 
+def printed_flags() -> dict[str, bool]:
+    """Return each flag that `run_flags` can print -> whether a value follows it."""
+    switches = dict.fromkeys([*_SWITCHES, "--disable-bias-linear"], False)
+    more = [flag for flags in _VALUES_WITH.values() for flag in flags]
+    return dict.fromkeys([*_VALUES, *more], True) | switches
+
+
 def run_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags of a model with these arguments; data and optimizer are the user's."""
     flags = [] if args.add_bias_linear else ["--disable-bias-linear"]
@@ -209,15 +216,17 @@ def run_flags(args: argparse.Namespace) -> list[str]:
     for flag, name in values.items():
         value = getattr(args, name, None)
         if value is not None:
-            several = isinstance(value, list) and name != "moe_layer_freq"  # an expression
-            flags += [flag, *(map(_text, value) if several else [_text(value)])]
+            flags += [flag, *words_of(value)]
     return flags
 
 
-def _text(value: object) -> str:
+def words_of(value: object) -> list[str]:
+    """Return an argument as a command line has it; several balancing losses are several words."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).replace(" ", "")
+        return [",".join(map(str, value))]
+    if isinstance(value, list) and not all(isinstance(entry, int) for entry in value):
+        return [str(entry) for entry in value]
+    return [str(value).replace(" ", "")]
 
 
 def experts_flags(args: argparse.Namespace) -> list[str]:

@@ -179,7 +179,7 @@ TABLE: tuple[Argument, ...] = (
         "overlap",
         "what is computed while tokens travel",
         kind="overlap",
-        default="serial",
+        default="auto",
         needs=(_SHARED_EXPERT,),
     ),
     # routing, in the order of RoutingConfig
@@ -430,4 +430,4 @@ def feeding(part: str) -> tuple[Argument, ...]:
 
 def automatic(kind: str) -> tuple[str, ...]:
     """Return `auto` for the kinds that have it."""
-    return () if kind in ("router", "overlap") else ("auto",)
+    return () if kind == "router" else ("auto",)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.in_flags import refusal
-from ep_plugin.megatron.block import combined
+from ep_plugin.megatron.block import choice, combined
 from ep_plugin.megatron.block.adopt_groups import adopt_groups
 from ep_plugin.megatron.block.build_shared_expert import build_shared_expert
 from ep_plugin.megatron.block.graphs import check_graphs
@@ -35,7 +35,7 @@ from ep_plugin.megatron.block.parameters import (
 from ep_plugin.megatron.block.sharded_state import EXTRA_STATE, expert_sharded_state
 from ep_plugin.megatron.block.tracking import RoutingTracker
 from ep_plugin.megatron.seams.refusal import refuse
-from ep_plugin.megatron.settings import EdgeSettings, moe_config, ranks_per_node
+from ep_plugin.megatron.settings import EdgeSettings, moe_config, moe_pattern, ranks_per_node
 from ep_plugin.moe.interfaces import Routing, set_up_router
 from ep_plugin.moe.layer import MoELayer
 from ep_plugin.moe.rules import at_one_rank
@@ -108,6 +108,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
             device=_device(config),
             dtype=config.params_dtype,
         )
+        if not any(moe_pattern(config)[: (self.layer_number or 1) - 1]):
+            choice.say(ours, layer.config, groups)
         # Kept outside the module tree: its children are registered here, under Megatron's names.
         object.__setattr__(self, "layer", layer)
         router: Any = layer.router

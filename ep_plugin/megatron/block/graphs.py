@@ -2,7 +2,8 @@
 
 Megatron captures whole iterations (`--cuda-graph-impl full_iteration`) or parts of a layer. In a
 whole iteration a block must not wait for the host, which leaves `symm_mem`, or one rank of ep and
-etp. Parts that Megatron cuts its own MoE layer into do not exist in ours.
+etp; and grouped GEMMs that do not wait (`experts.check_capturable`). Parts that Megatron cuts its
+own MoE layer into do not exist in ours.
 """
 
 import sys
@@ -10,12 +11,11 @@ from typing import Any
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
-from ep_plugin.megatron.settings import EdgeSettings
+from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.moe.config import GRAPH_RANKS
-from ep_plugin.registry import resolve
+from ep_plugin.moe.rules import own
 
 OUTSIDE = ("attn", "mlp")  # modules of Megatron's layers that are not ours
-WAITS = ("loop", "te", "deepgemm")  # grouped GEMMs that want row counts on the host
 
 
 def check_graphs(config: Any, settings: EdgeSettings) -> None:
@@ -26,7 +26,7 @@ def check_graphs(config: Any, settings: EdgeSettings) -> None:
     if cpu_mode.active():
         raise ConfigError(f"--cuda-graph-impl ({impl}) needs a GPU; use --cuda-graph-impl none")
     modules = _modules(config)
-    if impl == "full_iteration" or "full_iteration" in modules:
+    if captures_iteration(config):
         _check_iteration(config, settings)
     elif not modules or not set(modules) <= set(OUTSIDE):
         raise ConfigError(
@@ -34,6 +34,12 @@ def check_graphs(config: Any, settings: EdgeSettings) -> None:
             f"parts of an MoE layer that ep_plugin's does not have; name {' and '.join(OUTSIDE)} "
             "alone, or use --cuda-graph-impl full_iteration"
         )
+
+
+def captures_iteration(config: Any) -> bool:
+    """Whether a TransformerConfig, or arguments, put whole iterations into CUDA graphs."""
+    impl = getattr(config, "cuda_graph_impl", None) or "none"
+    return impl == "full_iteration" or (impl != "none" and "full_iteration" in _modules(config))
 
 
 def end_graphs() -> None:
@@ -58,19 +64,11 @@ def _modules(config: Any) -> list[str]:
     return [str(getattr(each, "name", each)) for each in several]
 
 
-def _waits(config: Any, name: str) -> bool:
-    """Whether a grouped GEMM waits for the host; one of the user's own is asked."""
-    if "." not in name:
-        return name in WAITS
-    ffn = config.moe_ffn_hidden_size or config.ffn_hidden_size
-    return bool(resolve("gemm", name)(config.hidden_size, ffn, config.params_dtype).waits_for_host)
-
-
 def _check_iteration(config: Any, settings: EdgeSettings) -> None:
     etp = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
     ranks = config.expert_model_parallel_size * etp
-    sent = ranks > 1 and "." not in settings.dispatcher
-    if sent and settings.dispatcher != "symm_mem":
+    sent = ranks > 1 and not own(settings.dispatcher)
+    if sent and settings.dispatcher not in ("auto", "symm_mem"):
         raise ConfigError(
             f"--cuda-graph-impl full_iteration needs a dispatcher that does not wait for the host; "
             f"got {settings.dispatcher}; use --ep-dispatcher symm_mem"
@@ -79,9 +77,4 @@ def _check_iteration(config: Any, settings: EdgeSettings) -> None:
         raise ConfigError(
             f"--cuda-graph-impl full_iteration needs at most {GRAPH_RANKS} ranks of ep and etp; "
             f"got {ranks}; use --cuda-graph-impl none"
-        )
-    if _waits(config, settings.gemm):
-        raise ConfigError(
-            f"--cuda-graph-impl full_iteration needs a grouped GEMM that does not wait for the "
-            f"host; got {settings.gemm}; use --ep-gemm auto"
         )

@@ -205,7 +205,7 @@ def build(config: MoEConfig, groups: ExpertGroups) -> AllToAllDispatcher:
     return AllToAllDispatcher(
         config.num_experts,
         groups,
-        config.dispatch_dedup,
+        bool(config.dispatch_dedup),
         wire_format_of(config),
         config.check_splits,
     )

@@ -33,6 +33,7 @@ from torch.nn.functional import pad
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import GRAPH_RANKS, MoEConfig
+from ep_plugin.moe.dispatcher import _trial
 from ep_plugin.moe.dispatcher._link import Combine, Dispatch, Link, Sends
 from ep_plugin.moe.dispatcher._once_per_rank import Hosts
 from ep_plugin.moe.dispatcher._shared_buffer import shared_buffer
@@ -193,6 +194,23 @@ class SymmetricMemoryDispatcher:
                 f"call ({self.most_tokens} on any rank); got {num_tokens}; first run a step of "
                 "as many tokens without a CUDA graph"
             )
+
+
+def buffer_bytes(config: MoEConfig, ranks: int) -> int:
+    """Return the bytes of a rank's buffer for `config.tokens` of each of `ranks`; 0: unknown.
+
+    There is room for all tokens of all ranks, with names and probabilities of their experts; twice
+    for all but the own ones where `chunked` moves them. Above GRAPH_RANKS it may be less.
+    """
+    tokens = config.tokens or 0
+    chunked = config.overlap == "chunked" or (config.overlap == "auto" and config.in_graph)
+    rows = 2 * ranks if chunked else ranks
+    return rows * tokens * (2 * config.hidden_size + 12 * config.routing.topk)
+
+
+def why_not(config: MoEConfig, groups: ExpertGroups, device: torch.device) -> str | None:
+    """Return why this dispatcher does not work here, the same on all ranks; None where it does."""
+    return _trial.why_not(groups, device, buffer_bytes(config, groups.ep_etp_size))
 
 
 def build(config: MoEConfig, groups: ExpertGroups) -> SymmetricMemoryDispatcher:

@@ -1,6 +1,7 @@
 """The experts of one rank: fc1, activation times probability, fc2, on rows sorted by expert."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,6 +113,40 @@ def check_sizes(config: MoEConfig, etp: int, device: torch.device) -> None:
         FP8[config.fp8][0].check(config.hidden_size, ffn // etp, device)
 
 
+def check_capturable(config: MoEConfig, etp: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError for a step in a CUDA graph whose products would wait for the host."""
+    if not config.in_graph or not uses_gemm(config):
+        return
+    ffn = config.ffn_hidden_size // etp
+    for sizes in (
+        (config.hidden_size, ffn * (2 if config.gated else 1)),
+        (ffn, config.hidden_size),
+    ):
+        name = config.gemm
+        if name == "auto":
+            name = autotune.rule(*sizes, dtype, device.type == "cuda")
+        if resolve("gemm", name)(*sizes, dtype).waits_for_host:
+            raise ConfigError(_waits(name, config.gemm, sizes, dtype))
+
+
+def uses_gemm(config: MoEConfig) -> bool:
+    """Whether any product is a grouped GEMM's; FP8 recipes have their own."""
+    return config.fp8 == "off" or config.fp8_wgrad == "bf16"
+
+
+def _waits(name: str, asked: str, sizes: tuple[int, int], dtype: torch.dtype) -> str:
+    if asked != "auto":
+        return (
+            f"<gemm> ({asked}) waits for the host, and a CUDA graph cannot; use <gemm=auto>, or "
+            "run the step without a CUDA graph"
+        )
+    return (
+        f"a CUDA graph needs a grouped GEMM that does not wait for the host, and for experts of "
+        f"{sizes[0]} to {sizes[1]} features in {str(dtype).removeprefix('torch.')} there is only "
+        f"{name}; use bf16 and sizes that are multiples of 8, or run the step without a CUDA graph"
+    )
+
+
 class Experts(nn.Module):
     """The local experts as two grouped linear maps; with etp each rank holds a slice of F.
 
@@ -128,7 +163,9 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         ffn, etp = config.ffn_hidden_size, groups.etp_size
-        check_sizes(config, etp, torch.empty(0, device=device).device)
+        like = torch.empty(0, device=device, dtype=dtype)
+        check_sizes(config, etp, like.device)
+        check_capturable(config, etp, like.device, like.dtype)
         self.num_local_experts = config.num_experts // groups.ep_size
         self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
@@ -172,6 +209,7 @@ class Experts(nn.Module):
                 inbox.tokens8,
             )
             return output
+        self._check_capture()
         moves = rows_of(inbox.expert_ids, inbox.tokens_per_expert)
         ends = moves.ends
         probs = inbox.probs.flatten()[moves.order].unsqueeze(1)  # [R, 1]
@@ -189,14 +227,20 @@ class Experts(nn.Module):
 
     def recipes(self, num_rows: int) -> Callable[[ExpertRows], Recipe]:
         """Return what makes the recipe of some of a call's `num_rows` rows, or of all of them."""
-        wgrad8 = self.config.fp8_wgrad == "fp8"
-        kind: Any = FP8[self.config.fp8][1] if self.fp8 else Bf16
-        uses_gemm = not (kind.has_own_products and wgrad8)
-        gemm = self.linear_fc1.pick_gemm(num_rows if uses_gemm else 0)
+        self._check_capture()
+        gemm = self.linear_fc1.pick_gemm(num_rows if uses_gemm(self.config) else 0)
         if not self.fp8:
             return lambda rows: Bf16(rows, gemm)
-        weights8 = self.weights8()
+        wgrad8 = self.config.fp8_wgrad == "fp8"
+        kind, weights8 = FP8[self.config.fp8][1], self.weights8()
         return lambda rows: kind(rows, gemm, weights8, wgrad8)
+
+    def _check_capture(self) -> None:
+        """Raise ConfigError while a CUDA graph is captured that the products cannot be in."""
+        weight = self.linear_fc1.weight
+        if captured(weight):
+            config = replace(self.config, in_graph=True)
+            check_capturable(config, self.etp_size, weight.device, weight.dtype)
 
     def weights8(self) -> Any:
         """Return the weights as the FP8 recipe reads them, made anew when they may have changed."""

@@ -35,11 +35,9 @@ class Recipe(Protocol):
     """How the products of the experts are computed, for the rows of one call.
 
     What is kept is a tensor or a record of tensors. Weights are [e, out, in], hidden [R, F or 2F].
-    `has_own_products` says whether it needs no grouped GEMM, but for weight gradients in bf16.
     A gradient of a weight is returned, or added to `into` [e, out, in] fp32 and None returned.
     """
 
-    has_own_products: bool
     takes_pieces: bool  # fc1_grads takes what is kept of several pieces of the tokens as a list
     rows: ExpertRows
 
@@ -89,7 +87,6 @@ class Recipe(Protocol):
 class Bf16:
     """Products of the tensors as they are: bf16, or whatever their dtype is."""
 
-    has_own_products = False
     takes_pieces = True
 
     def __init__(self, rows: ExpertRows, gemm: GroupedGemm) -> None:

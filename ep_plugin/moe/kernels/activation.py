@@ -148,7 +148,7 @@ def activate(
     if active.data.numel():
         block = next_power_of_2(width)
         _activate_kernel[(num_rows,)](
-            *(hidden, probs, order, ends, len(ends)),
+            *(hidden.contiguous(), probs, order, ends, len(ends)),
             *(active.data, ends if isinstance(active, Tensor) else active.scale, width),
             ACT=ACTIVATIONS[activation],
             IS_GATED=gated,
@@ -260,7 +260,7 @@ def activate_backward(
         block = next_power_of_2(width)
         warps = _warps(block)
         _activate_backward_kernel[(num_rows,)](
-            *(grads, kept, ends if kept_scale is None else kept_scale),
+            *(grads.contiguous(), kept.contiguous(), ends if kept_scale is None else kept_scale),
             *(probs, order, order if target is None else target.at, ends, len(ends)),
             *(d_hidden, d_scales, out, out_scales, d_probs, width),
             ACT=ACTIVATIONS[activation],

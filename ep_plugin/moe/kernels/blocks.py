@@ -28,7 +28,7 @@ def _quantize_blocks_kernel(matrix, data, scales, WIDTH, BLOCKS: tl.constexpr, S
 def quantize_blocks(matrix: Tensor) -> Blocks8:
     """Return `matrix` [R, X] in e4m3, each 128 columns of a row with their own scale."""
     num_rows, width = matrix.shape
-    data = torch.empty_like(matrix, dtype=E4M3)
+    data = matrix.new_empty(matrix.shape, dtype=E4M3)
     scale = torch.empty(num_rows, width // BLOCK, dtype=torch.float32, device=matrix.device)
     if matrix.numel():
         blocks = next_power_of_2(width // BLOCK)

@@ -145,10 +145,17 @@ def _spread(
     if into.numel() and num_tokens:
         # Bytes are moved, so any dtype may be; eight at a time where rows allow it.
         unit = torch.int64 if width * tokens.element_size() % 8 == 0 else torch.uint8
-        moved, target = tokens.view(unit), into.view(unit)
+        moved, target = tokens.contiguous().view(unit), into.view(unit)
         block = next_power_of_2(moved.shape[1])
         _spread_kernel[(num_tokens,)](
-            *(moved, ends if scales is None else scales, place, ends, target, out_scales),
+            *(
+                moved,
+                ends if scales is None else scales.contiguous(),
+                place,
+                ends,
+                target,
+                out_scales,
+            ),
             *(len(ends), moved.shape[1], each),
             CHOICES=choices,
             SCALES=next_power_of_2(each) if each else 0,
@@ -204,7 +211,7 @@ def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
         block = min(1024, next_power_of_2(width))
         grid = (num_tokens, cdiv(width, block))
         _sum_kernel[grid](
-            *(rows, place, ends, out, len(ends), width),
+            *(rows.contiguous(), place, ends, out, len(ends), width),
             CHOICES=choices,
             BLOCK=block,
         )
@@ -234,6 +241,7 @@ def _sum_pieces_kernel(out, a, b, c, d, e, f, g, h, size, COUNT: tl.constexpr, B
 
 def sum_pieces(pieces: list[Tensor]) -> Tensor:
     """Return the sum [N, X] of at least two `pieces` [N, X], in their order, in fp32."""
+    pieces = [piece.contiguous() for piece in pieces]
     out = torch.empty_like(pieces[0])
     while len(pieces) > 1 and out.numel():
         now, later = pieces[:8], pieces[8:]

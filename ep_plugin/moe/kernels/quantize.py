@@ -47,7 +47,7 @@ def _quantize_kernel(matrix, data, scales, WIDTH, BLOCK: tl.constexpr):
 def quantize_rows(matrix: Tensor) -> Rows8:
     """Return `matrix` [R, X] in e4m3, each row with its own power of two."""
     num_rows, width = matrix.shape
-    data = torch.empty_like(matrix, dtype=E4M3)
+    data = matrix.new_empty(matrix.shape, dtype=E4M3)
     scale = torch.empty(num_rows, dtype=torch.float32, device=matrix.device)
     if matrix.numel():
         block = next_power_of_2(width)

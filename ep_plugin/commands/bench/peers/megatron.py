@@ -4,6 +4,7 @@ Its fastest documented options: alltoall dispatcher, fused permutation and route
 """
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,18 +18,24 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ep_plugin.commands.bench.case import Case, Contender, require_cuda
+from ep_plugin.commands.bench.case import Case, Contender, Makers, require_cuda
 from ep_plugin.commands.bench.floors import Precision
 
 RECIPES = {"bf16": (None,), "fp8": ("tensorwise", "blockwise")}
 FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
 
 
-def build(case: Case, precision: Precision) -> list[Contender]:
-    """Return one contender for each of Megatron's recipes of `precision`."""
+def build(case: Case, precision: Precision) -> Makers:
+    """Return what makes the layer for each of Megatron's recipes of `precision`."""
     require_cuda("megatron", case.device)
     _start()
-    return [_contender(case, precision, recipe) for recipe in RECIPES[precision]]
+    return {
+        _name(recipe): partial(_contender, case, precision, recipe) for recipe in RECIPES[precision]
+    }
+
+
+def _name(recipe: str | None) -> str:
+    return "megatron" if recipe is None else f"megatron+{recipe}"
 
 
 def _start() -> None:
@@ -84,7 +91,7 @@ def _contender(case: Case, precision: Precision, recipe: str | None) -> Contende
         return output.squeeze(1)
 
     return Contender(
-        "megatron" if recipe is None else f"megatron+{recipe}",
+        _name(recipe),
         precision,
         forward,
         list(layer.parameters()),

@@ -1,19 +1,23 @@
 """SonicMoE: bf16, gathers and activations fused into its products."""
 
+from functools import partial
+
 import torch
 from sonicmoe import MoE
 from sonicmoe.enums import ActivationType
 from torch import Tensor
 
-from ep_plugin.commands.bench.case import Case, Contender, require_cuda
+from ep_plugin.commands.bench.case import Case, Contender, Makers, require_cuda
 from ep_plugin.commands.bench.floors import Precision
 
 
-def build(case: Case, precision: Precision) -> list[Contender]:
-    """Return its layer, with the auxiliary loss it always computes; it has no fp8."""
+def build(case: Case, precision: Precision) -> Makers:
+    """Return what makes its layer, with the auxiliary loss it always computes; it has no fp8."""
     require_cuda("sonicmoe", case.device)
-    if precision != "bf16":
-        return []
+    return {"sonicmoe": partial(_contender, case)} if precision == "bf16" else {}
+
+
+def _contender(case: Case) -> Contender:
     shape = case.shape
     layer = MoE(
         shape.experts, shape.topk, shape.hidden, shape.ffn, ActivationType.SWIGLU, False, 0.02
@@ -30,4 +34,4 @@ def build(case: Case, precision: Precision) -> list[Contender]:
         output: Tensor = layer(tokens)[0]
         return output
 
-    return [Contender("sonicmoe", precision, forward, list(layer.parameters()))]
+    return Contender("sonicmoe", "bf16", forward, list(layer.parameters()))

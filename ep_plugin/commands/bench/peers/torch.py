@@ -6,13 +6,14 @@ quantised when told to.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ep_plugin.commands.bench.case import Case, Contender, require_cuda
+from ep_plugin.commands.bench.case import Case, Contender, Makers, require_cuda
 from ep_plugin.commands.bench.floors import Precision
 from ep_plugin.commands.bench.peers._scaled import scaled_product
 
@@ -126,12 +127,20 @@ def _padded(ends: Tensor, num_rows: int) -> tuple[int, Tensor]:
     return size, row + (padded_starts - starts)[expert]
 
 
-def build(case: Case, precision: Precision) -> list[Contender]:
-    """Return the layer in `precision`; raises BackendUnavailable for fp8 without a GPU."""
+def build(case: Case, precision: Precision) -> Makers:
+    """Return what makes the layer; raises BackendUnavailable for fp8 without a GPU."""
     if precision == "bf16":
-        layer = TorchMoE(case, _grouped, _grouped)
-        return [Contender("torch", precision, layer, list(layer.parameters()), capturable=True)]
+        return {"torch": partial(_bf16, case)}
     require_cuda("torch fp8", case.device)
+    return {"torch+rowwise": partial(_rowwise, case)}
+
+
+def _bf16(case: Case) -> Contender:
+    layer = TorchMoE(case, _grouped, _grouped)
+    return Contender("torch", "bf16", layer, list(layer.parameters()), capturable=True)
+
+
+def _rowwise(case: Case) -> Contender:
     quantized = torch.compile(_quantized, dynamic=True)
     kept = [Weight8(weight, quantized) for weight in (case.fc1, case.fc2)]
 
@@ -147,13 +156,11 @@ def build(case: Case, precision: Precision) -> list[Contender]:
             weight8.renew()
 
     layer = TorchMoE(case, *(product(weight8) for weight8 in kept))
-    return [
-        Contender(
-            "torch+rowwise",
-            precision,
-            layer,
-            list(layer.parameters()),
-            quantize=quantize,
-            capturable=True,
-        )
-    ]
+    return Contender(
+        "torch+rowwise",
+        "fp8",
+        layer,
+        list(layer.parameters()),
+        quantize=quantize,
+        capturable=True,
+    )

@@ -32,19 +32,24 @@ def pick(weight: Tensor, num_rows: int) -> GroupedGemm:
 
     With 0 rows it is the rule's, which never waits for the GPU: nothing can be measured for them.
     """
-    return settle(weight, num_rows) if num_rows else build(rule(weight), weight)
+    return settle(weight, num_rows) if num_rows else build(rule_for(weight), weight)
 
 
-def rule(weight: Tensor) -> str:
+def rule(in_features: int, out_features: int, dtype: torch.dtype, cuda: bool) -> str:
     """Return what to take unmeasured: `torch_grouped` for bf16 on CUDA, else `loop`."""
-    aligned = all(features % 8 == 0 for features in weight.shape[1:])
-    grouped = weight.is_cuda and weight.dtype == torch.bfloat16 and aligned
-    return "torch_grouped" if grouped else "loop"
+    aligned = in_features % 8 == out_features % 8 == 0
+    return "torch_grouped" if cuda and dtype == torch.bfloat16 and aligned else "loop"
+
+
+def rule_for(weight: Tensor) -> str:
+    """Return `rule` for `weight` [e, out, in]."""
+    _, out_features, in_features = weight.shape
+    return rule(in_features, out_features, weight.dtype, weight.is_cuda)
 
 
 def settle(weight: Tensor, num_rows: int) -> GroupedGemm:
     """Return the fastest backend for `weight` [e, out, in], measured or from an earlier run."""
-    name = rule(weight)
+    name = rule_for(weight)
     if name != "loop":
         rows = min(1 << (num_rows - 1).bit_length(), MAX_ROWS)
         name = choose(

@@ -34,7 +34,6 @@ class Fp8(ABC):
     `wgrad8` says whether they make the weight gradients.
     """
 
-    has_own_products = True  # but for weight gradients in bf16
     takes_pieces = False
     scales: Scales
 

@@ -1,0 +1,65 @@
+# Sourced by the recipes: what is wrong with a setting, in one sentence, before anything starts.
+
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+whole() {
+    # whole SMALLEST NAME...: each variable must be a whole number from SMALLEST on.
+    local smallest="$1" name
+    shift
+    for name in "$@"; do
+        [[ "${!name}" =~ ^(0|[1-9][0-9]{0,8})$ ]] && ((${!name} >= smallest)) ||
+            refuse "$name must be a whole number from $smallest on; got '${!name}'; without it" \
+                "the default is taken"
+    done
+}
+
+one_of() {
+    # one_of NAME VALUE...: the variable must be one of these.
+    local name="$1" legal
+    shift
+    for legal in "$@"; do
+        if [[ "${!name}" == "$legal" ]]; then return 0; fi
+    done
+    legal="$(printf '%s, ' "${@:1:$#-1}")"
+    refuse "$name must be ${legal%, } or ${*: -1}; got '${!name}'; use $name=$1"
+}
+
+not_a_file() {
+    # not_a_file NAME...: each must be a folder, or a name for one to make, below no file.
+    local name folder
+    for name in "$@"; do
+        folder="${!name}"
+        while [[ -n "$folder" && ! -e "$folder" && "$folder" == */* ]]; do folder="${folder%/*}"; done
+        if [[ -e "$folder" && ! -d "$folder" ]]; then
+            refuse "$name must be a folder, or one to make; got '${!name}', and $folder is a" \
+                "file; use $name=$folder-2"
+        fi
+    done
+}
+
+nearest() {
+    # nearest WORD NAME...: those that contain WORD; else those that begin most like it; else one.
+    local word="${1,,}" name length found=()
+    shift
+    for ((length = ${#word}; length > 0; length--)); do
+        for name in "$@"; do
+            if [[ "$name" == "${word:0:length}"* ]] ||
+                [[ "$length" == "${#word}" && "$name" == *"$word"* ]]; then
+                found+=("$name")
+            fi
+        done
+        if ((${#found[@]})); then break; fi
+    done
+    echo "${found[*]:-$1}"
+}
+
+settings_of() {
+    # settings_of FILE: its NAME="${NAME:-DEFAULT}"  # COMMENT lines, as help.
+    sed -nE 's/^([A-Z_]+)="\$\{[A-Z_]+:-([^}]*)\}" *(# (.*))?$/\1\t\2\t\4/p' "$1" |
+        while IFS=$'\t' read -r name default comment; do
+            printf '  %-16s %s%s\n' "$name" "$comment" "${default:+ ($default)}"
+        done
+}

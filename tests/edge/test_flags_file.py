@@ -1,0 +1,260 @@
+"""`flags.txt`: whole models in flags, read as data. What is planted in it is refused by name."""
+
+import argparse
+import ast
+import inspect
+import os
+import random
+import re
+import string
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import pytest
+from documents import megatron_parser
+
+from ep_plugin.checkpoint import family
+from ep_plugin.checkpoint.adapt.hugging_face import arguments
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments import flags_file, spell_model
+from ep_plugin.megatron.arguments.spell import megatron_arguments
+from ep_plugin.megatron.arguments.table import TABLE
+from ep_plugin.presets import load as load_preset
+from ep_plugin.registry import available
+
+GOOD = ["schedule=finetune", "--num-layers", "2", "--swiglu", "--moe-layer-freq", "[0,1]"]
+SHELL = (
+    "a b",
+    "'",
+    '"',
+    "$(touch planted)",
+    "`touch planted`",
+    "; touch planted",
+    "$HOME",
+    "a\\nb",
+)
+PATHS = ("/etc/passwd", "../x", "a/b", "~", "my_package.my_router", "os.system", "a=b", "{0}", "%s")
+BYTES = ("a\tb", "a\rb", "\x00", "\x1b[2J", "\u2028", "\u0661", "a\vb", " 1", "1 ", "", "-x", "-")
+OPENS = re.compile(r"path|file|dir\b|--load|-save\b|module|config|tokenizer|spec\b|cfg")
+CASES = [*SHELL, *PATHS, *BYTES]
+
+
+def refusal(path: Path, lines: list[str], kind: str = "model") -> str:
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ConfigError) as error:
+        flags_file.read(path, kind)
+    text = str(error.value)
+    assert len(text.splitlines()) == 1
+    assert text.isascii()
+    assert text.isprintable()
+    assert len(text) < 600
+    return text
+
+
+@pytest.mark.parametrize("word", CASES, ids=ascii)
+def test_a_planted_word_is_refused_wherever_it_stands(word: str, tmp_path: Path) -> None:
+    """Alone, behind a flag, glued to one, and instead of the first line."""
+    path = tmp_path / "flags.txt"
+    lines = [*GOOD, "--hidden-size", word]
+    assert ascii(word)[:60] in refusal(path, lines)
+    refusal(path, [*GOOD, word])
+    refusal(path, [*GOOD, "--swiglu" + word])
+    refusal(path, [*GOOD, "--hidden-size=" + word])
+    refusal(path, [word, *GOOD[1:]])
+    refusal(path, ["schedule=" + word, *GOOD[1:]])
+
+
+def test_random_words_are_read_as_they_are_or_refused(tmp_path: Path) -> None:
+    """What passes has no character that a shell, a path or an import would need."""
+    rng, path, passed = random.Random(3), tmp_path / "flags.txt", 0
+    pool = string.printable + "\x00\x1b\u2028\xe9"
+    for _ in range(500):
+        word = "".join(rng.choices(pool, k=rng.randint(1, 6)))
+        path.write_text("\n".join([*GOOD, "--hidden-size", word]) + "\n")
+        try:
+            words = flags_file.read(path, "model")
+        except ConfigError:
+            continue
+        passed += 1
+        assert words == [*GOOD, "--hidden-size", *word.split("\n")]
+        assert re.fullmatch(r"[A-Za-z0-9_.,*+\[\]-]+", words[-1])
+    assert passed > 5
+
+
+@pytest.mark.megatron
+def test_every_other_flag_of_megatron_s_is_refused_by_name(tmp_path: Path) -> None:
+    """All flags of its parser, those that open files or load code among them."""
+    legal = flags_file.flags_of("model")
+    actions = {flag: a for a in megatron_parser()._actions for flag in a.option_strings}
+    assert legal.keys() <= actions.keys()
+    dangerous = {"--load", "--save", "--data-path", "--spec", "--tokenizer-model", "--yaml-cfg"}
+    dangerous |= {"--ep-parity-dump", "--heterogeneous-layers-config-path", "--tensorboard-dir"}
+    others = actions.keys() - legal.keys()
+    assert dangerous <= others
+    for flag in others:
+        with pytest.raises(ConfigError, match=f"got '{flag[:60]}"):
+            flags_file.check([*GOOD, flag, "1"], "model", tmp_path)
+    for flag, takes_value in legal.items():
+        assert takes_value is (actions[flag].nargs != 0), flag
+        assert flag in ("--ep-audit-save", "--ep-save") or not OPENS.search(flag)
+
+
+def test_own_code_cannot_be_named(tmp_path: Path) -> None:
+    """Options of one's own are imported by their name; a file may only name ours."""
+    for row in TABLE:
+        if row.kind is not None:
+            for name in ("my_package", "os", "my_package.my_option"):
+                assert row.flag in refusal(tmp_path / "flags.txt", [*GOOD, row.flag, name]) or (
+                    "." in name
+                )
+            ours = [*GOOD, row.flag, available(row.kind)[0]]
+            (tmp_path / "flags.txt").write_text("\n".join(ours))
+            assert flags_file.read(tmp_path / "flags.txt", "model") == ours
+
+
+def test_a_damaged_file_is_said_to_be_one(tmp_path: Path) -> None:
+    path = tmp_path / "flags.txt"
+    assert "needs its value" in refusal(path, [*GOOD, "--hidden-size"])
+    assert "needs its value" in refusal(path, [*GOOD, "--hidden-size", "--qk-layernorm"])
+    assert "a second time" in refusal(path, [*GOOD, "--swiglu"])
+    assert "takes one stands before it" in refusal(path, [*GOOD, "--qk-layernorm", "1"])
+    assert "takes one stands before it" in refusal(path, [GOOD[0], "1"])
+    assert "at most" in refusal(path, [*GOOD, "--hidden-size", "1" * 70000])
+    assert "schedule=published" in refusal(path, GOOD, "schedule").partition("; got")[0] + refusal(
+        path, ["schedule=x"], "schedule"
+    )
+    refusal(path, ["schedule=published", *GOOD[1:]])
+    refusal(path, ["schedule=own", "--num-layers", "2"], "schedule")
+    for make in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(tmp_path / "secret")):
+        path.rmdir() if path.is_dir() else path.unlink()
+        assert not path.exists()
+        (tmp_path / "secret").write_text("\n".join(GOOD))
+        make()
+        with pytest.raises(ConfigError, match="must be a plain file"):
+            flags_file.read(path, "model")
+
+
+def settings_of(case: str) -> argparse.Namespace:
+    config = {**hf_models.settings(case).to_dict(), "dtype": "bfloat16"}
+    return arguments(config, family.load(hf_models.model_type(case)))
+
+
+MEANT_OTHERWISE = {
+    "moe_grouped_gemm",  # how products are computed
+    "use_rotary_position_embeddings",  # an old spelling of position_embedding_type
+    "mup_base_hidden_size",  # Megatron takes the hidden size, which it is
+    "num_query_groups",  # where there are groups; compared below
+}
+
+
+def plain(value: Any) -> Any:
+    """Return a value out of lists of one, and what is off as None."""
+    while isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    return value or None
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("case", hf_models.CASES)
+def test_megatron_reads_the_model_that_was_meant(case: str, tmp_path: Path) -> None:
+    """Every family: each setting that a flag of Megatron's has comes out of its parser again."""
+    args = settings_of(case)
+    words = spell_model.model_flags(args)
+    flags_file.write(tmp_path / "flags.txt", "finetune", words)
+    assert flags_file.read(tmp_path / "flags.txt", "model") == ["schedule=finetune", *words]
+    parser = megatron_parser()
+    parsed, rest = parser.parse_known_args(words)
+    assert rest == []
+    known = {action.dest for action in parser._actions} - MEANT_OTHERWISE
+    for name in known & vars(args).keys():
+        value = getattr(args, name)
+        assert plain(getattr(parsed, name)) == plain(value), name
+    assert not parsed.group_query_attention or parsed.num_query_groups == args.num_query_groups
+    assert parsed.attention_dropout == parsed.hidden_dropout == 0.0
+
+
+RESTORED_BESIDE = {  # what Megatron takes from a checkpoint, and is no setting of the model here
+    *("moe_grouped_gemm", "moe_single_grouped_weight", "moe_single_grouped_bias"),
+    *("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads"),
+    *("tokenizer_model", "tokenizer_type", "tiktoken_pattern", "ckpt_format"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+    *("expert_model_parallel_size", "mtp_use_repeated_layer"),
+    # old spellings of --position-embedding-type, whose value they have become when a run saves
+    *("add_position_embedding", "use_rotary_position_embeddings"),
+    "apply_layernorm_1p",  # saved as layernorm_zero_centered_gamma
+}
+
+
+@pytest.mark.megatron
+def test_what_megatron_itself_takes_from_a_checkpoint_is_said_or_refused() -> None:
+    from megatron.training import checkpointing
+
+    tree = ast.parse(inspect.getsource(checkpointing.load_args_from_checkpoint))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    restored = {
+        node.args[0].value
+        for node in calls
+        if isinstance(node.func, ast.Name)
+        and node.func.id == "_set_arg"
+        and isinstance(node.args[0], ast.Constant)
+    }
+    assert len(restored) > 40
+    parser = megatron_parser()
+    said = {a.dest for a in parser._actions if {*a.option_strings} & {*spell_model.legal_flags()}}
+    assert restored <= said | {*spell_model.UNSAID} | RESTORED_BESIDE
+
+
+def own_model(**changes: Any) -> argparse.Namespace:
+    """Return the arguments that a run of Megatron's would save, with some changed."""
+    words = megatron_arguments(load_preset("qwen3-nano"))
+    args = megatron_parser().parse_args([*words, "--padded-vocab-size", "256"])
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        (["--rotary-percent", "0.5"], {"rotary_percent": 0.5}),
+        (["--squared-relu"], {"squared_relu": True}),
+        (["--attention-dropout", "0.25"], {"attention_dropout": 0.25}),
+        (["--moe-router-dtype", "fp64"], {"moe_router_dtype": "fp64"}),
+        (["--moe-expert-capacity-factor", "1.5"], {"moe_expert_capacity_factor": 1.5}),
+        (["--ep-normalize", "none"], {"ep_normalize": "none"}),
+        (["--ep-experts-per-layer", "4,8,8,8"], {"ep_experts_per_layer": (4, 8, 8, 8)}),
+        (["--ep-z-loss-coeff", "0.001"], {"moe_z_loss_coeff": 0.001}),
+        (["--ep-router", "expert_choice"], {"ep_router": "expert_choice"}),
+        (["--no-rope-freq", "[0,1,0,1]"], {"no_rope_freq": [0, 1, 0, 1]}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_settings_of_one_s_own_run_go_along(
+    flags: list[str], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    plain, words = (spell_model.model_flags(own_model(**c)) for c in ({}, changes))
+    found = " ".join(words)
+    assert " ".join(flags) in found
+    assert " ".join(flags) not in " ".join(plain)
+    flags_file.write(tmp_path / "flags.txt", "finetune", words)
+    parsed = megatron_parser().parse_args(words)
+    for name, value in changes.items():
+        assert getattr(parsed, name) == value
+
+
+@pytest.mark.megatron
+def test_what_no_flag_says_is_named() -> None:
+    assert spell_model.unsaid(own_model()) == []
+    assert spell_model.unsaid(own_model(mtp_num_layers=1)) == ["mtp_num_layers"]
+    assert spell_model.unsaid(own_model(ep_router="my.router")) == ["ep_router"]
+
+
+def test_as_a_program_it_prints_the_words_or_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flags.txt").write_text("\n".join(GOOD))
+    assert flags_file.main(["model", str(tmp_path / "flags.txt")]) == 0
+    assert capsys.readouterr().out.splitlines() == GOOD
+    assert flags_file.main(["model", str(tmp_path / "none")]) == 2
+    assert "/none must be a plain file (No such" in capsys.readouterr().err
