@@ -24,6 +24,7 @@ class Accepted:
     args: Any
     settings: EdgeSettings
     config: MoEConfig
+    said: tuple[str, ...]  # lines for the log
 
 
 @cache
@@ -36,7 +37,7 @@ def read(*flags: str) -> Accepted | str:
         checks.check_typed(args, typed)
         # packages of options may not be here
         with patch.object(checks, "resolve"), patch.object(speed, "resolve"):
-            speed.take_speed(args, typed)
+            said = speed.take_speed(args, typed)
             settings = checks.settings_from_args(args)
         checks.check_arguments(args, settings)
         config = moe_config(args, settings, 1)
@@ -44,4 +45,4 @@ def read(*flags: str) -> Accepted | str:
     except ConfigError as error:
         return error.spelled(in_flags(typed))
     choose_format(args)
-    return Accepted(args, settings, config)
+    return Accepted(args, settings, config, tuple(said))
