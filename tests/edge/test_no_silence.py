@@ -6,7 +6,6 @@ the value is no observer.
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
-from command_line import Accepted, read
+from command_line import Accepted, read, ways_out
 from flag_values import CASES, SAMPLES, given
 from silence import Case, observe, observe_all
 from spawn import run_ranks
@@ -98,20 +97,6 @@ ACTS = [
     *((name, value, BESIDE.get((name, value), ""), None) for name, value in CASES),
     *TOGETHER,
 ]
-
-
-WORD = re.compile(r"(?P<no>no )?(?P<flag>--[\w-]+)(?: (?P<value>'[^']*'|[^\s;-][^\s;]*))?")
-
-
-def ways_out(sentence: str) -> Iterator[list[str]]:
-    """Yield the flags that a refusal says to use, alternative by alternative."""
-    for alternative in re.split(r", or | or |, ", sentence.rpartition("; use ")[2]):
-        flags: list[str] = []
-        for word in WORD.finditer(alternative.replace(" with ", " ; ").replace(" and ", " ; ")):
-            if not word["no"]:
-                flags += [word["flag"], *([word["value"].strip("',")] if word["value"] else [])]
-        if flags:
-            yield flags
 
 
 def completed(name: str, value: Any, depth: int = 3, beside: tuple[str, ...] = ()) -> list[str]:

@@ -1,5 +1,7 @@
 """What the plugin makes of a command line, up to what needs more than its arguments."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -46,3 +48,17 @@ def read(*flags: str) -> Accepted | str:
         return error.spelled(in_flags(typed))
     choose_format(args)
     return Accepted(args, settings, config, tuple(said))
+
+
+WORD = re.compile(r"(?P<no>no )?(?P<flag>--[\w-]+)(?: (?P<value>'[^']*'|[^\s;-][^\s;]*))?")
+
+
+def ways_out(sentence: str) -> Iterator[list[str]]:
+    """Yield the flags that a refusal says to use, alternative by alternative."""
+    for alternative in re.split(r", or | or |, ", sentence.rpartition("; use ")[2]):
+        flags: list[str] = []
+        for word in WORD.finditer(alternative.replace(" with ", " ; ").replace(" and ", " ; ")):
+            if not word["no"]:
+                flags += [word["flag"], *([word["value"].strip("',")] if word["value"] else [])]
+        if flags:
+            yield flags
