@@ -14,7 +14,7 @@ from flag_values import parser
 from megatron.core import activations
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.theirs import BESIDE, BY_FIELD, _choices, check
+from ep_plugin.megatron.arguments.theirs import BESIDE, BY_FIELD, check, choices
 from ep_plugin.megatron.arguments.theirs_table import THEIRS
 from ep_plugin.megatron.settings import ACTIVATIONS
 from ep_plugin.moe.config import MoEConfig
@@ -24,7 +24,7 @@ from ep_plugin.moe.rules import at_one_rank
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
 SENTENCES = [
     *(
-        (row.field, row.why if "; " in row.why else f"{row.why}; use {_choices(row)}")
+        (row.field, row.why if "; " in row.why else f"{row.why}; use {choices(row)}")
         for row in THEIRS
         if row.effect in ("acts", "refused") and row.why
     ),

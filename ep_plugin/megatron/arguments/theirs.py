@@ -206,7 +206,7 @@ def _check_row(row: Theirs, given: Given) -> None:
     refused = row.effect == "refused" and value not in row.off
     illegal = row.effect == "acts" and bool(row.legal) and not _is_legal(row, value)
     if (refused or illegal) and row.when(given):
-        advice = "" if "; " in row.why else f"; use {_choices(row)}"
+        advice = "" if "; " in row.why else f"; use {choices(row)}"
         raise ConfigError(f"{_subject(row, given)} {row.why}{advice}")
 
 
@@ -222,7 +222,8 @@ def _subject(row: Theirs, given: Given) -> str:
     return row.name if isinstance(value, bool) else f"{row.name} ({_text(value)})"
 
 
-def _choices(row: Theirs) -> str:
+def choices(row: Theirs) -> str:
+    """Return the flag with the values that are honoured, as a way out."""
     *most, last = map(str, row.legal)
     return f"{row.name} {', '.join(most)} or {last}"
 
