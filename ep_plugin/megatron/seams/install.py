@@ -193,6 +193,7 @@ def _with_our_checks(
     from ep_plugin.megatron.arguments.in_flags import refusal
     from ep_plugin.megatron.arguments.optimizers import check_optimizer
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
+    from ep_plugin.megatron.arguments.speed import take_speed
     from ep_plugin.megatron.arguments.theirs import check
     from ep_plugin.megatron.arguments.unbalanced import unbalanced
     from ep_plugin.megatron.block.graphs import check_graphs
@@ -204,6 +205,7 @@ def _with_our_checks(
         wheel.check_helpers()
         check_typed(args, typed)
         attention.check_installed(args)
+        about_speed = take_speed(args, typed)
         layer_class.settings = settings_from_args(args)
         layer_class.log_interval = args.tensorboard_log_interval
         check_arguments(args, layer_class.settings)
@@ -212,6 +214,8 @@ def _with_our_checks(
         check_resumable(args)
         if said is not None:
             _print(said)
+        for line in about_speed:
+            _print(line)
         if args.num_experts is not None:
             check(args, layer_class.settings)
             check_optimizer(args)
