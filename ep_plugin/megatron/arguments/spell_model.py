@@ -26,8 +26,8 @@ _OF_EXPERTS: dict[str, tuple[str, Any]] = {
     "--moe-expert-capacity-factor": ("moe_expert_capacity_factor", None),
     "--moe-token-drop-policy": ("moe_token_drop_policy", "probs"),
 }
-# Megatron's default is 0.1; Hugging Face's models, whose arguments do not say, have none.
-_DROPOUTS = {"--attention-dropout": "attention_dropout", "--hidden-dropout": "hidden_dropout"}
+# Megatron's default is 0.1; a checkpoint whose arguments do not say has none.
+_DROPOUTS = ("--attention-dropout", "--hidden-dropout")
 # What a model can have and these flags do not say; None, 0 or empty in all others.
 UNSAID = (
     *("mtp_num_layers", "mtp_hybrid_override_pattern", "hybrid_override_pattern"),
@@ -58,8 +58,7 @@ def model_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags of a model with these arguments; data and optimizer are the user's."""
     flags = run_flags(args)
     flags += [flag for flag, name in _SWITCHES.items() if getattr(args, name, False)]
-    for flag, name in _DROPOUTS.items():
-        flags += [] if flag in flags else [flag, str(getattr(args, name, 0.0))]
+    flags += [word for flag in _DROPOUTS if flag not in flags for word in (flag, "0.0")]
     experts = bool(getattr(args, "num_experts", None))
     for flag, (name, default) in (_OTHERS | (_OF_EXPERTS if experts else {})).items():
         if getattr(args, name, default) != default:
