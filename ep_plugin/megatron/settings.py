@@ -106,14 +106,16 @@ def _capacity(config: Any, settings: EdgeSettings) -> dict[str, Any]:
 def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = None) -> MoEConfig:
     """Return our configuration of one block for a TransformerConfig, or for validated arguments.
 
-    `layer_number` counts from 1; it is needed when layers differ in experts. Raises ConfigError
-    for settings that have no counterpart.
+    `layer_number` counts from 1, MTP layers behind the decoder's; it is needed when layers differ
+    in experts. Raises ConfigError for settings that have no counterpart.
     """
     check(config, settings)
     pattern = moe_pattern(config)
     num_experts = getattr(config, "num_moe_experts", None) or config.num_experts
     if settings.experts_per_layer is not None and layer_number is not None:
-        num_experts = settings.experts_per_layer[sum(pattern[: layer_number - 1])]
+        place = sum(pattern[: layer_number - 1])
+        # A layer of multi-token prediction is made as the decoder's last.
+        num_experts = (*settings.experts_per_layer, settings.experts_per_layer[-1])[place]
     values = {
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.moe_ffn_hidden_size or config.ffn_hidden_size,

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
-from command_line import Accepted, read, ways_out
+from command_line import Accepted, completed, read
 from flag_values import CASES, SAMPLES, given
 from silence import Case, observe, observe_all
 from spawn import run_ranks
@@ -97,32 +97,6 @@ ACTS = [
     *((name, value, BESIDE.get((name, value), ""), None) for name, value in CASES),
     *TOGETHER,
 ]
-
-
-def completed(name: str, value: Any, depth: int = 3, beside: tuple[str, ...] = ()) -> list[str]:
-    """Return the flags that the refusals say to use beside this one; [] where none is needed.
-
-    A refusal without a way out that works and keeps what was typed is an AssertionError.
-    """
-    typed = given(name, value)
-    found = read(*typed, *beside)
-    if isinstance(found, Accepted):
-        return list(beside)
-    assert re.match(rf"({'|'.join(filter(None, names_of(name)))})\b", found) or beside, found
-    assert depth, f"no end of refusals: {found}"
-    for flags in ways_out(found):
-        if typed[0] in flags:
-            continue  # another value instead
-        try:
-            return completed(name, value, depth - 1, (*beside, *flags))
-        except (AssertionError, SystemExit):
-            continue
-    raise AssertionError(f"{' '.join(typed)} {' '.join(beside)}: no way out works: {found}")
-
-
-def names_of(name: str) -> tuple[str | None, ...]:
-    row = BY_NAME[name]
-    return row.flag, row.twin_flag, row.cousin
 
 
 def compared(name: str, value: Any, beside_it: str) -> tuple[Accepted, Accepted | str]:

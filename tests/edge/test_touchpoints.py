@@ -22,7 +22,8 @@ pytestmark = pytest.mark.megatron
 EDGE = Path(ep_plugin.megatron.__file__).parent
 MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
 FILES = sorted(file for file in EDGE.rglob("*.py") if file.parent.name != "versions")
-OPTIONAL = {"megatron.core.datasets.helpers_cpp"}  # looked for, not relied on
+# looked for, not relied on
+OPTIONAL = {"megatron.core.datasets.helpers_cpp", "megatron.legacy.model", "megatron.bridge"}
 
 
 def test_the_installed_megatron_matches_its_table() -> None:
@@ -75,7 +76,7 @@ def test_a_release_finds_its_table(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.9.0", "0.190.0", "1.19.0", "0.1", "unknown"])
 def test_a_release_without_a_table_is_refused_with_the_list(version: str) -> None:
     listed = re.escape(", ".join(supported()))
-    with pytest.raises(ConfigError, match=f"{version} has no .* table; supported are {listed};"):
+    with pytest.raises(ConfigError, match=f"{version} is none that .*; supported are {listed};"):
         table_for(version)
 
 

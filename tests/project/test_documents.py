@@ -18,6 +18,8 @@ FOREIGN = {
     "--strict": "mypy",
     "--standalone": "torchrun",
     "--nproc-per-node": "torchrun",
+    "--no-python": "torchrun",
+    "--no-build-isolation": "pip",
     "--editable": "pip",
     "--no-deps": "pip",
     "--local-dir": "hf",

@@ -188,6 +188,7 @@ def check_block(args: Any, settings: EdgeSettings) -> None:
 
 def check_arguments(args: Any, settings: EdgeSettings) -> None:
     """Raise ConfigError for a layout or a pattern that cannot work, before Megatron looks at it."""
+    _check_heads(args)
     parallel = ParallelConfig(
         world_size=args.world_size,
         tp=args.tensor_model_parallel_size,
@@ -231,6 +232,20 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
             "--ep-shared-expert (learned) weighs a shared expert, and there is none; use "
             f"--moe-shared-expert-intermediate-size {args.moe_ffn_hidden_size or 2048}"
         )
+
+
+def _check_heads(args: Any) -> None:
+    """Raise ConfigError, with a degree that goes, unless tensor parallelism divides the heads."""
+    heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
+    if heads is None or tp < 1 or heads % tp == 0:
+        return
+    others = args.context_parallel_size * args.pipeline_model_parallel_size
+    legal = [n for n in range(min(tp, heads), 0, -1) if heads % n == 0]
+    use = next((n for n in legal if args.world_size % (n * others) == 0), legal[0])
+    raise ConfigError(
+        f"--tensor-model-parallel-size ({tp}) must divide --num-attention-heads ({heads}); use "
+        f"--tensor-model-parallel-size {use}"
+    )
 
 
 def _experts(args: Any, settings: EdgeSettings) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ def _needs(row: Argument) -> str:
     sentences = [(need.sentence, need.values) for need in NEEDS.get(feeds, ())]
     sentences += [(need.sentence, need.values) for need in row.needs]
     found = [
-        f"{_quoted(values)}: {way}" if values else way
+        f"{_quoted(tuple(map(said, values)))}: {way}" if values else way
         for sentence, values in sentences
         if (way := _way_out(row, ConfigError(sentence).spelled(in_flags(()))))
     ]

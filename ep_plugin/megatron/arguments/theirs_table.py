@@ -201,8 +201,9 @@ SOME_VALUES = (
     ),
     _some(
         "optimizer",
-        ("adam", "sgd", "lion"),
-        "steps matrices, and leaves the experts' weights, of three dimensions here, to Adam",
+        ("adam", "sgd", "lion", "muon", "dist_muon"),
+        "takes single matrices alone, and the experts' weights are stacks of them here; use "
+        "--optimizer muon, or adam, sgd or lion",
     ),
     *(
         _some(field, ("attn", "mlp", "full_iteration"), _SOME_GRAPHS, flag=flag, when=_graphs)
@@ -313,7 +314,8 @@ REFUSED = (
     _refused("moe_latent_size", "shrinks tokens for the experts, and ours read all; leave it out"),
     _refused(
         "moe_use_upcycling",
-        "makes Megatron's own block; use python -m ep_plugin convert, then --load FOLDER",
+        "makes Megatron's own block; use ep-plugin convert --from DENSE --to EXPERTS "
+        "--num-experts 8 --topk 2, then --load EXPERTS",
     ),
     _refused(
         "init_model_with_meta_device",

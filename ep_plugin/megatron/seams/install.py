@@ -11,12 +11,24 @@ from typing import Any
 from ep_plugin import __version__
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
-from ep_plugin.megatron.seams import apex, audit_save, chained, torch_adam, touchpoints, wheel
+from ep_plugin.megatron.seams import (
+    apex,
+    attention,
+    audit_save,
+    chained,
+    expert_bias,
+    served,
+    torch_adam,
+    touchpoints,
+    upcycling_by_hand,
+    wheel,
+)
 from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.megatron.workers import layout_run
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
+SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 GLOBAL_VARS = "megatron.training.global_vars"
 TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config:TransformerConfig"
 MODULE = "megatron.core.transformer.module:MegatronModule"
@@ -64,6 +76,17 @@ def uninstall() -> None:
         _print(f"{left}; it is left as it is")
 
 
+def say_unused() -> None:
+    """Say so where Megatron neither parsed its flags nor built a block of ours in this process."""
+    layer_class = import_module(MODULE_SPECS).MoELayer
+    if not getattr(layer_class, "used", True):
+        _print(
+            "no MoE layer was built in this process, and no flag of Megatron's parsed; a script "
+            "that starts workers of its own needs ep_plugin.megatron.install() in the worker: "
+            f"{served.PAGE}"
+        )
+
+
 def seams() -> list[tuple[str, str]]:
     """Return (place, why there) of all that `install` would change here; changes nothing."""
     patches = Patches()
@@ -87,12 +110,28 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         _with_our_weights,
         "Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew",
     )
+    if release.UNMARKED_MTP is not None:
+        patches.wrap(
+            release.UNMARKED_MTP,
+            functools.partial(_with_mtp_marked, layer_class),
+            "a layer of multi-token prediction does not tell our block that it is one",
+        )
     chained.changes(patches)
+    upcycling_by_hand.changes(patches)
+    release.muon.changes(patches)
+    expert_bias.changes(patches)
+    patches.wrap(
+        f"{SCHEDULES}:forward_step_calc_loss",
+        layer_class.strength.around_loss,
+        "here the number of counted tokens is known, which auxiliary losses weigh by",
+    )
     training = touchpoints.has_training()
     if training:
         _argument_changes(patches, layer_class)
         audit_save.changes(patches)
         layout_run.changes(patches, release.losses.WRITERS)
+        served.changes(patches, layer_class)
+        attention.changes(patches, _print)
     for place in release.losses.WRITERS:
         if training or not place.startswith("megatron.training"):
             patches.wrap(
@@ -111,7 +150,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
 def _argument_changes(patches: Patches, layer_class: Any) -> None:
     patches.wrap(
         f"{ARGUMENTS}:add_megatron_arguments",
-        _with_our_flags,
+        functools.partial(_with_our_flags, layer_class),
         "every parser of Megatron's loop is filled here; the --ep-* flags join",
     )
     for place in cpu_mode.validators():
@@ -126,15 +165,17 @@ def _make_layer_class(record_loss: Callable[..., None], settings: Any) -> Any:
     """Return a fresh subclass of the adapter, so that settings of one install do not outlive it."""
     adapter = import_module("ep_plugin.megatron.block.adapter")
     tracker = import_module("ep_plugin.megatron.block.tracking").RoutingTracker(record_loss)
-    fields = {"tracker": tracker, "shared": {}}
+    strength = import_module("ep_plugin.megatron.block.strength")
+    fields = {"tracker": tracker, "strength": strength.Strength(), "shared": {}}
     if settings is not None:
         fields["settings"] = settings
     return type("MoELayer", (adapter.EPMoELayer,), fields)
 
 
-def _with_our_flags(original: Callable[..., Any], parser: Any) -> Any:
+def _with_our_flags(layer_class: Any, original: Callable[..., Any], parser: Any) -> Any:
     from ep_plugin.megatron.arguments.parser import add_ep_arguments
 
+    layer_class.used = True
     return add_ep_arguments(original(parser))
 
 
@@ -150,16 +191,20 @@ def _with_our_checks(
         take_typed,
     )
     from ep_plugin.megatron.arguments.in_flags import refusal
+    from ep_plugin.megatron.arguments.optimizers import check_optimizer
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
     from ep_plugin.megatron.arguments.speed import take_speed
     from ep_plugin.megatron.arguments.theirs import check
+    from ep_plugin.megatron.arguments.unbalanced import unbalanced
     from ep_plugin.megatron.block.graphs import check_graphs
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.megatron.settings import fp8_recipe
 
     layer_class.typed = typed = take_typed(args)
     try:
+        wheel.check_helpers()
         check_typed(args, typed)
+        attention.check_installed(args)
         about_speed = take_speed(args, typed)
         layer_class.settings = settings_from_args(args)
         layer_class.log_interval = args.tensorboard_log_interval
@@ -173,10 +218,14 @@ def _with_our_checks(
             _print(line)
         if args.num_experts is not None:
             check(args, layer_class.settings)
+            check_optimizer(args)
             check_graphs(args, layer_class.settings)
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
             _say_idle(idle(args, typed))
+            warning = unbalanced(args, layer_class.settings)
+            if warning is not None:
+                _print(warning)
     except ConfigError as error:
         refuse(refusal(error, typed))
     return validated
@@ -191,6 +240,16 @@ def _with_activation(layer_class: Any, original: Callable[..., Any], config: Any
         config.activation_func, config.gated_linear_unit = ACTIVATIONS[wanted]
         config.bias_activation_fusion = False  # fused kernels exist for Megatron's own pairs alone
     original(config)
+
+
+def _with_mtp_marked(
+    layer_class: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    layer_class.inside_mtp = True
+    try:
+        original(*args, **kwargs)
+    finally:
+        layer_class.inside_mtp = False
 
 
 def _with_our_weights(original: Callable[..., Any], module: Any) -> None:
@@ -215,7 +274,7 @@ def _with_our_metrics(
     iteration, num_layers = given["iteration"], given.get("num_layers")
     if num_layers is not None and iteration % layer_class.log_interval == 0:
         writers = given.get("writer"), given.get("wandb_writer")
-        layer_class.tracker.write(iteration, num_layers, *writers)
+        layer_class.tracker.write(iteration, *writers)
     return text
 
 

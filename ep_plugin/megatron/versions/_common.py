@@ -5,6 +5,7 @@ from ep_plugin.megatron.seams.touchpoints import Touchpoint
 MOE = "megatron.core.transformer.moe"
 ARGUMENTS = "megatron.training.arguments"
 GPT = "megatron.core.models.gpt"
+MTP_LAYER = "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionLayer"
 _TENSOR_PARALLEL = "megatron.core.tensor_parallel"
 _CHECKPOINTING = "megatron.core.dist_checkpointing"
 _CONFIG = "megatron.core.transformer.transformer_config"
@@ -35,6 +36,7 @@ COMMON = (
     Touchpoint("megatron.core.transformer.spec_utils:ModuleSpec", ("module", "submodules")),
     # process groups
     Touchpoint(f"{MOE}.moe_utils:get_default_pg_collection"),
+    Touchpoint(f"{MOE}.moe_utils:apply_random_logits", ("logits",)),
     Touchpoint(
         "megatron.core.process_groups_config:ProcessGroupCollection",
         ("tp", "cp", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "tp_ep", "expt_dp"),
@@ -42,6 +44,14 @@ COMMON = (
     # losses
     Touchpoint(f"{MOE}.moe_utils:MoEAuxLossAutoScaler.apply"),
     Touchpoint(f"{MOE}.moe_utils:MoEAuxLossAutoScaler.set_loss_scale", ("scale",)),
+    Touchpoint(
+        "megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
+        ("loss_func", "config", "vp_stage", "num_microbatches"),
+    ),
+    Touchpoint(
+        "megatron.core.distributed.finalize_model_grads:_update_router_expert_bias",
+        ("model", "config"),
+    ),
     # arguments
     Touchpoint(f"{ARGUMENTS}:add_megatron_arguments", ("parser",)),
     Touchpoint(f"{ARGUMENTS}:validate_args", ("args", "defaults")),
@@ -105,6 +115,11 @@ COMMON = (
         f"{GPT}.gpt_layer_specs:get_gpt_layer_local_spec",
         ("qk_layernorm", "multi_latent_attention", "normalization"),
     ),
+    Touchpoint(
+        "megatron.core.transformer.moe.upcycling_utils:upcycle_state_dict",
+        ("moe_model", "dense_model"),
+    ),
+    Touchpoint("megatron.training.global_vars:get_tokenizer"),
     # saves that are audited, and resumed at other layouts
     Touchpoint("megatron.training.training:save_checkpoint", ("iteration", "non_persistent_ckpt")),
     Touchpoint("megatron.training.training:maybe_finalize_async_save"),
@@ -121,6 +136,10 @@ COMMON = (
         ),
     ),
     Touchpoint("megatron.core.utils:unwrap_model", ("model",)),
+    # which models are served
+    Touchpoint("megatron.training.training:setup_model_and_optimizer"),
+    Touchpoint("megatron.training:get_args"),
+    Touchpoint("megatron.core.extensions.transformer_engine:HAVE_TE"),
     Touchpoint(f"{_CHECKPOINTING}:save", ("sharded_state_dict", "checkpoint_dir")),
     Touchpoint(
         "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
