@@ -13,9 +13,13 @@ from releases import RELEASES, environment
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.theirs import BESIDE, BY_FIELD, check
+from ep_plugin.megatron.arguments.theirs_page import page
+from ep_plugin.megatron.arguments.theirs_releases import FLAGS
+from ep_plugin.megatron.arguments.theirs_releases import RELEASES as RELEASES_OF
 from ep_plugin.megatron.arguments.theirs_table import THEIRS, Theirs
 from ep_plugin.megatron.settings import EdgeSettings
 
+PAGE = Path(__file__).parents[2] / "docs" / "megatron-flags.md"
 LIST = Path(__file__).parents[1] / "helpers" / "list_settings.py"
 # Flags that are no fields, and about MoE, recomputing, FP8 and FP4, CUDA graphs, overlap, offload
 # or the activation; reinforcement learning and text generation have argument groups of their own.
@@ -105,6 +109,40 @@ def test_every_row_is_a_setting_of_some_release(releases: dict[str, Any]) -> Non
     }
     for row in (*REFUSED, *SOME_LEGAL, *(BY_FIELD[field] for field, _, _ in BESIDE)):
         assert row.name in flags[row.field] if row.field in flags else row.flag == "", row
+
+
+def releases_of(field: str, releases: dict[str, Any]) -> str:
+    """Return the releases that have a setting, as the page says it; "" for all."""
+    on_17 = field in releases["0.17.1"]["flags"] and field not in releases["0.19.2"]["fields"]
+    has = [
+        version.rpartition(".")[0]
+        for version, found in releases.items()
+        if field in found["fields"] or field in found["flags"] or (not found["flags"] and on_17)
+    ]
+    if len(has) == len(releases):
+        return ""
+    last = "" if len(has) == 1 else " on" if has[-1] == "0.19" else f" to {has[-1]}"
+    return f"{has[0]}{last}"
+
+
+@pytest.mark.megatron
+@pytest.mark.newest
+def test_the_page_says_where_settings_are_and_how_they_are_typed(releases: dict[str, Any]) -> None:
+    for row in THEIRS:
+        assert RELEASES_OF.get(row.field, "") == releases_of(row.field, releases), row.field
+        names = [
+            name for found in releases.values() for name in found["flags"].get(row.field, ((),))[0]
+        ]
+        typed = FLAGS.get(row.field, (f"--{row.field.replace('_', '-')}",))
+        assert (tuple(dict.fromkeys(names)) or (row.field,)) == typed, row.field
+
+
+def test_the_page_is_what_the_table_prints() -> None:
+    assert PAGE.read_text() == page(), (
+        "print it anew: python -m ep_plugin.megatron.arguments.theirs_page > docs/megatron-flags.md"
+    )
+    for row in THEIRS:
+        assert page().count(f"`{FLAGS.get(row.field, (row.name,))[0]}`"), row.field
 
 
 @pytest.mark.megatron

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import re
 from functools import cache
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,19 @@ CONTEXT = {  # what the refused flag stood beside
     "moe_pad_expert_input_to_capacity": "--moe-pad-expert-input-to-capacity",
     "moe_shared_expert_overlap": "--moe-shared-expert-overlap",
 }
-ADVICE = [(field, way) for field, sentence in SENTENCES for way in ways_out(sentence)]
+COMMAND = re.compile(r"ep-plugin (\w+) ([^,;]*)")
+ADVICE = [
+    (field, way) for field, sentence in SENTENCES for way in ways_out(COMMAND.sub("", sentence))
+]
+
+
+def test_a_command_that_a_refusal_says_to_run_is_one() -> None:
+    found = [command for _, sentence in SENTENCES for command in COMMAND.findall(sentence)]
+    assert found
+    for name, words in found:
+        command = argparse.ArgumentParser()
+        import_module(f"ep_plugin.commands.{name}").add_arguments(command)
+        command.parse_args(words.split())
 
 
 @pytest.mark.parametrize(("field", "way"), ADVICE)
