@@ -11,6 +11,10 @@ five only for a Megatron from its wheel, and over torch's Adam):
         Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew
     optimizer:ChainedOptimizer.load_state_dict
         here Megatron refuses the state of another number of optimizers
+    finalize_model_grads:_update_router_expert_bias
+        Megatron stacks all biases here, which needs layers of one size
+    schedules:forward_step_calc_loss
+        here the number of counted tokens is known, which auxiliary losses weigh by
     arguments:add_megatron_arguments
         every parser of Megatron's loop is filled here; the --ep-* flags join
     arguments:validate_args
