@@ -107,7 +107,7 @@ class RoutingConfig:
             value, off = getattr(self, name), getattr(type(self), name)
             if self.quantile_balancing and value != off:
                 raise ConfigError(
-                    f"<{name}> ({value}) and <quantile_balancing> do not go together: a quantile "
+                    f"<{name}> and <quantile_balancing> do not go together: a quantile "
                     f"of the logits chooses and balances alone; use <{name}={off}>"
                 )
 
@@ -216,11 +216,19 @@ class RoutingConfig:
                 f"({self.num_groups}); use {_UNGROUPED}"
             )
         per_group = num_experts // self.num_groups
-        uneven = self.group_score_topk is None and self.topk % self.group_topk != 0
-        if uneven or self.topk > per_group * self.group_topk:
+        if self.topk > per_group * self.group_topk:
+            least = -(-self.topk // per_group)
+            fitting = next((g for g in range(least, self.num_groups + 1) if self.topk % g == 0), 0)
             raise ConfigError(
-                f"<topk> ({self.topk}) must be a multiple of <group_topk> ({self.group_topk}), at "
-                f"most {per_group} experts in each group; use {_UNGROUPED}"
+                f"<topk> ({self.topk}) must be at most {per_group * self.group_topk}, what "
+                f"<group_topk> ({self.group_topk}) groups of {per_group} experts have; use "
+                + (f"<group_topk={fitting}> or {_UNGROUPED}" if fitting else _UNGROUPED)
+            )
+        if self.group_score_topk is None and self.topk % self.group_topk:
+            raise ConfigError(
+                f"<topk> ({self.topk}) is no multiple of <group_topk> ({self.group_topk}), so how "
+                "many experts give a group its score is to be said; use "
+                f"<group_score_topk={max(1, self.topk // self.group_topk)}>"
             )
         if self.each_of_group > per_group:
             raise ConfigError(

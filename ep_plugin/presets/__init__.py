@@ -38,5 +38,7 @@ def load(name: str) -> Preset:
     """Return a preset; raises ConfigError, with names close to it, for one that does not exist."""
     known = presets()
     if name not in known:
-        raise ConfigError(f"unknown preset {name!r}; use {', '.join(closest(name, known))}")
+        near = closest(name, known)
+        use = ", ".join(near) if len(near) < len(known) else "a name that `ep-plugin presets` lists"
+        raise ConfigError(f"unknown preset {name!r}; use {use}")
     return known[name]

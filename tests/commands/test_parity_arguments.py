@@ -138,7 +138,15 @@ ASIDE = {  # flags -> what they become at dp=2, and at tp=2
         "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.1",
         None,
     ),
-    "--moe-router-force-load-balancing": ("", ""),
+    "--ep-aux-loss-scope global": ("--ep-aux-loss-scope micro_batch", None),
+    "--ep-further-losses micro_batch:1,global:1 --ep-aux-loss-scope sequence": (
+        "--ep-further-losses micro_batch:1 --ep-aux-loss-scope sequence",
+        None,
+    ),
+    "--ep-further-losses micro_batch:1 --ep-aux-loss-scope global": (
+        "--ep-further-losses micro_batch:1 --ep-aux-loss-scope sequence",
+        None,
+    ),
     "--dataloader-type cyclic": ("--dataloader-type single", None),
     "--ep-second-expert random": ("--ep-second-expert threshold",) * 2,
     "--optimizer muon": (None, "--optimizer muon --muon-tp-mode duplicated"),
@@ -176,7 +184,7 @@ def test_a_layout_that_does_not_finish_leaves_the_others(
     report, script = tmp_path / "report.json", tmp_path / "script.py"
     script.touch()
     ours = ["--layouts", "ep=2", "dp=2", "--output", str(report)]
-    assert cli.main(["parity", str(script), "--num-layers", "2", *ours]) == 1
+    assert cli.main(["parity", str(script), "--num-experts", "4", *ours]) == 1
     shown = capsys.readouterr().out
     assert "DID NOT FINISH" in shown
     assert "ep=2: out of memory" in shown

@@ -130,7 +130,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--ep", "16"], "--ep 16 times --etp 1 must divide the 8 GPUs of .* stage; use --ep 8\n"),
         (["--etp", "3"], "--ep 1 times --etp 3 must divide the 8 GPUs .*; use --ep 1 --etp 2\n"),
         (["--tp", "3"], "--tp (3) must divide the 32 attention heads of .*; use --tp 2\n"),
-        (["--cp", "3"], "--cp 3 and --pp 2 take 6 GPUs or .*; got --gpus 16; use --gpus 18\n"),
+        (["--cp", "3"], "--cp (3) must cut the 4096 tokens of .* equal parts; use --cp 2\n"),
+        (["--cp", "16"], "--cp 16 and --pp 2 take 32 GPUs or .*; got --gpus 16; use --gpus 32\n"),
         (["--etp", "0"], "--etp must be positive; got 0; use --etp 1\n"),
         (["--seq-length", "0"], "--seq-length must be positive; got 0"),
     ):

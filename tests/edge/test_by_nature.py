@@ -17,7 +17,7 @@ from flag_values import given
 from spawn import run_ranks
 from torch import Tensor
 
-from ep_plugin import MoEConfig, MoELayer, create_expert_groups
+from ep_plugin import ExpertGroups, MoEConfig, MoELayer, create_expert_groups
 from ep_plugin.commands.parity.by_nature import set_aside
 from ep_plugin.commands.parity.comparable import comparable
 from ep_plugin.commands.parity.layouts import Layout, parse
@@ -25,11 +25,14 @@ from ep_plugin.megatron.arguments.table import BY_NAME
 from ep_plugin.moe.rules import at_one_rank
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
-LENGTH, SEQUENCES = 16, 4
+LENGTH, SEQUENCES = 16, 2
 DATA, TENSOR = parse("ep=2"), parse("tp=2,ep=2,etp=1")
 MEGATRON_S = (
     "--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.5",
     "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.5",
+    "--moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 0.1 0.5",
+    "--ep-further-losses global:0.5 --ep-aux-loss-coeff 0.1",
+    "--ep-further-losses sequence:0.1 --ep-aux-loss-scope global --ep-aux-loss-coeff 0.5",
     "--moe-expert-capacity-factor 0.5",
     "--moe-expert-capacity-factor 0.5 --moe-token-drop-policy position",
     "--moe-router-enable-expert-bias --moe-router-score-function sigmoid",
@@ -64,13 +67,13 @@ def config_of(flags: tuple[str, ...]) -> MoEConfig | None:
     return None if found.config.dispatcher in ("deepep", "symm_mem") else found.config
 
 
-def gradients(config: MoEConfig, layout: Layout | None) -> Gradients:
+def gradients(
+    config: MoEConfig, layout: Layout | None = None, groups: ExpertGroups | None = None
+) -> Gradients:
     """Return the gradients of all parameters, summed over ranks; None: of one rank."""
-    groups, rank, ranks = None, 0, 1
+    rank, ranks = (0, 1) if layout is None else (dist.get_rank(), 2)
     if layout is None:
         config = at_one_rank(config)
-    else:
-        groups, rank, ranks = create_expert_groups(layout.parallel, 2), dist.get_rank(), 2
     shared = config.shared_expert == "learned" or config.overlap == "shared_expert"
     layer = MoELayer(config, groups, shared_expert=torch.tanh if shared else None)
     generator = torch.Generator().manual_seed(3)
@@ -79,7 +82,8 @@ def gradients(config: MoEConfig, layout: Layout | None) -> Gradients:
         weight = torch.randn(*whole, *parameter.shape[1:], generator=generator) * 0.3
         start = rank * parameter.shape[0] if name.startswith("experts") else 0
         parameter.data.copy_(weight[start : start + parameter.shape[0]])
-    steps = 2 if config.routing.expert_bias else 1
+    routing = config.routing
+    steps = 2 if routing.expert_bias or routing.quantile_balancing else 1
     shape = (steps, SEQUENCES, LENGTH, 1, config.hidden_size)
     tokens, weights = (torch.randn(shape, generator=generator) for _ in range(2))
     weights *= 1e-2  # the auxiliary losses are to be seen beside them
@@ -91,10 +95,10 @@ def gradients(config: MoEConfig, layout: Layout | None) -> Gradients:
             part = slice(rank * LENGTH // 2, (rank + 1) * LENGTH // 2)
             whole_one = part if layout is TENSOR else slice(None)
             (layer(hidden[number][whole_one]) * weight[number][whole_one]).sum().backward()
-        if config.routing.expert_bias:
+        if routing.expert_bias:
             layer.router.update_expert_bias()  # type: ignore[attr-defined]
-        if config.routing.aux_loss_scope == "global":
-            layer.router.reset_global_aux_loss_tracker()  # type: ignore[attr-defined]
+        if routing.quantile_balancing:
+            layer.router.update_quantile_bias()  # type: ignore[attr-defined]
     return {name: summed(name, parameter, ranks) for name, parameter in layer.named_parameters()}
 
 
@@ -113,7 +117,8 @@ def summed(name: str, parameter: Tensor, ranks: int) -> Tensor:
 
 def on_ranks(cases: list[tuple[MoEConfig, str]]) -> list[Gradients]:
     layouts = {"data": DATA, "tensor": TENSOR}
-    return [gradients(config, layouts[layout]) for config, layout in cases]
+    groups = {name: create_expert_groups(x.parallel, 2) for name, x in layouts.items()}
+    return [gradients(config, layouts[name], groups[name]) for config, name in cases]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +128,7 @@ def found() -> dict[tuple[MoEConfig, str], Gradients]:
         configs = {config for flags in CASES for each in ways(flags) if (config := config_of(each))}
         cases = [(config, layout) for config in configs for layout in ("data", "tensor")]
         results = run_ranks(2, on_ranks, cases)[0]
-        ones = {(config, "one"): gradients(config, None) for config in configs}
+        ones = {(config, "one"): gradients(config) for config in configs}
     return dict(zip(cases, results, strict=True)) | ones
 
 

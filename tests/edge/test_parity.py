@@ -98,6 +98,32 @@ def test_each_planted_bug_is_found(
     assert first in {d["name"] for d in swap["gradients"] if d["relative"] > 1e-2}
 
 
+@pytest.mark.parametrize(
+    ("flags", "aside"),
+    [
+        ([], []),
+        (["--ep-preset", "qwen3-30b-a3b"], ["--moe-router-load-balancing-type global_aux_loss"]),
+        (
+            ["--ep-preset", "ds-350m-prmoe-32-64", "--mtp-num-layers", "3"],
+            ["--ep-drop-policy random"],
+        ),
+    ],
+)
+def test_tiny_needs_no_flag_beside_it_and_what_differs_by_nature_is_named(
+    flags: list[str],
+    aside: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(run=torchrun))
+    assert main(["parity", SCRIPT, *flags, "--tiny", "--iterations", "2"]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if "differs between layouts by nature" in line]
+    assert [line.partition("nature: ")[2].partition(":")[0] for line in lines] == aside
+    assert said.splitlines()[-1].startswith("ep=2 ")
+    assert said.splitlines()[-1].endswith("passed")
+
+
 def test_a_run_that_fails_or_refuses_is_shown_in_its_own_words(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -125,7 +151,7 @@ MISTAKES = {
     ),
     "a layout that cannot be": (
         ["--layouts", "tp=2,ep=3,etp=1,dp=1"],
-        "ep*etp*pp (3*1*1) must divide world_size (2); use ep=2 with etp=1",
+        "ep*etp (3) must divide them; use --layouts tp=2,ep=3,etp=1,dp=3",
     ),
     "layers of kinds that have no number": (
         ["--layouts", "ep=2", "--hybrid-layer-pattern", "M*E"],

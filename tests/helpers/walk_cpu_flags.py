@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import re
-import sys
 from typing import Any
 
 from loop import MODEL
@@ -25,6 +24,7 @@ SOUNDS = re.compile(
 )
 ROWS = {*GIVEN, *REFUSED, *(name for names in LEFT_OUT.values() for name in names.split())}
 MORE = (
+    "--tensor-model-parallel-size 2 --multi-latent-attention",
     "--attention-backend flash",
     "--attention-backend fused",
     "--profile",
@@ -33,6 +33,7 @@ MORE = (
         for module in (*RECOMPUTED_BY_ENGINE, f"core_attn {RECOMPUTED_BY_ENGINE[0]}")
     ),
 )
+TOGETHER = ("multi_latent_attention",)  # in MORE
 VALUES = {"position_embedding_type": "relative", "non_persistent_ckpt_type": "local"}
 
 
@@ -42,20 +43,21 @@ def typed(action: argparse.Action) -> str | None:
     if action.nargs == 0:
         return flag if action.const is not False else None
     others = [c for c in action.choices or () if c != action.default]
-    value = VALUES.get(action.dest, others[0] if others else {int: 2}.get(action.type, "x"))
+    value = VALUES.get(action.dest, others[0] if others else 2 if action.type is int else "x")
     return f"{flag} {value}"
 
 
-def said(flags: str) -> dict[str, Any]:
+def said(parser: argparse.ArgumentParser, flags: str) -> dict[str, Any]:
     """Validate a command line as a run does, up to the configuration of its model."""
     from megatron.training import arguments
 
     out, err = io.StringIO(), io.StringIO()
-    sys.argv = ["walk", *MODEL, "--train-iters", "1", *flags.split()]
+    words = [*MODEL, "--train-iters", "1", *flags.split()]
     error = ""
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            args = arguments.parse_args()
+            args = parser.parse_args(words)
+            args.rank, args.world_size = 0, 2
             arguments.validate_args(args)
             arguments.core_transformer_config_from_args(args)
         except SystemExit:
@@ -73,14 +75,15 @@ def main() -> None:
 
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     actions = [action for action in parser._actions if action.option_strings]
-    lines = [*filter(None, (typed(a) for a in actions if a.dest in ROWS)), *MORE]
+    alone = (typed(a) for a in actions if a.dest in ROWS and a.dest not in TOGETHER)
+    lines = [*filter(None, alone), *MORE]
     sounds = [
         action.dest
         for action in actions
         if SOUNDS.search(f"{action.option_strings} {action.help}") and action.dest not in ROWS
         if action.dest not in BY_FIELD and not action.dest.startswith("ep_")
     ]
-    print(json.dumps({"alone": {flags: said(flags) for flags in lines}, "sounds": sounds}))
+    print(json.dumps({"alone": {flags: said(parser, flags) for flags in lines}, "sounds": sounds}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ep_plugin.commands.bench.floors import PRECISIONS
 from ep_plugin.commands.bench.measure import Protocol, default_device
 from ep_plugin.commands.bench.shapes import MODELS, TINY, Shape, pick
 from ep_plugin.commands.bench.which_flags import BACKENDS, NEEDS
-from ep_plugin.errors import BackendUnavailable, ConfigError, check_choice
+from ep_plugin.errors import BackendUnavailable, ConfigError, closest
 
 __all__ = ["NEEDS", "add_arguments", "run"]
 EXAMPLES = """examples:
@@ -145,13 +145,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_choice("BENCH", args.bench, tuple(BENCHES))
+    _check_choice("BENCH", args.bench, tuple(BENCHES))
     for name, legal in (
         *(("precision", PRECISIONS), ("routing", ROUTINGS)),
         *(("recipes", over_ranks.RECIPES), ("dispatchers", tuple(over_ranks.DISPATCHERS))),
     ):
         for value in getattr(args, name):
-            check_choice(f"--{name}", value, legal)
+            _check_choice(f"--{name}", value, legal)
     for name, least in (("repeats", 1), ("warm", 0)):
         value = getattr(args, name)
         if value < least:
@@ -165,6 +165,16 @@ def _check(args: argparse.Namespace) -> None:
                 f"--backends must be among {', '.join(legal_backends)}; got {value!r}; use "
                 f"--backends {OURS}"
             )
+
+
+def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
+    """Raise ConfigError, with the name that may be meant, unless `value` is one of `legal`."""
+    if value not in legal:
+        typed = "bench" if name == "BENCH" else name
+        raise ConfigError(
+            f"{name} must be one of {', '.join(legal)}; got {value!r}; use {typed} "
+            f"{closest(value, legal)[0]}"
+        )
 
 
 def _measure(

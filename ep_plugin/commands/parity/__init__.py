@@ -2,7 +2,7 @@
 
 `layouts.py` reads them, `comparable.py` makes their runs comparable, `tiny.py` small, and
 `by_nature.py` sets aside what differs anyway. `runs.py` and `launch.py` run them, `differences.py`
-reads what they left (`ep_plugin/megatron/workers/layout_run.py`), `table.py` shows it.
+reads what they left (`ep_plugin/megatron/workers/layout_run.py`), `shown.py` shows it.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from ep_plugin.commands.parity.comparable import Arguments, comparable, expand_p
 from ep_plugin.commands.parity.launch import RunFailed
 from ep_plugin.commands.parity.layouts import ONE_RANK, Layout, parse
 from ep_plugin.commands.parity.runs import compare
-from ep_plugin.commands.parity.table import table
+from ep_plugin.commands.parity.shown import table
+from ep_plugin.commands.parity.sizes import check_sizes
 from ep_plugin.commands.parity.tiny import default_layout, shrink
 from ep_plugin.errors import ConfigError
 
@@ -36,7 +37,7 @@ Exit code 1: a layout differs, or did not run; 2: a setting is wrong.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("script", metavar="SCRIPT", help="your pretrain script")
+    parser.add_argument("script", metavar="SCRIPT", nargs="?", help="your pretrain script")
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGS",
         help="the flags of SCRIPT, then those of this command",
@@ -83,12 +84,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare. Returns 0, or 1 when a layout differs; raises ConfigError for a user's mistake."""
     theirs = _read_own(args)
-    if not Path(args.script).is_file():
-        raise ConfigError(
-            f"SCRIPT must be a Python file; got {args.script!r}, which is not here; use the path "
-            "of your pretrain script"
-        )
+    _check_script(args.script)
     _check_numbers(args)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     expanded = expand_preset(theirs)
     if args.layouts is None:
         args.layouts = [default_layout(expanded, args.tiny)]
@@ -96,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     edits = [comparable(expanded, args.iterations * (2 if args.resume else 1))]
     if args.tiny:
         edits.append(shrink(edits[0].all, [ONE_RANK, *layouts]))
+    check_sizes(edits[-1].all, layouts)
     arguments, aside = set_aside(edits[-1].all, layouts)
     if not args.json:
         _print_edits(args, edits, aside)
@@ -125,6 +125,19 @@ def _read_own(args: argparse.Namespace) -> list[str]:
     add_flags(own)
     _, theirs = own.parse_known_args(args.arguments, namespace=args)
     return theirs
+
+
+def _check_script(script: str | None) -> None:
+    if script is None:
+        raise ConfigError(
+            "SCRIPT is missing, and stands first; use ep-plugin parity pretrain_gpt.py with its "
+            "flags, then the flags of parity"
+        )
+    if not Path(script).is_file():
+        raise ConfigError(
+            f"SCRIPT must be a Python file; got {script!r}, which is not here; use the path of "
+            "your pretrain script"
+        )
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from ep_plugin.commands.parity.layouts import Layout
 from ep_plugin.moe.parallel import ParallelConfig
 
 BALANCING, COEFFICIENTS = "--moe-router-load-balancing-type", "--moe-aux-loss-coeff"
+SCOPE, FURTHER = "--ep-aux-loss-scope", "--ep-further-losses"
 GROUP_TOKENS, SEQUENCE = "--ep-group-tokens", "--seq-length"
 CAPACITY = ("--ep-capacity-factor", "--moe-expert-capacity-factor")  # in training
 
@@ -39,7 +40,7 @@ class Row:
     """A value of a flag that means other numbers at some layouts."""
 
     flag: str
-    value: str | None  # None: a switch
+    value: str
     instead: str | None  # another value of the flag; None: without the flag
     why: str
     differs: Callable[[ParallelConfig], bool]
@@ -63,8 +64,6 @@ ROWS = (
     Row("--ep-second-expert", "sampling", None, _DRAWS, _anywhere),
     Row("--ep-second-expert", "random", "threshold", _DRAWS, _anywhere),
     Row("--ep-drop-policy", "random", "position", _DRAWS, _anywhere),
-    Row("--moe-router-force-load-balancing", None, None, _DRAWS, _anywhere),
-    Row("--ep-aux-loss-scope", "global", "micro_batch", _STEP, _over_batches),
     Row(
         "--dataloader-type",
         "cyclic",
@@ -86,21 +85,21 @@ def set_aside(arguments: list[str], layouts: Sequence[Layout]) -> tuple[list[str
     """Return the flags without what differs at these layouts by nature, and what that was."""
     found: list[SetAside] = []
     for row in ROWS:
-        given = row.flag in arguments if row.value is None else value(arguments, row.flag)
-        if given in (True, row.value) and any(row.differs(x.parallel) for x in layouts):
+        if value(arguments, row.flag) == row.value and any(
+            row.differs(x.parallel) for x in layouts
+        ):
             arguments, _ = without(arguments, (row.flag,))
             if row.instead is not None:
                 arguments = [*arguments, row.flag, row.instead]
             instead = f"with {row.flag} {row.instead}" if row.instead else "without it"
-            typed = row.flag if row.value is None else f"{row.flag} {row.value}"
-            found.append(SetAside(typed, instead, row.why))
-    for change in (_global_loss, _muon, _capacity):
+            found.append(SetAside(f"{row.flag} {row.value}", instead, row.why))
+    for change in (_megatron_s_loss, _own_loss, _muon, _capacity):
         arguments, more = change(arguments, layouts)
         found += more
     return arguments, found
 
 
-def _global_loss(
+def _megatron_s_loss(
     arguments: list[str], layouts: Sequence[Layout]
 ) -> tuple[list[str], list[SetAside]]:
     """Leave the global loss out, of one or of several; Megatron's default takes its place."""
@@ -121,6 +120,27 @@ def _global_loss(
     return arguments, [SetAside(f"{BALANCING} global_aux_loss", instead, _STEP)]
 
 
+def _own_loss(arguments: list[str], layouts: Sequence[Layout]) -> tuple[list[str], list[SetAside]]:
+    """The same of the plugin's own flags: one scope, and further ones with a coefficient each."""
+    if not any(_over_batches(x.parallel) for x in layouts):
+        return arguments, []
+    found = []
+    further = [part for part in (value(arguments, FURTHER) or "").split(",") if part]
+    left = [part for part in further if not part.startswith("global:")]
+    if len(left) < len(further):
+        arguments, _ = without(arguments, (FURTHER,))
+        arguments = [*arguments, *((FURTHER, ",".join(left)) if left else ())]
+        instead = f"with {FURTHER} {','.join(left)}" if left else "without it"
+        found.append(SetAside(f"{FURTHER} {','.join(further)}", instead, _STEP))
+    if value(arguments, SCOPE) == "global":
+        taken = [part.partition(":")[0] for part in left]
+        scope = next(s for s in ("micro_batch", "sequence", "group") if s not in taken)
+        arguments, _ = without(arguments, (SCOPE,))
+        arguments = [*arguments, SCOPE, scope]
+        found.append(SetAside(f"{SCOPE} global", f"with {SCOPE} {scope}", _STEP))
+    return arguments, found
+
+
 def _muon(arguments: list[str], layouts: Sequence[Layout]) -> tuple[list[str], list[SetAside]]:
     """Choose how Muon treats a matrix that is spread, where Megatron's default is blockwise."""
     row = next(row for row in ROWS if row.flag == "--muon-tp-mode")
@@ -139,7 +159,7 @@ def _capacity(arguments: list[str], layouts: Sequence[Layout]) -> tuple[list[str
     A group is of one sequence, whose tokens context parallelism deals out in 2*cp parts, and
     tensor parallelism each rank's in tp.
     """
-    losses = value(arguments, "--ep-aux-loss-scope") == "group"
+    losses = value(arguments, SCOPE) == "group" or "group:" in (value(arguments, FURTHER) or "")
     counted = losses or any(value(arguments, flag) is not None for flag in CAPACITY)
     length, tokens = value(arguments, SEQUENCE), value(arguments, GROUP_TOKENS)
     if not counted or length is None or not any(_over_tokens(x.parallel) for x in layouts):

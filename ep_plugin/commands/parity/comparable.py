@@ -41,7 +41,7 @@ NOT_COMPARABLE = (
     ),
     *("--tensorboard-dir", "--wandb-project", "--wandb-exp-name", "--wandb-save-dir"),
     *("--dist-ckpt-optim-fully-reshardable",),
-    *(row.flag for row in TABLE if not row.comparable),
+    *(name for row in TABLE if not row.comparable for name in (row.flag, row.twin_flag) if name),
 )
 
 

@@ -47,8 +47,13 @@ class Launcher:
             errors="replace",
             check=False,
         )
-        if done.returncode == 0:
+        if done.returncode == 0 and results.is_dir():
             return results
+        if done.returncode == 0:
+            raise RunFailed(
+                f"{layout.name}: {self.script} ended without a step of Megatron's training loop; "
+                "use a script that calls pretrain()"
+            )
         lines = done.stderr.splitlines()
         refused = next((line for line in lines if line.startswith(ERROR)), None)
         if refused is not None:

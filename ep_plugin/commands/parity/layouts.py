@@ -63,19 +63,25 @@ def parse(text: str) -> Layout:
         name, _, size = part.partition("=")
         if name not in (*DEGREES, "dp") or not size.isdecimal() or int(size) < 1 or name in sizes:
             raise ConfigError(
-                f"--layouts takes {', '.join(DEGREES)} and dp, each once with a size, as "
-                f"tp=2,ep=4; got {text!r}"
+                f"--layouts takes {', '.join(DEGREES)} and dp, each once with a size from 1 on; "
+                f"got {text!r}; use --layouts tp=2,ep=4 for one, and a space before the next"
             )
         sizes[name] = int(size)
     tp, cp, pp = (sizes.get(name, 1) for name in ("tp", "cp", "pp"))
     dense, experts = tp * cp, sizes.get("ep", 1) * sizes.get("etp", tp)
-    per_stage = dense * sizes["dp"] if "dp" in sizes else lcm(dense, experts)
-    parallel = ParallelConfig(
-        world_size=per_stage * pp,
-        tp=tp,
-        pp=pp,
-        cp=cp,
-        ep=sizes.get("ep", 1),
-        etp=sizes.get("etp"),
-    )
-    return Layout(text, parallel)
+    step = lcm(dense, experts) // dense  # of dp
+    dp = sizes.get("dp", step)
+    if dp % step:
+        raise ConfigError(
+            f"--layouts {text} has {dense * dp} ranks a pipeline stage, tp*cp*dp, and ep*etp "
+            f"({experts}) must divide them; use --layouts "
+            f"{spell({**sizes, 'dp': -(-dp // step) * step})}"
+        )
+    ep, etp = sizes.get("ep", 1), sizes.get("etp")
+    world_size = dense * dp * pp
+    return Layout(text, ParallelConfig(world_size=world_size, tp=tp, pp=pp, cp=cp, ep=ep, etp=etp))
+
+
+def spell(sizes: dict[str, int]) -> str:
+    """Return a layout as it is typed."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items())

@@ -8,7 +8,6 @@ from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
 from ep_plugin.commands.parity.comparable import Arguments, value, without
 from ep_plugin.commands.parity.layouts import Layout
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.parser import experts_per_layer
 
 HEAD = 16  # size of one attention head
 SEQUENCE = 32
@@ -83,7 +82,7 @@ def shrink(arguments: list[str], layouts: Sequence[Layout]) -> Arguments:
                 _listed(_last(list(each), len(pattern))) if isinstance(each, list) else str(each)
             )
     if value(arguments, "--lr") is None:
-        words["--lr"] = "1e-3"
+        words["--lr"] = "1e-4"  # Adam's first steps make much of rounding
     kept, removed = without(arguments[: len(arguments) - len(added)], (*words, *TAKEN_OUT))
     kept, data = without(kept, DATA_FLAGS)
     tp = lcm(*(layout.parallel.tp for layout in layouts))
@@ -167,6 +166,8 @@ def _counts(arguments: list[str], num_moe_layers: int, smallest: int) -> list[in
     A pyramid keeps which of its last layers have more than others; where they have equally many
     the first takes the smallest number of all.
     """
+    from ep_plugin.megatron.arguments.parser import experts_per_layer
+
     text = value(arguments, PYRAMID)
     if text is None:
         return [smallest] * num_moe_layers

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import asdict, dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from ep_plugin.commands.plan.network import (
     HOWS,
     NETWORKS,
     ONE_DOMAIN,
-    Forecast,
     Network,
     Traffic,
     forecast,
     goes,
 )
+from ep_plugin.commands.plan.show import draw, table
 from ep_plugin.errors import ConfigError
 
 SENT_AS = {"alltoall": "flat", "alltoall+dedup": "dedup", "hierarchical": "hierarchical"}
@@ -135,13 +136,20 @@ def run(args: argparse.Namespace) -> int:
     for name in ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance"):
         if getattr(args, name) <= 0:
             flag = name.replace("_", "-")
+            least = _least_experts(args) if name == "experts" else 1
             raise ConfigError(
-                f"--{flag} must be positive; got {getattr(args, name)}; use --{flag} 1"
+                f"--{flag} must be positive; got {getattr(args, name)}; use --{flag} {least}"
             )
-    if args.topk > args.experts:
+    if args.imbalance < 1:
         raise ConfigError(
-            f"--topk ({args.topk}) must be at most --experts ({args.experts}); use "
-            f"--topk {args.experts}"
+            f"--imbalance is the busiest rank's load over the mean, 1 at least; got "
+            f"{args.imbalance}; use --imbalance 1"
+        )
+    if args.topk > args.experts:
+        even = all(ep > 0 and args.experts % ep == 0 for ep in args.ep or [])
+        use = f"--topk {args.experts}" if even else f"--experts {_least_experts(args)}"
+        raise ConfigError(
+            f"--topk ({args.topk}) must be at most --experts ({args.experts}); use {use}"
         )
     traffic = Traffic(
         args.tokens,
@@ -161,11 +169,18 @@ def run(args: argparse.Namespace) -> int:
     ]
     measured = _measured(args, traffic) if args.measured is not None else []
     if args.plot is not None:
-        _draw(rows, measured, args)
-    print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else _table(rows))
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        draw(rows, measured, args)
+    print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else table(rows))
     if measured and not args.json:
         print(_beside(measured, traffic, network))
     return 0
+
+
+def _least_experts(args: argparse.Namespace) -> int:
+    """Return the smallest number of experts for --topk that every --ep divides."""
+    step = lcm(*(ep for ep in args.ep or [1] if ep > 0))
+    return -(-int(args.topk) // step) * step
 
 
 def _measured(args: argparse.Namespace, traffic: Traffic) -> list[Measured]:
@@ -223,45 +238,3 @@ def _beside(measured: list[Measured], traffic: Traffic, network: Network) -> str
         foreseen = forecast(traffic, network, ep, how, 1.0, 1).exchange_ms
         lines.append(f"{ep:4} {how:13} {exchange:12.2f} ms {exchange / foreseen:6.2f}")
     return "\n".join(lines)
-
-
-def _table(rows: list[Forecast]) -> str:
-    lines = [
-        f"{'ep':>4} {'sent':13} {'NVLink MiB':>11} {'rail MiB':>9} {'exchange ms':>12} "
-        f"{'hidden':>7} {'step ms':>8}"
-    ]
-    for row in rows:
-        lines.append(
-            f"{row.ep:4} {row.how:13} {row.inside_mib:11.1f} {row.outside_mib:9.1f} "
-            f"{row.exchange_ms:12.2f} {row.hidden_share:7.0%} {row.step_ms:8.2f}"
-        )
-    return "\n".join(lines)
-
-
-def _draw(rows: list[Forecast], measured: list[Measured], args: argparse.Namespace) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(f"--plot needs matplotlib ({error}); leave --plot out") from error
-    figure = Figure(figsize=(9.5, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    for index, how in enumerate((*HOWS, *ONE_DOMAIN)):
-        color = f"C{index}"
-        mine = [row for row in rows if row.how == how]
-        ranks = [str(row.ep) for row in mine]
-        top.plot(ranks, [row.exchange_ms for row in mine], color, marker="o", label=how)
-        bottom.plot(ranks, [100 * row.hidden_share for row in mine], color, marker="o", label=how)
-        seen = [row for row in measured if row.how == how and str(row.ep) in ranks]
-        if seen:
-            places = [str(row.ep) for row in seen]
-            crosses = {"color": color, "marker": "x", "s": 60, "label": f"{how}, measured"}
-            top.scatter(places, [row.exchange_ms for row in seen], **crosses)
-            bottom.scatter(places, [100 * row.hidden_share for row in seen], **crosses)
-    top.axhline(args.compute_ms, color="black", linewidth=0.8, linestyle="--", label="compute")
-    top.set_ylabel("exchange of a step (ms)")
-    bottom.set_ylabel(f"hidden in {args.chunks} chunks (%)")
-    bottom.set_xlabel("expert-parallel ranks")
-    bottom.set_ylim(0, 105)
-    top.set_title(f"{args.network}: {args.tokens} tokens, top-{args.topk}, hidden {args.hidden}")
-    figure.legend(*top.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.savefig(args.plot, dpi=120)

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import asdict, dataclass
+from math import lcm
 
 from ep_plugin.commands.law import Need
 from ep_plugin.commands.plan.memory import Memory, split_layers, stage_memory
@@ -91,24 +92,63 @@ def _check(args: argparse.Namespace, preset: Preset) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} must be positive; got {value}; use {flag} 1")
+            least = _gpus(args, preset) if name == "gpus" else preset.seq_length
+            use = least if name in ("gpus", "seq_length") else 1
+            raise ConfigError(f"{flag} must be positive; got {value}; use {flag} {use}")
     heads, layers = preset.model.heads, len(preset.model.experts)
+    length = args.seq_length or preset.seq_length
     if heads % args.tp:
         raise ConfigError(
             f"--tp ({args.tp}) must divide the {heads} attention heads of {preset.name}; use "
-            f"--tp {largest_divisor(heads, args.tp)}"
+            f"--tp {_largest(args, preset, 'tp', largest_divisor(heads, args.tp))}"
         )
     if args.pp > layers:
         raise ConfigError(
             f"--pp ({args.pp}) must be at most the {layers} layers of {preset.name}; use "
-            f"--pp {layers}"
+            f"--pp {_largest(args, preset, 'pp', layers)}"
+        )
+    if not _cuts(args, length):
+        raise ConfigError(
+            f"--cp ({args.cp}) must cut the {length} tokens of a sequence into 2*cp*tp equal "
+            f"parts; use --cp {_largest(args, preset, 'cp', 1)}"
         )
     product = args.tp * args.cp * args.pp
     if args.gpus % product:
         raise ConfigError(
             f"--tp {args.tp}, --cp {args.cp} and --pp {args.pp} take {product} GPUs or a multiple "
-            f"of that; got --gpus {args.gpus}; use --gpus {-(-args.gpus // product) * product}"
+            f"of that; got --gpus {args.gpus}; use --gpus {_gpus(args, preset)}"
         )
+
+
+def _cuts(args: argparse.Namespace, length: int) -> bool:
+    """Whether context parallelism cuts a sequence of `length` tokens evenly."""
+    return bool(args.cp == 1 or length % (2 * args.cp * args.tp) == 0)
+
+
+def _largest(args: argparse.Namespace, preset: Preset, name: str, otherwise: int) -> int:
+    """Return the largest value up to that given which makes the whole line go, if there is one."""
+    given = vars(args)
+    values = range(given[name], 0, -1)
+    whole = (n for n in values if _whole(argparse.Namespace(**{**given, name: n}), preset))
+    return next(whole, otherwise)
+
+
+def _whole(args: argparse.Namespace, preset: Preset) -> bool:
+    """Whether a layout of positive sizes goes with the model and the GPUs."""
+    return bool(
+        preset.model.heads % args.tp == 0
+        and args.pp <= len(preset.model.experts)
+        and _cuts(args, args.seq_length or preset.seq_length)
+        and args.gpus % (args.tp * args.cp * args.pp) == 0
+        and all(_goes(args, preset, ep) for ep in args.ep or [])
+    )
+
+
+def _gpus(args: argparse.Namespace, preset: Preset) -> int:
+    """Return the smallest number of GPUs, from those given on, that the layout divides."""
+    ranks = [ep for ep in args.ep or [1] if _shared(preset, ep)] or [1]
+    step: int = args.pp * lcm(args.tp * args.cp, *(ep * args.etp for ep in ranks))
+    return -(-max(int(args.gpus), 1) // step) * step
 
 
 def _powers(preset: Preset) -> list[int]:
@@ -128,6 +168,8 @@ def _goes(args: argparse.Namespace, preset: Preset, ep: int) -> bool:
 
 def _check_experts(args: argparse.Namespace, preset: Preset, ep: int) -> None:
     """Raise ConfigError, with an --ep that goes, unless `ep` does."""
+    if ep < 1:
+        raise ConfigError(f"--ep must be positive; got {ep}; use --ep 1")
     if _goes(args, preset, ep):
         return
     per_stage = args.gpus // args.pp

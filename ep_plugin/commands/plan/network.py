@@ -115,8 +115,10 @@ def goes(experts: int, ep: int, domain: int) -> bool:
 def _check(traffic: Traffic, ep: int, domain: int) -> None:
     if goes(traffic.experts, ep, domain):
         return
+    if ep < 1:
+        raise ConfigError(f"<ep> must be positive; got {ep}; use <ep=1>")
     legal = next((n for n in range(ep, 0, -1) if goes(traffic.experts, n, domain)), 1)
-    if ep < 1 or traffic.experts % ep:
+    if traffic.experts % ep:
         raise ConfigError(
             f"<ep> ({ep}) must divide <experts> ({traffic.experts}); use <ep={legal}>"
         )

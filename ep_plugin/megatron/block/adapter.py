@@ -58,6 +58,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     strength = Strength()
     _counted: Tensor | int  # of the tokens that are routed, those that are no padding
     shared: dict[str, Any]
+    used = False  # whether flags were parsed for it, or a block built
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         name: str | None = None,
     ) -> None:
         """Build the block. Raises ConfigError for Megatron settings that ours cannot honour."""
+        type(self).used = True
         pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
         BaseMoELayer.__init__(self, config, layer_number, pg_collection)
         self.is_mtp_layer = is_mtp_layer or self.inside_mtp

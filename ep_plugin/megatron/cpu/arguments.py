@@ -64,26 +64,38 @@ _ENGINE = "needs Transformer Engine's attention"
 class Refused:
     """An argument without which it would be another model, or be kept in another way."""
 
-    when: Callable[[Any], bool]  # of its value, which is not None
+    when: Callable[[Any], bool]  # of all arguments; this one is neither None nor off
     why: str
     use: str
 
 
 REFUSED = {
-    "qk_clip": Refused(bool, _ENGINE, "leave it out"),
-    "use_megatron_fsdp": Refused(bool, "shards over GPUs", "use --use-distributed-optimizer"),
-    "use_torch_fsdp2": Refused(bool, "shards over GPUs", "use --use-distributed-optimizer"),
+    "qk_clip": Refused(lambda args: True, _ENGINE, "leave it out"),
+    "use_megatron_fsdp": Refused(
+        lambda args: True, "shards over GPUs", "use --use-distributed-optimizer"
+    ),
+    "use_torch_fsdp2": Refused(
+        lambda args: True, "shards over GPUs", "use --use-distributed-optimizer"
+    ),
     "experimental_attention_variant": Refused(
-        lambda value: True, "is attention by kernels for GPUs", "leave it out"
+        lambda args: True, "is attention by kernels for GPUs", "leave it out"
     ),
     "position_embedding_type": Refused(
-        lambda value: value == "relative", _ENGINE, "use --position-embedding-type rope"
+        lambda args: args.position_embedding_type == "relative",
+        _ENGINE,
+        "use --position-embedding-type rope",
     ),
     "context_parallel_size": Refused(
-        lambda value: value > 1, _ENGINE, "use --context-parallel-size 1"
+        lambda args: args.context_parallel_size > 1, _ENGINE, "use --context-parallel-size 1"
+    ),
+    # Megatron's own path sums the gradient of the keys' rotary part over no tensor-parallel rank.
+    "multi_latent_attention": Refused(
+        lambda args: args.tensor_model_parallel_size > 1,
+        "over tensor-parallel ranks needs Transformer Engine's layers",
+        "use --tensor-model-parallel-size 1",
     ),
     "non_persistent_ckpt_type": Refused(
-        lambda value: value == "local",
+        lambda args: args.non_persistent_ckpt_type == "local",
         "needs a package for GPUs",
         "use --non-persistent-ckpt-type global",
     ),
@@ -97,7 +109,7 @@ def to_cpu(args: Any) -> str:
     """
     for name, row in REFUSED.items():
         value = getattr(args, name, None)
-        if value is not None and row.when(value):
+        if value and row.when(args):
             typed = flag(name) if value is True else f"{flag(name)} ({value})"
             raise ConfigError(f"{typed} {row.why}, and this run is on the CPU; {row.use}")
     changed = []

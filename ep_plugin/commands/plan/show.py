@@ -1,0 +1,52 @@
+"""The rows of `ep-plugin plan`, as a table and as a picture."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ep_plugin.commands.plan.network import HOWS, ONE_DOMAIN, Forecast
+from ep_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ep_plugin.commands.plan import Measured
+
+
+def table(rows: list[Forecast]) -> str:
+    lines = [
+        f"{'ep':>4} {'sent':13} {'NVLink MiB':>11} {'rail MiB':>9} {'exchange ms':>12} "
+        f"{'hidden':>7} {'step ms':>8}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row.ep:4} {row.how:13} {row.inside_mib:11.1f} {row.outside_mib:9.1f} "
+            f"{row.exchange_ms:12.2f} {row.hidden_share:7.0%} {row.step_ms:8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[Forecast], measured: list["Measured"], args: argparse.Namespace) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(f"--plot needs matplotlib ({error}); leave --plot out") from error
+    figure = Figure(figsize=(9.5, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for index, how in enumerate((*HOWS, *ONE_DOMAIN)):
+        color = f"C{index}"
+        mine = [row for row in rows if row.how == how]
+        ranks = [str(row.ep) for row in mine]
+        top.plot(ranks, [row.exchange_ms for row in mine], color, marker="o", label=how)
+        bottom.plot(ranks, [100 * row.hidden_share for row in mine], color, marker="o", label=how)
+        seen = [row for row in measured if row.how == how and str(row.ep) in ranks]
+        if seen:
+            places = [str(row.ep) for row in seen]
+            crosses = {"color": color, "marker": "x", "s": 60, "label": f"{how}, measured"}
+            top.scatter(places, [row.exchange_ms for row in seen], **crosses)
+            bottom.scatter(places, [100 * row.hidden_share for row in seen], **crosses)
+    top.axhline(args.compute_ms, color="black", linewidth=0.8, linestyle="--", label="compute")
+    top.set_ylabel("exchange of a step (ms)")
+    bottom.set_ylabel(f"hidden in {args.chunks} chunks (%)")
+    bottom.set_xlabel("expert-parallel ranks")
+    bottom.set_ylim(0, 105)
+    top.set_title(f"{args.network}: {args.tokens} tokens, top-{args.topk}, hidden {args.hidden}")
+    figure.legend(*top.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.savefig(args.plot, dpi=120)
