@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from core_model import Case
-from layouts import BUGS, CHECKS, difference, layouts_of, results
+from layouts import BUGS, CHECKS, LOSS_CHECKS, difference, layouts_of, results
 from releases import RELEASES, installed
 
 from ep_plugin.megatron.cpu import mode as cpu_mode
@@ -72,7 +72,7 @@ def test_what_older_releases_get_wrong_without_us(version: str, case: Case) -> N
     assert max(abs(wrong / right - 1) for wrong, right in norms) > 1e-3
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", CHECKS + LOSS_CHECKS)
 @pytest.mark.parametrize("version", RELEASES)
 def test_check(version: str, check: str) -> None:
     found = found_on(version)
