@@ -1,8 +1,9 @@
 """Run a Megatron script with the plugin, without editing it.
 
+    torchrun --nproc-per-node 2 --no-python ep-plugin run pretrain_gpt.py --num-experts 8 ...
     torchrun --nproc-per-node 2 -m ep_plugin.run pretrain_gpt.py --num-experts 8 ...
 
-`ep-plugin run SCRIPT ARGS` is the same. Without torchrun the script runs as the only rank.
+Both are the same. Without torchrun the script runs as the only rank.
 """
 
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ep_plugin.errors import ConfigError
 
+LAUNCHERS = ("torchrun", "python", "python3", "srun", "mpirun", "deepspeed", "accelerate")
 USAGE = """usage: {name} SCRIPT [ARGS ...]
 
 Runs SCRIPT as `python SCRIPT ARGS ...` would, with the plugin installed in Megatron first.
@@ -49,6 +51,11 @@ def main(argv: list[str], name: str = "python -m ep_plugin.run") -> int:
 
 def run_script(script: str, arguments: list[str]) -> None:
     """Install the plugin and run `script` as __main__; raises ConfigError without such a file."""
+    if script.startswith("-") or Path(script).name in LAUNCHERS:
+        raise ConfigError(
+            f"SCRIPT must be a Python file; got {script!r}; use torchrun FLAGS --no-python "
+            "ep-plugin run SCRIPT, since what starts the ranks stands in front"
+        )
     if not Path(script).is_file():
         raise ConfigError(
             f"SCRIPT must be a Python file; got {script!r}, which does not exist here; use the "

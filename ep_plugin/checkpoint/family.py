@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
+from ep_plugin.checkpoint.config_keys import Config as Config
+from ep_plugin.checkpoint.config_keys import Keys, refusal, refuse_unread
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.patterns import LayerKind
+from ep_plugin.checkpoint.router_losses import notes_of_export, notes_of_import
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import GATED
 from ep_plugin.registry import available
 
-Config = dict[str, Any]  # of config.json
 # What an argument is in checkpoints that do not have it: made before it was, or without our block.
 _ABSENT = {"softmax_type": "vanilla", "ep_router": "topk", "rotary_percent": 1.0}
+
+_FRACTIONS = ("rms_norm_eps", "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,10 @@ class Family:
 
     `fixed`: arguments that have this value in every model of the family; a Megatron checkpoint that
     has another is none of it. `fields`: key of config.json -> argument, equal values.
-    `to_args` and `to_config` do the rest; both raise ConfigError for what has no counterpart.
-    `ignored`: names that a folder may also hold and that carry no weights of the model.
+    `read` and `to_config` do the rest; both raise ConfigError for what has no counterpart.
+    `defaults` are transformers' of keys that config.json may lack. `balancing` is what its
+    coefficient of a load-balancing loss is of, and `jitters` whether it has noise on the router's
+    input. `ignored`: names that a folder may also hold and that carry no weights of the model.
     """
 
     model_type: str
@@ -52,23 +58,35 @@ class Family:
     rows: tuple[Row, ...]
     fixed: dict[str, Any]
     fields: dict[str, str]
-    to_args: Callable[[Config], dict[str, Any]]
+    read: Callable[[Keys], dict[str, Any]]
     to_config: Callable[[argparse.Namespace], Config]
     moe: bool = False
     ignored: tuple[str, ...] = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
-    defaults: Config = field(default_factory=dict)  # of keys that config.json may lack
+    defaults: Config = field(default_factory=dict)
+    balancing: Literal["", "of the model", "of a layer"] = ""
+    jitters: bool = False
 
     def args(self, config: Config) -> argparse.Namespace:
-        """Return Megatron's arguments for config.json. Raises ConfigError for a missing key."""
-        config = {**self.defaults, **config}
-        missing = sorted(set(self.fields) - set(config))
+        """Return Megatron's arguments for config.json. Raises ConfigError as `to_args` does."""
+        return argparse.Namespace(**self.to_args(config))
+
+    def to_args(self, config: Config) -> dict[str, Any]:
+        """Return Megatron's arguments for config.json by name.
+
+        Raises ConfigError for a key that is missing, that has no counterpart, or that nothing is
+        known of.
+        """
+        keys = Keys({**self.defaults, **config})
+        missing = sorted(set(self.fields) - set(keys))
         if missing:
             raise ConfigError(
                 f"config.json of model_type {self.model_type!r} lacks {', '.join(missing)}; "
                 "give the config.json that came with the weights"
             )
-        values = {argument: config[key] for key, argument in self.fields.items()}
-        return argparse.Namespace(**(self.fixed | values | self.to_args(config)))
+        values = {argument: _size(keys, key) for key, argument in self.fields.items()}
+        values |= self.read(keys)
+        refuse_unread(keys, self.model_type)
+        return self.fixed | values
 
     def config(self, args: argparse.Namespace) -> Config:
         """Return config.json for Megatron's arguments. Raises ConfigError when they differ."""
@@ -82,6 +100,14 @@ class Family:
         head = {"architectures": [self.architecture], "model_type": self.model_type}
         return {**head, **values, **self.to_config(args)}
 
+    def training_notes(self, args: argparse.Namespace, exported: bool) -> list[str]:
+        """Return what training with these arguments of Megatron's and with config.json differ in.
+
+        `exported`: config.json was made from the arguments, else they from it.
+        """
+        notes = notes_of_export if exported else notes_of_import
+        return notes(args, self.balancing == "of the model", self.jitters)
+
     def differing(self, args: argparse.Namespace) -> list[str]:
         """Return "argument = value, not value" for each fixed argument that is another."""
         num_experts = getattr(args, "num_experts", None)
@@ -92,6 +118,15 @@ class Family:
             for name, value in self.fixed.items()
             if (found[name] or None) != (value or None)  # False, None and 0 are one
         ]
+
+
+def _size(keys: Keys, key: str) -> int | float | None:
+    """Return a number above 0, a whole one but for _FRACTIONS. Raises ConfigError for others."""
+    value = keys.number(key, whole=key not in _FRACTIONS)
+    if not 0 < value < float("inf"):
+        raise refusal(keys, key, "a number above 0")
+    found: int | float = value
+    return found
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,15 @@ put right. Exit code 1 when something is broken, else 0.
 """
 
 
+Status = Literal["ok", "absent", "broken"]
+
+
 @dataclass(frozen=True)
 class Finding:
     """What was found about one thing."""
 
     name: str
-    status: Literal["ok", "absent", "broken"]
+    status: Status
     text: str
 
 
@@ -142,15 +145,15 @@ def _device() -> Finding:
 
 
 def _megatron() -> list[Finding]:
-    if find_spec("megatron") is None or find_spec("megatron.core") is None:
-        remedy = "pip install 'ep-plugin[megatron]' (ep_plugin.MoELayer needs torch alone)"
-        return [Finding("megatron-core", "absent", f"not installed; {remedy}")]
     from ep_plugin.megatron.seams import touchpoints
 
     try:
         table = touchpoints.verify()
     except ConfigError as error:
-        return [Finding("megatron-core", "broken", str(error))]
+        missing = find_spec("megatron") is None
+        alone = "; ep_plugin.MoELayer needs torch alone" if missing else ""
+        status: Status = "absent" if missing else "broken"
+        return [Finding("megatron-core", status, f"{error}{alone}")]
     text = f"{touchpoints.installed_version()}, all {len(table)} touch points match"
     if not touchpoints.has_training():
         text += "; without megatron.training, for loops of your own: install(settings)"

@@ -5,7 +5,7 @@ from typing import Any
 from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.table import SCOPES, feeding
-from ep_plugin.megatron.arguments.theirs import check, one
+from ep_plugin.megatron.arguments.theirs import check, several
 from ep_plugin.megatron.block.graphs import captures_iteration
 from ep_plugin.megatron.edge_settings import EdgeSettings as EdgeSettings
 from ep_plugin.moe.config import GATED, Activation, Fp8, MoEConfig
@@ -36,9 +36,6 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
             "of raw logits, as Megatron does; use --moe-router-pre-softmax"
         )
     normalized = not config.moe_router_pre_softmax if softmax else config.moe_router_topk > 1
-    balancing = one(config.moe_router_load_balancing_type)
-    coefficient = 0.0 if balancing == "none" else float(one(config.moe_aux_loss_coeff))
-    scopes = {value: scope for scope, value in SCOPES.items() if scope != "group"}
     values = {
         "topk": config.moe_router_topk,
         "score_function": config.moe_router_score_function,
@@ -51,40 +48,72 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
         "group_topk": config.moe_router_group_topk,
         "expert_bias": config.moe_router_enable_expert_bias,
         "bias_update_rate": config.moe_router_bias_update_rate,
-        "aux_loss_coeff": coefficient,
-        # Megatron takes a type without a coefficient, and then has no loss.
-        "aux_loss_scope": scopes.get(balancing, "micro_batch") if coefficient else "micro_batch",
+        "force_load_balancing": config.moe_router_force_load_balancing,
+        **_balancing(config),
         "z_loss_coeff": config.moe_z_loss_coeff or 0.0,
-        **_capacity(config, settings.routing),
+        **_capacity(config, settings),
     }
     return RoutingConfig(**(values | settings.routing))
 
 
-def _capacity(config: Any, ours: dict[str, Any]) -> dict[str, Any]:
-    """Return what Megatron's own capacity flags ask for, in training."""
-    factor = config.moe_expert_capacity_factor
-    if factor is None or factor < 0:  # Megatron reads a negative one as none
+def _balancing(config: Any) -> dict[str, Any]:
+    """Return what Megatron's types of balancing and their coefficients ask for.
+
+    Megatron takes a type without a coefficient, and then has no loss.
+    """
+    types, coefficients = several(config.moe_router_load_balancing_type), config.moe_aux_loss_coeff
+    if types == ["quantile_balancing"]:
+        ema = config.moe_router_quantile_balancing_ema
+        return {"quantile_balancing": True, "quantile_ema": ema}
+    scopes = {value: scope for scope, value in SCOPES.items() if scope != "group"}
+    pairs = [
+        (scopes[balancing], float(coefficient))
+        for balancing, coefficient in zip(types, several(coefficients), strict=True)
+        if balancing != "none" and coefficient
+    ]
+    if not pairs:
         return {}
+    (scope, coefficient), *further = pairs
+    return {
+        "aux_loss_scope": scope,
+        "aux_loss_coeff": coefficient,
+        "further_losses": tuple(further),
+    }
+
+
+def _capacity(config: Any, settings: EdgeSettings) -> dict[str, Any]:
+    """Return what Megatron's own capacity flags ask for, in training.
+
+    A capacity has the drop policy of Megatron's flag, by whichever name it was given.
+    """
+    ours, factor = settings.routing, config.moe_expert_capacity_factor
+    if factor is not None and factor < 0:  # Megatron reads a negative one as none
+        factor = None
     given = ours.get("capacity_factor", factor)
-    if given != factor:
+    if factor is not None and given != factor:
         raise ConfigError(
             f"--ep-capacity-factor ({given}) and --moe-expert-capacity-factor ({factor}) "
             "contradict each other; give one of them"
         )
-    return {"capacity_factor": factor, "drop_policy": config.moe_token_drop_policy}
+    if given is None and ours.get("eval_capacity_factor") is None:
+        return {}
+    policy = "none" if settings.router == "expert_choice" else config.moe_token_drop_policy
+    return {"capacity_factor": given, "drop_policy": policy}
 
 
 def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = None) -> MoEConfig:
     """Return our configuration of one block for a TransformerConfig, or for validated arguments.
 
-    `layer_number` counts from 1; it is needed when layers differ in experts. Raises ConfigError
-    for settings that have no counterpart.
+    `layer_number` counts from 1, MTP layers behind the decoder's; it is needed when layers differ
+    in experts. Raises ConfigError for settings that have no counterpart.
     """
     check(config, settings)
     pattern = moe_pattern(config)
     num_experts = getattr(config, "num_moe_experts", None) or config.num_experts
     if settings.experts_per_layer is not None and layer_number is not None:
-        num_experts = settings.experts_per_layer[sum(pattern[: layer_number - 1])]
+        place = sum(pattern[: layer_number - 1])
+        # A layer of multi-token prediction is made as the decoder's last.
+        num_experts = (*settings.experts_per_layer, settings.experts_per_layer[-1])[place]
     values = {
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.moe_ffn_hidden_size or config.ffn_hidden_size,

@@ -46,6 +46,10 @@ class RoutingConfig:
     )
     expert_bias: bool = False  # added to the scores for the choice alone (arXiv:2408.15664)
     bias_update_rate: float = 1e-3
+    quantile_balancing: bool = False  # a bias of the choice alone: the logits' quantile at balance
+    quantile_ema: float = 0.0  # weight of that bias so far in the next one
+    # random logits, with the gradient of the true ones: all experts alike, to measure speed
+    force_load_balancing: bool = False
     # capacity: tokens an expert takes from one routing group
     capacity_factor: float | None = None  # in training; None: nothing is dropped
     eval_capacity_factor: float | None = None  # in evaluation; None: nothing is dropped
@@ -58,6 +62,7 @@ class RoutingConfig:
     aux_loss_coeff: float = 0.0  # Switch Transformer, eq. 4; 1 when balanced, before this factor
     aux_loss_counts: AuxLossCounts = "topk"  # which choices count
     aux_loss_scope: AuxLossScope = "micro_batch"  # over which tokens
+    further_losses: tuple[tuple[AuxLossScope, float], ...] = ()  # beside it: scope, coefficient
     aux_loss_layers: AuxLossLayers = "sum"  # mean: divided by the number of MoE layers
     z_loss_coeff: float = 0.0  # ST-MoE, arXiv:2202.08906, eq. 5
     # expert choice looks at later tokens: wrong for a causal model
@@ -84,6 +89,27 @@ class RoutingConfig:
                 f"<num_groups> ({self.num_groups}) by scores; use <noise=none>"
             )
         self._check_groups()
+        self._check_balancing()
+
+    def _check_balancing(self) -> None:
+        scopes = [self.aux_loss_scope, *dict(self.further_losses)]
+        legal = set(_FURTHER) - ({"micro_batch"} if self.aux_loss_scope == "group" else set())
+        fine = all(0 < coefficient < math.inf for _, coefficient in self.further_losses)
+        if len({*scopes}) <= len(self.further_losses) or {*scopes[1:]} - legal or not fine:
+            said = ",".join(f"{scope}:{coefficient}" for scope, coefficient in self.further_losses)
+            other = "global" if self.aux_loss_scope == "sequence" else "sequence"
+            raise ConfigError(
+                f"<further_losses> ({said}) must have other scopes than <aux_loss_scope> "
+                f"({self.aux_loss_scope}), of {', '.join(_FURTHER)}, each once with a positive "
+                f"coefficient; use <further_losses={other}:0.001>"
+            )
+        for name in ("aux_loss_coeff", "expert_bias", "num_groups", "noise", "second_expert"):
+            value, off = getattr(self, name), getattr(type(self), name)
+            if self.quantile_balancing and value != off:
+                raise ConfigError(
+                    f"<{name}> ({value}) and <quantile_balancing> do not go together: a quantile "
+                    f"of the logits chooses and balances alone; use <{name}={off}>"
+                )
 
     def _check_groups(self) -> None:
         if self.num_groups is not None and self.group_topk is None:
@@ -121,6 +147,10 @@ class RoutingConfig:
             raise ConfigError(
                 f"<jitter_eps> must be in [0, 1); got {self.jitter_eps}; use <jitter_eps=0.01>"
             )
+        if not 0 <= self.quantile_ema < 1:
+            raise ConfigError(
+                f"<quantile_ema> must be in [0, 1); got {self.quantile_ema}; use <quantile_ema=0.0>"
+            )
         if not 0 < self.second_threshold <= 1:
             raise ConfigError(
                 f"<second_threshold> must be in (0, 1]; got {self.second_threshold}; use "
@@ -151,6 +181,13 @@ class RoutingConfig:
             )
 
     @property
+    def balancing_losses(self) -> tuple[tuple[AuxLossScope, float], ...]:
+        """The load-balancing losses: scope and coefficient of each."""
+        if self.aux_loss_coeff == 0:
+            return ()
+        return ((self.aux_loss_scope, self.aux_loss_coeff), *self.further_losses)
+
+    @property
     def _has_losses(self) -> bool:
         return self.aux_loss_coeff > 0 or self.z_loss_coeff > 0
 
@@ -160,6 +197,11 @@ class RoutingConfig:
             legal = f"<topk={num_experts}>" + (" with <normalize=none>" if num_experts == 1 else "")
             raise ConfigError(
                 f"<topk> ({self.topk}) must be at most <num_experts> ({num_experts}); use {legal}"
+            )
+        if self.quantile_balancing and self.topk == num_experts:
+            raise ConfigError(
+                f"<topk> ({self.topk}) must be below <num_experts> ({num_experts}) with "
+                f"<quantile_balancing>; use <num_experts={num_experts + 1}>"
             )
         if self.num_groups is None or self.group_topk is None:
             return
@@ -192,6 +234,7 @@ class RoutingConfig:
         return self.group_score_topk or self.topk // (self.group_topk or 1)
 
 
+_FURTHER = ("micro_batch", "sequence", "global")
 _UNGROUPED = "<num_groups=None> with <group_topk=None>"
 _COUNTS = {  # the smallest that is legal, and an alternative
     "topk": (1, "<topk=2>"),

@@ -75,6 +75,13 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             "is the step of the expert bias, and there is none; use <expert_bias=True>",
         ),
     ),
+    "routing.quantile_ema": (
+        Need(
+            lambda c: c.routing.quantile_balancing,
+            "is about the bias of quantile balancing, and there is none; use "
+            "<quantile_balancing=True>",
+        ),
+    ),
     "routing.min_capacity": _CAPACITY,
     "routing.capacity_rounding": _CAPACITY,
     "routing.capacity_counts_topk": (
@@ -95,6 +102,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "routing.aux_loss_counts": _BALANCING,
     "routing.aux_loss_scope": _BALANCING,
     "routing.aux_loss_layers": _BALANCING,
+    "routing.further_losses": _BALANCING,
     "routing.force_expert_choice": (
         Need(
             lambda c: c.router == "expert_choice",
@@ -172,6 +180,8 @@ UNUSED_BY_EXPERT_CHOICE = {
     "score_function": "weighs by the softmax over experts",
     "scaling_factor": "weighs by the softmax over experts",
     "expert_bias": "lets experts choose",
+    "quantile_balancing": "lets experts choose",
+    "force_load_balancing": "fills every expert alike",
     "num_groups": "lets experts choose",
     "second_expert": "lets experts choose",
     "noise": "lets experts choose",
@@ -224,7 +234,8 @@ def check_needs(config: Any) -> None:
             if need.values and value not in need.values:
                 continue
             if not need.when(config):
-                raise ConfigError(f"<{field}> ({value}) {need.sentence.format(**vars(config))}")
+                shown = said(value) if isinstance(value, tuple) else value
+                raise ConfigError(f"<{field}> ({shown}) {need.sentence.format(**vars(config))}")
 
 
 def _check_expert_choice(config: Any, settings: dict[str, Any]) -> None:
@@ -243,5 +254,7 @@ def _check_expert_choice(config: Any, settings: dict[str, Any]) -> None:
 
 
 def said(value: Any) -> str:
-    """Return a value as a user says it: on and off for True and False."""
+    """Return a value as a user says it: on and off for True and False, pairs as NAME:NUMBER."""
+    if isinstance(value, tuple):
+        return ",".join(":".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in value)
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

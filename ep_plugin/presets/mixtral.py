@@ -1,8 +1,10 @@
 """Mixtral (arXiv:2401.04088): top-2 of 8 experts in every layer, nothing dropped.
 
 Weights are the softmax of the two chosen logits, which equals both probabilities divided by their
-sum. The balancing loss counts both choices; 0.02 is the coefficient of the published configuration,
-meant for fine-tuning: the one of pretraining is not published.
+sum. The balancing loss counts both choices. The published configurations, meant for fine-tuning,
+have router_aux_loss_coef 0.02 (8x7B) and 0.001 (8x22B) of a loss that adds up both choices and is
+taken once, as the mean over layers; ours is 1 when balanced and is added in each layer. So the same
+strength is 2 / layers times theirs. The coefficient of pretraining is not published.
 """
 
 from dataclasses import replace
@@ -10,7 +12,6 @@ from dataclasses import replace
 from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
 
-ROUTING = RoutingConfig(topk=2, aux_loss_coeff=0.02)
 MODEL = Model(
     hidden=4096,
     heads=32,
@@ -33,20 +34,24 @@ LARGE = replace(
 )
 
 
-def _preset(name: str, model: Model, source: str, seq_length: int) -> Preset:
+def _preset(
+    name: str, model: Model, source: str, seq_length: int, coefficient: float = 0.02
+) -> Preset:
+    """Return a preset; `coefficient` is the published one, of the whole model."""
+    routing = RoutingConfig(topk=2, aux_loss_coeff=coefficient * 2 / len(model.experts))
     return Preset(
         name=name,
         system="Mixtral",
         source=source,
         model=model,
-        routing=ROUTING,
+        routing=routing,
         seq_length=seq_length,
     )
 
 
 PRESETS = (
     _preset("mixtral-8x7b", MODEL, "arXiv:2401.04088, table 1", 32_768),
-    _preset("mixtral-8x22b", LARGE, "the published configuration of 8x22B v0.3", 65_536),
+    _preset("mixtral-8x22b", LARGE, "the published configuration of 8x22B v0.3", 65_536, 0.001),
     _preset(
         "mixtral-nano",
         replace(

@@ -2,7 +2,9 @@
 
 Weights are divided by their sum (`norm_topk_prob`), nothing is dropped, no shared expert. The
 balancing loss takes its fractions over all micro-batches and data-parallel ranks of a step
-(arXiv:2501.11873), with a coefficient of 1e-3.
+(arXiv:2501.11873). The published configurations have router_aux_loss_coef 1e-3 of a loss that adds
+up all choices and is taken once, as the mean over layers; ours is 1 when balanced and is added in
+each layer. So the same strength is topk / layers times theirs.
 """
 
 from dataclasses import replace
@@ -10,7 +12,7 @@ from dataclasses import replace
 from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.presets._model import Model, Preset
 
-ROUTING = RoutingConfig(topk=8, aux_loss_coeff=1e-3, aux_loss_scope="global")
+COEFFICIENT = 1e-3  # of the whole model
 SMALL = Model(
     hidden=2048,
     heads=32,
@@ -28,12 +30,13 @@ LARGE = replace(SMALL, hidden=4096, heads=64, experts=(128,) * 94, dense_ffn=122
 
 
 def _preset(name: str, model: Model, source: str, seq_length: int, topk: int = 8) -> Preset:
+    coefficient = COEFFICIENT * topk / len(model.experts)
     return Preset(
         name=name,
         system="Qwen3 MoE",
         source=source,
         model=model,
-        routing=replace(ROUTING, topk=topk),
+        routing=RoutingConfig(topk=topk, aux_loss_coeff=coefficient, aux_loss_scope="global"),
         seq_length=seq_length,
     )
 

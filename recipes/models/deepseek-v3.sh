@@ -7,9 +7,9 @@
 # --moe-router-bias-update-rate 0 for all 500B.
 VOCAB=129280
 RECOMPUTE="${RECOMPUTE:-full}"
+# With FP8 experts as published: --ep-fp8 blockwise
 MODEL_ARGS=(
     --ep-preset deepseek-v3
-    --ep-dispatch-dedup on --ep-overlap chunked # with FP8 experts as published: --ep-fp8 blockwise
 )
 PIPELINE_LAYOUT=([8]="Et*7|(t*8|)*6t*6L" [16]="Et*3|(t*4|)*14t*2L")
 TRAIN_ARGS=(

@@ -4,7 +4,7 @@
 # The schedule is its own (arXiv:2201.05596, table 1, and the scripts published with it): 300B
 # tokens of length 2048, 375M of them warm-up, and a lower rate than the dense model's.
 VOCAB=50257
-MODEL_ARGS=(--ep-preset ds-350m-moe128) # its biases leave --ep-overlap and --ep-fp8 out
+MODEL_ARGS=(--ep-preset ds-350m-moe128) # its biases leave --ep-fp8 out
 TRAIN_ARGS=(
     --micro-batch-size 4 --global-batch-size 256 --train-iters 572205
     --lr 2e-4 --min-lr 2e-6 --lr-decay-style cosine --lr-warmup-iters 715

@@ -4,7 +4,7 @@
 # The schedule is its own (arXiv:2201.05596, table 1, and the scripts published with it): 300B
 # tokens of length 2048, 375M of them warm-up, and its own peak.
 VOCAB=50257
-MODEL_ARGS=(--ep-preset ds-350m-prmoe-32-64) # its biases leave --ep-overlap and --ep-fp8 out
+MODEL_ARGS=(--ep-preset ds-350m-prmoe-32-64) # its biases leave --ep-fp8 out
 TRAIN_ARGS=(
     --micro-batch-size 4 --global-batch-size 256 --train-iters 572205
     --lr 3e-4 --min-lr 1e-6 --lr-decay-style cosine --lr-warmup-iters 715

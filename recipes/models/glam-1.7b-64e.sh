@@ -6,9 +6,9 @@
 # the rate, the inverse square root after 10,000 steps, with the peak of the next larger GPT-3
 # (arXiv:2005.14165, table 2.1) than its 1.9B active parameters.
 VOCAB=32000
+# With FP8 experts: --ep-fp8 rowwise
 MODEL_ARGS=(
     --ep-preset glam-1.7b-64e
-    --ep-overlap chunked # with FP8 experts: --ep-fp8 rowwise
 )
 TRAIN_ARGS=(
     --micro-batch-size 2 --global-batch-size 1024 --train-iters 572205

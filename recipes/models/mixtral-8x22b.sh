@@ -4,9 +4,9 @@
 # Its schedule is not published. This is Llama 2's of 34B (arXiv:2307.09288, section 2.2 and table
 # 1), a dense model of about as many active parameters: batches of 4M tokens, 2T in all.
 VOCAB=32768
+# With FP8 experts: --ep-fp8 rowwise
 MODEL_ARGS=(
     --ep-preset mixtral-8x22b --seq-length 4096
-    --ep-overlap chunked # with FP8 experts: --ep-fp8 rowwise
 )
 TRAIN_ARGS=(
     --micro-batch-size 1 --global-batch-size 1024 --train-iters 476837

@@ -5,9 +5,9 @@
 # 1), a dense model of as many active parameters: batches of 4M tokens, 2T in all. Sequences of
 # 4096 too; for the 32,768 of the model add --seq-length 32768 --context-parallel-size 8.
 VOCAB=32000
+# With FP8 experts: --ep-fp8 rowwise
 MODEL_ARGS=(
     --ep-preset mixtral-8x7b --seq-length 4096
-    --ep-overlap chunked # with FP8 experts: --ep-fp8 rowwise
 )
 TRAIN_ARGS=(
     --micro-batch-size 1 --global-batch-size 1024 --train-iters 476837

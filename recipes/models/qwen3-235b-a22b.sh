@@ -7,11 +7,11 @@
 # this cosine does.
 VOCAB=151936
 RECOMPUTE="${RECOMPUTE:-full}"
+# With FP8 experts: --ep-fp8 rowwise
 MODEL_ARGS=(
     --ep-preset qwen3-235b-a22b
     # 94 layers, embedding and loss are 96.
     --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
-    --ep-dispatch-dedup on --ep-overlap chunked # with FP8 experts: --ep-fp8 rowwise
 )
 TRAIN_ARGS=(
     --micro-batch-size 1 --global-batch-size 9216 --rampup-batch-size 2304 768 54931640

@@ -5,9 +5,9 @@
 # Those are DeepSeek-V2-Lite's (arXiv:2405.04434, appendix B), with 2.4B active parameters, whose
 # decay in two steps ends where this cosine does.
 VOCAB=151936
+# With FP8 experts: --ep-fp8 rowwise
 MODEL_ARGS=(
     --ep-preset qwen3-30b-a3b
-    --ep-dispatch-dedup on --ep-overlap chunked # with FP8 experts: --ep-fp8 rowwise
 )
 TRAIN_ARGS=(
     --micro-batch-size 1 --global-batch-size 4608 --train-iters 1589457

@@ -4,7 +4,6 @@
 VOCAB=256
 MODEL_ARGS=(
     --ep-preset qwen3-nano
-    --ep-dispatch-dedup on --ep-overlap chunked
 )
 TRAIN_ARGS=(
     --micro-batch-size 2 --global-batch-size 8 --train-iters 200

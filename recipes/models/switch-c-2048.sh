@@ -6,9 +6,9 @@
 # rate, the inverse square root after 10,000 steps, with the peak of the next larger GPT-3
 # (arXiv:2005.14165, table 2.1) than its 1.7B active parameters.
 VOCAB=32128
+# With FP8 experts: --ep-fp8 rowwise
 MODEL_ARGS=(
     --ep-preset switch-c-2048
-    --ep-overlap chunked # with FP8 experts: --ep-fp8 rowwise
 )
 TRAIN_ARGS=(
     --micro-batch-size 4 --global-batch-size 2048 --train-iters 550000

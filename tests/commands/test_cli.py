@@ -190,6 +190,16 @@ def test_run_says_how_and_refuses_a_missing_script(
     assert re.fullmatch(rf"{name}: error: .*'missing\.py'.*; use .*\n", refused.stderr)
 
 
+@pytest.mark.parametrize(
+    "words", [["torchrun", "--nproc-per-node", "2", "a.py"], ["--nproc-per-node", "2"], ["python"]]
+)
+def test_what_starts_the_ranks_is_sent_to_the_front(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *words]) == 2
+    assert "torchrun FLAGS --no-python ep-plugin run SCRIPT" in capsys.readouterr().err
+
+
 def test_run_works_under_torchrun_without_python(tmp_path: Path) -> None:
     """Each of two ranks runs the script as __main__, with the plugin in, and its flags as typed."""
     (tmp_path / "beside.py").touch()

@@ -371,7 +371,7 @@ BROKEN = {
     ),
     "rope": (
         lambda folder: edit_config(folder, rope_parameters={"rope_type": "dynamic"}),
-        r"rope_type 'dynamic' has no counterpart",
+        r"has rope_parameters.rope_type = 'dynamic', and Megatron's GPT has no counterpart",
     ),
     "quantised": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "fp8"}),

@@ -139,14 +139,22 @@ def test_the_comparison_s_need_is_said_before_a_byte_is_written(
     planned = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run", "--json")[1]
     comparison = json.loads(planned)["comparison"]
     assert (comparison["tokens"], comparison["prompts"]) == (512, None)
-    weights = 2 * 4 * json.loads(planned)["num_bytes"] // 4
+    sizes = json.loads(planned)["tensors"]
+    within = sum(size["num_bytes"] for name, size in sizes.items() if ".layers." in name)
+    weights = 3 * within // 2 + 2 * (json.loads(planned)["num_bytes"] - within)
     outputs = 2 * 4 * 512 * (2 * 32 + hf_models.VOCAB)  # two layers and the logits
     assert comparison["memory_bytes"] == weights + outputs
     text = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run")[1]
-    said = "then source and result are run on 512 random tokens (--seed 1234), one model in memory"
+    said = "then source and result are run on 512 random tokens (--seed 1234), one layer in memory"
     assert said in text
     skipped = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run", "--skip-parity")[1]
     assert "source and result are not compared" in skipped
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "_read", lambda _: "MemTotal: 9 kB\nMemAvailable:       7 kB\n")
+        code, refused = convert(sources["hf"], tmp_path / "out", *EXPERTS)
+    assert code == 2
+    assert "GiB of memory, and 0.00 are free; use --skip-parity" in refused
+    assert not (tmp_path / "out").exists()
     errors = io.StringIO()
     monkeypatch.setattr("ep_plugin.commands.convert.write", no_room)
     with contextlib.redirect_stderr(errors), pytest.raises(OSError, match="full"):

@@ -9,7 +9,7 @@ import pytest
 from ep_plugin.cli import main
 from ep_plugin.commands import doctor
 from ep_plugin.errors import BackendUnavailable
-from ep_plugin.megatron.seams import touchpoints
+from ep_plugin.megatron.seams import found, touchpoints
 from ep_plugin.megatron.seams.apex import foreign_apex
 from ep_plugin.registry import available
 
@@ -50,15 +50,16 @@ def test_a_release_without_a_table_is_broken(
     monkeypatch.setattr(touchpoints, "installed_version", lambda: "0.15.3")
     assert main(["doctor", "-v"]) == 1
     printed = capsys.readouterr().out
-    assert "broken  megatron-core          megatron-core 0.15.3 has no touch-point table" in printed
+    assert "broken  megatron-core          megatron-core 0.15.3 is none that the plugin" in printed
     assert printed.endswith("\nnot usable: see what is broken\n")
 
 
 def test_without_megatron_the_rest_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    for module in (doctor, found):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     (finding,) = doctor._megatron()
     assert finding.status == "absent"
-    assert "pip install 'ep-plugin[megatron]'" in finding.text
+    assert "run pip install 'megatron-core[training]==" in finding.text
 
 
 def test_an_option_without_its_package_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,17 @@ from pathlib import Path
 import pytest
 
 from ep_plugin import cli
-from ep_plugin.commands.parity.comparable import comparable, expand_preset, value, without
+from ep_plugin.commands.parity.by_nature import set_aside
+from ep_plugin.commands.parity.comparable import (
+    comparable,
+    expand_preset,
+    value,
+    values,
+    without,
+)
 from ep_plugin.commands.parity.launch import Launcher, RunFailed
 from ep_plugin.commands.parity.layouts import ONE_RANK, Layout, parse
-from ep_plugin.commands.parity.tiny import shrink
+from ep_plugin.commands.parity.tiny import default_layout, shrink
 from ep_plugin.errors import ConfigError
 from ep_plugin.presets import presets
 
@@ -39,10 +46,6 @@ def test_flags_are_taken_with_their_values_and_the_last_counts() -> None:
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_becomes_small_and_divides(name: str) -> None:
     given = comparable(expand_preset(["--ep-preset", name]), 3).all
-    if value(given, "--ep-experts-per-layer") is not None:
-        with pytest.raises(ConfigError, match="cannot shrink --ep-experts-per-layer"):
-            shrink(given, LAYOUTS)
-        return
     tiny = shrink(given, LAYOUTS).all
 
     def number(flag: str, default: int = 1) -> int:
@@ -69,6 +72,93 @@ def test_every_preset_becomes_small_and_divides(name: str) -> None:
         groups, of = number("--moe-router-num-groups"), number("--moe-router-group-topk")
         assert number("--num-experts") % groups == 0
         assert number("--num-experts") // groups * of >= number("--moe-router-topk", 2)
+        counts = (value(tiny, "--ep-experts-per-layer") or "").split(",")
+        if value(given, "--ep-experts-per-layer") is not None:
+            assert len(counts) == pattern.count("1")
+            assert len(set(counts)) > 1  # a pyramid stays one
+            assert max(map(int, counts)) == number("--num-experts")
+            assert all(int(n) % layout.parallel.ep == 0 for n in counts for layout in LAYOUTS)
+
+
+@pytest.mark.parametrize("layouts", [["ep=2"], ["tp=2", "pp=2"], ["tp=8,ep=8,etp=1", "dp=3"]])
+def test_tiny_describes_a_whole_run_without_any_flag(layouts: list[str]) -> None:
+    tiny = shrink(comparable([], 3).all, [ONE_RANK, *map(parse, layouts)]).all
+    for flag in ("--lr", "--micro-batch-size", "--global-batch-size", "--num-experts", "--lr"):
+        assert value(tiny, flag) is not None
+    assert float(value(tiny, "--moe-aux-loss-coeff") or 0) > 0
+    tp = max(parse(layout).parallel.tp for layout in layouts)
+    assert int(value(tiny, "--vocab-size") or 0) % (128 * tp) == 0
+    assert default_layout([], tiny=True) == "ep=2"
+    assert default_layout(["--num-layers", "2"], tiny=True) == "tp=2"
+    assert default_layout(["--num-experts", "2"], tiny=False) == "ep=2"
+
+
+def test_a_rate_and_other_choices_of_the_user_s_stay() -> None:
+    tiny = shrink(["--num-layers", "2", "--lr", "3e-3"], [ONE_RANK]).all
+    assert value(tiny, "--lr") == "3e-3"
+    assert value(tiny, "--num-experts") is None
+
+
+# a flag that holds a size or one entry a layer -> what is left of it at 24 layers, two a stage
+SHAPES = {
+    "--mtp-num-layers 4": ["2"],
+    "--encoder-num-layers 24": [],
+    "--window-size 4096,0": ["8,0"],
+    "--window-attn-skip-freq [1,0]*12": ["[1,0]"],
+    "--no-rope-freq 4": ["4"],
+    "--linear-num-value-heads 32": ["2"],
+    "--recompute-num-layers 6": ["1"],
+    "--moe-shared-expert-intermediate-size 4096": ["32"],
+    "--padded-vocab-size 50304": [],
+}
+
+
+@pytest.mark.parametrize("given", SHAPES)
+def test_every_flag_with_a_size_is_made_small(given: str) -> None:
+    depth = [] if "num-layers 24" in given else ["--num-layers", "24"]
+    tiny = shrink([*depth, *given.split()], [ONE_RANK]).all
+    assert values(tiny, given.split()[0]) == SHAPES[given]
+
+
+def test_what_cannot_be_made_small_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"cannot shrink --hybrid-layer-pattern.*without --tiny"):
+        shrink(["--hybrid-layer-pattern", "M*E"], [ONE_RANK])
+    with pytest.raises(ConfigError, match=r"--moe-layer-freq must .* use --moe-layer-freq '\[1\]"):
+        shrink(["--num-layers", "3", "--moe-layer-freq", "[1,0]"], [ONE_RANK])
+    with pytest.raises(ConfigError, match=r"--ep-experts-per-layer must be .* use --ep-experts"):
+        shrink(["--num-experts", "4", "--ep-experts-per-layer", "four"], [ONE_RANK])
+
+
+ASIDE = {  # flags -> what they become at dp=2, and at tp=2
+    "--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.1": (
+        "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1",
+        None,
+    ),
+    "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 0.1 0.2": (
+        "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.1",
+        None,
+    ),
+    "--moe-router-force-load-balancing": ("", ""),
+    "--dataloader-type cyclic": ("--dataloader-type single", None),
+    "--ep-second-expert random": ("--ep-second-expert threshold",) * 2,
+    "--optimizer muon": (None, "--optimizer muon --muon-tp-mode duplicated"),
+    "--seq-length 32 --ep-capacity-factor 1": (
+        None,
+        "--seq-length 32 --ep-capacity-factor 1 --ep-group-tokens 16",
+    ),
+    "--seq-length 32 --ep-capacity-factor 1 --ep-group-tokens 8": (None, None),
+}
+
+
+@pytest.mark.parametrize("given", ASIDE)
+@pytest.mark.parametrize(("place", "layout"), [(0, "dp=2"), (1, "tp=2,etp=2")])
+def test_what_differs_by_nature_is_set_aside_where_it_differs(
+    given: str, place: int, layout: str
+) -> None:
+    expected = ASIDE[given][place]
+    left, aside = set_aside(given.split(), [ONE_RANK, parse(layout)])
+    assert sorted(left) == sorted((given if expected is None else expected).split())
+    assert bool(aside) == (expected is not None)
 
 
 def test_a_layout_that_does_not_finish_leaves_the_others(
@@ -82,7 +172,7 @@ def test_a_layout_that_does_not_finish_leaves_the_others(
         return launcher.folder / name
 
     monkeypatch.setattr(Launcher, "run", run)
-    monkeypatch.setattr("ep_plugin.commands.parity.compare_gradients", lambda one, other: [])
+    monkeypatch.setattr("ep_plugin.commands.parity.runs.compare_gradients", lambda one, other: [])
     report, script = tmp_path / "report.json", tmp_path / "script.py"
     script.touch()
     ours = ["--layouts", "ep=2", "dp=2", "--output", str(report)]

@@ -186,10 +186,6 @@ MISTAKES = {
         ),
         "--ep-capacity-factor (2.0) and --moe-expert-capacity-factor (1.0) contradict each other",
     ),
-    "capacity without a policy": (
-        ("--num-experts", "4", "--ep-capacity-factor", "1.25"),
-        "--ep-capacity-factor (1.25) needs a drop policy, and --ep-drop-policy is none (dropless)",
-    ),
     "normalised and pre-softmax": (
         ("--num-experts", "4", "--ep-normalize", "before_drop", "--moe-router-pre-softmax"),
         "--ep-normalize (before_drop) and --moe-router-pre-softmax contradict each other",

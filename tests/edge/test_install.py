@@ -210,7 +210,7 @@ def test_a_mismatch_is_refused_with_nothing_changed(
 def test_an_unknown_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks.touchpoints, "installed_version", lambda: "0.15.3")
     supported = r"0\.16, 0\.17, 0\.18, 0\.19"
-    message = rf"megatron-core 0\.15\.3 has no touch-point table; supported are {supported}"
+    message = rf"megatron-core 0\.15\.3 is none that the plugin knows; supported are {supported}"
     with pytest.raises(ConfigError, match=message):
         install()
     assert not cpu_mode.active()

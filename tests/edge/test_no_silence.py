@@ -6,27 +6,24 @@ the value is no observer.
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
-from flag_values import CASES, PLAIN, SAMPLES, given, parser
+from command_line import Accepted, completed, read
+from flag_values import CASES, SAMPLES, given
 from silence import Case, observe, observe_all
 from spawn import run_ranks
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments import checks
 from ep_plugin.megatron.arguments.in_flags import THEIRS, in_flags
-from ep_plugin.megatron.arguments.parser import with_preset
-from ep_plugin.megatron.arguments.resume import choose_format
 from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import audit_save
-from ep_plugin.megatron.settings import moe_config, ranks_per_node
+from ep_plugin.megatron.settings import ranks_per_node
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.moe.rules import FACTS, IDLE_AT_ONE_RANK, NEEDS
@@ -78,7 +75,9 @@ OBSERVERS = {  # row -> what must differ
     **dict.fromkeys(("expert_bias", "bias_update_rate", "drop_policy", "group_tokens"), "routing"),
     **dict.fromkeys(("capacity_factor", "min_capacity", "capacity_rounding"), "routing"),
     **dict.fromkeys(("eval_capacity_factor", "capacity_counts_topk"), "routing"),
+    **dict.fromkeys(("quantile_balancing", "quantile_ema", "force_load_balancing"), "routing"),
     "scaling_factor": "output",
+    "further_losses": "gradients",
     **dict.fromkeys(("aux_loss_coeff", "aux_loss_counts", "aux_loss_scope"), "gradients"),
     **dict.fromkeys(("aux_loss_layers", "z_loss_coeff", "fp8_wgrad"), "gradients"),
     **dict.fromkeys(("dense_activation", "expert_activation", "fp8", "shared_expert"), "output"),
@@ -98,74 +97,6 @@ ACTS = [
     *((name, value, BESIDE.get((name, value), ""), None) for name, value in CASES),
     *TOGETHER,
 ]
-
-
-@dataclass
-class Accepted:
-    """A command line that was taken."""
-
-    args: Any
-    settings: EdgeSettings
-    config: MoEConfig
-
-
-@cache
-def read(*flags: str) -> Accepted | str:
-    """Return what a command line means, or the sentence with which it is refused."""
-    args = parser().parse_args(with_preset([*PLAIN, *flags]))
-    args.world_size, typed = 2, frozenset(word for word in flags if word.startswith("--"))
-    checks.take_typed(args)
-    try:
-        checks.check_typed(args, typed)
-        with patch.object(checks, "resolve"):  # packages of options may not be here
-            settings = checks.settings_from_args(args)
-        checks.check_arguments(args, settings)
-        config = moe_config(args, settings, 1)
-        ranks_per_node(settings)
-    except ConfigError as error:
-        return error.spelled(in_flags(typed))
-    choose_format(args)
-    return Accepted(args, settings, config)
-
-
-WORD = re.compile(r"(?P<no>no )?(?P<flag>--[\w-]+)(?: (?P<value>'[^']*'|[^\s;-][^\s;]*))?")
-
-
-def ways_out(sentence: str) -> Iterator[list[str]]:
-    """Yield the flags that a refusal says to use, alternative by alternative."""
-    for alternative in re.split(r", or | or |, ", sentence.rpartition("; use ")[2]):
-        flags: list[str] = []
-        for word in WORD.finditer(alternative.replace(" with ", " ; ").replace(" and ", " ; ")):
-            if not word["no"]:
-                flags += [word["flag"], *([word["value"].strip("',")] if word["value"] else [])]
-        if flags:
-            yield flags
-
-
-def completed(name: str, value: Any, depth: int = 3, beside: tuple[str, ...] = ()) -> list[str]:
-    """Return the flags that the refusals say to use beside this one; [] where none is needed.
-
-    A refusal without a way out that works and keeps what was typed is an AssertionError.
-    """
-    typed = given(name, value)
-    found = read(*typed, *beside)
-    if isinstance(found, Accepted):
-        return list(beside)
-    assert re.match(rf"({'|'.join(filter(None, names_of(name)))})\b", found) or beside, found
-    assert depth, f"no end of refusals: {found}"
-    for flags in ways_out(found):
-        if typed[0] in flags:
-            continue  # another value instead
-        try:
-            return completed(name, value, depth - 1, (*beside, *flags))
-        except (AssertionError, SystemExit):
-            continue
-    raise AssertionError(f"{' '.join(typed)} {' '.join(beside)}: no way out works: {found}")
-
-
-def names_of(name: str) -> tuple[str | None, ...]:
-    row = BY_NAME[name]
-    return row.flag, row.twin_flag, row.cousin
 
 
 def compared(name: str, value: Any, beside_it: str) -> tuple[Accepted, Accepted | str]:

@@ -119,7 +119,6 @@ MISTAKES = {
         ["--layouts", "ep"],
         "--layouts takes tp, pp, cp, ep, etp and dp, each",
     ),
-    "no layouts": ([], "--layouts is needed; use --layouts ep=2"),
     "too few iterations": (
         ["--layouts", "ep=2", "--resume", "--iterations", "1"],
         "--iterations must be at least 2; got 1",
@@ -128,9 +127,9 @@ MISTAKES = {
         ["--layouts", "tp=2,ep=3,etp=1,dp=1"],
         "ep*etp*pp (3*1*1) must divide world_size (2); use ep=2 with etp=1",
     ),
-    "a pyramid": (
-        ["--layouts", "ep=2", "--ep-experts-per-layer", "2*12"],
-        "--tiny cannot shrink --ep-experts-per-layer; leave out --ep-experts-per-layer, or --tiny",
+    "layers of kinds that have no number": (
+        ["--layouts", "ep=2", "--hybrid-layer-pattern", "M*E"],
+        "--tiny cannot shrink --hybrid-layer-pattern, which describes each layer; use",
     ),
 }
 

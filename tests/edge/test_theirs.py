@@ -30,8 +30,10 @@ ASKED: dict[str, Any] = {
     "fine_grained_activation_offloading": True,
     "fp8": "e4m3",
     "cuda_graph_impl": "local",
+    "moe_expert_capacity_factor": 1.0,
 }
 NEEDS = {
+    "moe_token_drop_policy": ("moe_expert_capacity_factor",),
     "fp8_recipe": ("fp8",),
     "fp8_wgrad": ("fp8",),
     "fp8_param": ("fp8",),
@@ -149,11 +151,36 @@ def squared_relu(x: float) -> float:
 
 SHARED = {"moe_shared_expert_intermediate_size": 64}
 TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
-    "two losses": (
-        {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]},
-        r"\(aux_loss seq_aux_loss\) is not one loss",
+    "a loss twice": (
+        {"moe_router_load_balancing_type": ["aux_loss"] * 2, "moe_aux_loss_coeff": [0.1, 0.1]},
+        r"\(aux_loss aux_loss\) must be losses that differ, .*; use",
     ),
-    "two coefficients": ({"moe_aux_loss_coeff": [1e-2, 1e-3]}, r"\(0.01 0.001\) are coefficients"),
+    "no loss beside one": (
+        {"moe_router_load_balancing_type": ["aux_loss", "none"], "moe_aux_loss_coeff": [0.1, 0.1]},
+        r"\(aux_loss none\) must be losses that differ, .*; use",
+    ),
+    "two losses and one coefficient": (
+        {
+            "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+            "moe_aux_loss_coeff": 0.1,
+        },
+        r"--moe-aux-loss-coeff \(0.1\) must be a number for each",
+    ),
+    "two coefficients": (
+        {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [1e-2, 1e-3]},
+        r"\(0.01 0.001\) must be a number for each",
+    ),
+    "a capacity beside quantiles": (
+        {
+            "moe_router_load_balancing_type": ["quantile_balancing"],
+            "moe_expert_capacity_factor": 1.0,
+        },
+        r"--moe-expert-capacity-factor \(1.0\) does not go with .*; use",
+    ),
+    "a policy without a capacity": (
+        {"moe_token_drop_policy": "position"},
+        r"--moe-token-drop-policy \(position\) says who goes .*; use --moe-expert-capacity-factor",
+    ),
     "a gate beside biases": (
         {**SHARED, "moe_shared_expert_gate": True, "add_bias_linear": True},
         "--moe-shared-expert-gate needs linear layers without bias; use --disable-bias-linear",

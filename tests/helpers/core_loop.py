@@ -91,6 +91,7 @@ def train(case: Case, iterations: int) -> list[dict[str, float]]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    parallel_state.destroy_model_parallel()  # of a case before, in the same process
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=case.tp,
         context_parallel_size=case.cp,

@@ -27,6 +27,8 @@ class Case:
     distributed_optimizer: bool = False
     recompute: str | None = None  # selective: the MoE layers; full
     per_token: bool = False  # --calculate-per-token-loss, and a third of the tokens masked out
+    counted: int = 0  # every so many tokens alone, where not 0
+    values: int = 3  # that the loss function returns: 2 leaves out the number of tokens
     layers: int = 4
     dense_layers: int = 0  # the first ones
     bias: bool = False  # everywhere; with a shared expert, and nobody chooses the second half
@@ -182,12 +184,15 @@ def batches(
     tokens = torch.randint(VOCAB, (case.sequences, LENGTH + 1), generator=generator)
     masked = 1 / 3 if case.per_token else 0
     kept = torch.rand(case.sequences, LENGTH, generator=generator) > masked
+    if case.counted:
+        kept = (torch.arange(LENGTH) % case.counted == 0).expand(case.sequences, -1)
     here = places(cp_rank, case.cp)
     for index in range(dp_rank, case.sequences, dp):
         yield {
             "tokens": tokens[index : index + 1, here],
             "labels": tokens[index : index + 1, here + 1],
             "mask": kept[index : index + 1, here].float(),
+            "values": torch.tensor(case.values),
         }
 
 
@@ -198,8 +203,9 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor,
     positions = torch.arange(LENGTH)[None]
     losses = model(batch["tokens"], positions, hidden, labels=batch["labels"])
 
-    def loss_func(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss_func(losses: Tensor) -> tuple[Any, ...]:
         loss, tokens = (losses * batch["mask"]).sum(), batch["mask"].sum()
-        return loss, tokens.int(), {"lm loss": torch.stack([loss.detach(), tokens])}
+        said = {"lm loss": torch.stack([loss.detach(), tokens])}
+        return (loss, tokens.int(), said) if batch["values"] == 3 else (loss / tokens, said)
 
     return losses, loss_func

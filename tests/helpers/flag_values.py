@@ -31,6 +31,8 @@ SAMPLES: dict[str, tuple[Any, Any]] = {
     "group_tokens": (8, 16),
     "aux_loss_coeff": (0.5, 0.0),
     "z_loss_coeff": (0.5, 0.0),
+    "quantile_ema": (0.5, 0.0),
+    "further_losses": ("sequence:0.25", "global:0.25"),
     "comm_sms": (8, 32),
     "ranks_per_node": (1, 2),
     "overlap_chunks": (1, 3),
@@ -40,6 +42,7 @@ SAMPLES: dict[str, tuple[Any, Any]] = {
 # Values that say what is so anyway in the plain model, which has --swiglu and no bias.
 SO_ANYWAY = {
     *(("dense_activation", "swiglu"), ("expert_activation", "swiglu"), ("shared_expert", "sum")),
+    ("drop_policy", "probs"),  # where there is a capacity
     *(("router_bias", False), ("deterministic", False)),
 }
 

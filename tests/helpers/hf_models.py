@@ -11,7 +11,7 @@ from torch import Tensor
 from ep_plugin.checkpoint.formats.hf_safetensors import INDEX
 
 VOCAB = 96
-_SHARED: dict[str, Any] = {
+SHARED: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -120,7 +120,7 @@ def model_type(case: str) -> str:
 
 def settings(case: str) -> Any:
     kind, own = CASES[case]
-    return kind(**{**_SHARED, **own})
+    return kind(**{**SHARED, **own})
 
 
 @torch.no_grad()

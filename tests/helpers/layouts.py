@@ -64,6 +64,12 @@ CHECKS = (
     "install and uninstall",
     "helpers of the wheel",
     "evaluation",
+    "a pyramid with expert bias",
+    "a repeated layer's balancing loss",
+    "a repeated layer's z-loss",
+    "loads of multi-token prediction",
+    "several models",
+    "auxiliary losses' strength",
 )
 # Megatron until 0.18, as it is without us: each must differ from one rank.
 BUGS = (

@@ -73,6 +73,7 @@ def read(ranks: int, flags: list[str], vocab: int | None) -> dict[str, Any]:
 
     from ep_plugin.megatron.arguments.checks import settings_from_args
     from ep_plugin.megatron.settings import moe_config, moe_pattern
+    from ep_plugin.moe.auto import Place, settle
 
     os.environ["WORLD_SIZE"] = str(ranks)
     sys.argv = ["pretrain", *flags]
@@ -80,6 +81,8 @@ def read(ranks: int, flags: list[str], vocab: int | None) -> dict[str, Any]:
     arguments.validate_args(args)
     config = core_transformer_config_from_args(args)
     block = moe_config(config, settings_from_args(args))
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    block = settle(block, Place(args.expert_model_parallel_size * etp, cuda=True))
     stages = range(args.pipeline_model_parallel_size)
     split = config.pipeline_model_parallel_layout  # Megatron's own, where one is given
     layers = [
@@ -98,7 +101,7 @@ def read(ranks: int, flags: list[str], vocab: int | None) -> dict[str, Any]:
         "hidden": block.hidden_size,
         "bias": block.bias,
         "overlap": block.overlap,
-        "dispatch_dedup": block.dispatch_dedup,
+        "dispatch_dedup": bool(block.dispatch_dedup),
         "tp": args.tensor_model_parallel_size,
         "pp": args.pipeline_model_parallel_size,
         "cp": args.context_parallel_size,

@@ -2,10 +2,12 @@
 
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
 
+import losses_checks
 import pytest
 import torch
 
@@ -132,10 +134,41 @@ def evaluation_drops_nothing() -> None:
     assert not torch.allclose(output(True, **capacity), output(True), atol=1e-3)
 
 
+def a_pyramid_s_biases_move_by_their_own_counts() -> None:
+    """Layers of 4, 8 and again 4 experts: each bias moves against its own layer's load."""
+    from core_model import HIDDEN, Case, build, transformer_config
+    from forked import one_rank
+    from megatron.core import parallel_state
+
+    from ep_plugin.megatron.settings import EdgeSettings
+
+    hooks.install(EdgeSettings(experts_per_layer=(4, 8, 4)))
+    one_rank()
+    config = transformer_config(Case("a pyramid", layers=3))
+    config.moe_router_score_function, config.moe_router_enable_expert_bias = "sigmoid", True
+    config.moe_router_bias_update_rate = 0.25
+    model = build(config, None)
+    routers = [layer.mlp.router for layer in model.decoder.layers]
+    for layer in model.decoder.layers:
+        layer.mlp(torch.randn(5, 2, HIDDEN))
+    loads = [router.local_tokens_per_expert.clone() for router in routers]
+    assert [load.tolist() for load in loads if load.sum() != 5 * 2 * 2] == []
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    takes_group = "tp_dp_cp_group" in inspect.signature(module.get_updated_expert_bias).parameters
+    update = module._update_router_expert_bias
+    update([model], config, **({"tp_dp_cp_group": group} if takes_group else {}))
+    for router, load in zip(routers, loads, strict=True):
+        expected = 0.25 * (load.mean() - load).sign()
+        assert torch.equal(router.expert_bias, expected), (router.expert_bias, load)
+
+
 CHECKS: dict[str, Callable[[], None]] = {
+    "a pyramid with expert bias": a_pyramid_s_biases_move_by_their_own_counts,
     "doctor": doctor_is_content,
     "a symbol that is gone": a_missing_symbol_is_named,
     "install and uninstall": install_leaves_no_trace,
     "helpers of the wheel": the_wheel_s_helpers_are_not_made_again,
     "evaluation": evaluation_drops_nothing,
+    **losses_checks.CHECKS,
 }

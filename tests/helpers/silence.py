@@ -151,6 +151,8 @@ def observe(case: Case, groups: ExpertGroups | None = None) -> dict[str, Any]:
                 outputs[-1].float().square().mean().backward()
                 if config.routing.expert_bias:
                     layer.router.update_expert_bias()  # type: ignore[attr-defined]
+                if config.routing.quantile_balancing:
+                    layer.router.update_quantile_bias()  # type: ignore[attr-defined]
         layer.eval()
         with torch.no_grad():
             outputs.append(layer(hidden))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +31,7 @@ from ep_plugin.moe.dispatcher._shared_buffer import SharedBuffer
 from ep_plugin.moe.experts.experts import check_capturable
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-WITHIN = 1.03  # of the fastest: medians of one way differ as much from start to start
+WITHIN = 1.03  # of the fastest
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 64, "ffn_hidden_size": 64, "num_experts": 8}
 Ways = dict[tuple[str, str], float]  # dispatcher and schedule, as `bench overlap` names them -> ms
@@ -54,8 +55,8 @@ def way_of(config: MoEConfig) -> tuple[str, str]:
     return dispatcher, config.overlap
 
 
-def measured() -> Iterator[tuple[str, MoEConfig, int, Ways]]:
-    """Yield what was timed in turn in one process: the file, the layer, its ranks, each way."""
+def measured() -> Iterator[tuple[MoEConfig, int, Ways]]:
+    """Yield what was timed in turn in one process: the layer, its ranks, each way."""
     for path in sorted(RESULTS.glob("*gpus*.json")):
         ways: dict[tuple[Any, ...], Ways] = defaultdict(dict)
         for row in json.loads(path.read_text()):
@@ -65,21 +66,21 @@ def measured() -> Iterator[tuple[str, MoEConfig, int, Ways]]:
             run = *key, row["routing"], row["op"], row["date"]
             ways[run][row["dispatcher"], row["schedule"]] = row["ms"]
         for (shape, ranks, backend, graph, *_), times in ways.items():
-            yield path.name, config_of(SHAPES[shape], ranks, backend, graph), ranks, times
+            yield config_of(SHAPES[shape], ranks, backend, graph), ranks, times
 
 
-def test_nothing_that_was_measured_is_much_faster_than_what_is_chosen() -> None:
-    compared = 0
-    for name, config, ranks, times in measured():
-        for shares in (True, False):
-            found = settle(config, Place(ranks, cuda=True, shares_memory=lambda s=shares: s))
-            open_to_it = {way: ms for way, ms in times.items() if shares or way[0] != "symm_mem"}
-            if way_of(found) not in open_to_it:
-                continue
-            compared += 1
-            best = min(open_to_it.values())
-            assert open_to_it[way_of(found)] <= WITHIN * best, (name, config, ranks, open_to_it)
-    assert compared > 60
+@pytest.mark.parametrize("shares", [True, False], ids=["symm_mem", "without symm_mem"])
+def test_nothing_that_was_measured_is_much_faster_than_what_is_chosen(shares: bool) -> None:
+    """By the median over starts: one way's times differ by some percent from start to start."""
+    ratios: dict[tuple[MoEConfig, int, tuple[str, str]], list[float]] = defaultdict(list)
+    for config, ranks, times in measured():
+        chosen = way_of(settle(config, Place(ranks, cuda=True, shares_memory=lambda: shares)))
+        for way, ms in times.items():
+            if chosen in times and (shares or way[0] != "symm_mem"):
+                ratios[config, ranks, way].append(times[chosen] / ms)
+    assert len(ratios) > 40
+    slower = {key: found for key, found in ratios.items() if median(found) > WITHIN}
+    assert not slower
 
 
 PLACES = [

@@ -18,6 +18,7 @@ FOREIGN = {
     "--strict": "mypy",
     "--standalone": "torchrun",
     "--nproc-per-node": "torchrun",
+    "--no-python": "torchrun",
     "--editable": "pip",
     "--no-deps": "pip",
     "--local-dir": "hf",

@@ -119,7 +119,7 @@ def test_megatron_and_the_plugin_take_the_flags(
         batches += range(found["rampup"][0], found["global_batch"], found["rampup"][1])
     assert [batch % (found["micro_batch"] * parallel.dp) for batch in batches] == [0] * len(batches)
     assert found["saves_optimizer"]
-    assert found["overlap"] == ("serial" if found["bias"] else "chunked")
+    assert found["overlap"] == "serial"  # between hosts, and not in a CUDA graph
     assert (found["recompute"] == "full") == (
         not recompute and model in ("deepseek-v3", "qwen3-235b-a22b")
     )
@@ -141,9 +141,8 @@ def test_megatron_and_the_plugin_take_the_flags(
     flat, dedup = (
         load(traffic, NETWORKS["nvlink8"], parallel.ep, how, 2.0) for how in ("flat", "dedup")
     )
-    assert found["dispatch_dedup"] == (found["topk"] >= 4)
-    if found["dispatch_dedup"]:
-        assert dedup.inside + dedup.outside < 0.98 * (flat.inside + flat.outside)
+    sent, most = dedup.inside + dedup.outside, flat.inside + flat.outside
+    assert found["dispatch_dedup"] == (sent < 0.9 * most), (sent, most)
 
 
 def test_every_recipe_is_in_the_table_and_says_what_it_fits() -> None:

@@ -219,6 +219,12 @@ def _new_common(
         args.moe_router_group_topk = gates.group_topk
     if gates.expert_bias:
         args.moe_router_enable_expert_bias = True
+    losses = settings.losses
+    args.moe_router_load_balancing_type = losses.kind
+    args.moe_aux_loss_coeff = losses.coefficient
+    args.moe_z_loss_coeff = losses.z_coefficient or None
+    if losses.counts != "topk":
+        args.ep_aux_loss_counts = losses.counts
     if settings.shared_expert != "none":
         args.moe_shared_expert_intermediate_size = args.ffn_hidden_size
     if settings.shared_expert == "learned":

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ep_plugin.errors import ConfigError, check_choice, largest_divisor
-from ep_plugin.moe.routing_config import RoutingConfig, ScoreFunction
+from ep_plugin.moe.routing_config import AuxLossCounts, RoutingConfig, ScoreFunction
 from ep_plugin.registry import available
 
 MODES = "modes"
@@ -103,6 +103,30 @@ class GateSums:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What keeps the router balanced in the run that continues, in Megatron's terms.
+
+    The default is the strength of Switch Transformer (arXiv:2101.03961, section 2.2).
+    """
+
+    kind: str = "aux_loss"
+    coefficient: float = 1e-2
+    z_coefficient: float = 0.0
+    counts: AuxLossCounts = "topk"
+
+    @classmethod
+    def of(cls, routing: RoutingConfig) -> "Losses":
+        """Return what a preset's routing means here; routing groups are the run's own."""
+        kind = {"sequence": "seq_aux_loss", "global": "global_aux_loss"}
+        return cls(
+            kind=kind.get(routing.aux_loss_scope, "aux_loss") if routing.aux_loss_coeff else "none",
+            coefficient=routing.aux_loss_coeff,
+            z_coefficient=routing.z_loss_coeff,
+            counts=routing.aux_loss_counts,
+        )
+
+
 @dataclass(frozen=True)
 class Gain:
     """Factors of an expert's tensors."""
@@ -133,6 +157,7 @@ class Upcycling:
     router_init: RouterInit = "normal"
     shared_expert: SharedFrom = "none"
     gates: GateSums = field(default_factory=GateSums)
+    losses: Losses = field(default_factory=Losses)
     ep: int | None = None  # expert-parallel size of the run that continues; None: any above 1
 
     def __post_init__(self) -> None:

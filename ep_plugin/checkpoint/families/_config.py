@@ -1,10 +1,13 @@
 """Settings that several families share: config.json to Megatron's arguments and back."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
+from ep_plugin.checkpoint.config_keys import Keys, refusal
+from ep_plugin.checkpoint.families._rope import rope_args, rope_config
 from ep_plugin.checkpoint.family import Config, query_groups
-from ep_plugin.checkpoint.moe_layers import moe_layers
+from ep_plugin.checkpoint.router_losses import whole_model_args, whole_model_config
 from ep_plugin.errors import ConfigError
 
 FIELDS = {
@@ -17,7 +20,28 @@ FIELDS = {
     "vocab_size": "padded_vocab_size",
 }
 DENSE_FIELDS = {**FIELDS, "intermediate_size": "ffn_hidden_size"}
-DEFAULTS = {"initializer_range": 0.02}
+# What transformers takes for a key that config.json lacks. Sizes must be there.
+DEFAULTS: dict[str, Any] = {
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+ROUTED = {**DEFAULTS, "router_aux_loss_coef": 0.001}
+# Keys of transformers' that must not say anything else.
+_NEUTRAL: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_encoder_decoder": False,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+    "is_causal": True,
+    "residual_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}
 
 # A decoder as all of them are; a family changes what is its own.
 FIXED: dict[str, Any] = {
@@ -42,44 +66,54 @@ FIXED: dict[str, Any] = {
     "use_mup": False,
     "ep_dense_activation": None,
 }
-_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
-def decoder_args(config: Config) -> dict[str, Any]:
-    """Return the arguments of every decoder that `FIELDS` does not have."""
-    refuse(config, "hidden_act", "silu")
-    refuse(config, "attention_bias", False)
-    refuse(config, "mlp_bias", False)
+def decoder_args(config: Keys, activation: str = "silu") -> dict[str, Any]:
+    """Return the arguments of every decoder that `FIELDS` does not have, but rotary embeddings'."""
+    refuse(config, "hidden_act", activation)
+    for key, legal in _NEUTRAL.items():
+        refuse(config, key, legal)
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise refusal(config, "tie_word_embeddings", "true or false")
     return {
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "untie_embeddings_and_output_weights": not tied,
         "seq_length": config["max_position_embeddings"],
         "transformer_impl": "transformer_engine",
         "use_rotary_position_embeddings": True,
-        **_rope_args(config),
+        "attention_dropout": config.number("attention_dropout"),
+        "hidden_dropout": 0.0,
     }
 
 
 def decoder_config(args: argparse.Namespace) -> Config:
-    """Return what `decoder_args` read."""
+    """Return what `decoder_args` and `rope_args` read."""
+    dropout = getattr(args, "attention_dropout", None)
     return {
         "hidden_act": "silu",
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        **_rope_config(args),
+        "attention_dropout": dropout or 0.0,
+        **rope_config(args),
     }
 
 
-def heads_args(config: Config) -> dict[str, Any]:
+def heads_args(config: Keys) -> dict[str, Any]:
     """Return the arguments of attention with query groups."""
     heads = config["num_attention_heads"]
-    return {
-        "group_query_attention": True,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
+    sizes = {
+        "num_query_groups": config.get("num_key_value_heads", heads),
+        "kv_channels": config.get("head_dim", config["hidden_size"] // heads),
     }
+    for key, name in (("num_key_value_heads", "num_query_groups"), ("head_dim", "kv_channels")):
+        if type(sizes[name]) is not int or sizes[name] < 1:
+            raise refusal(config, key, "a positive whole number")
+    return {"group_query_attention": True, **sizes}
+
+
+def dense_args(config: Keys, activation: str = "silu") -> dict[str, Any]:
+    """Return all that `FIELDS` does not have of a decoder without experts."""
+    rope, _ = rope_args(config)
+    return decoder_args(config, activation) | rope | heads_args(config)
 
 
 def heads_config(args: argparse.Namespace) -> Config:
@@ -87,17 +121,19 @@ def heads_config(args: argparse.Namespace) -> Config:
     return {"num_key_value_heads": query_groups(args), "head_dim": args.kv_channels}
 
 
-def experts_args(config: Config, normalized: bool) -> dict[str, Any]:
-    """Return the arguments of softmax routing to the k best, weights summing to 1 or not."""
+def experts_args(config: Keys, normalized: bool, layers: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of softmax routing to the k best, weights summing to 1 or not.
+
+    `layers` has 1 for each layer with experts and 0 for the others.
+    """
     return {
-        "moe_layer_freq": 1,
+        "moe_layer_freq": 1 if all(layers) else list(layers),
         "moe_router_score_function": "softmax",
         "moe_router_pre_softmax": not normalized,
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": config.get("router_aux_loss_coef", 0.0),
         "moe_router_topk_scaling_factor": None,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
+        **whole_model_args(config, sum(layers)),
     }
 
 
@@ -109,66 +145,14 @@ def experts_config(args: argparse.Namespace) -> Config:
             f"moe_router_topk_scaling_factor ({scale}) has no counterpart in this family; "
             "give a model with 1.0"
         )
-    coefficient = getattr(args, "moe_aux_loss_coeff", None)
-    return {"router_aux_loss_coef": coefficient or 0.0}
-
-
-def sparse_layers_args(config: Config) -> dict[str, Any]:
-    """Return which layers of a Qwen model are MoE layers."""
-    dense, step = set(config.get("mlp_only_layers") or ()), config.get("decoder_sparse_step", 1)
-    chosen = [
-        int(layer not in dense and (layer + 1) % step == 0)
-        for layer in range(config["num_hidden_layers"])
-    ]
-    return {"moe_layer_freq": 1 if all(chosen) else chosen}
+    return whole_model_config(args)
 
 
 def refuse(config: Config, key: str, legal: Any) -> None:
     """Raise ConfigError unless `key` is `legal`, or not there."""
     value = config.get(key, legal)
     if (value or None) != (legal or None):
-        raise ConfigError(
-            f"config.json has {key} = {value!r}, which Megatron's GPT has no counterpart for here; "
-            f"give a model with {legal!r}"
-        )
-
-
-def rope_scaling(config: Config) -> Config:
-    """Return the settings of scaled rotary embeddings, their "rope_type" among them."""
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    return {**scaling, "rope_type": kind}
-
-
-def rope_base(config: Config) -> float:
-    """Return the base of rotary embeddings, from either spelling."""
-    nested = config.get("rope_parameters") or {}
-    base = float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    return int(base) if base.is_integer() else base  # Megatron's is a whole number
-
-
-def _rope_args(config: Config) -> dict[str, Any]:
-    scaling = rope_scaling(config)
-    refuse(config, "partial_rotary_factor", 1.0)
-    values = {"rotary_base": rope_base(config), "use_rope_scaling": False}
-    if scaling["rope_type"] == "llama3":
-        for key, legal in _LLAMA3.items():
-            refuse(scaling, key, legal)
-        return {**values, "use_rope_scaling": True, "rope_scaling_factor": scaling["factor"]}
-    if scaling["rope_type"] not in ("default", "yarn"):  # yarn: a family of its own says so
-        raise ConfigError(
-            f"rope_type {scaling['rope_type']!r} has no counterpart in Megatron's GPT; give "
-            "a model with default or llama3"
-        )
-    return values
-
-
-def _rope_config(args: argparse.Namespace) -> Config:
-    values: Config = {"rope_theta": float(args.rotary_base)}
-    if getattr(args, "use_rope_scaling", False):
-        scaling = {"rope_type": "llama3", "factor": float(args.rope_scaling_factor), **_LLAMA3}
-        return {**values, "rope_scaling": scaling}
-    return values
+        raise refusal(config, key, repr(legal))
 
 
 def without_window() -> dict[str, Any]:
@@ -176,10 +160,14 @@ def without_window() -> dict[str, Any]:
     return {name: value for name, value in FIXED.items() if name != "window_size"}
 
 
-def window_args(config: Config) -> dict[str, Any]:
+def window_args(config: Keys) -> dict[str, Any]:
     """Return the window of attention: W tokens, this one included, are W - 1 to its left."""
-    window = config.get("sliding_window")
-    return {"window_size": None if window is None else (window - 1, 0)}
+    if config.get("sliding_window") is None:
+        return {"window_size": None}
+    window = config.number("sliding_window", whole=True)
+    if window < 1:
+        raise refusal(config, "sliding_window", "null, or a whole number of at least 1")
+    return {"window_size": (window - 1, 0)}
 
 
 def window_config(args: argparse.Namespace) -> Config:
@@ -205,38 +193,15 @@ def moe_fixed(**changes: Any) -> dict[str, Any]:
         "moe_shared_expert_gate": False,
         "moe_shared_expert_intermediate_size": None,
         "moe_expert_capacity_factor": None,
+        "ep_capacity_factor": None,
+        "ep_eval_capacity_factor": None,
+        "ep_second_expert": None,
         "ep_router": "topk",
         "ep_expert_activation": None,
         "ep_shared_expert": None,
         "ep_experts_per_layer": None,
     }
     return fixed | routing | changes
-
-
-def qwen_moe_args(config: Config) -> dict[str, Any]:
-    """Return the arguments of Qwen's MoE models but those of attention heads."""
-    refuse(config, "use_sliding_window", False)
-    num_experts = config.get("num_experts", config.get("num_local_experts"))  # both are in use
-    if not num_experts:
-        raise ConfigError(
-            "config.json lacks num_experts; give the config.json that came with the weights"
-        )
-    experts = experts_args(config, normalized=bool(config.get("norm_topk_prob", False)))
-    layers = sparse_layers_args(config)
-    return decoder_args(config) | experts | layers | {"num_experts": num_experts}
-
-
-def qwen_moe_config(args: argparse.Namespace) -> Config:
-    """Return what `qwen_moe_args` read."""
-    chosen = moe_layers(args.moe_layer_freq, args.num_layers)
-    return {
-        **(decoder_config(args) | experts_config(args)),
-        "num_experts": args.num_experts,
-        "norm_topk_prob": not args.moe_router_pre_softmax,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer, is_moe in enumerate(chosen) if not is_moe],
-        "use_sliding_window": False,
-    }
 
 
 def with_shared_expert(**changes: Any) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 import argparse
 from typing import Any
 
+from ep_plugin.checkpoint.config_keys import Keys, refusal
 from ep_plugin.checkpoint.families import _config, _rows
+from ep_plugin.checkpoint.families._rope import kind, rope_args
 from ep_plugin.checkpoint.family import Config
 from ep_plugin.checkpoint.moe_layers import moe_layers
+from ep_plugin.checkpoint.router_losses import each_layer_args, each_layer_config
 from ep_plugin.errors import ConfigError
 
 ROWS = (
@@ -21,12 +24,17 @@ FIELDS = _config.MOE_FIELDS | {
     "qk_rope_head_dim": "qk_pos_emb_head_dim",
     "v_head_dim": "v_head_dim",
 }
-DEFAULTS = _config.DEFAULTS | {"q_lora_rank": None}
+DEFAULTS = _config.DEFAULTS | {
+    "q_lora_rank": 1536,
+    "rms_norm_eps": 1e-6,
+    "aux_loss_alpha": 0.0,  # transformers has no such loss
+    "seq_aux": True,
+}
 _LATENT_EPSILON = 1e-6
-_YARN = {  # key of config.json -> (argument, value where there is none)
-    "factor": ("rotary_scaling_factor", 1.0),
-    "mscale": ("mscale", 1.0),
-    "mscale_all_dim": ("mscale_all_dim", 0.0),
+_YARN = {  # key of config.json -> argument
+    "factor": "rotary_scaling_factor",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
 }
 # Megatron has no flag for these.
 _YARN_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
@@ -69,38 +77,57 @@ def check_groups(args: argparse.Namespace, each: int) -> None:
         )
 
 
-def latent_args(config: Config) -> dict[str, Any]:
-    """Return the arguments of attention, layers and shared experts."""
+def latent_args(config: Keys) -> dict[str, Any]:
+    """Return the arguments of attention, layers, shared experts and losses."""
     if config["rms_norm_eps"] != _LATENT_EPSILON:
-        raise ConfigError(
-            f"rms_norm_eps ({config['rms_norm_eps']}) is not that of the norms of latents, "
-            f"{_LATENT_EPSILON}, and Megatron has one for all; "
-            f"give a model with {_LATENT_EPSILON}"
+        raise refusal(
+            config, "rms_norm_eps", f"{_LATENT_EPSILON}: Megatron has one epsilon for all norms"
         )
-    if not config["q_lora_rank"]:
+    if not config.get("q_lora_rank"):
         raise ConfigError(
             "config.json has no q_lora_rank; Megatron has no norm for the latents of keys and "
             "values without one for queries, which this model lacks; give a model "
             "with a q_lora_rank"
         )
-    if not config.get("n_shared_experts"):
-        raise ConfigError("config.json has no n_shared_experts; give a model that has them")
-    _config.refuse(config, "rope_interleave", True)
-    first = config["first_k_dense_replace"]
-    sparse = config["num_hidden_layers"] - first
+    heads = config["num_attention_heads"]
+    if config.get("num_key_value_heads", heads) != heads:
+        raise refusal(config, "num_key_value_heads", f"num_attention_heads ({heads}) of them")
+    _config.refuse(config, "moe_layer_freq", 1)
+    parts = {"head_dim": ["qk_rope_head_dim"]}
+    parts["qk_head_dim"] = ["qk_nope_head_dim", "qk_rope_head_dim"]
+    for key, summed in parts.items():
+        legal = sum(config[part] for part in summed)
+        if config.get(key, legal) != legal:
+            raise refusal(config, key, f"{' + '.join(summed)} ({legal})")
+    first, layers = config.number("first_k_dense_replace", whole=True), config["num_hidden_layers"]
+    if not 0 <= first < layers:
+        raise refusal(config, "first_k_dense_replace", f"a number from 0 to {layers - 1}")
+    shared = config.number("n_shared_experts", whole=True)
+    if shared < 1:
+        raise refusal(config, "n_shared_experts", "at least 1")
     return {
         **_config.decoder_args(config),
         **_rope_args(config),
+        **each_layer_args(config),
         "group_query_attention": False,
         "num_query_groups": None,
         "kv_channels": config["v_head_dim"],
-        "moe_layer_freq": [0] * first + [1] * sparse if first else 1,
-        "moe_router_load_balancing_type": "none",
-        "moe_shared_expert_intermediate_size": config["n_shared_experts"]
-        * config["moe_intermediate_size"],
+        "moe_layer_freq": [0] * first + [1] * (layers - first) if first else 1,
+        "moe_shared_expert_intermediate_size": shared * config["moe_intermediate_size"],
+        "moe_router_topk_scaling_factor": config.number("routed_scaling_factor"),
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
     }
+
+
+def groups_of(config: Keys) -> tuple[int, int, int]:
+    """Return experts of a token, groups, and groups of a token."""
+    topk, groups, best = (
+        config.number(key, whole=True) for key in ("num_experts_per_tok", "n_group", "topk_group")
+    )
+    if not 1 <= best <= groups or config["n_routed_experts"] % groups:
+        raise refusal(config, "n_group", "a divisor of n_routed_experts, at least topk_group")
+    return topk, groups, best
 
 
 def latent_config(args: argparse.Namespace) -> Config:
@@ -121,25 +148,37 @@ def latent_config(args: argparse.Namespace) -> Config:
     return {
         **_config.decoder_config(args),
         **_rope_config(args),
+        **each_layer_config(args),
         "num_key_value_heads": args.num_attention_heads,
         "first_k_dense_replace": first,
         "n_shared_experts": shared // args.moe_ffn_hidden_size,
-        "rope_interleave": True,
     }
 
 
-def _rope_args(config: Config) -> dict[str, Any]:
-    scaling = _config.rope_scaling(config)
-    if scaling["rope_type"] != "yarn":
-        return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
+def _rope_args(config: Keys) -> dict[str, Any]:
+    values, settings = rope_args(config, yarn=True)
+    if kind(settings) != "yarn":
+        return values | {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
     for key, legal in _YARN_FIXED.items():
-        _config.refuse(scaling, key, legal)
-    values = {name: scaling.get(key, default) for key, (name, default) in _YARN.items()}
-    return {"rope_type": "yarn", **values}
+        default = config["max_position_embeddings"] if key.startswith("original") else legal
+        if settings.get(key, default) != legal:
+            raise refusal(settings, key, f"{legal}, which Megatron has no flag for")
+    _config.refuse(settings, "truncate", True)
+    both = settings.get("mscale", 0), settings.get("mscale_all_dim", 0)
+    if not both[1]:  # then transformers does not look at mscale either
+        both = 1.0, 0.0
+    elif not both[0]:
+        raise refusal(settings, "mscale", "mscale beside mscale_all_dim")
+    scales = dict(zip(("mscale", "mscale_all_dim"), both, strict=True))
+    return values | {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": settings.number("factor"),
+        **scales,
+    }
 
 
 def _rope_config(args: argparse.Namespace) -> Config:
     if args.rope_type != "yarn":
         return {}
-    values = {key: getattr(args, name) for key, (name, _) in _YARN.items()}
+    values = {key: getattr(args, name) for key, name in _YARN.items()}
     return {"rope_scaling": {"rope_type": "yarn", **values, **_YARN_FIXED}}

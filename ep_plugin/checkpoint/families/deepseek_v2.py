@@ -8,21 +8,23 @@ puts a norm on what queries are made from, which that model lacks, so it is refu
 import argparse
 from typing import Any
 
-from ep_plugin.checkpoint.families import _deepseek
+from ep_plugin.checkpoint.config_keys import Keys, refusal
+from ep_plugin.checkpoint.families import _config, _deepseek
 from ep_plugin.checkpoint.family import Config, Family
 
 
-def _to_args(config: Config) -> dict[str, Any]:
+def _read(config: Keys) -> dict[str, Any]:
     groups: dict[str, Any] = {"moe_router_num_groups": None, "moe_router_group_topk": None}
-    if config.get("topk_method", "greedy") != "greedy":
-        topk, number, best = (config[k] for k in ("num_experts_per_tok", "n_group", "topk_group"))
-        groups = _deepseek.group_args(topk, number, best, each=1)
-    return {
-        **_deepseek.latent_args(config),
-        **groups,
-        "moe_router_pre_softmax": True,
-        "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
-    }
+    method = config.get("topk_method", "greedy")
+    if method == "group_limited_greedy":
+        groups = _deepseek.group_args(*_deepseek.groups_of(config), each=1)
+    elif method == "greedy":
+        config.passed_over("n_group", "topk_group")
+    else:
+        raise refusal(config, "topk_method", "'greedy' or 'group_limited_greedy'")
+    _config.refuse(config, "scoring_func", "softmax")
+    _config.refuse(config, "norm_topk_prob", False)  # transformers does not look at it
+    return {**_deepseek.latent_args(config), **groups, "moe_router_pre_softmax": True}
 
 
 def _to_config(args: argparse.Namespace) -> Config:
@@ -46,7 +48,9 @@ FAMILY = Family(
     rows=_deepseek.ROWS,
     fixed=_deepseek.fixed("softmax", expert_bias=False) | {"moe_router_pre_softmax": True},
     fields=_deepseek.FIELDS,
-    to_args=_to_args,
+    read=_read,
     to_config=_to_config,
-    defaults=_deepseek.DEFAULTS,
+    defaults=_deepseek.DEFAULTS
+    | {"first_k_dense_replace": 0, "n_shared_experts": 2, "routed_scaling_factor": 1.0},
+    balancing="of a layer",
 )

@@ -8,29 +8,25 @@ prediction behind the last one, which transformers does not read, is left out.
 import argparse
 from typing import Any
 
-from ep_plugin.checkpoint.families import _deepseek
+from ep_plugin.checkpoint.config_keys import Keys
+from ep_plugin.checkpoint.families import _config, _deepseek
 from ep_plugin.checkpoint.family import Config, Family, Row
-from ep_plugin.errors import ConfigError
 
 
-def _to_args(config: Config) -> dict[str, Any]:
-    if not config.get("norm_topk_prob", True):
-        raise ConfigError(
-            "config.json has norm_topk_prob = false; Megatron divides sigmoid scores by their sum; "
-            "give a model with true"
-        )
-    topk, groups, best = (config[k] for k in ("num_experts_per_tok", "n_group", "topk_group"))
-    return {
-        **_deepseek.latent_args(config),
-        **_deepseek.group_args(topk, groups, best, each=2),
-        "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
-    }
+def _read(config: Keys) -> dict[str, Any]:
+    _config.refuse(config, "norm_topk_prob", True)  # Megatron divides sigmoid scores by their sum
+    _config.refuse(config, "scoring_func", "sigmoid")
+    _config.refuse(config, "topk_method", "noaux_tc")
+    _config.refuse(config, "rope_interleave", True)
+    groups = _deepseek.group_args(*_deepseek.groups_of(config), each=2)
+    return {**_deepseek.latent_args(config), **groups}
 
 
 def _to_config(args: argparse.Namespace) -> Config:
     _deepseek.check_groups(args, each=2)
     groups, best = args.moe_router_num_groups or 1, args.moe_router_group_topk or 1
     routing = {"n_group": groups, "topk_group": best, "norm_topk_prob": True}
+    routing["rope_interleave"] = True
     scale = args.moe_router_topk_scaling_factor or 1.0
     return _deepseek.latent_config(args) | routing | {"routed_scaling_factor": scale}
 
@@ -49,7 +45,17 @@ FAMILY = Family(
     ),
     fixed=_deepseek.fixed("sigmoid", expert_bias=True),
     fields=_deepseek.FIELDS,
-    to_args=_to_args,
+    read=_read,
     to_config=_to_config,
-    defaults=_deepseek.DEFAULTS,
+    defaults=_deepseek.DEFAULTS
+    | {
+        "num_key_value_heads": 128,
+        "first_k_dense_replace": 3,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+    },
+    balancing="of a layer",
 )

@@ -9,10 +9,12 @@ import argparse
 from math import isclose
 from typing import Any
 
+from ep_plugin.checkpoint.config_keys import Keys, refusal
 from ep_plugin.checkpoint.families import _config, _rows
 from ep_plugin.checkpoint.family import Config, Family
 from ep_plugin.errors import ConfigError
 
+_TANH = "gelu_pytorch_tanh"  # also called "gelu", in `hidden_act` of the first release
 _KEYS = ("hidden_activation", "hidden_act")  # transformers reads the first before 5, then the other
 OWN: dict[str, Any] = {
     "swiglu": False,
@@ -24,17 +26,13 @@ OWN: dict[str, Any] = {
 }
 
 
-def _to_args(config: Config) -> dict[str, Any]:
+def _read(config: Keys) -> dict[str, Any]:
     for key in _KEYS:
-        legacy = key == "hidden_act" and config.get(key) == "gelu"  # the first release's name
-        if config.get(key) is not None and not legacy:
-            _config.refuse(config, key, "gelu_pytorch_tanh")
+        if config.get(key) not in (None, _TANH, *(["gelu"] if key == "hidden_act" else [])):
+            raise refusal(config, key, repr(_TANH))
     _config.refuse(config, "use_bidirectional_attention", None)
-    rest = {"tie_word_embeddings": True, **config}
-    rest = {key: value for key, value in rest.items() if key not in _KEYS}
     return {
-        **_config.decoder_args(rest),
-        **_config.heads_args(config),
+        **_config.dense_args(config, activation=config.get("hidden_act", _TANH)),
         "mup_embedding_mult": config["hidden_size"] ** 0.5,
         "mup_base_hidden_size": config["hidden_size"],
         "mup_output_mult": 1.0,
@@ -56,7 +54,7 @@ def check_factors(args: argparse.Namespace) -> None:
 
 def _to_config(args: argparse.Namespace) -> Config:
     check_factors(args)
-    activation = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    activation = dict.fromkeys(_KEYS, _TANH)
     return _config.decoder_config(args) | _config.heads_config(args) | activation
 
 
@@ -66,7 +64,13 @@ FAMILY = Family(
     rows=_rows.EMBEDDING + _rows.ATTENTION + _rows.DENSE,
     fixed=_config.FIXED | OWN,
     fields=_config.DENSE_FIELDS,
-    to_args=_to_args,
+    read=_read,
     to_config=_to_config,
-    defaults=_config.DEFAULTS | {"head_dim": 256},
+    defaults=_config.DEFAULTS
+    | {
+        "head_dim": 256,
+        "num_key_value_heads": 16,
+        "hidden_act": _TANH,
+        "tie_word_embeddings": True,
+    },
 )

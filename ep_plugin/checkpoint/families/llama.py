@@ -3,12 +3,13 @@
 import argparse
 from typing import Any
 
+from ep_plugin.checkpoint.config_keys import Keys
 from ep_plugin.checkpoint.families import _config, _rows
 from ep_plugin.checkpoint.family import Config, Family
 
 
-def _to_args(config: Config) -> dict[str, Any]:
-    return _config.decoder_args(config) | _config.heads_args(config)
+def _read(config: Keys) -> dict[str, Any]:
+    return _config.dense_args(config)
 
 
 def _to_config(args: argparse.Namespace) -> Config:
@@ -21,7 +22,7 @@ FAMILY = Family(
     rows=_rows.EMBEDDING + _rows.ATTENTION + _rows.DENSE,
     fixed=_config.FIXED,
     fields=_config.DENSE_FIELDS,
-    to_args=_to_args,
+    read=_read,
     to_config=_to_config,
     defaults=_config.DEFAULTS,
 )

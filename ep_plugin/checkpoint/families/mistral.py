@@ -3,12 +3,17 @@
 import argparse
 from typing import Any
 
+from ep_plugin.checkpoint.config_keys import Keys, refusal
 from ep_plugin.checkpoint.families import _config, _rows
 from ep_plugin.checkpoint.family import Config, Family
 
 
-def _to_args(config: Config) -> dict[str, Any]:
-    return _config.decoder_args(config) | _config.heads_args(config) | _config.window_args(config)
+def _read(config: Keys) -> dict[str, Any]:
+    window = _config.window_args(config)
+    legal = "full_attention" if window["window_size"] is None else "sliding_attention"
+    if any(kind != legal for kind in config.listing("layer_types")):
+        raise refusal(config, "layer_types", f"{legal} in every layer")
+    return _config.dense_args(config) | window
 
 
 def _to_config(args: argparse.Namespace) -> Config:
@@ -22,7 +27,7 @@ FAMILY = Family(
     rows=_rows.EMBEDDING + _rows.ATTENTION + _rows.DENSE,
     fixed=_config.without_window(),
     fields=_config.DENSE_FIELDS,
-    to_args=_to_args,
+    read=_read,
     to_config=_to_config,
-    defaults=_config.DEFAULTS,
+    defaults={**_config.DEFAULTS, "num_key_value_heads": 8, "sliding_window": 4096},
 )

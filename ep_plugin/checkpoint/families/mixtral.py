@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from ep_plugin.checkpoint.config_keys import Keys, refusal
 from ep_plugin.checkpoint.families import _config, _rows
 from ep_plugin.checkpoint.family import Config, Family, Row
 from ep_plugin.checkpoint.moe_layers import moe_layers
@@ -13,13 +14,20 @@ _EXPERT, _FC = _HF + "experts.{expert}.", _MEGATRON + "experts.experts.{expert}.
 _TANH = ("gelu_pytorch_tanh", "geglu_tanh")  # what a Gemma with experts has, in either's words
 
 
-def _to_args(config: Config) -> dict[str, Any]:
-    experts = _config.experts_args(config, normalized=True)
-    plain = {key: value for key, value in config.items() if key != "hidden_act"}
-    shared = _config.decoder_args(plain) | _config.heads_args(config)
-    shared |= _activation_args(config.get("hidden_act", "silu"))
-    sizes = {"ffn_hidden_size": config["intermediate_size"]}
-    return shared | _config.window_args(config) | experts | sizes
+def _read(config: Keys) -> dict[str, Any]:
+    activation = _TANH[0] if config.get("hidden_act") == _TANH[0] else "silu"
+    jitter = config.number("router_jitter_noise")
+    if not 0 <= jitter < 1:
+        raise refusal(config, "router_jitter_noise", "a number of at least 0 and below 1")
+    return {
+        **_config.dense_args(config, activation),
+        **_config.window_args(config),
+        **_config.experts_args(config, True, [1] * config["num_hidden_layers"]),
+        "swiglu": activation == "silu",
+        "ep_dense_activation": None if activation == "silu" else _TANH[1],
+        "ffn_hidden_size": config["intermediate_size"],
+        "moe_input_jitter_eps": jitter or None,
+    }
 
 
 def _to_config(args: argparse.Namespace) -> Config:
@@ -30,14 +38,9 @@ def _to_config(args: argparse.Namespace) -> Config:
         )
     shared = _config.decoder_config(args) | _config.heads_config(args)
     shared["hidden_act"] = _hidden_act(args)
+    jitter = getattr(args, "moe_input_jitter_eps", None)
+    shared["router_jitter_noise"] = jitter or 0.0
     return shared | _config.window_config(args) | _config.experts_config(args)
-
-
-def _activation_args(hidden_act: str) -> dict[str, Any]:
-    if hidden_act == _TANH[0]:
-        return {"swiglu": False, "ep_dense_activation": _TANH[1]}
-    _config.refuse({"hidden_act": hidden_act}, "hidden_act", "silu")
-    return {"swiglu": True, "ep_dense_activation": None}
 
 
 def _hidden_act(args: argparse.Namespace) -> str:
@@ -71,7 +74,10 @@ FAMILY = Family(
         "num_local_experts": "num_experts",
         "num_experts_per_tok": "moe_router_topk",
     },
-    to_args=_to_args,
+    read=_read,
     to_config=_to_config,
-    defaults=_config.DEFAULTS,
+    defaults=_config.ROUTED
+    | {"num_key_value_heads": 8, "rope_theta": 1e6, "router_jitter_noise": 0.0},
+    balancing="of the model",
+    jitters=True,
 )

@@ -3,18 +3,20 @@
 import argparse
 from typing import Any
 
-from ep_plugin.checkpoint.families import _config, _rows
+from ep_plugin.checkpoint.config_keys import Keys
+from ep_plugin.checkpoint.families import _config, _qwen, _rows
 from ep_plugin.checkpoint.family import Config, Family, Row
 
 _HF, _MEGATRON = "model.layers.{layer}.mlp.", "decoder.layers.{layer}.mlp."
 
 
-def _to_args(config: Config) -> dict[str, Any]:
-    return _config.qwen_moe_args(config) | _config.heads_args(config)
+def _read(config: Keys) -> dict[str, Any]:
+    _config.refuse(config, "qkv_bias", True)
+    return _qwen.qwen_moe_args(config) | _config.heads_args(config)
 
 
 def _to_config(args: argparse.Namespace) -> Config:
-    return _config.qwen_moe_config(args) | _config.heads_config(args)
+    return _qwen.qwen_moe_config(args) | _config.heads_config(args)
 
 
 FAMILY = Family(
@@ -36,7 +38,8 @@ FAMILY = Family(
     ),
     fields=_config.MOE_FIELDS
     | {"shared_expert_intermediate_size": "moe_shared_expert_intermediate_size"},
-    to_args=_to_args,
+    read=_read,
     to_config=_to_config,
-    defaults=_config.DEFAULTS,
+    defaults=_qwen.DEFAULTS | {"num_key_value_heads": 16},
+    balancing="of the model",
 )

@@ -3,13 +3,14 @@
 import argparse
 from typing import Any
 
-from ep_plugin.checkpoint.families import _config, _rows
+from ep_plugin.checkpoint.config_keys import Keys
+from ep_plugin.checkpoint.families import _config, _qwen, _rows
 from ep_plugin.checkpoint.family import Config, Family
 
 
-def _to_args(config: Config) -> dict[str, Any]:
-    _config.refuse(config, "use_sliding_window", False)
-    return _config.decoder_args(config) | _config.heads_args(config)
+def _read(config: Keys) -> dict[str, Any]:
+    _qwen.no_window(config)
+    return _config.dense_args(config)
 
 
 def _to_config(args: argparse.Namespace) -> Config:
@@ -23,7 +24,7 @@ FAMILY = Family(
     rows=_rows.EMBEDDING + _rows.ATTENTION + _rows.QK_NORM + _rows.DENSE,
     fixed=_config.FIXED | {"qk_layernorm": True},
     fields=_config.DENSE_FIELDS,
-    to_args=_to_args,
+    read=_read,
     to_config=_to_config,
-    defaults=_config.DEFAULTS,
+    defaults=_config.DEFAULTS | {"head_dim": 128, "num_key_value_heads": 32},
 )

@@ -120,15 +120,39 @@ def write_folder(
     }
 
 
-_BESIDE = ("vocab.json", "merges.txt", "generation_config.json")
+# Files of tokenizers, by every name that transformers and the models' own code give them.
+_BESIDE = (
+    *("tokenizer*", "tokenization*.py", "special_tokens*", "added_tokens*", "vocab*", "merges*"),
+    *(
+        "*.model",
+        "*.tiktoken",
+        "tiktoken*",
+        "tekken*.json",
+        "spm*",
+        "*.spm",
+        "dict.txt",
+        "*vocab*.json",
+    ),
+    *("*.jinja", "chat_template*", "additional_chat_templates/*", "normalizer.json"),
+    *("dict.txt", "byte_maps.json", "emoji.json", "word_shape.json", "word_pronunciation.json"),
+    *("bpe.codes", "*.tokenizer", "generation_config.json"),
+)
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """Return the files of a model's tokenizer and for generation, relative to `folder`."""
+    paths = {path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder) for path in paths if path.suffix not in _WEIGHTS)
+
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 def copy_beside(source: Path, target: Path) -> None:
     """Copy what a model folder holds for its tokenizer and for generation."""
-    for path in sorted(source.glob("*")):
-        is_tokenizer = path.name.startswith(("tokenizer", "special_tokens", "chat_template"))
-        if path.is_file() and (is_tokenizer or path.name in _BESIDE):
-            shutil.copyfile(path, target / path.name)
+    for path in files_beside(source):
+        (target / path).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / path, target / path)
 
 
 def _shards(content: Sequence[NewTensor], max_bytes: int) -> list[list[NewTensor]]:

@@ -1,12 +1,14 @@
 """Do source and result compute the same? Asked of Megatron and of `transformers`, in float32 on the
 CPU.
 
-Each model is loaded by the software that its folder is for and given the same tokens; one is in
-memory at a time.
+Each model is loaded by the software that its folder is for and given the same tokens. One layer of
+one model is in memory at a time.
 """
 
 import json
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
@@ -18,7 +20,7 @@ from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, TokenBatch, draw, fill
 from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.request import Request
 from ep_plugin.commands.convert.run_model import aside, run_model
-from ep_plugin.errors import BackendUnavailable
+from ep_plugin.errors import BackendUnavailable, ConfigError
 
 REPORT = "parity.json"
 NUM_TOKENS = 512  # random ones, for a model of Hugging Face's
@@ -42,7 +44,7 @@ class Need:
     def sentence(self) -> str:
         """Return that for a reader."""
         return (
-            f"then source and result are run on {self.on()}, one model in memory at a time, in "
+            f"then source and result are run on {self.on()}, one layer in memory at a time, in "
             f"float32: about {self.memory_bytes / 2**30:.2f} GiB; they must agree to "
             f"{self.tolerance:g}; --skip-parity leaves it out"
         )
@@ -73,28 +75,58 @@ def need(request: Request, target: Target) -> Need | None:
 
 
 def _need(request: Request, target: Target, batch: TokenBatch) -> Need:
-    """The memory is that of the larger model in float32, which is there twice while it is loaded,
-    and of what the layers of both computed."""
+    """The memory is that of the largest layer in float32, which is there three times while it is
+    loaded, of embedding and output, there twice, and of what the layers of both models computed."""
     args = target.model.args
-    weights = sum(
-        prod(tensor.info.shape)
-        for tensor in target.tensors
-        if not tensor.name.startswith("optimizer.")
-    )
+    layer, outside = _largest_layer(target)
     values = args.num_layers * args.hidden_size + args.padded_vocab_size  # of a token, a model
     return Need(
         tokens=int(batch.kept.sum()),
         prompts=None if request.prompts is None else len(request.prompts),
         seed=request.seed,
         tolerance=request.tolerance,
-        memory_bytes=4 * (2 * weights + 2 * batch.tokens.numel() * values),
+        memory_bytes=4 * (3 * layer + 2 * outside + 2 * batch.tokens.numel() * values),
     )
+
+
+def _largest_layer(target: Target) -> tuple[int, int]:
+    """Return the parameters of the largest layer, and of what lies outside of layers."""
+    layers: Counter[str] = Counter()
+    outside = in_each = 0
+    for tensor in target.tensors:
+        size = prod(tensor.info.shape)
+        numbered = re.search(r"\blayers\.(\d+)\.", tensor.name)
+        if tensor.name.startswith("optimizer."):
+            continue
+        if numbered:
+            layers[numbered[1]] += size
+        elif ".layers." in tensor.name:  # one tensor for all layers
+            in_each += size // target.model.args.num_layers
+        else:
+            outside += size
+    return max(layers.values(), default=0) + in_each, outside
+
+
+def _check_memory(need: Need) -> None:
+    """Raise ConfigError where the machine says that it has less memory free than that."""
+    found = re.search(r"MemAvailable: +(\d+) kB", _read(Path("/proc/meminfo")))
+    free = int(found[1]) * 1024 if found else need.memory_bytes
+    if free < need.memory_bytes:
+        raise ConfigError(
+            f"the comparison needs about {need.memory_bytes / 2**30:.2f} GiB of memory, and "
+            f"{free / 2**30:.2f} are free; use --skip-parity, or a machine with more"
+        )
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def load_compare(request: Request, target: Target) -> Comparison | None:
     """Import what the comparison needs and say what it takes; None where there is to be none.
 
-    Raises BackendUnavailable where a package is missing, ConfigError as `need` does.
+    Raises BackendUnavailable where a package is missing, ConfigError as `need` does and for want of
+    memory.
     """
     if not request.compare:
         return None
@@ -115,6 +147,7 @@ def load_compare(request: Request, target: Target) -> Comparison | None:
     batch = _tokens(request, target)
     wanted = _need(request, target, batch)
     print(wanted.sentence(), file=sys.stderr)
+    _check_memory(wanted)
     return Comparison(batch, wanted)
 
 

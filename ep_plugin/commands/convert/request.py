@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin import presets
-from ep_plugin.checkpoint.adapt.upcycling import GateSums, Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import GateSums, Losses, Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
 from ep_plugin.checkpoint.staging import check_free
@@ -130,6 +130,7 @@ def _refuse_beside_check(typed: Typed) -> None:
 def settings_from(typed: Typed) -> Upcycling:
     """Return what to make of a dense model; what is typed beside --preset wins over it."""
     gates: dict[str, Any] = {}
+    losses = Losses()
     topk = typed.get("topk")
     if "preset" in typed:
         preset = presets.load(typed["preset"])
@@ -139,6 +140,7 @@ def settings_from(typed: Typed) -> Upcycling:
                 "weights have a known sum; use --topk 2, with --ep-router expert_choice in the run"
             )
         gates = vars(GateSums.of(preset.routing))
+        losses = Losses.of(preset.routing)
         topk = preset.routing.topk if topk is None else topk
     if topk is None:
         raise ConfigError("--topk, or a --preset that has it, must be given; use --topk 2")
@@ -146,4 +148,4 @@ def settings_from(typed: Typed) -> Upcycling:
     settings = {name: typed[name] for name in _SETTINGS if name in typed}
     if settings.get("mode") == "granular":
         settings.setdefault("router_init", "virtual-group")
-    return Upcycling(topk=topk, gates=GateSums(**gates), **settings)
+    return Upcycling(topk=topk, gates=GateSums(**gates), losses=losses, **settings)

@@ -7,7 +7,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,22 +30,7 @@ def run_model(folder: Path, tokens: Tensor, seed: int) -> Outputs:
         trace = import_module("ep_plugin.megatron.workers.model_run").trace(folder, tokens, seed)
         layers = [layer.transpose(0, 1) for layer in trace.layers]
         return Outputs(trace.logits, layers, trace.experts_used)
-    model = (
-        import_module("transformers")
-        .AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
-        .eval()
-    )
-    outputs: list[Tensor] = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, __, output: outputs.append(_first(output)))
-    return Outputs(model(tokens, use_cache=False).logits, outputs)
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
+    return Outputs(*import_module("ep_plugin.commands.convert.run_hf").trace(folder, tokens))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.staging import Staging, manifest_problems
 from ep_plugin.checkpoint.target import Hashes, Target
+from ep_plugin.commands.convert.beside import tokenizer
 from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.flags_txt import why_not
 from ep_plugin.commands.convert.request import Request
@@ -112,6 +113,8 @@ def _summary(request: Request, target: Target, report: dict[str, Any] | None) ->
         "dropped_entries": made.dropped if made else 0,
         "seed": request.seed,
         "deviations": list(model.deviations),
+        "training": _training(request, target),
+        "tokenizer": tokenizer(request, target),
         "parity": report,
         "megatron_flags": _flags(request, target),
     }
@@ -123,6 +126,12 @@ def _moe_layers(target: Target) -> list[int]:
 
 def _family(target: Target) -> str | None:
     return target.model.family.model_type if target.model.family else None
+
+
+def _training(request: Request, target: Target) -> list[str]:
+    """Return what training with the settings of source and result differs in."""
+    family, exported = target.model.family, request.format == "hf"
+    return family.training_notes(target.args, exported) if family else []
 
 
 def _flags(request: Request, target: Target) -> list[str]:
@@ -162,6 +171,10 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
         print(f"left out: {', '.join(target.model.left_out)}")
     for reason in target.model.deviations:
         print(f"the model's output changes: {reason}")
+    if (beside := tokenizer(request, target)) is not None:
+        print(beside)
+    for difference in _training(request, target):
+        print(f"in training: {difference}")
     if report is None:
         print("source and result were not compared (--skip-parity)")
     if made is not None and request.moments_go_along:

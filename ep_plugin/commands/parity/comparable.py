@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from ep_plugin.commands.parity.layouts import LAYOUT_FLAGS
 from ep_plugin.megatron.arguments.spell import megatron_arguments
@@ -21,7 +22,23 @@ NOT_COMPARABLE = (
     *("--exit-duration-in-mins", "--exit-signal-handler", "--num-workers"),
     *("--save", "--save-interval", "--load", "--ckpt-step", "--finetune", "--no-load-optim"),
     *("--no-load-rng", "--no-save-optim", "--no-save-rng", "--async-save", "--ckpt-format"),
-    *("--pretrained-checkpoint", "--non-persistent-save-interval", "--non-persistent-ckpt-type"),
+    *(
+        "--use-checkpoint-args",
+        "--use-mp-args-from-checkpoint-args",
+        "--exit-on-missing-checkpoint",
+    ),
+    *("--save-retain-interval", "--save-params-interval", "--save-activations-interval"),
+    *("--save-wgrads-interval", "--save-dgrads-interval", "--log-progress"),
+    *("--load-main-params-from-ckpt", "--ckpt-convert-format", "--ckpt-convert-save"),
+    *("--phase-transition-iterations", "--full-validation", "--multiple-validation-sets"),
+    *("--skip-train", "--test-mode", "--lr-wsd-decay-fraction", "--fp8-output-proj"),
+    *("--fp4-param-gather", "--fp16-lm-cross-entropy", "--fp32-residual-connection"),
+    *(
+        "--reuse-grad-buf-for-mxfp8-param-ag",
+        "--pretrained-checkpoint",
+        "--non-persistent-save-interval",
+        "--non-persistent-ckpt-type",
+    ),
     *("--tensorboard-dir", "--wandb-project", "--wandb-exp-name", "--wandb-save-dir"),
     *("--dist-ckpt-optim-fully-reshardable",),
     *(row.flag for row in TABLE if not row.comparable),
@@ -86,9 +103,23 @@ def without(arguments: list[str], names: Sequence[str]) -> tuple[list[str], list
 def value(arguments: list[str], name: str) -> str | None:
     """Return the first word after the last `name`; None without it."""
     found = None
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         if word == name:
             found = following
         elif word.startswith(f"{name}="):
             found = word.partition("=")[2]
+    return found
+
+
+def values(arguments: list[str], name: str) -> list[str]:
+    """Return all words after the last `name`."""
+    found: list[str] = []
+    inside = False
+    for word in arguments:
+        if word.startswith("--"):
+            inside = word.partition("=")[0] == name
+            if inside:
+                found = [word.partition("=")[2]] if "=" in word else []
+        elif inside:
+            found.append(word)
     return found

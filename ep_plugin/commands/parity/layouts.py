@@ -22,6 +22,17 @@ LAYOUT_FLAGS = (
     "--decoder-first-pipeline-num-layers",
     "--decoder-last-pipeline-num-layers",
     "--tp-comm-overlap",
+    # what is about more ranks than one, and Megatron refuses on one
+    "--account-for-embedding-in-pipeline-split",
+    "--account-for-loss-in-pipeline-split",
+    "--distribute-saved-activations",
+    "--defer-embedding-wgrad-compute",
+    "--wgrad-deferral-limit",
+    "--overlap-p2p-communication-warmup-flush",
+    "--microbatch-group-size-per-virtual-pipeline-stage",
+    "--hierarchical-context-parallel-sizes",
+    "--hybrid-context-parallel",
+    "--num-distributed-optimizer-instances",
 )
 
 

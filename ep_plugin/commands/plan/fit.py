@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from ep_plugin.commands.law import Need
 from ep_plugin.commands.plan.memory import Memory, split_layers, stage_memory
 from ep_plugin.errors import ConfigError, largest_divisor
+from ep_plugin.moe.auto import saves_rows
 from ep_plugin.moe.parallel import ParallelConfig
 from ep_plugin.presets import Preset, load
 
@@ -60,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recompute", action="store_true", help="recompute each layer in the backward"
     )
-    group.add_argument("--dispatch-dedup", action="store_true", help="as --ep-dispatch-dedup on")
+    group.add_argument(
+        "--dispatch-dedup",
+        action="store_true",
+        help="as --ep-dispatch-dedup on (default: as --ep-dispatcher auto between hosts)",
+    )
     group.add_argument(
         "--gpu-gb", type=float, default=80.0, help="memory of one GPU in 10^9 bytes (default: 80)"
     )
@@ -153,7 +158,7 @@ def _fit(args: argparse.Namespace, preset: Preset, ep: int) -> Fit:
         micro_batch=args.micro_batch,
         seq_length=args.seq_length,
         recompute=args.recompute,
-        dedup=args.dispatch_dedup,
+        dedup=args.dispatch_dedup or saves_rows(preset.routing.topk, ep * args.etp),
     )
     fullest = max(stages, key=lambda stage: stage.total)
     total = fullest.total / 1e9

@@ -17,7 +17,8 @@ from ep_plugin.megatron.arguments.table import (
     expert_ranks,
     feeding,
 )
-from ep_plugin.megatron.arguments.theirs import check
+from ep_plugin.megatron.arguments.theirs import check, one
+from ep_plugin.megatron.arguments.together import check_together
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import touchpoints
@@ -61,6 +62,7 @@ def settings_from_args(args: Any) -> EdgeSettings:
     routing = {name: value for name, value in own.items() if value is not None}
     if "aux_loss_scope" in routing:
         _choose_scope(args, routing["aux_loss_scope"])
+    _write_balancing(args, routing)
     if routing.get("normalize") in ("none", "after_drop"):
         args.moe_router_pre_softmax = True
     elif "normalize" in routing and args.moe_router_pre_softmax:
@@ -105,6 +107,19 @@ def _choose_scope(args: Any, scope: str) -> None:
     args.moe_router_load_balancing_type = SCOPES[scope]
 
 
+def _write_balancing(args: Any, routing: dict[str, Any]) -> None:
+    """Write what else of ours balances into Megatron's type, whose counts and bias it keeps."""
+    further = routing.get("further_losses")
+    main, coefficient = one(args.moe_router_load_balancing_type), one(args.moe_aux_loss_coeff)
+    if further and coefficient:  # without a first loss they are refused
+        args.moe_router_load_balancing_type = [main, *(SCOPES[scope] for scope, _ in further)]
+        args.moe_aux_loss_coeff = [coefficient, *(share for _, share in further)]
+    if routing.get("quantile_balancing"):
+        args.moe_router_load_balancing_type = ["quantile_balancing"]
+    if "quantile_ema" in routing:
+        args.moe_router_quantile_balancing_ema = routing["quantile_ema"]
+
+
 def _check_option(flag: str, kind: str, name: str) -> None:
     if name in automatic(kind):
         return
@@ -130,6 +145,7 @@ def check_typed(args: Any, typed: Collection[str]) -> None:
         for need in row.needs:
             if (not need.values or value in need.values) and not need.when(args):
                 raise ConfigError(f"{row.flag} ({said(value)}) {need.sentence}")
+    check_together(args, typed)
 
 
 _OF_ONE_RANK = ("local", "serial", False)  # what is done there anyway

@@ -40,6 +40,7 @@ VALUES = {  # of flags that are read in a way of their own
     "preset": "a name",
     "audit_save": "no value",
     "experts_per_layer": "`N*LAYERS,...`",
+    "further_losses": "`SCOPE:COEFF,...`",
 }
 
 
@@ -73,7 +74,7 @@ def _quoted(names: tuple[str, ...]) -> str:
 
 
 def _default(row: Argument) -> str:
-    return "" if row.field_default is None else f"`{said(row.field_default)}`"
+    return "" if row.field_default in (None, ()) else f"`{said(row.field_default)}`"
 
 
 def _theirs(row: Argument) -> str:
@@ -88,7 +89,7 @@ def _needs(row: Argument) -> str:
     sentences = [(need.sentence, need.values) for need in NEEDS.get(feeds, ())]
     sentences += [(need.sentence, need.values) for need in row.needs]
     found = [
-        f"{_quoted(values)}: {way}" if values else way
+        f"{_quoted(tuple(map(said, values)))}: {way}" if values else way
         for sentence, values in sentences
         if (way := _way_out(row, ConfigError(sentence).spelled(in_flags(()))))
     ]

@@ -39,9 +39,21 @@ def experts_per_layer(text: str) -> tuple[int, ...]:
     return counts
 
 
+def further_losses(text: str) -> tuple[tuple[str, float], ...]:
+    """Read "sequence:1e-3,global:1e-4": scope and coefficient of each loss."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((scope, float(coefficient)) for scope, coefficient in pairs)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be scopes and coefficients, as sequence:1e-3,global:1e-4; got {text!r}"
+        ) from error
+
+
 # Rows that are read in a way of their own: flag -> (read, what stands for the value in --help)
 READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "--ep-experts-per-layer": (experts_per_layer, "N*LAYERS,..."),
+    "--ep-further-losses": (further_losses, "SCOPE:COEFF,..."),
     "--ep-preset": (str, "NAME"),
 }
 
@@ -113,10 +125,12 @@ def with_preset(arguments: list[str]) -> list[str]:
     if name is None:
         return arguments
     from ep_plugin.megatron.arguments.spell import megatron_arguments
+    from ep_plugin.megatron.arguments.together import unless_typed
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.presets import load
 
     try:
-        return [*megatron_arguments(load(name)), *arguments]
+        preset = megatron_arguments(load(name))
     except ConfigError as error:
         refuse(error)
+    return [*unless_typed(preset, typed_in(arguments)), *arguments]

@@ -142,6 +142,8 @@ _VALUES = {  # flag -> argument, where it is set
     "--window-size": "window_size",
     "--transformer-impl": "transformer_impl",
     "--ep-dense-activation": "ep_dense_activation",
+    "--attention-dropout": "attention_dropout",
+    "--hidden-dropout": "hidden_dropout",
 }
 # argument -> flags that count where it is set
 _VALUES_WITH = {
@@ -165,6 +167,10 @@ _VALUES_WITH = {
         "--ep-group-score-topk": "ep_group_score_topk",
         "--moe-router-load-balancing-type": "moe_router_load_balancing_type",
         "--moe-aux-loss-coeff": "moe_aux_loss_coeff",
+        "--ep-aux-loss-counts": "ep_aux_loss_counts",
+        "--ep-aux-loss-layers": "ep_aux_loss_layers",
+        "--moe-z-loss-coeff": "moe_z_loss_coeff",
+        "--moe-input-jitter-eps": "moe_input_jitter_eps",
         "--moe-shared-expert-intermediate-size": "moe_shared_expert_intermediate_size",
         "--moe-token-dispatcher-type": "moe_token_dispatcher_type",
     },
@@ -246,6 +252,14 @@ def experts_flags(args: argparse.Namespace) -> list[str]:
         flags += ["--moe-router-group-topk", str(args.moe_router_group_topk)]
     if getattr(args, "moe_router_enable_expert_bias", False):
         flags += ["--moe-router-enable-expert-bias"]
+    if args.moe_router_load_balancing_type != "aux_loss":  # Megatron's default
+        flags += ["--moe-router-load-balancing-type", args.moe_router_load_balancing_type]
+    if args.moe_router_load_balancing_type != "none":
+        flags += ["--moe-aux-loss-coeff", str(args.moe_aux_loss_coeff)]
+    if getattr(args, "ep_aux_loss_counts", None):
+        flags += ["--ep-aux-loss-counts", args.ep_aux_loss_counts]
+    if getattr(args, "moe_z_loss_coeff", None):
+        flags += ["--moe-z-loss-coeff", str(args.moe_z_loss_coeff)]
     if getattr(args, "moe_shared_expert_intermediate_size", None):
         shared = str(args.moe_shared_expert_intermediate_size)
         flags += ["--moe-shared-expert-intermediate-size", shared]

@@ -26,8 +26,6 @@ _OF_EXPERTS: dict[str, tuple[str, Any]] = {
     "--moe-expert-capacity-factor": ("moe_expert_capacity_factor", None),
     "--moe-token-drop-policy": ("moe_token_drop_policy", "probs"),
 }
-# Megatron's default is 0.1; Hugging Face's models, whose arguments do not say, have none.
-_DROPOUTS = {"--attention-dropout": "attention_dropout", "--hidden-dropout": "hidden_dropout"}
 # What a model can have and these flags do not say; None, 0 or empty in all others.
 UNSAID = (
     *("mtp_num_layers", "mtp_hybrid_override_pattern", "hybrid_override_pattern"),
@@ -42,7 +40,7 @@ _OF_THE_RUN = ("--ep-gemm", "--ep-save")  # but for these
 def legal_flags() -> dict[str, bool]:
     """Return each flag that can describe a model -> whether a value follows it: ours, and those of
     Megatron's that are printed here."""
-    theirs = dict.fromkeys([*_OTHERS, *_OF_EXPERTS, *_DROPOUTS], True)
+    theirs = dict.fromkeys([*_OTHERS, *_OF_EXPERTS], True)
     ours = {row.flag: row.default is not False for row in TABLE}
     return {**spell.printed_flags(), **theirs, **dict.fromkeys(_SWITCHES, False), **ours}
 
@@ -58,8 +56,6 @@ def model_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags of a model with these arguments; data and optimizer are the user's."""
     flags = spell.run_flags(args)
     flags += [flag for flag, name in _SWITCHES.items() if getattr(args, name, False)]
-    for flag, name in _DROPOUTS.items():
-        flags += [flag, str(getattr(args, name, 0.0))]
     experts = bool(getattr(args, "num_experts", None))
     for flag, (name, default) in (_OTHERS | (_OF_EXPERTS if experts else {})).items():
         if getattr(args, name, default) != default:

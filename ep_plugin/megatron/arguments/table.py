@@ -141,6 +141,13 @@ _SHARED_EXPERT = Need(
 )
 
 
+_QUANTILES = Need(
+    lambda args: hasattr(args, "moe_router_quantile_balancing_ema"),
+    "needs megatron-core 0.19, which moves the bias after each step; use "
+    "--moe-router-enable-expert-bias with --moe-router-score-function sigmoid",
+)
+
+
 def expert_ranks(args: Any) -> int:
     """Return ep*etp, the ranks that hold one copy of all experts."""
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
@@ -235,9 +242,31 @@ TABLE: tuple[Argument, ...] = (
         "bias_update_rate", "losses", "step of the expert bias", "moe_router_bias_update_rate"
     ),
     _routing(
+        "quantile_balancing",
+        "losses",
+        "balance by a bias that is a quantile of the logits",
+        cousin="--moe-router-load-balancing-type",
+        cousin_values={"True": "quantile_balancing"},
+        needs=(_QUANTILES,),
+    ),
+    _routing(
+        "quantile_ema",
+        "losses",
+        "weight of the bias of --ep-quantile-balancing so far in the next one",
+        cousin="--moe-router-quantile-balancing-ema",
+        needs=(_QUANTILES,),
+    ),
+    _routing(
+        "force_load_balancing",
+        "routing",
+        "random logits, so that experts are loaded alike: to measure speed, not to train",
+        "moe_router_force_load_balancing",
+        comparable=False,
+    ),
+    _routing(
         "capacity_factor",
         "capacity",
-        "tokens an expert takes, over its fair share, with --ep-drop-policy; default: all",
+        "tokens an expert takes, over its fair share; default: all",
         cousin="--moe-expert-capacity-factor",
     ),
     _routing("eval_capacity_factor", "capacity", "the same factor in evaluation; default: all"),
@@ -247,7 +276,7 @@ TABLE: tuple[Argument, ...] = (
     _routing(
         "drop_policy",
         "capacity",
-        "who goes when an expert is full, with --ep-capacity-factor",
+        "who goes when an expert is full; probs where there is a capacity",
         cousin="--moe-token-drop-policy",
     ),
     _routing("group_tokens", "capacity", "tokens of a routing group; default: all of a rank"),
@@ -264,6 +293,11 @@ TABLE: tuple[Argument, ...] = (
         "tokens that the load-balancing loss is taken over",
         cousin="--moe-router-load-balancing-type",
         cousin_values=SCOPES,
+    ),
+    _routing(
+        "further_losses",
+        "losses",
+        "further load-balancing losses, beside that of --ep-aux-loss-scope",
     ),
     _routing("aux_loss_layers", "losses", "sum or mean of the load-balancing loss over layers"),
     _routing("z_loss_coeff", "losses", "coefficient of the router z-loss", "moe_z_loss_coeff"),
@@ -381,7 +415,10 @@ TABLE: tuple[Argument, ...] = (
 )
 BY_NAME = {row.name: row for row in TABLE}
 KINDS = tuple(row for row in TABLE if row.kind is not None)
-SWITCHES = ("moe_router_enable_expert_bias",)  # twins that take no value
+SWITCHES = (
+    "moe_router_enable_expert_bias",
+    "moe_router_force_load_balancing",
+)  # twins that take no value
 # Without --num-experts these still say something; every other flag of ours is refused.
 WITHOUT_EXPERTS = ("--ep-preset", "--ep-dense-activation")
 

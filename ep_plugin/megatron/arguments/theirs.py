@@ -45,7 +45,7 @@ class Given:
     def own(self, name: str) -> Any:
         """Return a setting of the plugin's, None where it was not given."""
         if self.ours is not None:
-            return getattr(self.ours, name)
+            return getattr(self.ours, name, self.ours.routing.get(name))
         return getattr(self.theirs, f"ep_{name}", None)
 
     @property
@@ -62,7 +62,7 @@ class Given:
     @property
     def recomputed(self) -> list[str]:
         """Return the modules to recompute."""
-        named = _several(self.recompute_modules) if self.selective else []
+        named = several(self.recompute_modules) if self.selective else []
         return [*named, "moe"] if self.moe_layer_recompute else named
 
 
@@ -94,12 +94,53 @@ def _loses_layernorm(given: Given) -> bool:
     return bool(given.fp8 and size) and "layernorm" in parts
 
 
+def _mixes(types: list[str]) -> bool:
+    alone = {"none", "quantile_balancing"} & set(types)
+    return len(set(types)) < len(types) or bool(alone and types[1:])
+
+
+def _is_no_pairing(given: Given) -> bool:
+    types = several(given.moe_router_load_balancing_type)
+    return bool(types) and len(several(given.moe_aux_loss_coeff)) not in (0, len(types))
+
+
+def _drops_by_quantile(given: Given) -> bool:
+    factor = given.moe_expert_capacity_factor
+    quantile = given.moe_router_load_balancing_type == "quantile_balancing"
+    return factor is not None and factor >= 0 and quantile
+
+
+def _drops_nothing(given: Given) -> bool:
+    factors = given.moe_expert_capacity_factor, given.own("capacity_factor")
+    dropless = (*factors, given.own("eval_capacity_factor")) == (None, None, None)
+    return dropless and given.moe_token_drop_policy not in (None, "probs")  # Megatron's default
+
+
 # Legal values that are refused beside another setting: field, when, the rest of the sentence.
 BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
     (
+        "moe_router_load_balancing_type",
+        lambda given: _mixes(several(given.moe_router_load_balancing_type)),
+        "must be losses that differ, and none and quantile_balancing stand alone; use "
+        "--moe-router-load-balancing-type aux_loss seq_aux_loss with --moe-aux-loss-coeff 0.1 0.1",
+    ),
+    (
         "moe_aux_loss_coeff",
-        lambda given: isinstance(given.moe_aux_loss_coeff, list),
-        "are coefficients of several losses, and our router has one; use one number",
+        _is_no_pairing,
+        "must be a number for each of --moe-router-load-balancing-type; use "
+        "--moe-router-load-balancing-type aux_loss with --moe-aux-loss-coeff 1e-2",
+    ),
+    (
+        "moe_expert_capacity_factor",
+        _drops_by_quantile,
+        "does not go with --moe-router-load-balancing-type quantile_balancing in Megatron; use "
+        "--moe-router-load-balancing-type none with --moe-router-enable-expert-bias",
+    ),
+    (
+        "moe_token_drop_policy",
+        _drops_nothing,
+        "says who goes when an expert is full, and none has a capacity; use "
+        "--moe-expert-capacity-factor 1.25 beside it",
     ),
     (
         "gated_linear_unit",
@@ -146,9 +187,7 @@ def _check_row(row: Theirs, given: Given) -> None:
 
 
 def _is_legal(row: Theirs, value: Any) -> bool:
-    if isinstance(value, list) and row.field == "moe_router_load_balancing_type":
-        return False  # several losses
-    return all(_plain(part) in row.legal for part in _several(value))
+    return all(_plain(part) in row.legal for part in several(value))
 
 
 def _subject(row: Theirs, given: Given) -> str:
@@ -165,11 +204,11 @@ def _choices(row: Theirs) -> str:
 
 
 def _text(value: Any) -> str:
-    return " ".join(str(_plain(part)) for part in _several(value))
+    return " ".join(str(_plain(part)) for part in several(value))
 
 
-def _several(value: Any) -> list[Any]:
-    """Return the values of a setting that may have several."""
+def several(value: Any) -> list[Any]:
+    """Return the values of a setting that may have several; [] for None."""
     if isinstance(value, list | tuple):
         return list(value)
     return [] if value is None else [value]

@@ -77,6 +77,7 @@ ALL_VALUES = """
     moe_router_topk_scaling_factor moe_router_topk_limited_devices moe_input_jitter_eps
     moe_router_enable_expert_bias moe_router_bias_update_rate
     moe_aux_loss_coeff moe_z_loss_coeff moe_grad_scale_func moe_per_layer_logging
+    moe_router_force_load_balancing moe_router_quantile_balancing_ema
     moe_expert_capacity_factor
     num_experts num_moe_experts moe_layer_freq moe_ffn_hidden_size ffn_hidden_size hidden_size
     num_layers mtp_num_layers add_bias_linear gated_linear_unit swiglu
@@ -113,8 +114,8 @@ _KEPT = "; use --ep-save fp8 or recompute, or --recompute-modules moe"
 SOME_VALUES = (
     _some(
         "moe_router_load_balancing_type",
-        ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
-        "is not one loss of those that our router has",
+        ("aux_loss", "seq_aux_loss", "global_aux_loss", "quantile_balancing", "none"),
+        "is not a balancing that our router has",
     ),
     _some(
         "moe_router_score_function",
@@ -230,8 +231,6 @@ NO_EFFECT = {  # why -> settings
         num_layers_at_start_in_bf16 num_layers_at_end_in_bf16""",
     "belongs to --fp4-format, which is refused": """
         fp4_recipe fp4_param fp4_param_gather fp4_quantizer_factory""",
-    "belongs to --moe-router-load-balancing-type quantile_balancing, which is refused": """
-        moe_router_quantile_balancing_ema""",
     "belongs to --moe-routing-trace-path, which is refused": """
         moe_routing_trace_max_training_iters moe_routing_trace_capture_logits
         moe_routing_trace_capture_hidden_states moe_routing_trace_dump_weights""",
@@ -259,10 +258,6 @@ _NAMED = (
 )
 
 REFUSED = (
-    _refused(
-        "moe_router_force_load_balancing",
-        "makes random choices, and our router makes none; leave it out",
-    ),
     _refused(
         "moe_router_force_biased",
         "adds random numbers to logits, and our router adds none; leave it out",

@@ -8,7 +8,11 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_random_logits,
+    get_default_pg_collection,
+)
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     sharded_state_dict_default,
@@ -21,6 +25,7 @@ from ep_plugin.megatron.block import choice, combined
 from ep_plugin.megatron.block.adopt_groups import adopt_groups
 from ep_plugin.megatron.block.build_shared_expert import build_shared_expert
 from ep_plugin.megatron.block.graphs import check_graphs
+from ep_plugin.megatron.block.models import row_of, uses
 from ep_plugin.megatron.block.parameters import (
     MainGrads,
     are_grouped,
@@ -29,6 +34,7 @@ from ep_plugin.megatron.block.parameters import (
     set_tags,
 )
 from ep_plugin.megatron.block.sharded_state import EXTRA_STATE, expert_sharded_state
+from ep_plugin.megatron.block.strength import Strength
 from ep_plugin.megatron.block.tracking import RoutingTracker
 from ep_plugin.megatron.seams.refusal import refuse
 from ep_plugin.megatron.settings import EdgeSettings, moe_config, moe_pattern, ranks_per_node
@@ -48,6 +54,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     typed: Collection[str] | None = None  # flags of the command line, where one was parsed
     tracker: RoutingTracker | None = None
     log_interval = 1  # iterations between two writes of the tracker
+    inside_mtp = False  # whether what is built now belongs to a layer of multi-token prediction
+    strength = Strength()
     shared: dict[str, Any]
 
     def __init__(
@@ -62,7 +70,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         """Build the block. Raises ConfigError for Megatron settings that ours cannot honour."""
         pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
         BaseMoELayer.__init__(self, config, layer_number, pg_collection)
-        self.is_mtp_layer = is_mtp_layer
+        self.is_mtp_layer = is_mtp_layer or self.inside_mtp
         # Without sequence parallelism tensor-parallel ranks hold the same tokens, not other ones.
         shares = pg_collection.tp_cp if config.sequence_parallel else pg_collection.cp
         self.tp_cp_group, self.tp_dp_cp_group = shares, pg_collection.tp_dp_cp
@@ -95,7 +103,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
             ranks_per_node=ranks_per_node(self.settings),
             replicated=not config.sequence_parallel,
         )
-        ours = moe_config(config, self.settings, self.layer_number)
+        row = None if self.layer_number is None else row_of(self)
+        ours = moe_config(config, self.settings, row)
         layer = MoELayer(
             at_one_rank(ours) if groups.ep_etp_size == 1 else ours,
             groups,
@@ -119,6 +128,8 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         set_tags(replicated, layer.experts, config, groups)
         layer.experts.totals = MainGrads(layer.experts)
         set_up_router(router, attach_loss=self._attach_loss, collect_metrics=self.settings.metrics)
+        if ours.routing.force_load_balancing:
+            router.random_logits = apply_random_logits
         router.register_forward_hook(self._after_routing)
         if self.use_shared_expert:
             self.shared_experts = build_shared_expert(config, submodules, pg_collection, name)
@@ -126,8 +137,10 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         self._is_built = True
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Take the 1-based number of the layer in the whole model."""
+        """Take the number of the layer, from 1; of the whole model, or of its MTP layers."""
         self.layer_number = layer_number
+        if self.tracker is not None:
+            self.tracker.enter(self)
         if not self._is_built:
             self._build()
 
@@ -161,10 +174,14 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         return output if isinstance(output, Tensor) else output[0] + output[1]  # and its bias
 
     def _attach_loss(self, carrier: Tensor, loss: Tensor) -> Tensor:
-        """Add `loss` [] with the scale of Megatron's main loss; `carrier` has a row per token."""
+        """Add `loss` [] with the scale of Megatron's main loss; `carrier` has a row per token.
+
+        A layer that a micro-batch passes several times counts once.
+        """
+        loss = loss / uses(self)
         if self.config.calculate_per_token_loss:
             # finalize_model_grads divides by the global number of tokens; undo it for this loss.
-            loss = loss * carrier.shape[0] * self.tp_cp_group.size()
+            loss = self.strength.weigh(loss, carrier.shape[0] * self.tp_cp_group.size())
         attached: Tensor = MoEAuxLossAutoScaler.apply(carrier, loss)
         return attached
 

@@ -78,3 +78,9 @@ def _check_iteration(config: Any, settings: EdgeSettings) -> None:
             f"--cuda-graph-impl full_iteration needs at most {GRAPH_RANKS} ranks of ep and etp; "
             f"got {ranks}; use --cuda-graph-impl none"
         )
+    if config.calculate_per_token_loss and config.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            "--cuda-graph-impl full_iteration cannot hold --calculate-per-token-loss over several "
+            "pipeline stages, which tell each other the number of tokens through the host; use "
+            "--cuda-graph-impl none"
+        )

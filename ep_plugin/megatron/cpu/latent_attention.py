@@ -17,25 +17,12 @@ class LatentDotProductAttention(DotProductAttention):  # type: ignore[misc]
 
     def __init__(
         self,
-        config: Any,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        softmax_scale: float | None = None,
+        *args: Any,
         k_channels: int | None = None,
         v_channels: int | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            config=config,
-            layer_number=layer_number,
-            attn_mask_type=attn_mask_type,
-            attention_type=attention_type,
-            softmax_scale=softmax_scale,
-            cp_comm_type=cp_comm_type,
-            pg_collection=pg_collection,
-        )
+        super().__init__(*args, **kwargs)
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 

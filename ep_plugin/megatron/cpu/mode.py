@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.cpu import words
+from ep_plugin.megatron.cpu import stand_ins, words
+from ep_plugin.megatron.cpu.arguments import to_cpu
 from ep_plugin.megatron.cpu.zero_centered import zero_centered
 from ep_plugin.megatron.seams.patches import Patches
 
@@ -113,11 +114,16 @@ def megatron_changes(patches: Patches) -> None:
     random = "megatron.core.tensor_parallel.random"
     why = "random states are set and forked through it, without a device here"
     patches.replace(f"{random}:_lazy_call", words.call_now, why)
-    patches.replace(f"{random}:device_ctx_manager", words.device_context, why)
+    patches.replace(f"{random}:device_ctx_manager", stand_ins.device_context, why)
     patches.wrap(
         "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
         _norm_with_mark,
         "torch's norms are made here; it refuses sequence parallelism and zero-centred weights",
+    )
+    patches.wrap(
+        "megatron.core.models.backends:LocalSpecProvider.core_attention",
+        _latent_too,
+        "local attention has no place for latent attention's widths; ours has",
     )
     if importlib.util.find_spec("megatron.training") is not None:
         for place in validators():
@@ -152,32 +158,15 @@ def _end_groups() -> None:
         dist.destroy_process_group()
 
 
-# Megatron flags that need a GPU or a package for GPUs -> the value CPU mode gives them, and why.
-_ARGUMENTS: dict[str, tuple[Any, str]] = {
-    "transformer_impl": ("local", "--transformer-impl local"),
-    "distributed_backend": ("gloo", "--distributed-backend gloo"),
-    "gradient_accumulation_fusion": (False, "--no-gradient-accumulation-fusion"),
-    "masked_softmax_fusion": (False, "--no-masked-softmax-fusion"),
-    "apply_rope_fusion": (False, "--no-rope-fusion"),
-    "persist_layer_norm": (False, "--no-persist-layer-norm"),
-    "no_persist_layer_norm": (True, "--no-persist-layer-norm"),
-}
-
-
 def _no_warm_up(tp_size: int | None = None) -> None:
     """Stand in for set_jit_fusion_options: nothing is compiled in CPU mode."""
 
 
 def _with_cpu_arguments(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
     """Give flags that only a GPU can honour their CPU value, and say which in one line."""
-    changed = []
-    for name, (value, flag) in _ARGUMENTS.items():
-        if getattr(args, name, value) != value:
-            setattr(args, name, value)
-            changed.append(flag)
+    changed = to_cpu(args)
     if os.environ.get("RANK", "0") == "0":
-        listed = " ".join(dict.fromkeys(changed)) or "no flag changed"
-        print(f"ep_plugin: CPU mode (gloo, no GPU used): {listed}", flush=True)
+        print(f"ep_plugin: CPU mode (gloo, no GPU used): {changed}", flush=True)
     return original(args, *rest, **kwargs)
 
 
@@ -188,6 +177,16 @@ def _with_kept_outputs(original: Callable[..., Any], config: Any) -> None:
     """
     config.deallocate_pipeline_outputs = False
     original(config)
+
+
+def _latent_too(original: Callable[..., Any], provider: Any) -> Any:
+    """Return Megatron's local attention as one that latent attention can build, too."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from ep_plugin.megatron.cpu.latent_attention import LatentDotProductAttention
+
+    found = original(provider)
+    return LatentDotProductAttention if found is DotProductAttention else found
 
 
 def _norm_with_mark(

@@ -3,17 +3,17 @@
 import contextlib
 import inspect
 import os
-import time
 import types
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ep_plugin.megatron.cpu.stand_ins import CPU, Event, Generators, Stream, device_context
 from ep_plugin.megatron.seams.patches import Patches
 
-CPU = torch.device("cpu")
 MEMORY = 8 << 30  # bytes; what the pretended device reports
 
 
@@ -55,74 +55,9 @@ def _names_device(value: Any) -> bool:
     return isinstance(value, str | torch.device) or type(value) is int
 
 
-class Stream:
-    """A stream of a device that finishes each call before the next begins."""
-
-    cuda_stream = 0
-    device = CPU
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def wait_stream(self, other: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        event = event if event is not None else Event()
-        event.record()
-        return event
-
-    def query(self) -> bool:
-        return True
-
-    def is_capturing(self) -> bool:
-        return False
-
-
-class Event:
-    """A point in time on the host's clock."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter()
-
-    def record(self, *stream: Any) -> None:
-        self.seconds = time.perf_counter()
-
-    def wait(self, *stream: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, later: "Event") -> float:
-        """Milliseconds from this event to `later`."""
-        return (later.seconds - self.seconds) * 1e3
-
-
-class Generators(dict[int, torch.Generator]):
-    """torch.cuda.default_generators: the CPU's generator under every index."""
-
-    def __missing__(self, index: int) -> torch.Generator:
-        return torch.default_generator
-
-
 def call_now(function: Callable[..., Any], **kwargs: Any) -> None:
     """torch.cuda._lazy_call without a device to wait for."""
     function()
-
-
-@contextlib.contextmanager
-def device_context(device: Any = None) -> Iterator[None]:
-    """torch.cuda.device: there is nothing to switch."""
-    yield
 
 
 # TorchDynamo keeps a table of functions by identity, so every replacement is a function of its own.
@@ -242,7 +177,7 @@ def _meanings() -> dict[str, Any]:
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
         "default_generators": Generators(),
-        "memory_stats": lambda *device, **kwargs: {},
+        "memory_stats": lambda *device, **kwargs: defaultdict(int),
         "mem_get_info": _constant((MEMORY, MEMORY)),
         "reset_peak_memory_stats": _nothing(),
     }

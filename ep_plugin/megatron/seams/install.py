@@ -11,12 +11,22 @@ from typing import Any
 from ep_plugin import __version__
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
-from ep_plugin.megatron.seams import apex, audit_save, chained, torch_adam, touchpoints, wheel
+from ep_plugin.megatron.seams import (
+    apex,
+    audit_save,
+    chained,
+    expert_bias,
+    torch_adam,
+    touchpoints,
+    wheel,
+)
 from ep_plugin.megatron.seams.patches import Patches
+from ep_plugin.megatron.versions._common import MTP_LAYER
 from ep_plugin.megatron.workers import layout_run
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
 ARGUMENTS = "megatron.training.arguments"
+SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 GLOBAL_VARS = "megatron.training.global_vars"
 TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config:TransformerConfig"
 MODULE = "megatron.core.transformer.module:MegatronModule"
@@ -87,7 +97,19 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         _with_our_weights,
         "Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew",
     )
+    if release.UNMARKED_MTP:
+        patches.wrap(
+            f"{MTP_LAYER}.__init__",
+            functools.partial(_with_mtp_marked, layer_class),
+            "a layer of multi-token prediction does not tell our block that it is one",
+        )
     chained.changes(patches)
+    expert_bias.changes(patches)
+    patches.wrap(
+        f"{SCHEDULES}:forward_step_calc_loss",
+        layer_class.strength.around_loss,
+        "here the number of counted tokens is known, which auxiliary losses weigh by",
+    )
     training = touchpoints.has_training()
     if training:
         _argument_changes(patches, layer_class)
@@ -126,7 +148,8 @@ def _make_layer_class(record_loss: Callable[..., None], settings: Any) -> Any:
     """Return a fresh subclass of the adapter, so that settings of one install do not outlive it."""
     adapter = import_module("ep_plugin.megatron.block.adapter")
     tracker = import_module("ep_plugin.megatron.block.tracking").RoutingTracker(record_loss)
-    fields = {"tracker": tracker, "shared": {}}
+    strength = import_module("ep_plugin.megatron.block.strength")
+    fields = {"tracker": tracker, "strength": strength.Strength(), "shared": {}}
     if settings is not None:
         fields["settings"] = settings
     return type("MoELayer", (adapter.EPMoELayer,), fields)
@@ -190,6 +213,16 @@ def _with_activation(layer_class: Any, original: Callable[..., Any], config: Any
     original(config)
 
 
+def _with_mtp_marked(
+    layer_class: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    layer_class.inside_mtp = True
+    try:
+        original(*args, **kwargs)
+    finally:
+        layer_class.inside_mtp = False
+
+
 def _with_our_weights(original: Callable[..., Any], module: Any) -> None:
     """Pass on to our experts that a step begins: weights in e4m3 are made anew, once a step.
 
@@ -212,7 +245,7 @@ def _with_our_metrics(
     iteration, num_layers = given["iteration"], given.get("num_layers")
     if num_layers is not None and iteration % layer_class.log_interval == 0:
         writers = given.get("writer"), given.get("wandb_writer")
-        layer_class.tracker.write(iteration, num_layers, *writers)
+        layer_class.tracker.write(iteration, *writers)
     return text
 
 

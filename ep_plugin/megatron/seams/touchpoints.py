@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.seams import found
 
 _TRAINING = "megatron.training"
 _UNUSABLE = (ImportError, OSError, RuntimeError)  # the latter two: a library under it does not load
@@ -25,12 +26,22 @@ class Touchpoint:
 
 def installed_version() -> str:
     """Return megatron.core's version, such as 0.19.2; raises ConfigError when there is none."""
+    newest = list(supported())[-1]
+    spec = found.spec_of_core()
+    if spec is None:
+        raise found.absent(newest)
+    folder = found.folder_of(spec)
     try:
-        version: str = importlib.import_module("megatron.core").__version__
+        version = getattr(importlib.import_module("megatron.core"), "__version__", None)
     except _UNUSABLE as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        theirs = missing is not None and missing.partition(".")[0] != "megatron"
+        remedy = f"run pip install {missing}" if theirs else found.get(newest, force=True)
         raise ConfigError(
-            f"Megatron cannot be imported ({error}); run pip install 'ep-plugin[megatron]'"
+            f"the Megatron in {folder} cannot be imported ({error}); {remedy}"
         ) from error
+    if not isinstance(version, str):
+        raise found.namesake(folder, "its megatron.core has no version", newest)
     return version
 
 
@@ -51,8 +62,8 @@ def release_for(version: str) -> Any:
     tables = supported()
     if release is None or release.group() not in tables:
         raise ConfigError(
-            f"megatron-core {version} has no touch-point table; supported are {', '.join(tables)}; "
-            f"run pip install 'megatron-core[training]=={list(tables)[-1]}.*'"
+            f"megatron-core {version} is none that the plugin knows; supported are "
+            f"{', '.join(tables)}; {found.get(list(tables)[-1])}"
         )
     return importlib.import_module(tables[release.group()])
 
@@ -121,11 +132,11 @@ def verify() -> tuple[Touchpoint, ...]:
         _check_one_megatron(version)
     else:
         table = tuple(touchpoint for touchpoint in table if _TRAINING not in touchpoint.path)
-    found = problems(table)
-    if found:
+    if off := problems(table):
+        release = ".".join(version.split(".")[:2])
         raise ConfigError(
-            f"megatron-core {version} does not match the plugin's table: {'; '.join(found)}; "
-            f"install an unmodified megatron-core {version}"
+            f"megatron-core {version} is not as it was released: {'; '.join(off)}; for an "
+            f"unmodified one {found.get(release, force=True)}"
         )
     return table
 

@@ -5,6 +5,7 @@ from ep_plugin.megatron.seams.touchpoints import Touchpoint
 MOE = "megatron.core.transformer.moe"
 ARGUMENTS = "megatron.training.arguments"
 GPT = "megatron.core.models.gpt"
+MTP_LAYER = "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionLayer"
 _TENSOR_PARALLEL = "megatron.core.tensor_parallel"
 _CHECKPOINTING = "megatron.core.dist_checkpointing"
 _CONFIG = "megatron.core.transformer.transformer_config"
@@ -42,6 +43,14 @@ COMMON = (
     # losses
     Touchpoint(f"{MOE}.moe_utils:MoEAuxLossAutoScaler.apply"),
     Touchpoint(f"{MOE}.moe_utils:MoEAuxLossAutoScaler.set_loss_scale", ("scale",)),
+    Touchpoint(
+        "megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
+        ("loss_func", "config", "vp_stage", "num_microbatches"),
+    ),
+    Touchpoint(
+        "megatron.core.distributed.finalize_model_grads:_update_router_expert_bias",
+        ("model", "config"),
+    ),
     # arguments
     Touchpoint(f"{ARGUMENTS}:add_megatron_arguments", ("parser",)),
     Touchpoint(f"{ARGUMENTS}:validate_args", ("args", "defaults")),

@@ -4,9 +4,10 @@ from ep_plugin.megatron.seams.touchpoints import Touchpoint
 from ep_plugin.megatron.versions import _losses_tracker as losses
 from ep_plugin.megatron.versions._common import ARGUMENTS, COMMON, MOE
 
-__all__ = ["COMBINED_1F1B", "TOUCHPOINTS", "losses"]
+__all__ = ["COMBINED_1F1B", "TOUCHPOINTS", "UNMARKED_MTP", "losses"]
 
 COMBINED_1F1B = False  # its schedule for two micro-batches is not tested with our layer
+UNMARKED_MTP = False  # it tells each block
 
 TOUCHPOINTS = (
     *COMMON,

@@ -1,13 +1,15 @@
 """What the model in a checkpoint computes, asked of Megatron itself.
 
 It is built from the run arguments in the checkpoint, in float32 on the CPU, in this process alone
-(a gloo group of one rank), and loaded through Megatron's own distributed checkpointing.
+(a gloo group of one rank), and loaded through Megatron's own distributed checkpointing, one layer
+at a time.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.cpu.latent_attention import use_local_latent_attention
 from ep_plugin.megatron.seams.install import install, uninstall
+from ep_plugin.megatron.workers.layer_by_layer import load_when_called, move, without_memory
 
 # One rank, float32, no fused kernel, no dropout: what every model is built with.
 _PLAIN: dict[str, Any] = {
@@ -132,10 +135,14 @@ def _trace(folder: Path, tokens: Tensor) -> Trace:
     fused_norm_kept = common["args"].transformer_impl == "local"
     args = _plain(common["args"])
     specs.MoELayer.settings = settings_from_args(args)
-    model = _build(args).eval()
-    _load(model, folder, common.get("content_metadata") or {}, fused_norm_kept)
+    with without_memory():
+        model = _build(args).eval()
+    load = partial(_load, model, folder, common.get("content_metadata") or {}, fused_norm_kept)
+    move(model, "cpu", but=model.decoder.layers)
+    load(layers=())
     trace = Trace(torch.empty(0))
     for number, layer in enumerate(model.decoder.layers):
+        load_when_called(layer, partial(load, layers=(number,)))
         layer.register_forward_hook(lambda _, __, output: trace.layers.append(output[0]))
         if hasattr(layer.mlp, "router"):
             layer.mlp.router.register_forward_hook(_record_experts(trace, number))
@@ -181,14 +188,46 @@ def _build(args: argparse.Namespace) -> Any:
     )
 
 
-def _load(model: Any, folder: Path, metadata: dict[str, Any], fused_norm_kept: bool) -> None:
-    """Load the weights; raises Megatron's CheckpointingException when a parameter has no tensor."""
+def _load(
+    model: Any,
+    folder: Path,
+    metadata: dict[str, Any],
+    fused_norm_kept: bool,
+    layers: Collection[int] | None = None,
+) -> None:
+    """Load the weights of some layers, with none those outside of layers; None: all.
+
+    Raises Megatron's CheckpointingException when a parameter has no tensor.
+    """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    state = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+    with _only(model.decoder, layers):
+        state = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+    inside = tuple(f"decoder.layers.{layer}." for layer in layers or ())
+    if layers:
+        state = {name: value for name, value in state.items() if name.startswith(inside)}
     if not fused_norm_kept:
         _rename_norms(model, state)
-    loaded = dist_checkpointing.load({"model": state}, str(folder))
-    model.load_state_dict(loaded["model"])
+    loaded = dist_checkpointing.load({"model": state}, str(folder))["model"]
+    missing, unknown = model.load_state_dict(loaded, strict=layers is None)
+    lacking = [
+        name
+        for name in missing
+        if name.startswith(inside or ("embedding.", "output_layer.", "decoder.final_"))
+        and not name.endswith("_extra_state")
+    ]
+    assert not lacking + unknown, (lacking, unknown)
+
+
+@contextmanager
+def _only(decoder: Any, layers: Collection[int] | None) -> Iterator[None]:
+    """Let the decoder name the tensors of these layers alone; None: of all."""
+    every = decoder.layers
+    if layers is not None:
+        decoder.layers = torch.nn.ModuleList(every[number] for number in layers)
+    try:
+        yield
+    finally:
+        decoder.layers = every
 
 
 def _rename_norms(model: Any, state: dict[str, Any]) -> None:

@@ -152,7 +152,8 @@ def fits(logits: Tensor, routing: RoutingConfig, training: bool) -> bool:
         and routing.topk <= MAX_TOPK
         and routing.second_expert == "all"
         and not (routing.noise != "none" and training)
-        and routing.aux_loss_scope in ("micro_batch", "global")
+        and not routing.quantile_balancing
+        and {scope for scope, _ in routing.balancing_losses} <= {"micro_batch", "global"}
         and whole_groups
     )
 

@@ -105,15 +105,25 @@ class PlainChoice:
 
 
 def choose(
-    logits: Tensor, routing: RoutingConfig, expert_bias: Tensor | None, training: bool
+    logits: Tensor,
+    routing: RoutingConfig,
+    expert_bias: Tensor | None,
+    training: bool,
+    quantile: Tensor | None = None,
 ) -> PlainChoice:
-    """Return the choices for `logits` [T, E]; `expert_bias` [E] moves the choice alone."""
+    """Return the choices for `logits` [T, E].
+
+    `expert_bias` [E] is added to the scores, `quantile` [E] taken from the logits, for the choice
+    alone.
+    """
     softmax = routing.score_function == "softmax"
     scores = logits.softmax(dim=-1) if softmax else logits.sigmoid()
     with torch.no_grad():
         ranking = scores if expert_bias is None else scores + expert_bias
         if routing.num_groups is not None:
             ranking = _inside_best_groups(ranking, routing)
+        elif quantile is not None:
+            ranking = logits.float() - quantile
         elif expert_bias is None:
             ranking = logits  # the same order, and no ties where scores saturate
         if routing.noise == "rsample" and training:

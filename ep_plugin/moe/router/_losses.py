@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_plugin.moe.groups import ExpertGroups, group_size
-from ep_plugin.moe.routing_config import RoutingConfig
+from ep_plugin.moe.routing_config import AuxLossScope, RoutingConfig
 
 NAMES = {  # scope -> name, Megatron's where it has one
     "micro_batch": "load_balancing_loss",
@@ -75,18 +75,19 @@ def make_pools(
     tokens: Tensor,
     num_sequences: int,
     place: Tensor | None,
+    scope: AuxLossScope,
     routing: RoutingConfig,
     groups: ExpertGroups,
 ) -> Pools:
-    """Return the pools of `aux_loss_scope` for `tokens` [T, ...].
+    """Return the pools of a loss of this `scope` for `tokens` [T, ...].
 
     `place` [T] lists tokens sequence by sequence; routing groups need it.
     """
     num_tokens = len(tokens)
-    if routing.aux_loss_scope == "sequence":
+    if scope == "sequence":
         token = torch.arange(num_tokens, device=tokens.device)
         return Pools(num_sequences, token % num_sequences, groups.tp_cp)
-    if routing.aux_loss_scope == "group":
+    if scope == "group":
         assert routing.group_tokens is not None
         assert place is not None
         num_pools = max(1, -(-num_tokens // routing.group_tokens))

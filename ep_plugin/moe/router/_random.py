@@ -4,6 +4,8 @@
 generator, draws the same ones again.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,21 @@ def gumbel(shape: tuple[int, ...], like: Tensor) -> Tensor:
     exponential = -torch.log1p(-uniform(shape, like))
     tiny = torch.finfo(like.dtype).tiny  # u = 0 would give infinity
     return -torch.log(exponential.clamp(min=tiny))
+
+
+class _RandomLogits(torch.autograd.Function):
+    """Draws in place of the logits; the backward is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return torch.randn_like(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def random_logits(logits: Tensor) -> Tensor:
+    """Return draws from N(0, 1), shaped as `logits` [T, E], that pass their gradient on to it."""
+    drawn: Tensor = _RandomLogits.apply(logits)
+    return drawn

@@ -15,24 +15,31 @@ from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Routing
 from ep_plugin.moe.kernels import select
-from ep_plugin.moe.router import _random
+from ep_plugin.moe.router import _quantile, _random
 from ep_plugin.moe.router._capacity import keep, place_by_sequence
 from ep_plugin.moe.router._choice import Choice, choose, weigh
 from ep_plugin.moe.router._gate import Gate
 from ep_plugin.moe.router._losses import NAMES, load_balancing_loss, make_pools
 from ep_plugin.moe.router._metrics import metrics
+from ep_plugin.moe.routing_config import AuxLossScope
 
 
 class TopKRouter(Gate):
     """The gate, and the choice of the k best experts.
 
     With `expert_bias` it has the buffers `expert_bias` [E] fp32, saved, and
-    `local_tokens_per_expert` [E] fp32, what was sent since the last update.
+    `local_tokens_per_expert` [E] fp32, what was sent since the last update. With
+    `quantile_balancing` it has `qb_beta` [E] fp32, saved, and since the last update the sum
+    `qb_beta_accum` [E] fp32 of `qb_beta_count` [] int64 quantiles; the names are Megatron's.
+    `random_logits(logits)` draws those of `force_load_balancing`; replace it for other draws.
     """
 
     expert_bias: Tensor | None
     local_tokens_per_expert: Tensor | None
     global_tokens_per_expert: Tensor | None
+    qb_beta: Tensor | None
+    qb_beta_accum: Tensor | None
+    qb_beta_count: Tensor | None
 
     def __init__(
         self,
@@ -45,8 +52,14 @@ class TopKRouter(Gate):
         self.collect_metrics = False
         self._add_buffer("expert_bias", self.routing.expert_bias, device, saved=True)
         self._add_buffer("local_tokens_per_expert", self.routing.expert_bias, device)
-        is_global = self.routing.aux_loss_coeff > 0 and self.routing.aux_loss_scope == "global"
+        is_global = "global" in dict(self.routing.balancing_losses)
         self._add_buffer("global_tokens_per_expert", is_global, device)
+        self.random_logits: Callable[[Tensor], Tensor] = _random.random_logits
+        quantile = self.routing.quantile_balancing
+        self._add_buffer("qb_beta", quantile, device, saved=True)
+        self._add_buffer("qb_beta_accum", quantile, device)
+        count = torch.zeros((), dtype=torch.int64, device=device) if quantile else None
+        self.register_buffer("qb_beta_count", count, persistent=False)
 
     def _add_buffer(
         self, name: str, wanted: bool, device: torch.device | str | None, saved: bool = False
@@ -70,9 +83,16 @@ class TopKRouter(Gate):
         In training all ranks of `groups.tp_cp` (for a global loss of `tp_dp_cp`) must call it
         together.
         """
+        in_model_dtype = hidden.dtype if self.routing.router_dtype == "model" else None
         logits, hidden = self.logits(hidden)
+        if self.routing.force_load_balancing:
+            logits = self.random_logits(logits)
         choice = self._choose(logits, num_sequences)
+        if self.qb_beta is not None and self.wants_losses():
+            _quantile.collect(self, logits)
         expert_ids, probs = self._drop(choice, num_sequences)
+        if in_model_dtype is not None:
+            probs = probs.to(in_model_dtype).to(probs.dtype)  # as Megatron rounds them
         losses: dict[str, Tensor] = {}
         if self.wants_losses():
             losses = self._losses(choice, num_sequences)
@@ -96,7 +116,7 @@ class TopKRouter(Gate):
                 return _choice_cuda.choose(
                     logits, routing, bias, self._capacity_factor(), num_sequences
                 )
-        return choose(logits, routing, bias, self.training)
+        return choose(logits, routing, bias, self.training, self.qb_beta)
 
     def _drop(self, choice: Choice, num_sequences: int) -> tuple[Tensor, Tensor]:
         """Return expert ids [T, K] and probs [T, K] of what fits, -1 and 0 for the rest."""
@@ -137,22 +157,21 @@ class TopKRouter(Gate):
         losses = {}
         if self.routing.z_loss_coeff > 0:
             losses["z_loss"] = choice.z_loss()
-        if self.routing.aux_loss_coeff > 0:
-            name = NAMES[self.routing.aux_loss_scope]
-            losses[name] = self._balancing_loss(choice, num_sequences)
+        for scope, _ in self.routing.balancing_losses:
+            losses[NAMES[scope]] = self._balancing_loss(choice, num_sequences, scope)
         return losses
 
-    def _balancing_loss(self, choice: Choice, num_sequences: int) -> Tensor:
+    def _balancing_loss(self, choice: Choice, num_sequences: int, scope: AuxLossScope) -> Tensor:
         routing, tokens = self.routing, choice.weights
-        shared = self.groups.tp_cp is not None or routing.aux_loss_scope == "global"
+        shared = self.groups.tp_cp is not None or scope == "global"
         if choice.own_loss is not None and not shared:
             return choice.own_loss
         place = None
-        if routing.aux_loss_scope == "group":
+        if scope == "group":
             place = place_by_sequence(len(tokens), num_sequences, tokens.device)  # [T]
-        pools = make_pools(tokens, num_sequences, place, routing, self.groups)
+        pools = make_pools(tokens, num_sequences, place, scope, routing, self.groups)
         counts = choice.counts(pools)  # [P, E + 1]
-        of_step = self._accumulate(counts[:, :-1]) if routing.aux_loss_scope == "global" else None
+        of_step = self._accumulate(counts[:, :-1]) if scope == "global" else None
         if pools.group is not None:
             dist.all_reduce(counts, group=pools.group)
         per_expert = counts[:, :-1] if of_step is None else of_step
@@ -174,11 +193,12 @@ class TopKRouter(Gate):
             self.global_tokens_per_expert.zero_()
 
     def _attach(self, probs: Tensor, losses: dict[str, Tensor]) -> Tensor:
+        shares = {NAMES[scope]: share for scope, share in self.routing.balancing_losses}
         for name, loss in losses.items():
             if name == "z_loss":
                 share = self.routing.z_loss_coeff / self.groups.tp_cp_size
             else:
-                share = self.routing.aux_loss_coeff
+                share = shares[name]
                 if self.routing.aux_loss_layers == "mean":
                     share /= self.config.num_moe_layers
             probs = self.attach_loss(probs, loss * share)
@@ -198,6 +218,13 @@ class TopKRouter(Gate):
             dist.all_reduce(load, group=self.groups.tp_dp_cp)
         self.expert_bias += self.routing.bias_update_rate * torch.sign(load.mean() - load)
         load.zero_()
+
+    def update_quantile_bias(self) -> None:
+        """Move the bias of quantile balancing; call it after each step.
+
+        All ranks of `groups.tp_dp_cp` must call it. Megatron moves the buffers by itself.
+        """
+        _quantile.update(self)
 
 
 def build(

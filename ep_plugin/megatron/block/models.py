@@ -1,0 +1,78 @@
+"""Whose layer is it? Several models in one process, and layers of multi-token prediction."""
+
+import gc
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+# Sizes that tell one model from another, then its number among the models of these sizes: the same
+# on every rank that has layers of it.
+Key = tuple[tuple[int, ...], int]
+
+
+@dataclass
+class _Model:
+    key: Key
+    config: "weakref.ref[Any]"
+    layers: "weakref.WeakValueDictionary[int, Any]" = field(
+        default_factory=weakref.WeakValueDictionary
+    )
+
+
+class Models:
+    """The models of this process, told apart by their layers.
+
+    Nothing in Megatron says which model a layer belongs to. A model may have several chunks, each
+    with a configuration of its own, but no two layers of one number. So a layer joins the newest
+    model of its sizes that has none of its number, one of its own configuration before others.
+    """
+
+    def __init__(self) -> None:
+        self._models: list[_Model] = []
+        self._key_of: weakref.WeakKeyDictionary[Any, Key] = weakref.WeakKeyDictionary()
+
+    def key_of(self, layer: Any) -> Key:
+        """Return the key of the model of an EPMoELayer that has its number."""
+        found = self._key_of.get(layer)
+        if found is None:
+            model = self._model_for(layer)
+            model.layers[row_of(layer)] = layer
+            found = self._key_of[layer] = model.key
+        return found
+
+    @property
+    def several(self) -> bool:
+        return len(self._models) > 1
+
+    def _model_for(self, layer: Any) -> _Model:
+        sizes, row = _sizes(layer.config), row_of(layer)
+        alike = [model for model in self._models if model.key[0] == sizes]
+        if alike and all(row in model.layers for model in alike):
+            gc.collect()  # a model that was deleted may live on in reference cycles
+        free = [model for model in alike if row not in model.layers]
+        if free:
+            return max(free, key=lambda model: (model.config() is layer.config, model.key[1]))
+        self._models.append(_Model((sizes, len(alike)), weakref.ref(layer.config)))
+        return self._models[-1]
+
+
+def _sizes(config: Any) -> tuple[int, ...]:
+    names = ("num_layers", "mtp_num_layers", "hidden_size", "ffn_hidden_size")
+    more = ("moe_ffn_hidden_size", "num_moe_experts", "moe_router_topk")
+    return tuple(getattr(config, name, None) or 0 for name in (*names, *more))
+
+
+def row_of(layer: Any) -> int:
+    """Return the place of a layer in the whole model, from 1; MTP layers are behind the decoder's.
+
+    Megatron 0.16 numbers them so; later releases count them from 1 and say which they are.
+    """
+    number: int = layer.layer_number
+    return number + layer.config.num_layers if layer.is_mtp_layer else number
+
+
+def uses(layer: Any) -> int:
+    """Return how often a micro-batch passes a layer: --mtp-use-repeated-layer has one for all."""
+    config = layer.config
+    is_repeated = layer.is_mtp_layer and getattr(config, "mtp_use_repeated_layer", False)
+    return (config.mtp_num_layers or 1) if is_repeated else 1

@@ -1,0 +1,146 @@
+"""How much an auxiliary loss weighs under `--calculate-per-token-loss`.
+
+Without the flag each micro-batch counts alike, for the main loss and for auxiliary ones. With it
+Megatron adds up the losses of all counted tokens and at the end of a step divides every gradient by
+their number. So that an auxiliary loss is as strong as without the flag, relative to the main one,
+that of micro-batch m is multiplied by n_m, its counted tokens over all ranks that share it:
+
+    sum_m (main_m + n_m * aux_m) / sum_m n_m        main_m: summed over counted tokens
+
+n_m is what the loss function returns, on the last stage, after the layers have run; it is needed
+when their backward runs. A loss function that returns no number of tokens gets no division either:
+then each micro-batch counts as its main loss does.
+
+On the stages before the last, n_m comes through the store of the process group: the last stage puts
+it there before its own backward of the micro-batch, and they need it in theirs, which is later.
+"""
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Weight = Tensor | float
+
+
+class Strength:
+    """The weight of the micro-batch whose backward runs; None outside of Megatron's schedules."""
+
+    def __init__(self) -> None:
+        self.now: Weight | None = None
+        self._calls: Counter[int | None] = Counter()  # vp_stage -> micro-batches trained on
+
+    def weigh(self, loss: Tensor, otherwise: Weight) -> Tensor:
+        """Return `loss` [] whose gradient is multiplied by the weight, or by `otherwise`."""
+        weighed: Tensor = _Weigh.apply(loss, self, otherwise)
+        return weighed
+
+    def around_loss(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run Megatron's `forward_step_calc_loss`; its output's backward begins with the weight."""
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        if not _is_weighed(given["config"]) or not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        returned: list[Any] = []
+        if given["loss_func"] is not None:
+            given["loss_func"] = _keeping(given["loss_func"], returned)
+        output, num_tokens = original(*bound.args, **bound.kwargs)
+        stage, number = given["vp_stage"], given["num_microbatches"]
+        call = self._calls[stage]
+        self._calls[stage] += 1
+        weight = _weight(returned[0], number) if returned else None
+        if _stages() > 1:
+            key = f"ep_plugin/counted/{_last_rank()}/{stage is None}/{{}}".format
+            if weight is not None:
+                _publish(key(call), float(weight), key(call - number))
+            begin = functools.partial(self._begin_with, key(call))
+        else:
+            begin = functools.partial(self._begin, weight)
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(begin)
+        return output, num_tokens
+
+    def _begin(self, weight: Weight | None, grad: Tensor) -> None:
+        self.now = weight
+
+    def _begin_with(self, key: str, grad: Tensor) -> None:
+        self.now = float(_store().get(key))
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, strength: Strength, otherwise: Weight) -> Tensor:
+        ctx.strength, ctx.otherwise = strength, otherwise
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        now = ctx.strength.now
+        return grads[0] * (ctx.otherwise if now is None else now), None, None
+
+
+def _is_weighed(config: Any) -> bool:
+    """Whether auxiliary losses need the number of tokens, and their backward follows the output's.
+
+    Over several stages the combined 1F1B schedule runs a stage's backward layer by layer.
+    """
+    is_moe = getattr(config, "num_moe_experts", None) is not None
+    combined = getattr(config, "overlap_moe_expert_parallel_comm", False) and _stages() > 1
+    return config.calculate_per_token_loss and is_moe and not combined
+
+
+def _keeping(loss_func: Callable[..., Any], returned: list[Any]) -> Callable[..., Any]:
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        returned.append(loss_func(*args, **kwargs))
+        return returned[-1]
+
+    return kept
+
+
+def _weight(returned: Any, num_microbatches: int) -> Weight | None:
+    """Return n_m of what a loss function returned; of one without it, the main loss's own factor.
+
+    None for what is no loss.
+    """
+    from megatron.core import parallel_state
+
+    if not isinstance(returned, tuple | list):
+        return None
+    ranks = parallel_state.get_context_parallel_world_size()
+    if len(returned) != 3:
+        return float(ranks / num_microbatches)
+    counted: Tensor = torch.as_tensor(returned[1]).detach().clone()
+    if ranks > 1:
+        dist.all_reduce(counted, group=parallel_state.get_context_parallel_group())
+    return counted
+
+
+def _publish(key: str, weight: float, done: str) -> None:
+    """Put a micro-batch's weight into the store; that of the last step's is no longer needed."""
+    store = _store()
+    store.set(key, str(weight))
+    store.delete_key(done)
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _stages() -> int:
+    from megatron.core import parallel_state
+
+    size: int = parallel_state.get_pipeline_model_parallel_world_size()
+    return size
+
+
+def _last_rank() -> int:
+    from megatron.core import parallel_state
+
+    rank: int = parallel_state.get_pipeline_model_parallel_last_rank()
+    return rank
