@@ -38,7 +38,7 @@ FLAGS = {
     ),
     "presets": "NAME --json",
     "recipes": "NAME --copy --json",
-    "report": "--device --ep --experts --json --ranks --resumed-at-iteration --run --topk",
+    "report": "--device --ep --experts --json --ranks --resumed-at-iteration --run --to --topk",
 }
 
 
@@ -119,7 +119,10 @@ MISTAKES = {
         ["--copy", "train", "qwen3-nan"],
         "NAME must be one that `ep-plugin recipes` lists; got 'qwen3-nan'; use qwen3-nano",
     ),
-    "report": (["--run", "no_such_folder"], "--run must hold .*'no_such_folder'.*"),
+    "report": (
+        ["--run", "no_such_folder"],
+        "--run must be a folder or a log of a run; 'no_such_folder' .*",
+    ),
 }
 
 

@@ -122,7 +122,7 @@ def test_a_copied_quickstart_uses_the_python_on_path(installed: Path, tmp_path: 
     command = (sys.executable, "-m", "ep_plugin.cli", "recipes", "--copy", "mine", "quickstart.sh")
     path = {"PYTHONPATH": str(installed)}
     assert run(*command, cwd=tmp_path, **path).returncode == 0
-    (tmp_path / "text").mkdir()
+    (tmp_path / "mine" / "text").mkdir()
     settings = {"DATA_INPUT": "text", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = run("mine/recipes/quickstart.sh", cwd=tmp_path, **path, **settings)
     assert done.stdout.startswith("data -> data/quickstart")

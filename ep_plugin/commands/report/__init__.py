@@ -12,8 +12,8 @@ EXAMPLES = """examples:
   ep-plugin report --run runs/quickstart               of recipes/quickstart.sh
   ep-plugin report --run runs/qwen3-nano-ep2           of recipes/run.sh
   ep-plugin report --run ep-plugin-1234.log            the log of a Slurm job
-  ep-plugin report --run tensorboard train.log         of your own script: --tensorboard-dir, output
-  ep-plugin report --run checkpoints --to pictures     --save; it names the TensorBoard folder
+  ep-plugin report --run tensorboard train.log         of your own script: events and output
+  ep-plugin report --run checkpoints --to pictures     they name the TensorBoard folder
   ep-plugin report --run runs/qwen3-nano-ep2 --json
 
 Everything that is found below the paths is drawn, and what is missing is said. Written are

@@ -132,7 +132,9 @@ def shares_figure(shares: dict[int, dict[int, Series]]) -> Figure:
     figure.supxlabel("iteration", fontsize=10)
     figure.supylabel("expert", fontsize=10)
     even = 1 / len(next(iter(shares.values())))
-    bar = figure.colorbar(image, ax=list(panels), label="share of the layer's rows", shrink=0.8)
+    bar = figure.colorbar(
+        image, ax=list(panels), label="share of the layer's rows", shrink=0.8, aspect=20 * rows
+    )
     bar.ax.axhline(even, color="white", linewidth=1.5)
     return figure
 
