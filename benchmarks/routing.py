@@ -68,7 +68,9 @@ def router_variants(args: argparse.Namespace, **capacity: Any) -> dict[str, Call
             return hidden, hidden
 
     class Plain(FromLogits):
-        def _choose(self, logits: torch.Tensor, num_sequences: int) -> Choice:
+        def _choose(
+            self, logits: torch.Tensor, num_sequences: int, padding: torch.Tensor | None
+        ) -> Choice:
             return choose(logits, self.routing, self.expert_bias, self.training)
 
     def forward(router: TopKRouter) -> Callable[[], object]:

@@ -22,7 +22,7 @@ COMMANDS = {
     "plan": "estimate communication time of a layer, or memory of a whole model",
     "presets": "list published models, or print the Megatron arguments of one",
     "recipes": "list ready-made scripts, models and layouts, and copy them",
-    "report": "draw the results of a quickstart run, as HTML and PNG",
+    "report": "draw what happened in a run, as HTML and PNG",
     "run": "run your pretrain script with the plugin, without editing it",
 }
 

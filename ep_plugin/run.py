@@ -6,9 +6,11 @@
 Both are the same. Without torchrun the script runs as the only rank.
 """
 
+import ast
 import os
 import runpy
 import sys
+import tokenize
 from pathlib import Path
 
 from ep_plugin.errors import ConfigError
@@ -50,7 +52,10 @@ def main(argv: list[str], name: str = "python -m ep_plugin.run") -> int:
 
 
 def run_script(script: str, arguments: list[str]) -> None:
-    """Install the plugin and run `script` as __main__; raises ConfigError without such a file."""
+    """Install the plugin and run `script` as __main__.
+
+    Raises ConfigError where there is no such file, and for models and a Megatron not served.
+    """
     if script.startswith("-") or Path(script).name in LAUNCHERS:
         raise ConfigError(
             f"SCRIPT must be a Python file; got {script!r}; use torchrun FLAGS --no-python "
@@ -61,14 +66,33 @@ def run_script(script: str, arguments: list[str]) -> None:
             f"SCRIPT must be a Python file; got {script!r}, which does not exist here; use the "
             "path of your pretrain script, with its flags behind it"
         )
+    _check_served(script)
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).resolve().parent)
     if "RANK" not in os.environ:
         _be_the_only_rank()
-    from ep_plugin.megatron.seams.install import install
+    from ep_plugin.megatron.seams.install import install, say_unused
 
     install()
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if not end.code:
+            say_unused()
+        raise
+    say_unused()
+
+
+def _check_served(script: str) -> None:
+    """Read the script for what it trains; what is wrong with it as Python, Python says itself."""
+    from ep_plugin.megatron.seams.served import check_script
+
+    try:
+        with tokenize.open(script) as file:
+            tree = ast.parse(file.read())
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return
+    check_script(tree)
 
 
 def _be_the_only_rank() -> None:

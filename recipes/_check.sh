@@ -56,10 +56,34 @@ nearest() {
     echo "${found[*]:-$1}"
 }
 
+number() {
+    # number NAME...: each variable must be a number above 0, such as 3e-3.
+    local name
+    for name in "$@"; do
+        if ! [[ "${!name}" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?$ ]] ||
+            [[ "${!name%%e*}" =~ ^[0.]+$ ]]; then
+            refuse "$name must be a number above 0; got '${!name}'; without it the default is taken"
+        fi
+    done
+}
+
+help_or_nothing() {
+    # help_or_nothing FILE WORDS...: print the help that is asked for; refuse any other word.
+    local file="$1"
+    shift
+    if (($# == 0)); then return 0; fi
+    if [[ "$1" != -h && "$1" != --help ]]; then
+        refuse "$file takes no words, and got '$1'; use NAME=value before it, see $file --help"
+    fi
+    sed -nE '2,/^set -/s/^# ?//p' "$file"
+    settings_of "$file"
+    exit 0
+}
+
 settings_of() {
     # settings_of FILE: its NAME="${NAME:-DEFAULT}"  # COMMENT lines, as help.
-    sed -nE 's/^([A-Z_]+)="\$\{[A-Z_]+:-([^}]*)\}" *(# (.*))?$/\1\t\2\t\4/p' "$1" |
-        while IFS=$'\t' read -r name default comment; do
+    sed -nE 's/^([A-Z_]+)="\$\{[A-Z_]+:-([^}]*)\}" *(# (.*))?$/\1|\2|\4/p' "$1" |
+        while IFS='|' read -r name default comment; do
             printf '  %-16s %s%s\n' "$name" "$comment" "${default:+ ($default)}"
         done
 }

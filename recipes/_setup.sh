@@ -72,6 +72,6 @@ setup_project() {
     fi
     .venv/bin/python -m pip install --quiet --upgrade pip || return
     .venv/bin/python -m pip install --quiet "${versions[@]}" \
-        --editable '.[megatron,hf,report,dev]' || return
+        --editable '.[megatron,muon,hf,report,dev]' || return
     echo "$stamp" >.venv/ep_plugin.stamp
 }

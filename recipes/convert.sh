@@ -2,6 +2,8 @@
 # The commonest conversions, on a small dense GPT that is trained here first:
 #
 #   ./recipes/convert.sh
+#   ITERS=50 RUN_DIR=runs/longer ./recipes/convert.sh
+#   ./recipes/convert.sh --help
 #
 #   copy      8 experts, top-2, each the whole FFN; the run resumes with its optimizer
 #   granular  4 copies of the FFN cut into 4, so 16 experts of a quarter, top-8
@@ -11,6 +13,8 @@
 # overridden from the environment:
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/_check.sh
+help_or_nothing recipes/convert.sh "$@"
 
 RUN_DIR="${RUN_DIR:-runs/convert}"          # checkpoints and logs
 ITERS="${ITERS:-20}"                        # iterations of dense pretraining
@@ -18,6 +22,11 @@ MORE="${MORE:-5}"                           # iterations with experts
 RANKS="${RANKS:-2}"                         # and expert-parallel ranks
 PROCESSES="${PROCESSES:-1}"                 # that write at once
 EP_PYTHON="${EP_PYTHON:-}"                  # interpreter to use instead of searching for one
+
+whole 1 ITERS MORE RANKS PROCESSES
+[[ "$RANKS" =~ ^[124]$ ]] || refuse "RANKS must be 1, 2 or 4, which divide the 8 experts and the" \
+    "batch of 16; got RANKS=$RANKS; use RANKS=2"
+not_a_file RUN_DIR
 
 source recipes/_setup.sh
 setup_project || exit $?

@@ -1,8 +1,11 @@
 """A compact Megatron pretrain script for GPT; it knows nothing of the plugin.
 
+It runs on Megatron 0.16 (a checkout; its wheel has no megatron.training) to 0.19.
+
 torchrun --nproc-per-node 2 recipes/pretrain_gpt.py MEGATRON_ARGS ...
 """
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -12,13 +15,20 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
-from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training import arguments, get_args, pretrain
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
+
+try:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+except ImportError:  # 0.16
+    from megatron.core.tokenizers.text.utils.build_tokenizer import build_tokenizer
 
 KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -32,9 +42,9 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) 
         return dict.fromkeys(KEYS)
     samples = next(data_iterator)
     batch = {key: samples[key].cuda(non_blocking=True) for key in KEYS if key in samples}
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-    )
+    asked = inspect.signature(get_batch_on_this_cp_rank).parameters
+    more = {"is_hybrid_cp": False} if "is_hybrid_cp" in asked else {}  # from 0.18 on
+    batch = get_batch_on_this_cp_rank(batch, cp_group=mpu.get_context_parallel_group(), **more)
     return {**dict.fromkeys(KEYS), **batch}
 
 
@@ -97,11 +107,61 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks: every rank builds
 
 
-if __name__ == "__main__":
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "SentencePieceTokenizer"})
-    pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> GPTModel:
+    """Return one pipeline stage of the model. 0.19 builds it itself, from the same arguments."""
+    args = get_args()
+    config = config or arguments.core_transformer_config_from_args(args)
+    te = args.transformer_impl == "transformer_engine"
+    decoder = get_gpt_decoder_block_spec(
+        config, te, args.normalization, qk_l2_norm=args.qk_l2_norm, vp_stage=vp_stage
     )
+    mtp = None
+    if args.mtp_num_layers:
+        mtp = get_gpt_mtp_block_spec(config, decoder, te, vp_stage=vp_stage)
+    return GPTModel(
+        config,
+        decoder,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        mtp_block_spec=mtp,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )
+
+
+def main() -> None:
+    """Train, as the installed Megatron wants to be started."""
+    defaults = {"tokenizer_type": "SentencePieceTokenizer"}
+    steps = (ModelType.encoder_or_decoder, forward_step)
+    if "cfg_container" not in inspect.signature(pretrain).parameters:  # 0.16 and 0.17
+        pretrain(datasets_provider, model_provider, *steps, args_defaults=defaults)
+        return
+    from megatron.training import argument_utils
+
+    args = arguments.parse_and_validate_args(args_defaults=defaults)
+    container = argument_utils.pretrain_cfg_container_from_args
+    if hasattr(argument_utils, "gpt_config_from_args"):  # 0.19
+        config = container(args, argument_utils.gpt_config_from_args(args))
+        pretrain(config, datasets_provider, *steps)
+    else:
+        pretrain(container(args), datasets_provider, model_provider, *steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,11 +2,16 @@
 # The whole way on one machine: data, dense pretraining, conversion, expert-parallel pretraining, report.
 #
 #   ./recipes/quickstart.sh
+#   RANKS=4 EXPERTS=16 TOPK=4 RUN_DIR=runs/wide ./recipes/quickstart.sh
+#   DATA_INPUT=my/texts DENSE_ITERS=1000 MOE_ITERS=1000 ./recipes/quickstart.sh
+#   ./recipes/quickstart.sh --help
 #
 # Without a GPU it runs on the CPU with gloo; with GPUs it uses NCCL, bf16 and one rank per GPU.
 # A second run picks up what is there. Every setting can be overridden from the environment:
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/_check.sh
+help_or_nothing recipes/quickstart.sh "$@"
 
 RUN_DIR="${RUN_DIR:-runs/quickstart}"       # checkpoints, logs, report
 DATA_DIR="${DATA_DIR:-data/quickstart}"     # tokenizer and tokens
@@ -36,18 +41,19 @@ started=$SECONDS
 setup_project || exit $?
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONWARNINGS=ignore
 
-refuse() {
-    echo "error: $*" >&2
-    exit 2
-}
-
 settle_sizes() {
     # Sets EP and GLOBAL_BATCH where they are empty; refuses sizes that only a later step would.
-    local name gcd rest batch
-    for name in RANKS EXPERTS TOPK MICRO_BATCH EP GLOBAL_BATCH; do
-        [[ "${!name:-1}" =~ ^[1-9][0-9]*$ ]] || refuse "$name must be a whole number from 1 on;" \
-            "got '${!name}'; without it the default is taken"
-    done
+    local gcd rest batch
+    whole 1 RANKS EXPERTS TOPK MICRO_BATCH ${EP:+EP} ${GLOBAL_BATCH:+GLOBAL_BATCH} VOCAB LAYERS \
+        HIDDEN FFN HEADS SEQ DENSE_ITERS MOE_ITERS EVAL_INTERVAL EVAL_ITERS
+    number LR
+    ((HIDDEN % HEADS == 0)) || refuse "HEADS must divide HIDDEN; got HIDDEN=$HIDDEN," \
+        "HEADS=$HEADS; use HIDDEN=$(((HIDDEN + HEADS - 1) / HEADS * HEADS))"
+    [[ "$SPLIT" =~ ^[0-9.]+,[0-9.]+,[0-9.]+$ ]] || refuse "SPLIT must be three numbers, for" \
+        "training, validation and test; got '$SPLIT'; use SPLIT=98,1,1"
+    [[ -z "$DATA_INPUT" || -e "$DATA_INPUT" ]] || refuse "DATA_INPUT must be a folder or a file" \
+        "of text; got '$DATA_INPUT', which does not exist; without it Python's library is taken"
+    not_a_file RUN_DIR DATA_DIR
     gcd=$RANKS rest=$EXPERTS
     while ((rest > 0)); do
         read -r gcd rest <<<"$rest $((gcd % rest))"

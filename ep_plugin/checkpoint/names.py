@@ -27,12 +27,12 @@ from torch import Tensor
 from ep_plugin.checkpoint.family import gated
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.tensors import (
+    NO_EXTRA_STATE,
     NewObject,
     NewTensor,
     Region,
     Source,
     TensorInfo,
-    no_extra_state,
 )
 from ep_plugin.errors import ConfigError
 
@@ -123,7 +123,7 @@ def stored(source: Source, args: argparse.Namespace) -> list[NewTensor | NewObje
     states = [state for name in groups for state in _extra_states(name, args)]
     if not _is_local(args):
         states += _states_of_transformer_engine(args)
-    return [*content, *(NewObject(state, no_extra_state) for state in dict.fromkeys(states))]
+    return [*content, *(NewObject(state, NO_EXTRA_STATE) for state in dict.fromkeys(states))]
 
 
 def _is_local(args: argparse.Namespace) -> bool:

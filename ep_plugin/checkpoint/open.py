@@ -9,23 +9,27 @@ computed until it is written, and then one tensor at a time.
 """
 
 import argparse
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ep_plugin.checkpoint import family as families
-from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron
-from ep_plugin.checkpoint.adapt.upcycle import Upcycled
+from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron, with_dtype
+from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.names import plain, stored_name
-from ep_plugin.checkpoint.tensors import Source, finite
+from ep_plugin.checkpoint.tensors import Source, TensorInfo, finite
 from ep_plugin.errors import BackendUnavailable, ConfigError
 
 Format = Literal["megatron", "hf"]
 Kind = Literal["hf", "per-rank", "torch_dist"]
 Spelling = Literal["stored", "plain"]
+TABLES = (EMBEDDING, OUTPUT)
 Origins = dict[str, tuple[str, ...]]  # name -> names in the folder that it is made of
 
 
@@ -42,6 +46,7 @@ class Opened:
     left_out: tuple[str, ...] = ()
     deviations: tuple[str, ...] = ()  # why the function is not kept; empty: it is
     upcycled: Upcycled | None = None  # what gave it its experts
+    cut_rows: int = 0  # of the vocabulary, which only padded it
 
 
 def is_hf(path: Path) -> bool:
@@ -63,15 +68,55 @@ def kind_of(path: Path) -> Kind:
     return "per-rank" if any(any(found) for found in ranks) else "torch_dist"
 
 
-def open_source(path: Path, output: Format) -> Opened:
+def open_source(path: Path, output: Format, vocab_size: int | None = None) -> Opened:
     """Open a checkpoint of any format, to be written as `output`. Reads no tensor but tied ones.
 
+    `vocab_size`: rows of the vocabulary that do not pad it; None: what the checkpoint says.
     Reading a value that is NaN or infinite is a ConfigError. Raises ConfigError for a checkpoint
-    that is incomplete, contradicts itself or is of no known family.
+    that is incomplete, contradicts itself or is of no known family, or has fewer rows.
     """
     kind = kind_of(path)
-    if kind == "hf":
-        return _open_hf(path)
+    opened = _open_hf(path) if kind == "hf" else _open_megatron(path, kind, output)
+    size = vocab_size or getattr(opened.args, "ep_vocab_size", None)
+    return opened if size is None else _without_padding(opened, size)
+
+
+def _without_padding(model: Opened, size: int) -> Opened:
+    """Return the model without the rows that pad its vocabulary; where names stay, rows do too.
+
+    The size travels in the arguments either way: Megatron pads it anew for its layout.
+    """
+    table = model.source.tensors.get(EMBEDDING)
+    rows = table.shape[0] if table is not None and table.shape else 0
+    if not isinstance(size, int) or not 0 < size <= rows:
+        raise ConfigError(
+            f"a vocabulary of {size!r} is asked for, and {EMBEDDING} in {model.folder} has {rows} "
+            f"rows; use --vocab-size {rows}"
+        )
+    args = copy.copy(model.args)
+    args.ep_vocab_size = size
+    if model.spelling == "stored":
+        return replace(model, args=args, source=_with_args(model.source, args))
+    args.padded_vocab_size, whole = size, model.source
+    tensors = {
+        name: TensorInfo((size, *info.shape[1:]), info.dtype) if name in TABLES else info
+        for name, info in whole.tensors.items()
+    }
+
+    def read_tensor(name: str) -> Tensor:
+        values = whole.read_tensor(name)
+        return values[:size] if name in TABLES else values
+
+    source = replace(_with_args(whole, args), tensors=tensors, read_tensor=read_tensor)
+    return replace(model, args=args, source=source, cut_rows=rows - size)
+
+
+def _with_args(source: Source, args: argparse.Namespace) -> Source:
+    """Return the source with other run arguments."""
+    return replace(source, common=source.common | {"args": args})
+
+
+def _open_megatron(path: Path, kind: Kind, output: Format) -> Opened:
     opener = megatron_dist if kind == "torch_dist" else megatron_legacy
     source = finite(opener.open_checkpoint(path))
     args = source.common.get("args")
@@ -94,7 +139,7 @@ def _open_hf(path: Path) -> Opened:
         legal = ", ".join(families.names())
         raise ConfigError(f"{path / 'config.json'} has no model_type; set it to one of {legal}")
     family = families.load(str(config["model_type"]))
-    args = arguments(config, family)
+    args = arguments(with_dtype(config, source), family)
     origins = {pair.megatron: pair.hf for pair in families.pairs(family, args)}
     unused = tuple(sorted(left_out(source, family)))
     source = to_megatron(finite(source), family, args)

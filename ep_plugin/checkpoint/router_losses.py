@@ -18,6 +18,7 @@ from ep_plugin.checkpoint.config_keys import Config, Keys, refusal
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.errors import ConfigError
 
+_CHOOSING = {"sinkhorn", "quantile_balancing"}
 _SCOPES = {"seq_aux_loss": "each sequence", "global_aux_loss": "all tokens of a step"}
 
 
@@ -64,19 +65,18 @@ def each_layer_config(args: argparse.Namespace) -> Config:
 
 def coefficient(args: argparse.Namespace) -> float:
     """Return the sum of the coefficients of all load-balancing losses of a run."""
-    if _types(args) == ["none"]:
-        return 0.0
-    values = getattr(args, "moe_aux_loss_coeff", None) or 0.0
-    return float(sum(values) if isinstance(values, list | tuple) else values)
+    types, found = _types(args), getattr(args, "moe_aux_loss_coeff", None) or 0.0
+    values = found if isinstance(found, list | tuple) else [found] * len(types)
+    return float(sum(v for kind, v in zip(types, values, strict=True) if kind != "none"))
 
 
 def _types(args: argparse.Namespace) -> list[str]:
     """Return the types of the load-balancing losses. Raises ConfigError for one that routes."""
     found = getattr(args, "moe_router_load_balancing_type", None) or "none"
     types = [found] if isinstance(found, str) else list(found)
-    if "sinkhorn" in types:
+    for kind in _CHOOSING & {*types}:
         raise ConfigError(
-            "moe_router_load_balancing_type (sinkhorn) chooses experts in a way that config.json "
+            f"moe_router_load_balancing_type ({kind}) chooses experts in a way that config.json "
             "cannot say; give a model trained with aux_loss or none"
         )
     return types

@@ -39,16 +39,8 @@ class Staging:
     journal: Journal
 
 
-def check_free(target: Path) -> None:
-    """Raise ConfigError unless `target` is missing or an empty folder."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"output {target} exists and is not empty; use {_sibling(target)}")
-
-
-def check_room(target: Path, num_bytes: int) -> None:
+def _check_room(target: Path, partial: Path, num_bytes: int) -> None:
     """Raise ConfigError unless the disk of `target` has room for `num_bytes` more than is there."""
-    target = target.absolute()
-    partial = _partial(target)
     there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     parent = next(folder for folder in target.parents if folder.is_dir())
     free, needed = shutil.disk_usage(parent).free, num_bytes + MARGIN_BYTES - there
@@ -69,15 +61,19 @@ def _state_of(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def staged(target: Path, source: Path, settings: dict[str, Any]) -> Iterator[Staging]:
+def staged(
+    target: Path, source: Path, settings: dict[str, Any], num_bytes: int
+) -> Iterator[Staging]:
     """Yield where to write what becomes `target` when the block ends without an error.
 
-    The result depends on the files in `source` and on `settings`. Raises ConfigError when another
-    run is at it, or left another request unfinished there.
+    The result depends on the files in `source` and on `settings`, and takes about `num_bytes`.
+    Raises ConfigError when the disk has no room for it, another run is at it, or left another
+    request unfinished there.
     """
     target = target.absolute()
+    partial = target.with_name(f".{target.name}.partial")
+    _check_room(target, partial, num_bytes)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(target)
     request = json.loads(json.dumps(_state_of(source) | settings))
     partial.mkdir(exist_ok=True)
     with _locked(partial, target):
@@ -119,7 +115,7 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
             except BlockingIOError:
                 time.sleep(0.1)
         else:
-            raise ConfigError(f"another conversion is writing {target}; use {_sibling(target)}")
+            raise ConfigError(f"another conversion is writing {target}; use {sibling(target)}")
         if not partial.is_dir():
             raise ConfigError(f"another conversion has just written {target}; use that")
         yield
@@ -127,11 +123,8 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
-
-
-def _sibling(target: Path) -> Path:
+def sibling(target: Path) -> Path:
+    """Return a path beside `target` where nothing is."""
     candidates = (target.with_name(f"{target.name}-{number}") for number in range(2, 1_000_000))
     return next(path for path in candidates if not path.exists())
 

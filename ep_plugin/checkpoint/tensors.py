@@ -109,14 +109,16 @@ class NewObject:
     """Bytes to write as they are."""
 
     name: str
-    content: Callable[[], bytes]
+    content: bytes
 
 
-def no_extra_state() -> bytes:
-    """Return what Megatron saves for a layer without quantisation state."""
+def _no_extra_state() -> bytes:
     buffer = io.BytesIO()
     torch.save([None], buffer)
     return buffer.getvalue()
+
+
+NO_EXTRA_STATE = _no_extra_state()  # what Megatron saves for a layer without quantisation state
 
 
 def finite(source: Source) -> Source:

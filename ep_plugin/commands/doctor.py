@@ -22,7 +22,11 @@ from ep_plugin.registry import available, resolve
 
 KINDS = ("router", "dispatcher", "gemm", "overlap")
 PACKAGES = (  # package, the module that has to import, what it is for
-    ("transformer-engine", "transformer_engine.pytorch", "--transformer-impl transformer_engine"),
+    (
+        *("transformer-engine", "transformer_engine.pytorch"),
+        "--transformer-impl transformer_engine, Megatron's default on GPUs: pip install "
+        "--no-build-isolation 'transformer-engine[pytorch]'; without it --transformer-impl local",
+    ),
     ("sentencepiece", "sentencepiece", "the recipes' tokenizer"),
     ("tensorboard", "tensorboard", "--tensorboard-dir and ep-plugin report"),
     ("matplotlib", "matplotlib", "ep-plugin report"),
@@ -92,7 +96,8 @@ def examine() -> list[Finding]:
         findings.append(torch)
         if torch.status == "ok":
             findings += [_device(), *_megatron(), _apex(), *_options()]
-    return [*findings, *map(_package, PACKAGES)]
+    packages = [_package(row) for row in PACKAGES]
+    return [*findings, *packages, *_attention(findings, packages[0])]
 
 
 @contextlib.contextmanager
@@ -157,7 +162,19 @@ def _megatron() -> list[Finding]:
     text = f"{touchpoints.installed_version()}, all {len(table)} touch points match"
     if not touchpoints.has_training():
         text += "; without megatron.training, for loops of your own: install(settings)"
-    return [Finding("megatron-core", "ok", text)]
+    return [Finding("megatron-core", "ok", text), _helper()]
+
+
+def _helper() -> Finding:
+    """Return whether Megatron's data sets have what they need in C++."""
+    from ep_plugin.megatron.seams import wheel
+
+    try:
+        wheel.check_helpers()
+    except ConfigError as error:
+        return Finding("megatron's helper", "broken", str(error))
+    text = "compiled" if wheel.is_compiled() else "is compiled when a run starts"
+    return Finding("megatron's helper", "ok", text)
 
 
 def _options() -> list[Finding]:
@@ -185,6 +202,19 @@ def _apex() -> Finding:
     if find_spec("apex") is None:
         return Finding("apex", "absent", "not installed; Megatron uses NVIDIA's where it is")
     return Finding("apex", "ok", "NVIDIA's")
+
+
+def _attention(findings: list[Finding], engine: Finding) -> list[Finding]:
+    """Say which attention Transformer Engine takes for a usual model; nothing without a GPU."""
+    device = next((f for f in findings if f.name == "device"), None)
+    if engine.status != "ok" or device is None or "NCCL" not in device.text:
+        return []
+    code = "from ep_plugin.megatron.seams.attention import describe; print(describe())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
+    said = lines[-1] if lines else f"exit code {result.returncode}"
+    status: Status = "ok" if said.startswith(("flash ", "fused ")) else "absent"
+    return [Finding("attention", status, f"{said} (bf16, causal, 32 heads of 128)")]
 
 
 def _package(row: tuple[str, str, str]) -> Finding:

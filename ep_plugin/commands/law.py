@@ -2,14 +2,15 @@
 
 A command's module may have a table NEEDS: which flags act only beside others. A flag that is typed
 although it would do nothing is refused in one sentence, and so is a flag that is typed twice, of
-which only the last would count. `cli.main` calls `check` for every command.
+which only the last would count. `cli.main` calls `check` for every command. `convert` asks its own
+needs, some of which depend on what the source is, once it has looked.
 
 A module whose flags may stand among those of another script adds its own in `add_flags`.
 """
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -45,10 +46,16 @@ def check(module: ModuleType, args: argparse.Namespace, argv: list[str]) -> None
     for name, count in times.items():
         if count > 1 and argv[0] not in LAST_COUNTS:
             raise ConfigError(f"{_flag(name)} is typed {count} times; use it once")
-    needs: tuple[Need, ...] = getattr(module, "NEEDS", ())
+    refuse_idle(getattr(module, "NEEDS", ()), +times, args)
+
+
+def refuse_idle(needs: Iterable[Need], typed: Collection[str], args: argparse.Namespace) -> None:
+    """Raise ConfigError for a flag that was typed and would do nothing; `typed` has names in
+    `args`."""
     for need in needs:
         for flag in need.flags.split():
-            if times[_name(flag)] and not need.met(args):
+            name = flag.removeprefix("--").replace("-", "_")
+            if name in typed and not need.met(args):
                 raise ConfigError(need.sentence.format(flag=flag, args=args))
 
 
@@ -80,7 +87,3 @@ def _times_typed(module: ModuleType, argv: list[str]) -> Counter[str]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")

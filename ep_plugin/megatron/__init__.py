@@ -11,18 +11,36 @@ five only for a Megatron from its wheel, and over torch's Adam):
         Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew
     optimizer:ChainedOptimizer.load_state_dict
         here Megatron refuses the state of another number of optimizers
+    finalize_model_grads:_update_router_expert_bias
+        Megatron stacks all biases here, which needs layers of one size
+    schedules:forward_step_calc_loss
+        here the number of counted tokens is known, which auxiliary losses weigh by
+    upcycling_utils:upcycle_state_dict
+        it writes the names of Megatron's own experts; a model with ours is refused
+    emerging_optimizers:TensorParallelMuon.orthogonalize
+        Muon steps a matrix here; stacks of experts are several
+    optimizer_config:ParamPredicate.__call__
+        what is no matrix by its shape goes to Adam; stacks of experts are matrices
+    layer_wise_optimizer:is_managed_by_layer_wise_optimizer
+        the layer-wise optimizer finds its matrices by shape; stacks of experts join them
+    optimizer:is_managed_by_layer_wise_optimizer
+        the layer-wise optimizer finds its matrices by shape; stacks of experts join them
     arguments:add_megatron_arguments
         every parser of Megatron's loop is filled here; the --ep-* flags join
     arguments:validate_args
         every flag is parsed and nothing is built yet: a mistake ends the run here
     training:save_checkpoint
-        every save of Megatron's loop goes through it; --ep-audit-save reads back what it wrote
+        each save goes through it: the vocabulary's size goes along, --ep-audit-save reads back
     training:maybe_finalize_async_save
         only after it is an asynchronous save on disk, where --ep-audit-save can read it
     training:train_step
         one call is one step, with model, optimizer and gradients; --ep-parity-dump keeps them
     moe_logging:MoEMetricsTracker.report
         auxiliary losses are summed over ranks only here
+    training:setup_model_and_optimizer
+        a model that holds none of our blocks, or others, ends the run here
+    training:setup_model_and_optimizer
+        the model is built: Transformer Engine is asked which attention it will run
     moe_logging:MoEMetricsTracker.report
         Megatron writes the losses of MoE layers here; the routers' metrics join them
     utils:compile_helpers

@@ -4,6 +4,7 @@ from typing import Any
 
 from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments import speed
 from ep_plugin.megatron.arguments.table import SCOPES, feeding
 from ep_plugin.megatron.arguments.theirs import check, several
 from ep_plugin.megatron.block.graphs import captures_iteration
@@ -64,7 +65,8 @@ def _balancing(config: Any) -> dict[str, Any]:
     types, coefficients = several(config.moe_router_load_balancing_type), config.moe_aux_loss_coeff
     if types == ["quantile_balancing"]:
         ema = config.moe_router_quantile_balancing_ema
-        return {"quantile_balancing": True, "quantile_ema": ema}
+        beside = {"aux_loss_coeff": float(several(coefficients)[0])}  # which is refused
+        return {"quantile_balancing": True, "quantile_ema": ema, **beside}
     scopes = {value: scope for scope, value in SCOPES.items() if scope != "group"}
     pairs = [
         (scopes[balancing], float(coefficient))
@@ -125,7 +127,7 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         "deterministic": config.deterministic_mode,
         "num_moe_layers": max(sum(pattern), 1),
         "router": settings.router,
-        "dispatcher": settings.dispatcher,
+        "dispatcher": speed.dispatcher(config, settings),
         "gemm": settings.gemm,
         "overlap": overlap_schedule(config, settings),
         "in_graph": captures_iteration(config),
@@ -158,11 +160,12 @@ def overlap_schedule(config: Any, settings: EdgeSettings) -> str:
 
     Raises ConfigError for what cannot run under that schedule.
     """
+    asked = speed.overlap(config, settings)
     if not config.overlap_moe_expert_parallel_comm:
-        return settings.overlap
-    if settings.overlap not in ("auto", "two_batch"):
+        return asked
+    if asked not in ("auto", "two_batch"):
         raise ConfigError(
-            f"--ep-overlap ({settings.overlap}) and --overlap-moe-expert-parallel-comm are two "
+            f"--ep-overlap ({asked}) and --overlap-moe-expert-parallel-comm are two "
             "orders of the same exchanges; leave one of them out"
         )
     if settings.shared_expert == "learned":

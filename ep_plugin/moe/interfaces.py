@@ -99,8 +99,14 @@ class Router(Protocol):
         collect_metrics  whether somebody reads `Routing.metrics`
     """
 
-    def __call__(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
-        """Route `hidden` [T, H]; token t is of sequence t % num_sequences."""
+    def __call__(
+        self, hidden: Tensor, num_sequences: int = 1, padding: Tensor | None = None
+    ) -> Routing:
+        """Route `hidden` [T, H]; token t is of sequence t % num_sequences.
+
+        `padding` [T] bool, given where a batch has padding, is True for tokens that are to count
+        for nothing and go nowhere. A router may leave the parameter out: then it takes no padding.
+        """
         ...
 
 
@@ -188,8 +194,8 @@ class Schedule(Protocol):
 class RoutedBlock(Block, Protocol):
     """A layer with its router, for what runs several calls of it at a time."""
 
-    def route(self, hidden: Tensor) -> Routing:
-        """Route `hidden` [S, B, H] or [T, H]."""
+    def route(self, hidden: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        """Route `hidden` [S, B, H] or [T, H]; `padding_mask` [S, B] or [T], True for padding."""
         ...
 
     def onward(self, hidden: Tensor, routing: Routing) -> Tensor:

@@ -4,6 +4,7 @@
 in other orders.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -81,25 +82,32 @@ class MoELayer(nn.Module):
             for matrix in matrices:
                 init_method(matrix.data)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Return [S, B, H] for `hidden` [S, B, H], or [T, H], one sequence, for [T, H].
 
         Every rank of the expert group must call it. Sequences matter to routing alone: losses per
-        sequence, and who comes first when an expert is full.
+        sequence, and who comes first when an expert is full. Tokens at which `padding_mask`, [S, B]
+        or [T] bool, is True go to no expert and enter no loss, count or capacity; the routed
+        experts' part of their output is 0.
         """
-        routing = self.route(hidden)
+        routing = self.route(hidden, padding_mask)
         hidden = self.onward(hidden, routing)
         routed, shared = self.schedule(self, hidden, routing)
         return self.merge(routed, shared, hidden)
 
-    def route(self, hidden: Tensor) -> Routing:
-        """Route `hidden` [S, B, H], or [T, H], one sequence.
+    def route(self, hidden: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        """Route `hidden` [S, B, H], or [T, H], one sequence; `padding_mask` has its shape but H.
 
-        Raises ConfigError when the first routing is not what `Routing` says.
+        Raises ConfigError when the first routing is not what `Routing` says, and for a mask of
+        another shape or one that the router cannot take.
         """
         num_sequences = hidden.shape[-2] if hidden.dim() > 2 else 1
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
-        routing = self.router(tokens, num_sequences)
+        if padding_mask is None:
+            routing = self.router(tokens, num_sequences)
+        else:
+            check_padding(padding_mask, hidden, self.router, self.config.router)
+            routing = self.router(tokens, num_sequences, padding=padding_mask.reshape(-1))
         if not self._routing_checked:
             check_routing(routing, len(tokens), self.config.num_experts)
             self._routing_checked = True
@@ -141,6 +149,21 @@ class MoELayer(nn.Module):
         logits: Tensor = self.coefficient(hidden)
         parts = logits.float().softmax(dim=-1).to(routed.dtype)  # [..., 2]
         return routed * parts[..., :1] + shared * parts[..., 1:]
+
+
+def check_padding(padding_mask: Tensor, hidden: Tensor, router: Router, name: str) -> None:
+    """Raise ConfigError unless a mask is one of `hidden` [..., H], for a router that takes it."""
+    if padding_mask.shape != hidden.shape[:-1] or padding_mask.dtype != torch.bool:
+        raise ConfigError(
+            f"padding_mask must be {list(hidden.shape[:-1])} bool, True for padding; got "
+            f"{list(padding_mask.shape)} {str(padding_mask.dtype).removeprefix('torch.')}"
+        )
+    function = getattr(router, "forward", router)
+    if "padding" not in inspect.signature(function).parameters:
+        raise ConfigError(
+            f"<router={name}> takes no padding mask: its forward has no parameter `padding`; add "
+            "it, or give no padding_mask"
+        )
 
 
 def check_routing(routing: Routing, num_tokens: int, num_experts: int) -> None:

@@ -107,7 +107,7 @@ class RoutingConfig:
             value, off = getattr(self, name), getattr(type(self), name)
             if self.quantile_balancing and value != off:
                 raise ConfigError(
-                    f"<{name}> ({value}) and <quantile_balancing> do not go together: a quantile "
+                    f"<{name}> and <quantile_balancing> do not go together: a quantile "
                     f"of the logits chooses and balances alone; use <{name}={off}>"
                 )
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from ep_plugin.checkpoint import writer
-from ep_plugin.checkpoint.formats import _dcp_writer
-from ep_plugin.checkpoint.formats.megatron_dist import write_checkpoint
+from ep_plugin.checkpoint.formats import dist_writer
+from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
 from ep_plugin.checkpoint.tensors import NewTensor, Region, Source, TensorInfo
 from ep_plugin.cli import main
 from tests.commands.test_convert import (
@@ -35,7 +35,7 @@ DROP = ("--mode", "drop")  # its random numbers must come out again
 
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dcp_writer, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(dist_writer, "MAX_FILE_BYTES", 1000)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -178,7 +178,7 @@ def test_memory_is_that_of_two_tensors(tmp_path: Path, monkeypatch: pytest.Monke
 
     More than those and a GiB cannot be had, and most of the GiB is not asked for.
     """
-    monkeypatch.setattr(_dcp_writer, "MAX_FILE_BYTES", 1 << 30)
+    monkeypatch.setattr(dist_writer, "MAX_FILE_BYTES", 1 << 30)
     save_large(tmp_path / "dense")
     paths = ["--from", str(tmp_path / "dense"), "--to", str(tmp_path / "moe")]
     command = ["convert", *paths, "--num-experts", "2", "--topk", "2", "--skip-parity", "--json"]

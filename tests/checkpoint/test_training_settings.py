@@ -4,6 +4,7 @@ Equal logits give equal gradients: those of transformers' own loss, or of DeepSe
 
 import argparse
 import json
+from dataclasses import fields
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +22,15 @@ from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.open import open_source
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.spell import run_flags
+from ep_plugin.megatron.arguments.run_flags import run_flags
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.settings import routing_config
 from ep_plugin.moe.router.topk import TopKRouter
 from ep_plugin.moe.routing_config import RoutingConfig
+
+TransformerConfig = pytest.importorskip(
+    "megatron.core.transformer.transformer_config"
+).TransformerConfig
 
 WHOLE_MODEL = [name for name in family.names() if family.load(name).balancing == "of the model"]
 TOKENS, SEQUENCES = 48, 3
@@ -45,12 +50,9 @@ def routing_of(args: argparse.Namespace) -> RoutingConfig:
     coefficient = 0.0
     if "--moe-aux-loss-coeff" in words:
         coefficient = float(words[words.index("--moe-aux-loss-coeff") + 1])
-    absent = {"moe_router_dtype": "fp64", "moe_router_bias_update_rate": 1e-3}
-    absent |= {"moe_z_loss_coeff": None, "moe_input_jitter_eps": None}
-    absent |= {"moe_router_topk_scaling_factor": None, "moe_router_num_groups": None}
-    absent |= {"moe_router_group_topk": None, "moe_router_pre_softmax": False}
-    absent |= {"moe_router_enable_expert_bias": False, "moe_expert_capacity_factor": None}
-    values = absent | plain | {"moe_aux_loss_coeff": coefficient, "moe_input_jitter_eps": None}
+    usual = {f.name: f.default for f in fields(TransformerConfig)}
+    set_here = {"moe_aux_loss_coeff": coefficient, "moe_input_jitter_eps": None}
+    values = usual | {"moe_router_dtype": "fp64"} | plain | set_here
     ours = {
         name: plain[f"ep_{name}"]
         for name in ("aux_loss_layers", "aux_loss_counts")
@@ -235,11 +237,12 @@ def test_every_way_a_run_may_say_its_loss_is_exported(case: str) -> None:
         "ep_aux_loss_counts top1 counts first choices",
     ):
         assert expected in said
-    args.moe_router_load_balancing_type = "none"
+    args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.01
     assert known.config(args)["router_aux_loss_coef"] == 0
-    args.moe_router_load_balancing_type = "sinkhorn"
-    with pytest.raises(ConfigError, match=r"\(sinkhorn\) chooses experts in a way that"):
-        known.config(args)
+    for kind in ("sinkhorn", "quantile_balancing"):
+        args.moe_router_load_balancing_type = kind
+        with pytest.raises(ConfigError, match=rf"\({kind}\) chooses experts in a way that"):
+            known.config(args)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -27,7 +27,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ep_plugin.checkpoint.adapt.upcycle import upcycle
 from ep_plugin.checkpoint.adapt.upcycling import Upcycling
-from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint, write_checkpoint
+from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
+from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
 from ep_plugin.checkpoint.patterns import Rule, match_names
 from ep_plugin.checkpoint.tensors import NewTensor
@@ -53,6 +54,7 @@ def run_args(**changes: Any) -> argparse.Namespace:
         "add_bias_linear": True,
         "transformer_impl": "local",
         "params_dtype": torch.float32,
+        "num_attention_heads": 2,
         "lr": 0.125,
     }
     return argparse.Namespace(**(values | changes))
@@ -302,6 +304,8 @@ def test_run_arguments_are_those_of_an_moe_run(tmp_path: Path, in_file: bool) ->
     }
     assert vars(common["args"]) == vars(
         run_args(
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=0.01,
             num_experts=E,
             moe_ffn_hidden_size=F,
             moe_layer_freq=2,

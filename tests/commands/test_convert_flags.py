@@ -19,7 +19,14 @@ VALUES = (
     *("--router-init zero", "--router-init virtual-group", "--shared-expert copy"),
     *("--preset v3-nano", "--score-function sigmoid", "--pre-softmax", "--scaling-factor 2.5"),
     *("--seed 5", "--format hf", "--family mixtral", "--transformer-impl local"),
-    *("--drop-optimizer", "--ep 1", "--parity-tolerance 0.5", "--skip-parity", "--verify"),
+    *(
+        "--vocab-size 9",
+        "--drop-optimizer",
+        "--ep 1",
+        "--parity-tolerance 0.5",
+        "--skip-parity",
+        "--verify",
+    ),
     *(f"--prompts {PROMPTS}", "--processes 2", "--check", "--dry-run", "--json"),
 )
 BASES = {  # -> source, flags

@@ -182,6 +182,9 @@ def test_every_way_to_experts_ends_in_the_same_bits(case: str, models: Any, tmp_
 
 def test_bf16_stays_bf16(tmp_path: Path) -> None:
     source = hf_models.save("qwen3_moe", tmp_path / "hf", torch.bfloat16)
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]  # then it is that of the weights
+    (source / "config.json").write_text(json.dumps(config))
     assert convert(source, tmp_path / "megatron") == 0
     args = megatron_dist.open_checkpoint(tmp_path / "megatron").common["args"]
     assert (args.params_dtype, args.bf16) == (torch.bfloat16, True)
@@ -372,6 +375,10 @@ BROKEN = {
     "rope": (
         lambda folder: edit_config(folder, rope_parameters={"rope_type": "dynamic"}),
         r"has rope_parameters.rope_type = 'dynamic', and Megatron's GPT has no counterpart",
+    ),
+    "dtype": (
+        lambda folder: edit_config(folder, dtype="int8"),
+        r"config.json has dtype = 'int8', which no run of Megatron's has; give the weights in",
     ),
     "quantised": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "fp8"}),

@@ -141,7 +141,7 @@ def test_the_comparison_s_need_is_said_before_a_byte_is_written(
     assert (comparison["tokens"], comparison["prompts"]) == (512, None)
     sizes = json.loads(planned)["tensors"]
     within = sum(size["num_bytes"] for name, size in sizes.items() if ".layers." in name)
-    weights = 3 * within // 2 + 2 * (json.loads(planned)["num_bytes"] - within)
+    weights = 4 * within // 2 + 2 * (json.loads(planned)["num_bytes"] - within)
     outputs = 2 * 4 * 512 * (2 * 32 + hf_models.VOCAB)  # two layers and the logits
     assert comparison["memory_bytes"] == weights + outputs
     text = convert(sources["hf"], tmp_path / "out", *EXPERTS, "--dry-run")[1]
@@ -156,7 +156,7 @@ def test_the_comparison_s_need_is_said_before_a_byte_is_written(
     assert "GiB of memory, and 0.00 are free; use --skip-parity" in refused
     assert not (tmp_path / "out").exists()
     errors = io.StringIO()
-    monkeypatch.setattr("ep_plugin.commands.convert.write", no_room)
+    monkeypatch.setattr("ep_plugin.commands.convert.staged", no_room)
     with contextlib.redirect_stderr(errors), pytest.raises(OSError, match="full"):
         main(["convert", "--from", str(sources["hf"]), "--to", str(tmp_path / "out"), *EXPERTS])
     assert said in errors.getvalue()

@@ -130,7 +130,7 @@ def test_a_folder_that_is_no_run_is_refused(
     tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", "--run", str(tmp_path / "nothing")]) == 2
-    assert "must hold tensorboard/dense" in capsys.readouterr().err
+    assert "does not exist; use what --tensorboard-dir or --save" in capsys.readouterr().err
     (run / "logs" / "evaluate-moe.log").write_text("stopped early\n")
     assert main(["report", "--run", str(run)]) == 2
     assert "has no validation loss" in capsys.readouterr().err

@@ -176,8 +176,8 @@ MISTAKES = {
         "--ep-ranks-per-node must be at least 1; got 0; use the number of GPUs of a node",
     ),
     "unsupported setting": (
-        ("--num-experts", "4", "--moe-pad-expert-input-to-capacity"),
-        "--moe-pad-expert-input-to-capacity pads experts to their capacity",
+        ("--num-experts", "4", "--moe-router-force-biased", "0.5"),
+        "--moe-router-force-biased (0.5) adds random numbers to logits",
     ),
     "two capacities": (
         (

@@ -19,7 +19,8 @@ from torch import Tensor
 from warm import run_script
 
 from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, FfnTensor
-from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint, write_checkpoint
+from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
+from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
 from ep_plugin.cli import main
 from ep_plugin.megatron.cpu import mode as cpu_mode
@@ -150,7 +151,7 @@ def rewrite(dense: Path, target: Path, key_per_expert: bool, **changes: Any) -> 
             region = Region((0,) * part.dim(), part.clone())
             shape = TensorInfo(tuple(part.shape), info.dtype)
             content.append(NewTensor(key, shape, partial(iter, [region])))
-    content += [NewObject(name, partial(source.read_object, name)) for name in source.objects]
+    content += [NewObject(name, source.read_object(name)) for name in source.objects]
     write_checkpoint(target, source, source.common, content, lambda _: None)
     return source
 

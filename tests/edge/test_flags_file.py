@@ -224,7 +224,7 @@ def own_model(**changes: Any) -> argparse.Namespace:
         (["--moe-expert-capacity-factor", "1.5"], {"moe_expert_capacity_factor": 1.5}),
         (["--ep-normalize", "none"], {"ep_normalize": "none"}),
         (["--ep-experts-per-layer", "4,8,8,8"], {"ep_experts_per_layer": (4, 8, 8, 8)}),
-        (["--ep-z-loss-coeff", "0.001"], {"moe_z_loss_coeff": 0.001}),
+        (["--moe-z-loss-coeff", "0.001"], {"moe_z_loss_coeff": 0.001}),
         (["--ep-router", "expert_choice"], {"ep_router": "expert_choice"}),
         (["--no-rope-freq", "[0,1,0,1]"], {"no_rope_freq": [0, 1, 0, 1]}),
     ],

@@ -17,6 +17,8 @@ PIP = f"pip install 'megatron-core[training]=={NEWEST}.*'"
 def said(place: str, script: bool, installed: bool = False) -> str:
     """Return what is said of the Megatron that Python finds in `place`, in a fresh process."""
     sys.path[:] = [place, *sys.path] if script else [sys.path[0], place, *sys.path[1:]]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "megatron"]:
+        del sys.modules[name]  # the ranks of other tests begin with Megatron imported
     if installed:
         found.site.getsitepackages = lambda prefixes=None: [place]
     try:

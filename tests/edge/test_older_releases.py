@@ -30,6 +30,7 @@ SEAMS = (
     "test_initial_values",
     "test_install",
     "test_older_loop",
+    "test_optimizers",
     "test_resume",
     "test_routing_flags",
     "test_touchpoints",

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.megatron
 def test_torchrun_starts_the_oldest_loop(tmp_path: Path) -> None:
     """As users start it; `test_older_loop.py` looks at what it computes."""
     version = OLDER_WITH_LOOP[0]
-    script = str(ROOT / "tests" / "helpers" / "pretrain_older.py")
+    script = str(ROOT / "recipes" / "pretrain_gpt.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = [*MODEL, *MOE, "--expert-model-parallel-size", "2", "--train-iters", "4"]
     flags += ["--tensorboard-dir", str(tmp_path)]

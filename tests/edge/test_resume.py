@@ -2,16 +2,24 @@
 
 import argparse
 import re
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from loop import MOE, OURS, launch
-from stored import healthy, write
+from stored import E, healthy, write
 
 from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.resume import check_resumable
+from ep_plugin.megatron.seams import upcycling_by_hand
 from ep_plugin.megatron.seams.chained import dealt
+from ep_plugin.megatron.seams.patches import Patches
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.experts.experts import Experts
+from ep_plugin.moe.groups import ExpertGroups
 
 pytestmark = pytest.mark.megatron
 
@@ -37,36 +45,178 @@ def test_experts_on_two_ranks_go_on_on_one(tmp_path: Path) -> None:
         assert values == pytest.approx([v for _, v in expected], rel=1e-6)
 
 
-def sizes(ep: int, etp: int | None = None) -> dict[str, int | None]:
-    return {
+def run_args(load: Path, **changes: Any) -> argparse.Namespace:
+    """What a run with experts on four ranks has of its command line."""
+    values = {
+        "load": str(load),
+        "ckpt_step": None,
+        "finetune": False,
+        "no_load_optim": False,
+        "num_experts": E,
+        "moe_router_topk": 2,
+        "use_distributed_optimizer": True,
         "tensor_model_parallel_size": 2,
         "pipeline_model_parallel_size": 1,
-        "expert_model_parallel_size": ep,
-        "expert_tensor_parallel_size": etp,
+        "expert_model_parallel_size": 4,
+        "expert_tensor_parallel_size": 1,
     }
+    values |= dict.fromkeys(SCHEDULE, 0) | {"train_iters": 4, "global_batch_size": 4, "lr": 0.01}
+    return argparse.Namespace(**(values | changes))
 
 
-def test_state_by_buckets_is_refused_at_another_layout(tmp_path: Path) -> None:
+SCHEDULE = (
+    *("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "min_lr"),
+    *(
+        "skip_train",
+        "train_samples",
+        "lr_decay_iters",
+        "lr_warmup_iters",
+        "lr_warmup_fraction",
+        "lr_decay_style",
+    ),
+    *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
+ONE: dict[str, Any] = {"param_groups": []}  # the state of one optimizer
+SHARDED = ONE | {"param_state_sharding_type": "fully_reshardable"}
+EP2 = {"expert_model_parallel_size": 2}
+EP1 = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2}
+PLAIN = {"use_distributed_optimizer": False}
+# what was saved: arguments, beside the tensors; what the run is; what is wrong, and the way out
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, str]] = {
+    "dense": ({"num_experts": None}, {}, {}, "a model without experts", "ep-plugin convert --from"),
+    "no such model": ({}, {}, {"num_experts": None}, "with 4 experts", "use --num-experts 4"),
+    "other experts": ({}, {}, {"num_experts": 8}, "--num-experts is 8", "use --num-experts 4"),
+    "no optimizer": ({}, {"optimizer": None}, {}, "no optimizer state", "use --finetune"),
+    "plain, wanted distributed": (
+        *({}, {"optimizer": ONE}, {}, "saved without --use-distributed-optimizer"),
+        "leave out --use-distributed-optimizer",
+    ),
+    "distributed, wanted plain": (
+        *({}, {"optimizer": SHARDED}, PLAIN, "saved with --use-distributed-optimizer"),
+        "use --use-distributed-optimizer",
+    ),
+    "one optimizer, two wanted": (
+        *(
+            {},
+            {"optimizer": ONE},
+            PLAIN | EP2,
+            "the state of one optimizer, and this run has a second one",
+        ),
+        "use --expert-model-parallel-size 1 --expert-tensor-parallel-size 2",
+    ),
+    "two optimizers, one wanted": (
+        *(
+            EP2,
+            {"optimizer": {0: ONE, 1: ONE}},
+            PLAIN | EP1,
+            "the state of two optimizers, and this run has one",
+        ),
+        "use --expert-model-parallel-size 2",
+    ),
+    "schedule": (
+        *({}, {"optimizer": SHARDED, "opt_param_scheduler": {"max_lr": 0.1, "lr_decay_steps": 8}}),
+        *({}, "(--lr 0.1, here 0.01; --lr-decay-iters, in samples, 8, here 16)"),
+        "use --override-opt-param-scheduler",
+    ),
+    "buckets": (
+        {"tensor_model_parallel_size": 2, **EP2},
+        {
+            "optimizer": {0: SHARDED, 1: SHARDED},
+            "content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"},
+        },
+        {"expert_tensor_parallel_size": None},
+        "(dp_reshardable, tp=2, pp=1, ep=2, etp=2), and this run has tp=2, pp=1, ep=4, etp=2",
+        "--no-load-optim",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_resumed_is_refused(case: str, tmp_path: Path) -> None:
+    """And what the sentence says to use is taken."""
+    saved, beside, run, wrong, way = REFUSED[case]
     content = healthy()
-    content.common["content_metadata"] = {"distrib_optim_sharding_type": "dp_reshardable"}
-    vars(content.common["args"]).update(sizes(ep=4, etp=1))
-    wanted = argparse.Namespace(
-        num_experts=4,
-        use_distributed_optimizer=True,
-        load=str(write(content, tmp_path)),
-        ckpt_step=None,
-        finetune=False,
-        no_load_optim=False,
-        ckpt_format="torch_dist",
-        **sizes(ep=4, etp=1),
-    )
-    check_resumable(wanted)
-    vars(wanted).update(sizes(ep=2))
-    message = "(dp_reshardable, tp=2, pp=1, ep=4, etp=1), and this run has tp=2, pp=1, ep=2, etp=2"
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        check_resumable(wanted)
-    wanted.no_load_optim = True
-    check_resumable(wanted)
+    vars(content.common["args"]).update(saved)
+    content.common |= beside
+    folder = write(content, tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(wrong)) as refused:
+        check_resumable(run_args(folder, **run))
+    assert way in str(refused.value)
+    if "override" in way:
+        check_resumable(run_args(folder, override_opt_param_scheduler=True))
+        check_resumable(run_args(folder, lr=0.1, lr_decay_iters=2))
+    if "optim" in way or way == "use --finetune":
+        check_resumable(run_args(folder, **run, finetune=True))
+        check_resumable(run_args(folder, **run, no_load_optim=True))
+        check_resumable(run_args(folder, **run, skip_train=True))
+        check_resumable(run_args(folder, **run, train_iters=None))
+    flags = {flag.replace("-", "_"): int(n) for flag, n in re.findall(r"--([a-z-]+) (\d+)", way)}
+    if flags:
+        check_resumable(run_args(folder, **run | flags, no_load_optim="num_experts" in flags))
+
+
+def test_what_can_be_resumed_is_left_alone(tmp_path: Path) -> None:
+    """Each kind of state where it belongs, and anything in a release, or a new run."""
+    for number, (state, run) in enumerate(
+        (
+            *((SHARDED, {}), ({0: SHARDED, 1: SHARDED}, EP1), (ONE, PLAIN | EP1)),
+            ({0: ONE, 1: ONE}, PLAIN | EP2),
+        )
+    ):
+        content = healthy()
+        content.common["optimizer"] = state
+        check_resumable(run_args(write(content, tmp_path / str(number)), **run))
+    check_resumable(run_args(tmp_path / "nothing"))
+    (tmp_path / "0" / "iter_0000030").rename(tmp_path / "0" / "release")
+    (tmp_path / "0" / "latest_checkpointed_iteration.txt").write_text("release")
+    check_resumable(run_args(tmp_path / "0", **PLAIN))
+
+
+def test_per_rank_files_without_experts(tmp_path: Path) -> None:
+    """`--ckpt-format torch`; of the optimizer Megatron has words of its own there."""
+    file = tmp_path / "iter_0000030" / "mp_rank_00" / "model_optim_rng.pt"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("30")
+    torch.save({"args": argparse.Namespace(num_experts=E), "model": {}}, file)
+    check_resumable(run_args(tmp_path))
+    torch.save({"args": argparse.Namespace(num_experts=None), "model": {}}, file)
+    with pytest.raises(ConfigError, match="a model without experts"):
+        check_resumable(run_args(tmp_path))
+
+
+def test_a_folder_that_megatron_does_not_read(tmp_path: Path) -> None:
+    """It would begin with random weights."""
+    (tmp_path / "config.json").write_text("{}")
+    for names in ({"load": str(tmp_path)}, {"pretrained_checkpoint": str(tmp_path)}):
+        with pytest.raises(ConfigError, match="is a Hugging Face model") as refused:
+            check_resumable(run_args(**({"load": tmp_path / "nothing"} | names)))
+        assert f"ep-plugin convert --from {tmp_path}" in str(refused.value)
+
+
+def test_upcycling_by_hand_names_the_command() -> None:
+    """Of a model with our experts, also in Megatron's list of one; others are left to Megatron."""
+    place = import_module("megatron.core.transformer.moe.upcycling_utils")
+    config = MoEConfig(num_experts=2, hidden_size=4, ffn_hidden_size=4)
+    ours = torch.nn.Sequential(Experts(config, ExpertGroups()))
+    patches = Patches()
+    upcycling_by_hand.changes(patches)
+    patches.apply()
+    try:
+        for model in (ours, [ours]):
+            with pytest.raises(ConfigError, match="run ep-plugin convert --from DENSE"):
+                place.upcycle_state_dict(model, model)
+        with pytest.raises(AssertionError, match="mlp layer"):  # of Megatron's own function
+            place.upcycle_state_dict([torch.nn.Linear(1, 1)], [None])
+    finally:
+        patches.undo()
+
+
+def test_the_size_of_the_vocabulary_goes_along(tmp_path: Path) -> None:
+    content = healthy()
+    content.common["args"].ep_vocab_size = 199
+    args = run_args(write(content, tmp_path), finetune=True)
+    check_resumable(args)
+    assert args.ep_vocab_size == 199
 
 
 def test_states_of_as_many_optimizers_are_left_alone() -> None:

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.megatron
 EDGE = Path(ep_plugin.megatron.__file__).parent
 MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
 FILES = sorted(file for file in EDGE.rglob("*.py") if file.parent.name != "versions")
-OPTIONAL = {"megatron.core.datasets.helpers_cpp"}  # looked for, not relied on
+# looked for, not relied on
+OPTIONAL = {"megatron.core.datasets.helpers_cpp", "megatron.legacy.model", "megatron.bridge"}
 
 
 def test_the_installed_megatron_matches_its_table() -> None:

@@ -10,7 +10,7 @@ from unittest.mock import patch
 from flag_values import PLAIN, given, parser
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments import checks
+from ep_plugin.megatron.arguments import checks, speed
 from ep_plugin.megatron.arguments.in_flags import in_flags
 from ep_plugin.megatron.arguments.parser import with_preset
 from ep_plugin.megatron.arguments.resume import choose_format
@@ -27,17 +27,20 @@ class Accepted:
     args: Any
     settings: EdgeSettings
     config: MoEConfig
+    said: tuple[str, ...]  # lines for the log
 
 
 @cache
 def read(*flags: str) -> Accepted | str:
     """Return what a command line means, or the sentence with which it is refused."""
     args = parser().parse_args(with_preset([*PLAIN, *flags]))
-    args.world_size, typed = 2, frozenset(word for word in flags if word.startswith("--"))
-    checks.take_typed(args)
+    args.world_size = 2
+    typed = {flag: name for flag, name in checks.take_typed(args).items() if flag in flags}
     try:
         checks.check_typed(args, typed)
-        with patch.object(checks, "resolve"):  # packages of options may not be here
+        # packages of options may not be here
+        with patch.object(checks, "resolve"), patch.object(speed, "resolve"):
+            said = speed.take_speed(args, typed)
             settings = checks.settings_from_args(args)
         checks.check_arguments(args, settings)
         config = moe_config(args, settings, 1)
@@ -45,7 +48,7 @@ def read(*flags: str) -> Accepted | str:
     except ConfigError as error:
         return error.spelled(in_flags(typed))
     choose_format(args)
-    return Accepted(args, settings, config)
+    return Accepted(args, settings, config, tuple(said))
 
 
 WORD = re.compile(r"(?P<no>no )?(?P<flag>--[\w-]+)(?: (?P<value>'[^']*'|[^\s;-][^\s;]*))?")

@@ -28,6 +28,7 @@ class Case:
     recompute: str | None = None  # selective: the MoE layers; full
     per_token: bool = False  # --calculate-per-token-loss, and a third of the tokens masked out
     counted: int = 0  # every so many tokens alone, where not 0
+    padded: bool = False  # what is masked out is padding, and the model is told so
     values: int = 3  # that the loss function returns: 2 leaves out the number of tokens
     layers: int = 4
     dense_layers: int = 0  # the first ones
@@ -38,9 +39,10 @@ class Case:
         """Return the same model on one rank."""
         return Case(
             f"one rank: {self.sequences}, {self.per_token}, {self.layers}, {self.dense_layers}, "
-            f"{self.bias}",
+            f"{self.bias}, {self.padded}",
             sequences=self.sequences,
             per_token=self.per_token,
+            padded=self.padded,
             layers=self.layers,
             dense_layers=self.dense_layers,
             bias=self.bias,
@@ -178,7 +180,7 @@ def places(cp_rank: int, cp: int) -> Tensor:
 
 def batches(
     case: Case, iteration: int, dp_rank: int, dp: int, cp_rank: int
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[dict[str, Any]]:
     """Yield this rank's micro-batches of its part of one sequence; tensors [1, S / CP]."""
     generator = torch.Generator().manual_seed(iteration // 2)
     tokens = torch.randint(VOCAB, (case.sequences, LENGTH + 1), generator=generator)
@@ -193,15 +195,17 @@ def batches(
             "labels": tokens[index : index + 1, here + 1],
             "mask": kept[index : index + 1, here].float(),
             "values": torch.tensor(case.values),
+            "padding": kept[index : index + 1, here] == 0 if case.padded else None,
         }
 
 
-def forward_step(data: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
+def forward_step(data: Iterator[dict[str, Any]], model: Any) -> tuple[Tensor, Any]:
     """Run the model on a micro-batch; return its losses [1, S] and how to sum them."""
     batch = next(data)
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
     positions = torch.arange(LENGTH)[None]
-    losses = model(batch["tokens"], positions, hidden, labels=batch["labels"])
+    padding = {} if batch["padding"] is None else {"padding_mask": batch["padding"]}
+    losses = model(batch["tokens"], positions, hidden, labels=batch["labels"], **padding)
 
     def loss_func(losses: Tensor) -> tuple[Any, ...]:
         loss, tokens = (losses * batch["mask"]).sum(), batch["mask"].sum()

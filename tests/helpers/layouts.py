@@ -43,6 +43,10 @@ MORE = (
     Case("selective recompute, TP 2, EP 2, ETP 1", 4, tp=2, ep=2, recompute="selective"),
     Case("per-token loss, PP 2, EP 2, distributed optimizer", 4, pp=2, ep=2, per_token=True,
          distributed_optimizer=True),
+    Case("padding masks, per-token loss, TP 2, CP 2, EP 4, ETP 1", 4, tp=2, cp=2, ep=4,
+         per_token=True, padded=True),
+    Case("padding masks, TP 2, PP 2, EP 2, ETP 1", 4, tp=2, pp=2, ep=2, per_token=True,
+         padded=True),
     Case("MoE layers in the last of 2 x 2 virtual stages, EP 2", 4, pp=2, vpp=2, ep=2,
          dense_layers=3),
 )  # fmt: skip
@@ -69,6 +73,8 @@ CHECKS = (
     "a repeated layer's z-loss",
     "loads of multi-token prediction",
     "several models",
+    "padding",
+    "padding and expert bias",
     "auxiliary losses' strength",
 )
 # Megatron until 0.18, as it is without us: each must differ from one rank.

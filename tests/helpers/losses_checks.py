@@ -10,6 +10,7 @@ from core_model import EXPERTS, HIDDEN, LENGTH, VOCAB, Case, transformer_config
 from forked import connect, one_rank
 from torch import Tensor
 
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.seams import install as hooks
 from ep_plugin.megatron.settings import EdgeSettings
 
@@ -226,7 +227,72 @@ def one_strength() -> None:
     assert found[1] != pytest.approx(found[10], rel=1e-2)  # the mask acts
 
 
+SCOPES = {  # type of loss -> share of padding in each of three sequences
+    "aux_loss": (0.25, 0.5, 0.0),
+    "seq_aux_loss": (0.5, 0.5, 0.5),  # Megatron takes all sequences to be as long
+    "global_aux_loss": (0.25, 0.5, 0.0),
+}
+
+
+def padded(config: Any, mask: Tensor) -> dict[str, Tensor]:
+    """Return what a layer of one model gives for padded sequences, and what it records."""
+    record = recorded()
+    for name in record:
+        record[name].zero_()
+    torch.manual_seed(1)
+    layer = mtp_model(config).decoder.layers[0].mlp
+    hidden = torch.randn(LENGTH, 3, HIDDEN, generator=torch.Generator().manual_seed(4))
+    hidden.requires_grad_()
+    output = layer(hidden, padding_mask=mask)[0]
+    (output * ~mask.T.unsqueeze(2)).square().sum().backward()
+    assert hidden.grad is not None
+    found = {"output": output.detach(), "hidden": hidden.grad, **recorded()}
+    return found | {"router": layer.router.weight.grad}
+
+
+def padding_is_megatron_s() -> None:
+    """Output, losses and gradients are those of Megatron's own block, where it is right."""
+    cases = []
+    for scope, shares in SCOPES.items():
+        config = mtp_config(False, moe_router_load_balancing_type=scope, moe_z_loss_coeff=0.3)
+        lengths = torch.tensor([[LENGTH * (1 - share)] for share in shares])
+        cases.append((config, torch.arange(LENGTH) >= lengths))  # [B, S]
+    without_the_plugin()
+    one_rank()
+    theirs = [{n: v.clone() for n, v in padded(*case).items()} for case in cases]
+    hooks.install()
+    for case, expected in zip(cases, theirs, strict=True):
+        ours = padded(*case)
+        there = ~case[1].T
+        for name, value in expected.items():
+            found = ours[name]
+            if name in ("output", "hidden"):
+                found, value = found[there], value[there]
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6, msg=name)
+        assert (ours["output"][~there] == 0).all()
+
+
+def padding_counts_for_no_bias() -> None:
+    """Expert bias moves by the load of unpadded tokens; recomputed layers see the mask too."""
+    hooks.install()
+    one_rank()
+    config = transformer_config(Case("padded", layers=1, recompute="selective"))
+    config.moe_router_score_function, config.moe_router_enable_expert_bias = "sigmoid", True
+    (layer,) = layers_of(config, 1)
+    mask = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [5]])
+    hidden = torch.randn(LENGTH, 2, HIDDEN, requires_grad=True)
+    layer(hidden, padding_mask=mask)[0].sum().backward()
+    with torch.no_grad():
+        chosen = (hidden @ layer.router.weight.T).topk(2).indices[~mask.T]
+    expected = torch.bincount(chosen.flatten(), minlength=EXPERTS).float()
+    assert torch.equal(layer.router.local_tokens_per_expert, expected)
+    with pytest.raises(ConfigError, match=r"must be \[B, S\], here \[2, 16\].*got \[16, 2\]"):
+        layer(hidden, padding_mask=mask.T)
+
+
 CHECKS = {
+    "padding": padding_is_megatron_s,
+    "padding and expert bias": padding_counts_for_no_bias,
     "auxiliary losses' strength": one_strength,
     "a repeated layer's balancing loss": a_repeated_layer_counts_once,
     "a repeated layer's z-loss": a_repeated_layer_s_z_loss_counts_once_here_alone,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.formats._dcp_writer import units, write_metadata
+from ep_plugin.checkpoint.formats.dist_writer import units, write_metadata
 from ep_plugin.checkpoint.formats.megatron_dist import COMMON_STATE, CONFIG, TRACKER
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, TensorInfo
 from ep_plugin.checkpoint.writer import Journal, write_units
@@ -76,7 +76,7 @@ def write(content: Content, root: Path) -> Path:
         NewTensor(key, TensorInfo(content.shapes[key], content.dtypes[key]), regions.__iter__)
         for key, regions in content.regions.items()
     ]
-    files = units([*entries, NewObject(COMMON_STATE, common.getvalue)])
+    files = units([*entries, NewObject(COMMON_STATE, common.getvalue())])
     written = write_units(files, folder, Journal(), 1, lambda _: None)
     contents = [record["content"] for record in written]
     write_metadata(folder, list(zip([file.name for file in files], contents, strict=True)))

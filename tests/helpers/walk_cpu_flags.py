@@ -43,7 +43,7 @@ def typed(action: argparse.Action) -> str | None:
     if action.nargs == 0:
         return flag if action.const is not False else None
     others = [c for c in action.choices or () if c != action.default]
-    value = VALUES.get(action.dest, others[0] if others else {int: 2}.get(action.type, "x"))
+    value = VALUES.get(action.dest, others[0] if others else 2 if action.type is int else "x")
     return f"{flag} {value}"
 
 

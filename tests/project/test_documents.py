@@ -19,6 +19,7 @@ FOREIGN = {
     "--standalone": "torchrun",
     "--nproc-per-node": "torchrun",
     "--no-python": "torchrun",
+    "--no-build-isolation": "pip",
     "--editable": "pip",
     "--no-deps": "pip",
     "--local-dir": "hf",

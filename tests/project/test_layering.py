@@ -70,7 +70,7 @@ STOREYS = {
     # storey 2: files of ours and of others
     "checkpoint": Storey(f"{SETTINGS} presets", "torch tqdm safetensors transformers"),
     # storey 3: the only part that imports Megatron
-    "megatron": Storey("moe presets checkpoint", "torch megatron"),
+    "megatron": Storey("moe presets checkpoint", "torch megatron transformer_engine"),
     # storey 4
     "commands": Storey(
         "moe presets checkpoint megatron",
@@ -243,6 +243,7 @@ LIGHT = (
     ".commands.recipes",
     ".megatron",
     ".megatron.arguments.flags_file",
+    ".megatron.arguments.run_flags",
     ".megatron.arguments.spell",
     ".megatron.arguments.spell_model",
     ".megatron.arguments.table",

@@ -22,7 +22,7 @@ SCRIPTS = [
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_parses(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
-    if script.name != "_setup.sh":
+    if not script.name.startswith("_"):
         assert "set -euo pipefail" in script.read_text()
         assert os.access(script, os.X_OK)
 
@@ -150,7 +150,7 @@ def quickstart(tmp_path: Path, **settings: str) -> subprocess.CompletedProcess[s
     """Run the real quickstart in a folder whose .venv holds a Python that only notes its calls."""
     project = tmp_path / "project"
     (project / "recipes").mkdir(parents=True)
-    for name in ("quickstart.sh", "_setup.sh"):
+    for name in ("quickstart.sh", "_setup.sh", "_check.sh"):
         shutil.copy(ROOT / "recipes" / name, project / "recipes")
     checkout(project)
     python = """case "$*" in *device_count*) echo 0 ;; *_measure*) echo "$*" >>calls ;; esac"""
@@ -211,6 +211,24 @@ def test_quickstart_sizes_fit_any_number_of_ranks(
         (
             {"EXPERTS": "4", "TOPK": "5"},
             "TOPK must be at most EXPERTS; got TOPK=5, EXPERTS=4; use TOPK=4",
+        ),
+        (
+            {"HIDDEN": "100", "HEADS": "3"},
+            "HEADS must divide HIDDEN; got HIDDEN=100, HEADS=3; use HIDDEN=102",
+        ),
+        (
+            {"LR": "fast"},
+            "LR must be a number above 0; got 'fast'; without it the default is taken",
+        ),
+        (
+            {"SPLIT": "98"},
+            "SPLIT must be three numbers, for training, validation and test; got '98'; use "
+            "SPLIT=98,1,1",
+        ),
+        (
+            {"DATA_INPUT": "none"},
+            "DATA_INPUT must be a folder or a file of text; got 'none', which does not exist; "
+            "without it Python's library is taken",
         ),
         (
             {"RANKS": "0"},
@@ -358,3 +376,61 @@ def test_what_is_called_slow_is_there(entry: str) -> None:
     file, _, test = entry.partition("::")
     (path,) = (ROOT / "tests").rglob(f"{file}.py")
     assert f"def {test}(" in path.read_text() if test else "def test_" in path.read_text()
+
+
+RECIPES = [*ROOT.glob("recipes/[!_]*.sh"), *ROOT.glob("recipes/slurm/*.sbatch")]
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
+def test_help_has_examples_and_every_setting(script: Path) -> None:
+    """It starts nothing, and makes no environment."""
+    for word in ("-h", "--help"):
+        done = subprocess.run(
+            ["bash", str(script), word],
+            env={"PATH": "/usr/bin:/bin"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(re.findall(rf"{script.name}\b", done.stdout)) >= 2
+        assert "MODEL=" in done.stdout or re.search(r"^  [A-Z]+=\S+ .*sh$", done.stdout, re.M)
+        for name in re.findall(
+            r'^([A-Z_]+)="\$\{\1:-[^}]*\}" *#', script.read_text(), re.MULTILINE
+        ):
+            assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "message"),
+    [
+        ("convert.sh", {"RANKS": "3"}, "RANKS must be 1, 2 or 4, which divide the 8 experts"),
+        ("convert.sh", {"ITERS": "1.5"}, "ITERS must be a whole number from 1 on; got '1.5'"),
+        ("convert.sh", {"RUN_DIR": "README.md"}, "RUN_DIR must be a folder, or one to make; got"),
+    ],
+)
+def test_convert_refuses_first(script: str, settings: dict[str, str], message: str) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "recipes" / script)],
+        env={"PATH": "/usr/bin:/bin", **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["convert.sh", "quickstart.sh"])
+def test_words_that_a_recipe_does_not_take_are_refused(name: str) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "recipes" / name), "--ranks", "4"],
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: recipes/{name} takes no words, and got '--ranks'; use")

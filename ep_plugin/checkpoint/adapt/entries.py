@@ -8,17 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, FfnTensor, router_rows, shard
+from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, FfnTensor, router_rows
 from ep_plugin.checkpoint.adapt.optimizer_state import State
 from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.patterns import COEFFICIENT, ROUTER, Match
 from ep_plugin.checkpoint.tensors import (
+    NO_EXTRA_STATE,
     NewObject,
     NewTensor,
     Region,
     Source,
     TensorInfo,
-    no_extra_state,
     one_region,
 )
 
@@ -44,8 +44,7 @@ class EntryBuilder:
         elif prefix + match.name in self.source.tensors:
             yield self._as_it_is(prefix + match.name, prefix + match.target)
         else:
-            read = partial(self.source.read_object, match.name)
-            yield NewObject(match.target, read)
+            yield NewObject(match.target, self.source.read_object(match.name))
 
     def new_parameters(self, layer: int) -> Iterator[NewTensor]:
         """Yield what the dense model has no counterpart of: router and coefficient of one layer."""
@@ -95,7 +94,7 @@ class EntryBuilder:
         if prefix + match.name not in self.source.tensors:
             for expert, target in enumerate(targets):
                 place = "0_1" if key_per_expert else f"{expert}_{num_experts}"
-                yield NewObject(f"{target}/shard_{place}", no_extra_state)
+                yield NewObject(f"{target}/shard_{place}", NO_EXTRA_STATE)
             return
         info, part = self.source.tensors[prefix + match.name], self._part(match)
         one = TensorInfo(_shard_shape(info.shape, part, self.settings.granularity), info.dtype)
@@ -114,7 +113,7 @@ class EntryBuilder:
     ) -> Iterator[NewTensor | NewObject]:
         target = match.rule.source.replace(".mlp.", ".mlp.shared_experts.").format(**match.fields)
         if prefix + match.name not in self.source.tensors:
-            yield NewObject(target, partial(self.source.read_object, match.name))
+            yield NewObject(target, self.source.read_object(match.name))
             return
         make = partial(self._shared, prefix + match.name, self._part(match), moments)
         yield _computed(prefix + target, self.source.tensors[prefix + match.name], make)
@@ -124,7 +123,10 @@ class EntryBuilder:
 
 
 def _shard_shape(shape: tuple[int, ...], part: FfnTensor, granularity: int) -> tuple[int, ...]:
-    return tuple(shard(torch.empty(shape, device="meta"), part, 0, granularity).shape)
+    if granularity == 1 or part.channel_dim is None:
+        return shape
+    dim = part.channel_dim
+    return (*shape[:dim], shape[dim] // granularity, *shape[dim + 1 :])
 
 
 def _computed(name: str, info: TensorInfo, compute: Callable[[], Tensor]) -> NewTensor:

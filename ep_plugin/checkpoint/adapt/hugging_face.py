@@ -23,6 +23,7 @@ from ep_plugin.errors import ConfigError
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_LISTED = 100  # names in a message
+_DTYPES = ("float32", "bfloat16", "float16")
 _WORDS = "embedding.word_embeddings.weight"
 
 
@@ -83,11 +84,25 @@ def arguments(config: Config, family: Family) -> argparse.Namespace:
         raise ConfigError(
             "config.json has a quantization_config; give the weights in bf16, fp16 or fp32"
         )
-    word = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    key = "dtype" if config.get("dtype") else "torch_dtype"
+    word = str(config.get(key) or "float32").removeprefix("torch.")
+    if word not in _DTYPES:
+        raise ConfigError(
+            f"config.json has {key} = {config[key]!r}, which no run of Megatron's has; give the "
+            f"weights in {', '.join(_DTYPES)}"
+        )
     args = family.args(config)
-    args.params_dtype = getattr(torch, word.removeprefix("torch."), torch.float32)
-    args.bf16, args.fp16 = word.endswith("bfloat16"), word == "float16"
+    args.params_dtype = getattr(torch, word)
+    args.ep_vocab_size = args.padded_vocab_size  # no row pads it
+    args.bf16, args.fp16 = word == "bfloat16", word == "float16"
     return args
+
+
+def with_dtype(config: Config, source: Source) -> Config:
+    """Return config.json with the dtype of the weights where it says none, as transformers does."""
+    if config.get("dtype") or config.get("torch_dtype") or _EMBEDDING not in source.tensors:
+        return config
+    return config | {"dtype": str(source.tensors[_EMBEDDING].dtype)}
 
 
 def _check_names(present: Iterable[str], wanted: Iterable[str], model_type: str) -> None:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ep_plugin.checkpoint.adapt import optimizer_state
 from ep_plugin.checkpoint.adapt.entries import EntryBuilder, new_states
-from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, Mode
-from ep_plugin.checkpoint.adapt.upcycling import MODES, Upcycling, divide
+from ep_plugin.checkpoint.adapt.ffn import make_experts
+from ep_plugin.checkpoint.adapt.upcycling import Upcycling
 from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
 from ep_plugin.checkpoint.patterns import check_complete, is_gated, match_names, rules
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source, whole
 from ep_plugin.errors import ConfigError
-from ep_plugin.registry import resolve
 
 if TYPE_CHECKING:
     from ep_plugin.checkpoint.open import Opened
@@ -115,8 +114,10 @@ def upcycle(source: Source, settings: Upcycling, keep_optimizer: bool = True) ->
     counters = {}
     if states:
         counters = optimizer_state.counters(source, settings.ep, args.add_bias_linear)
-    common = _new_common(source, args, settings, frequency, counters)
     maker = make_experts(settings, gated)
+    args = settings.arguments(args, frequency)
+    args.no_save_optim, args.no_save_rng = not counters, True  # that state belongs to the dense run
+    kept_counters = {key: source.common[key] for key in KEPT if key in source.common}
     builder = EntryBuilder(source, settings, maker, args)
     new_names: list[tuple[str, str]] = []
     made: list[NewTensor | NewObject] = []  # what the dense model has no counterpart of
@@ -136,29 +137,12 @@ def upcycle(source: Source, settings: Upcycling, keep_optimizer: bool = True) ->
     carried = sum(len(state.names) for state in states)
     return Upcycled(
         content=(*content, *made),
-        common=common,
+        common={"args": args, **kept_counters, **counters},
         name_map=(*name_map, *new_names),
         dropped=len(matches) - len(kept) - carried,
         moe_layers=chosen,
         deviations=maker.deviations,
         optimizer=bool(states),
-    )
-
-
-def make_experts(settings: Upcycling, gated: bool) -> ExpertMaker:
-    """Return the experts of `settings`, for an FFN with or without a gate."""
-    mode: Mode = resolve(MODES, settings.mode)(settings)
-    gates, topk = settings.gates, settings.topk
-    kept = 0.5 if settings.shared_expert == "copy" else 1.0
-    bias = kept / gates.sum(topk, settings.num_experts)
-    reasons = (mode.deviation, gates.deviation(topk, settings.router_init == "zero"))
-    return ExpertMaker(
-        mode=mode,
-        num_experts=settings.num_experts,
-        gated=gated,
-        routed=divide(mode.granularity * bias, bias, gated),
-        shared=divide(kept, kept, gated),
-        deviations=tuple(reason for reason in reasons if reason is not None),
     )
 
 
@@ -193,42 +177,3 @@ def _check_embeddings(source: Source, args: argparse.Namespace) -> None:
                 f"arguments say padded_vocab_size = {rows}; give the checkpoint that belongs to "
                 "these arguments"
             )
-
-
-def _new_common(
-    source: Source,
-    args: argparse.Namespace,
-    settings: Upcycling,
-    frequency: int | list[int],
-    counters: dict[str, Any],
-) -> dict[str, Any]:
-    """Return what stands beside the tensors; random-number state belongs to the run that ends."""
-    args, gates = copy.copy(args), settings.gates
-    args.num_experts = settings.num_experts
-    args.moe_router_topk = settings.topk
-    args.moe_layer_freq = frequency
-    args.moe_ffn_hidden_size = args.ffn_hidden_size // settings.granularity
-    # What the sum of the gates rests on.
-    args.moe_router_score_function = gates.score_function
-    args.moe_router_pre_softmax = gates.pre_softmax
-    args.moe_router_topk_scaling_factor = None
-    if gates.scaling_factor != 1:
-        args.moe_router_topk_scaling_factor = gates.scaling_factor
-    if gates.num_groups is not None:
-        args.moe_router_num_groups = gates.num_groups
-        args.moe_router_group_topk = gates.group_topk
-    if gates.expert_bias:
-        args.moe_router_enable_expert_bias = True
-    losses = settings.losses
-    args.moe_router_load_balancing_type = losses.kind
-    args.moe_aux_loss_coeff = losses.coefficient
-    args.moe_z_loss_coeff = losses.z_coefficient or None
-    if losses.counts != "topk":
-        args.ep_aux_loss_counts = losses.counts
-    if settings.shared_expert != "none":
-        args.moe_shared_expert_intermediate_size = args.ffn_hidden_size
-    if settings.shared_expert == "learned":
-        args.ep_shared_expert = "learned"
-    args.no_save_optim, args.no_save_rng = not counters, True
-    kept = {key: source.common[key] for key in KEPT if key in source.common}
-    return {"args": args, **kept, **counters}

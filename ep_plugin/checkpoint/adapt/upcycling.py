@@ -24,6 +24,8 @@ near the square root; a power of two, so no value half is rounded, and with a ga
 is not either, bf16 included. An FFN without gate has no linear part before fc2: all of it there.
 """
 
+import argparse
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -188,6 +190,38 @@ class Upcycling:
                 f"--noise-std must be finite and not negative; got {self.noise_std}; use 0.01"
             )
         self.gates.check(self.topk, self.num_experts)
+
+    def arguments(
+        self, dense: argparse.Namespace, frequency: int | list[int]
+    ) -> argparse.Namespace:
+        """Return the run arguments of the new model from the dense one's."""
+        args, gates = copy.copy(dense), self.gates
+        args.num_experts = self.num_experts
+        args.moe_router_topk = self.topk
+        args.moe_layer_freq = frequency
+        args.moe_ffn_hidden_size = args.ffn_hidden_size // self.granularity
+        # What the sum of the gates rests on.
+        args.moe_router_score_function = gates.score_function
+        args.moe_router_pre_softmax = gates.pre_softmax
+        args.moe_router_topk_scaling_factor = None
+        if gates.scaling_factor != 1:
+            args.moe_router_topk_scaling_factor = gates.scaling_factor
+        if gates.num_groups is not None:
+            args.moe_router_num_groups = gates.num_groups
+            args.moe_router_group_topk = gates.group_topk
+        if gates.expert_bias:
+            args.moe_router_enable_expert_bias = True
+        args.moe_router_load_balancing_type = self.losses.kind
+        args.moe_aux_loss_coeff = self.losses.coefficient
+        if self.losses.z_coefficient:
+            args.moe_z_loss_coeff = self.losses.z_coefficient
+        if self.losses.counts != "topk":
+            args.ep_aux_loss_counts = self.losses.counts
+        if self.shared_expert != "none":
+            args.moe_shared_expert_intermediate_size = args.ffn_hidden_size
+        if self.shared_expert == "learned":
+            args.ep_shared_expert = "learned"
+        return args
 
     def _check_granularity(self) -> None:
         parts = self.granularity

@@ -107,6 +107,8 @@ def heads_args(config: Keys) -> dict[str, Any]:
     for key, name in (("num_key_value_heads", "num_query_groups"), ("head_dim", "kv_channels")):
         if type(sizes[name]) is not int or sizes[name] < 1:
             raise refusal(config, key, "a positive whole number")
+    if heads % sizes["num_query_groups"]:
+        raise refusal(config, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     return {"group_query_attention": True, **sizes}
 
 

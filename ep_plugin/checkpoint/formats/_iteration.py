@@ -2,9 +2,9 @@
 
 A Megatron checkpoint keeps its arguments as a pickle that names classes of Megatron, which may not
 be installed here; and a pickle may name anything at all, while an input file is not to be trusted.
-So every name outside a short list becomes a stand-in class that only remembers how it was built,
-and is written back under its own name. `OpaquePickle` has the shape `torch.load(pickle_module=...)`
-asks for.
+So every name outside a short list becomes a stand-in class that only remembers how it was built;
+`dist_writer.py` writes it back under its own name. `OpaquePickle` has the shape
+`torch.load(pickle_module=...)` asks for.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from ep_plugin.checkpoint.tensors import Damaged
 from ep_plugin.errors import ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # metadata.json
+COMMON_STATE = "common_state/shard_0_1"  # run arguments and counters, where common.pt is not there
 # What unpickling damaged bytes raises.
 DAMAGE = (
     pickle.UnpicklingError,
@@ -152,22 +154,7 @@ class _Unpickler(pickle.Unpickler):
         return type(name, (Opaque,), {"__module__": module, "__qualname__": name})
 
 
-class _Pickler(pickle._Pickler):
-    """The Python pickler: the C one insists on importing every class it names."""
-
-    write: Callable[[bytes], object]
-    memoize: Callable[[object], None]
-
-    def save_global(self, obj: Any, name: str | None = None) -> None:
-        if isinstance(obj, type) and issubclass(obj, Opaque) and obj is not Opaque:
-            self.write(b"c" + f"{obj.__module__}\n{obj.__qualname__}\n".encode())
-            self.memoize(obj)
-        else:
-            super().save_global(obj, name)  # type: ignore[misc]  # not in the stubs
-
-
 class OpaquePickle:
-    """The pickle module to hand to `torch.load` and `torch.save`."""
+    """The pickle module to hand to `torch.load`."""
 
     Unpickler = _Unpickler
-    Pickler = _Pickler

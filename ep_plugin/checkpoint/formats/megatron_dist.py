@@ -1,4 +1,4 @@
-"""Megatron's `torch_dist` checkpoints, read and written by one process without a process group.
+"""Megatron's `torch_dist` checkpoints, read by one process without a process group.
 
 A checkpoint folder holds `latest_checkpointed_iteration.txt` and `iter_NNNNNNN/`, which holds
 
@@ -6,6 +6,8 @@ A checkpoint folder holds `latest_checkpointed_iteration.txt` and `iter_NNNNNNN/
     .metadata          pickle: each tensor's global shape; each chunk's file, offset and length
     __R_T.distcp       the chunks, one after the other, each a `torch.save` of its own
     common.pt          run arguments and counters; newer: the object `common_state/shard_0_1`
+
+`dist_writer.py` writes them.
 
 Blocks whose layers are alike are stored with the layers stacked on a leading axis:
 
@@ -18,28 +20,22 @@ Objects carry their place in the name: `decoder.layers.X/shard_{layer}_{L}` is l
 layers and however `--moe-layer-freq` is spelled.
 """
 
-import io
 import json
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from ep_plugin.checkpoint.formats import _dcp_writer
 from ep_plugin.checkpoint.formats._dcp_reader import Files, Reader
+from ep_plugin.checkpoint.formats._iteration import COMMON_STATE as COMMON_STATE
+from ep_plugin.checkpoint.formats._iteration import CONFIG, load_arguments, load_metadata
 from ep_plugin.checkpoint.formats._iteration import TRACKER as TRACKER
-from ep_plugin.checkpoint.formats._iteration import OpaquePickle, load_arguments, load_metadata
 from ep_plugin.checkpoint.formats._iteration import iteration_folder as _iteration_folder
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source, Stored
-from ep_plugin.checkpoint.writer import Journal, write_units
+from ep_plugin.checkpoint.tensors import Source, Stored
 from ep_plugin.errors import ConfigError
 
-COMMON_STATE = "common_state/shard_0_1"
 FIRST_ITERATION = "iter_0000001"
-CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _HINT = "save the dense model with --ckpt-format torch_dist"
 
 
@@ -94,6 +90,21 @@ def open_checkpoint(path: Path) -> Source:
     )
 
 
+def read_common(path: Path) -> dict[str, Any]:
+    """Return what stands beside the tensors of the checkpoint at `path`.
+
+    Raises as `open_stored`.
+    """
+    folder = iteration_folder(path)
+    if (folder / "common.pt").is_file():
+        content = (folder / "common.pt").read_bytes()
+        common: dict[str, Any] = load_arguments(content, folder)
+        return common
+    content = Files(folder, load_metadata(folder)).read_bytes(MetadataIndex(COMMON_STATE))
+    common = load_arguments(content, folder)[0]
+    return common
+
+
 def open_stored(path: Path) -> Stored:
     """Open the checkpoint at `path` as `open_checkpoint` does, and check nothing of its content.
 
@@ -101,10 +112,7 @@ def open_stored(path: Path) -> Stored:
     """
     folder = iteration_folder(path)
     files = Files(folder, load_metadata(folder))
-    if (folder / "common.pt").is_file():
-        common = load_arguments((folder / "common.pt").read_bytes(), folder)
-    else:
-        common = load_arguments(files.read_bytes(MetadataIndex(COMMON_STATE)), folder)[0]
+    common = read_common(folder)
     entries = files.metadata.state_dict_metadata
     return Stored(
         folder=folder,
@@ -114,52 +122,6 @@ def open_stored(path: Path) -> Stored:
         objects=frozenset(entries) - set(files.entries) - {COMMON_STATE},
         read_chunk=files.read_chunk,
     )
-
-
-def write_checkpoint(
-    root: Path,
-    source: Source,
-    common: dict[str, Any],
-    content: Iterable[NewTensor | NewObject],
-    on_bytes: Callable[[int], object],
-    journal: Journal | None = None,
-    processes: int = 1,
-) -> dict[str, dict[str, Any]]:
-    """Write `content` under `root`, in the same iteration and the same style as `source`.
-
-    `common` replaces the source's; `on_bytes` is called with each region's number of bytes. What
-    `journal` has is not written again. Returns {num_bytes, sha256} of the files with tensors.
-    """
-    folder = root / source.folder.name
-    folder.mkdir(parents=True, exist_ok=True)
-    common = {**common, "content_metadata": _content_metadata(source.common)}
-    entries = list(content)
-    if source.common_in_file:
-        (folder / "common.pt").write_bytes(_saved(common))
-    else:
-        entries.append(NewObject(COMMON_STATE, lambda: _saved([common])))
-    units = _dcp_writer.units(entries)
-    records = write_units(units, folder, journal or Journal(), processes, on_bytes)
-    names = [unit.name for unit in units]
-    contents = [record["content"] for record in records]
-    _dcp_writer.write_metadata(folder, list(zip(names, contents, strict=True)))
-    (folder / "metadata.json").write_text(json.dumps(CONFIG))
-    iteration = source.folder.name.removeprefix("iter_")
-    (root / TRACKER).write_text(iteration if iteration == "release" else str(int(iteration)))
-    return {
-        f"{folder.name}/{name}": {key: record[key] for key in ("num_bytes", "sha256")}
-        for name, record in zip(names, records, strict=True)
-    }
-
-
-def _content_metadata(common: dict[str, Any]) -> dict[str, Any]:
-    return {**(common.get("content_metadata") or {}), "non_homogeneous_layers": True}
-
-
-def _saved(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, pickle_module=OpaquePickle)
-    return buffer.getvalue()
 
 
 def _is_iteration(folder: Path) -> bool:

@@ -69,24 +69,38 @@ def open_checkpoint(path: Path) -> Source:
     Raises ConfigError when a rank's file is missing or damaged, or experts are cut otherwise than
     the rest of the model.
     """
-    folder = iteration_folder(path, lambda folder: any(folder.glob(f"mp_rank_*/{FILE}")))
-    first = next(iter(sorted(folder.glob(f"mp_rank_*/{FILE}"))), None)
-    if first is None:
-        raise ConfigError(f"{folder} has no mp_rank_*/{FILE}; give the folder that --save named")
-    common = _load(first)
+    first = _first_file(path)
+    folder, common = first.parents[1], _load(first)
     args = common.get("args")
     if not isinstance(args, argparse.Namespace):
         raise ConfigError(f"{first} holds no run arguments; give a checkpoint that Megatron saved")
     parts = _parts(folder, args)
     return Source(
         folder=folder,
-        common={key: value for key, value in common.items() if not key.startswith("model")},
+        common=_without_weights(common),
         common_in_file=False,
         tensors={name: _info(name, pieces, args) for name, pieces in parts.items()},
         objects=frozenset(),
         read_tensor=lambda name: _whole(name, parts[name], args),
         read_object=partial(_no_object, folder),
     )
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """Return what stands beside the weights of the checkpoint at `path`; raises ConfigError."""
+    return _without_weights(_load(_first_file(path)))
+
+
+def _first_file(path: Path) -> Path:
+    folder = iteration_folder(path, lambda folder: any(folder.glob(f"mp_rank_*/{FILE}")))
+    first = next(iter(sorted(folder.glob(f"mp_rank_*/{FILE}"))), None)
+    if first is None:
+        raise ConfigError(f"{folder} has no mp_rank_*/{FILE}; give the folder that --save named")
+    return first
+
+
+def _without_weights(common: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in common.items() if not key.startswith("model")}
 
 
 def _no_object(folder: Path, name: str) -> bytes:

@@ -52,7 +52,11 @@ def apply(text: str) -> str:
 
     Raises ConfigError, with the line, for a script that is not understood.
     """
+    from ep_plugin.megatron.seams.served import check_recipe, check_script
+
     tree, lines = parse(text), split_lines(text)
+    check_script(tree)
+    check_recipe(tree)
     guard = find_guard(tree)
     check_pretrain(tree, guard)
     end = end_of_header(lines, guard)
@@ -157,8 +161,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _edited(path: Path, edit: Callable[[str], str]) -> tuple[bytes, bytes]:
+    from ep_plugin.megatron.seams.served import check_neighbours
+
     try:
         source = path.read_bytes()
+        if edit is apply:
+            check_neighbours(path)
         return source, rewrite(source, edit)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error

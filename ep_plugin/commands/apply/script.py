@@ -99,7 +99,8 @@ def check_pretrain(tree: ast.Module, guard: ast.If) -> None:
     if not calls:
         raise ConfigError(
             "there is no `pretrain(` call of an imported pretrain; give a Megatron pretrain "
-            f"script, with `from megatron.training import pretrain`; {NO_EDIT}"
+            f"script, with `from megatron.training import pretrain`; {NO_EDIT}; what starts "
+            "workers of its own needs one call in the worker, as docs/other-scripts.md shows"
         )
     run_at_import = set(_run_at_import(tree, guard))
     too_early = [call.lineno for call in calls if call in run_at_import]

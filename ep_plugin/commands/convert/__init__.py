@@ -2,16 +2,19 @@
 
 import argparse
 import sys
+from typing import Any
+
+from tqdm import tqdm
 
 from ep_plugin.checkpoint.adapt.upcycle import add_experts
 from ep_plugin.checkpoint.open import open_source
-from ep_plugin.checkpoint.staging import check_room, seal, staged
+from ep_plugin.checkpoint.staging import seal, staged
 from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.commands.convert.compare import Differs, compare, load_compare
 from ep_plugin.commands.convert.flags import add_arguments as add_arguments
 from ep_plugin.commands.convert.flags_txt import write_flags
 from ep_plugin.commands.convert.request import read_request
-from ep_plugin.commands.convert.say import check_manifest, say_plan, say_summary, write
+from ep_plugin.commands.convert.say import check_manifest, say_plan, say_summary
 
 EXAMPLES = r"""examples:
   ep-plugin convert --from runs/dense --to runs/moe --num-experts 8 --topk 2
@@ -48,6 +51,9 @@ between formats:
 """
 
 
+BYTES: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}  # of a bar
+
+
 def run(args: argparse.Namespace) -> int:
     """Convert. Returns 0, or 1 when the result does not compute what the source computes.
 
@@ -56,18 +62,23 @@ def run(args: argparse.Namespace) -> int:
     request = read_request(args)
     if request.check:
         return check_manifest(request.target)
-    dense = open_source(request.source, request.format)
+    dense = open_source(request.source, request.format, request.vocab_size)
     model = add_experts(dense, request.settings, request.keep_optimizer)
     model = fit_family(model, dense, request.format, request.family)
     target = aim(model, request.format, request.implementation)
     if request.dry_run:
         return say_plan(request, target)
-    check_room(request.target, target.num_bytes)
-    comparison = load_compare(request, target)
+    comparison = load_compare(request, target) if request.compare else None
     try:
-        with staged(request.target, dense.folder, request.asked) as staging:
-            hashes = write(target, staging, request.processes)
-            report = compare(comparison, request, target, staging.folder)
+        with staged(request.target, dense.folder, request.asked, target.num_bytes) as staging:
+            with tqdm(desc="convert", total=target.num_bytes, **BYTES) as bar:
+                hashes = target.write(
+                    root=staging.folder,
+                    on_bytes=bar.update,
+                    journal=staging.journal,
+                    processes=request.processes,
+                )
+            report = compare(comparison, request, target, staging.folder) if comparison else None
             write_flags(request, target, staging.folder)
             seal(staging.folder, hashes, target.content, request.manifest)
     except Differs as error:

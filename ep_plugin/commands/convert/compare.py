@@ -2,7 +2,7 @@
 CPU.
 
 Each model is loaded by the software that its folder is for and given the same tokens. One layer of
-one model is in memory at a time.
+one model is in memory at a time, one model where Megatron has a tensor for all layers.
 """
 
 import json
@@ -24,6 +24,7 @@ from ep_plugin.errors import BackendUnavailable, ConfigError
 
 REPORT = "parity.json"
 NUM_TOKENS = 512  # random ones, for a model of Hugging Face's
+_NUMBERED = re.compile(r"\blayers\.(\d+)\.")
 TOKENS_PER_EXPERT = 32  # on average and at least; so that no expert of a random router goes unseen
 
 
@@ -40,12 +41,13 @@ class Need:
     seed: int
     tolerance: float
     memory_bytes: int  # about, at most: see `_need`
+    at_a_time: str  # layer or model
 
     def sentence(self) -> str:
         """Return that for a reader."""
         return (
-            f"then source and result are run on {self.on()}, one layer in memory at a time, in "
-            f"float32: about {self.memory_bytes / 2**30:.2f} GiB; they must agree to "
+            f"then source and result are run on {self.on()}, one {self.at_a_time} in memory at a "
+            f"time, in float32: about {self.memory_bytes / 2**30:.2f} GiB; they must agree to "
             f"{self.tolerance:g}; --skip-parity leaves it out"
         )
 
@@ -75,36 +77,41 @@ def need(request: Request, target: Target) -> Need | None:
 
 
 def _need(request: Request, target: Target, batch: TokenBatch) -> Need:
-    """The memory is that of the largest layer in float32, which is there three times while it is
-    loaded, of embedding and output, there twice, and of what the layers of both models computed."""
+    """The memory is that of the largest layer in float32, which is there four times while it is
+    loaded and cut, of embedding and output, there twice, and of what both models computed.
+
+    Where one tensor of Megatron's is of all layers, they are loaded together, and there twice.
+    """
     args = target.model.args
-    layer, outside = _largest_layer(target)
+    layer, all_layers, outside = _weights(target)
+    names = (name for pair in target.name_map for name in pair)
+    by_layer = not any(".layers." in name and not _NUMBERED.search(name) for name in names)
     values = args.num_layers * args.hidden_size + args.padded_vocab_size  # of a token, a model
+    weights = 2 * outside + (4 * layer if by_layer else 2 * all_layers)
     return Need(
         tokens=int(batch.kept.sum()),
         prompts=None if request.prompts is None else len(request.prompts),
         seed=request.seed,
         tolerance=request.tolerance,
-        memory_bytes=4 * (3 * layer + 2 * outside + 2 * batch.tokens.numel() * values),
+        memory_bytes=4 * (weights + 2 * batch.tokens.numel() * values),
+        at_a_time="layer" if by_layer else "model",
     )
 
 
-def _largest_layer(target: Target) -> tuple[int, int]:
-    """Return the parameters of the largest layer, and of what lies outside of layers."""
+def _weights(target: Target) -> tuple[int, int, int]:
+    """Return the parameters of the largest layer, of all layers, and of what is outside of them."""
     layers: Counter[str] = Counter()
-    outside = in_each = 0
+    outside = 0
     for tensor in target.tensors:
         size = prod(tensor.info.shape)
-        numbered = re.search(r"\blayers\.(\d+)\.", tensor.name)
+        numbered = _NUMBERED.search(tensor.name)
         if tensor.name.startswith("optimizer."):
             continue
-        if numbered:
-            layers[numbered[1]] += size
-        elif ".layers." in tensor.name:  # one tensor for all layers
-            in_each += size // target.model.args.num_layers
+        if numbered or ".layers." in tensor.name:
+            layers[numbered[1] if numbered else ""] += size
         else:
             outside += size
-    return max(layers.values(), default=0) + in_each, outside
+    return max(layers.values(), default=0), layers.total(), outside
 
 
 def _check_memory(need: Need) -> None:
@@ -196,7 +203,7 @@ def _report(
         }
         layers.append(row)
     return {
-        "logits_max_abs_diff": batch.max_abs(old.logits - new.logits),
+        "logits_max_abs_diff": batch.max_abs(old.logits[..., : new.logits.shape[-1]] - new.logits),
         "logits_max_abs": batch.max_abs(old.logits),
         "layers": layers,
         "tokens": comparison.need.tokens,

@@ -1,23 +1,16 @@
-"""The flags of `ep-plugin convert`, and where each of them acts; elsewhere it is refused.
-
-None has a default here: what is absent was not typed.
-"""
+"""The flags of `ep-plugin convert`. None has a default here: what is absent was not typed."""
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from ep_plugin.checkpoint.adapt.upcycling import MODES, RouterInit, SharedFrom, Upcycling
-from ep_plugin.checkpoint.open import Format, Kind
-from ep_plugin.errors import ConfigError
+from ep_plugin.checkpoint.open import Format
 from ep_plugin.moe.routing_config import ScoreFunction
 from ep_plugin.registry import available
 
 TOLERANCE = 1e-4
-Typed = dict[str, Any]  # destination of a flag that was typed -> value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +108,11 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         "settings)",
     )  # fmt: skip
     add(
+        "--vocab-size", type=int, metavar="V",
+        help="rows of the vocabulary that do not pad it: the others are cut; from torch_dist to "
+        "torch_dist they stay and the size is noted (default: what the checkpoint says of it)",
+    )  # fmt: skip
+    add(
         "--transformer-impl", choices=("transformer_engine", "local"),
         help="implementation whose names a Megatron output has, where they differ (default: the "
         "source's, or transformer_engine)",
@@ -138,121 +136,3 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         help="compare on these instead of random tokens: a prompt a line, for the tokenizer of a "
         "Hugging Face --from, or .json with lists of token ids",
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Need:
-    """Flags that act only where `met`; typed elsewhere, they are refused with `sentence`."""
-
-    flags: tuple[str, ...]
-    met: Callable[[Typed, Kind], bool]
-    sentence: str  # {flag}: the one that was typed; {mode}: of the experts
-
-
-def _mode(typed: Typed) -> str:
-    mode: str = typed.get("mode", "copy")
-    return mode
-
-
-def stays_torch_dist(typed: Typed, kind: Kind) -> bool:
-    """Whether a torch_dist checkpoint is to become another one, so that names can stay."""
-    return kind == "torch_dist" and typed.get("format", "megatron") == "megatron"
-
-
-def _draws(typed: Typed, _: Kind) -> bool:
-    """Whether anything is drawn: tokens, routers, or weights of experts."""
-    if "skip_parity" not in typed and "prompts" not in typed:
-        return True
-    rows = typed.get("router_init") != "zero" or _mode(typed) in ("drop", "noise")
-    return "num_experts" in typed and rows
-
-
-NEEDS = (
-    Need(
-        (
-            *("--topk", "--layers", "--mode", "--granularity", "--drop-ratio", "--noise-std"),
-            *("--router-init", "--shared-expert", "--preset", "--score-function", "--pre-softmax"),
-            "--scaling-factor",
-        ),
-        lambda typed, _: "num_experts" in typed,
-        "{flag} is about new experts, and there are to be none; use --num-experts 8 too, or leave "
-        "{flag} out",
-    ),
-    Need(
-        ("--granularity",),
-        lambda typed, _: _mode(typed) == "granular",
-        "{flag} is for --mode granular, and --mode is {mode}; use --mode granular, or leave {flag} "
-        "out",
-    ),
-    Need(
-        ("--drop-ratio",),
-        lambda typed, _: _mode(typed) == "drop",
-        "{flag} is for --mode drop, and --mode is {mode}; use --mode drop, or leave {flag} out",
-    ),
-    Need(
-        ("--noise-std",),
-        lambda typed, _: _mode(typed) == "noise",
-        "{flag} is for --mode noise, and --mode is {mode}; use --mode noise, or leave {flag} out",
-    ),
-    Need(
-        ("--router-init",),
-        lambda typed, _: typed["router_init"] != "virtual-group" or _mode(typed) == "granular",
-        "{flag} virtual-group is for --mode granular, and --mode is {mode}; use {flag} normal",
-    ),
-    Need(
-        ("--family",),
-        lambda typed, _: typed.get("format") == "hf",
-        "{flag} is for a Hugging Face output; use --format hf, or leave {flag} out",
-    ),
-    Need(
-        ("--transformer-impl",),
-        lambda typed, _: typed.get("format") != "hf",
-        "{flag} is for a Megatron output; use --format megatron, or leave {flag} out",
-    ),
-    Need(
-        ("--transformer-impl",),
-        lambda typed, kind: kind != "torch_dist",
-        "{flag} is not for a torch_dist source, whose names stay as they are; leave {flag} out",
-    ),
-    Need(
-        ("--drop-optimizer", "--ep"),
-        stays_torch_dist,
-        "{flag} is about the optimizer's state, which goes along from torch_dist to torch_dist "
-        "alone; leave {flag} out",
-    ),
-    Need(
-        ("--ep",),
-        lambda typed, _: "drop_optimizer" not in typed,
-        "{flag} says how the optimizer is kept, and --drop-optimizer leaves it out; use one of the "
-        "two",
-    ),
-    Need(
-        ("--prompts", "--parity-tolerance", "--verify"),
-        lambda typed, _: "skip_parity" not in typed,
-        "{flag} is for the comparison, which --skip-parity leaves out; use one of the two",
-    ),
-    Need(("--seed",), _draws, "{flag} is for random draws, and this makes none; leave {flag} out"),
-)
-
-
-def refuse_idle_flags(typed: Typed, kind: Kind) -> None:
-    """Raise ConfigError for a flag that was typed and would have no effect."""
-    for need in NEEDS:
-        for flag in need.flags:
-            name = flag.removeprefix("--").replace("-", "_")
-            if name in typed and not need.met(typed, kind):
-                raise ConfigError(need.sentence.format(flag=flag, mode=_mode(typed)))
-
-
-def refuse_unfinished(typed: Typed, kind: Kind) -> None:
-    """Raise ConfigError where this kind of source needs a flag that was not typed."""
-    if kind == "per-rank" and "skip_parity" not in typed:
-        raise ConfigError(
-            f"{typed['source']} is in per-rank files, which no program here can run to compare it "
-            "with the result; use --skip-parity"
-        )
-    if "num_experts" not in typed and stays_torch_dist(typed, kind):
-        raise ConfigError(
-            f"{typed['source']} is a torch_dist checkpoint already; use --format hf, or "
-            "--num-experts and --topk"
-        )

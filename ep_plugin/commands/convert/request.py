@@ -1,4 +1,7 @@
-"""What a user asks of `ep-plugin convert`: flags that were typed, checked, and read once."""
+"""What a user asks of `ep-plugin convert`: flags that were typed, checked, and read once.
+
+NEEDS says where each of them acts; elsewhere it is refused.
+"""
 
 import argparse
 from dataclasses import asdict, dataclass, field
@@ -9,15 +12,12 @@ from ep_plugin import presets
 from ep_plugin.checkpoint.adapt.upcycling import GateSums, Losses, Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
-from ep_plugin.checkpoint.staging import check_free
-from ep_plugin.commands.convert.flags import (
-    TOLERANCE,
-    Typed,
-    refuse_idle_flags,
-    refuse_unfinished,
-    stays_torch_dist,
-)
+from ep_plugin.checkpoint.staging import sibling
+from ep_plugin.commands.convert.flags import TOLERANCE
+from ep_plugin.commands.law import Need, refuse_idle
 from ep_plugin.errors import ConfigError
+
+Typed = dict[str, Any]  # destination of a flag that was typed -> value
 
 _FLAGS = {"source": "--from", "target": "--to"}  # the others are named after their destination
 _GATES = ("score_function", "pre_softmax", "scaling_factor")
@@ -25,6 +25,95 @@ _SETTINGS = (
     *("num_experts", "layers", "seed", "mode", "granularity", "drop_ratio", "noise_std"),
     *("router_init", "shared_expert", "ep"),
 )  # fields of Upcycling whose flag has their name
+
+
+def _draws(args: argparse.Namespace) -> bool:
+    """Whether anything is drawn: tokens, routers, or weights of experts."""
+    if "skip_parity" not in args and "prompts" not in args:
+        return True
+    zero_router = getattr(args, "router_init", None) == "zero"
+    return "num_experts" in args and (not zero_router or args.mode in ("drop", "noise"))
+
+
+# Of the flags that were typed, with `mode` also where it was not; `kind` is what the source is, and
+# `stays` whether it is a torch_dist checkpoint that becomes another one, whose names can stay.
+NEEDS = (
+    Need(
+        "--topk --layers --mode --granularity --drop-ratio --noise-std --router-init "
+        "--shared-expert --preset --score-function --pre-softmax --scaling-factor",
+        lambda args: "num_experts" in args,
+        "{flag} is about new experts, and there are to be none; use --num-experts 8 too, or leave "
+        "{flag} out",
+    ),
+    Need(
+        "--granularity",
+        lambda args: args.mode == "granular",
+        "{flag} is for --mode granular, and --mode is {args.mode}; use --mode granular, or leave "
+        "{flag} out",
+    ),
+    Need(
+        "--drop-ratio",
+        lambda args: args.mode == "drop",
+        "{flag} is for --mode drop, and --mode is {args.mode}; use --mode drop, or leave {flag} "
+        "out",
+    ),
+    Need(
+        "--noise-std",
+        lambda args: args.mode == "noise",
+        "{flag} is for --mode noise, and --mode is {args.mode}; use --mode noise, or leave {flag} "
+        "out",
+    ),
+    Need(
+        "--router-init",
+        lambda args: args.router_init != "virtual-group" or args.mode == "granular",
+        "{flag} virtual-group is for --mode granular, and --mode is {args.mode}; use {flag} normal",
+    ),
+    Need(
+        "--family",
+        lambda args: getattr(args, "format", None) == "hf",
+        "{flag} is for a Hugging Face output; use --format hf, or leave {flag} out",
+    ),
+    Need(
+        "--transformer-impl",
+        lambda args: getattr(args, "format", None) != "hf",
+        "{flag} is for a Megatron output; use --format megatron, or leave {flag} out",
+    ),
+    Need(
+        "--transformer-impl",
+        lambda args: args.kind != "torch_dist",
+        "{flag} is not for a torch_dist source, whose names stay as they are; leave {flag} out",
+    ),
+    Need(
+        "--drop-optimizer --ep",
+        lambda args: args.stays,
+        "{flag} is about the optimizer's state, which goes along from torch_dist to torch_dist "
+        "alone; leave {flag} out",
+    ),
+    Need(
+        "--ep",
+        lambda args: "drop_optimizer" not in args,
+        "{flag} says how the optimizer is kept, and --drop-optimizer leaves it out; use one of the "
+        "two",
+    ),
+    Need(
+        "--prompts --parity-tolerance --verify",
+        lambda args: "skip_parity" not in args,
+        "{flag} is for the comparison, which --skip-parity leaves out; use one of the two",
+    ),
+    Need("--seed", _draws, "{flag} is for random draws, and this makes none; leave {flag} out"),
+    Need(
+        "source",  # --from
+        lambda args: args.kind != "per-rank" or "skip_parity" in args,
+        "{args.source} is in per-rank files, which no program here can run to compare it with the "
+        "result; use --skip-parity",
+    ),
+    Need(
+        "source",
+        lambda args: "num_experts" in args or not args.stays,
+        "{args.source} is a torch_dist checkpoint already; use --format hf, or --num-experts and "
+        "--topk",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +127,7 @@ class Request:
     settings: Upcycling | None = None  # of the experts that it gets
     format: Format = "megatron"
     family: str | None = None
+    vocab_size: int | None = None  # without rows that pad it; None: what the checkpoint says
     implementation: str | None = None
     keep_optimizer: bool = True
     compare: bool = True
@@ -66,18 +156,17 @@ def read_request(args: argparse.Namespace) -> Request:
         raise ConfigError("--from must be given; use --from runs/dense")
     _check_values(typed)
     settings = settings_from(typed) if "num_experts" in typed else None
-    kind = kind_of(typed["source"])
-    refuse_idle_flags(typed, kind)
-    refuse_unfinished(typed, kind)
-    stays = stays_torch_dist(typed, kind)
-    check_free(target)
+    kind, output = kind_of(typed["source"]), typed.get("format", "megatron")
+    stays = kind == "torch_dist" and output == "megatron"
+    known = {"mode": Upcycling.mode, **typed, "kind": kind, "stays": stays}
+    refuse_idle(NEEDS, typed, argparse.Namespace(**known))
     prompts = None
     if "prompts" in typed:
         prompts = read_prompts(typed["prompts"], typed["source"] if kind == "hf" else None)
-    output: Format = typed.get("format", "megatron")
     asked = {
         "--format": output,
         "--family": typed.get("family"),
+        "--vocab-size": typed.get("vocab_size"),
         "--transformer-impl": typed.get("transformer_impl"),
         "--drop-optimizer": "drop_optimizer" in typed,
         **(asdict(settings) if settings else {}),
@@ -89,6 +178,7 @@ def read_request(args: argparse.Namespace) -> Request:
         settings=settings,
         format=output,
         family=typed.get("family"),
+        vocab_size=typed.get("vocab_size"),
         implementation=typed.get("transformer_impl"),
         keep_optimizer=not asked["--drop-optimizer"],
         compare="skip_parity" not in typed,
@@ -114,6 +204,14 @@ def _check_values(typed: Typed) -> None:
         raise ConfigError(
             f"--processes must be at least 1; got {typed['processes']}; use --processes 1"
         )
+    if typed.get("vocab_size", 1) < 1:
+        raise ConfigError(
+            f"--vocab-size must be at least 1; got {typed['vocab_size']}; use the number of the "
+            "tokenizer's words"
+        )
+    target: Path = typed["target"]
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"output {target} exists and is not empty; use {sibling(target)}")
 
 
 def _refuse_beside_check(typed: Typed) -> None:

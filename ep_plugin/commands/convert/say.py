@@ -3,20 +3,19 @@
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ep_plugin.checkpoint.moe_layers import pattern
-from ep_plugin.checkpoint.staging import Staging, manifest_problems
-from ep_plugin.checkpoint.target import Hashes, Target
+from ep_plugin.checkpoint.staging import manifest_problems
+from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.beside import tokenizer
 from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.flags_txt import why_not
 from ep_plugin.commands.convert.request import Request
-from ep_plugin.megatron.arguments.spell import experts_flags, run_flags
+from ep_plugin.megatron.arguments.run_flags import experts_flags, padded_vocabulary, run_flags
 
 BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, hashed, written
 
@@ -60,23 +59,12 @@ def say_plan(request: Request, target: Target) -> int:
         print(f"{tensor.info.num_bytes:>14} bytes  {tensor.name} {list(tensor.info.shape)}")
     for reason in target.model.deviations:
         print(f"the model's output changes: {reason}")
+    for line in _vocabulary(request, target):
+        print(line)
     print(f"{target.num_bytes:>14} bytes in all; nothing written")
     print(f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process")
     print("source and result are not compared" if comparison is None else comparison.sentence())
     return 0
-
-
-def write(target: Target, staging: Staging, processes: int) -> Hashes:
-    """Write what is not there yet, with a bar for progress; returns hashes as `target.write`."""
-    with tqdm(
-        total=target.num_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="convert"
-    ) as bar:
-        return target.write(
-            root=staging.folder,
-            on_bytes=bar.update,
-            journal=staging.journal,
-            processes=processes,
-        )
 
 
 def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
@@ -113,6 +101,8 @@ def _summary(request: Request, target: Target, report: dict[str, Any] | None) ->
         "dropped_entries": made.dropped if made else 0,
         "seed": request.seed,
         "deviations": list(model.deviations),
+        "vocab_size": getattr(model.args, "ep_vocab_size", None),
+        "cut_rows": model.cut_rows,
         "training": _training(request, target),
         "tokenizer": tokenizer(request, target),
         "parity": report,
@@ -171,6 +161,8 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
         print(f"left out: {', '.join(target.model.left_out)}")
     for reason in target.model.deviations:
         print(f"the model's output changes: {reason}")
+    for line in _vocabulary(request, target):
+        print(line)
     if (beside := tokenizer(request, target)) is not None:
         print(beside)
     for difference in _training(request, target):
@@ -182,6 +174,32 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
     if request.format == "megatron":
         _print_next(request, target)
         _print_recipe(request, target)
+
+
+def _vocabulary(request: Request, target: Target) -> Iterator[str]:
+    """Yield what is to be said of rows that pad the vocabulary."""
+    model = target.model
+    rows = getattr(model.args, "padded_vocab_size", None)
+    size = getattr(model.args, "ep_vocab_size", None)
+    if rows is None:
+        return
+    if model.cut_rows:
+        yield f"vocabulary: {rows} rows; {model.cut_rows} that only padded it are cut"
+    elif request.vocab_size is not None:
+        yield f"vocabulary: {size} of {rows} rows; the others pad it, and an export cuts them"
+    elif size is None and model.spelling == "plain":
+        yield (
+            f"vocabulary: all {rows} rows are kept, since the checkpoint does not say whether some "
+            "only pad it; --vocab-size V keeps V"
+        )
+    if request.format != "megatron" or model.spelling == "stored":
+        return
+    padded = padded_vocabulary(target.args)
+    if padded != rows:
+        yield (
+            f"vocabulary: {rows} rows, and {padded} in a run, so that each tensor-parallel size "
+            "that the heads allow divides it; Megatron fills the new rows with zeros"
+        )
 
 
 def _optimizer(resumes: bool, dropped: int) -> str:

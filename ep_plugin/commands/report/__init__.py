@@ -1,4 +1,4 @@
-"""`ep-plugin report`: what happened in a quickstart run, as HTML, PNG and JSON."""
+"""`ep-plugin report`: what happened in a run, as HTML, PNG and JSON."""
 
 import argparse
 import json
@@ -6,22 +6,34 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.errors import BackendUnavailable
 
 EXAMPLES = """examples:
-  ep-plugin report --run runs/quickstart
-  ep-plugin report --run runs/quickstart --json
+  ep-plugin report --run runs/quickstart               of recipes/quickstart.sh
+  ep-plugin report --run runs/qwen3-nano-ep2           of recipes/run.sh
+  ep-plugin report --run ep-plugin-1234.log            the log of a Slurm job
+  ep-plugin report --run tensorboard train.log         of your own script: --tensorboard-dir, output
+  ep-plugin report --run checkpoints --to pictures     --save; it names the TensorBoard folder
+  ep-plugin report --run runs/qwen3-nano-ep2 --json
 
-A run folder holds tensorboard/dense and tensorboard/moe, logs/*.usage.json, logs/evaluate-*.log and
-converted/parity.json, as recipes/quickstart.sh leaves them. Written into it:
-report.html, loss.png, balance.png, experts.png, summary.json.
+Everything that is found below the paths is drawn, and what is missing is said. Written are
+report.html, which stands alone, its pictures and summary.json: into --to, or else into a folder
+report in the path, or beside a log. A quickstart's report, with the losses before and after the
+conversion, is written into its own folder.
 """
 RUNS = ("dense", "moe")
+NOTED = ("experts", "topk", "ep", "ranks", "device", "resumed_at_iteration")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument(
+        "--run", type=Path, required=True, nargs="+", metavar="PATH",
+        help="what the run left: its folder, a TensorBoard folder, a log, a checkpoint folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="where to write (default: see below)"
+    )
     for name, kind, summary in (
         ("experts", int, "experts per layer"),
         ("topk", int, "experts per token"),
@@ -35,26 +47,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report; raises ConfigError for a folder that is no run."""
-    read_run, figures, page, summary = _load()
-    for name in RUNS:
-        if not (args.run / "tensorboard" / name).is_dir():
-            raise ConfigError(
-                f"--run must hold tensorboard/{name}; {str(args.run)!r} does not; use a folder "
-                "that recipes/quickstart.sh made"
-            )
-    runs = {name: read_run(args.run / "tensorboard" / name) for name in RUNS}
-    noted = ("experts", "topk", "ep", "ranks", "device", "resumed_at_iteration")
-    facts = {
-        **summary.measured(args.run),
-        **{name: getattr(args, name) for name in noted},
-    }
-    pictures = _draw(args.run, runs, figures)
-    text = page.make_page("Dense to Mixture-of-Experts", _readable(facts), pictures)
-    (args.run / "report.html").write_text(text)
-    (args.run / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts) if args.json else f"wrote {args.run / 'report.html'}")
+    """Write the report; raises ConfigError for a path that leads to no run."""
+    first = args.run[0]
+    if len(args.run) == 1 and all((first / "tensorboard" / name).is_dir() for name in RUNS):
+        return _quickstart(args, first)
+    return _any_run(args)
+
+
+def _any_run(args: argparse.Namespace) -> int:
+    _, _, page, _ = _load()
+    any_run = import_module("ep_plugin.commands.report.any_run")
+    values, found = any_run.read(args.run)
+    noted = {name: value for name in NOTED if (value := getattr(args, name)) is not None}
+    facts = {**any_run.facts(values), **found.facts, **noted}
+    facts |= {"read": [str(place) for place in (*found.events, *found.logs)]}
+    facts["missing"] = found.missing
+    first = args.run[0]
+    beside = first / "report" if first.is_dir() else first.with_name(f"{first.stem}-report")
+    folder = args.to or beside
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = _save(folder, any_run.draw(values))
+    title = f"Run {first.resolve().name}"
+    text = page.make_page(title, any_run.readable(facts), pictures, found.missing)
+    _finish(args, folder, text, facts)
+    if not args.json:
+        for line in found.missing:
+            print(f"missing: {line}")
     return 0
+
+
+def _quickstart(args: argparse.Namespace, source: Path) -> int:
+    read_run, figures, page, summary = _load()
+    runs = {name: read_run(source / "tensorboard" / name) for name in RUNS}
+    facts = {**summary.measured(source), **{name: getattr(args, name) for name in NOTED}}
+    folder = args.to or source
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = _save(folder, _drawn(runs, figures))
+    text = page.make_page("Dense to Mixture-of-Experts", _readable(facts), pictures)
+    _finish(args, folder, text, facts)
+    return 0
+
+
+def _finish(args: argparse.Namespace, folder: Path, text: str, facts: dict[str, Any]) -> None:
+    (folder / "report.html").write_text(text)
+    (folder / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts) if args.json else f"wrote {folder / 'report.html'}")
 
 
 def _load() -> tuple[Any, Any, Any, Any]:
@@ -71,9 +108,16 @@ def _load() -> tuple[Any, Any, Any, Any]:
     return events.read_run, figures, page, summary
 
 
-def _draw(folder: Path, runs: dict[str, Any], figures: Any) -> list[tuple[str, str, Path]]:
+def _save(folder: Path, drawn: list[tuple[str, str, str, Any]]) -> list[tuple[str, str, Path]]:
     """Write the pictures; return (heading, caption, file) of each."""
-    drawn = [
+    for _, _, name, figure in drawn:
+        figure.savefig(folder / name, dpi=144)
+    return [(heading, caption, folder / name) for heading, caption, name, _ in drawn]
+
+
+def _drawn(runs: dict[str, Any], figures: Any) -> list[tuple[str, str, str, Any]]:
+    """Return the pictures of a quickstart: heading, caption, file, figure."""
+    return [
         (
             "Loss",
             "The converted model starts where the dense one ended, on the same validation data.",
@@ -94,9 +138,6 @@ def _draw(folder: Path, runs: dict[str, Any], figures: Any) -> list[tuple[str, s
             figures.experts_figure(runs["moe"]),
         ),
     ]
-    for _, _, name, figure in drawn:
-        figure.savefig(folder / name, dpi=144)
-    return [(heading, caption, folder / name) for heading, caption, name, _ in drawn]
 
 
 def _readable(facts: dict[str, Any]) -> dict[str, object]:

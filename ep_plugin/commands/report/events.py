@@ -35,8 +35,8 @@ class Run:
         return {layer: dict(sorted(experts.items())) for layer, experts in sorted(found.items())}
 
 
-def read_run(folder: Path) -> Run:
-    """Read every event file of `folder`; raises ConfigError without a training loss.
+def read_events(folder: Path) -> dict[str, dict[int, float]]:
+    """Return tag -> iteration -> value of every event file of `folder`.
 
     Where a resumed run wrote an iteration again, the later file counts. Within a file the first
     value does: Megatron ends with the loss of the test set under the tag of the validation set.
@@ -49,6 +49,12 @@ def read_run(folder: Path) -> Run:
             values = {event.step: event.value for event in reversed(events.Scalars(tag))}
             before = latest.get(tag, {}).items()
             latest[tag] = {i: v for i, v in before if i < min(values)} | values
+    return latest
+
+
+def read_run(folder: Path) -> Run:
+    """Read every event file of `folder`; raises ConfigError without a training loss."""
+    latest = read_events(folder)
     if TRAIN not in latest:
         raise ConfigError(
             f"a run must have logged {TRAIN!r} to TensorBoard; {str(folder)!r} holds "

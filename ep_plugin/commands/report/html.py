@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 STYLE = """
@@ -20,14 +20,21 @@ p { color: #6b7280; }
 
 
 def make_page(
-    title: str, facts: Mapping[str, object], pictures: list[tuple[str, str, Path]]
+    title: str,
+    facts: Mapping[str, object],
+    pictures: list[tuple[str, str, Path]],
+    missing: Sequence[str] = (),
 ) -> str:
-    """Return the page: `facts` as a table, then each (heading, caption, PNG file) embedded."""
+    """Return the page: `facts` as a table, then each (heading, caption, PNG file) embedded, then
+    what is missing."""
     rows = "\n".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
         for name, value in facts.items()
     )
     sections = "\n".join(_section(*picture) for picture in pictures)
+    if missing:
+        lines = "\n".join(f"<li>{html.escape(line)}</li>" for line in missing)
+        sections += f"\n<h2>What is missing</h2>\n<ul>\n{lines}\n</ul>"
     return f"""<!doctype html>
 <html lang="en">
 <head>

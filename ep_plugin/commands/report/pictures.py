@@ -1,9 +1,11 @@
 """The pictures of a report, as matplotlib figures."""
 
 import math
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ep_plugin.commands.report.events import BALANCE, TRAIN, VALIDATION, Run, Series
 
@@ -50,8 +52,35 @@ def loss_figure(dense: Run, moe: Run) -> Figure:
         textcoords="offset points",
         color="#6b7280",
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="iteration", ylabel="loss (nats per token)")
     axes.legend()
+    return figure
+
+
+def one_loss_figure(run: Run) -> Figure:
+    """Draw training and validation losses of one run."""
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    style = {"color": MOE_COLOR, "linewidth": 1.2, "alpha": 0.6, **_dots(run.series(TRAIN))}
+    axes.plot(*_columns(run.series(TRAIN)), label="training", **style)
+    if validation := run.series(VALIDATION):
+        axes.plot(*_columns(validation), "o-", color=DENSE_COLOR, markersize=4, label="validation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)")
+    axes.legend()
+    return figure
+
+
+def speed_figure(run: Run) -> Figure:
+    """Draw seconds per iteration, without the first log."""
+    figure = new_figure(8, 2.6)
+    axes = figure.subplots()
+    series = run.series("iteration-time")[1:]
+    axes.plot(*_columns(series), color=DENSE_COLOR, linewidth=1.2, **_dots(series))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="iteration", ylabel="seconds")
+    axes.set_ylim(bottom=0)
     return figure
 
 
@@ -59,23 +88,31 @@ def balance_figure(moe: Run) -> Figure:
     """Draw the load-balancing loss; 1 is perfect balance."""
     figure = new_figure(8, 2.6)
     axes = figure.subplots()
-    axes.plot(*_columns(moe.series(BALANCE)), color=MOE_COLOR, linewidth=1.2)
+    series = moe.series(BALANCE)
+    axes.plot(*_columns(series), color=MOE_COLOR, linewidth=1.2, **_dots(series))
     axes.axhline(1, color="#9ca3af", linestyle="--", linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="iteration", ylabel="load-balancing loss")
     return figure
 
 
 def experts_figure(moe: Run) -> Figure:
+    """Draw `shares_figure` of all layers."""
+    return shares_figure(moe.shares())
+
+
+def shares_figure(shares: dict[int, dict[int, Series]]) -> Figure:
     """Draw each expert's share of rows over time, one map per layer, one scale for all."""
-    shares = moe.shares()
     columns = min(2, len(shares))
     rows = math.ceil(len(shares) / columns)
     figure = new_figure(4 * columns, 2.4 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     highest = max(v for layer in shares.values() for series in layer.values() for _, v in series)
     for axes, (layer, experts) in zip(panels, shares.items(), strict=False):
-        grid = [[share for _, share in series] for series in experts.values()]
-        iterations = [iteration for iteration, _ in experts[0]]
+        values = [dict(series) for series in experts.values()]
+        iterations = sorted(set.intersection(*(set(value) for value in values)))
+        grid = [[value[i] for i in iterations] for value in values]
+        step = iterations[-1] - iterations[-2] if len(iterations) > 1 else 1
         image = axes.imshow(
             grid,
             aspect="auto",
@@ -84,9 +121,11 @@ def experts_figure(moe: Run) -> Figure:
             vmin=0,
             vmax=highest,
             interpolation="nearest",
-            extent=(iterations[0], iterations[-1], -0.5, len(grid) - 0.5),
+            extent=(iterations[0] - step, iterations[-1], -0.5, len(grid) - 0.5),
         )
         axes.set_title(f"layer {layer}", loc="left", fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid(visible=False)
     for axes in panels[len(shares) :]:
         axes.set_visible(False)
@@ -96,6 +135,11 @@ def experts_figure(moe: Run) -> Figure:
     bar = figure.colorbar(image, ax=list(panels), label="share of the layer's rows", shrink=0.8)
     bar.ax.axhline(even, color="white", linewidth=1.5)
     return figure
+
+
+def _dots(series: Series) -> dict[str, Any]:
+    """Return a marker for a series of one value, which a line does not show."""
+    return {"marker": "o", "markersize": 4} if len(series) == 1 else {}
 
 
 def _columns(series: Series) -> tuple[list[int], list[float]]:

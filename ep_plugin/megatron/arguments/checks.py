@@ -1,6 +1,6 @@
 """Megatron's arguments: what ours mean, and every check that needs no communication."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -17,7 +17,7 @@ from ep_plugin.megatron.arguments.table import (
     expert_ranks,
     feeding,
 )
-from ep_plugin.megatron.arguments.theirs import check, one
+from ep_plugin.megatron.arguments.theirs import check, several
 from ep_plugin.megatron.arguments.together import check_together
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.edge_settings import EdgeSettings
@@ -37,16 +37,18 @@ from ep_plugin.moe.schedule.chunked import check_ranks
 from ep_plugin.registry import available, resolve
 
 
-def take_typed(args: Any) -> frozenset[str]:
-    """Return the flags that the command line had, and forget them: checkpoints keep `args`.
+def take_typed(args: Any) -> Mapping[str, str]:
+    """Return the flags that the command line had, and their arguments; forget them in `args`.
+
+    Checkpoints keep `args`.
 
     Arguments that no command line made say so by what they hold.
     """
     typed = vars(args).pop(TYPED, None)
     if typed is not None:
-        return frozenset(typed)
+        return dict(typed)
     ours = (row for row in TABLE if row.twin is None)
-    return frozenset(row.flag for row in ours if getattr(args, row.dest, None) != row.default)
+    return {row.flag: row.dest for row in ours if getattr(args, row.dest, None) != row.default}
 
 
 def settings_from_args(args: Any) -> EdgeSettings:
@@ -109,10 +111,12 @@ def _choose_scope(args: Any, scope: str) -> None:
 
 def _write_balancing(args: Any, routing: dict[str, Any]) -> None:
     """Write what else of ours balances into Megatron's type, whose counts and bias it keeps."""
-    further = routing.get("further_losses")
-    main, coefficient = one(args.moe_router_load_balancing_type), one(args.moe_aux_loss_coeff)
-    if further and coefficient:  # without a first loss they are refused
-        args.moe_router_load_balancing_type = [main, *(SCOPES[scope] for scope, _ in further)]
+    main = several(args.moe_router_load_balancing_type)[0]
+    coefficient = several(args.moe_aux_loss_coeff)[0]
+    further = routing.get("further_losses", ())
+    types = [main, *(SCOPES[scope] for scope, _ in further)]
+    if further and coefficient and len({*types}) == len(types):  # others are refused
+        args.moe_router_load_balancing_type = types
         args.moe_aux_loss_coeff = [coefficient, *(share for _, share in further)]
     if routing.get("quantile_balancing"):
         args.moe_router_load_balancing_type = ["quantile_balancing"]

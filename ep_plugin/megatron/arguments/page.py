@@ -18,9 +18,9 @@ INTRO = """# Flags
 Every flag of the plugin. This page is printed from the table that the parser reads:
 `python -m ep_plugin.megatron.arguments.page > docs/flags.md`.
 
-A flag that you give acts, or is refused, or is idle by layout:
+A flag that you give with another value than its default acts, or is refused, or is idle by layout:
 
-- It acts: the run is another one than without it.
+- It acts: the run is another one than without it. With its default it is as if it were not given.
 - It is refused before anything is sent, in one sentence that says what to use instead.
 - It is idle by layout: what concerns exchanges has nothing to do on one rank. It is legal there, so
   that a laptop and a cluster share one command line, and one line at the start names it.

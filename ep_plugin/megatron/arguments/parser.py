@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.table import TABLE, Argument, Group, automatic
+from ep_plugin.megatron.arguments.table import SCOPES, TABLE, Argument, Group, automatic
 from ep_plugin.registry import available
 
-# On the parsed arguments until `checks.take_typed` reads it: the flags of the user's command line.
+# On the parsed arguments until `checks.take_typed` reads it: flags of the user's command line, and
+# the argument of each.
 TYPED = "ep_typed"
 
 
@@ -39,11 +40,17 @@ def experts_per_layer(text: str) -> tuple[int, ...]:
     return counts
 
 
+def _scope(text: str) -> str:
+    if text not in SCOPES:
+        raise ValueError(text)
+    return text
+
+
 def further_losses(text: str) -> tuple[tuple[str, float], ...]:
     """Read "sequence:1e-3,global:1e-4": scope and coefficient of each loss."""
     try:
         pairs = [part.split(":") for part in text.split(",")]
-        return tuple((scope, float(coefficient)) for scope, coefficient in pairs)
+        return tuple((_scope(scope), float(share)) for scope, share in pairs)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"must be scopes and coefficients, as sequence:1e-3,global:1e-4; got {text!r}"
@@ -106,7 +113,9 @@ def _note_what_is_typed(parser: argparse.ArgumentParser) -> None:
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         parsed, rest = original(with_preset(words), namespace)
-        setattr(parsed, TYPED, typed_in(words))
+        known = parser._option_string_actions
+        dests = {flag: known[flag].dest for flag in typed_in(words) if flag in known}
+        setattr(parsed, TYPED, dests)
         return parsed, rest
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]

@@ -1,17 +1,22 @@
-"""Optimizer state that can be resumed at another layout, and a clear word where it cannot.
+"""What a run loads: state that can be resumed at another layout, a clear word where it cannot.
 
 Megatron's distributed optimizer saves by buckets of the layout (`dp_reshardable`) unless it is told
 otherwise. With experts a bucket of another expert-parallel size holds other experts, and nothing
 says so. Runs with experts therefore save by parameter (`fully_reshardable`).
 """
 
+import argparse
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.checkpoint.formats.megatron_dist import TRACKER, open_stored
+from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
+from ep_plugin.checkpoint.formats.megatron_dist import TRACKER
+from ep_plugin.checkpoint.open import is_hf
 from ep_plugin.errors import ConfigError
 
 BY_PARAMETER, BY_BUCKET = "fully_reshardable", "dp_reshardable"
+SHARDING = "param_state_sharding_type"  # in the state of a distributed optimizer alone
 SIZES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -40,25 +45,137 @@ def choose_format(args: Any) -> str | None:
     )
 
 
-def check_resumable(args: Any) -> None:
-    """Raise ConfigError for state by buckets of another layout, which would be read as if of ours.
+def note_vocabulary(args: Any) -> None:
+    """Note the size of the vocabulary for the checkpoint; rows beyond the tokenizer's pad it.
 
-    Asks the checkpoint that `--load` names, where its optimizer is wanted.
+    What a loaded checkpoint said stays: a model may have more words than its tokenizer.
     """
-    if args.num_experts is None or not args.use_distributed_optimizer or not args.load:
+    if getattr(args, "ep_vocab_size", None) is not None:
         return
-    if args.finetune or args.no_load_optim or args.ckpt_format != "torch_dist":
-        return
-    folder = Path(args.load)
-    if args.ckpt_step is not None:
-        folder /= f"iter_{args.ckpt_step:07d}"
-    elif not (folder / TRACKER).is_file():
-        return  # nothing to load: Megatron starts afresh
     try:
-        common = open_stored(folder).common
-    except ConfigError:
+        tokenizer = import_module("megatron.training.global_vars").get_tokenizer()
+    except AssertionError:  # Megatron's word for a script that made none
+        return
+    if tokenizer.vocab_size <= args.padded_vocab_size:
+        args.ep_vocab_size = tokenizer.vocab_size
+
+
+def check_resumable(args: Any) -> None:
+    """Raise ConfigError for a checkpoint that this run cannot load, before Megatron tries.
+
+    Asks what --load names, or --pretrained-checkpoint where that has none. The size of the
+    vocabulary in it goes along, as `args.ep_vocab_size`.
+    """
+    folder, goes_on = _loaded(args)
+    if folder is None:
+        return  # Megatron starts afresh
+    common, is_dist = _beside_the_weights(folder)
+    saved = common.get("args")
+    if not isinstance(saved, argparse.Namespace):
         return  # of another format, or not whole: Megatron has words for it
-    metadata, saved = common.get("content_metadata") or {}, common.get("args")
+    if getattr(saved, "ep_vocab_size", None) is not None:
+        args.ep_vocab_size = saved.ep_vocab_size
+    _check_experts(args, folder, saved)
+    trains = (args.train_iters or args.train_samples) and not args.skip_train
+    if trains and goes_on and is_dist and not args.finetune and not args.no_load_optim:
+        _check_optimizer(args, folder, saved, common)
+        _check_buckets(args, folder, saved, common)
+        _check_schedule(args, folder, common)
+
+
+def _loaded(args: Any) -> tuple[Path | None, bool]:
+    """Return the folder that is loaded and whether the run in it goes on.
+
+    Raises ConfigError for a folder that Megatron does not read, and would begin without.
+    """
+    names = [(args.load, True), (getattr(args, "pretrained_checkpoint", None), False)]
+    for folder, goes_on in ((Path(name), goes_on) for name, goes_on in names if name):
+        if args.ckpt_step is not None:
+            return folder / f"iter_{args.ckpt_step:07d}", goes_on
+        tracker = folder / TRACKER
+        if tracker.is_file():
+            return folder, goes_on and tracker.read_text().strip() != "release"
+        if is_hf(folder):
+            raise ConfigError(
+                f"{folder} is a Hugging Face model, which Megatron does not read; use ep-plugin "
+                f"convert --from {folder} --to {folder}-megatron, then --load {folder}-megatron"
+            )
+    return None, False
+
+
+def _beside_the_weights(folder: Path) -> tuple[dict[str, Any], bool]:
+    """Return what a checkpoint keeps beside its weights, and whether it is torch_dist's."""
+    for format_ in (megatron_dist, megatron_legacy):
+        try:
+            return format_.read_common(folder), format_ is megatron_dist
+        except ConfigError:
+            continue
+    return {}, False
+
+
+def _check_experts(args: Any, folder: Path, saved: Any) -> None:
+    """Raise ConfigError where the model has experts and the checkpoint others, or none."""
+    theirs, ours = getattr(saved, "num_experts", None), args.num_experts
+    if ours and not theirs:
+        raise ConfigError(
+            f"{folder} holds a model without experts, and this run has --num-experts {ours}; use "
+            f"ep-plugin convert --from {folder} --to {folder}-experts --num-experts {ours} "
+            f"--topk {args.moe_router_topk}, then --load {folder}-experts"
+        )
+    if theirs and theirs != ours:
+        found = f"--num-experts is {ours}" if ours else "this run has none"
+        raise ConfigError(
+            f"{folder} holds a model with {theirs} experts, and {found}; use --num-experts {theirs}"
+        )
+
+
+def _check_optimizer(args: Any, folder: Path, saved: Any, common: dict[str, Any]) -> None:
+    """Raise ConfigError where the optimizer's state is not there, or not as this run keeps it.
+
+    Without the distributed optimizer, a run with expert parallelism has a second optimizer for its
+    experts, and Megatron loads the state of as many as there are.
+    """
+    state = common.get("optimizer")
+    if not isinstance(state, dict):
+        raise ConfigError(
+            f"{folder} holds no optimizer state; use --finetune to begin anew with its weights, or "
+            "--no-load-optim --no-load-rng to keep its iteration"
+        )
+    if {getattr(a, "optimizer", "adam") for a in (saved, args)} - {"adam", "sgd"}:
+        return  # the others are several optimizers by nature
+    parts = {key: part for key, part in state.items() if isinstance(key, int)} or {0: state}
+    distributed = any(SHARDING in part for part in parts.values())
+    if distributed != bool(args.use_distributed_optimizer):
+        said, way = ("with", "use") if distributed else ("without", "leave out")
+        raise ConfigError(
+            f"{folder} was saved {said} --use-distributed-optimizer, whose state is kept "
+            f"otherwise; {way} --use-distributed-optimizer, or use --no-load-optim"
+        )
+    two = _two_optimizers(args)
+    if not distributed and args.num_experts and two != (len(parts) > 1):
+        ep, tp = _size(saved, "ep"), args.tensor_model_parallel_size
+        way = "--expert-model-parallel-size 1" if two else f"--expert-model-parallel-size {ep}"
+        if two and _size(args, "etp") != tp:
+            way += f" --expert-tensor-parallel-size {tp}"
+        if not two and not _two_optimizers(saved):  # a conversion, which has no layout
+            way = f"--expert-model-parallel-size {args.num_experts}"
+        raise ConfigError(
+            f"{folder} holds the state of {'one optimizer' if two else 'two optimizers'}, and this "
+            f"run has {'a second one for its experts' if two else 'one'}; use {way}, or "
+            "--no-load-optim"
+        )
+
+
+def _two_optimizers(args: Any) -> bool:
+    """Whether experts are averaged over other ranks than the rest, in an optimizer of their own."""
+    return _size(args, "ep") > 1 or _size(args, "etp") != _size(args, "tp")
+
+
+def _check_buckets(args: Any, folder: Path, saved: Any, common: dict[str, Any]) -> None:
+    """Raise ConfigError for state by buckets of another layout, read as if of ours."""
+    metadata = common.get("content_metadata") or {}
+    if args.num_experts is None or not args.use_distributed_optimizer:
+        return
     if metadata.get("distrib_optim_sharding_type") != BY_BUCKET:
         return
     theirs, ours = ({n: _size(a, n) for n in SIZES} for a in (saved, args))
@@ -69,6 +186,53 @@ def check_resumable(args: Any) -> None:
             f"this run has {wanted}; resume at that layout, which then saves by parameter, or "
             "leave the optimizer out with --no-load-optim"
         )
+
+
+def _check_schedule(args: Any, folder: Path, common: dict[str, Any]) -> None:
+    """Raise ConfigError where the scheduler, which goes on with the optimizer, has other settings;
+    Megatron demands that they are equal unless a flag says which of the two to follow."""
+    theirs = common.get("opt_param_scheduler")
+    if not isinstance(theirs, dict):
+        return
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    differing = [
+        f"{flag} {theirs[name]}, here {ours}"
+        for name, (flag, ours) in _schedule(args).items()
+        if name in theirs and theirs[name] != ours
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder} goes on with another schedule ({'; '.join(differing)}); use "
+            "--override-opt-param-scheduler to follow this command line, "
+            "--use-checkpoint-opt-param-scheduler to follow the checkpoint, or --finetune"
+        )
+
+
+def _schedule(args: Any) -> dict[str, tuple[str, Any]]:
+    """Return what Megatron's scheduler will be made of: its name there -> (flag, value)."""
+    if args.train_iters:
+        batch, unit = args.global_batch_size, "iters"
+        length, decay, warmup = args.train_iters, args.lr_decay_iters, args.lr_warmup_iters
+    else:
+        batch, unit = 1, "samples"
+        length, decay, warmup = args.train_samples, args.lr_decay_samples, args.lr_warmup_samples
+    decayed = (decay or length) * batch
+    fraction = args.lr_warmup_fraction
+    return {
+        "max_lr": ("--lr", args.lr),
+        "min_lr": ("--min-lr", args.min_lr),
+        "lr_decay_style": ("--lr-decay-style", args.lr_decay_style),
+        "lr_decay_steps": (f"--lr-decay-{unit}, in samples,", decayed),
+        "lr_warmup_steps": (
+            f"--lr-warmup-{unit}, in samples,",
+            warmup * batch if fraction is None else fraction * decayed,
+        ),
+        "start_wd": ("--start-weight-decay", args.start_weight_decay),
+        "end_wd": ("--end-weight-decay", args.end_weight_decay),
+        "wd_incr_steps": (f"--train-{unit}, in samples,", length * batch),
+        "wd_incr_style": ("--weight-decay-incr-style", args.weight_decay_incr_style),
+    }
 
 
 def _size(args: Any, name: str) -> int:

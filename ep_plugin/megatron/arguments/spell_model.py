@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ep_plugin.megatron.arguments import spell
+from ep_plugin.megatron.arguments.run_flags import printed_flags, run_flags, words_of
 from ep_plugin.megatron.arguments.table import TABLE, Argument
 from ep_plugin.moe.rules import said
 
@@ -26,8 +26,8 @@ _OF_EXPERTS: dict[str, tuple[str, Any]] = {
     "--moe-expert-capacity-factor": ("moe_expert_capacity_factor", None),
     "--moe-token-drop-policy": ("moe_token_drop_policy", "probs"),
 }
-# Megatron's default is 0.1; Hugging Face's models, whose arguments do not say, have none.
-_DROPOUTS = {"--attention-dropout": "attention_dropout", "--hidden-dropout": "hidden_dropout"}
+# Megatron's default is 0.1; a checkpoint whose arguments do not say has none.
+_DROPOUTS = ("--attention-dropout", "--hidden-dropout")
 # What a model can have and these flags do not say; None, 0 or empty in all others.
 UNSAID = (
     *("mtp_num_layers", "mtp_hybrid_override_pattern", "hybrid_override_pattern"),
@@ -44,7 +44,7 @@ def legal_flags() -> dict[str, bool]:
     Megatron's that are printed here."""
     theirs = dict.fromkeys([*_OTHERS, *_OF_EXPERTS, *_DROPOUTS], True)
     ours = {row.flag: row.default is not False for row in TABLE}
-    return {**spell.printed_flags(), **theirs, **dict.fromkeys(_SWITCHES, False), **ours}
+    return {**printed_flags(), **theirs, **dict.fromkeys(_SWITCHES, False), **ours}
 
 
 def unsaid(args: argparse.Namespace) -> list[str]:
@@ -56,14 +56,13 @@ def unsaid(args: argparse.Namespace) -> list[str]:
 
 def model_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags of a model with these arguments; data and optimizer are the user's."""
-    flags = spell.run_flags(args)
+    flags = run_flags(args)
     flags += [flag for flag, name in _SWITCHES.items() if getattr(args, name, False)]
-    for flag, name in _DROPOUTS.items():
-        flags += [flag, str(getattr(args, name, 0.0))]
+    flags += [word for flag in _DROPOUTS if flag not in flags for word in (flag, "0.0")]
     experts = bool(getattr(args, "num_experts", None))
     for flag, (name, default) in (_OTHERS | (_OF_EXPERTS if experts else {})).items():
         if getattr(args, name, default) != default:
-            flags += [flag, *spell.words_of(getattr(args, name))]
+            flags += [flag, *words_of(getattr(args, name))]
     for row in TABLE if experts else ():
         if row.group in _GROUPS and row.flag not in _OF_THE_RUN:
             flags += _own(row, args, flags)
@@ -76,4 +75,4 @@ def _own(row: Argument, args: argparse.Namespace, flags: list[str]) -> list[str]
     default = row.default if row.kind else row.field_default
     if value in (None, default) or row.flag in flags or row.twin_flag in flags:
         return []
-    return [row.flag, *([said(value)] if isinstance(value, bool) else spell.words_of(value))]
+    return [row.flag, *([said(value)] if isinstance(value, bool) else words_of(value))]

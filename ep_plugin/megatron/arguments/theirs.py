@@ -110,10 +110,14 @@ def _drops_by_quantile(given: Given) -> bool:
     return factor is not None and factor >= 0 and quantile
 
 
+def _has_capacity(given: Given) -> bool:
+    ours = given.own("capacity_factor"), given.own("eval_capacity_factor")
+    return (given.moe_expert_capacity_factor, *ours) != (None, None, None)
+
+
 def _drops_nothing(given: Given) -> bool:
-    factors = given.moe_expert_capacity_factor, given.own("capacity_factor")
-    dropless = (*factors, given.own("eval_capacity_factor")) == (None, None, None)
-    return dropless and given.moe_token_drop_policy not in (None, "probs")  # Megatron's default
+    policy = given.moe_token_drop_policy
+    return policy not in (None, "probs") and not _has_capacity(given)  # probs: the default
 
 
 # Legal values that are refused beside another setting: field, when, the rest of the sentence.
@@ -135,6 +139,26 @@ BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
         _drops_by_quantile,
         "does not go with --moe-router-load-balancing-type quantile_balancing in Megatron; use "
         "--moe-router-load-balancing-type none with --moe-router-enable-expert-bias",
+    ),
+    (
+        "moe_pad_expert_input_to_capacity",
+        lambda given: given.moe_pad_expert_input_to_capacity and not _has_capacity(given),
+        "pads experts to a capacity, and there is none; use --moe-expert-capacity-factor 1.25 "
+        "beside it",
+    ),
+    (
+        "moe_shared_expert_overlap",
+        lambda given: (
+            given.moe_shared_expert_overlap and not given.moe_shared_expert_intermediate_size
+        ),
+        "computes a shared expert while tokens travel, and there is none; use "
+        "--moe-shared-expert-intermediate-size 2048 beside it",
+    ),
+    (
+        "moe_shared_expert_overlap",
+        lambda given: given.moe_shared_expert_overlap and given.overlap_moe_expert_parallel_comm,
+        "and --overlap-moe-expert-parallel-comm are two orders of the same exchanges; use one of "
+        "them",
     ),
     (
         "moe_token_drop_policy",
@@ -182,7 +206,7 @@ def _check_row(row: Theirs, given: Given) -> None:
     refused = row.effect == "refused" and value not in row.off
     illegal = row.effect == "acts" and bool(row.legal) and not _is_legal(row, value)
     if (refused or illegal) and row.when(given):
-        advice = "" if "; " in row.why else f"; use {_choices(row)}"
+        advice = "" if "; " in row.why else f"; use {choices(row)}"
         raise ConfigError(f"{_subject(row, given)} {row.why}{advice}")
 
 
@@ -198,7 +222,8 @@ def _subject(row: Theirs, given: Given) -> str:
     return row.name if isinstance(value, bool) else f"{row.name} ({_text(value)})"
 
 
-def _choices(row: Theirs) -> str:
+def choices(row: Theirs) -> str:
+    """Return the flag with the values that are honoured, as a way out."""
     *most, last = map(str, row.legal)
     return f"{row.name} {', '.join(most)} or {last}"
 

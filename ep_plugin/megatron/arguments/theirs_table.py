@@ -77,6 +77,7 @@ ALL_VALUES = """
     moe_router_topk_scaling_factor moe_router_topk_limited_devices moe_input_jitter_eps
     moe_router_enable_expert_bias moe_router_bias_update_rate
     moe_aux_loss_coeff moe_z_loss_coeff moe_grad_scale_func moe_per_layer_logging
+    moe_enable_deepep moe_shared_expert_overlap
     moe_router_force_load_balancing moe_router_quantile_balancing_ema
     moe_expert_capacity_factor
     num_experts num_moe_experts moe_layer_freq moe_ffn_hidden_size ffn_hidden_size hidden_size
@@ -134,9 +135,13 @@ SOME_VALUES = (
     ),
     _some(
         "moe_token_dispatcher_type",
-        ("allgather", "alltoall"),
-        "is a dispatcher of Megatron's; use --moe-token-dispatcher-type alltoall, and "
-        "--ep-dispatcher chooses ours",
+        ("allgather", "alltoall", "flex"),
+        "is not a dispatcher of Megatron's",
+    ),
+    _some(
+        "moe_flex_dispatcher_backend",
+        ("deepep", "hybridep", "ncclep"),
+        "is not a backend of Megatron's flex dispatcher",
     ),
     _some(
         "activation_func",
@@ -196,8 +201,9 @@ SOME_VALUES = (
     ),
     _some(
         "optimizer",
-        ("adam", "sgd", "lion"),
-        "steps matrices, and leaves the experts' weights, of three dimensions here, to Adam",
+        ("adam", "sgd", "lion", "muon", "dist_muon"),
+        "takes single matrices alone, and the experts' weights are stacks of them here; use "
+        "--optimizer muon, or adam, sgd or lion",
     ),
     *(
         _some(field, ("attn", "mlp", "full_iteration"), _SOME_GRAPHS, flag=flag, when=_graphs)
@@ -210,6 +216,8 @@ SOME_VALUES = (
 )
 
 NO_EFFECT = {  # why -> settings
+    "experts take the tokens there are: padding has probability 0 and changes no result": """
+        moe_pad_expert_input_to_capacity""",
     "our router is one kernel already": "moe_router_fusion",
     "rows are padded inside the products where a kernel needs it": """
         moe_router_padding_for_quantization moe_router_padding_for_fp8""",
@@ -238,7 +246,7 @@ NO_EFFECT = {  # why -> settings
         moe_paged_stash_page_size moe_paged_stash_buffer_size_factor_cuda
         moe_paged_stash_buffer_size_factor_cpu""",
     "belongs to --moe-use-upcycling, which is refused": "moe_upcycling_granularity",
-    "belongs to --moe-token-dispatcher-type flex, which is refused": """
+    "is about Megatron's own flex dispatcher": """
         moe_flex_dispatcher_num_sms moe_deepep_num_sms moe_hybridep_num_sms
         moe_hybridep_num_sms_preprocessing moe_hybridep_num_blocks_permute
         moe_hybridep_num_blocks_unpermute moe_hybridep_pad_uneven_dispatch_inputs
@@ -265,10 +273,6 @@ REFUSED = (
     _refused("moe_enable_routing_replay", "needs Megatron's own router; leave it out"),
     _refused("moe_routing_trace_path", f"needs Megatron's own router{_LOADS}"),
     _refused("save_tokens_per_expert_interval", f"needs Megatron's own experts{_LOADS}"),
-    _refused(
-        "moe_pad_expert_input_to_capacity",
-        "pads experts to their capacity, and ours take the tokens there are; leave it out",
-    ),
     _refused(
         "moe_expert_rank_capacity_factor",
         "limits the tokens of a rank, and ours have a limit each; use --ep-capacity-factor 1.25",
@@ -310,7 +314,8 @@ REFUSED = (
     _refused("moe_latent_size", "shrinks tokens for the experts, and ours read all; leave it out"),
     _refused(
         "moe_use_upcycling",
-        "makes Megatron's own block; use python -m ep_plugin convert, then --load FOLDER",
+        "makes Megatron's own block; use ep-plugin convert --from DENSE --to EXPERTS "
+        "--num-experts 8 --topk 2, then --load EXPERTS",
     ),
     _refused(
         "init_model_with_meta_device",
@@ -343,13 +348,6 @@ REFUSED = (
         flag="",
         off=(None, 1),
     ),
-    _refused("moe_enable_deepep", "is a dispatcher of Megatron's; use --ep-dispatcher deepep"),
-    _refused(
-        "moe_flex_dispatcher_backend",
-        "is Megatron's; use --ep-dispatcher symm_mem",
-        off=(None, "deepep"),
-    ),
-    _refused("moe_shared_expert_overlap", "is Megatron's; use --ep-overlap shared_expert"),
     _refused(
         "delay_wgrad_compute",
         "delays weight gradients, and our block computes them in the backward; leave it out",

@@ -56,7 +56,9 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     log_interval = 1  # iterations between two writes of the tracker
     inside_mtp = False  # whether what is built now belongs to a layer of multi-token prediction
     strength = Strength()
+    _counted: Tensor | int  # of the tokens that are routed, those that are no padding
     shared: dict[str, Any]
+    used = False  # whether flags were parsed for it, or a block built
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         name: str | None = None,
     ) -> None:
         """Build the block. Raises ConfigError for Megatron settings that ours cannot honour."""
+        type(self).used = True
         pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
         BaseMoELayer.__init__(self, config, layer_number, pg_collection)
         self.is_mtp_layer = is_mtp_layer or self.inside_mtp
@@ -150,16 +153,54 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         intermediate_tensors: None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Return ([S, B, H], no bias) for `hidden_states` [S, B, H]."""
-        if padding_mask is not None:
-            combined.refuse_padding(padding_mask)
-        if self.moe_layer_recompute and self.training:
-            return tensor_parallel.checkpoint(self._compute, False, hidden_states), None
-        return self._compute(hidden_states), None
+        """Return ([S, B, H], no bias) for `hidden_states` [S, B, H].
 
-    def _compute(self, hidden_states: Tensor) -> Tensor:
-        output: Tensor = self.layer(hidden_states)
+        `padding_mask` [B, S] is true for padding, which goes to no expert and counts for nothing.
+        """
+        mask = None if padding_mask is None else self._mask(padding_mask, hidden_states)
+        if self.moe_layer_recompute and self.training:
+            return tensor_parallel.checkpoint(self._compute, False, hidden_states, mask), None
+        return self._compute(hidden_states, mask), None
+
+    def _mask(self, padding_mask: Tensor, hidden_states: Tensor) -> Tensor:
+        """Return [S, B] bool of `padding_mask` [B, S]; raises ConfigError for another shape.
+
+        Megatron's first stage gives each tensor-parallel rank its part of the sequence, the later
+        ones give all of it.
+        """
+        length, batch = hidden_states.shape[:2]
+        tp: Any = self.attn_tp_group
+        if self.config.sequence_parallel and padding_mask.shape == (batch, length * tp.size()):
+            padding_mask = padding_mask.chunk(tp.size(), dim=1)[tp.rank()]
+        if padding_mask.shape != (batch, length):
+            raise ConfigError(
+                f"padding_mask must be [B, S], here {[batch, length]}, True for padding; got "
+                f"{list(padding_mask.shape)}"
+            )
+        return padding_mask.transpose(0, 1).bool()
+
+    def _compute(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
+        self._note_counted(hidden_states, padding_mask)
+        output: Tensor = self.layer(hidden_states, padding_mask)
         return output
+
+    def route_tokens(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Routing:
+        """Route `hidden_states` [S, B, H]; `padding_mask` [S, B] bool."""
+        self._note_counted(hidden_states, padding_mask)
+        routing: Routing = self.layer.route(hidden_states, padding_mask)
+        return routing
+
+    def _note_counted(self, hidden_states: Tensor, padding_mask: Tensor | None) -> None:
+        """Keep the number of tokens that are no padding, over all ranks that share a loss."""
+        if not self.config.calculate_per_token_loss:
+            return
+        ranks = self.tp_cp_group.size()
+        if padding_mask is None:
+            self._counted = hidden_states.shape[0] * hidden_states.shape[1] * ranks
+        else:
+            self._counted = (~padding_mask).sum()
+            if ranks > 1:
+                torch.distributed.all_reduce(self._counted, group=self.tp_cp_group)
 
     # Megatron's combined 1F1B schedule calls these, one by one.
     under_way: combined.UnderWay | None = None
@@ -181,7 +222,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         loss = loss / uses(self)
         if self.config.calculate_per_token_loss:
             # finalize_model_grads divides by the global number of tokens; undo it for this loss.
-            loss = self.strength.weigh(loss, carrier.shape[0] * self.tp_cp_group.size())
+            loss = self.strength.weigh(loss, self._counted)
         attached: Tensor = MoEAuxLossAutoScaler.apply(carrier, loss)
         return attached
 

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.errors import ConfigError
 from ep_plugin.moe.experts.fused import parts_of
 from ep_plugin.moe.interfaces import Dispatched, Routing
 
@@ -51,9 +50,11 @@ def shared_experts_compute(block: Any, hidden: Tensor) -> Tensor | None:
 
 
 def route(block: Any, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
-    """Return probabilities [T, K] and the routing, which Megatron hands on as it is."""
-    refuse_padding(padding_mask)
-    routing: Routing = block.layer.route(hidden)
+    """Return probabilities [T, K] and the routing, which Megatron hands on as it is.
+
+    `padding_mask` [S, B] bool, as Megatron's own; its combined schedule never gives one.
+    """
+    routing: Routing = block.route_tokens(hidden, padding_mask)
     return routing.probs, routing
 
 
@@ -99,12 +100,6 @@ def postprocess(block: Any, returned: Tensor, shared: Tensor | None) -> Tensor:
     shape, block.under_way = block.under_way.shape, None
     output = returned.view(shape)
     return output if shared is None else output + shared
-
-
-def refuse_padding(padding_mask: Tensor | None) -> None:
-    """Raise ConfigError when there is a mask."""
-    if padding_mask is not None:
-        raise ConfigError("padding_mask is not supported by ep_plugin's MoE block; leave it None")
 
 
 class _StandIn(torch.autograd.Function):

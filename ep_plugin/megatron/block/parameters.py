@@ -85,6 +85,7 @@ def set_tags(
     `tensor_model_parallel = True`: no rank holds what another does, so each counts in the norm.
     `sequence_parallel = True`: the gradient is summed over tensor-parallel ranks, which saw other
     tokens.
+    `holds_matrices`: of a stack of experts, whether it is one of matrices; see seams/matrices.py.
     """
     for module in replicated:
         for parameter in module.parameters():
@@ -98,6 +99,7 @@ def set_tags(
                 "tensor_model_parallel": sharded or groups.etp_size == 1,
                 "partition_dim": dim if sharded else -1,
                 "partition_stride": 1,
+                "holds_matrices": name == "weight",
             }
             for tag, value in tags.items():
                 setattr(parameter, tag, value)

@@ -63,7 +63,7 @@ class Strength:
         else:
             begin = functools.partial(self._begin, weight)
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(begin)
+            output.register_hook(begin)  # type: ignore[no-untyped-call]
         return output, num_tokens
 
     def _begin(self, weight: Weight | None, grad: Tensor) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ep_plugin.megatron.block.models import Key, Models, row_of, uses
 from ep_plugin.moe.interfaces import Routing
-from ep_plugin.moe.router._losses import NAMES
 
 # Sums over tokens that routers report, and the name of each divided by the number of tokens.
 MEANS = {
@@ -22,7 +21,13 @@ MEANS = {
     "none": "dispatched_none",
 }
 SUMS = ("tokens", "choices", "dropped", *MEANS)
-LOSSES = (*dict.fromkeys(NAMES.values()), "z_loss")
+# Losses that are also kept for each model; a router of the user's own may have others.
+LOSSES = (
+    "load_balancing_loss",
+    "seq_load_balancing_loss",
+    "global_load_balancing_loss",
+    "z_loss",
+)
 
 
 class RoutingTracker:
@@ -44,7 +49,7 @@ class RoutingTracker:
     under `ep/model_2/`, and so on. Megatron adds up what all of them record of a loss until it is
     next written, so each model's are written here too, the mean over its micro-batches:
 
-        load_balancing_loss/layer_L         or whatever the loss is called
+        {LOSS}/layer_L                      those of `LOSSES`
     """
 
     def __init__(self, record_loss: Callable[..., None]) -> None:
@@ -63,7 +68,7 @@ class RoutingTracker:
         for name, loss in routing.losses.items():
             once = loss / uses(layer)
             self._record_with_megatron(layer, name, once)
-            if self._models.several:
+            if self._models.several and name in LOSSES:
                 # Parts of one loss lie on the ranks of tp_cp; a z-loss is each rank's own mean.
                 parts = 1 if name == "z_loss" else layer.tp_cp_group.size()
                 pair = torch.stack([loss.double() * parts, torch.ones_like(loss).double()])

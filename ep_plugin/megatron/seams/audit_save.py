@@ -2,6 +2,7 @@
 
 Megatron's training module has `save_checkpoint` and `maybe_finalize_async_save` bound under its own
 name and looks both up when it calls them. An asynchronous save is read when its queue is empty.
+With every save goes the size of the vocabulary, for an export to cut the rows that pad it.
 """
 
 import importlib
@@ -16,6 +17,7 @@ from ep_plugin.checkpoint.audit import Report, damaged, judge, open_stored, read
 from ep_plugin.checkpoint.audit.facts import Facts
 from ep_plugin.checkpoint.tensors import Damaged, Stored
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.resume import note_vocabulary
 from ep_plugin.megatron.seams.patches import Patches
 
 TRAINING = "megatron.training.training"
@@ -29,8 +31,9 @@ def changes(patches: Patches) -> None:
     def with_save(
         original: Callable[..., Any], iteration: int, *rest: Any, **settings: Any
     ) -> None:
-        original(iteration, *rest, **settings)
         args = training.get_args()
+        note_vocabulary(args)
+        original(iteration, *rest, **settings)
         if args.ep_audit_save and not settings.get("non_persistent_ckpt", False):
             pending.append(Path(args.save) / f"iter_{iteration:07d}")
             if not args.async_save:
@@ -45,7 +48,7 @@ def changes(patches: Patches) -> None:
     patches.wrap(
         f"{TRAINING}:save_checkpoint",
         with_save,
-        "every save of Megatron's loop goes through it; --ep-audit-save reads back what it wrote",
+        "each save goes through it: the vocabulary's size goes along, --ep-audit-save reads back",
     )
     patches.wrap(
         f"{TRAINING}:maybe_finalize_async_save",

@@ -13,15 +13,17 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams import (
     apex,
+    attention,
     audit_save,
     chained,
     expert_bias,
+    served,
     torch_adam,
     touchpoints,
+    upcycling_by_hand,
     wheel,
 )
 from ep_plugin.megatron.seams.patches import Patches
-from ep_plugin.megatron.versions._common import MTP_LAYER
 from ep_plugin.megatron.workers import layout_run
 
 MODULE_SPECS = "megatron.core.models.gpt.moe_module_specs"
@@ -74,6 +76,17 @@ def uninstall() -> None:
         _print(f"{left}; it is left as it is")
 
 
+def say_unused() -> None:
+    """Say so where Megatron neither parsed its flags nor built a block of ours in this process."""
+    layer_class = import_module(MODULE_SPECS).MoELayer
+    if not getattr(layer_class, "used", True):
+        _print(
+            "no MoE layer was built in this process, and no flag of Megatron's parsed; a script "
+            "that starts workers of its own needs ep_plugin.megatron.install() in the worker: "
+            f"{served.PAGE}"
+        )
+
+
 def seams() -> list[tuple[str, str]]:
     """Return (place, why there) of all that `install` would change here; changes nothing."""
     patches = Patches()
@@ -97,13 +110,15 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         _with_our_weights,
         "Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew",
     )
-    if release.UNMARKED_MTP:
+    if release.UNMARKED_MTP is not None:
         patches.wrap(
-            f"{MTP_LAYER}.__init__",
+            release.UNMARKED_MTP,
             functools.partial(_with_mtp_marked, layer_class),
             "a layer of multi-token prediction does not tell our block that it is one",
         )
     chained.changes(patches)
+    upcycling_by_hand.changes(patches)
+    release.muon.changes(patches)
     expert_bias.changes(patches)
     patches.wrap(
         f"{SCHEDULES}:forward_step_calc_loss",
@@ -115,6 +130,8 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         _argument_changes(patches, layer_class)
         audit_save.changes(patches)
         layout_run.changes(patches, release.losses.WRITERS)
+        served.changes(patches, layer_class)
+        attention.changes(patches, _print)
     for place in release.losses.WRITERS:
         if training or not place.startswith("megatron.training"):
             patches.wrap(
@@ -133,7 +150,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
 def _argument_changes(patches: Patches, layer_class: Any) -> None:
     patches.wrap(
         f"{ARGUMENTS}:add_megatron_arguments",
-        _with_our_flags,
+        functools.partial(_with_our_flags, layer_class),
         "every parser of Megatron's loop is filled here; the --ep-* flags join",
     )
     for place in cpu_mode.validators():
@@ -155,9 +172,10 @@ def _make_layer_class(record_loss: Callable[..., None], settings: Any) -> Any:
     return type("MoELayer", (adapter.EPMoELayer,), fields)
 
 
-def _with_our_flags(original: Callable[..., Any], parser: Any) -> Any:
+def _with_our_flags(layer_class: Any, original: Callable[..., Any], parser: Any) -> Any:
     from ep_plugin.megatron.arguments.parser import add_ep_arguments
 
+    layer_class.used = True
     return add_ep_arguments(original(parser))
 
 
@@ -173,15 +191,21 @@ def _with_our_checks(
         take_typed,
     )
     from ep_plugin.megatron.arguments.in_flags import refusal
+    from ep_plugin.megatron.arguments.optimizers import check_optimizer
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
+    from ep_plugin.megatron.arguments.speed import take_speed
     from ep_plugin.megatron.arguments.theirs import check
+    from ep_plugin.megatron.arguments.unbalanced import unbalanced
     from ep_plugin.megatron.block.graphs import check_graphs
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.megatron.settings import fp8_recipe
 
     layer_class.typed = typed = take_typed(args)
     try:
+        wheel.check_helpers()
         check_typed(args, typed)
+        attention.check_installed(args)
+        about_speed = take_speed(args, typed)
         layer_class.settings = settings_from_args(args)
         layer_class.log_interval = args.tensorboard_log_interval
         check_arguments(args, layer_class.settings)
@@ -190,12 +214,18 @@ def _with_our_checks(
         check_resumable(args)
         if said is not None:
             _print(said)
+        for line in about_speed:
+            _print(line)
         if args.num_experts is not None:
             check(args, layer_class.settings)
+            check_optimizer(args)
             check_graphs(args, layer_class.settings)
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
             _say_idle(idle(args, typed))
+            warning = unbalanced(args, layer_class.settings)
+            if warning is not None:
+                _print(warning)
     except ConfigError as error:
         refuse(refusal(error, typed))
     return validated

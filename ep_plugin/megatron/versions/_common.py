@@ -36,6 +36,7 @@ COMMON = (
     Touchpoint("megatron.core.transformer.spec_utils:ModuleSpec", ("module", "submodules")),
     # process groups
     Touchpoint(f"{MOE}.moe_utils:get_default_pg_collection"),
+    Touchpoint(f"{MOE}.moe_utils:apply_random_logits", ("logits",)),
     Touchpoint(
         "megatron.core.process_groups_config:ProcessGroupCollection",
         ("tp", "cp", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "tp_ep", "expt_dp"),
@@ -114,6 +115,11 @@ COMMON = (
         f"{GPT}.gpt_layer_specs:get_gpt_layer_local_spec",
         ("qk_layernorm", "multi_latent_attention", "normalization"),
     ),
+    Touchpoint(
+        "megatron.core.transformer.moe.upcycling_utils:upcycle_state_dict",
+        ("moe_model", "dense_model"),
+    ),
+    Touchpoint("megatron.training.global_vars:get_tokenizer"),
     # saves that are audited, and resumed at other layouts
     Touchpoint("megatron.training.training:save_checkpoint", ("iteration", "non_persistent_ckpt")),
     Touchpoint("megatron.training.training:maybe_finalize_async_save"),
@@ -130,6 +136,10 @@ COMMON = (
         ),
     ),
     Touchpoint("megatron.core.utils:unwrap_model", ("model",)),
+    # which models are served
+    Touchpoint("megatron.training.training:setup_model_and_optimizer"),
+    Touchpoint("megatron.training:get_args"),
+    Touchpoint("megatron.core.extensions.transformer_engine:HAVE_TE"),
     Touchpoint(f"{_CHECKPOINTING}:save", ("sharded_state_dict", "checkpoint_dir")),
     Touchpoint(
         "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",

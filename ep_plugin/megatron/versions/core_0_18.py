@@ -2,16 +2,19 @@
 
 from ep_plugin.megatron.seams.touchpoints import Touchpoint
 from ep_plugin.megatron.versions import _losses_tracker as losses
+from ep_plugin.megatron.versions import _muon_by_key as muon
 from ep_plugin.megatron.versions._common import ARGUMENTS, COMMON, MOE
 
-__all__ = ["COMBINED_1F1B", "TOUCHPOINTS", "UNMARKED_MTP", "losses"]
+__all__ = ["COMBINED_1F1B", "EMERGING_OPTIMIZERS", "TOUCHPOINTS", "UNMARKED_MTP", "losses", "muon"]
 
 COMBINED_1F1B = False  # its schedule for two micro-batches is not tested with our layer
-UNMARKED_MTP = False  # it tells each block
+EMERGING_OPTIMIZERS = ((0, 2), None)  # from, and below
+UNMARKED_MTP = None  # it tells each block
 
 TOUCHPOINTS = (
     *COMMON,
     *losses.TOUCHPOINTS,
+    *muon.TOUCHPOINTS,
     Touchpoint(
         f"{MOE}.moe_layer:MoELayer.__init__",
         ("config", "submodules", "layer_number", "pg_collection", "is_mtp_layer", "name"),

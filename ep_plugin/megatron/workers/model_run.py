@@ -2,7 +2,8 @@
 
 It is built from the run arguments in the checkpoint, in float32 on the CPU, in this process alone
 (a gloo group of one rank), and loaded through Megatron's own distributed checkpointing, one layer
-at a time.
+at a time. A checkpoint that has one tensor for all layers is loaded whole: on one rank Megatron
+asks for all parts of a tensor at once.
 """
 
 import argparse
@@ -138,11 +139,13 @@ def _trace(folder: Path, tokens: Tensor) -> Trace:
     with without_memory():
         model = _build(args).eval()
     load = partial(_load, model, folder, common.get("content_metadata") or {}, fused_norm_kept)
-    move(model, "cpu", but=model.decoder.layers)
-    load(layers=())
+    by_layer = _names_layers(model, common.get("content_metadata") or {})
+    move(model, "cpu", but=model.decoder.layers if by_layer else None)
+    load(layers=() if by_layer else None)
     trace = Trace(torch.empty(0))
     for number, layer in enumerate(model.decoder.layers):
-        load_when_called(layer, partial(load, layers=(number,)))
+        if by_layer:
+            load_when_called(layer, partial(load, layers=(number,)))
         layer.register_forward_hook(lambda _, __, output: trace.layers.append(output[0]))
         if hasattr(layer.mlp, "router"):
             layer.mlp.router.register_forward_hook(_record_experts(trace, number))
@@ -199,16 +202,18 @@ def _load(
 
     Raises Megatron's CheckpointingException when a parameter has no tensor.
     """
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     with _only(model.decoder, layers):
-        state = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+        state = _state(model, metadata)
     inside = tuple(f"decoder.layers.{layer}." for layer in layers or ())
     if layers:
         state = {name: value for name, value in state.items() if name.startswith(inside)}
     if not fused_norm_kept:
         _rename_norms(model, state)
-    loaded = dist_checkpointing.load({"model": state}, str(folder))["model"]
-    missing, unknown = model.load_state_dict(loaded, strict=layers is None)
+    whole = layers is None  # Megatron can check that each part of a tensor is asked for once
+    loaded = dist_checkpointing.load(
+        {"model": state}, str(folder), validate_access_integrity=whole
+    )["model"]
+    missing, unknown = model.load_state_dict(loaded, strict=whole)
     lacking = [
         name
         for name in missing
@@ -216,6 +221,20 @@ def _load(
         and not name.endswith("_extra_state")
     ]
     assert not lacking + unknown, (lacking, unknown)
+
+
+def _state(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state: dict[str, Any] = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+    return state
+
+
+def _names_layers(model: Any, metadata: dict[str, Any]) -> bool:
+    """Return whether each layer has tensors of its own in a checkpoint of this model."""
+    with _only(model.decoder, (0,)):
+        state = _state(model, metadata)
+    keys = [str(getattr(value, "key", "")) for value in state.values()]
+    return any(key.startswith("decoder.layers.0.") for key in keys)
 
 
 @contextmanager

@@ -13,9 +13,10 @@ in fp32, by rank. Each is the other's backward.
 The kernels run on `comm_sms` SMs, on a stream of their own; `_link.py` has the steps.
 `dispatch_dedup` changes nothing here. All ranks of ep and etp must be on one host.
 
-Schedule `chunked` does without the kernels: `swap` has the copy engines move rows, which takes no
-SM from the experts and fills the link better. They move blocks, so every rank gets all tokens of
-all ranks, the experts' names beside them, and what is no one's choice is not computed.
+Under schedule `chunked` these kernels are not used. There `swap` has the GPU's copy engines move
+rows, which takes no SM from the experts and fills the link better. They move blocks, so
+every rank gets all tokens of all ranks, the experts' names beside them, and what is no one's choice
+is not computed.
 
     buffer      tokens (or gradients) on their way out, by sender | the same on their way home
 

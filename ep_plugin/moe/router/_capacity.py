@@ -43,16 +43,51 @@ def limits(
     return group_tokens, first, last
 
 
-def place_by_sequence(num_tokens: int, num_sequences: int, device: torch.device) -> Tensor:
+def capacities(
+    num_tokens: Tensor, num_experts: int, topk: int, factor: float, routing: RoutingConfig
+) -> Tensor:
+    """Return `capacity` for each of `num_tokens` [G] int64, without waiting for the device."""
+    tokens = num_tokens.double()
+    choices = tokens * topk if routing.capacity_counts_topk else tokens
+    if routing.capacity_rounding == "floor":
+        rounded = (choices * factor / num_experts).trunc()
+    elif routing.capacity_rounding == "round":
+        rounded = (factor * choices / num_experts).round()
+    elif routing.capacity_rounding == "ceil":
+        rounded = (choices / num_experts * factor).ceil()
+    else:
+        rounded = 4 * ((choices * factor / num_experts).trunc().clamp(min=1) / 4).ceil()
+    return rounded.clamp(min=routing.min_capacity).minimum(tokens).long()
+
+
+def room(
+    padding: Tensor, num_experts: int, topk: int, factor: float, routing: RoutingConfig
+) -> Tensor:
+    """Return an expert's capacity in each routing group [G] of the tokens that are no `padding`."""
+    num_tokens = len(padding)
+    group_tokens = min(routing.group_tokens or num_tokens, num_tokens) or 1
+    starts = torch.arange(0, max(num_tokens, 1), group_tokens, device=padding.device)
+    sizes = ((~padding).sum() - starts).clamp(0, group_tokens)
+    return capacities(sizes, num_experts, topk, factor, routing)
+
+
+def place_by_sequence(
+    num_tokens: int, num_sequences: int, device: torch.device, padding: Tensor | None = None
+) -> Tensor:
     """Return each token's place [T] when tokens are listed sequence by sequence.
 
     Tokens arrive position by position ([S, B, H] flattened); routing groups and "first come" go by
-    sequences, as in the published systems.
+    sequences, as in the published systems. `padding` [T] bool takes no places: such a token has
+    that of the next one which is none.
     """
     token = torch.arange(num_tokens, device=device)
-    if num_sequences == 1:
-        return token
-    return token % num_sequences * (num_tokens // num_sequences) + token // num_sequences
+    place = token
+    if num_sequences > 1:
+        place = token % num_sequences * (num_tokens // num_sequences) + token // num_sequences
+    if padding is None:
+        return place
+    listed = (~padding)[place.argsort()].long()
+    return (listed.cumsum(0) - listed)[place]
 
 
 def keep(
@@ -64,18 +99,23 @@ def keep(
     factor: float,
     num_experts: int,
     routing: RoutingConfig,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """Return which choices [T, K] bool fit their experts.
 
     `expert_ids` [T, K] with -1 for choices that take no room, `weights` [T, K] for the policy
     probs, `first_scores` [T] for bpr, `draws` [T, K] for random, `place` [T] of each token.
+    Tokens of `padding` [T] do not count for the size of a group.
     Nothing waits for the device.
     """
     num_tokens, topk = expert_ids.shape
     group_tokens, first, last = limits(num_tokens, num_experts, factor, routing)
     num_groups = math.ceil(num_tokens / group_tokens)
     group = (place // group_tokens).unsqueeze(1).expand(-1, topk).flatten()  # [T*K]
-    limit = torch.where(group == num_groups - 1, last, first)
+    if padding is None:
+        limit = torch.where(group == num_groups - 1, last, first)
+    else:
+        limit = room(padding, num_experts, topk, factor, routing)[group]
     ids = expert_ids.flatten()
     absent = num_groups * num_experts  # a bucket beside those of the experts
     bucket = torch.where(ids >= 0, group * num_experts + ids, absent)  # [T*K]

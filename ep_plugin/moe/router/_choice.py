@@ -58,7 +58,10 @@ class Choice(Protocol):
         ...
 
     def z_loss(self) -> Tensor:
-        """Return the mean of logsumexp(logits)^2 [] (ST-MoE, arXiv:2202.08906, eq. 5)."""
+        """Return the mean of logsumexp(logits)^2 [] (ST-MoE, arXiv:2202.08906, eq. 5).
+
+        Over all tokens; those of padding are 0.
+        """
         ...
 
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -76,6 +79,7 @@ class PlainChoice:
     logits: Tensor  # [T, E]
     scores: Tensor  # [T, E] softmax or sigmoid
     routing: RoutingConfig
+    padding: Tensor | None = None  # [T] bool: tokens that choose nothing and count for nothing
     sent_ids: None = None
     sent: None = None
     own_loss: None = None
@@ -92,10 +96,17 @@ class PlainChoice:
         return pools.count(counted, self.scores.shape[1])
 
     def z_loss(self) -> Tensor:
-        return self.logits.logsumexp(dim=-1).square().sum() / max(self.logits.shape[0], 1)
+        squares = self._counting(self.logits.logsumexp(dim=-1).square())
+        return squares.sum() / max(self.logits.shape[0], 1)
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        return torch.special.entr(self._parts()).sum(), self.scores.amax(dim=1).sum()
+        entropies = torch.special.entr(self._parts()).sum(dim=1)
+        largest = self.scores.amax(dim=1)
+        return self._counting(entropies).sum(), self._counting(largest).sum()
+
+    def _counting(self, values: Tensor) -> Tensor:
+        """Return `values` [T], 0 for padding."""
+        return values if self.padding is None else values.masked_fill(self.padding, 0.0)
 
     def _parts(self) -> Tensor:
         if self.routing.score_function == "softmax":
@@ -110,11 +121,12 @@ def choose(
     expert_bias: Tensor | None,
     training: bool,
     quantile: Tensor | None = None,
+    padding: Tensor | None = None,
 ) -> PlainChoice:
     """Return the choices for `logits` [T, E].
 
     `expert_bias` [E] is added to the scores, `quantile` [E] taken from the logits, for the choice
-    alone.
+    alone. Tokens of `padding` [T] choose nothing: -1, with weights of 0.
     """
     softmax = routing.score_function == "softmax"
     scores = logits.softmax(dim=-1) if softmax else logits.sigmoid()
@@ -136,7 +148,10 @@ def choose(
     with torch.no_grad():
         expert_ids = _leave_out_second(expert_ids, chosen, routing)
     weights = weigh(chosen) if routing.normalize == "before_drop" else chosen
-    return PlainChoice(expert_ids, weights, chosen[:, 0], logits, scores, routing)
+    if padding is not None:
+        expert_ids = expert_ids.masked_fill(padding.unsqueeze(1), -1)
+        weights = weights.masked_fill(padding.unsqueeze(1), 0.0)
+    return PlainChoice(expert_ids, weights, chosen[:, 0], logits, scores, routing, padding)
 
 
 def _inside_best_groups(scores: Tensor, routing: RoutingConfig) -> Tensor:

@@ -7,8 +7,8 @@ from ep_plugin.moe.router._choice import Choice
 
 
 @torch.no_grad()
-def metrics(choice: Choice, expert_ids: Tensor) -> dict[str, Tensor]:
-    """Return sums over this rank's tokens, each []; a mean divides by `tokens`.
+def metrics(choice: Choice, expert_ids: Tensor, padding: Tensor | None = None) -> dict[str, Tensor]:
+    """Return sums over this rank's tokens but `padding` [T], each []; a mean divides by `tokens`.
 
     tokens              how many there were
     choices             how many they made, without those the second-expert policy left out
@@ -22,13 +22,16 @@ def metrics(choice: Choice, expert_ids: Tensor) -> dict[str, Tensor]:
     wanted = choice.expert_ids >= 0
     entropy, confidence = choice.sums()
     columns = sent.sum(dim=0)  # [K]
+    tokens, none = torch.full_like(columns[0], len(sent)), ~sent.any(dim=1)
+    if padding is not None:
+        tokens, none = (~padding).sum(), none & ~padding
     return {
-        "tokens": torch.full_like(columns[0], len(sent)),
+        "tokens": tokens,
         "choices": wanted.sum(),
         "dropped": (wanted & ~sent).sum(),
         "confidence": confidence,
         "entropy": entropy,
         "first": columns[0],
         "second": columns[1] if len(columns) > 1 else torch.zeros_like(columns[0]),
-        "none": (~sent.any(dim=1)).sum(),
+        "none": none.sum(),
     }

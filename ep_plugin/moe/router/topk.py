@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Routing
@@ -19,7 +20,7 @@ from ep_plugin.moe.router import _quantile, _random
 from ep_plugin.moe.router._capacity import keep, place_by_sequence
 from ep_plugin.moe.router._choice import Choice, choose, weigh
 from ep_plugin.moe.router._gate import Gate
-from ep_plugin.moe.router._losses import NAMES, load_balancing_loss, make_pools
+from ep_plugin.moe.router._losses import NAMES, counting_share, load_balancing_loss, make_pools
 from ep_plugin.moe.router._metrics import metrics
 from ep_plugin.moe.routing_config import AuxLossScope
 
@@ -77,25 +78,33 @@ class TopKRouter(Gate):
                 self._buffers[name] = buffer.to(after.device)
         return self
 
-    def forward(self, hidden: Tensor, num_sequences: int = 1) -> Routing:
+    def forward(
+        self, hidden: Tensor, num_sequences: int = 1, padding: Tensor | None = None
+    ) -> Routing:
         """Route `hidden` [T, H]; token t is of sequence t % num_sequences.
 
         In training all ranks of `groups.tp_cp` (for a global loss of `tp_dp_cp`) must call it
-        together.
+        together. Tokens of `padding` [T] bool are sent nowhere and enter no loss, count or
+        capacity; on a GPU they are routed by plain torch.
         """
         in_model_dtype = hidden.dtype if self.routing.router_dtype == "model" else None
         logits, hidden = self.logits(hidden)
         if self.routing.force_load_balancing:
             logits = self.random_logits(logits)
-        choice = self._choose(logits, num_sequences)
+        choice = self._choose(logits, num_sequences, padding)
         if self.qb_beta is not None and self.wants_losses():
+            if padding is not None:
+                raise ConfigError(
+                    "quantile balancing takes no padding mask; give no padding_mask, or balance by "
+                    "<aux_loss_coeff=0.01>"
+                )
             _quantile.collect(self, logits)
-        expert_ids, probs = self._drop(choice, num_sequences)
+        expert_ids, probs = self._drop(choice, num_sequences, padding)
         if in_model_dtype is not None:
             probs = probs.to(in_model_dtype).to(probs.dtype)  # as Megatron rounds them
         losses: dict[str, Tensor] = {}
         if self.wants_losses():
-            losses = self._losses(choice, num_sequences)
+            losses = self._losses(choice, num_sequences, padding)
             probs = self._attach(probs, losses)
         tokens_per_expert = choice.sent
         if tokens_per_expert is None:
@@ -104,25 +113,27 @@ class TopKRouter(Gate):
         if self.local_tokens_per_expert is not None and torch.is_grad_enabled():
             self.local_tokens_per_expert += tokens_per_expert
         detached = {name: loss.detach() for name, loss in losses.items()}
-        seen = metrics(choice, expert_ids) if self.collect_metrics else {}
+        seen = metrics(choice, expert_ids, padding) if self.collect_metrics else {}
         return Routing(expert_ids, probs, tokens_per_expert, detached, seen, hidden)
 
-    def _choose(self, logits: Tensor, num_sequences: int) -> Choice:
+    def _choose(self, logits: Tensor, num_sequences: int, padding: Tensor | None) -> Choice:
         routing, bias = self.routing, self.expert_bias
-        if logits.is_cuda:
+        if logits.is_cuda and padding is None:
             from ep_plugin.moe.router import _choice_cuda  # it needs Triton, which the CPU does not
 
             if _choice_cuda.fits(logits, routing, self.training):
                 return _choice_cuda.choose(
                     logits, routing, bias, self._capacity_factor(), num_sequences
                 )
-        return choose(logits, routing, bias, self.training, self.qb_beta)
+        return choose(logits, routing, bias, self.training, self.qb_beta, padding)
 
-    def _drop(self, choice: Choice, num_sequences: int) -> tuple[Tensor, Tensor]:
+    def _drop(
+        self, choice: Choice, num_sequences: int, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return expert ids [T, K] and probs [T, K] of what fits, -1 and 0 for the rest."""
         routing, weights, expert_ids = self.routing, choice.weights, choice.sent_ids
         if expert_ids is None:
-            expert_ids = self._sent_ids(choice, num_sequences)
+            expert_ids = self._sent_ids(choice, num_sequences, padding)
             if self._may_leave_out():
                 weights = weights.masked_fill(expert_ids < 0, 0.0)
         if routing.normalize == "after_drop":
@@ -131,17 +142,17 @@ class TopKRouter(Gate):
         return expert_ids, weights if scale == 1 else weights * scale
 
     @torch.no_grad()
-    def _sent_ids(self, choice: Choice, num_sequences: int) -> Tensor:
+    def _sent_ids(self, choice: Choice, num_sequences: int, padding: Tensor | None) -> Tensor:
         """Return the expert ids [T, K], -1 for those without room."""
         factor, weights, routing = self._capacity_factor(), choice.weights, self.routing
         if factor is None:
             return choice.expert_ids
         shape = tuple(weights.shape)
         draws = _random.uniform(shape, weights) if routing.drop_policy == "random" else None
-        place = place_by_sequence(shape[0], num_sequences, weights.device)  # [T]
+        place = place_by_sequence(shape[0], num_sequences, weights.device, padding)  # [T]
         fits = keep(
             *(choice.expert_ids, weights, choice.first_scores, draws, place),
-            *(factor, self.config.num_experts, routing),
+            *(factor, self.config.num_experts, routing, padding),
         )
         return choice.expert_ids.masked_fill(~fits, -1)
 
@@ -153,23 +164,30 @@ class TopKRouter(Gate):
         by_policy = self.routing.second_expert in ("random", "threshold")
         return by_policy or self._capacity_factor() is not None
 
-    def _losses(self, choice: Choice, num_sequences: int) -> dict[str, Tensor]:
+    def _losses(
+        self, choice: Choice, num_sequences: int, padding: Tensor | None
+    ) -> dict[str, Tensor]:
         losses = {}
         if self.routing.z_loss_coeff > 0:
             losses["z_loss"] = choice.z_loss()
+            if padding is not None:
+                share = counting_share(padding, self.groups)
+                losses["z_loss"] = losses["z_loss"] * share.to(losses["z_loss"].dtype)
         for scope, _ in self.routing.balancing_losses:
-            losses[NAMES[scope]] = self._balancing_loss(choice, num_sequences, scope)
+            losses[NAMES[scope]] = self._balancing_loss(choice, num_sequences, scope, padding)
         return losses
 
-    def _balancing_loss(self, choice: Choice, num_sequences: int, scope: AuxLossScope) -> Tensor:
+    def _balancing_loss(
+        self, choice: Choice, num_sequences: int, scope: AuxLossScope, padding: Tensor | None
+    ) -> Tensor:
         routing, tokens = self.routing, choice.weights
         shared = self.groups.tp_cp is not None or scope == "global"
         if choice.own_loss is not None and not shared:
             return choice.own_loss
         place = None
         if scope == "group":
-            place = place_by_sequence(len(tokens), num_sequences, tokens.device)  # [T]
-        pools = make_pools(tokens, num_sequences, place, scope, routing, self.groups)
+            place = place_by_sequence(len(tokens), num_sequences, tokens.device, padding)  # [T]
+        pools = make_pools(tokens, num_sequences, place, scope, routing, self.groups, padding)
         counts = choice.counts(pools)  # [P, E + 1]
         of_step = self._accumulate(counts[:, :-1]) if scope == "global" else None
         if pools.group is not None:

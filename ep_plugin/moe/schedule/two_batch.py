@@ -38,9 +38,11 @@ class UnderWay[Result]:
     pending: Pending[Result]
 
 
-def depart(layer: RoutedBlock, hidden: Tensor) -> UnderWay[Dispatched]:
+def depart(
+    layer: RoutedBlock, hidden: Tensor, padding_mask: Tensor | None = None
+) -> UnderWay[Dispatched]:
     """Route `hidden` and start its dispatch; the shared expert runs while tokens travel."""
-    routing = layer.route(hidden)
+    routing = layer.route(hidden, padding_mask)
     hidden = layer.onward(hidden, routing)
     tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
     pending = layer.dispatcher.start_dispatch(tokens, routing)
@@ -60,12 +62,17 @@ def arrive(layer: RoutedBlock, batch: UnderWay[Tensor]) -> Tensor:
     return layer.merge(batch.pending.wait(), batch.shared, batch.hidden)
 
 
-def two_batch(layer: RoutedBlock, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def two_batch(
+    layer: RoutedBlock,
+    first: Tensor,
+    second: Tensor,
+    padding_masks: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:
     """Return the outputs of `layer`, an MoELayer, for two micro-batches, [S, B, H] or [T, H] each.
 
-    Every rank of the expert group must call it.
+    Every rank of the expert group must call it. `padding_masks` are as of the layer's forward.
     """
-    departed = depart(layer, first), depart(layer, second)
+    departed = depart(layer, first, padding_masks[0]), depart(layer, second, padding_masks[1])
     computed = work(layer, departed[0]), work(layer, departed[1])
     return arrive(layer, computed[0]), arrive(layer, computed[1])
 

@@ -1,11 +1,13 @@
-"""Write a `torch.distributed.checkpoint` folder region by region, as one rank.
+"""Write one of Megatron's `torch_dist` checkpoints region by region, as one rank.
 
 torch's own FileSystemWriter keeps every tensor of a file alive until the file is closed; here a
 region is forgotten as soon as it is on disk.
 """
 
+import io
+import json
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,77 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor
-from ep_plugin.checkpoint.writer import HashedFile, OnBytes, Unit
+from ep_plugin.checkpoint.formats._iteration import COMMON_STATE, CONFIG, TRACKER, Opaque
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source
+from ep_plugin.checkpoint.writer import HashedFile, Journal, OnBytes, Unit, write_units
 
 MAX_FILE_BYTES = 1 << 30  # a new file is begun rather than hold more, unless it is one tensor
+
+
+def write_checkpoint(
+    root: Path,
+    source: Source,
+    common: dict[str, Any],
+    content: Iterable[NewTensor | NewObject],
+    on_bytes: OnBytes,
+    journal: Journal | None = None,
+    processes: int = 1,
+) -> dict[str, dict[str, Any]]:
+    """Write `content` under `root`, in the same iteration and the same style as `source`.
+
+    `common` replaces the source's; `on_bytes` is called with each region's number of bytes. What
+    `journal` has is not written again. Returns {num_bytes, sha256} of the files with tensors.
+    """
+    folder = root / source.folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {**common, "content_metadata": _content_metadata(source.common)}
+    entries = list(content)
+    if not source.common_in_file:
+        entries.append(NewObject(COMMON_STATE, _saved([common])))
+    files = units(entries)
+    records = write_units(files, folder, journal or Journal(), processes, on_bytes)
+    names = [unit.name for unit in files]
+    contents = [record["content"] for record in records]
+    write_metadata(folder, list(zip(names, contents, strict=True)))
+    if source.common_in_file:
+        (folder / "common.pt").write_bytes(_saved(common))
+    (folder / "metadata.json").write_text(json.dumps(CONFIG))
+    iteration = source.folder.name.removeprefix("iter_")
+    (root / TRACKER).write_text(iteration if iteration == "release" else str(int(iteration)))
+    return {
+        f"{folder.name}/{name}": {key: record[key] for key in ("num_bytes", "sha256")}
+        for name, record in zip(names, records, strict=True)
+    }
+
+
+def _content_metadata(common: dict[str, Any]) -> dict[str, Any]:
+    return {**(common.get("content_metadata") or {}), "non_homogeneous_layers": True}
+
+
+class _Pickler(pickle._Pickler):
+    """The Python pickler: the C one insists on importing every class it names."""
+
+    write: Callable[[bytes], object]
+    memoize: Callable[[object], None]
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if isinstance(obj, type) and issubclass(obj, Opaque) and obj is not Opaque:
+            self.write(b"c" + f"{obj.__module__}\n{obj.__qualname__}\n".encode())
+            self.memoize(obj)
+        else:
+            super().save_global(obj, name)  # type: ignore[misc]  # not in the stubs
+
+
+class _PickleOpaque:
+    """The pickle module to hand to `torch.save`."""
+
+    Pickler = _Pickler
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, pickle_module=_PickleOpaque)
+    return buffer.getvalue()
 
 
 def units(content: Iterable[NewTensor | NewObject]) -> list[Unit]:
@@ -82,7 +151,7 @@ def _write_entry(
 ) -> dict[str, Any]:
     if isinstance(entry, NewObject):
         start = stream.tell()
-        stream.write(entry.content())
+        stream.write(entry.content)
         return {"name": entry.name, "chunks": [[[], [], start, stream.tell() - start]]}
     chunks = []
     for region in entry.regions():

@@ -1,0 +1,105 @@
+"""Megatron's flags that change speed alone: what of ours stands for each, said in one line.
+
+Results are those that were asked for either way. Nothing here imports torch or Megatron.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.megatron.arguments.table import expert_ranks
+from ep_plugin.megatron.arguments.theirs import BY_FIELD, check
+from ep_plugin.megatron.edge_settings import EdgeSettings
+from ep_plugin.registry import resolve
+
+FLEX = {"deepep": "deepep", "hybridep": "auto", "ncclep": "auto"}  # its backends -> our dispatcher
+
+
+def flex_dispatcher(config: Any) -> str | None:
+    """Return our dispatcher for Megatron's flex dispatcher; None where another is set."""
+    flex = getattr(config, "moe_token_dispatcher_type", None) == "flex"
+    if not flex and not getattr(config, "moe_enable_deepep", False):
+        return None
+    return FLEX[getattr(config, "moe_flex_dispatcher_backend", None) or "deepep"]
+
+
+def overlaps_shared_expert(config: Any) -> bool:
+    """Whether Megatron's own flag asks to compute the shared expert while tokens travel."""
+    asked = getattr(config, "moe_shared_expert_overlap", False)
+    return bool(asked and config.moe_shared_expert_intermediate_size)
+
+
+def take_speed(args: Any, typed: Mapping[str, str]) -> list[str]:
+    """Write into `args` what of ours stands for Megatron's flags; return the lines to print.
+
+    A flag of ours that was `typed` wins. Megatron's are put back to their defaults, since its rules
+    for them are about its own block. Raises ConfigError for a way that is not here.
+    """
+    if args.num_experts is None:
+        return []
+    check(args)
+    return [*_take_flex(args, typed), *_take_overlap(args, typed), *_take_the_rest(args, typed)]
+
+
+def _take_flex(args: Any, typed: Mapping[str, str]) -> list[str]:
+    ours = flex_dispatcher(args)
+    if ours is None:
+        return []
+    backend = getattr(args, "moe_flex_dispatcher_backend", None) or "deepep"
+    said = f"--moe-token-dispatcher-type flex ({backend})"
+    args.moe_token_dispatcher_type, args.moe_enable_deepep = "alltoall", False
+    if hasattr(args, "moe_flex_dispatcher_backend"):
+        args.moe_flex_dispatcher_backend = "deepep"
+    if "--ep-dispatcher" not in typed:
+        args.ep_dispatcher = "auto" if expert_ranks(args) == 1 else ours
+    if args.ep_dispatcher == "deepep" and "--ep-dispatcher" not in typed:
+        try:
+            resolve("dispatcher", "deepep")
+        except BackendUnavailable as error:
+            raise ConfigError(
+                f"{said} needs the package deep_ep, which is not here or does not load; use "
+                "--ep-dispatcher auto beside it"
+            ) from error
+    return [f"{said}: changes speed alone; tokens travel by --ep-dispatcher {args.ep_dispatcher}"]
+
+
+def _take_overlap(args: Any, typed: Mapping[str, str]) -> list[str]:
+    if not overlaps_shared_expert(args):
+        return []
+    args.moe_shared_expert_overlap = False
+    if "--ep-overlap" not in typed:
+        args.ep_overlap = "shared_expert"
+    return [
+        "--moe-shared-expert-overlap: changes speed alone; layers run by --ep-overlap "
+        f"{args.ep_overlap}"
+    ]
+
+
+def _take_the_rest(args: Any, typed: Mapping[str, str]) -> list[str]:
+    """Name the flags that were typed and say how Megatron's own block works inside."""
+    args.moe_pad_expert_input_to_capacity = False
+    rows = {flag: BY_FIELD[dest] for flag, dest in typed.items() if dest in BY_FIELD}
+    idle = sorted(flag for flag, row in rows.items() if row.effect == "no effect")
+    if not idle:
+        return []
+    return [
+        f"{', '.join(idle)}: about the inside of Megatron's own MoE layer, without effect on ours; "
+        "results stay what was asked for"
+    ]
+
+
+DEFAULT = EdgeSettings()
+
+
+def dispatcher(config: Any, settings: EdgeSettings) -> str:
+    """Return the dispatcher of a configuration that no command line made."""
+    if settings.dispatcher != DEFAULT.dispatcher:
+        return settings.dispatcher
+    return flex_dispatcher(config) or settings.dispatcher
+
+
+def overlap(config: Any, settings: EdgeSettings) -> str:
+    """Return the schedule of a configuration that no command line made."""
+    if settings.overlap != DEFAULT.overlap or not overlaps_shared_expert(config):
+        return settings.overlap
+    return "shared_expert"

@@ -1,0 +1,146 @@
+"""Which models are served: decoder-only GPTs. Others are told from a script, and from the model.
+
+A script is read before anything starts. What it hides, such as a model of its own, is seen when
+the model is built: in a run with --num-experts it must hold our blocks, and no others.
+"""
+
+import ast
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.seams.patches import Patches
+from ep_plugin.megatron.seams.refusal import refuse
+
+SETUP = "megatron.training.training:setup_model_and_optimizer"
+MODELS, LEGACY = "megatron.core.models", "megatron.legacy.model"
+GPT = (f"{MODELS}.gpt", "gpt_builders")
+# What is not served -> the modules that make it: of a script's imports, and of a model's classes.
+FAMILIES = {
+    "T5": (f"{MODELS}.T5", f"{LEGACY}.t5_model"),
+    "BERT": (f"{MODELS}.bert", f"{LEGACY}.bert_model"),
+    "multimodal": (f"{MODELS}.multimodal", f"{MODELS}.mimo"),
+    "vision": (f"{MODELS}.vision", f"{LEGACY}.vision"),
+    "retrieval": (f"{MODELS}.retro", f"{LEGACY}.biencoder_model", f"{LEGACY}.realm_model"),
+    "hybrid (Mamba)": (
+        *(f"{MODELS}.mamba", f"{MODELS}.hybrid", "mamba_builders", "hybrid_builders"),
+    ),
+}
+RECIPES = ("megatron.bridge", "nemo", "nemo_run")  # configured in Python: no flags are parsed
+PAGE = "docs/other-scripts.md"
+
+
+def check_script(tree: ast.Module) -> None:
+    """Raise ConfigError for a script that imports a model of another family, and no GPT."""
+    imported = list(imports(tree))
+    family = _family(imported)
+    if family is not None and not any(_is_in(name, GPT) for name in imported):
+        raise ConfigError(
+            f"this is a script of a {family} model, and the plugin serves decoder-only GPTs alone; "
+            "use python SCRIPT, without the plugin"
+        )
+
+
+def check_recipe(tree: ast.Module) -> None:
+    """Raise ConfigError for a recipe in Python, which parses no flags of Megatron's."""
+    roots = [root for root in RECIPES if any(_is_in(name, (root,)) for name in imports(tree))]
+    if roots:
+        raise ConfigError(
+            f"this is a recipe of {roots[0]} without Megatron's command line, where no --ep-* flag "
+            "would be read; use ep_plugin.megatron.install(EdgeSettings(...)) in it, before the "
+            f"model is built, as {PAGE} shows"
+        )
+
+
+def check_neighbours(script: Path) -> None:
+    """Raise ConfigError for a script beside a package `megatron` of another project.
+
+    Python finds it there before any other. NVIDIA's names its version in a file of its own.
+    """
+    package = script.resolve().parent / "megatron"
+    core = package / "core" / "package_info.py"
+    if (package / "__init__.py").is_file() and not core.is_file():
+        raise ConfigError(
+            f"the package megatron beside it is another project's (there is no {core}), which "
+            "cannot be served; use a script of Megatron-LM"
+        )
+
+
+def imports(tree: ast.Module) -> Iterable[str]:
+    """Yield the full name of each module and member that a script imports, at any depth."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def changes(patches: Patches, layer_class: type) -> None:
+    """Check the model of a run with experts where Megatron's loop has built it."""
+    checked: list[bool] = []
+
+    def with_check(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        experts = import_module("megatron.training").get_args().num_experts
+        if experts is not None and not checked:  # the first is the one that is trained
+            checked.append(True)
+            try:
+                check_model(result[0], layer_class, experts)
+            except ConfigError as error:
+                refuse(error)
+        return result
+
+    patches.wrap(
+        SETUP,
+        with_check,
+        "a model that holds none of our blocks, or others, ends the run here",
+    )
+
+
+def check_model(chunks: Any, layer_class: type, experts: int) -> None:
+    """Raise ConfigError, on all ranks alike, where our blocks do not make the model's MoE layers.
+
+    `chunks` are this rank's parts of the model. A part may well have dense layers alone.
+    """
+    theirs = import_module("megatron.core.transformer.moe.moe_layer").BaseMoELayer
+    modules = [part for chunk in chunks for part in chunk.modules()]
+    ours = sum(isinstance(part, layer_class) for part in modules)
+    others = {type(part) for part in modules if isinstance(part, theirs)} - {layer_class}
+    names = {f"{other.__module__}.{other.__name__}" for other in others}
+    family = _family(type(part).__module__ for part in modules)
+    found = _of_all_ranks((ours, names, family))
+    for one in (family for *_, family in found if family is not None):
+        raise ConfigError(
+            f"the script builds a {one} model, and the plugin serves decoder-only GPTs alone; use "
+            "python SCRIPT, without the plugin"
+        )
+    if foreign := sorted({name for _, names, _ in found for name in names}):
+        raise ConfigError(
+            f"the model has MoE layers of {', '.join(foreign)}, which are not the plugin's; use "
+            "ep-plugin run SCRIPT, which is there before the script makes its layer specs"
+        )
+    if not any(count for count, *_ in found):
+        raise ConfigError(
+            f"--num-experts ({experts}) is given, and the model that the script builds has no MoE "
+            "layer; use Megatron's GPT layer specs in it, as pretrain_gpt.py does"
+        )
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    dist = import_module("torch.distributed")
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _family(names: Iterable[str]) -> str | None:
+    """Return the family of the first name in order of FAMILIES; None for none of them."""
+    given = list(names)
+    found = (f for f, modules in FAMILIES.items() if any(_is_in(name, modules) for name in given))
+    return next(found, None)
+
+
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)

@@ -1,0 +1,106 @@
+"""Megatron's flags that change speed alone: ours stand for them, a line says so, or a refusal."""
+
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from command_line import Accepted, read
+from loop import MOE, OURS, launch
+
+from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.megatron.arguments import speed
+from ep_plugin.megatron.edge_settings import EdgeSettings
+
+pytestmark = [pytest.mark.megatron, pytest.mark.newest]
+FLEX = "--moe-token-dispatcher-type flex"
+SHARED = "--moe-shared-expert-intermediate-size 32"
+MEANT = {  # typed -> dispatcher, schedule
+    FLEX: ("deepep", "auto"),
+    f"{FLEX} --moe-enable-deepep": ("deepep", "auto"),
+    f"{FLEX} --moe-flex-dispatcher-backend hybridep": ("auto", "auto"),
+    f"{FLEX} --moe-flex-dispatcher-backend ncclep": ("auto", "auto"),
+    f"{FLEX} --expert-model-parallel-size 1": ("auto", "auto"),  # one rank has all experts
+    f"{FLEX} --ep-dispatcher auto": ("auto", "auto"),  # ours, typed, win
+    f"{FLEX} --ep-dispatcher alltoall": ("alltoall", "auto"),
+    f"{SHARED} --moe-shared-expert-overlap": ("auto", "shared_expert"),
+    f"{SHARED} --moe-shared-expert-overlap --ep-overlap serial": ("auto", "serial"),
+}
+
+
+@pytest.mark.parametrize("flags", MEANT)
+def test_ours_stand_for_them(flags: str) -> None:
+    found = read(*flags.split())
+    assert isinstance(found, Accepted), found
+    assert (found.config.dispatcher, found.config.overlap) == MEANT[flags]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--moe-expert-capacity-factor 1 --moe-pad-expert-input-to-capacity",
+        "--ep-capacity-factor 1 --moe-pad-expert-input-to-capacity",
+        "--moe-permute-fusion",
+        "--moe-grouped-gemm",
+        "--moe-router-padding-for-quantization",
+        "--moe-router-padding-for-fp8",
+        "--moe-router-fusion",
+    ],
+)
+def test_what_is_about_the_inside_of_megatron_s_layer_changes_nothing(flags: str) -> None:
+    *others, flag = flags.split()
+    with_it, without = read(*flags.split()), read(*others)
+    assert isinstance(with_it, Accepted), with_it
+    assert isinstance(without, Accepted)
+    assert with_it.config == without.config
+    assert any(line.startswith(f"{flag}: ") for line in with_it.said)
+    assert not without.said
+
+
+def test_deepep_that_is_not_here_is_refused_with_a_way_out() -> None:
+    args = SimpleNamespace(
+        num_experts=4,
+        moe_token_dispatcher_type="flex",
+        moe_enable_deepep=False,
+        expert_model_parallel_size=2,
+        expert_tensor_parallel_size=1,
+    )
+    with (
+        patch.object(speed, "resolve", side_effect=BackendUnavailable("no")),
+        pytest.raises(ConfigError, match=r"^--moe-token-dispatcher-type flex \(deepep\) needs .*"),
+    ):
+        speed.take_speed(args, {})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "dispatcher", "overlap"),
+    [
+        ({"moe_token_dispatcher_type": "flex"}, "deepep", "auto"),
+        ({"moe_shared_expert_overlap": True, **dict.fromkeys(
+            ["moe_shared_expert_intermediate_size"], 8)}, "auto", "shared_expert"),
+    ],
+)  # fmt: skip
+def test_a_configuration_without_a_command_line_means_the_same(
+    theirs: dict[str, Any], dispatcher: str, overlap: str
+) -> None:
+    config, ours = SimpleNamespace(**theirs), EdgeSettings()
+    assert (speed.dispatcher(config, ours), speed.overlap(config, ours)) == (dispatcher, overlap)
+    own = EdgeSettings(dispatcher="alltoall", overlap="serial")
+    assert (speed.dispatcher(config, own), speed.overlap(config, own)) == ("alltoall", "serial")
+
+
+def test_a_run_says_each_once() -> None:
+    flags = (
+        *("--train-iters", "2", *MOE, "--expert-model-parallel-size", "2", *FLEX.split()),
+        *("--moe-flex-dispatcher-backend", "hybridep", *SHARED.split()),
+        *("--moe-shared-expert-overlap", "--moe-grouped-gemm", "--moe-router-force-load-balancing"),
+    )
+    done = launch(2, OURS, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in (
+        "--moe-token-dispatcher-type flex (hybridep): changes speed alone; tokens travel by "
+        "--ep-dispatcher auto",
+        "--moe-shared-expert-overlap: changes speed alone; layers run by --ep-overlap shared_exper",
+        "--moe-grouped-gemm: about the inside of Megatron's own MoE layer, without effect on ours",
+    ):
+        assert done.stdout.count(line) == 1, done.stdout[-3000:]
