@@ -30,6 +30,7 @@ LARGE = shlex.split(
     --expert-model-parallel-size 8 --use-distributed-optimizer --load checkpoints
     """
 )
+PYRAMID = ("--ep-experts-per-layer", "4*16,8*16")
 SEQUENCE_PARALLEL = "tp=2,ep=2,etp=1"
 
 
@@ -103,10 +104,8 @@ def test_each_planted_bug_is_found(
     [
         ([], []),
         (["--ep-preset", "qwen3-30b-a3b"], ["--moe-router-load-balancing-type global_aux_loss"]),
-        (
-            ["--ep-preset", "ds-350m-prmoe-32-64", "--mtp-num-layers", "3"],
-            ["--ep-drop-policy random"],
-        ),
+        (["--ep-preset", "ds-350m-prmoe-32-64"], ["--ep-drop-policy random"]),
+        (["--ep-preset", "mixtral-8x7b", *PYRAMID, "--mtp-num-layers", "3"], []),
     ],
 )
 def test_tiny_needs_no_flag_beside_it_and_what_differs_by_nature_is_named(
