@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from ep_plugin import cli
-from ep_plugin.commands import bench, doctor, parity, plan, report
+from ep_plugin.commands import bench, doctor, plan, report
 from ep_plugin.commands.bench import over_ranks
 from ep_plugin.commands.bench.contest import OURS, Contest
 from ep_plugin.commands.bench.figures import Row, make_row
 from ep_plugin.commands.bench.measure import Timing
 from ep_plugin.commands.bench.shapes import Shape
 from ep_plugin.commands.bench.which_flags import BACKENDS
+from ep_plugin.commands.parity import runs as parity_runs
 from ep_plugin.commands.parity.launch import Launcher
 from ep_plugin.commands.parity.layouts import Layout
 
@@ -198,7 +199,7 @@ def stub_parity(monkeypatch: pytest.MonkeyPatch, here: Here) -> None:
         return launcher.folder / name
 
     monkeypatch.setattr(Launcher, "run", run)
-    monkeypatch.setattr(parity, "compare_gradients", lambda one, other: [])
+    monkeypatch.setattr(parity_runs, "compare_gradients", lambda one, other: [])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 

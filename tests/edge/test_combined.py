@@ -71,7 +71,7 @@ def test_one_flag_of_ours_stands_for_megatron_s() -> None:
     args = parse("--num-experts", "4", COMBINED)
     assert overlap_schedule(args, settings_from_args(args)) == "two_batch"
     args = parse("--num-experts", "4")
-    assert overlap_schedule(args, settings_from_args(args)) == "serial"
+    assert overlap_schedule(args, settings_from_args(args)) == "auto"
 
 
 SHARED = ("--moe-shared-expert-intermediate-size", "32")
