@@ -147,12 +147,12 @@ def here(
     stub_parity(monkeypatch, found)
     monkeypatch.setattr(doctor, "examine", list)
     monkeypatch.setattr(
-        plan, "_draw", lambda rows, measured, args: Drawn(rows, measured).savefig(args.plot)
+        plan, "draw", lambda rows, measured, args: Drawn(rows, measured).savefig(args.plot)
     )
     summary = argparse.Namespace(measured=lambda folder: {})
     page = argparse.Namespace(make_page=lambda *content: repr(content))
     monkeypatch.setattr(report, "_load", lambda: (lambda folder: None, None, page, summary))
-    monkeypatch.setattr(report, "_draw", lambda *_: [])
+    monkeypatch.setattr(report, "_drawn", lambda *_: [])
     monkeypatch.setattr(report, "_readable", dict)
     return found
 
