@@ -5,6 +5,7 @@ import copy
 from math import lcm
 
 from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.moe.rules import said
 
 _VALUES = {  # flag -> argument, where it is set
     "--num-layers": "num_layers",
@@ -130,7 +131,7 @@ def padded_vocabulary(args: argparse.Namespace) -> int:
 def words_of(value: object) -> list[str]:
     """Return an argument as a command line has it; several balancing losses are several words."""
     if isinstance(value, tuple):
-        return [",".join(map(str, value))]
+        return [said(value)]
     if isinstance(value, list) and not all(isinstance(entry, int) for entry in value):
         return [str(entry) for entry in value]
     return [str(value).replace(" ", "")]

@@ -1,10 +1,12 @@
 """A whole model as flags, from the arguments in its checkpoint: what `flags.txt` holds."""
 
 import argparse
+import copy
 from typing import Any
 
 from ep_plugin.megatron.arguments.run_flags import printed_flags, run_flags, words_of
 from ep_plugin.megatron.arguments.table import TABLE, Argument
+from ep_plugin.megatron.arguments.theirs import several
 from ep_plugin.moe.rules import said
 
 _SWITCHES = {  # flag -> argument, given when the argument is true
@@ -56,6 +58,11 @@ def unsaid(args: argparse.Namespace) -> list[str]:
 
 def model_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags of a model with these arguments; data and optimizer are the user's."""
+    if getattr(args, "ep_further_losses", None):
+        # The run noted them with Megatron's flags too, which then have the main loss alone here.
+        args = copy.copy(args)
+        for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+            setattr(args, name, several(getattr(args, name))[0])
     flags = run_flags(args)
     flags += [flag for flag, name in _SWITCHES.items() if getattr(args, name, False)]
     flags += [word for flag in _DROPOUTS if flag not in flags for word in (flag, "0.0")]
