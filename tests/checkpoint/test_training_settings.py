@@ -22,7 +22,7 @@ from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.open import open_source
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.run_flags import run_flags
+from ep_plugin.megatron.arguments.spell_model import run_flags
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.settings import routing_config
 from ep_plugin.moe.router.topk import TopKRouter

@@ -17,7 +17,7 @@ from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, TensorInfo
 from ep_plugin.cli import main
-from ep_plugin.megatron.arguments.run_flags import padded_vocabulary
+from ep_plugin.megatron.arguments.spell_model import padded_vocabulary
 
 Said = Callable[..., str]
 WORDS = hf_models.VOCAB

@@ -18,7 +18,7 @@ from ep_plugin.checkpoint.adapt.hugging_face import arguments
 from ep_plugin.checkpoint.family import load
 from ep_plugin.checkpoint.formats import megatron_dist
 from ep_plugin.cli import main
-from ep_plugin.megatron.arguments.run_flags import run_flags
+from ep_plugin.megatron.arguments.spell_model import run_flags
 
 pytestmark = pytest.mark.megatron
 pytest.importorskip("megatron.training", reason="needs megatron-core with megatron.training")

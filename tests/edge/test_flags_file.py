@@ -86,7 +86,7 @@ def test_random_words_are_read_as_they_are_or_refused(tmp_path: Path) -> None:
 @pytest.mark.megatron
 def test_every_other_flag_of_megatron_s_is_refused_by_name(tmp_path: Path) -> None:
     """All flags of its parser, those that open files or load code among them."""
-    legal = flags_file.flags_of("model")
+    legal = flags_file.FLAGS["model"]
     actions = {flag: a for a in megatron_parser()._actions for flag in a.option_strings}
     assert legal.keys() <= actions.keys()
     dangerous = {"--load", "--save", "--data-path", "--spec", "--tokenizer-model", "--yaml-cfg"}
@@ -162,7 +162,7 @@ def test_megatron_reads_the_model_that_was_meant(case: str, tmp_path: Path) -> N
     """Every family: each setting that a flag of Megatron's has comes out of its parser again."""
     args = settings_of(case)
     words = spell_model.model_flags(args)
-    flags_file.write(tmp_path / "flags.txt", "finetune", words)
+    spell_model.write_flags(tmp_path, args, from_hf=False)
     assert flags_file.read(tmp_path / "flags.txt", "model") == ["schedule=finetune", *words]
     parser = megatron_parser()
     parsed, rest = parser.parse_known_args(words)
@@ -203,7 +203,7 @@ def test_what_megatron_itself_takes_from_a_checkpoint_is_said_or_refused() -> No
     }
     assert len(restored) > 40
     parser = megatron_parser()
-    said = {a.dest for a in parser._actions if {*a.option_strings} & {*spell_model.legal_flags()}}
+    said = {a.dest for a in parser._actions if {*a.option_strings} & {*spell_model.LEGAL}}
     assert restored <= said | {*spell_model.UNSAID} | RESTORED_BESIDE
 
 
@@ -242,7 +242,8 @@ def test_settings_of_one_s_own_run_go_along(
     found = " ".join(words)
     assert " ".join(flags) in found
     assert " ".join(flags) not in " ".join(plain)
-    flags_file.write(tmp_path / "flags.txt", "finetune", words)
+    spell_model.write_flags(tmp_path, own_model(**changes), from_hf=False)
+    assert flags_file.read(tmp_path / "flags.txt", "model") == ["schedule=finetune", *words]
     parsed = megatron_parser().parse_args(words)
     for name, value in changes.items():
         assert getattr(parsed, name) == value

@@ -243,7 +243,6 @@ LIGHT = (
     ".commands.recipes",
     ".megatron",
     ".megatron.arguments.flags_file",
-    ".megatron.arguments.run_flags",
     ".megatron.arguments.spell",
     ".megatron.arguments.spell_model",
     ".megatron.arguments.table",

@@ -18,9 +18,8 @@ import pytest
 from documents import BLOCKS, README, ROOT, Block, megatron_parser
 
 from ep_plugin.cli import build_parser
-from ep_plugin.megatron.arguments import flags_file
 from ep_plugin.megatron.arguments.spell import megatron_arguments
-from ep_plugin.megatron.arguments.spell_model import model_flags
+from ep_plugin.megatron.arguments.spell_model import write_flags
 from ep_plugin.presets import load
 
 FILES = [block for block in BLOCKS if block.mark.startswith("file ")]
@@ -152,7 +151,7 @@ def write_model(folder: Path) -> None:
     folder.mkdir(parents=True)
     words = megatron_arguments(load("qwen3-30b-a3b"))
     args = megatron_parser().parse_args([*words, "--padded-vocab-size", "151936"])
-    flags_file.write(folder / flags_file.NAME, "finetune", model_flags(args))
+    write_flags(folder, args, from_hf=False)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
 
 

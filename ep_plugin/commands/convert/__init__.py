@@ -10,11 +10,12 @@ from ep_plugin.checkpoint.adapt.upcycle import add_experts
 from ep_plugin.checkpoint.open import open_source
 from ep_plugin.checkpoint.staging import seal, staged
 from ep_plugin.checkpoint.target import aim, fit_family
+from ep_plugin.commands.convert import as_json
 from ep_plugin.commands.convert.compare import Differs, compare, load_compare
 from ep_plugin.commands.convert.flags import add_arguments as add_arguments
-from ep_plugin.commands.convert.flags_txt import write_flags
 from ep_plugin.commands.convert.request import read_request
 from ep_plugin.commands.convert.say import check_manifest, say_plan, say_summary
+from ep_plugin.megatron.arguments.spell_model import write_flags
 
 EXAMPLES = r"""examples:
   ep-plugin convert --from runs/dense --to runs/moe --num-experts 8 --topk 2
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     model = fit_family(model, dense, request.format, request.family)
     target = aim(model, request.format, request.implementation)
     if request.dry_run:
-        return say_plan(request, target)
+        return (as_json.print_plan if request.json else say_plan)(request, target)
     comparison = load_compare(request, target) if request.compare else None
     try:
         with staged(request.target, dense.folder, request.asked, target.num_bytes) as staging:
@@ -79,9 +80,11 @@ def run(args: argparse.Namespace) -> int:
                     processes=request.processes,
                 )
             report = compare(comparison, request, target, staging.folder) if comparison else None
-            write_flags(request, target, staging.folder)
+            if request.format == "megatron":
+                from_hf = target.model.family is not None
+                write_flags(staging.folder, target.args, from_hf)
             seal(staging.folder, hashes, target.content, request.manifest)
     except Differs as error:
         print(f"ep-plugin convert: {error}", file=sys.stderr)
         return 1
-    return say_summary(request, target, report)
+    return (as_json.print_summary if request.json else say_summary)(request, target, report)

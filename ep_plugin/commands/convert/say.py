@@ -1,23 +1,31 @@
-"""What a conversion prints: names and sizes before, the comparison and what to do next after."""
+"""What a conversion prints: names and sizes before, what was made and what to do next after.
 
-import json
+`as_json.py` says the same as JSON.
+"""
+
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.open import is_hf, safetensors
 from ep_plugin.checkpoint.staging import manifest_problems
 from ep_plugin.checkpoint.target import Target
-from ep_plugin.commands.convert.beside import tokenizer
 from ep_plugin.commands.convert.compare import need
-from ep_plugin.commands.convert.flags_txt import why_not
 from ep_plugin.commands.convert.request import Request
-from ep_plugin.megatron.arguments.run_flags import experts_flags, padded_vocabulary, run_flags
+from ep_plugin.megatron.arguments.spell_model import (
+    BESIDE_DENSE,
+    padded_vocabulary,
+    run_flags,
+    unsaid,
+    where_other,
+)
 
 BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, hashed, written
+_GENERATION = "generation_config.json"
+_FILES = f"its tokenizer (tokenizer.json, tokenizer_config.json and the like) and {_GENERATION}"
+_FLAGS = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model"
 
 
 def check_manifest(folder: Path) -> int:
@@ -32,23 +40,8 @@ def check_manifest(folder: Path) -> int:
 
 def say_plan(request: Request, target: Target) -> int:
     """Print every name and size, and about how long writing takes; returns exit code 0."""
-    seconds = target.num_bytes / BYTES_PER_SECOND / request.processes
+    seconds = seconds_of(request, target)
     comparison = need(request, target)
-    if request.json:
-        sizes = {
-            t.name: {"shape": t.info.shape, "num_bytes": t.info.num_bytes} for t in target.tensors
-        }
-        found = {
-            "names": target.name_map,
-            "tensors": sizes,
-            "num_bytes": target.num_bytes,
-            "seconds": seconds,
-            "deviations": list(target.model.deviations),
-            "settings": request.asked,
-            "comparison": None if comparison is None else asdict(comparison),
-        }
-        print(json.dumps(found))
-        return 0
     for name, value in request.asked.items():
         print(f"{name.removeprefix('--')}: {value}")
     for old, name in target.name_map:
@@ -67,88 +60,43 @@ def say_plan(request: Request, target: Target) -> int:
     return 0
 
 
-def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
-    """Print what was made and how to go on; returns exit code 0."""
-    if request.json:
-        print(json.dumps(_summary(request, target, report)))
-    else:
-        _print(request, target, report)
-    return 0
+def seconds_of(request: Request, target: Target) -> float:
+    """Return about how long writing takes."""
+    return target.num_bytes / BYTES_PER_SECOND / request.processes
 
 
-def _summary(request: Request, target: Target, report: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what was made, as one JSON object; None where a setting has no meaning."""
-    num_experts = getattr(target.model.args, "num_experts", None)
-    model, settings, made = target.model, request.settings, target.model.upcycled
-    return {
-        "checkpoint": str(request.target),
-        "format": request.format,
-        "iteration_folder": target.iteration,
-        "family": _family(target),
-        "left_out": list(model.left_out),
-        "mode": settings.mode if settings else None,
-        "granularity": settings.granularity if settings else None,
-        "router_init": settings.router_init if settings else None,
-        "shared_expert": settings.shared_expert if settings else None,
-        "num_experts": num_experts,
-        "topk": getattr(model.args, "moe_router_topk", None) if num_experts else None,
-        "moe_layers": _moe_layers(target),
-        "num_layers": model.args.num_layers,
-        "num_tensors": len(target.tensors),
-        "num_bytes": target.num_bytes,
-        "ep": settings.ep if settings else None,
-        "optimizer": _resumes(target),
-        "dropped_entries": made.dropped if made else 0,
-        "seed": request.seed,
-        "deviations": list(model.deviations),
-        "vocab_size": getattr(model.args, "ep_vocab_size", None),
-        "cut_rows": model.cut_rows,
-        "training": _training(request, target),
-        "tokenizer": tokenizer(request, target),
-        "parity": report,
-        "megatron_flags": _flags(request, target),
-    }
-
-
-def _moe_layers(target: Target) -> list[int]:
-    return [layer for layer, is_moe in enumerate(pattern(target.model.args)) if is_moe]
-
-
-def _family(target: Target) -> str | None:
+def family_of(target: Target) -> str | None:
+    """Return the Hugging Face family that the result is of, if any."""
     return target.model.family.model_type if target.model.family else None
 
 
-def _training(request: Request, target: Target) -> list[str]:
+def training_notes(request: Request, target: Target) -> list[str]:
     """Return what training with the settings of source and result differs in."""
     family, exported = target.model.family, request.format == "hf"
     return family.training_notes(target.args, exported) if family else []
 
 
-def _flags(request: Request, target: Target) -> list[str]:
-    """Return the flags of summaries: where names stay, with those that load the checkpoint."""
-    flags = _model_flags(request, target)
-    return [*_load(request, target), *flags] if request.moments_go_along else flags
-
-
-def _model_flags(request: Request, target: Target) -> list[str]:
+def printed_flags(request: Request, target: Target) -> list[str]:
     """Return the flags of the model; where names stay, those beside a dense run's own."""
     model = target.model
     names_stay = model.upcycled is not None and model.spelling == "stored"
     beside = names_stay and request.format != "hf"
-    return experts_flags(target.args) if beside else run_flags(target.args)
+    return where_other(target.args, BESIDE_DENSE) if beside else run_flags(target.args)
 
 
-def _load(request: Request, target: Target) -> list[str]:
-    return ["--load", str(request.target), *([] if _resumes(target) else ["--finetune"])]
+def load_flags(request: Request, target: Target) -> list[str]:
+    """Return the flags that load the result."""
+    return ["--load", str(request.target), *([] if resumes(target) else ["--finetune"])]
 
 
-def _resumes(target: Target) -> bool:
+def resumes(target: Target) -> bool:
     """Whether the optimizer goes on."""
     return target.model.upcycled is not None and target.model.upcycled.optimizer
 
 
-def _print(request: Request, target: Target, report: dict[str, Any] | None) -> None:
-    kind = ", ".join(filter(None, (request.format, _family(target))))
+def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
+    """Print what was made and how to go on; returns exit code 0."""
+    kind = ", ".join(filter(None, (request.format, family_of(target))))
     size = f"{len(target.tensors)} tensors, {target.num_bytes / 2**20:.1f} MiB"
     print(f"wrote {request.target} ({kind}): {size}")
     settings, made = request.settings, target.model.upcycled
@@ -165,7 +113,7 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
         print(line)
     if (beside := tokenizer(request, target)) is not None:
         print(beside)
-    for difference in _training(request, target):
+    for difference in training_notes(request, target):
         print(f"in training: {difference}")
     if report is None:
         print("source and result were not compared (--skip-parity)")
@@ -174,6 +122,7 @@ def _print(request: Request, target: Target, report: dict[str, Any] | None) -> N
     if request.format == "megatron":
         _print_next(request, target)
         _print_recipe(request, target)
+    return 0
 
 
 def _vocabulary(request: Request, target: Target) -> Iterator[str]:
@@ -202,8 +151,29 @@ def _vocabulary(request: Request, target: Target) -> Iterator[str]:
         )
 
 
-def _optimizer(resumes: bool, dropped: int) -> str:
-    if resumes:
+def tokenizer(request: Request, target: Target) -> str | None:
+    """Return what became of these files, or what the user has to do; None where there are none."""
+    source = target.model.folder
+    found = [str(path) for path in safetensors().files_beside(source)] if is_hf(source) else []
+    has_one = any(name != _GENERATION for name in found)
+    if request.format == "hf":
+        said = [f"copied beside the weights: {', '.join(found)}"] if found else []
+        if not has_one:
+            known = getattr(target.model.args, "tokenizer_model", None)
+            whence = f"; the run had --tokenizer-model {known}" if known else ""
+            said.append(
+                f"{source} has no tokenizer{whence}; copy {_FILES} from the model that it began "
+                f"with into {request.target}"
+            )
+        return "; ".join(said)
+    if has_one:
+        folder = shlex.quote(str(source))
+        return f"the tokenizer stays where it is; a run finds it with {_FLAGS} {folder}"
+    return f"{source} has no tokenizer, and a run needs one" if is_hf(source) else None
+
+
+def _optimizer(goes_on: bool, dropped: int) -> str:
+    if goes_on:
         return (
             f"left out: random-number and rerun state ({dropped} entries); the optimizer goes on: "
             "moments copied to each expert, zero for routers"
@@ -215,8 +185,9 @@ def _optimizer(resumes: bool, dropped: int) -> str:
 
 
 def _print_recipe(request: Request, target: Target) -> None:
-    if reason := why_not(request, target):
-        print(f"no flags.txt, so recipes/run.sh cannot run it: {reason}")
+    if names := unsaid(target.args):
+        missing = ", ".join(names)
+        print(f"no flags.txt, so recipes/run.sh cannot run it: it cannot say {missing}")
         return
     folder = str(request.target)
     words = shlex.join([f"MODEL={folder if '/' in folder else f'./{folder}'}"])
@@ -226,7 +197,7 @@ def _print_recipe(request: Request, target: Target) -> None:
 
 def _print_next(request: Request, target: Target) -> None:
     settings, made = request.settings, target.model.upcycled
-    flags = shlex.join([*_load(request, target), *_model_flags(request, target)])
+    flags = shlex.join([*load_flags(request, target), *printed_flags(request, target)])
     if settings is None or made is None or not request.moments_go_along:
         print("continue with your flags for data and optimizer, and:")
         print(f"  {flags}")

@@ -24,11 +24,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.spell_model import legal_flags
+from ep_plugin.megatron.arguments.spell_model import FIRST, LEGAL
 from ep_plugin.megatron.arguments.table import KINDS, automatic
 from ep_plugin.registry import available
 
-NAME = "flags.txt"
 MAX_BYTES = 1 << 16
 # Named on the first line. published: of a model of recipes/models, which such a folder is not.
 SCHEDULES = {"model": ("finetune", "own"), "schedule": ("published", "finetune", "own")}
@@ -43,19 +42,8 @@ _NUMBER = r"-?\d+(\.\d*)?(e[+-]?\d+)?|-?\.\d+(e[+-]?\d+)?"
 _LIST = r"-?\d+(,-?\d+)+|\[\d+(,\d+)*\]|\d+(\*\d+)?(,\d+(\*\d+)?)*"
 _PAIR = rf"[a-z_]+:({_NUMBER})"
 _VALUE = re.compile(rf"{_NUMBER}|{_LIST}|{_PAIR}(,{_PAIR})*|[A-Za-z][A-Za-z0-9_-]*", re.ASCII)
-_FIRST = "schedule="
-
-
-def flags_of(kind: str) -> Mapping[str, bool]:
-    """Return each flag that a file of this kind may have -> whether a value follows it."""
-    return legal_flags() if kind == "model" else dict.fromkeys(SCHEDULE_FLAGS, True)
-
-
-def write(path: Path, schedule: str, words: Sequence[str]) -> None:
-    """Write the file; raises ConfigError for words that `read` would refuse."""
-    lines = [_FIRST + schedule, *words]
-    check(lines, "model", path)
-    path.write_text("".join(f"{line}\n" for line in lines))
+# Each flag that a file of a kind may have -> whether a value follows it.
+FLAGS = {"model": LEGAL, "schedule": dict.fromkeys(SCHEDULE_FLAGS, True)}
 
 
 def read(path: Path, kind: str) -> list[str]:
@@ -71,13 +59,13 @@ def read(path: Path, kind: str) -> list[str]:
 def check(lines: Sequence[str], kind: str, path: Path) -> None:
     """Raise ConfigError unless the lines are as this module's docstring says."""
     names = SCHEDULES[kind]
-    if lines[0] not in [_FIRST + name for name in names]:
-        legal = " or ".join(_FIRST + name for name in names)
+    if lines[0] not in [FIRST + name for name in names]:
+        legal = " or ".join(FIRST + name for name in names)
         raise ConfigError(
             f"the first line of {path} must be {legal}; got {_shown(lines[0])}; use "
-            f"{_FIRST}{names[0]}"
+            f"{FIRST}{names[0]}"
         )
-    takes_value, seen, flag = flags_of(kind), set[str](), ""
+    takes_value, seen, flag = FLAGS[kind], set[str](), ""
     for number, (word, following) in enumerate(pairwise([*lines[1:], "--"]), start=2):
         where = f"line {number} of {path}"
         if word.startswith("--"):

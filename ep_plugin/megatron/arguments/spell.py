@@ -1,4 +1,4 @@
-"""The settings of a preset as flags; `run_flags.py` has those of a run."""
+"""The settings of a preset as flags; `spell_model.py` has those of a checkpoint's model."""
 
 from dataclasses import fields
 from itertools import groupby
