@@ -1,6 +1,7 @@
 """What `ep-plugin parity` makes of a run's flags: comparable, small, and legal at every layout."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,10 @@ ASIDE = {  # flags -> what they become at dp=2, and at tp=2
         "--ep-further-losses micro_batch:1 --ep-aux-loss-scope sequence",
         None,
     ),
+    "--ep-further-losses micro_batch:1,sequence:2 --ep-aux-loss-scope global": (
+        "--ep-further-losses sequence:2 --ep-aux-loss-scope micro_batch",
+        None,
+    ),
     "--dataloader-type cyclic": ("--dataloader-type single", None),
     "--ep-second-expert random": ("--ep-second-expert threshold",) * 2,
     "--optimizer muon": (None, "--optimizer muon --muon-tp-mode duplicated"),
@@ -155,6 +160,7 @@ ASIDE = {  # flags -> what they become at dp=2, and at tp=2
         "--seq-length 32 --ep-capacity-factor 1 --ep-group-tokens 16",
     ),
     "--seq-length 32 --ep-capacity-factor 1 --ep-group-tokens 8": (None, None),
+    "--seq-length long --ep-capacity-factor 1": (None, None),
 }
 
 
@@ -167,6 +173,16 @@ def test_what_differs_by_nature_is_set_aside_where_it_differs(
     left, aside = set_aside(given.split(), [ONE_RANK, parse(layout)])
     assert sorted(left) == sorted((given if expected is None else expected).split())
     assert bool(aside) == (expected is not None)
+
+
+@pytest.mark.parametrize("name", ["ep_plugin", "ep_plugin.run"])
+def test_what_a_run_refuses_is_a_wrong_setting_whoever_says_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done = subprocess.CompletedProcess([], 1, "", f"a warning\n{name}: error: no x; use y\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(ConfigError, match=r"^one rank: no x; use y$"):
+        Launcher("script.py", [], tmp_path, "cpu").run(ONE_RANK, "run0")
 
 
 def test_a_layout_that_does_not_finish_leaves_the_others(

@@ -115,7 +115,7 @@ def test_many_layers_experts_and_odd_values(tmp_path: Path) -> None:
         (lambda p: p.write_text("hello\n"), "has no line of an iteration of Megatron's; use a"),
         (lambda p: p.write_bytes(b"\0" * 99), "has no line of an iteration of Megatron's; use a"),
         (lambda p: [log_run(p / name, 5, 0) for name in "ab"], "holds several runs ("),
-        (lambda p: [write_log(p / f"{name}.log") for name in "ab"], "has none; use what"),
+        (lambda p: [write_log(p / f"{name}.log") for name in "ab"], "holds several logs ("),
     ],
     ids=["empty", "text", "binary", "two runs", "two logs"],
 )

@@ -1,6 +1,7 @@
 """Conversion against Megatron itself: a dense checkpoint it saved, models it builds, a loop it
 runs."""
 
+import argparse
 import json
 import os
 import re
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from flag_values import CASES, PLAIN, given, parser
 from loop import SCRIPT
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.gpt import moe_module_specs as specs
+from megatron.training import arguments as megatron_arguments
 from spawn import run_ranks
 from torch import Tensor
 from warm import run_script
@@ -23,9 +26,11 @@ from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Region, Source, TensorInfo
 from ep_plugin.cli import main
+from ep_plugin.megatron.arguments.checks import settings_from_args
+from ep_plugin.megatron.arguments.table import BY_NAME
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
-from ep_plugin.megatron.settings import EdgeSettings
+from ep_plugin.megatron.settings import EdgeSettings, moe_config
 from ep_plugin.megatron.workers import model_run
 
 pytestmark = pytest.mark.megatron
@@ -329,3 +334,21 @@ def test_resumes_with_the_optimizer(
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
     assert float((ours - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max())
+
+
+def test_how_a_run_sent_and_multiplied_is_nothing_to_the_model_in_its_checkpoint() -> None:
+    """Whatever a run had of these flags, ours and Megatron's, one plain rank is built the same."""
+    groups = ("dispatch", "overlap", "fp8")
+    ours = [given(name, value) for name, value in CASES if BY_NAME[name].group in groups]
+    theirs = [
+        ["--moe-token-dispatcher-type", "flex", "--moe-enable-deepep"],
+        ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "hybridep"],
+    ]
+    assert len(ours) > 10
+    built = []
+    for flags in ([], *ours, *theirs):
+        args = parser().parse_args([*PLAIN, *flags])
+        plain = argparse.Namespace(**(vars(args) | model_run._PLAIN))
+        config = megatron_arguments.core_transformer_config_from_args(plain)
+        built.append(moe_config(config, settings_from_args(plain), 1))
+    assert len({*built}) == 1

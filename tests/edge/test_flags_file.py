@@ -18,8 +18,9 @@ from ep_plugin.checkpoint import family
 from ep_plugin.checkpoint.adapt.hugging_face import arguments
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import flags_file, spell_model
+from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.arguments.spell import megatron_arguments
-from ep_plugin.megatron.arguments.table import TABLE
+from ep_plugin.megatron.arguments.table import SCOPES, TABLE
 from ep_plugin.presets import load as load_preset
 from ep_plugin.registry import available
 
@@ -206,6 +207,9 @@ def test_what_megatron_itself_takes_from_a_checkpoint_is_said_or_refused() -> No
     assert restored <= said | {*spell_model.UNSAID} | RESTORED_BESIDE
 
 
+FURTHER = (("sequence", 0.25), ("global", 1e-5))
+
+
 def own_model(**changes: Any) -> argparse.Namespace:
     """Return the arguments that a run of Megatron's would save, with some changed."""
     words = megatron_arguments(load_preset("qwen3-nano"))
@@ -227,6 +231,7 @@ def own_model(**changes: Any) -> argparse.Namespace:
         (["--moe-z-loss-coeff", "0.001"], {"moe_z_loss_coeff": 0.001}),
         (["--ep-router", "expert_choice"], {"ep_router": "expert_choice"}),
         (["--no-rope-freq", "[0,1,0,1]"], {"no_rope_freq": [0, 1, 0, 1]}),
+        (["--ep-further-losses", "sequence:0.25,global:1e-05"], {"ep_further_losses": FURTHER}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -242,6 +247,25 @@ def test_settings_of_one_s_own_run_go_along(
     parsed = megatron_parser().parse_args(words)
     for name, value in changes.items():
         assert getattr(parsed, name) == value
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global"])
+def test_several_balancing_losses_are_the_same_run_again(scope: str) -> None:
+    """A run writes them into arguments of Megatron's, which are saved, and takes them back."""
+    further = ",".join(f"{name}:0.25" for name in SCOPES if name not in (scope, "group"))
+    typed = ["--ep-aux-loss-scope", scope, "--ep-further-losses", further]
+    typed += ["--moe-router-load-balancing-type", "aux_loss"]  # not the preset's
+    words = [*megatron_arguments(load_preset("qwen3-nano")), *typed]
+    runs = []
+    for _ in range(2):
+        args = megatron_parser().parse_args(words)
+        routing = {"aux_loss_scope": "micro_batch", **settings_from_args(args).routing}
+        runs.append((routing, args.moe_router_load_balancing_type, args.moe_aux_loss_coeff))
+        args.padded_vocab_size = 256
+        words = spell_model.model_flags(args)
+    assert runs[0] == runs[1]
+    assert len(runs[0][1]) == len(runs[0][2]) == 3
 
 
 @pytest.mark.megatron

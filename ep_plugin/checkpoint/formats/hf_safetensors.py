@@ -123,16 +123,7 @@ def write_folder(
 # Files of tokenizers, by every name that transformers and the models' own code give them.
 _BESIDE = (
     *("tokenizer*", "tokenization*.py", "special_tokens*", "added_tokens*", "vocab*", "merges*"),
-    *(
-        "*.model",
-        "*.tiktoken",
-        "tiktoken*",
-        "tekken*.json",
-        "spm*",
-        "*.spm",
-        "dict.txt",
-        "*vocab*.json",
-    ),
+    *("*.model", "*.tiktoken", "tiktoken*", "tekken*.json", "spm*", "*.spm", "*vocab*.json"),
     *("*.jinja", "chat_template*", "additional_chat_templates/*", "normalizer.json"),
     *("dict.txt", "byte_maps.json", "emoji.json", "word_shape.json", "word_pronunciation.json"),
     *("bpe.codes", "*.tokenizer", "generation_config.json"),

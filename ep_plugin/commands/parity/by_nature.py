@@ -127,14 +127,18 @@ def _own_loss(arguments: list[str], layouts: Sequence[Layout]) -> tuple[list[str
     found = []
     further = [part for part in (value(arguments, FURTHER) or "").split(",") if part]
     left = [part for part in further if not part.startswith("global:")]
+    scope = None
+    if value(arguments, SCOPE) == "global":
+        taken = [part.partition(":")[0] for part in left]
+        scope = next((s for s in ("micro_batch", "sequence") if s not in taken), None)
+        if scope is None:  # one of the further losses takes its place
+            scope, left = taken[0], left[1:]
     if len(left) < len(further):
         arguments, _ = without(arguments, (FURTHER,))
         arguments = [*arguments, *((FURTHER, ",".join(left)) if left else ())]
         instead = f"with {FURTHER} {','.join(left)}" if left else "without it"
         found.append(SetAside(f"{FURTHER} {','.join(further)}", instead, _STEP))
-    if value(arguments, SCOPE) == "global":
-        taken = [part.partition(":")[0] for part in left]
-        scope = next(s for s in ("micro_batch", "sequence", "group") if s not in taken)
+    if scope is not None:
         arguments, _ = without(arguments, (SCOPE,))
         arguments = [*arguments, SCOPE, scope]
         found.append(SetAside(f"{SCOPE} global", f"with {SCOPE} {scope}", _STEP))
@@ -162,6 +166,8 @@ def _capacity(arguments: list[str], layouts: Sequence[Layout]) -> tuple[list[str
     losses = value(arguments, SCOPE) == "group" or "group:" in (value(arguments, FURTHER) or "")
     counted = losses or any(value(arguments, flag) is not None for flag in CAPACITY)
     length, tokens = value(arguments, SEQUENCE), value(arguments, GROUP_TOKENS)
+    if not all(number is None or number.isdecimal() for number in (length, tokens)):
+        return arguments, []  # which the run refuses in its own words
     if not counted or length is None or not any(_over_tokens(x.parallel) for x in layouts):
         return arguments, []
     part = int(length)

@@ -1,6 +1,7 @@
 """Running the user's script at a layout, in processes of its own."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from ep_plugin.commands.parity.layouts import Layout
 from ep_plugin.errors import ConfigError
 
-ERROR = "ep_plugin: error: "  # how a refused run begins its one sentence
+ERROR = re.compile(r"ep_plugin(?:\.run)?: error: ")  # how a refused run begins its one sentence
 AGENT = "torch/distributed/elastic/multiprocessing/api.py"
 TAIL = 30  # lines of a failed run that are shown
 
@@ -55,9 +56,9 @@ class Launcher:
                 "use a script that calls pretrain()"
             )
         lines = done.stderr.splitlines()
-        refused = next((line for line in lines if line.startswith(ERROR)), None)
+        refused = next((line for line in lines if ERROR.match(line)), None)
         if refused is not None:
-            raise ConfigError(f"{layout.name}: {refused.removeprefix(ERROR)}")
+            raise ConfigError(f"{layout.name}: {ERROR.sub('', refused, count=1)}")
         ends = (i for i, line in enumerate(lines) if AGENT in line)  # torchrun's own report
         shown = "\n".join(lines[: next(ends, None)][-TAIL:])
         raise RunFailed(f"{layout.name}: {self.script} did not finish; it ended with\n{shown}")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def table(rows: list[Forecast]) -> str:
+    """Return a line for each row."""
     lines = [
         f"{'ep':>4} {'sent':13} {'NVLink MiB':>11} {'rail MiB':>9} {'exchange ms':>12} "
         f"{'hidden':>7} {'step ms':>8}"
@@ -24,6 +25,7 @@ def table(rows: list[Forecast]) -> str:
 
 
 def draw(rows: list[Forecast], measured: list["Measured"], args: argparse.Namespace) -> None:
+    """Write the picture, with what was `measured`; raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -36,7 +36,7 @@ def find(paths: Sequence[Path]) -> Found:
 
     A checkpoint names the TensorBoard folder of its run, which is taken where there is no other.
     """
-    found, checkpoints = Found(), []
+    found, checkpoints, several = Found(), [], list[Path]()
     for path in paths:
         if not path.exists():
             raise ConfigError(
@@ -51,7 +51,8 @@ def find(paths: Sequence[Path]) -> Found:
         checkpoints += [file.parent for file in files if file.name == TRACKER]
         logs = [file for file in files if file.suffix in LOGS and has_iterations(file)]
         if len(logs) > 1:
-            names = ", ".join(str(log) for log in sorted(logs)[:5])
+            several += sorted(logs)
+            names = ", ".join(map(str, several[:5]))
             found.missing.append(f"logs: several are there ({names}), none was read; name one")
         else:
             found.logs += logs
@@ -63,6 +64,9 @@ def find(paths: Sequence[Path]) -> Found:
     if len(found.events) > 1:
         names = ", ".join(str(folder) for folder in found.events[:5])
         raise ConfigError(f"--run holds several runs ({names}); use --run {found.events[0]}")
+    if several and not found.events and not found.logs:
+        names = ", ".join(map(str, several[:5]))
+        raise ConfigError(f"--run holds several logs ({names}); use --run {several[0]}")
     if not found.events and not found.logs:
         given = " ".join(map(str, paths))
         raise ConfigError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ep_plugin.checkpoint.formats.megatron_dist import open_stored
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.resume import experts_apart, size
 from ep_plugin.megatron.seams import touchpoints
 from ep_plugin.megatron.seams.matrices import PACKAGE, package_version
 
@@ -60,7 +61,7 @@ def _check_layer_wise(named: str, args: Any) -> None:
     """Raise ConfigError for what Megatron's layer-wise optimizer trips over while it is built."""
     if not args.bf16:
         raise ConfigError(f"{named} trains in bf16 alone; use --bf16")
-    if args.add_bias_linear and _has_own_groups(args) and args.use_layer_wise_param_layout:
+    if args.add_bias_linear and experts_apart(args) and args.use_layer_wise_param_layout:
         raise ConfigError(
             f"{named} has no place for the experts' biases, which are no matrices; use "
             "--disable-bias-linear, or --no-use-layer-wise-param-layout"
@@ -90,13 +91,12 @@ def _check_state(args: Any) -> None:
             f"{folder} was saved with {theirs}, and this run has {ours}, whose state is another; "
             f"use {theirs}, or --no-load-optim"
         )
-    if _has_own_groups(saved) != _has_own_groups(args):
-        apart = "apart from" if _has_own_groups(saved) else "with"
-        etp = saved.expert_tensor_parallel_size or saved.tensor_model_parallel_size
+    if experts_apart(saved) != experts_apart(args):
+        apart = "apart from" if experts_apart(saved) else "with"
         raise ConfigError(
             f"{folder} holds the state of experts that were stepped {apart} the rest, unlike in "
-            f"this run; use --expert-model-parallel-size {saved.expert_model_parallel_size} "
-            f"--expert-tensor-parallel-size {etp}, or --no-load-optim"
+            f"this run; use --expert-model-parallel-size {size(saved, 'ep')} "
+            f"--expert-tensor-parallel-size {size(saved, 'etp')}, or --no-load-optim"
         )
 
 
@@ -106,13 +106,6 @@ def _kind(args: Any) -> str:
         args, "use_layer_wise_distributed_optimizer", False
     )
     return f"--optimizer {args.optimizer}" + " --use-distributed-optimizer" * bool(distributed)
-
-
-def _has_own_groups(args: Any) -> bool:
-    """Whether experts are averaged over other ranks than the rest."""
-    tp = args.tensor_model_parallel_size
-    own_etp = (args.expert_tensor_parallel_size or tp) != tp
-    return bool(args.expert_model_parallel_size > 1 or own_etp)
 
 
 def _dotted(version: tuple[int, int]) -> str:

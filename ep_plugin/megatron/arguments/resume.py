@@ -151,13 +151,13 @@ def _check_optimizer(args: Any, folder: Path, saved: Any, common: dict[str, Any]
             f"{folder} was saved {said} --use-distributed-optimizer, whose state is kept "
             f"otherwise; {way} --use-distributed-optimizer, or use --no-load-optim"
         )
-    two = _two_optimizers(args)
+    two = experts_apart(args)
     if not distributed and args.num_experts and two != (len(parts) > 1):
-        ep, tp = _size(saved, "ep"), args.tensor_model_parallel_size
+        ep, tp = size(saved, "ep"), args.tensor_model_parallel_size
         way = "--expert-model-parallel-size 1" if two else f"--expert-model-parallel-size {ep}"
-        if two and _size(args, "etp") != tp:
+        if two and size(args, "etp") != tp:
             way += f" --expert-tensor-parallel-size {tp}"
-        if not two and not _two_optimizers(saved):  # a conversion, which has no layout
+        if not two and not experts_apart(saved):  # a conversion, which has no layout
             way = f"--expert-model-parallel-size {args.num_experts}"
         raise ConfigError(
             f"{folder} holds the state of {'one optimizer' if two else 'two optimizers'}, and this "
@@ -166,9 +166,12 @@ def _check_optimizer(args: Any, folder: Path, saved: Any, common: dict[str, Any]
         )
 
 
-def _two_optimizers(args: Any) -> bool:
-    """Whether experts are averaged over other ranks than the rest, in an optimizer of their own."""
-    return _size(args, "ep") > 1 or _size(args, "etp") != _size(args, "tp")
+def experts_apart(args: Any) -> bool:
+    """Whether experts are averaged over other ranks than the rest, in groups of their own.
+
+    Arguments of a conversion have no layout, and count as one rank's.
+    """
+    return size(args, "ep") > 1 or size(args, "etp") != size(args, "tp")
 
 
 def _check_buckets(args: Any, folder: Path, saved: Any, common: dict[str, Any]) -> None:
@@ -178,7 +181,7 @@ def _check_buckets(args: Any, folder: Path, saved: Any, common: dict[str, Any]) 
         return
     if metadata.get("distrib_optim_sharding_type") != BY_BUCKET:
         return
-    theirs, ours = ({n: _size(a, n) for n in SIZES} for a in (saved, args))
+    theirs, ours = ({n: size(a, n) for n in SIZES} for a in (saved, args))
     if theirs != ours:
         at, wanted = (", ".join(f"{n}={s}" for n, s in sizes.items()) for sizes in (theirs, ours))
         raise ConfigError(
@@ -235,8 +238,9 @@ def _schedule(args: Any) -> dict[str, tuple[str, Any]]:
     }
 
 
-def _size(args: Any, name: str) -> int:
-    size = getattr(args, SIZES[name], None)
-    if size is None:  # as tensor parallelism, Megatron's default
-        return _size(args, "tp") if name == "etp" else 1
-    return int(size)
+def size(args: Any, name: str) -> int:
+    """Return a degree of SIZES; etp is as tp where it is not set, Megatron's default."""
+    degree = getattr(args, SIZES[name], None)
+    if degree is None:
+        return size(args, "tp") if name == "etp" else 1
+    return int(degree)

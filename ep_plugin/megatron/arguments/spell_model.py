@@ -12,6 +12,7 @@ from typing import Any
 
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.megatron.arguments.table import TABLE
+from ep_plugin.megatron.arguments.theirs import several
 from ep_plugin.moe.rules import said
 
 NAME = "flags.txt"
@@ -185,6 +186,11 @@ def unsaid(args: argparse.Namespace) -> list[str]:
 
 def model_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags of a whole model, for a run that is told nothing else of it."""
+    if getattr(args, "ep_further_losses", None):
+        # The run noted them with Megatron's flags too, which then have the main loss alone here.
+        args = copy.copy(args)
+        for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+            setattr(args, name, several(getattr(args, name))[0])
     flags = run_flags(args)
     flags += [flag for flag, name in _MORE_SWITCHES.items() if getattr(args, name, False)]
     flags += [word for flag in _DROPOUTS if flag not in flags for word in (flag, "0.0")]
@@ -241,10 +247,8 @@ def padded_vocabulary(args: argparse.Namespace) -> int:
 
 def words_of(value: object) -> list[str]:
     """Return an argument as a command line has it; several balancing losses are several words."""
-    if isinstance(value, bool):
+    if isinstance(value, bool | tuple):
         return [said(value)]
-    if isinstance(value, tuple):
-        return [",".join(map(str, value))]
     if isinstance(value, list) and not all(isinstance(entry, int) for entry in value):
         return [str(entry) for entry in value]
     return [str(value).replace(" ", "")]

@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import HashStore
 
 from ep_plugin.checkpoint.names import norms
 from ep_plugin.megatron.arguments.checks import settings_from_args
+from ep_plugin.megatron.arguments.table import TABLE
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.cpu.latent_attention import use_local_latent_attention
 from ep_plugin.megatron.seams.install import install, uninstall
@@ -82,13 +83,11 @@ _PLAIN: dict[str, Any] = {
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
     "moe_token_dispatcher_type": "alltoall",
-    "ep_dispatcher": "auto",
+    "moe_enable_deepep": False,
+    "moe_flex_dispatcher_backend": "deepep",
     "ep_gemm": "auto",
-    "ep_overlap": "serial",
-    "ep_overlap_chunks": None,
-    "ep_dispatch_dtype": None,
-    "ep_fp8": None,
     "ep_save": None,
+    **{row.dest: row.default for row in TABLE if row.group in ("dispatch", "overlap", "fp8")},
 }
 
 
