@@ -25,7 +25,7 @@ FLAGS = {
         "--granularity --json --layers --mode --noise-std --num-experts --parity-tolerance "
         "--pre-softmax --preset --processes --prompts --router-init --scaling-factor "
         "--score-function --seed --shared-expert --skip-parity --to --topk --transformer-impl "
-        "--verify"
+        "--verify --vocab-size"
     ),
     "doctor": "--json --verbose",
     "parity": (

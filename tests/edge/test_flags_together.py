@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 from command_line import Accepted, read
 from flag_values import given, parser, values
+from loop import NEWEST
 
 from ep_plugin.megatron.arguments.table import TABLE, Argument
 from ep_plugin.megatron.arguments.together import OF_DENSE_BLOCKS
 from ep_plugin.presets import load, presets
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
+if not NEWEST:
+    pytest.skip("the flags of Megatron 0.19", allow_module_level=True)
 COUSINS = [row for row in TABLE if row.cousin is not None and row.name not in OF_DENSE_BLOCKS]
 GROUPS = "--ep-group-tokens 8 --ep-eval-capacity-factor 1"
 BESIDE = {  # what a row needs to act

@@ -54,6 +54,7 @@ def test_without_a_gpu_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def config_of(**fields: Any) -> Any:
     """Stand for a TransformerConfig of any release: names of these fields differ."""
     parallel = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+    parallel |= {"pipeline_model_parallel_size": 1, "calculate_per_token_loss": False}
     return SimpleNamespace(**{**parallel, "tensor_model_parallel_size": 1, **fields})
 
 
@@ -73,6 +74,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "wait for the host; got hierarchical; use --ep-dispatcher symm_mem",
     ),
     ({"expert_model_parallel_size": 16}, {}, "at most 8 ranks .* got 16"),
+    (
+        {"calculate_per_token_loss": True, "pipeline_model_parallel_size": 2},
+        {},
+        "--calculate-per-token-loss over several",
+    ),
     ({"expert_model_parallel_size": 16}, {"dispatcher": "symm_mem"}, "at most 8 ranks .* got 16"),
 ]
 

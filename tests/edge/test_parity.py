@@ -133,9 +133,9 @@ def test_a_run_that_fails_or_refuses_is_shown_in_its_own_words(
     assert f"ep-plugin parity: one rank: {script} did not finish; it ended with\n" in said
     assert "RuntimeError: the script is lost" in said
     assert "torch.distributed.elastic" not in said
-    refused = ("--moe-pad-expert-input-to-capacity", "--layouts", "ep=2")
+    refused = ("--delay-wgrad-compute", "--layouts", "ep=2")
     assert main(["parity", SCRIPT, *LARGE, "--tiny", *refused]) == 2
-    sentence = "error: one rank: --moe-pad-expert-input-to-capacity pads experts to their capacity"
+    sentence = "error: one rank: --delay-wgrad-compute delays weight gradients"
     assert f"ep-plugin parity: {sentence}" in capsys.readouterr().err
 
 

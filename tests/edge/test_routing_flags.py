@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch.nn.functional as F
-from loop import MODEL, OURS, train
+from loop import MODEL, NEWEST, OURS, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ep_plugin import RoutingConfig
@@ -77,6 +77,8 @@ def test_every_axis_is_a_flag() -> None:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_flag_reaches_the_router_and_nothing_else_changes(name: str) -> None:
+    if name.startswith("quantile") and not NEWEST:
+        pytest.skip("Megatron has it from 0.19 on")
     value, flags = SAMPLES[name]
     args = parse(*flags.split())
     found = routing_config(args, settings_from_args(args))

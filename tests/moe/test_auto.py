@@ -28,7 +28,7 @@ from ep_plugin.moe.auto import Place, settle, wants_shared_memory
 from ep_plugin.moe.config import GRAPH_RANKS
 from ep_plugin.moe.dispatcher import _trial
 from ep_plugin.moe.dispatcher._shared_buffer import SharedBuffer
-from ep_plugin.moe.experts.experts import check_capturable
+from ep_plugin.moe.experts.fits import check_capturable
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 WITHIN = 1.03  # of the fastest

@@ -30,7 +30,7 @@ from ep_plugin.megatron.settings import (
     routing_config,
 )
 from ep_plugin.moe.config import MoEConfig
-from ep_plugin.moe.experts.experts import check_capturable, check_sizes
+from ep_plugin.moe.experts.fits import check_capturable, check_sizes
 from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
 from ep_plugin.moe.rules import own, said
 from ep_plugin.moe.schedule.chunked import check_ranks

@@ -2,7 +2,7 @@
 
 Megatron captures whole iterations (`--cuda-graph-impl full_iteration`) or parts of a layer. In a
 whole iteration a block must not wait for the host, which leaves `symm_mem`, or one rank of ep and
-etp; and grouped GEMMs that do not wait (`experts.check_capturable`). Parts that Megatron cuts its
+etp; and grouped GEMMs that do not wait (`moe/experts/fits.py`). Parts that Megatron cuts its
 own MoE layer into do not exist in ours.
 """
 

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.moe.config import Activation, MoEConfig
 from ep_plugin.moe.experts import autotune
-from ep_plugin.moe.experts.fp8 import blockwise, rowwise
+from ep_plugin.moe.experts.fits import FP8, check_capturable, check_sizes, uses_gemm
 from ep_plugin.moe.experts.fused import Bf16, FusedExperts, Recipe, Totals
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched, GroupedGemm
@@ -33,11 +32,6 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {  # of the gate, wh
     "geglu_tanh": gelu_tanh,
     "gelu": F.gelu,
     "relu": F.relu,
-}
-
-FP8: dict[str, tuple[Any, Any]] = {  # module with check and prepare, and the recipe
-    "rowwise": (rowwise, rowwise.Rowwise),
-    "blockwise": (blockwise, blockwise.Blockwise),
 }
 
 
@@ -101,52 +95,6 @@ class GroupedLinear(nn.Module):
         return product
 
 
-def check_sizes(config: MoEConfig, etp: int, device: torch.device) -> None:
-    """Raise ConfigError for sizes that do not divide over `etp`, or that an FP8 recipe refuses."""
-    ffn = config.ffn_hidden_size
-    if ffn % etp:
-        raise ConfigError(
-            f"<ffn_hidden_size> ({ffn}) must be divisible by <etp> ({etp}); use "
-            f"<etp={largest_divisor(ffn, etp)}>"
-        )
-    if config.fp8 != "off":
-        FP8[config.fp8][0].check(config.hidden_size, ffn // etp, device)
-
-
-def check_capturable(config: MoEConfig, etp: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ConfigError for a step in a CUDA graph whose products would wait for the host."""
-    if not config.in_graph or not uses_gemm(config):
-        return
-    ffn = config.ffn_hidden_size // etp
-    for sizes in (
-        (config.hidden_size, ffn * (2 if config.gated else 1)),
-        (ffn, config.hidden_size),
-    ):
-        name = config.gemm
-        if name == "auto":
-            name = autotune.rule(*sizes, dtype, device.type == "cuda")
-        if resolve("gemm", name)(*sizes, dtype).waits_for_host:
-            raise ConfigError(_waits(name, config.gemm, sizes, dtype))
-
-
-def uses_gemm(config: MoEConfig) -> bool:
-    """Whether any product is a grouped GEMM's; FP8 recipes have their own."""
-    return config.fp8 == "off" or config.fp8_wgrad == "bf16"
-
-
-def _waits(name: str, asked: str, sizes: tuple[int, int], dtype: torch.dtype) -> str:
-    if asked != "auto":
-        return (
-            f"<gemm> ({asked}) waits for the host, and a CUDA graph cannot; use <gemm=auto>, or "
-            "run the step without a CUDA graph"
-        )
-    return (
-        f"a CUDA graph needs a grouped GEMM that does not wait for the host, and for experts of "
-        f"{sizes[0]} to {sizes[1]} features in {str(dtype).removeprefix('torch.')} there is only "
-        f"{name}; use bf16 and sizes that are multiples of 8, or run the step without a CUDA graph"
-    )
-
-
 class Experts(nn.Module):
     """The local experts as two grouped linear maps; with etp each rank holds a slice of F.
 
@@ -170,7 +118,7 @@ class Experts(nn.Module):
         self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
         self.config = config
-        self.fp8 = config.fp8 != "off"
+        self.fp8, self.uses_gemm = config.fp8 != "off", uses_gemm(config)
         # A training loop that says when weights changed sets the first to False, and the second
         # to True before a step's first micro-batch; then weights are quantised once a step.
         self.weights_change_every_call = True
@@ -228,7 +176,7 @@ class Experts(nn.Module):
     def recipes(self, num_rows: int) -> Callable[[ExpertRows], Recipe]:
         """Return what makes the recipe of some of a call's `num_rows` rows, or of all of them."""
         self._check_capture()
-        gemm = self.linear_fc1.pick_gemm(num_rows if uses_gemm(self.config) else 0)
+        gemm = self.linear_fc1.pick_gemm(num_rows if self.uses_gemm else 0)
         if not self.fp8:
             return lambda rows: Bf16(rows, gemm)
         wgrad8 = self.config.fp8_wgrad == "fp8"

@@ -53,7 +53,8 @@ class TopKRouter(Gate):
         self.collect_metrics = False
         self._add_buffer("expert_bias", self.routing.expert_bias, device, saved=True)
         self._add_buffer("local_tokens_per_expert", self.routing.expert_bias, device)
-        is_global = "global" in dict(self.routing.balancing_losses)
+        self.balancing = self.routing.balancing_losses
+        is_global = "global" in dict(self.balancing)
         self._add_buffer("global_tokens_per_expert", is_global, device)
         self.random_logits: Callable[[Tensor], Tensor] = _random.random_logits
         quantile = self.routing.quantile_balancing
@@ -173,7 +174,7 @@ class TopKRouter(Gate):
             if padding is not None:
                 share = counting_share(padding, self.groups)
                 losses["z_loss"] = losses["z_loss"] * share.to(losses["z_loss"].dtype)
-        for scope, _ in self.routing.balancing_losses:
+        for scope, _ in self.balancing:
             losses[NAMES[scope]] = self._balancing_loss(choice, num_sequences, scope, padding)
         return losses
 
@@ -211,7 +212,7 @@ class TopKRouter(Gate):
             self.global_tokens_per_expert.zero_()
 
     def _attach(self, probs: Tensor, losses: dict[str, Tensor]) -> Tensor:
-        shares = {NAMES[scope]: share for scope, share in self.routing.balancing_losses}
+        shares = {NAMES[scope]: share for scope, share in self.balancing}
         for name, loss in losses.items():
             if name == "z_loss":
                 share = self.routing.z_loss_coeff / self.groups.tp_cp_size

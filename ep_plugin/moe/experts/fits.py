@@ -1,0 +1,62 @@
+"""Whether experts of some sizes can be computed here, asked before they are built."""
+
+from typing import Any
+
+import torch
+
+from ep_plugin.errors import ConfigError, largest_divisor
+from ep_plugin.moe.config import MoEConfig
+from ep_plugin.moe.experts import autotune
+from ep_plugin.moe.experts.fp8 import blockwise, rowwise
+from ep_plugin.registry import resolve
+
+FP8: dict[str, tuple[Any, Any]] = {  # module with check and prepare, and the recipe
+    "rowwise": (rowwise, rowwise.Rowwise),
+    "blockwise": (blockwise, blockwise.Blockwise),
+}
+
+
+def check_sizes(config: MoEConfig, etp: int, device: torch.device) -> None:
+    """Raise ConfigError for sizes that do not divide over `etp`, or that an FP8 recipe refuses."""
+    ffn = config.ffn_hidden_size
+    if ffn % etp:
+        raise ConfigError(
+            f"<ffn_hidden_size> ({ffn}) must be divisible by <etp> ({etp}); use "
+            f"<etp={largest_divisor(ffn, etp)}>"
+        )
+    if config.fp8 != "off":
+        FP8[config.fp8][0].check(config.hidden_size, ffn // etp, device)
+
+
+def check_capturable(config: MoEConfig, etp: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError for a step in a CUDA graph whose products would wait for the host."""
+    if not config.in_graph or not uses_gemm(config):
+        return
+    ffn = config.ffn_hidden_size // etp
+    for sizes in (
+        (config.hidden_size, ffn * (2 if config.gated else 1)),
+        (ffn, config.hidden_size),
+    ):
+        name = config.gemm
+        if name == "auto":
+            name = autotune.rule(*sizes, dtype, device.type == "cuda")
+        if resolve("gemm", name)(*sizes, dtype).waits_for_host:
+            raise ConfigError(_waits(name, config.gemm, sizes, dtype))
+
+
+def uses_gemm(config: MoEConfig) -> bool:
+    """Whether any product is a grouped GEMM's; FP8 recipes have their own."""
+    return config.fp8 == "off" or config.fp8_wgrad == "bf16"
+
+
+def _waits(name: str, asked: str, sizes: tuple[int, int], dtype: torch.dtype) -> str:
+    if asked != "auto":
+        return (
+            f"<gemm> ({asked}) waits for the host, and a CUDA graph cannot; use <gemm=auto>, or "
+            "run the step without a CUDA graph"
+        )
+    return (
+        f"a CUDA graph needs a grouped GEMM that does not wait for the host, and for experts of "
+        f"{sizes[0]} to {sizes[1]} features in {str(dtype).removeprefix('torch.')} there is only "
+        f"{name}; use bf16 and sizes that are multiples of 8, or run the step without a CUDA graph"
+    )
