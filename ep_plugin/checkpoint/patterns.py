@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from ep_plugin.checkpoint.tensors import TensorInfo
 from ep_plugin.errors import ConfigError
 
 FIELDS = {
@@ -190,13 +189,3 @@ def check_complete(matches: list[Match], moe_layers: tuple[bool, ...]) -> None:
         raise ConfigError(
             f"the checkpoint lacks {', '.join(missing)}; choose --layers that have a dense MLP"
         )
-
-
-def is_gated(tensors: dict[str, TensorInfo], ffn_hidden_size: int) -> bool:
-    """Whether fc1 holds a gate beside its value: by its rows, whatever the activation's flag."""
-    rows = {1}
-    for name, info in tensors.items():
-        found = compile_pattern(REQUIRED[0]).fullmatch(name)
-        if found:
-            rows.add(2 if found["half"] else info.shape[0] // ffn_hidden_size)
-    return 2 in rows

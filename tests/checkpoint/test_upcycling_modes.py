@@ -9,8 +9,9 @@ from tolerance import MAX_ERROR
 from torch import Tensor
 
 from ep_plugin import MoEConfig, MoELayer, RoutingConfig
-from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, FfnTensor, make_experts, router_rows, shard
+from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, FfnTensor, router_rows, shard
 from ep_plugin.checkpoint.adapt.modes.drop import dropped
+from ep_plugin.checkpoint.adapt.upcycle import make_experts
 from ep_plugin.checkpoint.adapt.upcycling import GateSums, Upcycling
 from ep_plugin.errors import ConfigError
 from ep_plugin.presets import presets

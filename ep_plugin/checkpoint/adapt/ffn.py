@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.adapt.upcycling import MODES, Gain, RouterInit, Upcycling, divide
+from ep_plugin.checkpoint.adapt.upcycling import Gain, RouterInit
 from ep_plugin.checkpoint.tensors import Region
-from ep_plugin.registry import resolve
 
 
 @dataclass(frozen=True)
@@ -131,23 +130,6 @@ class ExpertMaker:
     def shared_expert(self, dense: Tensor, part: FfnTensor, moments: bool) -> Tensor:
         """Return the shared expert's tensor: all channels of the dense one."""
         return dense if moments else scaled(dense, part, self.shared)
-
-
-def make_experts(settings: Upcycling, gated: bool) -> ExpertMaker:
-    """Return the experts of `settings`, for an FFN with or without a gate."""
-    mode: Mode = resolve(MODES, settings.mode)(settings)
-    gates, topk = settings.gates, settings.topk
-    kept = 0.5 if settings.shared_expert == "copy" else 1.0
-    bias = kept / gates.sum(topk, settings.num_experts)
-    reasons = (mode.deviation, gates.deviation(topk, settings.router_init == "zero"))
-    return ExpertMaker(
-        mode=mode,
-        num_experts=settings.num_experts,
-        gated=gated,
-        routed=divide(mode.granularity * bias, bias, gated),
-        shared=divide(kept, kept, gated),
-        deviations=tuple(reason for reason in reasons if reason is not None),
-    )
 
 
 def scaled(values: Tensor, part: FfnTensor, gain: Gain) -> Tensor:

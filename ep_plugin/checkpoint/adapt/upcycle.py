@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from ep_plugin.checkpoint.adapt import optimizer_state
 from ep_plugin.checkpoint.adapt.entries import EntryBuilder, new_states
-from ep_plugin.checkpoint.adapt.ffn import make_experts
-from ep_plugin.checkpoint.adapt.upcycling import Upcycling
-from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
-from ep_plugin.checkpoint.patterns import check_complete, is_gated, match_names, rules
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source, whole
+from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, Mode
+from ep_plugin.checkpoint.adapt.upcycling import MODES, Upcycling, divide
+from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.patterns import (
+    REQUIRED,
+    check_complete,
+    compile_pattern,
+    match_names,
+    rules,
+)
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source, TensorInfo, whole
 from ep_plugin.errors import ConfigError
+from ep_plugin.registry import resolve
 
 if TYPE_CHECKING:
     from ep_plugin.checkpoint.open import Opened
@@ -92,15 +99,16 @@ def upcycle(source: Source, settings: Upcycling, keep_optimizer: bool = True) ->
     Raises ConfigError when the checkpoint is no dense GPT, --layers or --granularity do not fit
     it, or its optimizer state cannot be carried over and is not to be left out.
     """
-    args = _dense_args(source)
-    _check_embeddings(source, args)
-    frequency = parse_layers(settings.layers, args.num_layers)
-    chosen = moe_layers(frequency, args.num_layers)
-    if args.ffn_hidden_size % settings.granularity:
+    dense = _dense_args(source)
+    _check_embeddings(source, dense)
+    if dense.ffn_hidden_size % settings.granularity:
         raise ConfigError(
             f"--granularity ({settings.granularity}) must divide the checkpoint's FFN size "
-            f"({args.ffn_hidden_size})"
+            f"({dense.ffn_hidden_size})"
         )
+    maker = make_experts(settings, _is_gated(source.tensors, dense.ffn_hidden_size))
+    args = settings.arguments(dense)
+    chosen = pattern(args)
     content_metadata = source.common.get("content_metadata") or {}
     table = rules(
         transformer_engine=args.transformer_impl != "local",
@@ -108,14 +116,11 @@ def upcycle(source: Source, settings: Upcycling, keep_optimizer: bool = True) ->
     )
     matches = match_names([*source.tensors, *sorted(source.objects)], table, chosen)
     check_complete(matches, chosen)
-    gated = is_gated(source.tensors, args.ffn_hidden_size)
     kept = [match for match in matches if match.rule.operation != "drop"]
     states = optimizer_state.find(source, {m.name for m in kept}) if keep_optimizer else ()
     counters = {}
     if states:
         counters = optimizer_state.counters(source, settings.ep, args.add_bias_linear)
-    maker = make_experts(settings, gated)
-    args = settings.arguments(args, frequency)
     args.no_save_optim, args.no_save_rng = not counters, True  # that state belongs to the dense run
     kept_counters = {key: source.common[key] for key in KEPT if key in source.common}
     builder = EntryBuilder(source, settings, maker, args)
@@ -177,3 +182,30 @@ def _check_embeddings(source: Source, args: argparse.Namespace) -> None:
                 f"arguments say padded_vocab_size = {rows}; give the checkpoint that belongs to "
                 "these arguments"
             )
+
+
+def _is_gated(tensors: dict[str, TensorInfo], ffn_hidden_size: int) -> bool:
+    """Whether fc1 holds a gate beside its value: by its rows, whatever the activation's flag."""
+    rows = {1}
+    for name, info in tensors.items():
+        found = compile_pattern(REQUIRED[0]).fullmatch(name)
+        if found:
+            rows.add(2 if found["half"] else info.shape[0] // ffn_hidden_size)
+    return 2 in rows
+
+
+def make_experts(settings: Upcycling, gated: bool) -> ExpertMaker:
+    """Return the experts of `settings`, for an FFN with or without a gate."""
+    mode: Mode = resolve(MODES, settings.mode)(settings)
+    gates, topk = settings.gates, settings.topk
+    kept = 0.5 if settings.shared_expert == "copy" else 1.0
+    bias = kept / gates.sum(topk, settings.num_experts)
+    reasons = (mode.deviation, gates.deviation(topk, settings.router_init == "zero"))
+    return ExpertMaker(
+        mode=mode,
+        num_experts=settings.num_experts,
+        gated=gated,
+        routed=divide(mode.granularity * bias, bias, gated),
+        shared=divide(kept, kept, gated),
+        deviations=tuple(reason for reason in reasons if reason is not None),
+    )

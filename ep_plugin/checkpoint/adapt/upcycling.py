@@ -30,6 +30,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from ep_plugin.checkpoint.moe_layers import parse_layers
 from ep_plugin.errors import ConfigError, check_choice, largest_divisor
 from ep_plugin.moe.routing_config import AuxLossCounts, RoutingConfig, ScoreFunction
 from ep_plugin.registry import available
@@ -191,14 +192,15 @@ class Upcycling:
             )
         self.gates.check(self.topk, self.num_experts)
 
-    def arguments(
-        self, dense: argparse.Namespace, frequency: int | list[int]
-    ) -> argparse.Namespace:
-        """Return the run arguments of the new model from the dense one's."""
+    def arguments(self, dense: argparse.Namespace) -> argparse.Namespace:
+        """Return the run arguments of the new model from the dense one's.
+
+        Raises ConfigError for `layers` that the dense model does not have.
+        """
         args, gates = copy.copy(dense), self.gates
         args.num_experts = self.num_experts
         args.moe_router_topk = self.topk
-        args.moe_layer_freq = frequency
+        args.moe_layer_freq = parse_layers(self.layers, dense.num_layers)
         args.moe_ffn_hidden_size = args.ffn_hidden_size // self.granularity
         # What the sum of the gates rests on.
         args.moe_router_score_function = gates.score_function
