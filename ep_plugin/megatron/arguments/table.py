@@ -397,6 +397,12 @@ TABLE: tuple[Argument, ...] = (
                 ),
                 "and --dist-ckpt-optim-fully-reshardable contradict each other; leave one out",
             ),
+            Need(
+                lambda args: args.num_experts is not None,
+                "is for models with experts, and this one has none; use --num-experts 8, or "
+                "--dist-ckpt-optim-fully-reshardable",
+                values=("fully_reshardable",),
+            ),
         ),
     ),
     Argument(
