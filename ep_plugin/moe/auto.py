@@ -46,14 +46,18 @@ def settle(config: MoEConfig, place: Place) -> MoEConfig:
 
 
 def wants_shared_memory(config: MoEConfig, place: Place) -> bool:
-    """Whether `auto` takes `symm_mem` for `config` where GPUs reach each other's memory."""
+    """Whether `auto` takes `symm_mem` for `config` where GPUs reach each other's memory.
+
+    Not where nobody says how many tokens there are: then nobody knows how large its buffers become.
+    """
     about_alltoall = (
         config.dispatch_dedup is not None
         or config.dispatch_dtype != "bf16"
         or config.check_splits == "always"
     )
     fits = not config.in_graph or place.ranks <= GRAPH_RANKS
-    return place.cuda and fits and not about_alltoall and config.overlap != "two_batch"
+    known = config.tokens is not None or config.in_graph
+    return place.cuda and fits and known and not about_alltoall and config.overlap != "two_batch"
 
 
 def _with_dispatcher(config: MoEConfig, place: Place) -> MoEConfig:

@@ -38,6 +38,7 @@ VALUES = {
         **{"--network": "nvlink72", "--plot": "plan.png", "--measured": "measured.json"},
         **{"--preset": "mixtral-8x22b", "--gpus": "16", "--tp": "2", "--pp": "2", "--cp": "2"},
         **{"--etp": "2", "--micro-batch": "2", "--seq-length": "512", "--gpu-gb": "5000"},
+        **{"--dispatch-dedup": "off"},
     },
     "bench": {
         **{"--shapes": "tiny mixtral", "--backends": "ep_plugin", "--precision": "fp8"},
@@ -50,7 +51,7 @@ VALUES = {
     },
     "report": {
         **{"--experts": "8", "--topk": "2", "--ep": "2", "--ranks": "4", "--device": "cpu"},
-        **{"--resumed-at-iteration": "30"},
+        **{"--resumed-at-iteration": "30", "--to": "page"},
     },
     "recipes": {"--copy": "folder"},
 }
@@ -61,7 +62,7 @@ LINES = [
     *(f"bench {name} --backends megatron" for name in ("layer", "overlap")),
     *("apply plain.py applied.py", "doctor", "presets", "presets qwen3-nano"),
     *("recipes", "recipes qwen3-nano", "report --run run"),
-    "parity script.py --num-layers 2 --hidden-size 512 --lr 1 --layouts ep=2",
+    "parity script.py --num-layers 2 --hidden-size 512 --num-experts 4 --lr 1 --layouts ep=2",
 ]
 
 
@@ -266,5 +267,16 @@ def test_a_flag_that_is_typed_twice_is_refused(words: str, here: Here) -> None:
 
 
 def test_a_script_s_own_flags_may_come_twice(here: Here) -> None:
-    words = ["parity", "script.py", "--lr", "1", "--lr", "2", "--layouts", "ep=2"]
+    words = [
+        "parity",
+        "script.py",
+        "--num-experts",
+        "4",
+        "--lr",
+        "1",
+        "--lr",
+        "2",
+        "--layouts",
+        "ep=2",
+    ]
     assert not isinstance(here.outcome(words), str)

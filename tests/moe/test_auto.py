@@ -46,6 +46,7 @@ def config_of(shape: Shape, ranks: int, backend: str, graph: bool) -> MoEConfig:
         routing=RoutingConfig(topk=shape.topk),
         fp8=recipe,
         in_graph=graph,
+        tokens=shape.tokens,
     )
 
 
@@ -123,6 +124,13 @@ def test_what_is_set_beside_it_stays_and_acts(given: dict[str, Any]) -> None:
         if not place.cuda and not given:
             plain = ("local" if place.ranks == 1 else "alltoall", "serial", None)
             assert (found.dispatcher, found.overlap, found.dispatch_dedup) == plain
+
+
+def test_where_the_tokens_are_unknown_nobody_knows_how_large_buffers_become() -> None:
+    config, place = MoEConfig(**SIZES), Place(2, cuda=True)
+    assert not wants_shared_memory(config, place)
+    assert wants_shared_memory(replace(config, tokens=64), place)
+    assert wants_shared_memory(replace(config, in_graph=True), place)
 
 
 def test_more_ranks_than_a_graph_takes_do_not_share_memory_in_one() -> None:

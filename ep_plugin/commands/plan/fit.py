@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dispatch-dedup",
-        action="store_true",
-        help="as --ep-dispatch-dedup on (default: as --ep-dispatcher auto between hosts)",
+        choices=("on", "off"),
+        help="as --ep-dispatch-dedup (default: as --ep-dispatcher auto does between hosts)",
     )
     group.add_argument(
         "--gpu-gb", type=float, default=80.0, help="memory of one GPU in 10^9 bytes (default: 80)"
@@ -200,11 +200,17 @@ def _fit(args: argparse.Namespace, preset: Preset, ep: int) -> Fit:
         micro_batch=args.micro_batch,
         seq_length=args.seq_length,
         recompute=args.recompute,
-        dedup=args.dispatch_dedup or saves_rows(preset.routing.topk, ep * args.etp),
+        dedup=_deduplicates(args, preset, ep),
     )
     fullest = max(stages, key=lambda stage: stage.total)
     total = fullest.total / 1e9
     return Fit(ep, parallel.edp, fullest, total, total <= USABLE * args.gpu_gb)
+
+
+def _deduplicates(args: argparse.Namespace, preset: Preset, ep: int) -> bool:
+    if args.dispatch_dedup is not None:
+        return bool(args.dispatch_dedup == "on")
+    return saves_rows(preset.routing.topk, ep * args.etp)
 
 
 def _table(rows: list[Fit], gpu_gb: float) -> str:

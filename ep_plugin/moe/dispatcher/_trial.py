@@ -23,6 +23,7 @@ class Trial(NamedTuple):
     """What was found for the ranks of `group`."""
 
     group: dist.ProcessGroup | None
+    num_bytes: int
     reason: str | None  # why it does not work
 
 
@@ -30,16 +31,17 @@ def why_not(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str |
     """Return why `symm_mem` does not work with buffers of `num_bytes` a rank; None where it does.
 
     Every rank of `groups.tp_dp_cp`, or of `groups.ep_etp` where that is None, must call it, and all
-    are told the same. It is tried once for all layers that are given `groups`.
+    are told the same. It is tried once for all layers that are given `groups`, and again for more
+    bytes.
     """
     found: Trial | None = groups.shared.get("trial")
-    if found is None or found.group is not groups.ep_etp:
+    if found is None or found.group is not groups.ep_etp or found.num_bytes < num_bytes:
         reason = None
         for step in (_missing, _no_memory, _not_reached):  # none begins before all passed the last
             reason = reason or _agreed(groups, step(groups, device, num_bytes))
         if reason is not None:
             groups.shared.pop("buffer", None)
-        found = groups.shared["trial"] = Trial(groups.ep_etp, reason)
+        found = groups.shared["trial"] = Trial(groups.ep_etp, num_bytes, reason)
     return found.reason
 
 
@@ -57,6 +59,10 @@ def _missing(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str 
             f"its buffers take {num_bytes / 2**30:.1f} GiB, more than {MOST:.0%} of the GPU's "
             f"{total / 2**30:.0f}"
         )
+    try:  # here, where no other rank waits for this one
+        torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        return _first_line(error)
     return None
 
 
@@ -64,8 +70,8 @@ def _no_memory(groups: ExpertGroups, device: torch.device, num_bytes: int) -> st
     """Return why this rank could not have the buffers."""
     try:
         shared_buffer(groups).reserve(num_bytes, device)
-    except RuntimeError as error:  # of CUDA, of memory, or of the rendezvous
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    except RuntimeError as error:  # of CUDA, or of the rendezvous
+        return _first_line(error)
     return None
 
 
@@ -73,8 +79,8 @@ def _not_reached(groups: ExpertGroups, device: torch.device, num_bytes: int) -> 
     """Return what went wrong when this rank stored in the others' buffers, and they in its."""
     try:
         came = _exchange_ranks(shared_buffer(groups), device)
-    except RuntimeError as error:
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    except Exception as error:  # Triton has its own
+        return _first_line(error)
     expected = list(range(dist.get_world_size(groups.ep_etp)))
     return None if came == expected else f"from ranks {expected} came {came}"
 
@@ -87,6 +93,10 @@ def _exchange_ranks(buffer: SharedBuffer, device: torch.device) -> list[int]:
     (came,) = Link(buffer, programs=1).push((row,), Sends(place, ranks, ranks, None))
     buffer.barrier()
     return [int(number) for number in came[:, 0].tolist()]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _agreed(groups: ExpertGroups, reason: str | None) -> str | None:
