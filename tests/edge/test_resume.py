@@ -86,6 +86,20 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, st
     "dense": ({"num_experts": None}, {}, {}, "a model without experts", "ep-plugin convert --from"),
     "no such model": ({}, {}, {"num_experts": None}, "with 4 experts", "use --num-experts 4"),
     "other experts": ({}, {}, {"num_experts": 8}, "--num-experts is 8", "use --num-experts 4"),
+    "other widths": (
+        {"ffn_hidden_size": 64, "moe_ffn_hidden_size": None},
+        {},
+        {"moe_ffn_hidden_size": 32},
+        "experts of --moe-ffn-hidden-size 64, and here it is 32",
+        "use --moe-ffn-hidden-size 64",
+    ),
+    "another shared expert": (
+        {"moe_shared_expert_intermediate_size": 64},
+        {},
+        {"moe_shared_expert_intermediate_size": 32},
+        "--moe-shared-expert-intermediate-size 64, and here it is 32",
+        "use --moe-shared-expert-intermediate-size 64",
+    ),
     "no optimizer": ({}, {"optimizer": None}, {}, "no optimizer state", "use --finetune"),
     "plain, wanted distributed": (
         *({}, {"optimizer": ONE}, {}, "saved without --use-distributed-optimizer"),
@@ -152,7 +166,9 @@ def test_what_cannot_be_resumed_is_refused(case: str, tmp_path: Path) -> None:
         check_resumable(run_args(folder, **run, train_iters=None))
     flags = {flag.replace("-", "_"): int(n) for flag, n in re.findall(r"--([a-z-]+) (\d+)", way)}
     if flags:
-        check_resumable(run_args(folder, **run | flags, no_load_optim="num_experts" in flags))
+        other_model = any("expert" in name or "ffn" in name for name in flags)
+        alone = other_model and "expert_model_parallel_size" not in flags
+        check_resumable(run_args(folder, **run | flags, no_load_optim=alone))
 
 
 def test_what_can_be_resumed_is_left_alone(tmp_path: Path) -> None:

@@ -175,7 +175,12 @@ def test_what_is_refused_is_named(row: Theirs, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["arguments", "configuration"])
 def test_other_values_than_the_legal_ones_are_refused(row: Theirs, kind: str) -> None:
     for value in (None, *row.legal):
-        check(of(kind, row, value, gated_linear_unit=value != "relu"))
+        asked = {"moe_grouped_gemm": True, "gated_linear_unit": value != "relu"}
+        if value == "shared_experts":  # with the whole block, or not at all
+            asked |= SHARED
+            check(of(kind, row, ["moe", value], **asked))
+        else:
+            check(of(kind, row, value, **asked))
     check(of(kind, row, [row.legal[0]], gated_linear_unit=True))
     for value in ("another", ["another"], [row.legal[0], "another"]):
         with pytest.raises(ConfigError, match=rf"^{row.name}|^{row.field}=.*another.*; use "):
@@ -235,6 +240,14 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         {**SHARED, "recompute_granularity": "selective", "recompute_modules": ["shared_experts"]},
         r"has shared_experts, .*; use --recompute-modules moe",
     ),
+    "no shared expert": (
+        {"recompute_granularity": "selective", "recompute_modules": ["moe", "shared_experts"]},
+        r"has shared_experts, and this model has none; use --recompute-modules without",
+    ),
+    "experts one by one": (
+        {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+        r"has moe_act, .*; use --moe-grouped-gemm",
+    ),
     "a layernorm before a shared expert in FP8": (
         {
             **SHARED,
@@ -260,6 +273,7 @@ def test_a_part_within_the_whole_layer_is_recomputed_with_it() -> None:
         SimpleNamespace(
             num_experts=4,
             add_bias_linear=True,
+            moe_grouped_gemm=True,
             recompute_activations=True,
             recompute_modules=parts,
             **SHARED,

@@ -6,6 +6,7 @@ says so. Runs with experts therefore save by parameter (`fully_reshardable`).
 """
 
 import argparse
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,22 @@ def _check_experts(args: Any, folder: Path, saved: Any) -> None:
         raise ConfigError(
             f"{folder} holds a model with {theirs} experts, and {found}; use --num-experts {theirs}"
         )
+    for flag, width in _WIDTHS.items():
+        if ours and width(saved) and width(args) and width(saved) != width(args):
+            raise ConfigError(
+                f"{folder} holds experts of {flag} {width(saved)}, and here it is {width(args)}; "
+                f"use {flag} {width(saved)}"
+            )
+
+
+_WIDTHS: dict[str, Callable[[Any], int | None]] = {
+    "--moe-ffn-hidden-size": lambda args: (
+        getattr(args, "moe_ffn_hidden_size", None) or getattr(args, "ffn_hidden_size", None)
+    ),
+    "--moe-shared-expert-intermediate-size": lambda args: getattr(
+        args, "moe_shared_expert_intermediate_size", None
+    ),
+}
 
 
 def _check_optimizer(args: Any, folder: Path, saved: Any, common: dict[str, Any]) -> None:

@@ -89,6 +89,14 @@ def _keeps_shared_expert(given: Given) -> bool:
     return bool(size) and "shared_experts" in parts and "moe" not in parts
 
 
+def _has_no_shared_expert(given: Given) -> bool:
+    return not given.moe_shared_expert_intermediate_size and "shared_experts" in given.recomputed
+
+
+def _is_not_grouped(given: Given) -> bool:
+    return "moe_act" in given.recomputed and not given.moe_grouped_gemm
+
+
 def _loses_layernorm(given: Given) -> bool:
     size, parts = given.moe_shared_expert_intermediate_size, given.recomputed
     return bool(given.fp8 and size) and "layernorm" in parts
@@ -191,6 +199,17 @@ BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
         "recompute_modules",
         _keeps_shared_expert,
         "has shared_experts, which our block does not recompute alone; use --recompute-modules moe",
+    ),
+    (
+        "recompute_modules",
+        _has_no_shared_expert,
+        "has shared_experts, and this model has none; use --recompute-modules without "
+        "shared_experts",
+    ),
+    (
+        "recompute_modules",
+        _is_not_grouped,
+        "has moe_act, which Megatron takes beside --moe-grouped-gemm alone; use --moe-grouped-gemm",
     ),
     (
         "recompute_modules",
