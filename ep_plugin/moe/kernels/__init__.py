@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def select(tensor: Tensor) -> ModuleType:
-    """Return `kernels._on_cuda` for a CUDA tensor, else its twin, which has the same functions."""
+    """Return module `_on_cuda` for a CUDA tensor, else `_on_any`; both have the same functions."""
     return import_module(f"ep_plugin.moe.kernels.{'_on_cuda' if tensor.is_cuda else '_on_any'}")

@@ -1,9 +1,9 @@
 """Triton kernels launched with less work on the host.
 
-Triton binds and specialises the arguments of every launch anew, which takes the host longer than
-many of these kernels take the GPU. What it would find depends on little: a tensor's dtype and
-whether it starts at a multiple of 16 bytes, whether an integer is 1, a multiple of 16 or wide. That
-little is looked up here, and the compiled kernel run.
+At every launch Triton binds and specialises the arguments again. That takes the host longer than
+many of these kernels run on the GPU. The result depends on few facts: a tensor's dtype and whether
+it starts at a multiple of 16 bytes; whether an integer is 1, a multiple of 16, or wider than 32
+bits. Here these facts are the key of a cache of compiled kernels.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-# Triton's own two are meant for kernels as well, and take the host 4 microseconds.
+# Triton has both functions too, but they also work inside kernels and cost the host 4 us a call.
 def cdiv(number: int, by: int) -> int:
     """Return `number` / `by`, rounded up."""
     return -(-number // by)
@@ -28,9 +28,10 @@ def next_power_of_2(number: int) -> int:
 
 
 class Kernel:
-    """A Triton kernel; call it as one: `kernel[grid](*arguments, **constants_and_options)`.
+    """A Triton kernel, launched as usual: `kernel[grid](*arguments, **constants_and_options)`.
 
-    All arguments that are no constants are positional, and constants come last.
+    Arguments are positional. Constants (`tl.constexpr`) are given by name, and the kernel's
+    signature lists them last.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -52,7 +53,7 @@ class Kernel:
         compiled, constants = found
         sizes = (*grid, 1, 1)[:3]
         hooks = triton.knobs.runtime
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler's
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # set by a profiler
             compiled[sizes](*args, *constants)
             return
         stream = triton.runtime.driver.active.get_current_stream(device)
@@ -61,7 +62,7 @@ class Kernel:
 
 
 def _kinds(args: tuple[Any, ...]) -> list[Any]:
-    """Return what Triton specialises on."""
+    """Return the facts about `args` that Triton specialises a kernel on."""
     kinds: list[Any] = []
     for argument in args:
         if isinstance(argument, Tensor):
@@ -76,6 +77,6 @@ def _kinds(args: tuple[Any, ...]) -> list[Any]:
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compile `function`, a kernel that is launched from the host; a decorator as `triton.jit`."""
+    """Compile `function`, a kernel launched from the host; a decorator like `triton.jit`."""
     kernel = triton.jit(function)
-    return Kernel(kernel) if isinstance(kernel, triton.JITFunction) else kernel  # interpreted
+    return Kernel(kernel) if isinstance(kernel, triton.JITFunction) else kernel  # interpreter mode

@@ -1,6 +1,7 @@
 """Plain-torch twins of `kernels._on_cuda`: the same functions, the same rounding, any device.
 
-Where the kernels leave rows behind the last expert's as they are, the twins hold zeros.
+Rows past the last expert's belong to absent choices. The kernels do not write them; the twins set
+them to zero.
 """
 
 import torch
@@ -28,7 +29,7 @@ from ep_plugin.moe.kernels.rows_torch import (
 )
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
-__all__ = [  # as they are elsewhere
+__all__ = [  # re-exported from the modules above
     "activate",
     "activate_backward",
     "add_wgrad_blocks",
@@ -48,7 +49,7 @@ __all__ = [  # as they are elsewhere
 
 
 def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:
-    """Return the tiles of experts whose rows end at `ends` [e] int32, of `num_rows` at most."""
+    """Return the tiles of at most `num_rows` rows; each expert's end at `ends` [e] int32."""
     num_experts = len(ends)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     tiles = (ends - starts + TILE - 1) // TILE
@@ -64,9 +65,11 @@ def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:
 def transpose_rows(
     rows: Rows8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int
 ) -> Columns8:
-    """Return `rows` transposed, a tile after the other, an expert's largest scale for all.
+    """Return `rows` [*, X] transposed to [X, P], tile after tile, with one scale per expert.
 
-    `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
+    It is the largest scale of the expert's rows. P is 128 for each tile. With `choices` 0, `rows`
+    are rows of the experts; otherwise they are tokens with `choices` choices each, and `order`
+    [R] int32 is the flat choice of each row.
     """
     width, largest = rows.data.shape[1], torch.ones(len(ends), device=ends.device)
     if not (len(rows.data) and len(order)):  # columns are padding alone
@@ -82,7 +85,10 @@ def transpose_rows(
 
 
 def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
-    """Return `weight` [e, b, a] in e4m3 and its transpose [e, a, b], one scale for each expert."""
+    """Return `weight` [e, b, a] in e4m3, and its transpose [e, a, b].
+
+    `weight` has one scale per row, its transpose one per expert.
+    """
     num_experts, num_rows, width = weight.shape
     rows = quantize_rows(weight.reshape(-1, width))
     scale = rows.scale.view(num_experts, num_rows)
@@ -94,14 +100,14 @@ def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
 
 
 def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
-    """Add each expert's `left` [R, b] transposed times `right` [R, a] to `total` [e, b, a] fp32."""
+    """Add, for each expert's rows, `left` [R, b].T @ `right` [R, a] to `total` [e, b, a] fp32."""
     blocks = [torch.tensor_split(m.float(), ends.tolist())[:-1] for m in (left, right)]
     for matrix, x, y in zip(total, *blocks, strict=True):
         matrix += x.T @ y
 
 
 def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor:
-    """Return `rows` [R, a] times each expert's `weight` [e, b, a] transposed: [R, b] bf16."""
+    """Return each row of `rows` [R, a] times its expert's `weight` [e, b, a].T: [R, b] bf16."""
     blocks = torch.tensor_split(rows.data.float(), ends.tolist())
     products = [b @ w.T for b, w in zip(blocks[:-1], weight.data.float(), strict=True)]
     scales = weight.scale.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), dim=0)
@@ -111,12 +117,12 @@ def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor
 
 
 def multiply_columns(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
-    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16."""
+    """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, b, a] bf16."""
     return _columns_product(left, right, tiles).bfloat16()
 
 
 def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> None:
-    """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
+    """Add each expert's `left` [b, P] @ `right` [a, P].T to its part of `total` [e, b, a] fp32."""
     total += _columns_product(left, right, tiles)
 
 

@@ -1,4 +1,4 @@
-"""Steps of the experts in Triton: products in e4m3, and what is bound by memory around products.
+"""Steps of the experts in Triton: e4m3 products, and the memory-bound work around products.
 
 The functions have the same names, arguments and results as their twins in `_on_any`.
 """

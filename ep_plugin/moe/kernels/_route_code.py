@@ -1,4 +1,8 @@
-"""The Triton code of `kernels.route`: choose, add up and drop, and the backward."""
+"""The Triton code of `kernels.route`: choose experts, add up sums, drop choices; the backward.
+
+T tokens, E experts, K choices of a token. In the kernels E is the next power of two, EXPERTS the
+number itself.
+"""
 
 import torch
 import triton
@@ -8,18 +12,18 @@ from ep_plugin.moe.kernels._launch import jit
 from ep_plugin.moe.kernels.capacity import RANDOM, place_of, queue_key, serve
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # divisors are at least this
-NOBODY = tl.constexpr(-(2**31))  # below the rank of any logit
+NOBODY = tl.constexpr(-(2**31))  # less than `_ordered` of any logit
 
 
 @triton.jit
 def _best(values):
-    """Return the largest value of each row and its column, the lowest of equal ones."""
+    """Return the largest value of each row and its column; of equal values the first column."""
     return tl.max(values, axis=1, return_indices=True, return_indices_tie_break_left=True)
 
 
 @triton.jit
 def _ordered(value):
-    """Integers ordered as the numbers are; NaN is below minus infinity, zeros are equal."""
+    """Map fp32 to int32 in the same order: NaN is below minus infinity, and +0 equals -0."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(value == value, ordered, NOBODY + 1)
@@ -27,7 +31,7 @@ def _ordered(value):
 
 @triton.jit
 def _number(ordered):
-    """What `_ordered` was given."""
+    """Map the result of `_ordered` back to fp32."""
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
@@ -98,7 +102,7 @@ def route_kernel(
         squares += tl.where(real, lse * lse, 0.0)
         entropies -= tl.sum(part * tl.log(tl.where(part > 0, part, 1.0)), axis=1)
 
-        ranking = logit  # the same order as scores, and no ties where they saturate
+        ranking = logit  # in the order of scores, but without ties where scores saturate
         if BIASED or NUM_GROUPS > 0:
             ranking = score
             if BIASED:
@@ -106,7 +110,7 @@ def route_kernel(
             if NUM_GROUPS > 0:
                 ranking = tl.where(ranking == ranking, ranking, -1.0e30)
                 ranking = _inside_best_groups(ranking, BLOCK, E, NUM_GROUPS, GROUP_TOPK, EACH)
-        # Who is chosen becomes NOBODY, and only they are: no token has an expert twice.
+        # A chosen expert's entry becomes NOBODY, so that no token chooses an expert twice.
         order = tl.where(inside[None, :], _ordered(ranking), NOBODY)
         wheres = ()
         values = ()
@@ -123,7 +127,7 @@ def route_kernel(
                 value = tl.sigmoid(_number(largest))
             else:
                 value = tl.exp(_number(largest) - lse)
-            value = tl.where(lse == lse, value, lse)  # NaN where a logit of the token is
+            value = tl.where(lse == lse, value, lse)  # NaN if a logit of the token is NaN
             wheres = wheres + (where,)  # type: ignore[assignment]  # noqa: RUF005
             values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
             together += value
@@ -150,7 +154,7 @@ def route_kernel(
             place = place_of(token, num_tokens, num_sequences)
             first_queue = place // room * EXPERTS
             slots = ()
-            for k in tl.static_range(K):  # all are asked for before the first is needed
+            for k in tl.static_range(K):  # all slots are requested before the first is used
                 at = waiting + first_queue + wheres[k]
                 slot = tl.atomic_add(at, 1, mask=real, sem="relaxed")
                 slots = slots + (slot,)  # type: ignore[assignment]  # noqa: RUF005
@@ -192,9 +196,10 @@ def finish_kernel(
     K: tl.constexpr, COLUMNS: tl.constexpr, ADDED: tl.constexpr, E: tl.constexpr,
     SERVED: tl.constexpr,
 ):  # fmt: skip
-    """Add the programs' sums in order, a few columns each; programs behind those serve queues.
+    """Add up the partial sums of `route_kernel`, and serve the queues of experts.
 
-    The last to have added computes the losses, balancing and z, of this rank's tokens.
+    The first ADDERS programs add COLUMNS columns each, in a fixed order. The last of them to finish
+    computes this rank's balancing loss and z-loss. Each program after those serves one queue.
     """
     if tl.program_id(0) >= ADDERS:
         serve(
@@ -212,7 +217,7 @@ def finish_kernel(
         there = (row < num_rows)[:, None] & inside[None, :]
         total += tl.sum(tl.load(at, mask=there, other=0.0), axis=0)
     tl.store(sums + column, total, mask=inside)
-    tl.debug_barrier()  # all of the program's sums are there before it says so
+    tl.debug_barrier()  # all sums of this program are stored before it counts as finished
     if tl.atomic_add(arrived, 1) == ADDERS - 1:
         expert = tl.arange(0, E)
         exists = expert < EXPERTS
@@ -241,7 +246,7 @@ def route_backward_kernel(
     score = probability
     if SIGMOID:
         score = tl.where(there, tl.sigmoid(logit), 0.0)
-    # Gradient of each score, through the chosen weights.
+    # Gradient of each score that comes through the weights of chosen experts.
     chosen_sum = tl.zeros((BLOCK,), tl.float32)
     inner = tl.zeros((BLOCK,), tl.float32)
     direct = tl.zeros((BLOCK, E), tl.float32)
@@ -249,7 +254,7 @@ def route_backward_kernel(
     for k in tl.static_range(K):
         at = token.to(tl.int64) * K + k
         mine = tl.load(ids + at, mask=real, other=-1)[:, None] == expert[None, :]
-        sent = tl.load(sent_ids + at, mask=real, other=-1) >= 0  # the others' weights are zeros
+        sent = tl.load(sent_ids + at, mask=real, other=-1) >= 0  # dropped choices have weight 0
         grad = tl.load(d_weights + at, mask=sent, other=0.0)
         value = tl.sum(tl.where(mine, score, 0.0), axis=1)
         chosen_sum += value
@@ -259,7 +264,7 @@ def route_backward_kernel(
     if NORMALIZE:
         by = tl.maximum(chosen_sum, TINY)[:, None]
         direct = direct / by - chosen * (inner[:, None] / by) / by
-    # Through the sums over tokens of scores (of their parts of 1, with sigmoid).
+    # Gradient that comes through the sums of scores over tokens (normalised scores with sigmoid).
     of_sums = tl.zeros((E,), tl.float32)
     of_z = 0.0
     if SUMS:

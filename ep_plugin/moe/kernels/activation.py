@@ -1,6 +1,11 @@
-"""The activation times the probability, and its backward; in e4m3 where asked.
+"""The activation times the routing weight, and its backward; the results in e4m3 if asked.
 
-One program handles one row; rows behind the last expert's are not touched.
+One program handles one row. Rows past the last expert's (absent choices) are not touched.
+
+Shapes: R rows of experts, N tokens, C choices of a token, F the FFN size. `hidden` is [R, F], or
+[R, 2F] as [gate, up] for a gated activation. `probs` [N, C] are the routing weights. `order` [R]
+int32 is each row's flat choice, an index into `probs.flatten()`. `ends` [e] int32 is the row after
+each expert's last.
 """
 
 from typing import Any
@@ -28,16 +33,16 @@ ACTIVATIONS = {
 
 
 def _warps(width: int) -> int:
-    """Return the warps of a program: 16 numbers a thread, measured best on H100 (768 to 14336)."""
+    """Return a program's warps: 16 values per thread, fastest on H100 for widths 768 to 14336."""
     return min(max(width // 512, 2), 32)
 
 
 def _registers(warps: int, hidden: Tensor | Rows8 | Blocks8) -> int | None:
-    """Return the most registers a thread of the backward may take, None for any number.
+    """Return the limit of registers per thread in the backward; None for no limit.
 
-    With 64, two programs of 16 warps or four of 8 run on a multiprocessor, where one or three
-    would: 27 and 9 % faster on H100. Narrower ones have room; 8 warps that read scales by blocks
-    need more.
+    With at most 64 registers a multiprocessor runs two programs of 16 warps instead of one (27 %
+    faster on H100), or four of 8 warps instead of three (9 % faster). Programs of fewer warps need
+    no limit. Programs of 8 warps that read scales by blocks need more than 64.
     """
     return 64 if warps == 16 or (warps == 8 and not isinstance(hidden, Blocks8)) else None
 
@@ -55,14 +60,14 @@ def _erf_gelu_slope(x):
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + e^-x), in half the instructions: a quotient is kept from overflow, a root is not."""
+    """1 / (1 + e^-x) as a squared rsqrt: half the instructions of a division."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return root * root
 
 
 @triton.jit
 def _activate(gate, up, ACT: tl.constexpr):
-    """Activation of one row, and its slopes with respect to gate and up."""
+    """Return the activation of one row and its derivatives with respect to gate and up."""
     if ACT == SWIGLU:
         sigma = _sigmoid(gate)
         return gate * sigma * up, up * sigma * (1.0 + gate * (1.0 - sigma)), gate * sigma
@@ -74,7 +79,7 @@ def _activate(gate, up, ACT: tl.constexpr):
     if ACT == GEGLU_TANH:
         # x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3) is x sigmoid(2 u)
         sigma = _sigmoid(gate * (1.5957691216057308 + 0.07135481627260025 * gate * gate))
-        steep = 1.5957691216057308 + 0.21406444881780075 * gate * gate  # slope of 2 u
+        steep = 1.5957691216057308 + 0.21406444881780075 * gate * gate  # derivative of 2 u
         slope = sigma + gate * sigma * (1.0 - sigma) * steep
         return gate * sigma * up, up * slope, gate * sigma
     return tl.maximum(gate, 0.0), (gate > 0).to(tl.float32), gate
@@ -82,17 +87,18 @@ def _activate(gate, up, ACT: tl.constexpr):
 
 @triton.jit
 def _scale(largest, DTYPE: tl.constexpr):
-    """Scale of values that are rounded to DTYPE first, as they would be carried in memory.
+    """Return the scale of values that are rounded to DTYPE first, then to e4m3.
 
-    Rounding keeps their order, so the largest is rounded alone. They are brought to units of the
-    scale, which is exact, before both roundings: the compiler then makes those in pairs.
+    A separate kernel would have read them from memory in DTYPE. Rounding keeps the order of values,
+    so it is enough to round `largest`. Callers divide values by the scale, which is exact, before
+    both roundings; the compiler then rounds two values in one instruction.
     """
     return power_of_two_scale(largest.to(DTYPE).to(tl.float32))
 
 
 @triton.jit
 def _to_e4m3(row, scales, BLOCK: tl.constexpr, SIZE: tl.constexpr, NUM_SCALES, DTYPE: tl.constexpr):
-    """Store the scales of one row's values, one for each SIZE; the values in their units."""
+    """Store one scale for each SIZE values of a row; return the values divided by their scales."""
     blocks = tl.reshape(row, (BLOCK // SIZE, SIZE))
     scale = _scale(tl.max(tl.abs(blocks), axis=1), DTYPE)
     block = tl.arange(0, BLOCK // SIZE)
@@ -138,9 +144,10 @@ def activate(
     activation: str,
     scales: Scales | None = None,
 ) -> Tensor | Rows8 | Blocks8:
-    """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
+    """Return activation(`hidden` [R, F or 2F]) times each row's entry of `probs`: [R, F].
 
-    In e4m3 as `scales` says; by blocks F is a multiple of 128.
+    With `scales` None the dtype is that of `hidden`; otherwise e4m3 with one scale per row, or per
+    128 features (F is then a multiple of 128). See the top of `kernels.activation` for shapes.
     """
     gated = activation in GATED
     num_rows, width = len(hidden), hidden.shape[1] // (2 if gated else 1)
@@ -215,7 +222,7 @@ def _activate_backward_kernel(
         d_gate *= 1.0 / scale
         d_up *= 1.0 / scale
     if BLOCKS8 > 0:
-        each = WIDTH // BLOCKS8  # scales of the activation
+        each = WIDTH // BLOCKS8  # scales of one row of the activation
         value = _to_e4m3(value, out_scales + row * each, BLOCK, BLOCKS8, each, carried)
         start = d_scales + row * factor * each
         d_gate = _to_e4m3(d_gate, start, BLOCK, BLOCKS8, each, carried)
@@ -239,10 +246,11 @@ def activate_backward(
     scales: Scales | None = None,
     target: Target | None = None,
 ) -> tuple[Any, Any, Tensor]:
-    """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
+    """Return the gradient of `hidden`, the recomputed activation [R, F], the gradient of `probs`.
 
-    `grads` [R, F] are the activation's. The first two are in e4m3 as `scales` says, and rows of
-    larger matrices with a `target`.
+    `grads` [R, F] is the gradient of the activation's output. The first two results are in e4m3 if
+    `scales` says so. With a `target` they are written into its larger matrices, and those are
+    returned. The gradient of `probs` [N, C] is 0 for absent choices.
     """
     gated = activation in GATED
     num_rows, width = grads.shape

@@ -1,6 +1,7 @@
 """Plain-torch twins of `kernels.activation`: the same functions and rounding, on any device.
 
-Where the kernels leave rows behind the last expert's as they are, the twins hold zeros.
+Rows past the last expert's belong to absent choices. The kernels do not write them; the twins set
+them to zero.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ QUANTIZE: dict[Scales, Callable[[Tensor], Any]] = {"rows": quantize_rows, "block
 
 # GELU by tanh, x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), is x sigmoid(2 u).
 _TANH = 1.5957691216057308  # 2 sqrt(2 / pi)
-_TANH_CUBE = 0.07135481627260025  # 0.044715 of that
+_TANH_CUBE = 0.07135481627260025  # 0.044715 * _TANH
 
 
 def _inside(num_rows: int, ends: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def _inside(num_rows: int, ends: Tensor) -> Tensor:
 
 
 def _slopes(hidden: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the activation [R, F] of `hidden` and its slopes with respect to gate and up."""
+    """Return activation(`hidden`) [R, F] and its derivatives with respect to gate and up."""
     wide = hidden if hidden.dtype == torch.float64 else hidden.float()
     gate, up = wide.chunk(2, dim=1) if activation in GATED else (wide, wide)
     if activation == "swiglu":
@@ -56,9 +57,10 @@ def activate(
     activation: str,
     scales: Scales | None = None,
 ) -> Tensor | Rows8 | Blocks8:
-    """Return activation(`hidden` [R, F or 2F]) times each row's of `probs` [N, C]: [R, F].
+    """Return activation(`hidden` [R, F or 2F]) times each row's entry of `probs`: [R, F].
 
-    In e4m3 as `scales` says; by blocks F is a multiple of 128.
+    With `scales` None the dtype is that of `hidden`; otherwise e4m3 with one scale per row, or per
+    128 features (F is then a multiple of 128). See the top of `kernels.activation` for shapes.
     """
     value = _slopes(hidden, activation)[0]
     row_probs = probs.flatten()[order].unsqueeze(1).to(value.dtype)
@@ -77,10 +79,11 @@ def activate_backward(
     scales: Scales | None = None,
     target: Target | None = None,
 ) -> tuple[Any, Any, Tensor]:
-    """Return gradients of `hidden` [R, F or 2F], the activation [R, F] again, those of `probs`.
+    """Return the gradient of `hidden`, the recomputed activation [R, F], the gradient of `probs`.
 
-    `grads` [R, F] are the activation's. The first two are in e4m3 as `scales` says, and rows of
-    larger matrices with a `target`.
+    `grads` [R, F] is the gradient of the activation's output. The first two results are in e4m3 if
+    `scales` says so. With a `target` they are written into its larger matrices, and those are
+    returned. The gradient of `probs` [N, C] is 0 for absent choices.
     """
     absent = ~_inside(len(grads), ends)
     if isinstance(hidden, Rows8):
@@ -102,7 +105,7 @@ def activate_backward(
 
 
 def _placed(matrices: Any, target: Target, ends: Tensor) -> Any:
-    """Return `target` 's matrices with the present rows of `matrices` in their places."""
+    """Write the present rows of `matrices` to their places in `target.matrices`; return these."""
     inside = _inside(len(target.at), ends).squeeze(1)
     at = target.at[inside].long()
 

@@ -1,9 +1,9 @@
-"""Grouped products in e4m3 by blocks: scales change with every 128 values of a sum.
+"""Grouped products in e4m3 with block scales: one scale for every 128 terms of a sum.
 
-The tensor cores sum 128 products of e4m3; what they find is scaled and added in fp32, as in
-DeepSeek-V3 (arXiv:2412.19437, section 3.3.2). Tensor cores wait meanwhile, so two programs share a
-multiprocessor and take turns: each has half of the registers, and for those a tile of 128 x 128 is
-multiplied in two parts.
+The tensor cores sum 128 products of e4m3 values. That partial sum is scaled and added in fp32
+outside of them, as in DeepSeek-V3 (arXiv:2412.19437, section 3.3.2). The tensor cores would idle
+during the addition, so two programs share a multiprocessor and take turns. Each has half of the
+registers. Therefore a 128 x 128 tile is multiplied in two halves, `near` and `far`.
 """
 
 import torch
@@ -17,14 +17,14 @@ from ep_plugin.moe.kernels.tiles import in_bands, num_programs, span, tiled
 from ep_plugin.moe.kernels.types import TILE, Tiles
 from ep_plugin.moe.kernels.wgrad import corner, store_tile
 
-PART = BLOCK // 2  # columns
-BAND = 8  # rows of tiles
+PART = BLOCK // 2  # columns of half a tile
+BAND = 8  # rows of tiles in a band, see `tiles.in_bands`
 TWO_PROGRAMS = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}  # on a multiprocessor
 
 
 @triton.jit
 def _more(sums, x, y, scale):
-    """Sums [128, PART] and the products of x [128, 128] and y [PART, 128] in units of `scale`."""
+    """Return `sums` [128, PART] + x [128, 128] @ y [PART, 128].T * `scale`."""
     return sums + tl.dot(x, y.T) * scale
 
 
@@ -61,9 +61,10 @@ def _multiply_blocks_kernel(
 
 
 def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: Tiles) -> Tensor:
-    """Return `rows` [R, a] times each expert's `weight` [e, b, a] transposed: [R, b] bf16.
+    """Return each row of `rows` [R, a] times its expert's `weight` [e, b, a].T: [R, b] bf16.
 
-    Rows behind the last of `ends` [e] int32 are left as they are. a and b are multiples of 128.
+    `ends` [e] int32 is the row after each expert's last. Rows past the last expert's are not
+    written. a and b are multiples of 128.
     """
     (num_experts, out_features, in_features), num_rows = weight.data.shape, len(rows.data)
     out = torch.empty(num_rows, out_features, dtype=torch.bfloat16, device=ends.device)
@@ -111,7 +112,7 @@ def _wgrad_blocks_kernel(
 
 
 def multiply_column_blocks(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
-    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16."""
+    """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, b, a] bf16."""
     size = len(tiles.ends), len(left.data), len(right.data)
     out = torch.empty(size, dtype=torch.bfloat16, device=tiles.ends.device)
     _columns(out, left, right, tiles, add=False)
@@ -121,7 +122,7 @@ def multiply_column_blocks(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Til
 def add_wgrad_blocks(
     total: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles
 ) -> None:
-    """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
+    """Add each expert's `left` [b, P] @ `right` [a, P].T to its part of `total` [e, b, a] fp32."""
     _columns(total, left, right, tiles, add=True)
 
 

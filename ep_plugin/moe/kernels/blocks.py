@@ -1,6 +1,7 @@
-"""From bf16 to e4m3 by blocks: 128 features of a row, 128 x 128 of a weight in both layouts.
+"""From bf16 to e4m3 with block scales; a block is 128 features of a row, or 128 x 128 of a weight.
 
-Each value is read once; the twins are in `blocks_torch`.
+Weights are written in both layouts, as they are and transposed. Each value is read once. The twins
+in plain torch are in `blocks_torch`.
 """
 
 import torch
@@ -26,7 +27,7 @@ def _quantize_blocks_kernel(matrix, data, scales, WIDTH, BLOCKS: tl.constexpr, S
 
 
 def quantize_blocks(matrix: Tensor) -> Blocks8:
-    """Return `matrix` [R, X] in e4m3, each 128 columns of a row with their own scale."""
+    """Return `matrix` [R, X] in e4m3, with one scale for each 128 columns of a row."""
     num_rows, width = matrix.shape
     data = matrix.new_empty(matrix.shape, dtype=E4M3)
     scale = torch.empty(num_rows, width // BLOCK, dtype=torch.float32, device=matrix.device)
@@ -53,7 +54,7 @@ def _quantize_weight_kernel(
     values = tl.load(weight + cell).to(tl.float32)
     scale = power_of_two_scale(tl.max(tl.abs(values)))
     tl.store(data + cell, (values * (1.0 / scale)).to(tl.float8e4nv))
-    # Read again, from the cache: Triton 3.6 transposes what it just rounded into other values.
+    # Read back from the cache: Triton 3.6 gives wrong values when it transposes the rounded tile.
     tl.debug_barrier()
     small = tl.trans(tl.load(data + cell))
     cell = expert * ROWS * WIDTH + column.to(tl.int64)[:, None] * ROWS + row[None, :]
@@ -64,7 +65,7 @@ def _quantize_weight_kernel(
 
 
 def quantize_weight_blocks(weight: Tensor) -> tuple[WeightBlocks8, WeightBlocks8]:
-    """Return `weight` [e, b, a] and its transpose in e4m3, each 128 x 128 with one scale.
+    """Return `weight` [e, b, a] and its transpose [e, a, b] in e4m3, one scale per 128 x 128.
 
     b and a are multiples of 128.
     """

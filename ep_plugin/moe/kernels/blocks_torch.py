@@ -1,4 +1,4 @@
-"""Blocks of 128 values in e4m3: the plain-torch twins of `kernels.blocks` and `block_product`."""
+"""FP8 with block scales in plain torch: the twins of `kernels.blocks` and `block_product`."""
 
 import torch
 from torch import Tensor
@@ -10,20 +10,20 @@ from ep_plugin.moe.kernels.types import TILE, Tiles
 
 
 def quantize_blocks(matrix: Tensor) -> Blocks8:
-    """Return `matrix` [R, X] in e4m3, each 128 columns of a row with their own scale."""
+    """Return `matrix` [R, X] in e4m3, with one scale for each 128 columns of a row."""
     blocks = matrix.float().unflatten(1, (-1, BLOCK))  # [R, X / 128, 128]
     scale = power_of_two_scale(blocks.abs().amax(dim=2))
     return Blocks8((blocks / scale.unsqueeze(2)).to(E4M3).flatten(1), scale)
 
 
 def dequantize_blocks(blocks: Blocks8) -> Tensor:
-    """Return [R, X] fp32; nothing is rounded."""
+    """Return the values [R, X] in fp32; nothing is rounded."""
     wide: Tensor = blocks.data.float().unflatten(1, (-1, BLOCK)) * blocks.scale.unsqueeze(2)
     return wide.flatten(1)
 
 
 def quantize_weight_blocks(weight: Tensor) -> tuple[WeightBlocks8, WeightBlocks8]:
-    """Return `weight` [e, b, a] and its transpose in e4m3, each 128 x 128 with one scale."""
+    """Return `weight` [e, b, a] and its transpose [e, a, b] in e4m3, one scale per 128 x 128."""
     blocks = weight.float().unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
     scale = power_of_two_scale(blocks.abs().amax(dim=(2, 4)))  # [e, b / 128, a / 128]
     data = (blocks / scale[:, :, None, :, None]).to(E4M3).flatten(3, 4).flatten(1, 2)
@@ -32,7 +32,7 @@ def quantize_weight_blocks(weight: Tensor) -> tuple[WeightBlocks8, WeightBlocks8
 
 
 def dequantize_weight_blocks(weight: WeightBlocks8) -> Tensor:
-    """Return [e, b, a] fp32; nothing is rounded."""
+    """Return the values [e, b, a] in fp32; nothing is rounded."""
     scale = weight.scale.repeat_interleave(BLOCK, dim=1).repeat_interleave(BLOCK, dim=2)
     return weight.data.float() * scale
 
@@ -40,9 +40,11 @@ def dequantize_weight_blocks(weight: WeightBlocks8) -> Tensor:
 def transpose_blocks(
     rows: Blocks8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int
 ) -> ColumnBlocks8:
-    """Return `rows` transposed, a tile after the other, each 128 x 128 with its largest scale.
+    """Return `rows` [*, X] transposed to [X, P], tile after tile, with one scale per 128 x 128.
 
-    `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
+    It is the largest scale in that block. P is 128 for each tile. With `choices` 0, `rows` are
+    rows of the experts; otherwise they are tokens with `choices` choices each, and `order` [R]
+    int32 is the flat choice of each row.
     """
     width, num_blocks, num_tiles = rows.data.shape[1], rows.scale.shape[1], len(tiles.row)
     if not (len(rows.data) and len(order)):  # columns are padding alone
@@ -59,13 +61,13 @@ def transpose_blocks(
 
 
 def dequantize_columns(columns: ColumnBlocks8) -> Tensor:
-    """Return [X, P] fp32; nothing is rounded."""
+    """Return the values [X, P] in fp32; nothing is rounded."""
     scale = columns.scale.T.repeat_interleave(BLOCK, dim=0).repeat_interleave(TILE, dim=1)
     return columns.data.float() * scale
 
 
 def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: Tiles) -> Tensor:
-    """Return `rows` [R, a] times each expert's `weight` [e, b, a] transposed: [R, b] bf16."""
+    """Return each row of `rows` [R, a] times its expert's `weight` [e, b, a].T: [R, b] bf16."""
     parts = torch.tensor_split(dequantize_blocks(rows), ends.tolist())
     weights = dequantize_weight_blocks(weight)
     products = [part @ w.T for part, w in zip(parts[:-1], weights, strict=True)]
@@ -74,14 +76,14 @@ def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: T
 
 
 def multiply_column_blocks(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
-    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16."""
+    """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, b, a] bf16."""
     return _columns_product(left, right, tiles).bfloat16()
 
 
 def add_wgrad_blocks(
     total: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles
 ) -> None:
-    """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
+    """Add each expert's `left` [b, P] @ `right` [a, P].T to its part of `total` [e, b, a] fp32."""
     total += _columns_product(left, right, tiles)
 
 

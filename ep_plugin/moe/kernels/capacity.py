@@ -1,13 +1,14 @@
-"""Who finds room at an expert: the parts of the routing kernels that drop choices.
+"""Capacity: the parts of the routing kernels that drop the choices an expert has no room for.
 
-The plain-torch twin is `router._capacity.keep`. While tokens choose, each choice joins the queue
-of its expert in its routing group; the order of arrival does not matter, since a choice brings a
-key by which it is served, the lowest first, and no two keys of a queue are equal:
+The plain-torch twin is `router._capacity.keep`. There is one queue for each expert in each routing
+group. While tokens choose, each choice joins the queue of its expert. It brings an int64 key; lower
+keys are served first, and no two keys of a queue are equal. So the order of arrival does not
+matter:
 
-    key = priority of the drop policy | place of the token among the rank's | k
+    key = priority by the drop policy | place of the token in the rank's list | k (K_BITS bits)
 
-Then each queue longer than the capacity is served by itself: the largest key that finds room is
-found four bits at a time, and choices behind it are dropped.
+Then each queue that is longer than the capacity is cut, independently of the others. The largest
+key that still finds room is searched four bits at a time; choices with larger keys are dropped.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 POSITION, RANK_POSITION, PROBS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 RANDOM, BPR = tl.constexpr(4), tl.constexpr(5)
-POLICIES = {  # number, 0 for no capacity, and bits of the priority
+POLICIES = {  # name -> its number (0 means no capacity), bits of the priority
     "position": (POSITION.value, 0),
     "rank_position": (RANK_POSITION.value, 4),
     "probs": (PROBS.value, 30),
@@ -26,20 +27,20 @@ POLICIES = {  # number, 0 for no capacity, and bits of the priority
     "bpr": (BPR.value, 34),
 }
 K_BITS = tl.constexpr(4)  # of k in a key
-SCORE_BITS = tl.constexpr(30)  # of a score in [0, 1]: the bits of fp32 are ordered as the numbers
-ONE = tl.constexpr(0x3F800000)  # 1.0
+SCORE_BITS = tl.constexpr(30)  # a score in [0, 1] as fp32 bits, which sort as the numbers do
+ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 MAX_TOKENS = 2**22  # so that a key has at most 60 bits
-SERVED = 512  # choices looked at at a time
+SERVED = 512  # choices that a program reads at a time
 
 
 @dataclass(frozen=True)
 class Capacity:
     """How many choices an expert takes from each routing group, and by which policy."""
 
-    group_tokens: int  # of a routing group
+    group_tokens: int  # tokens of a routing group
     limit: int  # choices an expert takes from a group
-    last_limit: int  # from the last group, which may be shorter
-    num_sequences: int
+    last_limit: int  # the same for the last group, which may be shorter
+    num_sequences: int  # of the rank's micro-batch
     policy: str  # one of POLICIES
     draws: Tensor | None  # [T, K] fp32 in [0, 1), for the policy random
 
@@ -48,7 +49,10 @@ class Capacity:
         return -(-num_tokens // self.group_tokens)
 
     def rules(self, num_tokens: int) -> tuple[int, int, int, int, int, int]:
-        """Return what the kernels read, the last two the bits of a place and of a key."""
+        """Return what the kernels read, for a rank with `num_tokens` tokens.
+
+        That is num_sequences, group_tokens, limit, last_limit, bits of a place, bits of a key.
+        """
         place = max(1, (num_tokens - 1).bit_length())
         bits = (place, place + POLICIES[self.policy][1] + 4)
         return self.num_sequences, self.group_tokens, self.limit, self.last_limit, *bits
@@ -56,20 +60,20 @@ class Capacity:
 
 @triton.jit
 def place_of(token, num_tokens, num_sequences):
-    """Place of a token when tokens are listed sequence by sequence; see `place_by_sequence`."""
+    """Return a token's index in a list sequence by sequence; see `place_by_sequence`."""
     return token % num_sequences * (num_tokens // num_sequences) + token // num_sequences
 
 
 @triton.jit
 def _descending(score):
-    """An int64 of 30 bits, smaller for larger scores in [0, 1]; NaN is served last."""
+    """Map a score in [0, 1] to 30 bits of an int64; larger scores come first, NaN comes last."""
     bits = tl.minimum(tl.maximum(score, 0.0), 1.0).to(tl.int32, bitcast=True)
     return tl.where(score == score, ONE - bits, ONE).to(tl.int64)
 
 
 @triton.jit
 def queue_key(place, k: tl.constexpr, weight, first_score, draw, place_bits, POLICY: tl.constexpr):
-    """Key of the k-th choice of tokens at `place`."""
+    """Return the key of the k-th choice of the tokens at `place`."""
     key = place.to(tl.int64)
     if POLICY == RANK_POSITION:
         key += (place * 0 + k).to(tl.int64) << place_bits
@@ -88,7 +92,7 @@ def serve(
     queue, keys, waiting, ids, weights, sent, num_tokens, num_sequences, EXPERTS, GROUPS, room,
     limit, last_limit, place_bits, key_bits, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Serve one queue: choices without room get id -1 and weight 0; the others are counted."""
+    """Serve one queue: choices without room get id -1 and weight 0; the rest is added to `sent`."""
     length = tl.load(waiting + queue)
     limit = tl.where(queue >= (GROUPS - 1) * EXPERTS, last_limit, limit)
     tl.atomic_add(sent + queue % EXPERTS, tl.minimum(length, limit).to(tl.int64))

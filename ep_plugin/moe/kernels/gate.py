@@ -1,8 +1,9 @@
 """Router logits with fp32 accuracy through tensor cores, for bf16 tokens on CUDA.
 
 A product of two bf16 numbers is exact in fp32, and an fp32 number is the sum of three bf16 numbers.
-So each fp32 operand goes in as three bf16 parts. Tensor cores cut the sums they keep: the forward,
-where logits decide, adds every 64 products of the first part outside of them, in fp32.
+So each fp32 operand is given as three bf16 parts. Tensor cores truncate the sums they accumulate.
+In the forward the order of the logits decides which experts are chosen, so there the products of
+the largest part leave the tensor cores after every 64 terms and are added in fp32.
 """
 
 from typing import Any
@@ -22,9 +23,9 @@ def _product_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     depth = tl.arange(0, BLOCK_D)
-    # `one` is 1.0, but the compiler does not know, so it cannot add in the tensor core.
+    # `one` is 1.0. The compiler does not know that, so it cannot add inside the tensor core.
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    rest = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # small: what the tensor core cuts is smaller
+    rest = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # small, so truncation is negligible
     for start in range(0, DEPTH, BLOCK_D):
         at = start + depth
         a = tl.load(
@@ -43,15 +44,16 @@ def _product_kernel(
 
 
 def product(left: Tensor, right: Tensor, parts: int) -> Tensor:
-    """Return `left` [R, D] times the transposed sum of `right`'s blocks, [parts * C, D] in all.
+    """Return `left` [R, D] @ (sum of the `parts` blocks of `right`).T: [R, C] fp32.
 
-    Both are bf16, the result [R, C] fp32; blocks behind the first are small beside it.
+    `right` is [parts * C, D], made by `split`: its first block holds the largest part. Both
+    operands are bf16.
     """
     (num_rows, depth), num_columns = left.shape, len(right) // parts
     out = torch.empty(num_rows, num_columns, dtype=torch.float32, device=left.device)
     if out.numel():
-        # Measured on H100 with 8 to 256 experts. Up to 128 it is tokens that take time to read,
-        # and twice as many programs, with more tiles on their way, read them faster.
+        # Measured on H100 with 8 to 256 experts. Up to 128 experts, reading the tokens takes most
+        # of the time. Twice as many programs, with more tiles in flight, read them faster.
         if num_columns > 128:
             height, width, stages = 128, 128, 4 if parts == 1 else 3
         else:
@@ -81,9 +83,9 @@ def _split_kernel(matrix, parts, SIZE, COLUMNS, ROW_STRIDE, PART_STRIDE, BLOCK: 
 
 
 def split(matrix: Tensor, dim: int) -> Tensor:
-    """Return the three bf16 parts of an fp32 `matrix` [R, C], side by side along `dim`.
+    """Return the three bf16 parts of an fp32 `matrix` [R, C], concatenated along `dim` (0 or 1).
 
-    The largest is first. A bf16 matrix is its own only part.
+    Their sum is the matrix; the largest part is first. A bf16 matrix is returned as it is.
     """
     if matrix.dtype == torch.bfloat16:
         return matrix
@@ -99,7 +101,7 @@ def split(matrix: Tensor, dim: int) -> Tensor:
 
 
 def split_torch(matrix: Tensor, dim: int) -> Tensor:
-    """Return the parts of an fp32 `matrix`; the twin of `split`, in plain torch."""
+    """Return the three bf16 parts of an fp32 `matrix` [R, C]: `split` in plain torch."""
     first = matrix.bfloat16()
     rest = matrix - first.float()
     second = rest.bfloat16()
@@ -138,16 +140,16 @@ def _add_product_kernel(
 
 
 def add_product(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return `rows` [R, C] plus `left` [R, D] times `right` [D, C], rounded once; D unit-strided.
+    """Return `rows` [R, C] + `left` [R, D] @ `right` [D, C] in the dtype of `rows`, rounded once.
 
-    `right` [D / 2, C] is taken twice. A library's product would add in place, but gradients that
-    autograd hands over may be others' as well.
+    `left` has stride 1 along D. A `right` of [D / 2, C] is used for both halves of D. `rows` is not
+    written: it is a gradient from autograd, which others may read as well.
     """
     (num_rows, num_columns), depth = rows.shape, left.shape[1]
     out = torch.empty_like(rows)
     if out.numel():
-        # Of tiles measured on H100, best or nearly so for 8 to 256 experts; `rows` loaded first
-        # would take 3 to 6 % less time with up to 32 experts, and 6 to 11 % more with 128 or more.
+        # These tiles are the best, or nearly, of those measured on H100 for 8 to 256 experts.
+        # Loading `rows` first would be 3 to 6 % faster up to 32 experts, 6 to 11 % slower from 128.
         _add_product_kernel[cdiv(num_columns, 128), cdiv(num_rows, 64)](
             *(left, right.contiguous(), rows, out),
             *(num_rows, num_columns, depth, len(right), left.stride(0)),
@@ -161,15 +163,16 @@ def add_product(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def add_product_torch(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Do as `add_product`; its twin, in plain torch."""
+    """Return what `add_product` returns, in plain torch."""
     right = right.float().repeat(left.shape[1] // len(right), 1)
     return (rows.float() + left.float() @ right).to(rows.dtype)
 
 
 class GateLogits(torch.autograd.Function):
-    """hidden [T, H] bf16, weight [E, H] bf16 or fp32 -> logits [T, E] fp32, hidden again.
+    """hidden [T, H] bf16, weight [E, H] bf16 or fp32 -> logits [T, E] fp32, hidden as given.
 
-    What hidden gets by the second way is added where its gradient by the first is computed.
+    The gradient that reaches the second output is added in the kernel that computes the gradient
+    of `hidden` from that of the logits.
     """
 
     @staticmethod
@@ -204,15 +207,16 @@ class GateLogits(torch.autograd.Function):
 
 
 def fits(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether `GateLogits` takes these operands."""
+    """Whether `GateLogits` takes these operands: `hidden` [T, H], `weight` [E, H]."""
     dtypes = (torch.bfloat16, torch.float32)
     return hidden.is_cuda and hidden.dtype == torch.bfloat16 and weight.dtype in dtypes
 
 
 def gate_logits(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `hidden` [T, H] times `weight` [E, H] transposed, [T, E] fp32, and `hidden`.
+    """Return the logits `hidden` [T, H] @ `weight` [E, H].T, [T, E] fp32, and `hidden` itself.
 
-    Whoever goes on with the second saves a pass over the gradients of `hidden`. See `fits`.
+    A caller that goes on with the returned `hidden` saves a separate addition of its two gradients.
+    See `fits` for the operands.
     """
     result: tuple[Tensor, Tensor] = GateLogits.apply(hidden, weight)
     return result

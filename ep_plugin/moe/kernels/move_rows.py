@@ -1,7 +1,10 @@
-"""Where each row of the experts comes from: sorting choices, spreading tokens, summing rows.
+"""Moving tokens to rows of experts and back: sorting choices, copying tokens, summing rows.
 
-One program handles one token, or one block of choices. Rows behind the last expert's are not
-touched.
+One program handles one token, or one block of choices. Rows past the last expert's (absent choices)
+are not touched.
+
+Shapes: N tokens with C choices each, e local experts, R rows of experts, X features. `place` [N, C]
+int32 is the row of each choice. `ends` [e] int32 is the row after each expert's last.
 """
 
 import torch
@@ -38,7 +41,7 @@ def _total_kernel(
 
 
 def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """Return how many of `expert_ids` [N, C] are each expert's, -1 for none's: [e] int64."""
+    """Return how many of `expert_ids` [N, C] (-1: absent) name each expert: [e] int64."""
     totals = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
     if expert_ids.numel():
         buckets = next_power_of_2(num_experts)
@@ -53,7 +56,7 @@ def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
 
 @jit
 def _scan_kernel(counts, num_blocks, NUM_EXPERTS, BLOCK: tl.constexpr):
-    """Replace the counts of one bucket, block after block, by the sums of those before."""
+    """Replace the counts of one bucket in all blocks by their exclusive prefix sums."""
     cell = tl.arange(0, BLOCK) * (NUM_EXPERTS + 1) + tl.program_id(0)
     inside = tl.arange(0, BLOCK) < num_blocks
     values = tl.load(counts + cell, mask=inside, other=0)
@@ -79,10 +82,10 @@ def _place_kernel(
 
 
 def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the flat choice of each row [R] and the row of each choice [N, C], int32.
+    """Return `order` [N * C], the flat choice of each row, and `place` [N, C]; both int32.
 
-    A stable counting sort of `expert_ids` [N, C]; absent choices, -1, come last. `ends` [e] int32
-    is the row behind each expert's last.
+    `place` is the row of each choice. It is a stable counting sort of `expert_ids` [N, C]; absent
+    choices, -1, come last. `ends` [e] int32 is the row after each expert's last.
     """
     num_choices, num_experts = expert_ids.numel(), len(ends)
     order = torch.empty(num_choices, dtype=torch.int32, device=expert_ids.device)
@@ -110,7 +113,7 @@ def _spread_kernel(
     source, scales, place, ends, out, out_scales, num_experts, WIDTH, NUM_SCALES,
     CHOICES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Token by token: each is read once, although it goes to several rows.
+    # One program per token: it reads the token once and writes it to several rows.
     last = tl.load(ends + num_experts - 1)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -135,7 +138,7 @@ def _spread(
     num_rows: int | None,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return rows and their scales; without `scales` the latter are not to be read."""
+    """Return rows and their scales. Without `scales` the second result has no meaning."""
     (num_tokens, choices), width = place.shape, tokens.shape[1]
     if into is None:
         into = tokens.new_empty(num_tokens * choices if num_rows is None else num_rows, width)
@@ -143,7 +146,7 @@ def _spread(
     if scales is not None:
         each, out_scales = scales[:1].numel(), scales.new_empty(len(into), *scales.shape[1:])
     if into.numel() and num_tokens:
-        # Bytes are moved, so any dtype may be; eight at a time where rows allow it.
+        # Rows are moved as bytes, so any dtype works; eight at a time if the row size allows it.
         unit = torch.int64 if width * tokens.element_size() % 8 == 0 else torch.uint8
         moved, target = tokens.contiguous().view(unit), into.view(unit)
         block = next_power_of_2(moved.shape[1])
@@ -172,10 +175,10 @@ def spread_rows(
     num_rows: int | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
-    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X].
+    """Copy each token of `tokens` [N, X] to its rows `place` [N, C]; return the rows [R, X].
 
-    R is `num_rows`, at least the last of `ends`, or N * C. Rows of other tokens stay as they are
-    in `into`, where that is given.
+    R is `num_rows`, which must be at least `ends[-1]`; by default N * C. With `into` [R, X] the
+    rows are written there, and its other rows keep their values.
     """
     return _spread(tokens, None, place, ends, num_rows, into)[0]
 
@@ -183,7 +186,7 @@ def spread_rows(
 def spread_rows8(
     tokens: Values8, place: Tensor, ends: Tensor, num_rows: int | None = None
 ) -> Values8:
-    """Do as `spread_rows` for tokens in e4m3."""
+    """Do what `spread_rows` does, for tokens in e4m3 with their scales."""
     return type(tokens)(*_spread(tokens.data, tokens.scale, place, ends, num_rows))
 
 
@@ -204,7 +207,10 @@ def _sum_kernel(
 
 
 def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
-    """Return the sums in fp32 of each token's rows [R, X], absent choices left out: [N, X]."""
+    """Return for each token the sum of its rows of `rows` [R, X]: [N, X] in their dtype.
+
+    Sums are taken in fp32; absent choices add nothing.
+    """
     (num_tokens, choices), width = place.shape, rows.shape[1]
     out = rows.new_empty(num_tokens, width)
     if out.numel():
@@ -240,7 +246,7 @@ def _sum_pieces_kernel(out, a, b, c, d, e, f, g, h, size, COUNT: tl.constexpr, B
 
 
 def sum_pieces(pieces: list[Tensor]) -> Tensor:
-    """Return the sum [N, X] of at least two `pieces` [N, X], in their order, in fp32."""
+    """Return the sum of two or more `pieces` [N, X], added in order in fp32: [N, X]."""
     pieces = [piece.contiguous() for piece in pieces]
     out = torch.empty_like(pieces[0])
     while len(pieces) > 1 and out.numel():

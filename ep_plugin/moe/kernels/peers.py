@@ -1,8 +1,9 @@
-"""Rows written to and summed from the buffers of other GPUs, over NVLink, by loads and stores.
+"""Rows written to, and summed from, the buffers of other GPUs over NVLink, by loads and stores.
 
-A few programs walk over all tokens, so that a copy takes as many SMs as it is given and the others
-compute. A link answers after about two microseconds: each program has its next tile of several rows
-under way (num_stages) while it works on one. See `peers_torch` for the layout.
+A fixed number of programs loops over all tokens. So a copy occupies only as many SMs as it is
+given, and the other SMs compute. A load over NVLink takes about two microseconds. To hide that,
+each program already loads its next tile of rows (num_stages) while it works on one. See
+`peers_torch` for the layout of the buffers.
 """
 
 from typing import NamedTuple
@@ -14,21 +15,21 @@ from torch import Tensor
 from ep_plugin.moe.kernels._launch import jit, next_power_of_2
 from ep_plugin.moe.kernels.peers_torch import Peers
 
-STAGES = 3  # the places, then the rows they name, then the work
-PLACES = 2048  # of a tile: they wait in shared memory too, beside its rows
+STAGES = 3  # load the places; load the rows they name; work on the rows
+PLACES = 2048  # most places of a tile; they take shared memory beside its rows
 WARPS = 16
-UNITS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # what bytes are moved in
+UNITS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # integers that rows are moved as
 
 
 class _Tile(NamedTuple):
-    """What a program works on at a time."""
+    """The part of the rows that a program works on at a time."""
 
     rows: int
     block: int  # columns
 
     @classmethod
     def of(cls, rows: Tensor, ranks: int, num_bytes: int) -> "_Tile":
-        """Return one of at most `num_bytes` of `rows` [T, W], whose places are few enough."""
+        """Return a tile of `rows` [T, W] of at most `num_bytes` and at most PLACES places."""
         size = rows.element_size()
         block = min(next_power_of_2(rows.shape[1]), 2048 // size)
         most = max(1, PLACES // next_power_of_2(ranks))
@@ -40,7 +41,7 @@ def push_tile(rows: Tensor, ranks: int) -> _Tile:
 
 
 def sum_tile(rows: Tensor, ranks: int) -> _Tile:
-    """Two tiles of each rank are in shared memory."""
+    """Return the tile for `sum_rows`: shared memory holds two tiles of each rank."""
     return _Tile.of(rows, ranks, max(2048, 65536 // next_power_of_2(ranks)))
 
 
@@ -66,7 +67,11 @@ def _push_kernel(
 
 
 def push_rows(rows: Tensor, peers: Peers, offset: int, place: Tensor, programs: int) -> None:
-    """Write each row of `rows` [T, W] to its places [T, G] int32 in the ranks' buffers."""
+    """Write each row of `rows` [T, W] to the buffers of all ranks that `place` names.
+
+    `place` [T, G] int32 is the row in each rank's buffer, -1 for not sent. `offset` is in bytes.
+    `programs` is the number of SMs that copy.
+    """
     if not rows.numel():
         return
     size = rows.shape[1] * rows.element_size()
@@ -104,7 +109,12 @@ def _sum_home_kernel(
 
 
 def sum_rows(like: Tensor, peers: Peers, offset: int, place: Tensor, programs: int) -> Tensor:
-    """Return [T, W]: the fp32 sums, in rank order, of the rows at `place` [T, G] int32."""
+    """Return for each token the sum of its rows in the ranks' buffers: [T, W].
+
+    `place` [T, G] int32 is the row in each rank's buffer, -1 for none. Rows are added in rank
+    order, in fp32. Width and dtype are those of `like` [*, W]. `offset` is in bytes, `programs`
+    the number of SMs that sum.
+    """
     out = like.new_empty(len(place), like.shape[1])
     if out.numel():
         ranks = place.shape[1]

@@ -1,11 +1,12 @@
 """Rows written to and summed from the buffers of other ranks: plain torch, beside `peers`.
 
-Every rank of a group has a buffer that all of them address. At the same `offset` in bytes of each
-lie its rows [n, W] of one tensor; `place` [T, G] says where in it a token's row is, -1 for nowhere.
-Two tokens, two ranks, places (0 1) and (1 -):
+Each of the G ranks of a group has a buffer that all of them can read and write. A tensor's rows
+[n, W] start at the same `offset` in bytes in every buffer. `place` [T, G] int32 is the row of each
+of the T tokens in each rank's buffer, -1 for none. Example: two tokens a and b, two ranks, `place`
+(0, 1) for a and (1, -1) for b:
 
-    rank 0    a b           pushed from a b, or summed to a+a' b
-    rank 1    . a'
+    buffer of rank 0    a  b         `push_rows` writes these rows from a, b
+    buffer of rank 1    .  a'        `sum_rows` returns a + a', b
 """
 
 from typing import NamedTuple
@@ -18,24 +19,24 @@ class Peers(NamedTuple):
     """The buffers of a group's ranks, in rank order, as this process sees them."""
 
     buffers: tuple[Tensor, ...]  # uint8 [bytes] each
-    addresses: Tensor  # [G] int64, of their first bytes
+    addresses: Tensor  # [G] int64, the address of each buffer's first byte
 
 
 def rows_of(buffer: Tensor, offset: int, num_rows: int, like: Tensor) -> Tensor:
-    """Return the view [num_rows, W] of `buffer` at `offset` with width and dtype of `like`."""
+    """Return `num_rows` rows of `buffer` at `offset` (bytes): a view like `like` [*, W]."""
     size = num_rows * like.shape[1] * like.element_size()
     return buffer[offset : offset + size].view(like.dtype).view(num_rows, like.shape[1])
 
 
 def _rows_at(buffer: Tensor, offset: int, place: Tensor, like: Tensor) -> Tensor:
-    """Return the rows up to the last that `place` [n] names."""
+    """Return the rows of `buffer` up to the last one that `place` [n] names."""
     return rows_of(buffer, offset, int(place.max()) + 1 if len(place) else 0, like)
 
 
 def push_rows(rows: Tensor, peers: Peers, offset: int, place: Tensor, programs: int) -> None:
-    """Write each row of `rows` [T, W] to its places [T, G] int32 in the ranks' buffers.
+    """Write each row of `rows` [T, W] to the buffers of all ranks that `place` [T, G] names.
 
-    `programs` is the number of a GPU's SMs that work on it.
+    `programs` is the number of SMs that copy; it has no meaning here.
     """
     for buffer, column in zip(peers.buffers, place.unbind(1), strict=True):
         sent = column >= 0
@@ -44,9 +45,9 @@ def push_rows(rows: Tensor, peers: Peers, offset: int, place: Tensor, programs: 
 
 
 def sum_rows(like: Tensor, peers: Peers, offset: int, place: Tensor, programs: int) -> Tensor:
-    """Return [T, W]: the sums, in rank order, of the rows at `place` [T, G] int32.
+    """Return for each token the sum of its rows at `place` [T, G], in rank order: [T, W].
 
-    Width and dtype are those of `like` [*, W]; the sums are in fp32 at least.
+    Width and dtype are those of `like` [*, W]; sums are taken in fp32 or wider.
     """
     found = like.new_zeros(*place.shape, like.shape[1])  # [T, G, W]
     for rank, (buffer, column) in enumerate(zip(peers.buffers, place.unbind(1), strict=True)):

@@ -1,8 +1,8 @@
 """The grouped product in e4m3: rows times their expert's weight, forward and data gradient.
 
-Both operands reach shared memory through the copy engine for tiles (TMA, Hopper and newer). A GPU
-under its power limit is as fast as it moves few bytes for an operation, so tiles are 128 x 256, and
-tiles at work at one time lie in a square band, to share operands in L2. Sums are those of torch's
+Both operands reach shared memory through TMA (Hopper and newer). A GPU at its power limit is faster
+the fewer bytes it moves per operation. Therefore tiles are 128 x 256, and the tiles in work at one
+time lie close together, in a band, so that they share operands in L2. Sums are those of torch's
 scaled grouped GEMM, bit for bit.
 """
 
@@ -15,9 +15,9 @@ from ep_plugin.moe.kernels._launch import cdiv, jit
 from ep_plugin.moe.kernels.tiles import in_bands, num_programs, tiled
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
-WIDE = 256  # the other side of a tile
+WIDE = 256  # columns of a tile; it has TILE rows
 DEPTH = 128  # of one step along the sum
-MANY_ROWS = 1024  # of an expert, on average: from there on a band of tiles mostly has one weight
+MANY_ROWS = 1024  # per expert on average; from here on the tiles of a band mostly share a weight
 
 
 @jit
@@ -28,7 +28,7 @@ def _multiply_kernel(
 ):  # fmt: skip
     down = tl.load(tile_ends + num_experts - 1)
     across = (OUT + WIDE - 1) // WIDE
-    # Flattened, the next tile's first operands are on their way while this one's sums are stored.
+    # Flattened, so that the next tile's first operands load while this tile's sums are stored.
     programs = tl.num_programs(0)
     for tile in tl.range(tl.program_id(0), down * across, programs, flatten=True):
         tile_row, tile_column = in_bands(tile, down, across, BAND)
@@ -36,7 +36,7 @@ def _multiply_kernel(
         first = tl.load(row_of + tile_row)
         sums = tl.zeros((TILE, WIDE), tl.float32)
         for depth in range(0, IN, DEPTH):
-            # Rows of the next expert may come too; theirs are other sums, which are not stored.
+            # The tile may include rows of the next expert; their sums are not stored.
             x = rows.load([first, depth])
             y = weight.load([expert * OUT + tile_column * WIDE, depth])
             sums = tl.dot(x, y.T, sums)
@@ -52,9 +52,10 @@ def _multiply_kernel(
 
 
 def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor:
-    """Return `rows` [R, a] times each expert's `weight` [e, b, a] transposed: [R, b] bf16.
+    """Return each row of `rows` [R, a] times its expert's `weight` [e, b, a].T: [R, b] bf16.
 
-    Rows behind the last of `ends` [e] int32 are left as they are. a is a multiple of 16.
+    `ends` [e] int32 is the row after each expert's last. Rows past the last expert's are not
+    written. a is a multiple of 16.
     """
     (num_experts, out_features, in_features), num_rows = weight.data.shape, len(rows.data)
     out = torch.empty(num_rows, out_features, dtype=torch.bfloat16, device=ends.device)

@@ -1,8 +1,9 @@
-"""From bf16 to e4m3: rows with a power of two each, their transposes, weights in both layouts.
+"""From bf16 to e4m3 with one power-of-two scale per row; transposes; weights in both layouts.
 
-A row's largest value never leaves its program, so quantising costs no second pass. Transposing
-multiplies e4m3 by powers of two of at most 1, in fp16: its numbers hold every product that e4m3
-does not round to zero, and converting costs half of what it does through fp32.
+One program reads a whole row, so it finds the row's largest value without a second pass. A
+transpose rescales e4m3 values to a larger scale: it multiplies them by powers of two of at most 1,
+in fp16. That is exact for every product that e4m3 does not round to zero, and conversion costs half
+as much as through fp32.
 """
 
 import torch
@@ -17,15 +18,16 @@ from ep_plugin.moe.kernels.types import TILE, Tiles
 
 
 def warps(width: int) -> int:
-    """Return the warps of a program that holds `width` numbers."""
+    """Return the number of warps of a program that holds `width` values."""
     return 4 if width <= 4096 else 8 if width <= 8192 else 16
 
 
 @triton.jit
 def power_of_two_scale(largest):
-    """Smallest power of two s >= 2^-126 with largest / s <= 448, from the quotient's bits.
+    """Return the smallest power of two s >= 2^-126 with largest / s <= 448.
 
-    1 / s is exact, and multiplying by it takes a third of what dividing takes.
+    It is read from the bits of largest / 448. 1 / s is exact, and multiplying by it takes a third
+    of the time of a division.
     """
     bits = (largest * (1.0 / 448.0)).to(tl.int32, bitcast=True)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
@@ -45,7 +47,7 @@ def _quantize_kernel(matrix, data, scales, WIDTH, BLOCK: tl.constexpr):
 
 
 def quantize_rows(matrix: Tensor) -> Rows8:
-    """Return `matrix` [R, X] in e4m3, each row with its own power of two."""
+    """Return `matrix` [R, X] in e4m3; each row has its own power-of-two scale."""
     num_rows, width = matrix.shape
     data = matrix.new_empty(matrix.shape, dtype=E4M3)
     scale = torch.empty(num_rows, dtype=torch.float32, device=matrix.device)
@@ -77,7 +79,7 @@ def _transpose_kernel(
     data, scale, largest, order, ends, expert_of, row_of, out, choices, WIDTH, NUM_COLUMNS,
     TOKENS: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows, BLOCK features; with BLOCKS these have scales of their own."""
+    """Transpose TILE rows x BLOCK features; with BLOCKS each row has a scale for each BLOCK."""
     expert = tl.load(expert_of + tl.program_id(0))
     if expert < 0:
         return
@@ -91,7 +93,7 @@ def _transpose_kernel(
         num_blocks = WIDTH // BLOCK
         cell = source.to(tl.int64) * num_blocks + tl.program_id(1)
         own = tl.load(scale + cell, mask=present, other=0.0)
-        most = tl.max(own)  # of at least one row
+        most = tl.max(own)  # > 0: a tile has at least one row
         tl.store(largest + tl.program_id(0) * num_blocks + tl.program_id(1), most)
     else:
         own = tl.load(scale + source, mask=present, other=0.0)
@@ -109,9 +111,11 @@ def _transpose_kernel(
 def transpose_rows(
     rows: Rows8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int
 ) -> Columns8:
-    """Return `rows` transposed, a tile after the other, an expert's largest scale for all.
+    """Return `rows` [*, X] transposed to [X, P], tile after tile, with one scale per expert.
 
-    `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
+    It is the largest scale of the expert's rows. P is 128 for each tile. With `choices` 0, `rows`
+    are rows of the experts; otherwise they are tokens with `choices` choices each, and `order`
+    [R] int32 is the flat choice of each row.
     """
     largest = torch.empty(len(ends), dtype=torch.float32, device=ends.device)
     _largest_kernel[(len(ends),)](
@@ -123,9 +127,11 @@ def transpose_rows(
 def transpose_blocks(
     rows: Blocks8, tiles: Tiles, order: Tensor, ends: Tensor, choices: int
 ) -> ColumnBlocks8:
-    """Return `rows` transposed, a tile after the other, each 128 x 128 with its largest scale.
+    """Return `rows` [*, X] transposed to [X, P], tile after tile, with one scale per 128 x 128.
 
-    `choices` 0 says that `rows` are rows; else they are tokens with so many choices each.
+    It is the largest scale in that block. P is 128 for each tile. With `choices` 0, `rows` are
+    rows of the experts; otherwise they are tokens with `choices` choices each, and `order` [R]
+    int32 is the flat choice of each row.
     """
     size = len(tiles.expert), rows.scale.shape[1]
     largest = torch.empty(size, dtype=torch.float32, device=ends.device)
@@ -140,7 +146,7 @@ def _transposed(
     ends: Tensor,
     choices: int,
 ) -> Tensor:
-    """Return the columns [X, P] with the scales `largest`, which blocks write there."""
+    """Return the columns [X, P] e4m3, for the scales `largest`; block scales are written there."""
     width, num_tiles = rows.data.shape[1], len(tiles.expert)
     out = rows.data.new_empty(width, num_tiles * TILE)
     if out.numel():
@@ -178,7 +184,10 @@ def _transpose_weight_kernel(
 
 
 def quantize_weight(weight: Tensor) -> tuple[Weight8, Weight8]:
-    """Return `weight` [e, b, a] in e4m3 and its transpose [e, a, b], one scale for each expert."""
+    """Return `weight` [e, b, a] in e4m3, and its transpose [e, a, b].
+
+    `weight` has one scale per row, its transpose one per expert.
+    """
     num_experts, num_rows, width = weight.shape
     rows = quantize_rows(weight.reshape(-1, width))
     scale = rows.scale.view(num_experts, num_rows)

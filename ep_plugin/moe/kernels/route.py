@@ -1,10 +1,13 @@
 """From logits to choices in two launches, and their backward in one.
 
 The plain-torch twins are `router._choose.PlainChoice`, over all tokens of the rank, and
-`router._capacity.keep`. The first kernel holds a few tokens with all their experts in the registers
-of one warp: scores, the K best (of equal ones the lower expert), their weights, and what losses and
-metrics sum over tokens. The second adds the sums up and, with a capacity, drops choices. Sums over
-tokens are added in a fixed order, so repeats are equal to the bit; counts are integers.
+`router._capacity.keep`.
+
+In the first launch one warp holds the logits of a few tokens in its registers. It computes their
+scores, the K best experts (of equal ones the one with the lower number), their weights, and partial
+sums over tokens for losses and metrics. The second launch adds up the partial sums and, with a
+capacity, drops choices. Sums are added in a fixed order and counts are integers, so every run gives
+the same bits.
 """
 
 from dataclasses import dataclass
@@ -19,27 +22,27 @@ from ep_plugin.moe.kernels.capacity import MAX_TOKENS, POLICIES, SERVED, Capacit
 from ep_plugin.moe.routing_config import RoutingConfig
 
 MAX_EXPERTS, MAX_TOPK = 1024, 16
-PROGRAMS = 2112  # 16 for each multiprocessor; each leaves one row of sums
-HELD = 256  # logits in a program's registers; one warp, so that no step waits for another
-HELD_BACKWARD = 512
-COLUMNS, ADDED = 16, 1024  # sums, and their parts, read at a time by a program that adds them up
+PROGRAMS = 2112  # at most: 16 per SM of an H100; each writes one row of partial sums
+HELD = 256  # logits in a program's registers; it is one warp, so no barriers are needed
+HELD_BACKWARD = 512  # the same in the backward
+COLUMNS, ADDED = 16, 1024  # columns, and rows of partial sums, that a program adds at a time
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What `route` returns; the losses, `weights`, `score_sums` and `z_sum` have gradients."""
+    """What `route` returns. Both losses, `weights`, `score_sums` and `z_sum` are differentiable."""
 
     expert_ids: Tensor  # [T, K] int64, best first
     sent_ids: Tensor  # [T, K] int64, -1 for choices that found no room
     weights: Tensor  # [T, K] fp32, divided by their sum if before_drop, then 0 where not sent
-    score_sums: Tensor  # [1, E] fp32, over tokens
+    score_sums: Tensor  # [1, E] fp32, scores summed over tokens
     z_sum: Tensor  # [] fp32, sum over tokens of logsumexp^2
     sent: Tensor  # [E] int64, choices that found room
     counted: Tensor  # [E] int64, the choices that the balancing loss counts
-    entropy: Tensor  # [] fp32, summed over tokens
+    entropy: Tensor  # [] fp32, entropy of the scores, summed over tokens
     confidence: Tensor  # [] fp32, sum over tokens of the largest score
-    balancing_loss: Tensor  # [] fp32, over the tokens given
-    z_loss: Tensor  # [] fp32, mean over the tokens given
+    balancing_loss: Tensor  # [] fp32, of the tokens given, without coefficient
+    z_loss: Tensor  # [] fp32, mean of logsumexp^2 over the tokens given
 
 
 class _Route(torch.autograd.Function):
@@ -54,7 +57,7 @@ class _Route(torch.autograd.Function):
         (num_tokens, experts), topk, device = logits.shape, routing.topk, logits.device
         width = next_power_of_2(experts)
         block = max(1, min(16, HELD // width))  # tokens held at a time
-        tiles = max(1, cdiv(cdiv(num_tokens, block), PROGRAMS))  # of each program
+        tiles = max(1, cdiv(cdiv(num_tokens, block), PROGRAMS))  # that each program loops over
         num_rows = cdiv(num_tokens, block * tiles)
         logits = logits.contiguous()
         ids = torch.empty(num_tokens, topk, dtype=torch.int64, device=device)
@@ -71,7 +74,7 @@ class _Route(torch.autograd.Function):
         partials = torch.empty(num_rows, experts + 3, dtype=torch.float32, device=device)
         results = partials.new_empty if num_tokens else partials.new_zeros
         sums, losses = results(experts + 3), results(2)
-        rules = (1, 1, 0, 0, 0, 0)  # not read without a capacity, nor are the tensors
+        rules = (1, 1, 0, 0, 0, 0)  # without a capacity neither these nor the next are read
         keys, waiting, draws = ids, counts[0], logits
         if capacity is not None:
             rules, waiting = capacity.rules(num_tokens), zeros[4:]
@@ -139,7 +142,7 @@ class _Route(torch.autograd.Function):
 
 
 def fits(logits: Tensor, routing: RoutingConfig, training: bool) -> bool:
-    """Whether the kernel does this routing; the twin does all."""
+    """Whether the kernels do this routing of `logits` [T, E]; the plain-torch twin does all."""
     experts = logits.shape[1]
     whole_groups = routing.num_groups is None or (
         experts & (experts - 1) == 0 and routing.num_groups & (routing.num_groups - 1) == 0
@@ -164,7 +167,11 @@ def route(
     expert_bias: Tensor | None,
     capacity: Capacity | None = None,
 ) -> Routed:
-    """Return the choices for `logits` [T, E] fp32, those with room marked; see `fits`."""
+    """Return the choices for `logits` [T, E] fp32, of which `sent_ids` marks those with room.
+
+    `expert_bias` [E] fp32 is added to the scores when experts are chosen. `fits` says what can be
+    routed here.
+    """
     experts = logits.shape[1]
     weights, sums, balancing, z, ids, sent_ids, sent, counted = _Route.apply(
         logits, expert_bias, routing, capacity

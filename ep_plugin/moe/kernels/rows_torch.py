@@ -1,6 +1,7 @@
-"""Plain-torch twins of `kernels.rows`: counting and sorting choices, spreading and summing rows.
+"""Plain-torch twins of `kernels.move_rows`: sorting choices, copying tokens, summing rows.
 
-Where the kernels leave rows behind the last expert's as they are, the twins hold zeros.
+Rows past the last expert's belong to absent choices. The kernels do not write them; the twins set
+them to zero.
 """
 
 import torch
@@ -10,17 +11,17 @@ from ep_plugin.moe.e4m3 import E4M3, Values8
 
 
 def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """Return how many of `expert_ids` [N, C] are each expert's, -1 for none's: [e] int64."""
+    """Return how many of `expert_ids` [N, C] (-1: absent) name each expert: [e] int64."""
     bucket = expert_ids.where(expert_ids >= 0, num_experts).flatten()
     counts = bucket.new_zeros(num_experts + 1)
     return counts.scatter_add(0, bucket, torch.ones_like(bucket))[:-1]
 
 
 def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the flat choice of each row [R] and the row of each choice [N, C], int32.
+    """Return `order` [N * C], the flat choice of each row, and `place` [N, C]; both int32.
 
-    A stable counting sort of `expert_ids` [N, C]; absent choices, -1, come last. `ends` [e] int32
-    is the row behind each expert's last.
+    `place` is the row of each choice. It is a stable counting sort of `expert_ids` [N, C]; absent
+    choices, -1, come last. `ends` [e] int32 is the row after each expert's last.
     """
     flat = expert_ids.flatten()
     order = flat.where(flat >= 0, len(ends)).argsort(stable=True)
@@ -36,10 +37,10 @@ def spread_rows(
     num_rows: int | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
-    """Return the token of `tokens` [N, X] of each row, rows at `place` [N, C]: [R, X].
+    """Copy each token of `tokens` [N, X] to its rows `place` [N, C]; return the rows [R, X].
 
-    R is `num_rows`, at least the last of `ends`, or N * C. Rows of other tokens stay as they are
-    in `into`, where that is given.
+    R is `num_rows`, which must be at least `ends[-1]`; by default N * C. With `into` [R, X] the
+    rows are written there, and its other rows keep their values.
     """
     num_tokens, choices = place.shape
     if into is None:
@@ -54,7 +55,7 @@ def spread_rows(
 def spread_rows8(
     tokens: Values8, place: Tensor, ends: Tensor, num_rows: int | None = None
 ) -> Values8:
-    """Do as `spread_rows` for tokens in e4m3."""
+    """Do what `spread_rows` does, for tokens in e4m3 with their scales."""
     planned, scale = (place, ends, num_rows), tokens.scale
     data = spread_rows(tokens.data.view(torch.uint8), *planned).view(E4M3)
     rows = spread_rows(scale.reshape(len(scale), scale[:1].numel()), *planned)
@@ -62,7 +63,10 @@ def spread_rows8(
 
 
 def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
-    """Return the sums in fp32 of each token's rows [R, X], absent choices left out: [N, X]."""
+    """Return for each token the sum of its rows of `rows` [R, X]: [N, X] in their dtype.
+
+    Sums are taken in fp32; absent choices add nothing.
+    """
     wide = rows if rows.dtype == torch.float64 else rows.float()
     absent = place >= ends[-1]
     if not len(rows):
@@ -72,7 +76,7 @@ def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
 
 
 def sum_pieces(pieces: list[Tensor]) -> Tensor:
-    """Return the sum [N, X] of at least two `pieces` [N, X], in their order, in fp32 at least."""
+    """Return the sum of two or more `pieces` [N, X], added in order in fp32 or wider: [N, X]."""
     dtype = pieces[0].dtype
     total = pieces[0].to(torch.promote_types(dtype, torch.float32), copy=True)
     for piece in pieces[1:]:

@@ -1,4 +1,4 @@
-"""Tiles of grouped products: which rows make one, in which order they go, how they are fetched."""
+"""Tiles of grouped products: which rows form a tile, the order of tiles, how they are loaded."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ep_plugin.moe.kernels._launch import cdiv, jit, next_power_of_2
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
-BLOCK = 64  # tiles of one program
+BLOCK = 64  # tiles that one program plans
 
 
 @jit
@@ -37,7 +37,7 @@ def _plan_kernel(
 
 
 def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:
-    """Return the tiles of experts whose rows end at `ends` [e] int32, of `num_rows` at most."""
+    """Return the tiles of at most `num_rows` rows; each expert's end at `ends` [e] int32."""
     num_experts = len(ends)
     num_tiles = num_rows // TILE + num_experts  # enough for any counts
     expert, row = torch.empty(2, num_tiles, dtype=torch.int32, device=ends.device)
@@ -53,7 +53,11 @@ def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:
 
 @triton.jit
 def in_bands(tile, down, across, BAND: tl.constexpr):
-    """Place of a tile, in bands of BAND rows of tiles: those at work at one time are neighbours."""
+    """Return the row and column of a tile, counted in tiles, in a grid of `down` x `across`.
+
+    Tiles are numbered column by column inside bands of BAND rows of tiles. So tiles with near
+    numbers, which run at the same time, are neighbours.
+    """
     band = tile // (BAND * across)
     height = tl.minimum(down - band * BAND, BAND)
     inside = tile % (BAND * across)
@@ -62,27 +66,27 @@ def in_bands(tile, down, across, BAND: tl.constexpr):
 
 @triton.jit
 def span(ends, expert):
-    """First row, or tile, of an expert, and the one behind its last."""
+    """Return an expert's first row (or tile), and the one after its last."""
     end = tl.load(ends + expert)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     return start, end
 
 
 def tiled(matrix: Tensor, height: int, width: int) -> TensorDescriptor:
-    """Return `matrix` [X, Y] as what the copy engine reads tiles [height, width] from.
+    """Return a TMA descriptor of `matrix` [X, Y] for tiles of [height, width].
 
-    Rows start at multiples of 16 bytes. Beyond the matrix there are zeros.
+    Rows must start at multiples of 16 bytes. Outside of the matrix zeros are read.
     """
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [height, width])
 
 
 def num_programs(device: torch.device, num_tiles: int, each: int = 1) -> int:
-    """Return how many programs share so many tiles: `each` on a multiprocessor."""
+    """Return how many programs share `num_tiles` tiles: at most `each` per multiprocessor."""
     return min(each * _processors(device), num_tiles)
 
 
 @cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 1  # interpreted
+        return 1  # Triton's interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,4 +1,4 @@
-"""What the kernels and their callers both speak of: tiles of rows, targets, kinds of scales."""
+"""Types that kernels and their callers share: tiles of rows, targets, kinds of scales."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,23 +7,23 @@ from torch import Tensor
 
 from ep_plugin.moe.e4m3 import BLOCK
 
-TILE = BLOCK  # rows; in weight gradients by blocks they share scales
-Scales = Literal["rows", "blocks"]  # e4m3 with one scale for each row, or each 128 columns of it
+TILE = BLOCK  # rows; with block scales those of a tile share a scale in weight gradients
+Scales = Literal["rows", "blocks"]  # e4m3 with one scale per row, or per 128 columns of a row
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Each expert's rows in tiles of 128, the last of an expert shorter."""
+    """Each expert's rows in tiles of 128; the last tile of an expert may be shorter."""
 
-    expert: Tensor  # [n] int32, whose rows; -1 behind the last tile
-    row: Tensor  # [n] int32, the first of them
-    ends: Tensor  # [e] int32, the tile behind each expert's last
+    expert: Tensor  # [n] int32, the expert whose rows they are; -1 after the last tile
+    row: Tensor  # [n] int32, the first row of each tile; -1 after the last tile
+    ends: Tensor  # [e] int32, the tile after each expert's last
 
 
 @dataclass(frozen=True)
 class Target:
-    """Larger matrices that some rows are part of."""
+    """Larger matrices, and the rows of them that a call writes."""
 
-    at: Tensor  # [R] int32, the row there of each row
-    num_rows: int  # there
-    matrices: Any = None  # None before the first rows are written
+    at: Tensor  # [R] int32, the row of the larger matrices that each row goes to
+    num_rows: int  # of the larger matrices
+    matrices: Any = None  # None before the first call, which makes them

@@ -1,11 +1,12 @@
 """Weight gradients: products over the rows of each expert, of e4m3 columns or of bf16 rows.
 
-Written as bf16, or added to fp32 totals as they are made, which a training loop would do after: a
-product that writes bf16 leaves a matrix to be written, read again and added, 12 bytes of traffic
-for each weight, where adding in the product's own epilogue moves 8. With many experts of few rows
-each that traffic, not arithmetic, is what a weight gradient costs.
+They are written as bf16, or added to fp32 totals in the epilogue of the product. If the product
+writes bf16, the training loop adds it to its fp32 totals afterwards: 12 bytes of traffic per
+weight. Adding in the epilogue moves 8. With many experts of few rows each, a weight gradient costs
+this traffic, not arithmetic.
 
-One program owns one tile of one expert's matrix and adds it once: no atomics, equal every time.
+One program owns one tile of one expert's matrix and adds it once. There are no atomics, so every
+run gives the same bits.
 """
 
 import torch
@@ -18,13 +19,13 @@ from ep_plugin.moe.kernels._launch import cdiv, jit
 from ep_plugin.moe.kernels.tiles import in_bands, span, tiled
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
-WIDE = 256  # the other side of a tile
-BAND = 8  # rows of tiles
+WIDE = 256  # columns of a tile; it has TILE rows
+BAND = 8  # rows of tiles in a band, see `tiles.in_bands`
 
 
 @triton.jit
 def corner(B, A, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr):
-    """First row and column of this program's tile of its expert's matrix."""
+    """Return the first row and column of this program's tile in its expert's matrix."""
     down, across = (B + TILE - 1) // TILE, (A + WIDE - 1) // WIDE
     tile_b, tile_a = in_bands(tl.program_id(0), down, across, BAND)
     return tile_b * TILE, tile_a * WIDE
@@ -35,7 +36,7 @@ def store_tile(
     out, sums, expert, first_b, first_a, B, A,
     ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write or add a tile of an expert's matrix."""
+    """Write `sums`, a tile of an expert's matrix, to `out` [e, B, A], or add it with ADD."""
     b = first_b + tl.arange(0, TILE)
     a = first_a + tl.arange(0, WIDE)
     owned = (b < B)[:, None] & (a < A)[None, :]
@@ -50,7 +51,7 @@ def _deliver(
     out, sums, expert, first_b, first_a, B, A,
     ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    # In halves: a whole tile of sums and of what they are added to is more than the registers hold.
+    # In halves: the registers do not hold a whole tile of sums and the totals to add them to.
     halves = tl.permute(tl.reshape(sums, (TILE, 2, WIDE // 2)), (0, 2, 1))
     left, right = tl.split(halves)
     store_tile(out, left, expert, first_b, first_a, B, A, ADD, TILE, WIDE // 2)
@@ -78,7 +79,7 @@ def _wgrad8_kernel(
 
 
 def multiply_columns(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
-    """Return each expert's `left` [b, P] times `right` [a, P] transposed: [e, b, a] bf16."""
+    """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, b, a] bf16."""
     size = len(tiles.ends), len(left.data), len(right.data)
     out = torch.empty(size, dtype=torch.bfloat16, device=tiles.ends.device)
     _columns(out, left, right, tiles, add=False)
@@ -86,7 +87,7 @@ def multiply_columns(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
 
 
 def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> None:
-    """Add each expert's `left` [b, P] times `right` [a, P] transposed to `total` [e, b, a] fp32."""
+    """Add each expert's `left` [b, P] @ `right` [a, P].T to its part of `total` [e, b, a] fp32."""
     _columns(total, left, right, tiles, add=True)
 
 
@@ -120,7 +121,7 @@ def _wgrad_kernel(
         x = left.load([row, first_b])
         y = right.load([row, first_a])
         sums = tl.dot(x.T, y, sums)
-    if rest < end:  # the next expert's rows come with this one's last
+    if rest < end:  # the last load includes rows of the next expert, which are masked
         mine = (rest + tl.arange(0, DEPTH) < end)[:, None]
         x = tl.where(mine, left.load([rest, first_b]), 0.0)
         y = tl.where(mine, right.load([rest, first_a]), 0.0)
@@ -129,10 +130,10 @@ def _wgrad_kernel(
 
 
 def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
-    """Add each expert's `left` [R, b] transposed times `right` [R, a] to `total` [e, b, a] fp32.
+    """Add, for each expert's rows, `left` [R, b].T @ `right` [R, a] to `total` [e, b, a] fp32.
 
-    `left` and `right` are bf16, b and a multiples of 8, `ends` [e] int32 the rows at which experts
-    end.
+    `left` and `right` are bf16; b and a are multiples of 8. `ends` [e] int32 is the row after each
+    expert's last.
     """
     if total.numel() and left.numel():
         depth = 64
