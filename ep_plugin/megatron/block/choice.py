@@ -31,7 +31,7 @@ def said(asked: MoEConfig, found: MoEConfig, groups: ExpertGroups) -> str | None
     line = f"{chosen} for {groups.ep_etp_size} ranks of ep and etp"
     if found.dispatcher == "symm_mem":
         num_bytes = symm_mem.buffer_bytes(found, groups.ep_etp_size)
-        size = f" of {num_bytes / 2**30:.2f} GiB" if num_bytes else ""
+        size = f" of {-(-num_bytes // 2**20)} MiB" if num_bytes else ""
         line += f", with a buffer{size} on each GPU"
     if tried is not None and tried.reason is not None:
         line += f", since symm_mem does not work here: {tried.reason}"
