@@ -5,7 +5,7 @@ A leg is the rows from some of the ranks (see `_trip.py`). The mathematics are t
 order of schedule `serial`, makes the weight gradients. So every result has the bits of `serial`.
 
 What this costs more than `FusedExperts`, as device memory traffic in bytes. Weight gradients read
-values of b bytes (2 for bf16, 1 for FP8):
+values of b bytes (2 in bf16, 1 in e4m3):
 
 - bf16: gradients of the output are copied to rows a second time, 2 H b for each row of the experts
 - FP8: kept tokens and gradients are concatenated, 2 H b each for every token received
@@ -48,7 +48,7 @@ class Call:
     recipes: Callable[[ExpertRows], Recipe]
     save: Save
     totals: Totals | None
-    wire_format: Callable[[Tensor], Any] | None  # to e4m3, for the way out; None: sent as they are
+    wire_format: Callable[[Tensor], Any] | None  # to e4m3, sent and kept so; None: as they are
 
     def recipe(self, leg: Leg) -> Recipe:
         """Return the recipe for the leg's rows."""

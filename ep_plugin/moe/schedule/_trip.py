@@ -34,7 +34,7 @@ class Leg:
 class Trip:
     """The exchange of one call's rows with the ranks that compute them, leg by leg, and back.
 
-    It lives until the backward and holds row counts, no tensors.
+    It lives until the backward. It holds the dispatcher and row counts, but no tensors.
     """
 
     def __init__(self, dispatcher: PeerDispatcher, packed: Packed, num_chunks: int) -> None:
