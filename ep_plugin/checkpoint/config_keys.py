@@ -1,13 +1,13 @@
-"""config.json as it is read: each key is consumed, is known to be without effect, or is refused."""
+"""Reading config.json: every key is read, is known to be without effect, or is refused."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from ep_plugin.errors import ConfigError
 
-Config = dict[str, Any]  # of config.json
-# Keys that say nothing about the function nor about training: labels of tasks, what a call returns,
-# generation, where a file comes from. What an object is loaded with is the loader's choice.
+Config = dict[str, Any]  # what config.json holds
+# Keys that change neither what the model computes nor its training: labels of tasks, what a call
+# returns, options of generation, where a file comes from, which implementation runs.
 _WORDS = """
     architectures auto_map model_type transformers_version _name_or_path name_or_path _commit_hash
     custom_pipelines task_specific_params finetuning_task problem_type id2label label2id
@@ -27,16 +27,17 @@ _WORDS = """
     target_lookbehind temperature top_k top_p typical_p
 """
 WITHOUT_EFFECT = frozenset(_WORDS.split())
-# Read where the weights are opened, not by a family: their type, and layers behind the last one.
+# Read where the weights are opened, not by a model family: dtype, and MTP layers after the last.
 READ_WITH_WEIGHTS = frozenset(
     ("dtype", "torch_dtype", "quantization_config", "num_nextn_predict_layers", "num_mtp_layers")
 )
 
 
 class Keys(dict[str, Any]):
-    """A JSON object that remembers which of its keys were asked for, and by which name it is known.
+    """A JSON object that remembers which of its keys were read, and its own name for messages.
 
-    Copies do not remember: what is read from a copy counts as not read, and is refused.
+    A copy, such as `dict(keys)`, does not: a key that is read only from a copy counts as not read,
+    and is refused.
     """
 
     def __init__(self, values: dict[str, Any], name: str = "") -> None:
@@ -51,15 +52,15 @@ class Keys(dict[str, Any]):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of `key`; what is missing or null is `default`."""
+        """Return the value of `key`; `default` if it is missing or null."""
         self._read.add(key)
         value = super().get(key)
         return default if value is None else value
 
     def within(self, key: str) -> "Keys":
-        """Return the object below `key`, whose keys are counted as well; empty without one.
+        """Return the object that is the value of `key`; an empty one if it is missing.
 
-        Raises ConfigError for anything but an object.
+        Its keys must be read as well. Raises ConfigError for a value that is not an object.
         """
         value = self.get(key, {})
         if not isinstance(value, dict):
@@ -69,29 +70,29 @@ class Keys(dict[str, Any]):
         return inner
 
     def path(self, key: str) -> str:
-        """Return the name of `key` for a message: `rope_scaling.factor` for an inner one."""
+        """Return the name of `key` for messages: `rope_scaling.factor` in an inner object."""
         return f"{self._name}.{key}" if self._name else key
 
     def number(self, key: str, whole: bool = False) -> Any:
-        """Return a number. Raises ConfigError for anything else, or for a broken one if `whole`."""
+        """Return a number, an integer if `whole`. Raises ConfigError for anything else."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise refusal(self, key, "a whole number" if whole else "a number")
         return value
 
     def listing(self, key: str) -> list[Any]:
-        """Return a list, empty without one. Raises ConfigError for anything else."""
+        """Return a list, empty if `key` is missing. Raises ConfigError for anything else."""
         value = self.get(key, [])
         if not isinstance(value, list):
             raise refusal(self, key, "a list")
         return value
 
     def passed_over(self, *keys: str) -> None:
-        """Say of keys that they have no effect beside what other keys say."""
+        """Mark `keys` as without effect, given the values of other keys."""
         self.passed |= {*keys}
 
     def unread(self) -> Iterator[tuple[str, Any]]:
-        """Yield name and value of every key that nobody asked for and that is not null."""
+        """Yield the name and value of every key that was not read and is not null."""
         for key, value in self.items():
             if key not in self._read | self.passed and value is not None:
                 yield self.path(key), value
@@ -100,7 +101,7 @@ class Keys(dict[str, Any]):
 
 
 def refusal(keys: dict[str, Any], key: str, legal: str) -> ConfigError:
-    """Return the error for a value that is not `legal`."""
+    """Return the error for a value that is not what `legal`, a text, describes."""
     name = keys.path(key) if isinstance(keys, Keys) else key
     return ConfigError(
         f"config.json has {name} = {dict.get(keys, key)!r}, which has no counterpart here; give a "
@@ -109,7 +110,7 @@ def refusal(keys: dict[str, Any], key: str, legal: str) -> ConfigError:
 
 
 def refuse_unread(keys: Keys, model_type: str) -> None:
-    """Raise ConfigError for the first key that is neither read nor known to be without effect."""
+    """Raise ConfigError if any key is neither read nor known to be without effect."""
     known = WITHOUT_EFFECT | READ_WITH_WEIGHTS
     unknown = [(name, value) for name, value in keys.unread() if name not in known]
     if unknown:

@@ -1,13 +1,14 @@
-"""Losses of the router: what config.json means by a coefficient, and Megatron by the same.
+"""Coefficients of router losses: what they mean in config.json, and what in Megatron.
 
-With E experts, K choices, L MoE layers, f[l, e] the part of layer l's choices that expert e got and
-P[l, e] its mean score, overlined for the mean over layers:
+E experts, K choices of a token, L MoE layers. f[l, e] is the share of layer l's choices that went
+to expert e, P[l, e] its mean score in that layer, mean_l the mean over layers:
 
     transformers, once for the model     router_aux_loss_coef * E * K * sum_e mean_l f * mean_l P
     Megatron, in each layer              moe_aux_loss_coeff   * E     * sum_e f[l] * P[l]
 
-The gradient of P[l, e] is K / L times the coefficient there, and the coefficient here. DeepSeek's
-`aux_loss_alpha` is the coefficient of each layer's loss already, in either software.
+If all layers load their experts alike, the gradient of P[l, e] has the factor
+router_aux_loss_coef * K / L in transformers, and moe_aux_loss_coeff in Megatron. DeepSeek's
+`aux_loss_alpha` is the coefficient of each layer's own loss, as in Megatron.
 """
 
 import argparse
@@ -23,7 +24,7 @@ _SCOPES = {"seq_aux_loss": "each sequence", "global_aux_loss": "all tokens of a 
 
 
 def whole_model_args(config: Keys, layers: int) -> dict[str, Any]:
-    """Return the arguments for transformers' coefficient; `layers` are those with experts."""
+    """Return Megatron's arguments for `router_aux_loss_coef`; `layers` counts the MoE layers."""
     topk = config.number("num_experts_per_tok", whole=True)
     coefficient = _coefficient(config, "router_aux_loss_coef") * topk / layers
     return {
@@ -40,14 +41,14 @@ def _coefficient(config: Keys, key: str) -> Any:
 
 
 def whole_model_config(args: argparse.Namespace) -> Config:
-    """Return what `whole_model_args` read."""
+    """Return the keys that `whole_model_args` reads: its inverse."""
     layers = sum(pattern(args))
     over = 1 if getattr(args, "ep_aux_loss_layers", None) == "mean" else layers
     return {"router_aux_loss_coef": _rounded(coefficient(args) * over / args.moe_router_topk)}
 
 
 def each_layer_args(config: Keys) -> dict[str, Any]:
-    """Return the arguments for DeepSeek's coefficient; transformers has no such loss."""
+    """Return Megatron's arguments for DeepSeek's coefficient; transformers ignores it."""
     alpha = float(_coefficient(config, "aux_loss_alpha"))
     kind = "seq_aux_loss" if config.get("seq_aux") else "aux_loss"
     if not alpha:
@@ -56,7 +57,7 @@ def each_layer_args(config: Keys) -> dict[str, Any]:
 
 
 def each_layer_config(args: argparse.Namespace) -> Config:
-    """Return what `each_layer_args` read."""
+    """Return the keys that `each_layer_args` reads: its inverse."""
     found = coefficient(args)
     if getattr(args, "ep_aux_loss_layers", None) == "mean":
         found = _rounded(found / sum(pattern(args)))
@@ -71,7 +72,7 @@ def coefficient(args: argparse.Namespace) -> float:
 
 
 def _types(args: argparse.Namespace) -> list[str]:
-    """Return the types of the load-balancing losses. Raises ConfigError for one that routes."""
+    """Return the types of balancing losses; raises ConfigError for a type that changes routing."""
     found = getattr(args, "moe_router_load_balancing_type", None) or "none"
     types = [found] if isinstance(found, str) else list(found)
     for kind in _CHOOSING & {*types}:
@@ -83,12 +84,12 @@ def _types(args: argparse.Namespace) -> list[str]:
 
 
 def _rounded(value: float) -> float:
-    """Return what is left of a value that was multiplied and divided: there and back is equal."""
+    """Return `value` with 12 digits, so that a conversion and its inverse give the same number."""
     return float(f"{value:.12g}")
 
 
 def notes_of_import(args: argparse.Namespace, of_model: bool, jitters: bool) -> list[str]:
-    """Return how training in Megatron differs from what config.json meant, and what was changed."""
+    """Return notes on how training in Megatron differs from config.json, and what was converted."""
     if not getattr(args, "num_experts", None):
         return []
     notes = []
@@ -110,7 +111,7 @@ def notes_of_import(args: argparse.Namespace, of_model: bool, jitters: bool) -> 
 
 
 def notes_of_export(args: argparse.Namespace, of_model: bool, jitters: bool) -> list[str]:
-    """Return what a run trained with that config.json does not say, or says otherwise."""
+    """Return notes on what a run trained with that config.json cannot say, or says differently."""
     notes = [
         f"{name} ({value:g}) has no key in config.json and is left out"
         for name, value in _left_out(args, jitters)

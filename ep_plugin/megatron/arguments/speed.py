@@ -1,6 +1,6 @@
-"""Megatron's flags that change speed alone: what of ours stands for each, said in one line.
+"""Megatron's flags that change only speed, replaced by options of ours, with a line to print.
 
-Results are those that were asked for either way. Nothing here imports torch or Megatron.
+Results do not depend on them. Imports neither torch nor Megatron.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from ep_plugin.megatron.arguments.theirs import BY_FIELD, check
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.registry import resolve
 
-FLEX = {"deepep": "deepep", "hybridep": "auto", "ncclep": "auto"}  # its backends -> our dispatcher
+FLEX = {"deepep": "deepep", "hybridep": "auto", "ncclep": "auto"}  # flex backend -> dispatcher
 
 
 def flex_dispatcher(config: Any) -> str | None:
-    """Return our dispatcher for Megatron's flex dispatcher; None where another is set."""
+    """Return our dispatcher in place of Megatron's flex dispatcher; None if flex is not set."""
     flex = getattr(config, "moe_token_dispatcher_type", None) == "flex"
     if not flex and not getattr(config, "moe_enable_deepep", False):
         return None
@@ -30,10 +30,11 @@ def overlaps_shared_expert(config: Any) -> bool:
 
 
 def take_speed(args: Any, typed: Mapping[str, str]) -> list[str]:
-    """Write into `args` what of ours stands for Megatron's flags; return the lines to print.
+    """Set our options in `args` in place of Megatron's flags; return the lines to print.
 
-    A flag of ours that was `typed` wins. Megatron's are put back to their defaults, since its rules
-    for them are about its own block. Raises ConfigError for a way that is not here.
+    A flag of ours in `typed` wins. Megatron's flags are reset to their defaults, since Megatron
+    checks them for its own MoE layer. Raises ConfigError for a value we have no option for, or if
+    the package deep_ep is needed and does not load.
     """
     if args.num_experts is None:
         return []
@@ -76,7 +77,7 @@ def _take_overlap(args: Any, typed: Mapping[str, str]) -> list[str]:
 
 
 def _take_the_rest(args: Any, typed: Mapping[str, str]) -> list[str]:
-    """Name the flags that were typed and say how Megatron's own block works inside."""
+    """Return a line on the typed flags that only concern the inside of Megatron's MoE layer."""
     args.moe_pad_expert_input_to_capacity = False
     rows = {flag: BY_FIELD[dest] for flag, dest in typed.items() if dest in BY_FIELD}
     idle = sorted(flag for flag, row in rows.items() if row.effect == "no effect")
@@ -92,14 +93,14 @@ DEFAULT = EdgeSettings()
 
 
 def dispatcher(config: Any, settings: EdgeSettings) -> str:
-    """Return the dispatcher of a configuration that no command line made."""
+    """Return the dispatcher for a Megatron `config` made in Python, without a command line."""
     if settings.dispatcher != DEFAULT.dispatcher:
         return settings.dispatcher
     return flex_dispatcher(config) or settings.dispatcher
 
 
 def overlap(config: Any, settings: EdgeSettings) -> str:
-    """Return the schedule of a configuration that no command line made."""
+    """Return the schedule for a Megatron `config` made in Python, without a command line."""
     if settings.overlap != DEFAULT.overlap or not overlaps_shared_expert(config):
         return settings.overlap
     return "shared_expert"

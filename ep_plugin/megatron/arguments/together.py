@@ -1,4 +1,4 @@
-"""Flags of ours beside those of Megatron's that set the same. No torch, no Megatron."""
+"""Flags of ours and of Megatron that set the same thing. Imports neither torch nor Megatron."""
 
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -8,11 +8,11 @@ from ep_plugin.megatron.arguments.table import TABLE, Argument
 from ep_plugin.megatron.arguments.theirs import one
 from ep_plugin.moe.rules import said
 
-OF_DENSE_BLOCKS = ("fp8",)  # Megatron's flag stays theirs, where ours says another of the experts
+OF_DENSE_BLOCKS = ("fp8",)  # Megatron's is for dense blocks, ours for experts: they may differ
 
 
 def check_together(args: Any, typed: Collection[str]) -> None:
-    """Raise ConfigError for two flags that were typed and contradict each other."""
+    """Raise ConfigError if two flags in `typed` contradict each other."""
     if args.num_experts is None:
         return
     for row in TABLE:
@@ -46,9 +46,9 @@ def _check_cousins(row: Argument, args: Any) -> None:
 
 
 def unless_typed(preset: list[str], typed: Collection[str]) -> list[str]:
-    """Return the arguments of a preset without those that another flag of `typed` sets.
+    """Return the arguments of `preset` without flags that `typed` sets as well.
 
-    What is typed takes the place of a preset's value, also under Megatron's name of it.
+    A typed flag replaces the preset's value, whether it is typed by our name or by Megatron's.
     """
     names = {name: row for row in TABLE for name in (row.flag, row.cousin) if name is not None}
     kept: list[str] = []
@@ -60,7 +60,7 @@ def unless_typed(preset: list[str], typed: Collection[str]) -> list[str]:
 
 
 def _flags(words: Iterable[str]) -> Iterator[list[str]]:
-    """Yield each flag with its values."""
+    """Yield each flag of a command line as a list: the flag, then its values."""
     found: list[str] = []
     for word in words:
         if word.startswith("--") and found:

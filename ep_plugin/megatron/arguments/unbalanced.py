@@ -1,4 +1,4 @@
-"""A run in which nothing keeps the experts' load even: legal, seldom meant, and said once."""
+"""Warn once about a run in which nothing balances the load of experts: legal, seldom meant."""
 
 from typing import Any
 
@@ -8,9 +8,10 @@ from ep_plugin.megatron.settings import routing_config
 
 
 def unbalanced(args: Any, settings: EdgeSettings) -> str | None:
-    """Return what to say of validated arguments that train without balancing; None of others.
+    """Return the warning if validated `args` train without any balancing, else None.
 
-    Routers other than `topk` balance by themselves, or as their author meant.
+    There is no warning for routers other than `topk`: they balance by themselves, or are the
+    user's own.
     """
     if settings.router != "topk" or getattr(args, "skip_train", False):
         return None

@@ -1,12 +1,12 @@
-"""Whose layer is it? Several models in one process, and layers of multi-token prediction."""
+"""Which model an MoE layer belongs to: several models in one process, and MTP layers."""
 
 import gc
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-# Sizes that tell one model from another, then its number among the models of these sizes: the same
-# on every rank that has layers of it.
+# The key of a model: its sizes, and its number among the models of these sizes. All ranks that hold
+# layers of a model have the same key.
 Key = tuple[tuple[int, ...], int]
 
 
@@ -22,9 +22,10 @@ class _Model:
 class Models:
     """The models of this process, told apart by their layers.
 
-    Nothing in Megatron says which model a layer belongs to. A model may have several chunks, each
-    with a configuration of its own, but no two layers of one number. So a layer joins the newest
-    model of its sizes that has none of its number, one of its own configuration before others.
+    Megatron does not say which model a layer belongs to. A model may have several chunks, each with
+    its own configuration object, but it never has two layers of the same number. So a layer joins a
+    model of its sizes that has no layer of its number yet. A model with the layer's own
+    configuration object comes first, then the newest one. If there is none, a new model begins.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class Models:
         self._key_of: weakref.WeakKeyDictionary[Any, Key] = weakref.WeakKeyDictionary()
 
     def key_of(self, layer: Any) -> Key:
-        """Return the key of the model of an EPMoELayer that has its number."""
+        """Return the key of the model of `layer`, an EPMoELayer whose layer number is set."""
         found = self._key_of.get(layer)
         if found is None:
             model = self._model_for(layer)
@@ -63,16 +64,16 @@ def _sizes(config: Any) -> tuple[int, ...]:
 
 
 def row_of(layer: Any) -> int:
-    """Return the place of a layer in the whole model, from 1; MTP layers are behind the decoder's.
+    """Return the number of a layer in the whole model, from 1; MTP layers follow the decoder's.
 
-    Megatron 0.16 numbers them so; later releases count them from 1 and say which they are.
+    Megatron 0.16 numbers MTP layers so. Later releases number them from 1 and mark them.
     """
     number: int = layer.layer_number
     return number + layer.config.num_layers if layer.is_mtp_layer else number
 
 
 def uses(layer: Any) -> int:
-    """Return how often a micro-batch passes a layer: --mtp-use-repeated-layer has one for all."""
+    """Return how often a micro-batch passes a layer; --mtp-use-repeated-layer repeats one."""
     config = layer.config
     is_repeated = layer.is_mtp_layer and getattr(config, "mtp_use_repeated_layer", False)
     return (config.mtp_num_layers or 1) if is_repeated else 1

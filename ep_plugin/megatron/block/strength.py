@@ -1,18 +1,19 @@
 """How much an auxiliary loss weighs under `--calculate-per-token-loss`.
 
-Without the flag each micro-batch counts alike, for the main loss and for auxiliary ones. With it
-Megatron adds up the losses of all counted tokens and at the end of a step divides every gradient by
-their number. So that an auxiliary loss is as strong as without the flag, relative to the main one,
-that of micro-batch m is multiplied by n_m, its counted tokens over all ranks that share it:
+Without the flag every micro-batch has the same weight, in the main loss and in auxiliary losses.
+With the flag Megatron sums the main loss over tokens, and divides every gradient by the number of
+tokens at the end of the step. An auxiliary loss is a mean, so it would become too weak. Therefore
+that of micro-batch m is multiplied by n_m, its number of counted tokens over all context parallel
+ranks:
 
     sum_m (main_m + n_m * aux_m) / sum_m n_m        main_m: summed over counted tokens
 
-n_m is what the loss function returns, on the last stage, after the layers have run; it is needed
-when their backward runs. A loss function that returns no number of tokens gets no division either:
-then each micro-batch counts as its main loss does.
+The loss function returns n_m on the last pipeline stage, after the layers' forward. It is needed in
+their backward. If a loss function returns no number of tokens, Megatron does not divide; then an
+auxiliary loss gets the factor that Megatron gives the main loss.
 
-On the stages before the last, n_m comes through the store of the process group: the last stage puts
-it there before its own backward of the micro-batch, and they need it in theirs, which is later.
+The other stages get n_m through the store of the default process group. The last stage puts it
+there before its own backward of the micro-batch; theirs run later.
 """
 
 import functools
@@ -29,19 +30,19 @@ Weight = Tensor | float
 
 
 class Strength:
-    """The weight of the micro-batch whose backward runs; None outside of Megatron's schedules."""
+    """The weight `now` of the micro-batch in backward; None outside Megatron's schedules."""
 
     def __init__(self) -> None:
         self.now: Weight | None = None
         self._calls: Counter[int | None] = Counter()  # vp_stage -> micro-batches trained on
 
     def weigh(self, loss: Tensor, otherwise: Weight) -> Tensor:
-        """Return `loss` [] whose gradient is multiplied by the weight, or by `otherwise`."""
+        """Return `loss` []; its gradient is multiplied by the weight, or else by `otherwise`."""
         weighed: Tensor = _Weigh.apply(loss, self, otherwise)
         return weighed
 
     def around_loss(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run Megatron's `forward_step_calc_loss`; its output's backward begins with the weight."""
+        """Run Megatron's `forward_step_calc_loss`; the backward of its output sets the weight."""
         bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
@@ -86,9 +87,10 @@ class _Weigh(torch.autograd.Function):
 
 
 def _is_weighed(config: Any) -> bool:
-    """Whether auxiliary losses need the number of tokens, and their backward follows the output's.
+    """Whether auxiliary losses are weighed here.
 
-    Over several stages the combined 1F1B schedule runs a stage's backward layer by layer.
+    Not with the combined 1F1B schedule over several stages: it runs the backward layer by layer, so
+    the output's backward does not come first.
     """
     is_moe = getattr(config, "num_moe_experts", None) is not None
     combined = getattr(config, "overlap_moe_expert_parallel_comm", False) and _stages() > 1
@@ -104,9 +106,9 @@ def _keeping(loss_func: Callable[..., Any], returned: list[Any]) -> Callable[...
 
 
 def _weight(returned: Any, num_microbatches: int) -> Weight | None:
-    """Return n_m of what a loss function returned; of one without it, the main loss's own factor.
+    """Return n_m from what a loss function `returned`, or else the factor of the main loss.
 
-    None for what is no loss.
+    n_m is [], summed over context parallel ranks. None if what was returned is not a loss.
     """
     from megatron.core import parallel_state
 
@@ -122,7 +124,7 @@ def _weight(returned: Any, num_microbatches: int) -> Weight | None:
 
 
 def _publish(key: str, weight: float, done: str) -> None:
-    """Put a micro-batch's weight into the store; that of the last step's is no longer needed."""
+    """Put a micro-batch's weight into the store under `key`; delete that of the step before."""
     store = _store()
     store.set(key, str(weight))
     store.delete_key(done)

@@ -1,7 +1,8 @@
 """Transformer Engine: whether a run needs it, and which attention it will run.
 
-Transformer Engine chooses flash, fused or unfused attention from shapes, GPU and the cuDNN that is
-loaded, and says nothing; the same function that it calls is asked here, before the first step.
+Transformer Engine chooses flash, fused or unfused attention by the shapes, the GPU and the loaded
+cuDNN, and does not report its choice. Here the function that it uses for this is called before the
+first step, and the result is printed.
 """
 
 import dataclasses
@@ -18,13 +19,13 @@ from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.patches import Patches
 
 SETUP = "megatron.training.training:setup_model_and_optimizer"
-EXTENSION = "megatron.core.extensions.transformer_engine"  # where Megatron takes its parts
+EXTENSION = "megatron.core.extensions.transformer_engine"  # Megatron imports it through this
 INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 LOCAL = (
     "--transformer-impl local --no-masked-softmax-fusion --no-gradient-accumulation-fusion "
     "--no-persist-layer-norm --no-rope-fusion"
 )
-# Of a usual GPT, for a question without a run: Llama's and Qwen's heads, causal, in bf16.
+# A usual GPT, for a question outside a run: heads as in Llama and Qwen, causal, bf16 by default.
 USUAL = {
     "qkv_layout": "sbhd_sbhd_sbhd",
     "num_heads": 32,
@@ -39,9 +40,9 @@ USUAL = {
 
 
 def check_installed(args: Any) -> None:
-    """Raise ConfigError where the layers are to be Transformer Engine's and there is none.
+    """Raise ConfigError if layers must be Transformer Engine's and it cannot be imported.
 
-    In CPU mode they are Megatron's own.
+    In CPU mode layers are Megatron's own, so nothing is checked.
     """
     wanted = args.transformer_impl == "transformer_engine" and args.spec is None
     if not wanted or cpu_mode.wanted() or import_module(EXTENSION).HAVE_TE:
@@ -55,7 +56,10 @@ def check_installed(args: Any) -> None:
 
 
 def changes(patches: Patches, say: Callable[[str], None]) -> None:
-    """Say which attention will run, once the model is built and --attention-backend acts."""
+    """Patch Megatron to say which attention will run.
+
+    It is asked after the model is built, since only then --attention-backend has taken effect.
+    """
 
     def with_word(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -72,7 +76,7 @@ def changes(patches: Patches, say: Callable[[str], None]) -> None:
 
 
 def shape_of(args: Any) -> dict[str, Any]:
-    """Return what Transformer Engine asks of a run's attention, from Megatron's arguments."""
+    """Return, from Megatron's arguments, the parameters by which Transformer Engine chooses."""
     tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     key = value = args.kv_channels
@@ -101,15 +105,15 @@ def shape_of(args: Any) -> dict[str, Any]:
 
 
 def describe(shape: dict[str, Any] | None = None) -> str:
-    """Return which attention Transformer Engine will run for a shape; USUAL's where none is given.
+    """Return, as a text, which attention Transformer Engine will run for `shape` or USUAL.
 
-    Needs a GPU. Environment variables count as they are now: Megatron sets those of
+    Needs a GPU. Environment variables are read as they are now; Megatron sets those of
     --attention-backend when it builds the model.
     """
     release = _release()
     try:
         chosen, cudnn = _ask(shape or USUAL), _cudnn()
-    except Exception as error:  # another interface than we know, or a library that does not load
+    except Exception as error:  # an unknown interface, or a library that does not load
         return f"Transformer Engine {release} cannot be asked ({type(error).__name__}: {error})"
     text = f"{chosen} attention of Transformer Engine {release}, {cudnn}"
     if chosen in ("unfused", "no"):
@@ -121,7 +125,10 @@ def describe(shape: dict[str, Any] | None = None) -> str:
 
 
 def _ask(shape: dict[str, Any]) -> str:
-    """Return Transformer Engine's choice in a word; parameters that it does not have are left."""
+    """Return Transformer Engine's choice: flash, fused, unfused or no.
+
+    Parameters in `shape` that its version does not have are left out.
+    """
     import_module("transformer_engine.pytorch")
     utils = import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
     known = {field.name for field in dataclasses.fields(utils.AttentionParams)}
@@ -141,7 +148,7 @@ def _release() -> str:
 
 
 def _cudnn() -> str:
-    """Return version and folders of the cuDNN in this process, to tell one from another."""
+    """Return the version and the folders of the cuDNN that this process has loaded."""
     numbers = import_module("transformer_engine.pytorch.utils").get_cudnn_version()
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []

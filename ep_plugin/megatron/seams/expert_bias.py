@@ -1,8 +1,8 @@
 """Expert bias in a model whose layers differ in their number of experts.
 
-At the end of a step Megatron stacks the counts of all routers into one tensor, moves the biases and
-writes them back. Stacking needs one length, so here its update runs once for each number of experts
-that the model has, over the routers of that number alone.
+At the end of a step Megatron stacks the token counts of all routers into one tensor, updates the
+biases and writes them back. Stacking needs equal lengths. So here its update runs once for each
+number of experts in the model, over the routers with that number.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ UPDATE = "megatron.core.distributed.finalize_model_grads:_update_router_expert_b
 
 
 def changes(patches: Patches) -> None:
-    """Let biases be updated number by number."""
+    """Patch Megatron to update biases separately for each number of experts."""
     patches.wrap(
         UPDATE, _by_number, "Megatron stacks all biases here, which needs layers of one size"
     )
 
 
 class _Part:
-    """What Megatron's update reads of a model chunk: its modules; here the routers of one size."""
+    """Stands for a model chunk in Megatron's update, which reads `modules()`: some routers."""
 
     def __init__(self, routers: Sequence[Any]) -> None:
         self._routers = routers
@@ -31,7 +31,10 @@ class _Part:
 
 
 def _by_number(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> None:
-    """Update the routers of each number of experts; ranks that exchange have the same layers."""
+    """Run Megatron's update (`original`) for each number of experts, in ascending order.
+
+    The update communicates. The ranks that take part hold the same layers, so their order is equal.
+    """
     routers: dict[int, list[Any]] = {}
     for chunk in model:
         for module in chunk.modules():

@@ -1,7 +1,8 @@
-"""Which models are served: decoder-only GPTs. Others are told from a script, and from the model.
+"""Refuse models that the plugin does not support: all but decoder-only GPTs.
 
-A script is read before anything starts. What it hides, such as a model of its own, is seen when
-the model is built: in a run with --num-experts it must hold our blocks, and no others.
+The script's imports are read before it starts. What they do not show, such as a model defined in
+the script, is checked when the model is built: in a run with --num-experts its MoE layers must be
+ours, and only ours.
 """
 
 import ast
@@ -17,7 +18,7 @@ from ep_plugin.megatron.seams.refusal import refuse
 SETUP = "megatron.training.training:setup_model_and_optimizer"
 MODELS, LEGACY = "megatron.core.models", "megatron.legacy.model"
 GPT = (f"{MODELS}.gpt", "gpt_builders")
-# What is not served -> the modules that make it: of a script's imports, and of a model's classes.
+# Unsupported family -> modules that its scripts import and that its models' classes come from.
 FAMILIES = {
     "T5": (f"{MODELS}.T5", f"{LEGACY}.t5_model"),
     "BERT": (f"{MODELS}.bert", f"{LEGACY}.bert_model"),
@@ -28,12 +29,12 @@ FAMILIES = {
         *(f"{MODELS}.mamba", f"{MODELS}.hybrid", "mamba_builders", "hybrid_builders"),
     ),
 }
-RECIPES = ("megatron.bridge", "nemo", "nemo_run")  # configured in Python: no flags are parsed
+RECIPES = ("megatron.bridge", "nemo", "nemo_run")  # configured in Python; no flags are parsed
 PAGE = "docs/other-scripts.md"
 
 
 def check_script(tree: ast.Module) -> None:
-    """Raise ConfigError for a script that imports a model of another family, and no GPT."""
+    """Raise ConfigError if a script imports a model of another family and no GPT."""
     imported = list(imports(tree))
     family = _family(imported)
     if family is not None and not any(_is_in(name, GPT) for name in imported):
@@ -44,7 +45,7 @@ def check_script(tree: ast.Module) -> None:
 
 
 def check_recipe(tree: ast.Module) -> None:
-    """Raise ConfigError for a recipe in Python, which parses no flags of Megatron's."""
+    """Raise ConfigError if a script is a recipe in Python, which parses no Megatron flags."""
     roots = [root for root in RECIPES if any(_is_in(name, (root,)) for name in imports(tree))]
     if roots:
         raise ConfigError(
@@ -55,9 +56,10 @@ def check_recipe(tree: ast.Module) -> None:
 
 
 def check_neighbours(script: Path) -> None:
-    """Raise ConfigError for a script beside a package `megatron` of another project.
+    """Raise ConfigError if a package `megatron` of another project lies beside the script.
 
-    Python finds it there before any other. NVIDIA's names its version in a file of its own.
+    Python would import it before any other. NVIDIA's has a file `core/package_info.py`, by which it
+    is recognised.
     """
     package = script.resolve().parent / "megatron"
     core = package / "core" / "package_info.py"
@@ -69,7 +71,7 @@ def check_neighbours(script: Path) -> None:
 
 
 def imports(tree: ast.Module) -> Iterable[str]:
-    """Yield the full name of each module and member that a script imports, at any depth."""
+    """Yield the full name of each module and member a script imports, in functions too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -78,13 +80,13 @@ def imports(tree: ast.Module) -> Iterable[str]:
 
 
 def changes(patches: Patches, layer_class: type) -> None:
-    """Check the model of a run with experts where Megatron's loop has built it."""
+    """Patch Megatron to check the model of a run with experts as soon as it is built."""
     checked: list[bool] = []
 
     def with_check(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         experts = import_module("megatron.training").get_args().num_experts
-        if experts is not None and not checked:  # the first is the one that is trained
+        if experts is not None and not checked:  # the first model is the trained one
             checked.append(True)
             try:
                 check_model(result[0], layer_class, experts)
@@ -100,9 +102,10 @@ def changes(patches: Patches, layer_class: type) -> None:
 
 
 def check_model(chunks: Any, layer_class: type, experts: int) -> None:
-    """Raise ConfigError, on all ranks alike, where our blocks do not make the model's MoE layers.
+    """Raise ConfigError, on all ranks alike, unless all MoE layers of the model are ours.
 
-    `chunks` are this rank's parts of the model. A part may well have dense layers alone.
+    `chunks` are this rank's parts of the model; those of one rank may have only dense layers. Every
+    rank must call it.
     """
     theirs = import_module("megatron.core.transformer.moe.moe_layer").BaseMoELayer
     modules = [part for chunk in chunks for part in chunk.modules()]
@@ -136,7 +139,7 @@ def _of_all_ranks(value: Any) -> list[Any]:
 
 
 def _family(names: Iterable[str]) -> str | None:
-    """Return the family of the first name in order of FAMILIES; None for none of them."""
+    """Return the first of FAMILIES that any of `names` belongs to; None if there is none."""
     given = list(names)
     found = (f for f, modules in FAMILIES.items() if any(_is_in(name, modules) for name in given))
     return next(found, None)

@@ -1,9 +1,11 @@
-"""Whether all ranks still do the same: asked before tokens move, so that nobody waits for ever.
+"""Checks that all ranks are at the same call, before tokens move; without them a rank may hang.
 
-Ranks of a group exchange a few numbers: what they are about to send, and whether they failed. All
-see all of them, so all raise the same error at the same place, and the launcher can end the job.
-It costs a small collective and a host sync for each exchange, and so is asked in the first calls
-alone, unless told otherwise: a program that agrees for so long seldom stops agreeing later.
+The ranks of a group gather a few numbers: what each is about to send, and whether it failed. Every
+rank sees all of them. So all raise the same error at the same place, and the launcher can end the
+job.
+
+A check costs a small collective and a host sync. So by default only the first dispatches of a layer
+are checked: ranks that agreed for so long seldom disagree later.
 """
 
 import torch
@@ -13,28 +15,28 @@ from torch import Tensor
 from ep_plugin.moe.config import CheckSplits
 
 FIRST_CALLS = 8  # dispatches of a layer that are checked with check_splits = first
-_FAILED = -1  # in place of each number
+_FAILED = -1  # what a failed rank sends instead of each number
 
 
 class RanksDisagree(RuntimeError):
-    """Ranks of one expert group are not at the same place, or one of them failed."""
+    """Ranks of one expert group are not at the same call, or one of them failed."""
 
 
 class Agreement:
-    """The checks of one dispatcher; every rank of `group` must ask the same number of times."""
+    """The checks of one dispatcher; all ranks of `group` must make them equally often."""
 
     def __init__(self, group: dist.ProcessGroup, checks: CheckSplits) -> None:
         self.group, self.checks = group, checks
         self.calls = 0
-        self._asked: tuple[int, torch.device] | None = None  # how many numbers, where
+        self._asked: tuple[int, torch.device] | None = None  # count of numbers, device
 
     @property
     def checking(self) -> bool:
-        """Whether the dispatch under way is one of those that are checked."""
+        """Whether the current dispatch is checked."""
         return self.checks == "always" or (self.checks == "first" and self.calls <= FIRST_CALLS)
 
     def begin(self, device: torch.device, **facts: int) -> None:
-        """Count a dispatch, and raise RanksDisagree on all ranks unless all have these `facts`."""
+        """Count a dispatch; raise RanksDisagree on all ranks unless `facts` are equal on all."""
         self.calls += 1
         if self.checking:
             self._asked = len(facts) + 1, device
@@ -43,18 +45,21 @@ class Agreement:
     def begin_dispatch(
         self, hidden: Tensor, expert_ids: Tensor, num_experts: int, **facts: int
     ) -> None:
-        """Do as `begin`, with what every dispatch of `hidden` [T, H] needs alike as well."""
+        """Do what `begin` does, also with the sizes that every dispatch must have alike.
+
+        `hidden` is [T, H], `expert_ids` [T, K] int64.
+        """
         facts = {"choices of a token": expert_ids.shape[1], "experts": num_experts, **facts}
         facts |= {"the hidden size": hidden.shape[1], "bytes of a value": hidden.element_size()}
         self.begin(expert_ids.device, **facts)
 
     def before_combine(self) -> None:
-        """Raise RanksDisagree on all ranks when one failed since the dispatch."""
+        """Raise RanksDisagree on all ranks if one of them failed since the dispatch."""
         if self.checking and self._asked is not None:
             self._compare({f"fact {i}": self.calls for i in range(self._asked[0])})
 
     def fail(self) -> None:
-        """Tell the others, who are or will be in `before_combine`, that this rank failed."""
+        """Tell the other ranks that this one failed; they learn it in `before_combine`."""
         if self.checking and self._asked is not None:
             self._gather([_FAILED] * self._asked[0])
 
@@ -83,7 +88,7 @@ class Agreement:
 
 
 def agreement(group: dist.ProcessGroup, checks: CheckSplits) -> Agreement | None:
-    """Return the checks of one dispatcher; None where nothing is ever checked."""
+    """Return the checks of one dispatcher; None if nothing is ever checked."""
     return None if checks == "off" else Agreement(group, checks)
 
 

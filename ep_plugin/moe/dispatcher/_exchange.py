@@ -1,7 +1,8 @@
-"""Uneven all-to-alls under way, with gradients: started in one place and waited for in another.
+"""Asynchronous uneven all-to-alls with gradients: started in one place, waited for in another.
 
-`Start` and `Wait` are the two halves of one exchange. In the backward `Wait` starts the exchange
-back and `Start` waits for it, so that what was computed between the two hides the way back as well.
+`Start` and `Wait` are the two halves of one exchange. In the backward `Wait` starts the exchange of
+gradients and `Start` waits for it. So the work between the two halves overlaps with the exchange in
+the forward, and its backward overlaps with the exchange of gradients.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ WireFormat = Callable[[Tensor], Any]  # rows [P, H] to Rows8 or Blocks8
 
 
 def wire_format_of(config: MoEConfig) -> WireFormat | None:
-    """Return what rounds rows [P, H] to e4m3 as the experts' recipe would; None for bf16."""
+    """Return a function that rounds rows [P, H] to e4m3 like the experts' recipe; None for bf16."""
     if config.dispatch_dtype != "fp8":
         return None
     return partial(_round, "quantize_rows" if config.fp8 == "rowwise" else "quantize_blocks")
@@ -30,27 +31,27 @@ def _round(quantize: str, rows: Tensor) -> Any:
 
 
 class Splits(NamedTuple):
-    """Rows an exchange moves."""
+    """How many rows an exchange moves."""
 
     sent: list[int]  # to each rank of the group
     received: list[int]  # from each rank of the group
 
 
 class Exchange:
-    """An uneven all-to-all along dim 0, under way; its way back is the one with splits swapped."""
+    """One uneven all-to-all along dim 0; for gradients the splits are swapped."""
 
     def __init__(self, splits: Splits, group: dist.ProcessGroup) -> None:
         self.splits, self.group = splits, group
         self.works: list[Any] = []  # dist.Work
         self.received: Tensor | None = None
-        self.record: Any = None  # Rows8 or Blocks8, as it arrives, of an exchange in e4m3
+        self.record: Any = None  # Rows8 or Blocks8 received, if the exchange is in e4m3
 
     def out(self, rows: Tensor) -> Tensor:
-        """Send `rows` [P, ...]; what is returned stands for what is received [N, ...]."""
+        """Start sending `rows` [P, ...]; return what stands for those received [N, ...]."""
         return self.start(rows, self.splits)
 
     def start(self, rows: Tensor, splits: Splits) -> Tensor:
-        """Send `rows`; read the tensor that is returned only after `wait`."""
+        """Start sending `rows` [P, ...]; return those received [N, ...], valid after `wait`."""
         received = rows.new_empty(sum(splits.received), *rows.shape[1:])
         self.works.append(
             dist.all_to_all_single(
@@ -71,7 +72,7 @@ class Exchange:
 
 
 class Exchange8(Exchange):
-    """An exchange of rows in e4m3 with their scales; the way back is of gradients as they are."""
+    """An exchange of rows in e4m3 with their scales; gradients travel back in their own dtype."""
 
     def __init__(self, splits: Splits, group: dist.ProcessGroup, wire_format: WireFormat) -> None:
         super().__init__(splits, group)
@@ -86,10 +87,11 @@ class Exchange8(Exchange):
 
 
 class Start(torch.autograd.Function):
-    """Start an exchange of `rows`, and return them; backward waits for the exchange back.
+    """Start an exchange of `rows` [P, ...] and return them; backward waits for their gradients.
 
-    With `Wait` behind it: the rows [P, ...] that go in have the shape of the gradients that come
-    back, so what autograd computes between the two backwards runs while gradients travel.
+    `Wait` takes what this returns. Its backward returns the buffer [P, ...] in which the gradients
+    will arrive, and the backward of this function waits until they are there. What autograd runs
+    between the two overlaps with the exchange.
     """
 
     @staticmethod
@@ -105,7 +107,7 @@ class Start(torch.autograd.Function):
 
 
 class Wait(torch.autograd.Function):
-    """Wait for an exchange and return what was received; backward starts the exchange back."""
+    """Wait for an exchange and return the rows received; backward starts that of gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
@@ -123,7 +125,7 @@ class Wait(torch.autograd.Function):
 
 
 def exchange(rows: Tensor, splits: Splits, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """Start the exchange of `rows` [P, ...]; the function returned waits for what is received."""
+    """Start the exchange of `rows` [P, ...]; calling the result waits and returns [N, ...]."""
     under_way = Exchange(splits, group)
     rows = Start.apply(rows, under_way)
     return lambda: Wait.apply(rows, under_way)
@@ -132,7 +134,11 @@ def exchange(rows: Tensor, splits: Splits, group: dist.ProcessGroup) -> Callable
 def exchange_tokens(
     rows: Tensor, splits: Splits, group: dist.ProcessGroup, wire_format: WireFormat | None
 ) -> Callable[[], tuple[Tensor, Any]]:
-    """Do as `exchange`; with a `wire_format` the rows as they travelled are returned too."""
+    """Do what `exchange` does; with a `wire_format` the rows travel in e4m3.
+
+    The result waits and returns the rows received [N, H] and their e4m3 record. With a wire format
+    the former is a placeholder of zeros that carries gradients; without one the record is None.
+    """
     under_way = Exchange(splits, group)
     if wire_format is not None:
         under_way = Exchange8(splits, group, wire_format)

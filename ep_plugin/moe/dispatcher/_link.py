@@ -2,10 +2,10 @@
 
     push        barrier, store to all ranks, barrier, copy out of the own buffer
     sum_home    barrier, copy into the own buffer, barrier, read from all ranks
-    swap        barrier, copy into the others' buffers, barrier; what came is read where it lies
+    swap        barrier, copy into the others' buffers, barrier; rows are read in the buffer
 
-The copies let the next layer have the buffer: N rows are read and written once more in local
-memory, at about four times the speed of the link.
+All layers share the buffer. The copies out of it and into it free it for the next layer. They read
+and write N rows once more in local memory, which is about four times as fast as the link.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,25 +20,25 @@ from ep_plugin.moe.dispatcher._shared_buffer import SharedBuffer
 from ep_plugin.moe.interfaces import Pending
 from ep_plugin.moe.kernels.peers_torch import Peers, rows_of
 
-_ALIGN = 128  # bytes; each tensor in the buffers starts at a multiple of it
+_ALIGN = 128  # bytes; each tensor in a buffer starts at a multiple of it
 
 
 class Sends(NamedTuple):
-    place: Tensor  # [T, G] int32, row of each token among those of each rank, -1 = not sent
-    received: int  # rows on this rank, N; while a graph is captured `most`
+    place: Tensor  # [T, G] int32, row of each token in each rank's buffer, -1 = not sent
+    received: int  # N, rows on this rank; `most` while a CUDA graph is captured
     most: int  # rows that the buffers have room for, the same on every rank
-    choices: int | None  # of this rank's experts, where the host knows
-    came: Tensor | None = None  # [] int64, rows on this rank, where the host does not know
+    choices: int | None  # of this rank's experts; None if the host does not know
+    came: Tensor | None = None  # [] int64, rows on this rank, if the host does not know
 
 
 class Link(NamedTuple):
-    """How rows get from rank to rank."""
+    """The shared buffers of a group, and the ways that rows move through them."""
 
     buffer: SharedBuffer
     programs: int  # SMs the kernels run on
 
     def push(self, tensors: Sequence[Tensor], sends: Sends) -> tuple[Tensor, ...]:
-        """Send rows of each tensor [T, W]; return those received, [N, W] each, by source rank."""
+        """Send rows of each tensor [T, W]; return those received [N, W], ordered by source rank."""
         ops, offsets, peers = self._begin(tensors, sends)
         for rows, offset in zip(tensors, offsets, strict=True):
             ops.push_rows(rows.contiguous(), peers, offset, sends.place, self.programs)
@@ -50,7 +50,7 @@ class Link(NamedTuple):
         )
 
     def sum_home(self, tensors: Sequence[Tensor], sends: Sends) -> tuple[Tensor, ...]:
-        """Return the sums [T, W] over ranks of each token's rows of each tensor [N, W]."""
+        """Send rows of each tensor [N, W] back; return the sum of each token's rows [T, W]."""
         ops, offsets, peers = self._begin(tensors, sends)
         own = peers.buffers[self.buffer.rank]
         for rows, offset in zip(tensors, offsets, strict=True):
@@ -62,7 +62,7 @@ class Link(NamedTuple):
         )
 
     def _begin(self, tensors: Sequence[Tensor], sends: Sends) -> tuple[Any, list[int], Peers]:
-        """Return kernels, each tensor's offset and the buffers, which no rank uses any more."""
+        """Return the kernels, each tensor's offset in bytes, and the buffers, free on all ranks."""
         *offsets, end = _offsets(tensors, sends.most)
         peers = self.buffer.reserve(end, sends.place.device)
         self.buffer.barrier()
@@ -72,7 +72,7 @@ class Link(NamedTuple):
     def swap(
         self, outs: Mapping[int, Sequence[Tensor]], ins: Mapping[int, int], after: int
     ) -> Pending[list[Tensor]]:
-        """Start what `PeerDispatcher.swap` says, by copy engines; every rank has as many rows."""
+        """Do `PeerDispatcher.swap` by copy engines; all ranks must swap the same number of rows."""
         buffer = self.buffer
         likes = next(iter(outs.values()))
         num_rows, come = len(likes[0]), sum(ins.values())
@@ -81,7 +81,7 @@ class Link(NamedTuple):
         peers = buffer.reserve(0, likes[0].device)
 
         def move() -> tuple[Tensor, ...]:
-            if not after:  # and later ones write where no rank reads any more
+            if not after:  # later swaps of a call write to rows that no rank reads any more
                 buffer.barrier()
             for slot, (rank, tensors) in enumerate(outs.items()):
                 for base, size, rows in zip(bases, sizes, tensors, strict=True):
@@ -103,13 +103,13 @@ class Link(NamedTuple):
         return Pending(wait)
 
     def prepare_swaps(self, likes: Sequence[Tensor]) -> None:
-        """Have room for swaps of matrices such as `likes` with each rank."""
+        """Make room in the buffers for swaps of matrices like `likes` with every rank."""
         self.buffer.reserve(self._bases(likes)[-1], likes[0].device)
 
     def _bases(self, likes: Sequence[Tensor]) -> list[int]:
-        """Return where the matrices of a swap begin, and where the last ends.
+        """Return the byte offset of each matrix of a swap, and the end of the last.
 
-        Each has room for what is on its way out, and behind it for what is on its way home.
+        Each matrix has room for the rows on their way out, then for those on their way home.
         """
         return _offsets(likes, 2 * (self.buffer.ranks - 1) * len(likes[0]))
 
@@ -119,13 +119,13 @@ def _row_bytes(rows: Tensor) -> int:
 
 
 def _offsets(likes: Sequence[Tensor], num_rows: int) -> list[int]:
-    """Return where matrices of `num_rows` as wide as `likes` begin, and where the last ends."""
+    """Return the byte offsets of matrices of `num_rows` rows like `likes`, and the last's end."""
     sizes = (-(-num_rows * _row_bytes(like) // _ALIGN) * _ALIGN for like in likes)
     return list(accumulate(sizes, initial=0))
 
 
 class Dispatch(torch.autograd.Function):
-    """Rows of matrices to where `sends` says; the last are whole numbers."""
+    """Send rows of matrices [T, W] as `sends` says; the last is of integers, without gradient."""
 
     @staticmethod
     def forward(ctx: Any, link: Link, sends: Sends, *rows: Tensor) -> tuple[Tensor, ...]:

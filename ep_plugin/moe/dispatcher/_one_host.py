@@ -1,4 +1,4 @@
-"""Whether a group's ranks are on one host, for dispatchers that reach into each other's memory."""
+"""Whether a group's ranks are on one host, for dispatchers that access other ranks' memory."""
 
 import socket
 
@@ -8,9 +8,9 @@ from ep_plugin.errors import ConfigError
 
 
 def check_one_host(group: dist.ProcessGroup, dispatcher: str) -> None:
-    """Raise ConfigError, on all ranks of `group` alike, when they are on several hosts.
+    """Raise ConfigError, on all ranks of `group` alike, if they are on several hosts.
 
-    Every rank of `group` must call it: the ranks tell each other their hosts.
+    Every rank of `group` must call it: host names are gathered.
     """
     hosts: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(hosts, socket.gethostname(), group=group)

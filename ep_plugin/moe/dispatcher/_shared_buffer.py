@@ -1,7 +1,7 @@
-"""A buffer on every rank of a group that all its ranks read and write in place.
+"""A buffer on every rank of a group that all ranks of the group read and write directly.
 
-On GPUs it is torch's symmetric memory: each rank maps the others' buffers over NVLink. On CPUs it
-is shared memory of the host, so that what is built on it runs without a GPU.
+On GPUs it is torch's symmetric memory: each rank maps the other ranks' buffers over NVLink. On CPUs
+it is shared memory of the host, so that dispatcher `symm_mem` also runs without a GPU.
 """
 
 import shutil
@@ -24,10 +24,10 @@ _PAGE = 2 << 20  # bytes; a buffer's size is a multiple of it
 
 
 class SharedBuffer:
-    """One buffer a rank, for all layers and dtypes; it grows when a layer needs more.
+    """One buffer per rank, shared by all layers and dtypes; it grows when a layer needs more.
 
-    Every rank of `group` must make one at the same time: the ranks tell each other their hosts.
-    Raises ConfigError when they are on several.
+    Every rank of `group` must make it at the same time: host names are gathered. Raises ConfigError
+    if the ranks are on several hosts.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -42,7 +42,7 @@ class SharedBuffer:
     def reserve(self, num_bytes: int, device: torch.device) -> Peers:
         """Return buffers of at least `num_bytes`, which must be the same on every rank.
 
-        Growing waits for all ranks, and what was in the buffers is lost.
+        If they must grow, this waits for all ranks, and their contents are lost.
         """
         if self.peers is None or num_bytes > self.num_bytes:
             self.num_bytes = -(-num_bytes // _PAGE) * _PAGE or _PAGE
@@ -52,15 +52,17 @@ class SharedBuffer:
         return self.peers
 
     def barrier(self) -> None:
-        """Wait until every rank is here: on a GPU its current stream waits, not the host."""
+        """Wait until every rank is here. On a GPU the current stream waits, not the host."""
         self._barrier()
 
     def beside(
         self, inputs: Sequence[Tensor], work: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-        """Run `work` on a stream of its own, its backward too; read the results after `finish()`.
+        """Run `work` on a second CUDA stream; return its results and `finish`.
 
-        Returns the results and `finish`. `inputs` are the tensors that both streams know.
+        Read the results only after `finish()`, which makes the current stream wait for them.
+        `inputs` are the tensors of the current stream that `work` reads. On CPUs `work` runs at
+        once.
         """
         if not inputs[0].is_cuda:
             return work(), lambda: None
@@ -69,7 +71,7 @@ class SharedBuffer:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             results = work()
-        for tensor in inputs:  # not to be reused before both streams are done with it
+        for tensor in inputs:  # their memory is not reused before both streams are done with it
             tensor.record_stream(self._stream)
         done = self._stream.record_event()
 
@@ -82,7 +84,7 @@ class SharedBuffer:
         return results, finish
 
     def _share_gpu(self, device: torch.device) -> Peers:
-        # What `symm_mem.empty` calls, without its memory pool, which would keep outgrown buffers.
+        # Like `symm_mem.empty`, but without its memory pool, which would keep the old buffers.
         own = _SymmetricMemory.empty_strided_p2p((self.num_bytes,), (1,), torch.uint8, device)
         handle = symm_mem.rendezvous(own, self.group)
         buffers = [
@@ -94,7 +96,7 @@ class SharedBuffer:
         return Peers(tuple(buffers), addresses)
 
     def _share_host(self, device: torch.device) -> Peers:
-        """Map one file in every process; it has no name any more when all have it."""
+        """Map one file in every process; it is unlinked as soon as all have mapped it."""
         first, ranks = dist.get_global_rank(self.group, 0), self.ranks
         folder: list[str | None] = [tempfile.mkdtemp() if self.rank == 0 else None]
         dist.broadcast_object_list(folder, src=first, group=self.group)
@@ -110,7 +112,7 @@ class SharedBuffer:
 
 
 def shared_buffer(groups: ExpertGroups) -> SharedBuffer:
-    """Return the buffer of `groups.ep_etp`, the same for every layer that is given `groups`."""
+    """Return the buffer of `groups.ep_etp`, the same one for every layer with these `groups`."""
     group = groups.ep_etp
     assert group is not None
     found = groups.shared.get("buffer")

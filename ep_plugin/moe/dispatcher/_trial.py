@@ -1,8 +1,8 @@
-"""Whether dispatcher `symm_mem` works here: tried before `auto` takes it, the same on all ranks.
+"""Whether dispatcher `symm_mem` works here: a trial before `auto` takes it.
 
-Its buffers need GPUs that map each other's memory. Whether they can is known for certain only when
-they have done it, and half a group must not go one way and half another. So every rank allocates
-what the run will need, stores a row in every other rank's buffer, and reads what came.
+Its buffers need GPUs that can map each other's memory. Only a trial shows this for certain, and all
+ranks must come to the same answer. So every rank allocates what the run will need, stores a row in
+every other rank's buffer, and reads the rows it received. Then the ranks share what they found.
 """
 
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from ep_plugin.moe.dispatcher._link import Link, Sends
 from ep_plugin.moe.dispatcher._shared_buffer import SharedBuffer, shared_buffer
 from ep_plugin.moe.groups import ExpertGroups
 
-MOST = 0.1  # of a GPU's memory, for buffers
-_WIDTH = 16
+MOST = 0.1  # largest part of a GPU's memory that the buffers may take
+_WIDTH = 16  # of the row that is sent
 
 
 class Trial(NamedTuple):
-    """What was found for the ranks of `group`."""
+    """The result of the trial for the ranks of `group`."""
 
     group: dist.ProcessGroup | None
     num_bytes: int
@@ -28,16 +28,16 @@ class Trial(NamedTuple):
 
 
 def why_not(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str | None:
-    """Return why `symm_mem` does not work with buffers of `num_bytes` a rank; None where it does.
+    """Return why `symm_mem` does not work with `num_bytes` of buffer per rank; None if it does.
 
-    Every rank of `groups.tp_dp_cp`, or of `groups.ep_etp` where that is None, must call it, and all
-    are told the same. It is tried once for all layers that are given `groups`, and again for more
-    bytes.
+    Every rank of `groups.tp_dp_cp` must call it, or of `groups.ep_etp` if that is None; all get the
+    same answer. There is one trial for all layers with these `groups`, and another if a layer needs
+    more bytes.
     """
     found: Trial | None = groups.shared.get("trial")
     if found is None or found.group is not groups.ep_etp or found.num_bytes < num_bytes:
         reason = None
-        for step in (_missing, _no_memory, _not_reached):  # none begins before all passed the last
+        for step in (_missing, _no_memory, _not_reached):  # each after all ranks passed the last
             reason = reason or _agreed(groups, step(groups, device, num_bytes))
         if reason is not None:
             groups.shared.pop("buffer", None)
@@ -46,7 +46,7 @@ def why_not(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str |
 
 
 def _missing(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str | None:
-    """Return what this rank knows without asking another's memory."""
+    """Return what is missing, as far as this rank sees it without other ranks' memory."""
     try:
         shared_buffer(groups)
     except ConfigError as error:  # several hosts
@@ -59,7 +59,7 @@ def _missing(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str 
             f"its buffers take {num_bytes / 2**30:.1f} GiB, more than {MOST:.0%} of the GPU's "
             f"{total / 2**30:.0f}"
         )
-    try:  # here, where no other rank waits for this one
+    try:  # before `reserve`, where other ranks would wait for this one
         torch.empty(num_bytes, dtype=torch.uint8, device=device)
     except RuntimeError as error:
         return _first_line(error)
@@ -67,26 +67,26 @@ def _missing(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str 
 
 
 def _no_memory(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str | None:
-    """Return why this rank could not have the buffers."""
+    """Return why this rank could not allocate the buffers."""
     try:
         shared_buffer(groups).reserve(num_bytes, device)
-    except RuntimeError as error:  # of CUDA, or of the rendezvous
+    except RuntimeError as error:  # from CUDA, or from the rendezvous
         return _first_line(error)
     return None
 
 
 def _not_reached(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str | None:
-    """Return what went wrong when this rank stored in the others' buffers, and they in its."""
+    """Return what went wrong when all ranks stored a row in each other's buffers."""
     try:
         came = _exchange_ranks(shared_buffer(groups), device)
-    except Exception as error:  # Triton has its own
+    except Exception as error:  # Triton raises errors of its own types
         return _first_line(error)
     expected = list(range(dist.get_world_size(groups.ep_etp)))
     return None if came == expected else f"from ranks {expected} came {came}"
 
 
 def _exchange_ranks(buffer: SharedBuffer, device: torch.device) -> list[int]:
-    """Send every rank a row that says this one's number; return the numbers that came."""
+    """Send every rank a row that holds this rank's number; return the numbers received."""
     ranks = buffer.ranks
     place = torch.full((1, ranks), buffer.rank, dtype=torch.int32, device=device)
     row = torch.full((1, _WIDTH), float(buffer.rank), device=device)

@@ -1,4 +1,7 @@
-"""The experts of one rank: fc1, activation times probability, fc2, on rows sorted by expert."""
+"""The experts of one rank: fc1, activation times routing weight, fc2, on rows sorted by expert.
+
+Shapes: N tokens, H hidden size, F FFN size of this rank, e local experts, R rows of experts.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +29,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {  # of the gate, where there is one
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {  # of the gate, if there is one
     "swiglu": F.silu,
     "geglu": F.gelu,
     "geglu_tanh": gelu_tanh,
@@ -36,15 +39,15 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {  # of the gate, wh
 
 
 def captured(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is captured with `tensor` in it."""
+    """Whether a CUDA graph is being captured on the current stream; False for a CPU `tensor`."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class GroupedLinear(nn.Module):
     """One linear map per local expert: weight [e, out, in], bias [e, out] or None.
 
-    Call it before its parameters are read: a training loop's forward pre-hooks run there, and
-    Megatron's wait in theirs until updated parameters have been gathered.
+    Call the module before its parameters are read, so that forward pre-hooks run. Those of
+    Megatron's optimizer wait there until the updated parameters have been gathered.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class GroupedLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype)) if bias else None
         )
-        self._gemm: GroupedGemm | None = None  # None: whatever `auto` picks
+        self._gemm: GroupedGemm | None = None  # None: `auto` picks one
         if gemm != "auto":
             self._gemm = resolve("gemm", gemm)(in_features, out_features, self.weight.dtype)
         self._picked: dict[Any, GroupedGemm] = {}
@@ -73,8 +76,9 @@ class GroupedLinear(nn.Module):
     def pick_gemm(self, num_rows: int) -> GroupedGemm:
         """Return the backend for a call with `num_rows` rows.
 
-        `auto` is settled at the first rows, and anew where the layer is moved. While a CUDA graph
-        is captured, and without rows, nothing can be measured, and it goes by a rule.
+        `auto` measures at the first call with rows, and again if the layer moves to another device
+        or dtype. Without rows, or while a CUDA graph is captured, it cannot measure and takes the
+        backend of `autotune.rule`.
         """
         if self._gemm is not None:
             return self._gemm
@@ -90,7 +94,7 @@ class GroupedLinear(nn.Module):
         return self.weight
 
     def multiply(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Map `rows` [R, in], without the bias: [R, out]; `ends` [e] as in `GroupedGemm`."""
+        """Return `rows` [R, in] mapped, without bias: [R, out]; `ends` [e] as in `GroupedGemm`."""
         product: Tensor = _GroupedProduct.apply(rows, self.weight, ends, self.pick_gemm(len(rows)))
         return product
 
@@ -119,12 +123,13 @@ class Experts(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.config = config
         self.fp8, self.uses_gemm = config.fp8 != "off", uses_gemm(config)
-        # A training loop that says when weights changed sets the first to False, and the second
-        # to True before a step's first micro-batch; then weights are quantised once a step.
+        # With FP8, weights are quantised at every call by default. A training loop that wants it
+        # once per step sets the first flag to False, and the second to True before the first
+        # micro-batch of each step.
         self.weights_change_every_call = True
         self.is_first_microbatch = True
         self._weights8: Any = None
-        self.totals: Totals | None = None  # set by a training loop that sums gradients in fp32
+        self.totals: Totals | None = None  # set by a training loop with fp32 sums of gradients
         self.etp_size = etp
         shard = ffn // etp
 
@@ -144,7 +149,10 @@ class Experts(nn.Module):
         self.linear_fc2 = linear(shard, config.hidden_size)
 
     def forward(self, inbox: Dispatched) -> Tensor:
-        """Return [N, H]: for each token the sum over its choices; with etp a summand of it."""
+        """Return for each token the sum of its experts' outputs: [N, H], the dtype of the tokens.
+
+        With etp > 1 it is this rank's part of that sum.
+        """
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         fc1_weight, fc2_weight = fc1(), fc2()
         saves_less = self.config.save != "bf16"
@@ -162,7 +170,7 @@ class Experts(nn.Module):
         ends = moves.ends
         probs = inbox.probs.flatten()[moves.order].unsqueeze(1)  # [R, 1]
         expert = torch.searchsorted(ends, torch.arange(len(probs), device=ends.device), right=True)
-        expert = expert.clamp(max=self.num_local_experts - 1)  # [R]; rows of absent choices: any
+        expert = expert.clamp(max=self.num_local_experts - 1)  # [R]; any for absent choices
         hidden = fc1.multiply(permute(inbox.tokens, moves), ends)  # [R, F or 2F]
         if fc1.bias is not None:
             hidden = hidden + fc1.bias[expert]
@@ -174,7 +182,7 @@ class Experts(nn.Module):
         return unpermute(rows, moves)
 
     def recipes(self, num_rows: int) -> Callable[[ExpertRows], Recipe]:
-        """Return what makes the recipe of some of a call's `num_rows` rows, or of all of them."""
+        """Return a function that makes the recipe for all of a call's `num_rows` rows, or some."""
         self._check_capture()
         gemm = self.linear_fc1.pick_gemm(num_rows if self.uses_gemm else 0)
         if not self.fp8:
@@ -184,14 +192,14 @@ class Experts(nn.Module):
         return lambda rows: kind(rows, gemm, weights8, wgrad8)
 
     def _check_capture(self) -> None:
-        """Raise ConfigError while a CUDA graph is captured that the products cannot be in."""
+        """Raise ConfigError if a CUDA graph is captured and the products cannot be captured."""
         weight = self.linear_fc1.weight
         if captured(weight):
             config = replace(self.config, in_graph=True)
             check_capturable(config, self.etp_size, weight.device, weight.dtype)
 
     def weights8(self) -> Any:
-        """Return the weights as the FP8 recipe reads them, made anew when they may have changed."""
+        """Return the weights in e4m3, quantised again if they may have changed."""
         if self._weights8 is None or self.is_first_microbatch:
             with torch.no_grad():
                 prepare = FP8[self.config.fp8][0].prepare
@@ -207,7 +215,7 @@ class Experts(nn.Module):
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """rows [R, a] @ weight [e, b, a] transposed, by a backend's three products."""
+    """rows [R, a] times their expert's weight [e, b, a].T -> [R, b]; products by a backend."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, gemm: GroupedGemm) -> Tensor:
@@ -223,15 +231,15 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def _without_absent(rows: Tensor, ends: Tensor) -> Tensor:
-    """Return `rows` with zeros behind the last expert's, where a backend writes nothing."""
+    """Return `rows` with zeros past the last expert's, where backends leave arbitrary values."""
     absent = torch.arange(len(rows), device=ends.device) >= ends[-1]
     return rows.masked_fill(absent.unsqueeze(1), 0)
 
 
 class _ShareOfSum(torch.autograd.Function):
-    """1/n of a tensor that n ranks hold alike and whose outputs are summed.
+    """Return 1/n of a tensor of which n ranks hold equal copies and add up their results.
 
-    The gradient is not divided: each rank gets the whole one, so the copies stay alike.
+    The gradient is not divided. Every rank gets the whole gradient, so the copies stay equal.
     """
 
     @staticmethod

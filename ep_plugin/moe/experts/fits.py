@@ -1,4 +1,4 @@
-"""Whether experts of some sizes can be computed here, asked before they are built."""
+"""Checks, before experts are built, that their sizes can be computed on this device."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from ep_plugin.moe.experts import autotune
 from ep_plugin.moe.experts.fp8 import blockwise, rowwise
 from ep_plugin.registry import resolve
 
-FP8: dict[str, tuple[Any, Any]] = {  # module with check and prepare, and the recipe
+FP8: dict[str, tuple[Any, Any]] = {  # recipe -> module with `check` and `prepare`, class
     "rowwise": (rowwise, rowwise.Rowwise),
     "blockwise": (blockwise, blockwise.Blockwise),
 }
 
 
 def check_sizes(config: MoEConfig, etp: int, device: torch.device) -> None:
-    """Raise ConfigError for sizes that do not divide over `etp`, or that an FP8 recipe refuses."""
+    """Raise ConfigError if F does not divide over `etp`, or the FP8 recipe refuses the sizes."""
     ffn = config.ffn_hidden_size
     if ffn % etp:
         raise ConfigError(
@@ -29,7 +29,7 @@ def check_sizes(config: MoEConfig, etp: int, device: torch.device) -> None:
 
 
 def check_capturable(config: MoEConfig, etp: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ConfigError for a step in a CUDA graph whose products would wait for the host."""
+    """Raise ConfigError if the step is in a CUDA graph and a product needs a host sync."""
     if not config.in_graph or not uses_gemm(config):
         return
     ffn = config.ffn_hidden_size // etp
@@ -45,7 +45,7 @@ def check_capturable(config: MoEConfig, etp: int, device: torch.device, dtype: t
 
 
 def uses_gemm(config: MoEConfig) -> bool:
-    """Whether any product is a grouped GEMM's; FP8 recipes have their own."""
+    """Whether any product goes through a grouped GEMM backend; FP8 products do not."""
     return config.fp8 == "off" or config.fp8_wgrad == "bf16"
 
 

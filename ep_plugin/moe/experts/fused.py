@@ -1,14 +1,18 @@
-"""The experts as one function of its own backward: nothing is written twice or kept that need not.
+"""The experts as one autograd function with few passes over memory and few saved tensors.
 
-Kept between forward and backward are the tokens as they came (in e4m3 with FP8) and the
-pre-activations; rows are made again, and the activation is computed again on the way.
+Saved for the backward are the tokens (in e4m3 with FP8) and, depending on `save`, the
+pre-activations. The backward copies tokens to rows again, and recomputes the activation in the
+kernel of its derivative.
 
-    forward     tokens -> rows -> fc1 -> activation x probability -> fc2 -> sum per token
-    backward    gradients -> rows -> fc2 -> slopes and activation -> fc1 -> sum per token
-                and both weight gradients, which may come last of all
+    forward     tokens -> rows -> fc1 -> activation x routing weight -> fc2 -> sum per token
+    backward    gradients -> rows -> fc2 -> derivative and activation -> fc1 -> sum per token
+                and both weight gradients, which may come last
 
-In which precision the six products are is a `Recipe`: `Bf16` here, the others in `fp8/`. Rows
-behind the last expert's, of absent choices, are neither read nor written. No host syncs.
+A `Recipe` says in which precision the six products are computed: `Bf16` here, the FP8 recipes in
+`fp8/`. Rows past the last expert's, of absent choices, are neither read nor written. No host syncs
+besides those of the grouped GEMM.
+
+Shapes: N tokens, C choices each, H hidden size, F FFN size of this rank, e local experts, R rows.
 """
 
 from typing import Any, Protocol
@@ -20,72 +24,73 @@ from ep_plugin.moe.config import Save
 from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.moe.rows import ExpertRows
 
-Into = tuple[Tensor | None, Tensor | None]  # where the gradients of fc1 and fc2 are added
+Into = tuple[Tensor | None, Tensor | None]  # totals of fc1, fc2 to add gradients to
 
 
 class Totals(Protocol):
     """Where a training loop sums the gradients of both weights over micro-batches, in fp32."""
 
     def take(self) -> Into:
-        """Return the sums [e, out, in] of fc1 and fc2; what is added counts as delivered."""
+        """Return the fp32 totals [e, out, in] of fc1 and fc2; the caller must add to them."""
         ...
 
 
 class Recipe(Protocol):
     """How the products of the experts are computed, for the rows of one call.
 
-    What is kept is a tensor or a record of tensors. Weights are [e, out, in], hidden [R, F or 2F].
-    A gradient of a weight is returned, or added to `into` [e, out, in] fp32 and None returned.
+    What is kept for the backward is a tensor or a record of tensors. Weights are [e, out, in],
+    `hidden` (pre-activations) is [R, F or 2F], `probs` (routing weights) [N, C]. A weight gradient
+    is returned; with `into` [e, out, in] fp32 it is added there and None is returned.
     """
 
-    takes_pieces: bool  # fc1_grads takes what is kept of several pieces of the tokens as a list
+    takes_pieces: bool  # whether `fc1_grads` also takes a list of what `keep` returned for parts
     rows: ExpertRows
 
     def keep(self, tokens: Tensor) -> Any:
-        """Return `tokens` [N, H] as they are kept for the backward."""
+        """Return `tokens` [N, H] in the form in which they are kept for the backward."""
         ...
 
     def first(self, kept: Any, fc1: Tensor) -> Tensor:
-        """Return the pre-activations."""
+        """Return the pre-activations [R, F or 2F] of what `keep` returned."""
         ...
 
     def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
-        """Return the sum [N, H] over each token's outputs."""
+        """Return the experts' outputs, summed for each token: [N, H]."""
         ...
 
     def held(self, hidden: Tensor) -> Any:
-        """Return `hidden` in e4m3, as save = fp8 keeps it."""
+        """Return `hidden` in e4m3, the form in which `save = fp8` keeps it."""
         ...
 
     def incoming(self, grads: Tensor) -> Any:
-        """Return the gradients of the output, `grads` [N, H], as the next two read them."""
+        """Return the output's gradients `grads` [N, H] in the form that the methods below read."""
         ...
 
     def all_incoming(self, grads: list[Tensor], pieces: list[Any]) -> Any:
-        """Return `incoming` for gradients in pieces; `pieces` are what it returned for each."""
+        """Return `incoming` of all `grads`, given in pieces; `pieces` are its result for each."""
         ...
 
     def hidden_grads(
         self, incoming: Any, hidden: Any, probs: Tensor, fc2: Tensor
     ) -> tuple[Any, Any, Tensor]:
-        """Return the gradients of `hidden`, the activation [R, F] again, the gradients of probs."""
+        """Return the gradient of `hidden`, the activation [R, F], the gradient of `probs`."""
         ...
 
     def fc2_grads(self, incoming: Any, active: Any, into: Tensor | None) -> Tensor | None:
-        """Return the gradients of fc2."""
+        """Return the gradient of fc2 from the activation `active` [R, F]."""
         ...
 
     def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
-        """Return the gradients of the tokens [N, H]."""
+        """Return the gradient of the tokens: [N, H]."""
         ...
 
     def fc1_grads(self, d_hidden: Any, kept: Any, into: Tensor | None) -> Tensor | None:
-        """Return the gradients of fc1."""
+        """Return the gradient of fc1 from what `keep` returned."""
         ...
 
 
 class Bf16:
-    """Products of the tensors as they are: bf16, or whatever their dtype is."""
+    """The recipe that computes in the dtype of the tensors: bf16, fp16 or fp32."""
 
     takes_pieces = True
 
@@ -130,9 +135,9 @@ class Bf16:
 
 
 class FusedExperts(torch.autograd.Function):
-    """tokens [N, H], probs [N, C], weights [e, out, in] -> [N, H].
+    """tokens [N, H], probs [N, C], weights [e, out, in] -> experts' outputs per token [N, H].
 
-    `tokens8` are the tokens as the recipe would keep them, where they came so.
+    `tokens8` is the e4m3 record of the tokens if they were dispatched in e4m3, else None.
     """
 
     @staticmethod
@@ -174,15 +179,15 @@ class FusedExperts(torch.autograd.Function):
 
 
 def take(totals: Totals | None) -> Into:
-    """Return where gradients of weights are added, for one backward."""
+    """Return the totals that one backward adds its weight gradients to."""
     return (None, None) if totals is None else totals.take()
 
 
 def delivered(grad: Tensor | None, weight: Tensor) -> Tensor:
-    """Return `grad` in the dtype of `weight`; for one that was added elsewhere a place holder.
+    """Return `grad` in the dtype of `weight`; if it is None, a placeholder of that shape.
 
-    Who takes sums wants a gradient all the same, to know that it was there: its values are never
-    read, nor written.
+    It is None when it was added to the totals. The training loop still needs a gradient from
+    autograd, to know that there was one. It never reads its values.
     """
     return torch.empty_like(weight) if grad is None else grad.to(weight.dtype)
 
@@ -195,20 +200,20 @@ def hold(recipe: Recipe, hidden: Tensor, save: Save) -> Any:
 
 
 def parts_of(value: Any) -> list[Tensor]:
-    """Return the tensors of a tensor, of a record of tensors, or of nothing."""
+    """Return the tensors of `value`: a tensor, a record of tensors, or None."""
     if value is None:
         return []
     return [value] if isinstance(value, Tensor) else list(vars(value).values())
 
 
 def whole_of(kind: Any, parts: list[Tensor]) -> Any:
-    """Return what `parts_of` was given, of type `kind`."""
+    """Return the value of type `kind` whose `parts_of` are `parts`."""
     if kind is type(None):
         return None
     return parts[0] if issubclass(kind, Tensor) else kind(*parts)
 
 
 def joined(pieces: list[Any]) -> Any:
-    """Return one matrix, or record of matrices, with the rows of all pieces."""
+    """Return one tensor, or record of tensors, that concatenates the rows of all pieces."""
     tensors = [torch.cat(same) for same in zip(*map(parts_of, pieces), strict=True)]
     return whole_of(type(pieces[0]), tensors)

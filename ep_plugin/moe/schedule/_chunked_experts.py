@@ -1,12 +1,16 @@
-"""Exchange, experts and exchange back as one function of its own backward, leg by leg.
+"""Exchange, experts and exchange back as one autograd function, leg by leg.
 
-The mathematics are those of `experts/fused.py`: a `Recipe` for the rows of each leg, and one for
-all rows, in the order that one after another would give them, for the weight gradients; so every
-result has the same bits. What that costs beside `FusedExperts`, in bytes of device memory traffic
-for a row of the experts, b bytes wide in what weight gradients read (2, or 1 for rowwise): with
-bf16 the gradients of the output are spread a second time, 2 H b; with FP8 what is kept of tokens
-and of gradients is joined, 2 H b each for a token received; and where token gradients go home leg
-by leg, the activation and the gradients of the pre-activations are moved once, 6 F b (gated).
+A leg is the rows from some of the ranks (see `_trip.py`). The mathematics are those of
+`experts/fused.py`. There is one `Recipe` for the rows of each leg. Another one, for all rows in the
+order of schedule `serial`, makes the weight gradients. So every result has the bits of `serial`.
+
+What this costs more than `FusedExperts`, as device memory traffic in bytes. Weight gradients read
+values of b bytes (2 in bf16, 1 in e4m3):
+
+- bf16: gradients of the output are copied to rows a second time, 2 H b for each row of the experts
+- FP8: kept tokens and gradients are concatenated, 2 H b each for every token received
+- token gradients that travel leg by leg: the activation and the gradients of the pre-activations
+  are copied once, 6 F b for each row (gated)
 """
 
 from collections.abc import Callable
@@ -34,17 +38,17 @@ from ep_plugin.moe.schedule._trip import Leg, Trip, collected, set_out
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the function, beside its differentiable tensors."""
+    """The arguments of one call of `ChunkedExperts` that need no gradients."""
 
     trip: Trip
-    expert_ids: Tensor  # [N, C] of the rows received, by distance
-    probs: Tensor  # [N, C], likewise
-    tokens_per_expert: Tensor  # [e]
+    expert_ids: Tensor  # [N, C] local experts of the tokens received, by distance; -1 = none
+    probs: Tensor  # [N, C] their routing weights, by distance
+    tokens_per_expert: Tensor  # [e] int64
     activation: str
     recipes: Callable[[ExpertRows], Recipe]
     save: Save
     totals: Totals | None
-    wire_format: Callable[[Tensor], Any] | None  # tokens travel as it makes them, and are kept so
+    wire_format: Callable[[Tensor], Any] | None  # to e4m3, sent and kept so; None: as they are
 
     def recipe(self, leg: Leg) -> Recipe:
         """Return the recipe for the leg's rows."""
@@ -54,7 +58,7 @@ class Call:
         return self.recipes(expert_rows(ids, counts, self.activation, num_rows))
 
     def all_rows(self) -> ExpertRows:
-        """Return all rows in the order they have when received by rank: expert-major, stable."""
+        """Return the rows of all legs in the order of `serial`: by expert, then by source rank."""
         choices, size = self.expert_ids.shape[1], max(self.expert_ids.numel(), 1)
         by_rank = self.expert_ids.roll(self.trip.shift, 0)
         num_rows = self.trip.num_choices()
@@ -64,10 +68,10 @@ class Call:
 
 
 class ChunkedExperts(torch.autograd.Function):
-    """outgoing [P, H], probs, weights [e, out, in] -> [P, H], come home.
+    """outgoing [P, H], probs, weights [e, out, in] -> experts' outputs for the rows sent [P, H].
 
-    `probs` are those whose gradients are wanted: of the rows received, or of the rows sent where
-    all ranks get them.
+    `probs` are the routing weights that get gradients: those of the rows received, or those of the
+    rows sent if every row goes to all ranks.
     """
 
     @staticmethod
@@ -83,7 +87,7 @@ class ChunkedExperts(torch.autograd.Function):
         def first(leg: Leg) -> Tensor:
             came = arrivals[leg].wait()
             tokens = recipes[leg].keep(came) if call.wire_format is None else came
-            # The swapped rows are borrowed, or the own are a view of all that were sent.
+            # Cloned: they may lie in a shared buffer, or be a view of all rows sent.
             if tokens is came and bool(leg.distances) == trip.to_all:
                 tokens = whole_of(type(came), [tensor.clone() for tensor in parts_of(came)])
             kept[leg] = tokens
@@ -132,7 +136,7 @@ class ChunkedExperts(torch.autograd.Function):
 
 
 class ThereAndBack(torch.autograd.Function):
-    """Rows to the other ranks and home as they are; ones go home as gradients of `probs`."""
+    """Send rows to the other ranks and back unchanged; the gradients of `probs` are ones."""
 
     @staticmethod
     def forward(ctx: Any, outgoing: Tensor, probs: Tensor, trip: Trip) -> Tensor:
@@ -152,13 +156,13 @@ class ThereAndBack(torch.autograd.Function):
 
 
 def _save(ctx: Any, tensors: tuple[Tensor, ...], records: list[Any]) -> None:
-    """Keep `tensors`, and records of tensors, for the backward."""
+    """Save `tensors`, and the tensors of `records`, for the backward."""
     ctx.kinds = [(type(record), len(parts_of(record))) for record in records]
     ctx.save_for_backward(*tensors, *(t for record in records for t in parts_of(record)))
 
 
 def _saved(ctx: Any) -> tuple[list[Tensor], list[Any]]:
-    """Return what `_save` was given."""
+    """Return the tensors and the records that `_save` was given."""
     saved = list(ctx.saved_tensors)
     records = []
     for kind, count in reversed(ctx.kinds):

@@ -1,4 +1,8 @@
-"""What the legs' rows give in the backward, for all rows: in two orders, to the same bits."""
+"""The gradients of all legs put together in the backward, in one of two orders.
+
+`LegByLeg` sends token gradients home after each leg, `AtOnce` after all legs. The results have the
+same bits.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +18,10 @@ from ep_plugin.moe.schedule._trip import Leg, Trip, as_bytes, collected
 
 
 class LegByLeg:
-    """Token gradients travel home as soon as a leg has them; all else is joined behind it."""
+    """Token gradients travel home as soon as a leg has computed them.
+
+    Meanwhile the leg's other matrices are copied to their places among all rows.
+    """
 
     def __init__(self, trip: Trip, recipe: Recipe, fc1: Tensor, dtype: torch.dtype) -> None:
         self.trip, self.recipe, self.fc1, self.dtype = trip, recipe, fc1, dtype
@@ -23,15 +30,15 @@ class LegByLeg:
         self.wholes: list[Any] = []  # gradients of pre-activations, activation
 
     def at(self, leg: Leg, rows: ExpertRows) -> Tensor:
-        """Return where among all rows those of the leg are: [R] int32."""
+        """Return the index among all rows of each of the leg's rows: [R] int32."""
         return self.recipe.rows.place[leg.rows].flatten()[rows.order]
 
     def aimed(self, leg: Leg, rows: ExpertRows) -> ExpertRows:
-        """Return the leg's `rows`, with where the two matrices are to be written."""
+        """Return the leg's `rows`, with the target of `activate_backward` set if it has one."""
         return rows
 
     def add(self, leg: Leg, recipe: Recipe, d_hidden: Any, active: Any, d_probs: Tensor) -> None:
-        """Take what the leg's rows gave, by its own recipe."""
+        """Take the gradients and the activation of one leg; `recipe` is that of the leg."""
         d_tokens = recipe.token_grads(d_hidden, self.fc1)
         self.homes[leg] = self.trip.home([d_tokens.to(self.dtype)], leg)
         self.d_probs[leg] = d_probs
@@ -44,11 +51,14 @@ class LegByLeg:
                 recipe.rows.ops.spread_rows(rows, at, ends, into=_matrix(as_bytes(into)))
 
     def finish(self) -> list[Any]:
-        """Return the matrices of all rows; token gradients are on their way home."""
+        """Return the gradients of pre-activations and the activation, of all rows.
+
+        Token gradients are then on their way home.
+        """
         return self.wholes
 
     def came_home(self) -> tuple[Tensor, Tensor]:
-        """Return the gradients of the rows sent, and of the probabilities that are wanted."""
+        """Wait; return the gradients of the rows sent [P, H] and of the `probs` that need them."""
         d_probs = torch.cat([self.d_probs[leg] for leg in self.trip.legs])
         return collected(self.trip, self.homes)[0], d_probs
 
@@ -58,9 +68,9 @@ class LegByLeg:
 
 
 class AtOnce(LegByLeg):
-    """Parts write rows of the same matrices; token gradients come last, of all rows together.
+    """All legs write into the same matrices; token gradients of all rows are computed last.
 
-    Nothing is joined, and travel is hidden by the weight gradients: enough where a link is fast.
+    Nothing is copied. Only the weight gradients hide the exchange, which is enough on a fast link.
     """
 
     def aimed(self, leg: Leg, rows: ExpertRows) -> ExpertRows:

@@ -1,13 +1,13 @@
 """The rows a rank receives, in legs: its own, and those of some of the other ranks.
 
-Rows lie by distance here: those of this rank, of the next one, ..., of the one before it. On 4
-ranks, seen by rank 2, with the other ranks in two legs:
+Rows are ordered by the distance of their source rank: those of this rank (distance 0), of the next
+rank (1), and so on, in a ring. On 4 ranks, seen by rank 2, with the other ranks in two legs:
 
-    received, by rank        0 1 2 3
-    received, by distance    2 | 3 0 | 1       own rows, distance 1 and 2, distance 3
+    source ranks, by rank        0 1 2 3
+    source ranks, by distance    2 | 3 0 | 1     own rows, distances 1 and 2, distance 3
 
-What a rank receives from the rank at distance d it computes while the rank at distance -d computes
-what this one has sent; so every leg is a balanced exchange, and all ranks agree on its partners.
+In the leg of distance d a rank receives from the rank at distance d, and sends to the rank at
+distance -d. So in every leg all ranks both send and receive, and agree on who their partners are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,33 +25,33 @@ from ep_plugin.moe.kernels import select
 
 @dataclass(frozen=True, eq=False)
 class Leg:
-    """Consecutive rows of those received, by distance."""
+    """Consecutive rows among those received, which are ordered by distance."""
 
     rows: slice
-    distances: range  # of the ranks they come from; empty for this rank's own
+    distances: range  # of the source ranks; empty for this rank's own rows
 
 
 class Trip:
-    """The way of one call's rows to the ranks that compute them, leg by leg, and home.
+    """The exchange of one call's rows with the ranks that compute them, leg by leg, and back.
 
-    It lives until the backward, and holds numbers alone.
+    It lives until the backward. It holds the dispatcher and row counts, but no tensors.
     """
 
     def __init__(self, dispatcher: PeerDispatcher, packed: Packed, num_chunks: int) -> None:
         self.dispatcher, self.rank, self.size = dispatcher, packed.rank, len(packed.sent)
         self.sent, self.received, self.to_all = packed.sent, packed.received, packed.to_all
         self.choices = packed.choices
-        self.shift = sum(packed.received[: packed.rank])  # rows of lower ranks
+        self.shift = sum(packed.received[: packed.rank])  # rows received from lower ranks
         by_distance = [packed.received[self._source(d)] for d in range(self.size)]
-        starts = [0, *accumulate(by_distance)]  # row at which each distance's start
+        starts = [0, *accumulate(by_distance)]  # first row of each distance
         self.num_received, others = starts[-1], self.size - 1
         bounds = [1 + others * chunk // num_chunks for chunk in range(num_chunks + 1)]
         self.own = Leg(slice(0, starts[1]), range(0))
         self.others = [Leg(slice(starts[a], starts[b]), range(a, b)) for a, b in pairwise(bounds)]
-        self.legs = [self.own, *self.others]  # as their rows lie
+        self.legs = [self.own, *self.others]  # in the order of their rows
 
     def num_choices(self, leg: Leg | None = None) -> int | None:
-        """Return the choices of this rank's experts in the leg's rows, or all, if known."""
+        """Return the number of local choices in `leg`, or in all legs; None if unknown."""
         if self.choices is None:
             return None
         if leg is None:
@@ -59,9 +59,9 @@ class Trip:
         return sum(self.choices[self._source(d)] for d in leg.distances or [0])
 
     def away(self, sources: Sequence[Tensor], leg: Leg) -> Pending[list[Tensor]]:
-        """Start moving the leg's rows from where they are `sources` [P, ...]; those that come.
+        """Start sending rows of `sources` [P, ...] each; the result gives the rows of `leg`.
 
-        This rank sends what others count to the same leg.
+        This rank sends the rows that belong to the same leg on the other ranks.
         """
         split = [[s] * self.size if self.to_all else torch.split(s, self.sent) for s in sources]
         rows = [list(of_rank) for of_rank in zip(*split, strict=True)]
@@ -72,7 +72,7 @@ class Trip:
         return self.dispatcher.swap(outs, ins, leg.rows.start - self.own.rows.stop)
 
     def home(self, rows: Sequence[Tensor], leg: Leg) -> Pending[list[Tensor]]:
-        """Start moving the leg's `rows` back to where they came from; those that come home."""
+        """Start sending the leg's `rows` back; the result gives this rank's rows of that leg."""
         if not leg.distances:
             return Pending(lambda: list(rows))
         sources = [self._source(d) for d in leg.distances]
@@ -81,11 +81,11 @@ class Trip:
         outs = dict(zip(sources, zip(*split, strict=True), strict=True))
         ins = {self._target(d): self.sent[self._target(d)] for d in leg.distances}
         before = sum(self.sent[self._target(d)] for d in range(1, leg.distances.start))
-        # What came on the way out may still be read.
+        # Written after the rows of the way out, which may still be read.
         return self.dispatcher.swap(outs, ins, self.num_received - self.own.rows.stop + before)
 
     def collected(self, homes: Mapping[Leg, Tensor]) -> Tensor:
-        """Return what came home with all legs as it was packed: [P, ...]."""
+        """Return the rows that came home with all legs, in the order they were packed: [P, ...]."""
         pieces: dict[int, Tensor] = {}
         for leg in self.others:
             ranks = [self._target(d) for d in leg.distances]
@@ -106,7 +106,10 @@ class Trip:
 
 
 def set_out(trip: Trip, source: Any) -> dict[Leg, Pending[Any]]:
-    """Start all of the way out for `source` [P, H], or a record of it; the network's leg first."""
+    """Start sending `source` [P, H], a tensor or an e4m3 record, in all legs.
+
+    The legs of other ranks start first, the own leg last.
+    """
     sources = parts_of(source)
 
     def away(leg: Leg) -> Pending[Any]:
@@ -122,12 +125,12 @@ def set_out(trip: Trip, source: Any) -> dict[Leg, Pending[Any]]:
 
 
 def collected(trip: Trip, homes: Mapping[Leg, Pending[list[Tensor]]]) -> list[Tensor]:
-    """Return what came home with all legs, as it was packed."""
+    """Wait for all legs; return each tensor that came home, in the order it was packed."""
     rows = {leg: home.wait() for leg, home in homes.items()}
     number = len(next(iter(rows.values())))
     return [trip.collected({leg: came[i] for leg, came in rows.items()}) for i in range(number)]
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Return e4m3 as bytes, which every backend can send."""
+    """Return an e4m3 `tensor` as uint8, which every backend can send; others unchanged."""
     return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor

@@ -1,6 +1,7 @@
-"""Exchanges hidden inside one layer and one micro-batch: what is here first is computed first.
+"""Overlap inside one layer and one micro-batch: tokens are computed while others still travel.
 
-A rank's own tokens need no exchange. For 3 ranks with the others in two chunks:
+A rank's own tokens need no exchange, so it computes them first. The tokens of the other ranks come
+in chunks. For 3 ranks, with the two others in two chunks, forward and backward are:
 
     network   dispatch 1 | dispatch 2 |            | combine 1 | combine 2
     compute   own, fc1 | chunk 1 | chunk 2 | own, fc2
@@ -8,13 +9,15 @@ A rank's own tokens need no exchange. For 3 ranks with the others in two chunks:
     network   gradients 1 | gradients 2 |    | token gradients 1, 2
     compute   own           | chunk 1 | chunk 2 | weight gradients
 
-In the backward each part's rows get their gradients as they come, and the weights theirs once, last
-of all and over all rows in the order of `serial`: no sum is taken in another order, so no result
-differs. Through `alltoall` a part's token gradients set out before the next part is computed.
-Through `symm_mem` copy engines are fast enough to wait for all parts, and there is less to compute:
-no row is moved to join parts. With one rank there is nothing to hide and the order is `serial`'s.
+In the backward the gradients of a chunk's rows are computed when the chunk arrives. The weight
+gradients are computed once, at the end, over all rows in the order of `serial`. No sum is taken in
+another order, so every result has the bits of `serial`.
 
-Host syncs: those of the dispatcher's `pack`; through `symm_mem` none while a graph is captured.
+With dispatcher `alltoall` a chunk's token gradients are sent before the next chunk is computed.
+With `symm_mem` they are sent after all chunks: its copy engines are fast enough, and no rows need
+to be copied to join the chunks. With one rank there is nothing to overlap; the order is `serial`'s.
+
+Host syncs: those of the dispatcher's `pack`; with `symm_mem` none while a CUDA graph is captured.
 """
 
 from functools import partial
@@ -29,13 +32,17 @@ from ep_plugin.moe.interfaces import Block, Dispatched, PeerDispatcher, Routing,
 from ep_plugin.moe.schedule._chunked_experts import Call, ChunkedExperts, ThereAndBack
 from ep_plugin.moe.schedule._trip import Trip
 
-DEFAULT_CHUNKS = 2  # of the other ranks, where there are as many
+DEFAULT_CHUNKS = 2  # of the other ranks, if there are at least two
 
 
 def chunked(
     num_chunks: int, block: Block, hidden: Tensor, routing: Routing
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the own tokens while others travel, and the others' part by part."""
+    """Compute the own tokens while others travel, then the others chunk by chunk.
+
+    `hidden` is [S, B, H] or [T, H]. Returns the experts' output [T, H], and that of the shared
+    expert, in the shape of `hidden`, or None.
+    """
     dispatcher = cast(PeerDispatcher, block.dispatcher)  # `build` has checked
     experts = cast(Experts, block.experts)
     packed = dispatcher.pack(hidden.reshape(-1, hidden.shape[-1]), routing)
@@ -58,9 +65,10 @@ def chunked(
 def exchange_alone(
     dispatcher: PeerDispatcher, hidden: Tensor, routing: Routing
 ) -> tuple[Dispatched, Tensor]:
-    """Return what `hidden` [T, H] is dispatched as, without tokens, and itself, there and back.
+    """Dispatch `hidden` [T, H] and bring it back without computing anything.
 
-    The dispatcher must send all tokens to all ranks.
+    Returns the `Dispatched` record without tokens, and what came back [T, H]. The dispatcher must
+    be one that sends all tokens to all ranks.
     """
     packed = dispatcher.pack(hidden, routing)
     inbox = packed.complete(packed.outgoing.new_empty(0))
@@ -70,7 +78,7 @@ def exchange_alone(
 
 
 def build(config: MoEConfig, block: Block) -> Schedule:
-    """Return the schedule; raises ConfigError for biases, dispatchers, or chunks it cannot take."""
+    """Return the schedule; raises ConfigError for a bias, dispatcher or chunks it cannot do."""
     others, replicas = block.groups.ep_etp_size - 1, block.groups.replicas
     check_ranks(config, others, None if replicas is None else replicas.size())
     if not others:
@@ -85,9 +93,9 @@ def build(config: MoEConfig, block: Block) -> Schedule:
 
 
 def check_ranks(config: MoEConfig, others: int, replicas: int | None) -> None:
-    """Raise ConfigError for what cannot be exchanged with `others` ranks of ep*etp in parts.
+    """Raise ConfigError if the exchange with `others` other ranks of ep*etp cannot be in chunks.
 
-    `replicas` is how many ranks of tp hold the same tokens; None: no two do.
+    `replicas` is the number of tp ranks that hold the same tokens; None if no two ranks do.
     """
     if config.bias:
         raise ConfigError(

@@ -1,9 +1,9 @@
-"""One verb after another, each exchange waited for where it is started; nothing is hidden."""
+"""No overlap: route, dispatch, experts, combine run in order, each waiting for the one before."""
 
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.interfaces import Block, Schedule
 
 
 def build(config: MoEConfig, block: Block) -> Schedule:
-    """Return the schedule; it takes every block."""
+    """Return the schedule; it works for every block."""
     return type(block).in_order

@@ -1,11 +1,12 @@
-"""The shared expert while tokens travel to theirs, in the backward while their gradients come home.
+"""The shared expert runs while tokens are dispatched; in the backward, while gradients return.
 
     network   dispatch ........ |                          | combine
     compute   shared expert     | experts                  |
 
 Autograd runs what is ready in the reverse order of the forward. The shared expert was computed
 between the start of the dispatch and the wait for it, so its backward runs between the start of the
-exchange of token gradients and the wait for that. Both hide as much as the shared expert takes.
+exchange of token gradients and the wait for that. Either exchange is hidden for as long as the
+shared expert runs.
 """
 
 from torch import Tensor
@@ -16,13 +17,17 @@ from ep_plugin.moe.interfaces import Block, Routing, Schedule, combine
 
 
 def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
-    """Compute the shared expert between the start of the dispatch and the wait for it."""
+    """Compute the shared expert between the start of the dispatch and the wait for it.
+
+    `hidden` is [S, B, H] or [T, H]. Returns the experts' output [T, H] and the shared expert's, in
+    the shape of `hidden`.
+    """
     assert block.shared_expert is not None
     tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
     pending = block.dispatcher.start_dispatch(tokens, routing)
     shared = block.shared_expert(hidden)
     inbox = pending.wait()
-    del pending  # and the tokens that were sent
+    del pending  # frees the tokens that were sent
     return combine(block.dispatcher, block.compute(inbox), inbox), shared
 
 

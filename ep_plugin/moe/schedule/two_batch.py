@@ -1,4 +1,4 @@
-"""Two micro-batches under way: one is computed while the other's tokens travel.
+"""Two micro-batches at once: one is computed while the tokens of the other travel.
 
     network   dispatch A | dispatch B         |           | combine A | combine B
     compute   shared A   | route B, shared B  | experts A | experts B |
@@ -6,19 +6,21 @@
 `two_batch` runs a layer on both. Where more can be done while tokens travel, such as the attention
 of the other micro-batch, put it between its three steps: `depart`, `work`, `arrive`.
 
-Autograd runs what is ready in the reverse order of the forward, and an exchange's backward is
-started and waited for apart; so the backward overlaps as the forward does, B before A:
+Autograd runs what is ready in the reverse order of the forward. The backward of an exchange, too,
+is started in one place and waited for in another. So the backward overlaps as the forward does, B
+before A:
 
     network   gradients B | gradients A |           | token gradients B | token gradients A
     compute                             | experts B | experts A         |
 
-Outputs and gradients are those of two calls of the layer whose losses are added, to the bit.
+Outputs and gradients have the bits of two separate calls of the layer whose losses are added.
 Megatron's own schedule overlaps the forward of one micro-batch with the backward of another, and
-runs a layer's steps through `ep_plugin/megatron/block/combined.py`. One call alone is one
-micro-batch: as an option (`overlap = two_batch`) this is the order of `serial`, and `chunked` is
-for inside a call.
+runs a layer's steps through `ep_plugin/megatron/block/combined.py`.
 
-Host syncs: those of the dispatcher, where the dispatch is started.
+One call of the layer is one micro-batch. So as an option (`overlap = two_batch`) this is the order
+of `serial`; to overlap inside one call, use `chunked`.
+
+Host syncs: those of the dispatcher, when a dispatch is started.
 """
 
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ class UnderWay[Result]:
     """One micro-batch whose tokens are on their way."""
 
     hidden: Tensor  # [S, B, H] or [T, H]
-    shared: Tensor | None  # what the shared expert makes of it
+    shared: Tensor | None  # the shared expert's output, in the shape of `hidden`
     pending: Pending[Result]
 
 
@@ -51,14 +53,14 @@ def depart(
 
 
 def work(layer: RoutedBlock, batch: UnderWay[Dispatched]) -> UnderWay[Tensor]:
-    """Wait for the tokens of `batch`, compute them and start their combine."""
+    """Wait for the tokens of `batch`, run the experts on them and start the combine."""
     inbox = batch.pending.wait()
     pending = layer.dispatcher.start_combine(layer.compute(inbox), inbox)
     return UnderWay(batch.hidden, batch.shared, pending)
 
 
 def arrive(layer: RoutedBlock, batch: UnderWay[Tensor]) -> Tensor:
-    """Wait for what the experts made of `batch` and return the layer's output."""
+    """Wait for the combine of `batch`; return the layer's output, in the shape of `hidden`."""
     return layer.merge(batch.pending.wait(), batch.shared, batch.hidden)
 
 
@@ -70,7 +72,8 @@ def two_batch(
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs of `layer`, an MoELayer, for two micro-batches, [S, B, H] or [T, H] each.
 
-    Every rank of the expert group must call it. `padding_masks` are as of the layer's forward.
+    Every rank of the expert group must call it. `padding_masks` are those of the layer's forward,
+    one for each micro-batch.
     """
     departed = depart(layer, first, padding_masks[0]), depart(layer, second, padding_masks[1])
     computed = work(layer, departed[0]), work(layer, departed[1])
@@ -78,5 +81,5 @@ def two_batch(
 
 
 def build(config: MoEConfig, block: Block) -> Schedule:
-    """Return the schedule of one call; it takes every block."""
+    """Return the schedule of one call; it works for every block."""
     return type(block).in_order

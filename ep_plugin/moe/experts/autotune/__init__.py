@@ -1,9 +1,9 @@
 """`gemm = auto`: the grouped GEMM backend that is fastest for a layer's shape on this GPU.
 
-Measured once for a shape, then kept in a file (see _times.py), so that later starts only read it.
-All backends compute the same products, so ranks may choose differently and nothing is communicated.
-Only a kernel is chosen here, never a recipe, and none that waits for the host. But for bf16 on CUDA
-nothing is measured: `loop`.
+Times are measured once per shape and kept in a file (see _times.py), so that later starts only read
+them. All backends compute the same products, so ranks may choose differently and nothing is
+communicated. Only the kernel is chosen here, never the precision. Backends with host syncs do not
+take part. Other than for bf16 on CUDA nothing is measured, and the backend is `loop`.
 """
 
 import logging
@@ -21,8 +21,8 @@ from ep_plugin.moe.experts.autotune._clock import time_on_gpu
 from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.registry import available, resolve
 
-MAX_ROWS = 32768  # measured at most: beyond it the order no longer changes, and memory is short
-PACKAGES = ("transformer-engine", "deep-gemm", "sgl-deep-gemm")  # of backends, beside torch
+MAX_ROWS = 32768  # most rows measured: with more the order stays the same, and memory runs out
+PACKAGES = ("transformer-engine", "deep-gemm", "sgl-deep-gemm")  # their versions are in the key
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,16 @@ logger = logging.getLogger(__name__)
 def pick(weight: Tensor, num_rows: int) -> GroupedGemm:
     """Return the backend for `weight` [e, out, in] and calls with about `num_rows` rows.
 
-    With 0 rows it is the rule's, which never waits for the GPU: nothing can be measured for them.
+    With 0 rows nothing is measured, and it is the backend of `rule`.
     """
     return settle(weight, num_rows) if num_rows else build(rule_for(weight), weight)
 
 
 def rule(in_features: int, out_features: int, dtype: torch.dtype, cuda: bool) -> str:
-    """Return what to take unmeasured: `torch_grouped` for bf16 on CUDA, else `loop`."""
+    """Return the backend to take without measuring.
+
+    It is `torch_grouped` for bf16 on CUDA with sizes that are multiples of 8, else `loop`.
+    """
     aligned = in_features % 8 == out_features % 8 == 0
     return "torch_grouped" if cuda and dtype == torch.bfloat16 and aligned else "loop"
 
@@ -48,7 +51,7 @@ def rule_for(weight: Tensor) -> str:
 
 
 def settle(weight: Tensor, num_rows: int) -> GroupedGemm:
-    """Return the fastest backend for `weight` [e, out, in], measured or from an earlier run."""
+    """Return the fastest backend for `weight` [e, out, in], by times measured now or earlier."""
     name = rule_for(weight)
     if name != "loop":
         rows = min(1 << (num_rows - 1).bit_length(), MAX_ROWS)
@@ -62,7 +65,7 @@ def settle(weight: Tensor, num_rows: int) -> GroupedGemm:
 
 
 def describe(weight: Tensor, rows: int) -> str:
-    """Return all that the times depend on: it is their key in the file."""
+    """Return, as a text, everything that times depend on; it is their key in the file."""
     experts, out_features, in_features = weight.shape
     software = [f"torch {torch.__version__}", f"ep_plugin {__version__}"]
     for package in PACKAGES:
@@ -75,10 +78,10 @@ def describe(weight: Tensor, rows: int) -> str:
 
 
 def candidates(weight: Tensor) -> dict[str, GroupedGemm]:
-    """Return the backends that are installed and take the sizes and dtype of `weight`.
+    """Return the installed backends that take the sizes and dtype of `weight` [e, out, in].
 
-    None that waits for the host: alone it may be as fast, but it keeps the layer around it from
-    being launched ahead of the GPU.
+    Backends with host syncs are left out. Measured alone they may be as fast, but the host could
+    not launch the rest of the layer ahead of the GPU.
     """
     found = {}
     for name in available("gemm"):
@@ -104,12 +107,12 @@ def choose(
     time: Callable[[GroupedGemm], float],
     default: str,
 ) -> str:
-    """Return the name of the fastest backend; `time` gives milliseconds.
+    """Return the name of the fastest backend, or `default` if all fail.
 
-    Times in the file are taken as they are, and then `backends`, which imports their packages, is
-    not called: for that reason one that is alone is measured too. A backend that fails is left out
-    with a warning, and then the file is not written, so that the next start tries it again;
-    `default` where all fail.
+    `time` returns a backend's time in milliseconds. If the file has times for `key`, they are used,
+    and `backends`, which imports packages, is not called. Therefore a single backend is measured
+    too. A backend that fails is left out with a warning. Then the file is not written, so that the
+    next start tries the backend again.
     """
     path, start = _times.path(), perf_counter()
     times, source = _times.read(path).get(key), str(path)
@@ -132,6 +135,6 @@ def _measure(
     for name, gemm in found.items():
         try:
             times[name] = time(gemm)
-        except RuntimeError as error:  # of CUDA, or no memory left
+        except RuntimeError as error:  # from CUDA, or out of memory
             logger.warning("gemm auto: %s fails and is left out (%s)", name, error)
     return times

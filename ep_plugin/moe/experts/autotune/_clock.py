@@ -15,11 +15,11 @@ REPEATS = 5
 def time_on_gpu(gemm: GroupedGemm, weight: Tensor, rows: int) -> float:
     """Return the median milliseconds of forward, dgrad and wgrad for `weight` [e, out, in].
 
-    `rows` random rows are spread evenly over the experts. Where a backend waits for the GPU, the
-    time in which the GPU then has nothing to do counts.
+    `rows` random rows are spread evenly over the experts. If a backend makes the host wait, the
+    time in which the GPU then idles counts too.
     """
     experts, out_features, in_features = weight.shape
-    # A generator of its own: the run's random numbers must not depend on what was measured.
+    # An own generator, so that measuring does not change the random numbers of the run.
     generator = torch.Generator(weight.device).manual_seed(0)
     inputs = weight.new_empty(rows, in_features).normal_(generator=generator)
     grads = weight.new_empty(rows, out_features).normal_(generator=generator)

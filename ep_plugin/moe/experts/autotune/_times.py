@@ -18,7 +18,7 @@ def path() -> Path:
 
 
 def read(file: Path) -> dict[str, Times]:
-    """Return the times of every key; none, with a warning, where the file cannot be understood."""
+    """Return the times of every key; none, with a warning, if the file cannot be read or parsed."""
     try:
         kept = json.loads(file.read_text())
         return {
@@ -33,10 +33,10 @@ def read(file: Path) -> dict[str, Times]:
 
 
 def write(file: Path, key: str, times: Times) -> None:
-    """Add `times` to the file in one step, so that a reader never meets half of it.
+    """Add `times` to the file atomically, so that no reader sees half of it.
 
-    Of ranks that write at the same moment the last one wins; what it drops is measured again by
-    the next start. Where nothing can be written there is a warning.
+    If ranks write at the same moment, the last one wins; the next start measures again what was
+    lost. If the file cannot be written, there is a warning.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

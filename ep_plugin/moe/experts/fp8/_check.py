@@ -1,4 +1,4 @@
-"""What every FP8 recipe asks of sizes and device."""
+"""What every FP8 recipe requires of sizes and device."""
 
 import torch
 
@@ -8,9 +8,10 @@ from ep_plugin.errors import ConfigError
 def check_recipe(
     recipe: str, multiple: int, hidden_size: int, ffn_hidden_size: int, device: torch.device
 ) -> None:
-    """Raise ConfigError unless both sizes, those on each rank, are multiples of `multiple`.
+    """Raise ConfigError unless both sizes are multiples of `multiple` on each rank.
 
-    And on a GPU without e4m3; the CPU computes the same values in fp32.
+    Also raise it on a GPU without e4m3 (older than compute capability 9.0). The CPU computes the
+    same values in fp32.
     """
     for name, size in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
         if size % multiple:

@@ -1,8 +1,9 @@
 """What FP8 recipes have in common: which tensors are in e4m3, and where each is rounded.
 
-Tokens are rounded as they come, gradients of the output too; the activation and what its backward
-finds where they are computed. Each is rounded once, along features: weight gradients read the same
-bytes transposed, moved to larger scales. In bf16 those want what was not rounded, so that is kept.
+Tokens and gradients of the output are rounded when they arrive. The activation and the gradients of
+the pre-activations are rounded in the kernels that compute them. Each tensor is rounded once, with
+scales along its features. FP8 weight gradients read the same bytes, transposed and moved to larger
+scales. Weight gradients in bf16 need the values before rounding, so then those are kept.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +21,7 @@ from ep_plugin.moe.rows import ExpertRows
 
 @dataclass(frozen=True)
 class Weights:
-    """Both weights in e4m3, in the layouts of forward and of data gradient."""
+    """Both weights in e4m3, in the layouts that forward and data gradient read."""
 
     fc1: Weight8 | WeightBlocks8  # [e, 2F or F, H]
     fc1_transposed: Weight8 | WeightBlocks8  # [e, H, 2F or F]
@@ -29,9 +30,10 @@ class Weights:
 
 
 class Fp8(ABC):
-    """A `Recipe` of `experts/fused.py`, but for its kernels.
+    """A `Recipe` of `experts/fused.py`; subclasses add the kernels.
 
-    `wgrad8` says whether they make the weight gradients.
+    `weights` are the weights in e4m3, which are read instead of the arguments fc1 and fc2. `wgrad8`
+    says whether weight gradients are computed in e4m3, or else in bf16 through `gemm`.
     """
 
     takes_pieces = False
@@ -42,19 +44,22 @@ class Fp8(ABC):
 
     @abstractmethod
     def _quantize(self, matrix: Tensor) -> Any:
-        """Return `matrix` [R, X] in e4m3."""
+        """Return `matrix` [R, X] in e4m3 with its scales."""
 
     @abstractmethod
     def _multiply(self, rows: Any, weight: Any) -> Tensor:
-        """Return rows times their expert's weight transposed."""
+        """Return `rows` [R, a] times their expert's `weight` [e, b, a].T: [R, b] bf16."""
 
     @abstractmethod
     def _transpose(self, rows: Any, choices: int) -> Any:
-        """Return rows, or tokens with so many choices, as an operand of a weight gradient."""
+        """Return `rows` transposed, as an operand of a weight gradient.
+
+        `choices` is 0 for rows of experts, else `rows` are tokens with that many choices.
+        """
 
     @abstractmethod
     def _wgrad8(self, grads: Any, rows: Any, into: Tensor | None) -> Tensor | None:
-        """Return a weight gradient of what `_transpose` returned, or add it."""
+        """Return the weight gradient of two results of `_transpose`, or add it to `into`."""
 
     def keep(self, tokens: Tensor) -> Any:
         return self._quantize(tokens) if self.wgrad8 else tokens.bfloat16()

@@ -1,10 +1,14 @@
-"""FP8 products with one scale for each 128 values of a sum, weights for each 128 x 128: bf16 out.
+"""FP8 products with block scales: e4m3 in, bf16 out.
 
-The recipe of DeepSeek-V3 (arXiv:2412.19437, section 3.3.2), with powers of two as scales. Tokens,
-activations and gradients have one for each 128 features in forward and data gradient. Operands of
-weight gradients have one for 128 rows of an expert and 128 features, where that recipe has one for
-128 rows and each feature: a power of two decides only which values are below the smallest normal
-number, so the bytes of the forward can be read again and need not be rounded anew.
+This is the recipe of DeepSeek-V3 (arXiv:2412.19437, section 3.3.2) with powers of two as scales:
+
+- tokens, activations, gradients in forward and data gradient: one scale per row and 128 features
+- weights: one scale per 128 x 128
+- both operands of weight gradients: one scale per 128 rows of an expert and 128 features
+
+For the last, DeepSeek-V3 has one scale per 128 rows and single feature. With powers of two, scales
+only decide which values fall below the smallest normal number. So the bytes of the forward can be
+read again and need no second rounding.
 """
 
 import torch
@@ -17,18 +21,18 @@ from ep_plugin.moe.kernels import select
 
 
 def check(hidden_size: int, ffn_hidden_size: int, device: torch.device) -> None:
-    """Raise ConfigError when this recipe has no product for the sizes or the device."""
+    """Raise ConfigError if this recipe cannot compute these sizes or on this device."""
     check_recipe("blockwise", BLOCK, hidden_size, ffn_hidden_size, device)
 
 
 def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
-    """Return both weights [e, out, in] in e4m3; once per optimizer step is enough."""
+    """Return both weights [e, out, in] in e4m3; needed again only after an optimizer step."""
     ops = select(fc1)
     return Weights(*ops.quantize_weight_blocks(fc1), *ops.quantize_weight_blocks(fc2))
 
 
 class Blockwise(Fp8):
-    """The kernels of this recipe."""
+    """The recipe with block scales."""
 
     scales = "blocks"
 

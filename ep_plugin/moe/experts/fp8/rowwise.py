@@ -1,7 +1,8 @@
 """FP8 products with one scale per row: e4m3 in, bf16 out.
 
-Operands have powers of two as scales (see `moe/e4m3.py`): activations, gradients and weights one
-per row in forward; transposed weights, and both sides of a weight gradient, one per expert.
+Scales are powers of two (see `moe/e4m3.py`). Tokens, activations, gradients, and weights in the
+forward have one per row. Transposed weights, and both operands of a weight gradient, have one per
+expert.
 """
 
 import torch
@@ -12,22 +13,22 @@ from ep_plugin.moe.experts.fp8._check import check_recipe
 from ep_plugin.moe.experts.fp8._recipe import Fp8, Weights
 from ep_plugin.moe.kernels import select
 
-MULTIPLE = 16  # of every dimension: rows start at addresses that are multiples of 16 bytes
+MULTIPLE = 16  # of every dimension, so that rows start at multiples of 16 bytes
 
 
 def check(hidden_size: int, ffn_hidden_size: int, device: torch.device) -> None:
-    """Raise ConfigError when this recipe has no product for the sizes or the device."""
+    """Raise ConfigError if this recipe cannot compute these sizes or on this device."""
     check_recipe("rowwise", MULTIPLE, hidden_size, ffn_hidden_size, device)
 
 
 def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
-    """Return both weights [e, out, in] in e4m3; once per optimizer step is enough."""
+    """Return both weights [e, out, in] in e4m3; needed again only after an optimizer step."""
     ops = select(fc1)
     return Weights(*ops.quantize_weight(fc1), *ops.quantize_weight(fc2))
 
 
 class Rowwise(Fp8):
-    """The kernels of this recipe."""
+    """The recipe with one scale per row."""
 
     scales = "rows"
 

@@ -1,4 +1,7 @@
-"""Rows moved so that every expert's block begins at a multiple of BLOCK. No host syncs."""
+"""Padding: rows are moved so that every expert's rows begin at a multiple of BLOCK.
+
+No host syncs.
+"""
 
 from typing import NamedTuple
 
@@ -9,18 +12,18 @@ BLOCK = 128
 
 
 class Places(NamedTuple):
-    """Where the rows of `ends` lie once blocks are padded."""
+    """Where each row lies after every expert's block of rows has been padded."""
 
-    row: Tensor  # [R] int64 the padded row of each row, all different
-    ends: Tensor  # [e] int32 the padded row behind each expert's last row
-    size: int  # of the padded rows: the most there can be
+    row: Tensor  # [R] int64, the padded index of each row; no two are equal
+    ends: Tensor  # [e] int32, the padded index after each expert's last row
+    size: int  # number of padded rows, for the worst case of row counts
 
 
 def place_rows(ends: Tensor, num_rows: int) -> Places:
-    """Place `num_rows` rows whose blocks end at `ends` [e] int32.
+    """Return the places of `num_rows` rows; each expert's block ends at `ends` [e] int32.
 
-    Padding moves no row by more than e * (BLOCK - 1); rows behind the last block move by just that,
-    so they stay behind it.
+    Padding moves no row by more than e * (BLOCK - 1). Rows past the last block move by exactly
+    that, so they stay past it.
     """
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     padded = (ends - starts + BLOCK - 1) // BLOCK * BLOCK  # [e]
@@ -33,7 +36,7 @@ def place_rows(ends: Tensor, num_rows: int) -> Places:
 
 
 def spread(rows: Tensor, places: Places, fill: float | None = None) -> Tensor:
-    """Return `rows` [R, a] at their places [size, a]; between blocks is `fill`, None = anything."""
+    """Return `rows` [R, a] at their places [size, a]; padding is `fill`, arbitrary if None."""
     shape = (places.size, rows.shape[1])
     padded = rows.new_empty(shape) if fill is None else rows.new_full(shape, fill)
     return padded.index_copy_(0, places.row, rows)

@@ -1,8 +1,8 @@
 """Grouped GEMM through DeepGEMM's bf16 kernels, compiled for a shape at its first use (Hopper).
 
-Its kernels want every expert's block to begin at a multiple of 128 rows, so rows are copied there
-and products back. Host syncs: none in forward and dgrad; one in wgrad, whose kernel takes the
-row counts as host integers.
+Its kernels need every expert's block to begin at a multiple of 128 rows. So rows are copied to
+padded places, and products are copied back. Host syncs: none in forward and dgrad; one in wgrad,
+whose kernel takes the row counts as host integers.
 """
 
 from itertools import pairwise
@@ -16,7 +16,7 @@ from ep_plugin.moe.interfaces import GroupedGemm
 
 try:
     import deep_gemm
-except AssertionError as error:  # it says nothing more when it finds no compiler
+except AssertionError as error:  # raised without a text if it finds no compiler
     raise ImportError("deep_gemm finds no CUDA toolkit to compile with; set CUDA_HOME") from error
 
 if type(deep_gemm._C).__module__.partition(".")[0] == "tvm_ffi":
@@ -43,7 +43,7 @@ class DeepGemm:
         padded = [
             -(-(end - start) // BLOCK) * BLOCK for start, end in pairwise([0, *ends.tolist()])
         ]
-        # Behind a block's last row there are zeros, which add nothing to the sum over rows.
+        # Padding is zeros, which add nothing to the sum over rows.
         a, b = (spread(matrix, places, 0)[: sum(padded)] for matrix in (grads, rows))
         weight = rows.new_zeros(len(ends), grads.shape[1], rows.shape[1])
         deep_gemm.k_grouped_bf16_gemm_tn_contiguous(

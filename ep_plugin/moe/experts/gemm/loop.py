@@ -1,4 +1,4 @@
-"""Grouped GEMM as one plain matrix product per expert: any device, any dtype, the reference.
+"""Grouped GEMM as one torch.mm per expert: the reference, for any device and dtype.
 
 Host syncs: one per call, to read the row counts.
 """
@@ -10,7 +10,7 @@ from ep_plugin.moe.interfaces import GroupedGemm
 
 
 class LoopGemm:
-    """torch.mm for each expert."""
+    """One torch.mm per expert."""
 
     waits_for_host = True
 

@@ -1,7 +1,7 @@
-"""Grouped GEMM through Transformer Engine: what its GroupedLinear calls in bf16, fp16 and fp32.
+"""Grouped GEMM through Transformer Engine, as its GroupedLinear does it in bf16, fp16 and fp32.
 
-One cuBLAS product per expert, spread over a few streams; NVTE_USE_CUTLASS_GROUPED_GEMM=1 makes it
-one CUTLASS kernel on Hopper. Host syncs: one per call, since the row counts are wanted on the host.
+One cuBLAS product per expert, spread over a few streams. With NVTE_USE_CUTLASS_GROUPED_GEMM=1 it is
+one CUTLASS kernel on Hopper. Host syncs: one per call, to read the row counts on the host.
 """
 
 from itertools import pairwise
@@ -14,7 +14,7 @@ from ep_plugin.moe.interfaces import GroupedGemm
 
 try:
     from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
-except (AssertionError, OSError) as error:  # parts of other versions; a library that does not load
+except (AssertionError, OSError) as error:  # mixed versions, or a library that does not load
     raise ImportError(f"transformer_engine does not load: {error}") from error
 
 
@@ -68,5 +68,5 @@ def _counts(ends: Tensor) -> list[int]:
 
 
 def _blocks(rows: Tensor, counts: list[int]) -> list[Tensor]:
-    """Return each expert's block of `rows` [R, ...], without those behind the last one."""
+    """Return each expert's block of `rows` [R, ...], without the rows past the last block."""
     return list(torch.split(rows[: sum(counts)].contiguous(), counts))

@@ -1,6 +1,7 @@
 """Grouped GEMM through torch's own grouped_mm: one kernel for all experts, no host sync.
 
-CUDA takes bf16; CPU takes fp32, bf16 and fp16. Operand rows start at 16-byte boundaries.
+On CUDA it takes bf16; on CPU fp32, bf16 and fp16. Rows of operands must start at multiples of 16
+bytes.
 """
 
 import torch
@@ -14,7 +15,7 @@ ALIGNMENT = 16  # bytes
 
 
 def aligned(features: int, dtype: torch.dtype) -> bool:
-    """Whether rows of `features` elements of `dtype` start where grouped_mm wants them."""
+    """Whether rows of `features` elements of `dtype` have the alignment grouped_mm needs."""
     return features * dtype.itemsize % ALIGNMENT == 0
 
 
