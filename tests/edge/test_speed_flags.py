@@ -101,6 +101,6 @@ def test_a_run_says_each_once() -> None:
         "--moe-token-dispatcher-type flex (hybridep): changes speed alone; tokens travel by "
         "--ep-dispatcher auto",
         "--moe-shared-expert-overlap: changes speed alone; layers run by --ep-overlap shared_exper",
-        "--moe-grouped-gemm: about the inside of Megatron's own MoE layer, without effect on ours",
+        "--moe-grouped-gemm: without effect in our MoE layers",
     ):
         assert done.stdout.count(line) == 1, done.stdout[-3000:]

@@ -77,15 +77,15 @@ def _take_overlap(args: Any, typed: Mapping[str, str]) -> list[str]:
 
 
 def _take_the_rest(args: Any, typed: Mapping[str, str]) -> list[str]:
-    """Return a line on the typed flags that only concern the inside of Megatron's MoE layer."""
+    """Return a line on the typed flags that have no effect in our MoE layers."""
     args.moe_pad_expert_input_to_capacity = False
     rows = {flag: BY_FIELD[dest] for flag, dest in typed.items() if dest in BY_FIELD}
     idle = sorted(flag for flag, row in rows.items() if row.effect == "no effect")
     if not idle:
         return []
     return [
-        f"{', '.join(idle)}: about the inside of Megatron's own MoE layer, without effect on ours; "
-        "results stay what was asked for"
+        f"{', '.join(idle)}: without effect in our MoE layers, which compute the same without; all "
+        "other layers follow as usual"
     ]
 
 
