@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from both_layers import run_cases
-from forked import run_world
 from megatron.core.transformer.moe.moe_utils import (
     router_gating_linear,
     topk_routing_with_score_function,
 )
+from spawn import run_ranks
 
 from ep_plugin import ExpertGroups, MoEConfig, RoutingConfig
 from ep_plugin.moe.router.topk import TopKRouter
@@ -61,8 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def layers(request: pytest.FixtureRequest) -> dict[str, Any]:
-    found = run_world(2, run_cases, LAYOUTS[request.param], CASES)
-    assert "error" not in found, found["error"]
+    found: dict[str, Any] = run_ranks(2, run_cases, LAYOUTS[request.param], CASES)[0]
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from both_layers import LENGTH, SEQUENCES, observe
-from forked import connect, run_world
+from spawn import run_ranks
 
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.edge_settings import EdgeSettings
@@ -41,7 +41,6 @@ def trained(settings: EdgeSettings) -> tuple[dict[str, Any], list[str]]:
 def as_on_gpus(works: bool) -> dict[str, Any]:
     """Train with the plain exchange and with `auto`, which is told that the CPUs are GPUs."""
     cpu_mode.enable()
-    connect()
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(**LAYOUT)
@@ -69,8 +68,7 @@ def as_on_gpus(works: bool) -> dict[str, Any]:
     ],
 )
 def test_it_computes_the_same_and_says_once_what_it_took(works: bool, line: str) -> None:
-    found = run_world(2, as_on_gpus, works)
-    assert "error" not in found, found["error"]
+    found = run_ranks(2, as_on_gpus, works)[0]
     (plain, nothing), (auto, said) = found["plain"], found["auto"]
     assert not any("auto takes" in text for text in nothing)
     assert [text.count("auto takes") for text in said] == [1, 0]

@@ -51,7 +51,9 @@ def _rank(
 
 
 def connect() -> None:
-    """Meet the other ranks of this world."""
+    """Meet the other ranks of this world, unless they have met."""
+    if dist.is_initialized():
+        return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(os.environ["STORE"], world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
