@@ -20,7 +20,12 @@ def flex_dispatcher(config: Any) -> str | None:
     flex = getattr(config, "moe_token_dispatcher_type", None) == "flex"
     if not flex and not getattr(config, "moe_enable_deepep", False):
         return None
-    return FLEX[getattr(config, "moe_flex_dispatcher_backend", None) or "deepep"]
+    return FLEX[_backend(config)]
+
+
+def _backend(config: Any) -> str:
+    """Return the flex dispatcher's backend; deepep is Megatron's default."""
+    return getattr(config, "moe_flex_dispatcher_backend", None) or "deepep"
 
 
 def overlaps_shared_expert(config: Any) -> bool:
@@ -46,8 +51,7 @@ def _take_flex(args: Any, typed: Mapping[str, str]) -> list[str]:
     ours = flex_dispatcher(args)
     if ours is None:
         return []
-    backend = getattr(args, "moe_flex_dispatcher_backend", None) or "deepep"
-    said = f"--moe-token-dispatcher-type flex ({backend})"
+    said = f"--moe-token-dispatcher-type flex ({_backend(args)})"
     args.moe_token_dispatcher_type, args.moe_enable_deepep = "alltoall", False
     if hasattr(args, "moe_flex_dispatcher_backend"):
         args.moe_flex_dispatcher_backend = "deepep"
