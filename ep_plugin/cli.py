@@ -9,6 +9,7 @@ from types import ModuleType
 from ep_plugin import __version__
 from ep_plugin.commands import law
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import one_line
 
 # A command is a module of commands/ with add_arguments(parser) and run(args) -> int; and its help.
 # In NEEDS it may say which of its flags act only beside others (commands/law.py).
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except ConfigError as error:
         words = law.words(getattr(module, "SPELLING", {}))
-        print(f"ep-plugin {args.command}: error: {error.spelled(words)}", file=sys.stderr)
+        sentence = one_line(error.spelled(words))
+        print(f"ep-plugin {args.command}: error: {sentence}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, head or less, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import cut, shown
 
 Config = dict[str, Any]  # what config.json holds
 # Keys that change neither what the model computes nor its training: labels of tasks, what a call
@@ -104,8 +105,8 @@ def refusal(keys: dict[str, Any], key: str, legal: str) -> ConfigError:
     """Return the error for a value that is not what `legal`, a text, describes."""
     name = keys.path(key) if isinstance(keys, Keys) else key
     return ConfigError(
-        f"config.json has {name} = {dict.get(keys, key)!r}, which has no counterpart here; give a "
-        f"model with {legal}"
+        f"config.json has {name} = {shown(dict.get(keys, key))}, which has no counterpart here; "
+        f"give a model with {legal}"
     )
 
 
@@ -114,7 +115,7 @@ def refuse_unread(keys: Keys, model_type: str) -> None:
     known = WITHOUT_EFFECT | READ_WITH_WEIGHTS
     unknown = [(name, value) for name, value in keys.unread() if name not in known]
     if unknown:
-        named = ", ".join(f"{name} = {value!r}" for name, value in unknown)
+        named = cut(", ".join(f"{cut(name)} = {shown(value)}" for name, value in unknown), 2000)
         raise ConfigError(
             f"config.json has {named}, of which nothing is known for a {model_type!r}; take it out "
             "of config.json if the model computes the same without it, else give another model"

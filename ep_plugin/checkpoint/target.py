@@ -5,7 +5,6 @@ A Hugging Face family cannot hold every model: one is fitted to it before it is 
 
 import argparse
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from ep_plugin.checkpoint.names import stored, stored_name
 from ep_plugin.checkpoint.open import Format, Opened, is_hf, safetensors
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, one_region
 from ep_plugin.checkpoint.writer import Journal, OnBytes
+from ep_plugin.untrusted import read_json
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEW = ("(new)",)  # the origin of what the source has no counterpart of
@@ -138,7 +138,7 @@ def _token_ids(path: Path) -> dict[str, Any]:
     """Return what config.json says of special tokens: where generation begins and ends."""
     if not is_hf(path):
         return {}
-    config = json.loads((path / "config.json").read_text())
+    config = read_json(path / "config.json", "copy the model again")
     return {name: config[name] for name in _SPECIAL if config.get(name) is not None}
 
 

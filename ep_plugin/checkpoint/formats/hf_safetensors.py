@@ -25,12 +25,14 @@ from torch import Tensor
 from ep_plugin.checkpoint.tensors import NewTensor, Source, TensorInfo, whole
 from ep_plugin.checkpoint.writer import HashedFile, Journal, OnBytes, Unit, write_units
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import read_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9  # what `save_pretrained` takes
 _AGAIN = "copy the model again"
+_MAX_INDEX_BYTES = 32 << 20  # 100 bytes a tensor
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -53,7 +55,7 @@ def open_folder(folder: Path) -> Source:
 
     Raises ConfigError when a file is missing, truncated or contradicts the index.
     """
-    config = _json(folder / CONFIG)
+    config = read_json(folder / CONFIG, _AGAIN)
     files = _files(folder)
     handles: dict[str, Any] = {}
     tensors: dict[str, TensorInfo] = {}
@@ -187,7 +189,7 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
             f"{folder} has a {CONFIG} but neither {SINGLE} nor {INDEX}; give a folder that "
             "save_pretrained wrote with safetensors"
         )
-    weight_map = _json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, _AGAIN, max_bytes=_MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{folder / INDEX} has no weight_map; {_AGAIN}")
     files: dict[str, set[str] | None] = {}
@@ -219,16 +221,6 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} is truncated or damaged ({error}); {_AGAIN}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); {_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object; {_AGAIN}")
-    return value
 
 
 def _dtype(word: str, name: str) -> torch.dtype:

@@ -20,7 +20,6 @@ Objects carry their place in the name: `decoder.layers.X/shard_{layer}_{L}` is l
 layers and however `--moe-layer-freq` is spelled.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from ep_plugin.checkpoint.formats._iteration import TRACKER as TRACKER
 from ep_plugin.checkpoint.formats._iteration import iteration_folder as _iteration_folder
 from ep_plugin.checkpoint.tensors import Source, Stored
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import read_json
 
 FIRST_ITERATION = "iter_0000001"
 _HINT = "save the dense model with --ckpt-format torch_dist"
@@ -48,10 +48,9 @@ def iteration_folder(path: Path) -> Path:
     config = folder / "metadata.json"
     if not config.is_file():
         raise ConfigError(f"{folder} has no metadata.json, so it is not torch_dist; {_HINT}")
-    try:
-        backend = json.loads(config.read_text())["sharded_backend"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{config} names no sharded_backend; {_HINT}") from error
+    backend = read_json(config, _HINT).get("sharded_backend")
+    if not isinstance(backend, str):
+        raise ConfigError(f"{config} names no sharded_backend; {_HINT}")
     if backend != CONFIG["sharded_backend"]:
         raise ConfigError(f"{folder} is a {backend!r} checkpoint, not torch_dist; {_HINT}")
     return folder

@@ -1,0 +1,174 @@
+"""What comes from a file that somebody else wrote: read in bounds, and shown in bounds.
+
+    read_json(path, remedy)     a JSON file, of one kind: object or list
+    parse_json(text, ...)       the same of text that lies within another file
+    read_text, read_bytes       a file of limited size
+    cut, shown, one_line        names, values and whole messages for a reader
+
+JSON is refused where it is larger than `max_bytes`, deeper than MAX_DEPTH, has more than
+MAX_CONTAINERS objects and lists, has a key twice, NaN, infinity, or a whole number beyond 64 bits:
+what is returned can be compared, summed and printed.
+"""
+
+import json
+import os
+import re
+import stat
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from ep_plugin.errors import ConfigError
+
+MAX_BYTES = 8 << 20  # of a JSON or text file, unless its reader says more
+MAX_DEPTH = 64
+MAX_CONTAINERS = 1_000_000
+_LONGEST = 200  # characters of a value in a message
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?')
+_NO_BRACKET = re.compile(r"[^\[\]{}]+")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONG_WORD = re.compile(r"\S{600,}")
+_ONE_KIND = str.maketrans("{}", "[]")
+
+
+def read_json(path: Path, remedy: str, kind: type[Any] = dict, max_bytes: int = MAX_BYTES) -> Any:
+    """Return what the JSON file at `path` holds: an object, or a list with `kind=list`.
+
+    Raises ConfigError that names the file, ends with `remedy`, and is one sentence.
+    """
+    return parse_json(read_text(path, remedy, max_bytes), str(path), remedy, kind)
+
+
+def parse_json(text: str, where: str, remedy: str, kind: type[Any] = dict) -> Any:
+    """Return what JSON text says; `where` names it in the ConfigError for text that is refused."""
+    try:
+        value = _parse(text)
+    except RecursionError:
+        raise ConfigError(
+            f"{where} cannot be read (it nests deeper than {MAX_DEPTH}); {remedy}"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{where} cannot be read ({cut(str(error))}); {remedy}") from error
+    if type(value) is not kind:
+        word = "list" if kind is list else "object"
+        raise ConfigError(f"{where} holds no JSON {word}; {remedy}")
+    return value
+
+
+def read_text(path: Path, remedy: str, max_bytes: int = MAX_BYTES) -> str:
+    """Return the text of a file, as UTF-8. Raises ConfigError as `read_bytes` does."""
+    content = read_bytes(path, remedy, max_bytes)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
+
+
+def read_bytes(path: Path, remedy: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """Return the bytes of a file, or of what a symbolic link leads to.
+
+    Raises ConfigError for what is missing, no file (a pipe is not waited for), or larger.
+    """
+    try:
+        check_regular(path, remedy)
+        with path.open("rb") as stream:
+            content = stream.read(max_bytes + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({reason(error)}); {remedy}") from error
+    if len(content) > max_bytes:
+        raise ConfigError(
+            f"{path} has more than {max_bytes} bytes, which no file of its kind needs; {remedy}"
+        )
+    return content
+
+
+def check_regular(path: Path, remedy: str) -> os.stat_result:
+    """Return what the system says of a file; raises ConfigError for a pipe, device or folder.
+
+    Raises OSError where there is nothing.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{path} is no regular file; {remedy}")
+    return found
+
+
+def reason(error: Exception) -> str:
+    """Return why something failed, without the file's name, which a message has already."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def cut(text: str, longest: int = _LONGEST) -> str:
+    """Return a name or value for a message: on one line, without what a terminal would obey."""
+    text = text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, cut."""
+    return cut(repr(value))
+
+
+def one_line(message: str) -> str:
+    """Return a message on one line, its longest words cut."""
+    return cut(_LONG_WORD.sub(lambda word: cut(word[0]), message), len(message))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
+
+
+def _parse(text: str) -> Any:
+    """Return what JSON text says; raises ValueError or RecursionError."""
+    containers = text.count("[") + text.count("{")
+    if containers > MAX_CONTAINERS:
+        raise ValueError(f"it has more than {MAX_CONTAINERS} objects and lists")
+    value = json.loads(
+        text,
+        object_pairs_hook=_without_duplicates,
+        parse_constant=_no_constant,
+        parse_int=_small_int,
+        parse_float=_finite_float,
+    )
+    if containers > MAX_DEPTH and _is_deep(text):
+        raise RecursionError
+    if _SURROGATE.search(text):  # half a character, which nothing can print
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _is_deep(text: str) -> bool:
+    """Whether text that is JSON nests deeper than MAX_DEPTH."""
+    brackets = _NO_BRACKET.sub("", _STRING.sub("", text)).translate(_ONE_KIND)
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace("[]", "")  # the innermost ones
+    return bool(brackets)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"it has twice the key {shown(twice)}")
+    return found
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"it has the number {word}")
+
+
+def _small_int(digits: str) -> int:
+    if len(digits) < 19:
+        return int(digits)
+    value = int(digits) if len(digits) < 30 else 1 << 64
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"it has the number {cut(digits, 30)}, which needs more than 64 bits")
+    return value
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if not isfinite(value):
+        raise ValueError(f"it has the number {cut(digits, 30)}, which is infinite")
+    return value
