@@ -1,6 +1,6 @@
 """At every layout training equals one rank's, on the newest release and those asked for.
 
-On the others: the layouts of `SEAMS`, the bugs and every check.
+On the others: the layouts of `SEAMS` and of `LATENT`, the bugs and every check.
 Loss, auxiliary losses, gradient norm, the experts' gradients and the routers' loads over two
 iterations in fp32: over megatron-core's own schedule, DDP and optimizer, on gloo ranks.
 `support_matrix.py` runs ten.

@@ -33,26 +33,43 @@ class Case:
     layers: int = 4
     dense_layers: int = 0  # the first ones
     bias: bool = False  # everywhere; with a shared expert, and nobody chooses the second half
+    latent: str = ""  # attention: "plain" has a latent for keys and values, "queries" one for each
+    sequence: bool = True  # sequence parallelism with TP
     block: str = "ours"  # stock: Megatron's own; untagged: ours without its tags for the norm
 
     def alone(self) -> "Case":
         """Return the same model on one rank."""
         return Case(
             f"one rank: {self.sequences}, {self.per_token}, {self.layers}, {self.dense_layers}, "
-            f"{self.bias}, {self.padded}",
+            f"{self.bias}, {self.padded}, {self.latent}",
             sequences=self.sequences,
             per_token=self.per_token,
             padded=self.padded,
             layers=self.layers,
             dense_layers=self.dense_layers,
             bias=self.bias,
+            latent=self.latent,
         )
 
 
 def transformer_config(case: Case) -> Any:
     """Return Megatron's configuration of the case's model."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import (
+        MLATransformerConfig,
+        TransformerConfig,
+    )
 
+    attention, config_type = {}, TransformerConfig
+    if case.latent:
+        config_type = MLATransformerConfig
+        attention = {
+            "multi_latent_attention": True,
+            "q_lora_rank": 8 if case.latent == "queries" else None,
+            "kv_lora_rank": 16,
+            "qk_head_dim": 8,
+            "qk_pos_emb_head_dim": 4,
+            "v_head_dim": 8,
+        }
     recompute: dict[str, Any] = {}
     if case.recompute == "selective":
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
@@ -62,7 +79,7 @@ def transformer_config(case: Case) -> Any:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    return TransformerConfig(
+    return config_type(
         num_layers=case.layers,
         hidden_size=HIDDEN,
         num_attention_heads=4,
@@ -89,7 +106,7 @@ def transformer_config(case: Case) -> Any:
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=case.tp,
-        sequence_parallel=case.tp > 1,
+        sequence_parallel=case.tp > 1 and case.sequence,
         context_parallel_size=case.cp,
         pipeline_model_parallel_size=case.pp,
         virtual_pipeline_model_parallel_size=case.vpp,
@@ -102,6 +119,7 @@ def transformer_config(case: Case) -> Any:
         params_dtype=torch.float32,
         use_cpu_initialization=True,
         **recompute,
+        **attention,
     )
 
 

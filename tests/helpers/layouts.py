@@ -53,6 +53,11 @@ PADDED = (  # on the newest release alone
     Case("padding masks, TP 2, PP 2, EP 2, ETP 1", 4, tp=2, pp=2, ep=2, per_token=True,
          padded=True),
 )  # fmt: skip
+LATENT = (  # not in the support matrix: CPU mode sums what Megatron's local layers do not
+    Case("latent attention, TP 2, EP 2, ETP 1", 2, tp=2, ep=2, latent="plain"),
+    Case("latent attention of queries too, TP 2 without sequence parallelism", 2, tp=2, etp=2,
+         latent="queries", sequence=False),
+)  # fmt: skip
 # On the other releases, where they differ: tags that tell experts apart, and the log of losses
 # over the stages of a pipeline.
 SEAMS = tuple(
@@ -96,7 +101,7 @@ def layouts_of(version: str) -> tuple[Case, ...]:
     `support_matrix.py` runs all on every release, with four.
     """
     older = EVERYWHERE if version in in_full() else SEAMS
-    cases = CASES + PADDED if version == NEWEST else older
+    cases = (CASES + PADDED if version == NEWEST else older) + LATENT
     return tuple(
         case if case.vpp or case.dense_layers or case.pp > 2 else replace(case, layers=2)
         for case in cases

@@ -16,9 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ep_plugin.megatron
-from ep_plugin.megatron.cpu.arguments import REFUSED
 
-del REFUSED["multi_latent_attention"]  # it is read here, and not run
 INIT, NEW_GROUP = dist.init_process_group, dist.new_group  # CPU mode turns every group into gloo's
 
 

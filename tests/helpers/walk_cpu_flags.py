@@ -24,7 +24,6 @@ SOUNDS = re.compile(
 )
 ROWS = {*GIVEN, *REFUSED, *(name for names in LEFT_OUT.values() for name in names.split())}
 MORE = (
-    "--tensor-model-parallel-size 2 --multi-latent-attention",
     "--attention-backend flash",
     "--attention-backend fused",
     "--profile",
@@ -33,7 +32,6 @@ MORE = (
         for module in (*RECOMPUTED_BY_ENGINE, f"core_attn {RECOMPUTED_BY_ENGINE[0]}")
     ),
 )
-TOGETHER = ("multi_latent_attention",)  # in MORE
 VALUES = {"position_embedding_type": "relative", "non_persistent_ckpt_type": "local"}
 
 
@@ -75,7 +73,7 @@ def main() -> None:
 
     parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     actions = [action for action in parser._actions if action.option_strings]
-    alone = (typed(a) for a in actions if a.dest in ROWS and a.dest not in TOGETHER)
+    alone = (typed(a) for a in actions if a.dest in ROWS)
     lines = [*filter(None, alone), *MORE]
     sounds = [
         action.dest

@@ -88,12 +88,6 @@ REFUSED = {
     "context_parallel_size": Refused(
         lambda args: args.context_parallel_size > 1, _ENGINE, "use --context-parallel-size 1"
     ),
-    # Megatron's own path sums the gradient of the keys' rotary part over no tensor-parallel rank.
-    "multi_latent_attention": Refused(
-        lambda args: args.tensor_model_parallel_size > 1,
-        "over tensor-parallel ranks needs Transformer Engine's layers",
-        "use --tensor-model-parallel-size 1",
-    ),
     "non_persistent_ckpt_type": Refused(
         lambda args: args.non_persistent_ckpt_type == "local",
         "needs a package for GPUs",

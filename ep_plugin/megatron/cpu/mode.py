@@ -125,6 +125,13 @@ def megatron_changes(patches: Patches) -> None:
         _latent_too,
         "local attention has no place for latent attention's widths; ours has",
     )
+    latent = "megatron.core.transformer.multi_latent_attention"
+    patches.replace(f"{latent}:HAVE_TE", False, "layers are not its; 0.16 takes it to be there")
+    patches.wrap(
+        f"{latent}:MLASelfAttention.__init__",
+        _with_whole_rotary_keys,
+        "its local layers sum the gradient of the keys' rotary part over no tensor-parallel rank",
+    )
     if importlib.util.find_spec("megatron.training") is not None:
         for place in validators():
             patches.wrap(
@@ -187,6 +194,16 @@ def _latent_too(original: Callable[..., Any], provider: Any) -> Any:
 
     found = original(provider)
     return LatentDotProductAttention if found is DotProductAttention else found
+
+
+def _with_whole_rotary_keys(
+    original: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Build latent attention whose rotary keys get the gradient of all tensor-parallel ranks."""
+    from ep_plugin.megatron.cpu.latent_attention import sum_gradient_of_rotary_keys
+
+    original(attention, *args, **kwargs)
+    sum_gradient_of_rotary_keys(attention)
 
 
 def _norm_with_mark(
