@@ -59,13 +59,3 @@ def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
     """Raise ConfigError unless `value` is one of `legal`."""
     if value not in legal:
         raise ConfigError(f"{name} must be one of {', '.join(legal)}; got {value!r}")
-
-
-def check_counts(config: object, counts: dict[str, tuple[int, str]]) -> None:
-    """Raise ConfigError unless each field that is set is an integer of at least its smallest."""
-    for name, (smallest, legal) in counts.items():
-        value = getattr(config, name)
-        if value is not None and (not isinstance(value, int) or value < smallest):
-            raise ConfigError(
-                f"<{name}> must be an integer of at least {smallest}; got {value}; use {legal}"
-            )

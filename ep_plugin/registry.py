@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.typed import NAME, shown
 
 # choice -> its folder, below ep_plugin
 HOME = {
@@ -38,20 +39,31 @@ def available(kind: str) -> tuple[str, ...]:
 def resolve(kind: str, name: str) -> Callable[..., Any]:
     """Return the `build` function of option `name`.
 
-    Raises ConfigError for an unknown name, BackendUnavailable when the option's package is missing
-    or does not load, as one that was built for another torch.
+    Raises ConfigError for an unknown name and a module without `build`, BackendUnavailable when the
+    option's package is missing or does not load, as one that was built for another torch.
     """
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise ConfigError(
+            f"{kind} must be one of {', '.join(available(kind))}, or a module of your own such as "
+            f"my_package.my_option; got {shown(name)}"
+        )
     for folder in (kind, HOME[kind]):  # one of ours, in full; the first is its public name
         name = name.removeprefix(f"ep_plugin.{folder}.")
     if "." not in name and name not in available(kind):
-        raise ConfigError(f"unknown {kind} {name!r}; choose from {', '.join(available(kind))}")
+        raise ConfigError(f"unknown {kind} {shown(name)}; choose from {', '.join(available(kind))}")
     path = f"ep_plugin.{HOME[kind]}.{name}" if "." not in name else name
     try:
-        build: Callable[..., Any] = import_module(path).build
+        module = import_module(path)
     except (ImportError, OSError) as error:
         raise BackendUnavailable(
-            f"{kind} {name!r} needs a package that is not here or does not load ({error}); install "
-            f"it as its README says, or choose from "
+            f"{kind} {shown(name)} needs a package that is not here or does not load ({error}); "
+            f"install it as its README says, or choose from "
             f"{', '.join(n for n in available(kind) if n != name)}"
         ) from error
+    build: Callable[..., Any] | None = getattr(module, "build", None)
+    if not callable(build):
+        raise ConfigError(
+            f"{kind} {shown(name)} has no function `build`, which an option is made with; use a "
+            "module that has one, as docs/extending.md shows"
+        )
     return build

@@ -7,25 +7,34 @@ from ep_plugin.moe.config import (
     Activation,
     CheckSplits,
     DispatchDtype,
+    Experts,
+    Few,
     Fp8,
     Fp8Wgrad,
+    Option,
     Save,
     SharedExpert,
 )
+from ep_plugin.moe.parallel import RanksOfNode
+from ep_plugin.moe.routing_config import RoutingConfig, Tokens
+from ep_plugin.typed import Typed, check_value
 
 
 @dataclass(frozen=True)
-class EdgeSettings:
-    """What the `--ep-*` flags say; None where a flag was not given."""
+class EdgeSettings(Typed):
+    """What the `--ep-*` flags say; None where a flag was not given.
 
-    router: str = "topk"
-    dispatcher: str = "auto"
-    gemm: str = "auto"
-    overlap: str = "auto"
+    Raises ConfigError for a value that is none of its type's.
+    """
+
+    router: Option = "topk"
+    dispatcher: Option = "auto"
+    gemm: Option = "auto"
+    overlap: Option = "auto"
     routing: dict[str, Any] = field(default_factory=dict)  # fields of RoutingConfig
     dense_activation: Activation | None = None
     expert_activation: Activation | None = None
-    experts_per_layer: tuple[int, ...] | None = None
+    experts_per_layer: tuple[Experts, ...] | None = None
     shared_expert: SharedExpert | None = None
     fp8: Fp8 | None = None
     fp8_wgrad: Fp8Wgrad | None = None
@@ -34,8 +43,12 @@ class EdgeSettings:
     dispatch_dtype: DispatchDtype | None = None
     dispatch_dedup: bool | None = None
     check_splits: CheckSplits | None = None
-    comm_sms: int | None = None
-    ranks_per_node: int | None = None
-    overlap_chunks: int | None = None
+    comm_sms: Few | None = None
+    ranks_per_node: RanksOfNode | None = None
+    overlap_chunks: Few | None = None
     metrics: bool = False  # whether somebody reads the routers' metrics
-    tokens: int | None = None  # of a micro-batch on one rank, where the arguments say
+    tokens: Tokens | None = None  # of a micro-batch on one rank, where the arguments say
+
+    def __post_init__(self) -> None:
+        for name, value in self.routing.items():
+            check_value(RoutingConfig, name, value)

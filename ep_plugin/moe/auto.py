@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ep_plugin.moe.config import GRAPH_RANKS, MoEConfig
+from ep_plugin.moe.parallel import Ranks
 from ep_plugin.moe.rules import own
+from ep_plugin.typed import Typed
 
 # Dispatch is de-duplicated where that sends at most this share of the rows. Measured inside a host
 # it was faster at 0.25, as fast at 0.75; between hosts links are slower, and rows count for more.
@@ -22,10 +24,10 @@ REPEATS = 0.85
 
 
 @dataclass(frozen=True)
-class Place:
+class Place(Typed):
     """Where a layer runs; the same on all its ranks."""
 
-    ranks: int  # of ep and etp
+    ranks: Ranks  # of ep and etp
     cuda: bool
     replicated: bool = False  # ranks of tp hold the same tokens
     # whether buffers that all ranks write into were tried and work; asked only where it matters

@@ -1,11 +1,12 @@
 """What a user can set of one block, validated once. Nothing here imports torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from ep_plugin.errors import ConfigError, check_choice, check_counts
-from ep_plugin.moe.routing_config import RoutingConfig
+from ep_plugin.errors import ConfigError
+from ep_plugin.moe.routing_config import MOST_EXPERTS, RoutingConfig, Tokens
 from ep_plugin.moe.rules import check_needs
+from ep_plugin.typed import Named, Typed, Within
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "relu"]
 # with a gate half, so that fc1 has twice as many outputs as fc2 has inputs
@@ -19,63 +20,51 @@ DispatchDtype = Literal["bf16", "fp8"]
 # Most ranks of ep and etp in a CUDA graph: dispatcher symm_mem has room for all their tokens then.
 GRAPH_RANKS = 8
 
-_SIZES = {
-    "hidden_size": (1, "<hidden_size=1024>"),
-    "ffn_hidden_size": (1, "<ffn_hidden_size=2048>"),
-    "num_experts": (1, "<num_experts=8>"),
-    "num_moe_layers": (1, "<num_moe_layers=1>"),
-    "comm_sms": (1, "<comm_sms=32>"),
-    "overlap_chunks": (1, "<overlap_chunks=None>"),
-    "tokens": (1, "<tokens=None>"),
-}
+Size = Annotated[int, Within(1, 1 << 24, use="1024")]
+Experts = Annotated[int, Within(1, MOST_EXPERTS, use="8")]
+Few = Annotated[int, Within(1, 1 << 16)]
+Option = Annotated[str, Named()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(Typed):
     """One Mixture-of-Experts block.
 
-    Raises ConfigError when the settings contradict each other.
+    Raises ConfigError for a value that is none of its type's, and when the settings contradict each
+    other.
     """
 
-    hidden_size: int
-    ffn_hidden_size: int  # of one expert
-    num_experts: int
+    hidden_size: Size
+    ffn_hidden_size: Size  # of one expert
+    num_experts: Experts
     activation: Activation = "swiglu"
     bias: bool = False  # in the experts
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     # a module given as the layer's shared expert: added, or weighed against the routed experts by
     # a learned softmax of two (DeepSpeed-MoE's residual expert)
     shared_expert: SharedExpert = "sum"
-    num_moe_layers: int = 1  # of the model, for aux_loss_layers = mean
+    num_moe_layers: Few = 1  # of the model, for aux_loss_layers = mean
     fp8: Fp8 = "off"  # recipe of the experts' products
     fp8_wgrad: Fp8Wgrad = "fp8"  # of their weight gradients, where fp8 is not off
     save: Save = "bf16"  # how the experts' pre-activations are kept for the backward
     deterministic: bool = False  # equal bits in every run: no kernel is chosen by measuring
-    router: str = "topk"
-    dispatcher: str = "auto"
+    router: Option = "topk"
+    dispatcher: Option = "auto"
     # a token travels once to a rank, not once for each expert there; None: as dispatcher = auto
     # finds best, and off beside a dispatcher by name
     dispatch_dedup: bool | None = None
     dispatch_dtype: DispatchDtype = "bf16"  # fp8: tokens travel as the experts' products read them
     check_splits: CheckSplits = "first"  # whether ranks compare what they send; first: 8 dispatches
-    comm_sms: int = 32  # SMs of the GPU that dispatcher symm_mem copies with
-    gemm: str = "auto"
-    overlap: str = "auto"  # the order of a layer's verbs: what is computed while tokens travel
-    overlap_chunks: int | None = None  # of the other ranks, for overlap = chunked; None: 2 at most
+    comm_sms: Few = 32  # SMs of the GPU that dispatcher symm_mem copies with
+    gemm: Option = "auto"
+    overlap: Option = "auto"  # the order of a layer's verbs: what is computed while tokens travel
+    overlap_chunks: Few | None = None  # of the other ranks, for overlap = chunked; None: 2 at most
     # What is known of the run, for `auto` (moe/auto.py) and for refusals: whether its steps are in
     # a CUDA graph, and the tokens of a micro-batch on one rank.
     in_graph: bool = False
-    tokens: int | None = None
+    tokens: Tokens | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self, _SIZES)
-        check_choice("<activation>", self.activation, get_args(Activation))
-        check_choice("<shared_expert>", self.shared_expert, get_args(SharedExpert))
-        check_choice("<fp8>", self.fp8, get_args(Fp8))
-        check_choice("<fp8_wgrad>", self.fp8_wgrad, get_args(Fp8Wgrad))
-        check_choice("<save>", self.save, get_args(Save))
-        check_choice("<check_splits>", self.check_splits, get_args(CheckSplits))
-        check_choice("<dispatch_dtype>", self.dispatch_dtype, get_args(DispatchDtype))
         if self.fp8 != "off" and self.bias:
             raise ConfigError(
                 f"<fp8> ({self.fp8}) needs experts without bias; use <bias=False> or <fp8=off>"

@@ -18,17 +18,18 @@ from typing import Any
 import torch.distributed as dist
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.moe.parallel import ParallelConfig
+from ep_plugin.moe.parallel import ParallelConfig, Ranks, RanksOfNode
+from ep_plugin.typed import Typed, shown, typed
 
 # Its name from torch 2.14 on, where the older one warns.
 all_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @dataclass(frozen=True)
-class RankGrid:
+class RankGrid(Typed):
     """Ranks 0 .. n-1 arranged on named axes, fastest axis first."""
 
-    sizes: dict[str, int]
+    sizes: dict[str, Ranks]
 
     def groups(self, *axes: str) -> list[list[int]]:
         """Return every group along `axes` together; within a group the grid's order is kept.
@@ -82,7 +83,7 @@ def expert_grid(parallel: ParallelConfig) -> RankGrid:
 
 
 @dataclass(frozen=True)
-class ExpertGroups:
+class ExpertGroups(Typed):
     """This rank's process groups for the experts; None stands for a group of this rank alone.
 
     `ep` hosts one copy of all experts; `etp` splits each expert's FFN dimension; `ep_etp` is both
@@ -104,7 +105,7 @@ class ExpertGroups:
     replicas: dist.ProcessGroup | None = None
     intra_node: dist.ProcessGroup | None = None
     inter_node: dist.ProcessGroup | None = None
-    ranks_per_node: int | None = None  # of the world: ranks 0 .. n-1 are on the first node
+    ranks_per_node: Ranks | None = None  # of the world: ranks 0 .. n-1 are on the first node
     shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -172,24 +173,28 @@ def relays(nodes: list[list[int]], rank: int) -> list[int]:
     return [start + place // size % n for start, n in zip(starts, on_rail, strict=False)]
 
 
-def node_size(ranks_per_node: int | None) -> int | None:
+@typed
+def node_size(ranks_per_node: RanksOfNode | None) -> int | None:
     """Return `ranks_per_node`, or what torchrun says when it is None, or None when nobody does.
 
     Raises ConfigError when it is not positive.
     """
-    found = ranks_per_node
-    if found is None and "LOCAL_WORLD_SIZE" in os.environ:
-        found = int(os.environ["LOCAL_WORLD_SIZE"])
-    if found is not None and found < 1:
+    said = os.environ.get("LOCAL_WORLD_SIZE")
+    if ranks_per_node is not None or said is None:
+        return ranks_per_node
+    if not said.isdecimal() or int(said[:9]) < 1:
         raise ConfigError(
-            f"<ranks_per_node> must be at least 1; got {found}; use the number of "
-            "GPUs of a node, such as <ranks_per_node=8>"
+            f"LOCAL_WORLD_SIZE must be the number of ranks on this node; got {shown(said)}; use "
+            "LOCAL_WORLD_SIZE=8, or start the ranks with torchrun, which sets it"
         )
-    return found
+    return int(said[:9])
 
 
+@typed
 def create_expert_groups(
-    parallel: ParallelConfig, ranks_per_node: int | None = None, sequence_parallel: bool = True
+    parallel: ParallelConfig,
+    ranks_per_node: RanksOfNode | None = None,
+    sequence_parallel: bool = True,
 ) -> ExpertGroups:
     """Create the process groups of `parallel` on an initialised torch.distributed world.
 

@@ -14,11 +14,13 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.moe.auto import Place, settle
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import Experts
+from ep_plugin.moe.experts.fits import check_memory
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched, Dispatcher, Router, Routing, Schedule, tell_failure
 from ep_plugin.moe.parallel import check_experts_over_ranks
 from ep_plugin.moe.replicas import OncePerReplica
 from ep_plugin.registry import resolve
+from ep_plugin.typed import shown, typed
 
 InitMethod = Callable[[Tensor], object]
 
@@ -36,9 +38,11 @@ class MoELayer(nn.Module):
     fills every weight (None leaves them uninitialised for the caller to fill). `shared_expert`, a
     module of the caller's, sees every token; `config.shared_expert` says how its output is merged.
 
-    Raises ConfigError when the experts do not divide over the ranks or an option's name is unknown.
+    Raises ConfigError when the experts do not divide over the ranks or do not fit into memory, for
+    an option's name that is unknown, and for arguments of other types.
     """
 
+    @typed
     def __init__(
         self,
         config: MoEConfig,
@@ -52,7 +56,9 @@ class MoELayer(nn.Module):
         super().__init__()
         groups = groups if groups is not None else ExpertGroups()
         check_experts_over_ranks(config.num_experts, groups.ep_size)
-        config = settled(config, groups, torch.empty(0, device=device).device)
+        empty = _empty(device, dtype)
+        check_memory(config, groups, empty.device, empty.dtype)
+        config = settled(config, groups, empty.device)
         self.config = config
         self.groups = groups
         self.router: Router = resolve("router", config.router)(config, groups, device, dtype)
@@ -149,6 +155,25 @@ class MoELayer(nn.Module):
         logits: Tensor = self.coefficient(hidden)
         parts = logits.float().softmax(dim=-1).to(routed.dtype)  # [..., 2]
         return routed * parts[..., :1] + shared * parts[..., 1:]
+
+
+def _empty(device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Return an empty tensor there; raises ConfigError for a device that is not here, and a dtype
+    that weights cannot have."""
+    try:
+        empty = torch.empty(0, device=device, dtype=dtype)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"<device> must be one of this machine's; got {shown(device)} ({reason}); use "
+            "<device=cpu>"
+        ) from error
+    if not empty.is_floating_point() or empty.dtype.itemsize < 2:
+        raise ConfigError(
+            f"<dtype> must be torch.bfloat16, float16, float32 or float64; got {dtype}; use "
+            "dtype=torch.bfloat16"
+        )
+    return empty
 
 
 def check_padding(padding_mask: Tensor, hidden: Tensor, router: Router, name: str) -> None:

@@ -1,34 +1,39 @@
 """How ranks are laid out: the degrees of parallelism, validated once. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from ep_plugin.errors import ConfigError, largest_divisor
+from ep_plugin.typed import Typed, Within
+
+# Grids of ranks are lists.
+Ranks = Annotated[int, Within(1, 1 << 18, "at least 1", "1")]
+RanksOfNode = Annotated[
+    int,
+    Within(1, 1 << 16, "at least 1", "the number of GPUs of a node, such as <ranks_per_node=8>"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Typed):
     """How `world_size` ranks are laid out; `order` lists the axes fastest first, as Megatron does.
 
     tp, cp, dp, pp lay out the dense part (dp follows from the rest); etp, ep, edp lay out the
-    experts over the same ranks (edp follows). Raises ConfigError when a degree does not divide.
+    experts over the same ranks (edp follows). Raises ConfigError for a degree that is no positive
+    integer, or does not divide.
     """
 
-    world_size: int
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    ep: int = 1
-    etp: int | None = None  # None: as tp, Megatron's default
+    world_size: Ranks
+    tp: Ranks = 1
+    pp: Ranks = 1
+    cp: Ranks = 1
+    ep: Ranks = 1
+    etp: Ranks | None = None  # None: as tp, Megatron's default
     order: str = "tp-cp-ep-dp-pp"
 
     def __post_init__(self) -> None:
         if self.etp is None:
             object.__setattr__(self, "etp", self.tp)
-        for name in ("world_size", "tp", "pp", "cp", "ep", "etp"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"<{name}> must be at least 1; got {getattr(self, name)}; use <{name}=1>"
-                )
         if sorted(self.order.split("-")) != ["cp", "dp", "ep", "pp", "tp"]:
             raise ConfigError(
                 f"<order> must name each of tp, cp, ep, dp, pp once; got {self.order!r}; use "

@@ -1,10 +1,12 @@
 """How tokens choose experts, validated once. Nothing here imports torch."""
 
-import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from math import nextafter
+from sys import float_info
+from typing import Annotated, Literal
 
-from ep_plugin.errors import ConfigError, check_choice, check_counts, largest_divisor
+from ep_plugin.errors import ConfigError, largest_divisor
+from ep_plugin.typed import LARGEST_INT, Typed, Within
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 Normalize = Literal["before_drop", "after_drop", "none"]
@@ -17,61 +19,73 @@ AuxLossCounts = Literal["topk", "top1"]
 AuxLossScope = Literal["micro_batch", "sequence", "global", "group"]
 AuxLossLayers = Literal["sum", "mean"]
 
+_UNGROUPED = "<num_groups=None> with <group_topk=None>"
+MOST_EXPERTS = 1 << 20  # of a layer: some refusals look for a number of experts that goes
+Chosen = Annotated[int, Within(1, MOST_EXPERTS)]
+Groups = Annotated[int, Within(1, MOST_EXPERTS, use=_UNGROUPED)]
+Tokens = Annotated[int, Within(1, LARGEST_INT)]
+Factor = Annotated[float, Within(float_info.min, 1e6, "positive and finite", "1.0")]
+Strength = Annotated[float, Within(0.0, 1e6, "finite and not negative", "0.0")]
+Share = Annotated[float, Within(0.0, nextafter(1.0, 0.0), "in [0, 1)")]
+Threshold = Annotated[float, Within(float_info.min, 1.0, "in (0, 1]")]
+
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingConfig:
+class RoutingConfig(Typed):
     """How tokens choose experts; every field is an axis of its own, and a flag `--ep-FIELD`.
 
     The defaults are Megatron's: softmax, top-2 with weights that sum to 1, nothing dropped.
-    Raises ConfigError when the settings contradict each other.
+    Raises ConfigError for a value that is none of its type's, and when the settings contradict each
+    other.
     """
 
-    topk: int = 2
+    topk: Chosen = 2
     # scores and weights
     score_function: ScoreFunction = "softmax"
     normalize: Normalize = "before_drop"  # divide a token's weights by their sum: when, or not
-    scaling_factor: float = 1.0  # of the weights (DeepSeek-V3, arXiv:2412.19437, has 2.5)
+    scaling_factor: Factor = 1.0  # of the weights (DeepSeek-V3, arXiv:2412.19437, has 2.5)
     router_dtype: RouterDtype = "fp32"  # of the logits; all that follows is fp32 at least
     router_bias: bool = False
     # exploration
-    jitter_eps: float = 0.0  # input times U[1-eps, 1+eps], training (arXiv:2101.03961, app. C)
+    jitter_eps: Share = 0.0  # input times U[1-eps, 1+eps], training (arXiv:2101.03961, app. C)
     noise: Noise = "none"  # rsample: Gumbel noise on the logits picks, in training (DeepSpeed-MoE)
     second_expert: SecondExpert = "all"  # sampling: drawn; random, threshold: may be left out
-    second_threshold: float = 0.2  # random keeps with g2/threshold, threshold when g2 exceeds it
+    second_threshold: Threshold = (
+        0.2  # random keeps with g2/threshold, threshold when g2 exceeds it
+    )
     # limits on the choice
-    num_groups: int | None = None  # groups of experts; a token chooses inside `group_topk` of them
-    group_topk: int | None = None
-    group_score_topk: int | None = (
+    num_groups: Groups | None = (
+        None  # groups of experts; a token chooses inside `group_topk` of them
+    )
+    group_topk: Groups | None = None
+    group_score_topk: Chosen | None = (
         None  # of its experts' scores in its own; None: topk / group_topk
     )
     expert_bias: bool = False  # added to the scores for the choice alone (arXiv:2408.15664)
-    bias_update_rate: float = 1e-3
+    bias_update_rate: Strength = 1e-3
     quantile_balancing: bool = False  # a bias of the choice alone: the logits' quantile at balance
-    quantile_ema: float = 0.0  # weight of that bias so far in the next one
+    quantile_ema: Share = 0.0  # weight of that bias so far in the next one
     # random logits, with the gradient of the true ones: all experts alike, to measure speed
     force_load_balancing: bool = False
     # capacity: tokens an expert takes from one routing group
-    capacity_factor: float | None = None  # in training; None: nothing is dropped
-    eval_capacity_factor: float | None = None  # in evaluation; None: nothing is dropped
-    min_capacity: int = 0
+    capacity_factor: Factor | None = None  # in training; None: nothing is dropped
+    eval_capacity_factor: Factor | None = None  # in evaluation; None: nothing is dropped
+    min_capacity: Annotated[int, Within(0, LARGEST_INT)] = 0
     capacity_rounding: CapacityRounding = "ceil"
     capacity_counts_topk: bool = True  # capacity = factor * S * K / E, else factor * S / E
     drop_policy: DropPolicy = "none"  # who goes when an expert is full
-    group_tokens: int | None = None  # tokens of a routing group; None: all of the rank's
+    group_tokens: Tokens | None = None  # tokens of a routing group; None: all of the rank's
     # losses
-    aux_loss_coeff: float = 0.0  # Switch Transformer, eq. 4; 1 when balanced, before this factor
+    aux_loss_coeff: Strength = 0.0  # Switch Transformer, eq. 4; 1 when balanced, before this factor
     aux_loss_counts: AuxLossCounts = "topk"  # which choices count
     aux_loss_scope: AuxLossScope = "micro_batch"  # over which tokens
     further_losses: tuple[tuple[AuxLossScope, float], ...] = ()  # beside it: scope, coefficient
     aux_loss_layers: AuxLossLayers = "sum"  # mean: divided by the number of MoE layers
-    z_loss_coeff: float = 0.0  # ST-MoE, arXiv:2202.08906, eq. 5
+    z_loss_coeff: Strength = 0.0  # ST-MoE, arXiv:2202.08906, eq. 5
     # expert choice looks at later tokens: wrong for a causal model
     force_expert_choice: bool = False
 
     def __post_init__(self) -> None:
-        for name, legal in _CHOICES.items():
-            check_choice(f"<{name}>", getattr(self, name), legal)
-        self._check_ranges()
         self._check_capacity()
         if self.topk == 1 and self.normalize != "none" and not self._has_losses:
             raise ConfigError(
@@ -94,7 +108,7 @@ class RoutingConfig:
     def _check_balancing(self) -> None:
         scopes = [self.aux_loss_scope, *dict(self.further_losses)]
         legal = set(_FURTHER) - ({"micro_batch"} if self.aux_loss_scope == "group" else set())
-        fine = all(0 < coefficient < math.inf for _, coefficient in self.further_losses)
+        fine = all(coefficient > 0 for _, coefficient in self.further_losses)
         if len({*scopes}) <= len(self.further_losses) or {*scopes[1:]} - legal or not fine:
             said = ",".join(f"{scope}:{coefficient}" for scope, coefficient in self.further_losses)
             other = "global" if self.aux_loss_scope == "sequence" else "sequence"
@@ -127,34 +141,6 @@ class RoutingConfig:
             raise ConfigError(
                 f"<group_score_topk> ({self.group_score_topk}) needs <num_groups> and "
                 "<group_topk>; use <num_groups=2> with <group_topk=1>, or <group_score_topk=None>"
-            )
-
-    def _check_ranges(self) -> None:
-        check_counts(self, _COUNTS)
-        for name in ("scaling_factor", "capacity_factor", "eval_capacity_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(
-                    f"<{name}> must be positive and finite; got {value}; use <{name}=1.0>"
-                )
-        for name in ("aux_loss_coeff", "z_loss_coeff", "bias_update_rate"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ConfigError(
-                    f"<{name}> must be finite and not negative; got {value}; use <{name}=0.0>"
-                )
-        if not 0 <= self.jitter_eps < 1:
-            raise ConfigError(
-                f"<jitter_eps> must be in [0, 1); got {self.jitter_eps}; use <jitter_eps=0.01>"
-            )
-        if not 0 <= self.quantile_ema < 1:
-            raise ConfigError(
-                f"<quantile_ema> must be in [0, 1); got {self.quantile_ema}; use <quantile_ema=0.0>"
-            )
-        if not 0 < self.second_threshold <= 1:
-            raise ConfigError(
-                f"<second_threshold> must be in (0, 1]; got {self.second_threshold}; use "
-                "<second_threshold=0.2>"
             )
 
     def _check_capacity(self) -> None:
@@ -243,24 +229,3 @@ class RoutingConfig:
 
 
 _FURTHER = ("micro_batch", "sequence", "global")
-_UNGROUPED = "<num_groups=None> with <group_topk=None>"
-_COUNTS = {  # the smallest that is legal, and an alternative
-    "topk": (1, "<topk=2>"),
-    "num_groups": (1, _UNGROUPED),
-    "group_topk": (1, _UNGROUPED),
-    "group_score_topk": (1, "<group_score_topk=None>"),
-    "group_tokens": (1, "<group_tokens=None>"),
-    "min_capacity": (0, "<min_capacity=0>"),
-}
-_CHOICES = {
-    "score_function": get_args(ScoreFunction),
-    "normalize": get_args(Normalize),
-    "router_dtype": get_args(RouterDtype),
-    "noise": get_args(Noise),
-    "second_expert": get_args(SecondExpert),
-    "capacity_rounding": get_args(CapacityRounding),
-    "drop_policy": get_args(DropPolicy),
-    "aux_loss_counts": get_args(AuxLossCounts),
-    "aux_loss_scope": get_args(AuxLossScope),
-    "aux_loss_layers": get_args(AuxLossLayers),
-}

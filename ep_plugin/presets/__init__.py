@@ -15,6 +15,7 @@ from ep_plugin.presets._model import (
     total_params,
 )
 from ep_plugin.registry import available
+from ep_plugin.typed import shown, typed
 
 __all__ = [
     "LayerParams",
@@ -34,11 +35,12 @@ def presets() -> dict[str, Preset]:
     return {preset.name: preset for module in modules for preset in module.PRESETS}
 
 
+@typed
 def load(name: str) -> Preset:
     """Return a preset; raises ConfigError, with names close to it, for one that does not exist."""
     known = presets()
     if name not in known:
         near = closest(name, known)
         use = ", ".join(near) if len(near) < len(known) else "a name that `ep-plugin presets` lists"
-        raise ConfigError(f"unknown preset {name!r}; use {use}")
+        raise ConfigError(f"unknown preset {shown(name)}; use {use}")
     return known[name]

@@ -1,46 +1,49 @@
 """What a preset holds, and how its parameters are counted."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from ep_plugin.moe.config import GATED, Activation, SharedExpert
-from ep_plugin.moe.routing_config import RoutingConfig
+from ep_plugin.moe.config import GATED, Activation, Option, SharedExpert, Size
+from ep_plugin.moe.routing_config import MOST_EXPERTS, RoutingConfig, Tokens
+from ep_plugin.typed import Typed, Within
 
 Positions = Literal["rope", "learned", "relative", "relative_per_layer"]
+Or0 = Annotated[int, Within(0, 1 << 24)]  # a size, 0 for none
+Experts = Annotated[int, Within(0, MOST_EXPERTS)]
 RELATIVE_BUCKETS = 32  # T5's table of relative positions: one value per bucket and head
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentAttention:
+class LatentAttention(Typed):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
 
-    q_rank: int
-    kv_rank: int
-    nope_dim: int  # of each head's query and key, without position
-    rope_dim: int  # the part with position; one key for all heads
-    value_dim: int
+    q_rank: Or0
+    kv_rank: Size
+    nope_dim: Size  # of each head's query and key, without position
+    rope_dim: Size  # the part with position; one key for all heads
+    value_dim: Size
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(Typed):
     """A published architecture, as far as its parameters go."""
 
-    hidden: int
-    heads: int
-    head_dim: int
-    vocab: int
-    experts: tuple[int, ...]  # of each decoder layer, 0 = dense
-    encoder_experts: tuple[int, ...] = ()  # of each encoder layer, where there is one
-    kv_heads: int | None = None  # None: as many as heads
-    dense_ffn: int
+    hidden: Size
+    heads: Size
+    head_dim: Size
+    vocab: Size
+    experts: tuple[Experts, ...]  # of each decoder layer, 0 = dense
+    encoder_experts: tuple[Experts, ...] = ()  # of each encoder layer, where there is one
+    kv_heads: Size | None = None  # None: as many as heads
+    dense_ffn: Or0
     dense_activation: Activation = "swiglu"
-    expert_ffn: int
+    expert_ffn: Or0
     expert_activation: Activation = "swiglu"
-    shared_ffn: int = 0  # beside the routed experts of each MoE layer
+    shared_ffn: Or0 = 0  # beside the routed experts of each MoE layer
     shared_expert: SharedExpert = "sum"
     tied: bool = False  # one matrix for embedding and output
     positions: Positions = "rope"
-    max_positions: int = 0  # learned ones
+    max_positions: Or0 = 0  # learned ones
     biases: bool = False
     layer_norm: bool = False  # with a bias; else RMS norm
     norm_epsilon: float = 1e-5
@@ -50,7 +53,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preset:
+class Preset(Typed):
     """A published system: its model, its routing, and where both come from."""
 
     name: str
@@ -58,8 +61,8 @@ class Preset:
     source: str
     model: Model
     routing: RoutingConfig = field(default_factory=RoutingConfig)
-    router: str = "topk"
-    seq_length: int
+    router: Option = "topk"
+    seq_length: Tokens
     init_std: float | None = None
     dropout: float = 0.0
     note: str = ""

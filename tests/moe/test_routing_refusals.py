@@ -86,7 +86,7 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"z_loss_coeff": math.inf}, "must be finite and not negative", {"z_loss_coeff": 0.0}),
     ({"bias_update_rate": -1.0, "expert_bias": True},
      "must be finite and not negative", {"bias_update_rate": 0.0}),
-    ({"jitter_eps": 1.5}, "must be in [0, 1)", {"jitter_eps": 0.01}),
+    ({"jitter_eps": 1.5}, "must be in [0, 1)", {"jitter_eps": 0.0}),
     ({"second_threshold": 0.0}, "must be in (0, 1]", {"second_threshold": 0.2}),
 ]  # fmt: skip
 

@@ -35,6 +35,7 @@ The assumptions are listed in ep_plugin/commands/plan/network.py and, of memory,
 
 SPELLING = {  # a setting in a refusal -> the flag that it has here
     **{name: f"--{name}" for name in ("tp", "pp", "cp", "ep", "etp", "experts")},
+    **{name: f"--{name}" for name in ("tokens", "topk", "hidden", "imbalance")},
     **{"world_size": "--gpus", "num_experts": "the number of experts"},
 }
 NEEDS = (

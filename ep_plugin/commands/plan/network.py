@@ -16,26 +16,37 @@ Assumptions, each of them optimistic unless said otherwise:
 
 from dataclasses import dataclass
 from math import comb
+from typing import Annotated
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.moe.config import Experts, Size
+from ep_plugin.moe.parallel import Ranks
+from ep_plugin.moe.routing_config import Tokens
+from ep_plugin.typed import Typed, Within
+
+Rate = Annotated[float, Within(1e-6, 1e9, "positive and finite")]
+Microseconds = Annotated[float, Within(0.0, 1e9, "finite and not negative")]
+Few = Annotated[int, Within(1, 1024)]  # choices of a token: their combinations are counted
+Bytes = Annotated[float, Within(0.01, 16.0, "a number of bytes", "2.0")]
+Imbalance = Annotated[float, Within(1.0, 1e6, "the busiest rank's load over the mean, 1 at least")]
 
 
 @dataclass(frozen=True)
-class Network:
+class Network(Typed):
     """What connects the ranks; rates are those leaving one GPU, in GB/s."""
 
-    domain: int  # GPUs that share NVLink
-    nvlink_gbps: float = 250.0  # what NCCL's all-to-all reached between two H100s
-    rail_gbps: float = 45.0  # of a 400 Gb/s adapter
-    base_us: float = 40.0  # what the same measurements leave beside their bytes
-    message_us: float = 1.0
+    domain: Ranks  # GPUs that share NVLink
+    nvlink_gbps: Rate = 250.0  # what NCCL's all-to-all reached between two H100s
+    rail_gbps: Rate = 45.0  # of a 400 Gb/s adapter
+    base_us: Microseconds = 40.0  # what the same measurements leave beside their bytes
+    message_us: Microseconds = 1.0
     # of dispatcher symm_mem in a CUDA graph, from two H100s too: its kernels' stores, on 32 SMs ...
-    store_gbps: float = 310.0
-    store_us: float = 60.0
+    store_gbps: Rate = 310.0
+    store_us: Microseconds = 60.0
     # ... the copy engines' swaps, under `chunked` ...
-    engine_gbps: float = 380.0
-    engine_us: float = 30.0
-    copy_gbps: float = 2600.0  # ... and memory that is read and written
+    engine_gbps: Rate = 380.0
+    engine_us: Microseconds = 30.0
+    copy_gbps: Rate = 2600.0  # ... and memory that is read and written
 
 
 NETWORKS = {
@@ -48,16 +59,16 @@ ONE_DOMAIN = ("symm_mem", "swaps")  # ways to send that end at its border
 
 
 @dataclass(frozen=True)
-class Traffic:
+class Traffic(Typed):
     """What one layer of one rank exchanges."""
 
-    tokens: int
-    topk: int
-    hidden: int
-    experts: int
-    dispatch_bytes: float = 2.0  # of a value on its way there; 1 for e4m3, and scales beside it
-    combine_bytes: float = 2.0
-    imbalance: float = 1.0  # of the busiest rank, over the mean
+    tokens: Tokens
+    topk: Few
+    hidden: Size
+    experts: Experts
+    dispatch_bytes: Bytes = 2.0  # of a value on its way there; 1 for e4m3, and scales beside it
+    combine_bytes: Bytes = 2.0
+    imbalance: Imbalance = 1.0  # of the busiest rank, over the mean
 
 
 @dataclass(frozen=True)

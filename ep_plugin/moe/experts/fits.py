@@ -1,5 +1,6 @@
 """Checks, before experts are built, that their sizes can be computed on this device."""
 
+import os
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts import autotune
 from ep_plugin.moe.experts.fp8 import blockwise, rowwise
+from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.registry import resolve
 
 FP8: dict[str, tuple[Any, Any]] = {  # recipe -> module with `check` and `prepare`, class
@@ -26,6 +28,28 @@ def check_sizes(config: MoEConfig, etp: int, device: torch.device) -> None:
         )
     if config.fp8 != "off":
         FP8[config.fp8][0].check(config.hidden_size, ffn // etp, device)
+
+
+def check_memory(
+    config: MoEConfig, groups: ExpertGroups, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise ConfigError if this rank's weights alone are larger than the memory of its device."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    experts, ffn = config.num_experts // groups.ep_size, config.ffn_hidden_size // groups.etp_size
+    values = experts * ffn * config.hidden_size * (3 if config.gated else 2)
+    num_bytes = (values + config.num_experts * config.hidden_size) * dtype.itemsize
+    if num_bytes > memory:
+        raise ConfigError(
+            f"<num_experts> ({config.num_experts}) of <hidden_size> ({config.hidden_size}) and "
+            f"<ffn_hidden_size> ({config.ffn_hidden_size}) take {num_bytes / 2**30:.1f} GiB on "
+            f"this rank, and {device} has {memory / 2**30:.1f} GiB; use more ranks of <ep>, or "
+            "smaller sizes"
+        )
 
 
 def check_capturable(config: MoEConfig, etp: int, device: torch.device, dtype: torch.dtype) -> None:
