@@ -1,0 +1,156 @@
+"""Small healthy folders of everything that a command opens."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from tests.hostile import pickles, trees
+
+
+def make(root: Path) -> None:
+    """Write all folders below `root`; in a process of its own, since libraries start threads."""
+    _hugging_face(root / "hf")
+    with contextlib.redirect_stdout(sys.stderr):
+        _run("--from", root / "hf", "--to", root / "old", *trees.ALONE)
+        _as_iteration(root / "old", 10)
+        _newer(root / "old", root / "dense")
+        _run("--from", root / "dense", "--to", root / "moe", *trees.EXPERTS, *trees.ALONE)
+    _per_rank(root / "ranks")
+    _runs(root)
+    _files(root / "files")
+    _unfinished(root)
+
+
+def _run(*words: Any) -> None:
+    assert trees.main(["convert", *map(str, words)]) == 0
+
+
+def _hugging_face(folder: Path) -> None:
+    import hf_models
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    hf_models.save("qwen3", folder)
+    words = {"[UNK]": 0, "experts": 1, "are": 2, "chosen": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    GenerationConfig(do_sample=True, top_k=5).save_pretrained(folder)
+
+
+def _as_iteration(folder: Path, number: int) -> None:
+    """Let converted weights look like what a run saved."""
+    (folder / "release").rename(folder / f"iter_{number:07d}")
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(number))
+    (folder / "manifest.json").unlink()
+
+
+def _newer(source: Path, target: Path) -> None:
+    """The same with its run arguments among the objects, as newer releases keep them."""
+    shutil.copytree(source, target)
+    folder = next(target.glob("iter_*"))
+    common = torch.load(folder / "common.pt", weights_only=False)
+    (folder / "common.pt").unlink()
+    buffer = io.BytesIO()
+    torch.save([common], buffer)
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    index, like = MetadataIndex("common_state/shard_0_1"), next(iter(found.storage_data.values()))
+    file = folder / "__0_0.distcp"
+    place = {"offset": file.stat().st_size, "length": len(buffer.getvalue())}
+    found.storage_data[index] = replace(like, relative_path=file.name, **place)
+    found.state_dict_metadata[index.fqn] = BytesStorageMetadata()
+    with file.open("ab") as stream:
+        stream.write(buffer.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+
+
+def _per_rank(root: Path) -> None:
+    from tests.checkpoint import test_convert_legacy
+
+    test_convert_legacy.save(root, "stacked")
+
+
+def _log(path: Path) -> None:
+    lines = [
+        f" iteration {i:8}/      40 | elapsed time per iteration (ms): 12.5 |"
+        f" learning rate: 1.0E-03 | lm loss: {5 - i / 20:.6E} | grad norm: 1.500 |"
+        for i in range(10, 41, 10)
+    ]  # fmt: skip
+    lines.append(
+        " validation loss at iteration 40 on validation set | lm loss value: 3.000000E+00 |"
+    )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _runs(root: Path) -> None:
+    from tests.hostile.events import record, scalar
+
+    def log(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        tags = ("lm loss", "lm loss validation", "load_balancing_loss")
+        tags += tuple(f"ep/tokens_per_expert/layer_{n}/expert_{e}" for n in (1, 2) for e in (0, 1))
+        data = [record(scalar(tag, step, 0.5)) for step in (10, 20) for tag in tags]
+        (folder / "events.out.tfevents.1.host").write_bytes(b"".join(data))
+
+    log(root / "run" / "tensorboard" / "dense")
+    log(root / "run" / "tensorboard" / "moe")
+    log(root / "any" / "tensorboard")
+    _log(root / "any" / "train.log")
+    for name in ("logs", "converted"):
+        (root / "run" / name).mkdir()
+    for name in ("evaluate-dense", "evaluate-converted", "evaluate-moe"):
+        _log(root / "run" / "logs" / f"{name}.log")
+        usage = {"seconds": 1.5, "peak_rss_bytes": 1 << 30}
+        (root / "run" / "logs" / f"{name}.usage.json").write_text(json.dumps(usage))
+    parity = json.dumps({"logits_max_abs_diff": 2e-6})
+    (root / "run" / "converted" / "parity.json").write_text(parity)
+
+
+def _files(folder: Path) -> None:
+    folder.mkdir()
+    dims = {"tokens": 8192, "topk": 4, "hidden": 7168}
+    row = {
+        "bench": "overlap", "precision": "bf16", "ep": 2, "dispatcher": "alltoall",
+        "schedule": "serial",
+        "graph": False, "backend": "ep_plugin", "exchange_ms": 2.0, "hidden_share": 0.1,
+        "dims": dims,
+    }  # fmt: skip
+    (folder / "measured.json").write_text(json.dumps([row, {**row, "ep": 4}]))
+    (folder / "bench.json").write_text(json.dumps([row]))
+    (folder / "prompts.json").write_text(json.dumps([[1, 2, 3], [3, 2]]))
+    (folder / "prompts.txt").write_text("experts are chosen\nare experts\n")
+    (folder / "schedule.txt").write_text("schedule=own\n--lr\n1e-3\n--train-iters\n100\n")
+    script = (
+        f"from megatron.training import pretrain  # {pickles.MARK}: read, not run\n\n\n"
+        "def provider():\n    pass\n\n\n"
+        'if __name__ == "__main__":\n    pretrain(provider)\n'
+    )
+    (folder / "script.py").write_text(script)
+
+
+def _unfinished(root: Path) -> None:
+    """A conversion that was killed before its folder got its name."""
+    (root / "kept").mkdir()
+    pid = os.fork()
+    if pid == 0:
+        rename = Path.rename
+
+        def killed(path: Path, target: Any) -> Path:
+            if Path(target).name == "out":
+                os._exit(9)
+            return rename(path, target)
+
+        Path.rename = killed  # type: ignore[method-assign]
+        _run("--from", root / "dense", "--to", root / "kept" / "out", *trees.EXPERTS, *trees.ALONE)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9

@@ -1,0 +1,176 @@
+"""Many cases in one process: readers, settings and parsers, called as the commands call them.
+
+A reader may return, or raise ConfigError with one line. Whatever else happens is a fault.
+"""
+
+import contextlib
+import io
+import random
+import resource
+import shutil
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ep_plugin.errors import ConfigError
+from tests.hostile import classes, lines, plants, readers, settings, watch
+
+SECONDS = 20
+MEMORY = 3 << 30
+LONGEST = 4000  # characters of a sentence
+Case = tuple[str, Callable[[], object]]  # what was planted, and the call that meets it
+
+
+class Hang(BaseException):
+    """A case took too long."""
+
+
+@dataclass
+class Bench:
+    """One process, its hook, and what was counted."""
+
+    folder: Path
+    watched: watch.Watch = field(default_factory=watch.Watch)
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    there: tuple[str, ...] = ()  # names in the folder `outside`
+    state: list[Any] = field(default_factory=list)  # of classes that a pickle may name
+
+    def run(self, kind: str, number: int, case: Case) -> None:
+        """Make one call and count how it ends."""
+        label, call = case
+        row = self.counts.setdefault(kind, Counter())
+        row["cases"] += 1
+        self.watched.seen.clear()
+        found, ended = self._call(call)
+        found += [("writes", name) for name in self._new_outside()]
+        found += [("executions", text) for text in classes.changes(self.state)]
+        for what, words in self.watched.seen:
+            found.append(
+                ("writes" if what.startswith("write") else "executions", f"{what} {words}")
+            )
+        row[ended] += 1
+        row.update({name: 1 for name in {name for name, _ in found}})
+        if found:
+            fault = {"kind": kind, "number": number, "plant": label, "faults": found}
+            self.faults.append(fault)
+
+    def _new_outside(self) -> list[str]:
+        """Return what a case made in the folder that hostile names lead to, and remove it."""
+        outside = self.folder / "outside"
+        new = [path for path in outside.iterdir() if path.name not in (*self.there, "moved")]
+        for path in new:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if (outside / "file").read_text() != plants.LEFT_ALONE:
+            new.append(outside / "file")
+            (outside / "file").write_text(plants.LEFT_ALONE)
+        return [str(path) for path in new]
+
+    def _call(self, call: Callable[[], object]) -> tuple[list[tuple[str, str]], str]:
+        said = io.StringIO()
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            with (
+                contextlib.redirect_stdout(said),
+                contextlib.redirect_stderr(said),
+                self.watched.on(),
+            ):
+                call()
+        except ConfigError as error:
+            return _sentence(str(error)), "refused"
+        except SystemExit as end:
+            wrong = [] if end.code in (0, 2) else [("tracebacks", f"SystemExit({end.code!r})")]
+            return wrong, "refused" if end.code else "a result"
+        except Hang:
+            return [("hangs", f"no end after {SECONDS} s")], "refused"
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{last.filename.rpartition('/ep_plugin/')[2]}:{last.lineno}"
+            return [
+                ("tracebacks", f"{type(error).__name__}: {str(error)[:200]} ({where})")
+            ], "refused"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return [], "a result"
+
+
+def _sentence(text: str) -> list[tuple[str, str]]:
+    if "\n" in text or "\x1b" in text or len(text) > LONGEST:
+        return [("silent", f"{len(text)} characters, or several lines: {text[:100]!r}")]
+    return []
+
+
+def _late(*_: Any) -> None:
+    raise Hang
+
+
+def file_cases(folder: Path, kinds: dict[str, readers.Reader]) -> Callable[[random.Random], Case]:
+    """Return what makes a case: a file below `folder` is replaced until the next case."""
+    changed: list[tuple[Path, Path]] = []  # (folder that was spoiled, healthy one)
+    sites = readers.sites(folder / "in", kinds)
+
+    def make(rng: random.Random) -> Case:
+        while changed:
+            spoiled, healthy = changed.pop()
+            readers.mend(spoiled, healthy)
+        outside = folder / "outside"
+        if (outside / "moved").exists():
+            shutil.rmtree(outside / "moved")
+        reader, path, kind = rng.choice(sites)
+        top = folder / "in" / path.relative_to(folder / "in").parts[0]
+        changed.append((top, folder / "store" / top.name))
+        label = plants.plant(rng, path, kind, outside)
+        name = path.relative_to(folder / "in")
+        return f"{reader.name} of {name}: {label}", lambda: reader.read(folder / "in")
+
+    return make
+
+
+def kinds(folder: Path) -> dict[str, Callable[[random.Random], Case]]:
+    """Return the kinds of cases, each with what makes one."""
+    return {
+        "pickles and archives": file_cases(folder, readers.PICKLES),
+        "JSON and text": file_cases(folder, readers.TEXTS),
+        "safetensors headers": file_cases(folder, readers.HEADERS),
+        "settings": settings.case,
+        "command lines": lines.case,
+    }
+
+
+def run(folder: Path, cases: int, seed: int, only: str | None = None) -> dict[str, Any]:
+    """Run as many cases of each kind; returns the counts and the faults."""
+    plants.outside_folder(folder / "outside")
+    bench = Bench(folder, there=tuple(path.name for path in (folder / "outside").iterdir()))
+    lines.learn()
+    bench.watched.install()
+    signal.signal(signal.SIGALRM, _late)
+    made = {name: make for name, make in kinds(folder).items() if only is None or only in name}
+    readers.learn(folder / "in", bench.watched)
+    bench.state = classes.state()
+    seconds: dict[str, float] = {}
+    with _memory():
+        for name, make in made.items():
+            start = time.monotonic()
+            for number in range(cases // len(made)):
+                bench.run(name, number, make(random.Random(f"{seed}/{name}/{number}")))
+            seconds[name] = round(time.monotonic() - start, 1)
+    return {"counts": bench.counts, "faults": bench.faults, "seconds": seconds}
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[None]:
+    """Bound the address space: what asks for more gets a MemoryError, which is a fault."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
