@@ -146,6 +146,17 @@ def _open_hf(path: Path) -> Opened:
     return Opened(path, source, args, "plain", origins, family, unused)
 
 
+def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Return the tensors that a folder which `convert` wrote holds, under their stored names.
+
+    Raises ConfigError for a folder that cannot be opened.
+    """
+    if is_hf(folder):
+        found: dict[str, TensorInfo] = safetensors().open_folder(folder).tensors
+        return found
+    return megatron_dist.open_stored(folder).tensors
+
+
 def safetensors() -> Any:
     """Return the format's module; its package is needed by those alone who use it."""
     try:

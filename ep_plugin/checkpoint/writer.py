@@ -6,38 +6,22 @@ already, so every way of getting to the end gives the same bytes.
 """
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from ep_plugin.checkpoint.journal import Journal as Journal
+from ep_plugin.checkpoint.journal import is_whole
 from ep_plugin.errors import ConfigError
 
 OnBytes = Callable[[int], object]  # called with a number of bytes just written
-
-
-@dataclass
-class Journal:
-    """The files that are whole, by name; `path` None keeps them in memory alone."""
-
-    path: Path | None = None
-    done: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, name: str, record: dict[str, Any]) -> None:
-        """Remember a file, on disk before anything else is done."""
-        self.done[name] = record
-        if self.path is not None:
-            with self.path.open("a") as stream:
-                stream.write(json.dumps([name, record]) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
 
 
 class HashedFile:
@@ -45,11 +29,16 @@ class HashedFile:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self._hash, self._size = stream, hashlib.sha256(), 0
+        self.error: OSError | None = None  # of the disk; torch.save raises another one after it
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
         self._size += memoryview(data).nbytes
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._stream.flush()
@@ -87,7 +76,7 @@ def write_units(
     """
     todo = []
     for unit in units:
-        if _is_whole(folder / unit.name, journal.done.get(unit.name)):
+        if is_whole(folder / unit.name, journal.done.get(unit.name)):
             on_bytes(unit.num_bytes)
         else:
             todo.append(unit)
@@ -97,17 +86,16 @@ def write_units(
     return [journal.done[unit.name] for unit in units]
 
 
-def _is_whole(path: Path, record: dict[str, Any] | None) -> bool:
-    """Whether the journal has the file and it is still there."""
-    return record is not None and path.is_file() and path.stat().st_size == record["num_bytes"]
-
-
 def _write(unit: Unit, folder: Path, on_bytes: OnBytes) -> dict[str, Any]:
     path = folder / unit.name
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as stream:
+    part.unlink(missing_ok=True)  # of a conversion that was killed
+    with part.open("xb") as stream:
         hashed = HashedFile(stream)
-        content = unit.write(hashed, on_bytes)
+        try:
+            content = unit.write(hashed, on_bytes)
+        except RuntimeError as error:
+            raise hashed.error or error from error
         stream.flush()
         os.fsync(stream.fileno())
     part.rename(path)

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from ep_plugin.checkpoint.formats.hf_safetensors import files_beside
-from ep_plugin.checkpoint.staging import manifest_problems
+from ep_plugin.checkpoint.manifest import manifest_problems
 from ep_plugin.cli import main
 
 transformers.utils.logging.disable_progress_bar()

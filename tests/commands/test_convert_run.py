@@ -11,8 +11,8 @@ import hf_models
 import pytest
 import torch
 
+from ep_plugin.checkpoint.manifest import manifest_problems
 from ep_plugin.checkpoint.open import is_hf
-from ep_plugin.checkpoint.staging import manifest_problems
 from ep_plugin.cli import main
 from ep_plugin.commands.convert.run_model import Outputs
 from ep_plugin.megatron.arguments import flags_file, spell_model

@@ -7,8 +7,9 @@ from typing import Any
 from tqdm import tqdm
 
 from ep_plugin.checkpoint.adapt.upcycle import add_experts
+from ep_plugin.checkpoint.manifest import seal
 from ep_plugin.checkpoint.open import open_source
-from ep_plugin.checkpoint.staging import seal, staged
+from ep_plugin.checkpoint.staging import staged
 from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.commands.convert import as_json
 from ep_plugin.commands.convert.compare import Differs, compare, load_compare

@@ -209,9 +209,22 @@ def _check_values(typed: Typed) -> None:
             f"--vocab-size must be at least 1; got {typed['vocab_size']}; use the number of the "
             "tokenizer's words"
         )
-    target: Path = typed["target"]
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"output {target} exists and is not empty; use {sibling(target)}")
+    _check_target(typed["target"], typed["source"])
+
+
+def _check_target(target: Path, source: Path) -> None:
+    """Raise ConfigError unless `target` can become a folder of its own, outside of `source`."""
+    try:
+        if target.is_symlink():
+            raise ConfigError(
+                f"output {target} is a symbolic link to {target.readlink()}; use the folder itself"
+            )
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"output {target} exists and is not empty; use {sibling(target)}")
+        if source.resolve() in target.resolve().parents:
+            raise ConfigError(f"output {target} lies inside --from {source}; use {sibling(source)}")
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"output {target} cannot be used ({error}); use another --to") from error
 
 
 def _refuse_beside_check(typed: Typed) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.checkpoint.open import is_hf, safetensors
-from ep_plugin.checkpoint.staging import manifest_problems
+from ep_plugin.checkpoint.manifest import manifest_problems, tensor_problems
+from ep_plugin.checkpoint.open import is_hf, safetensors, stored_tensors
 from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.request import Request
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.spell_model import (
     BESIDE_DENSE,
     padded_vocabulary,
@@ -21,6 +22,7 @@ from ep_plugin.megatron.arguments.spell_model import (
     unsaid,
     where_other,
 )
+from ep_plugin.untrusted import one_line
 
 BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, hashed, written
 _GENERATION = "generation_config.json"
@@ -31,8 +33,13 @@ _FLAGS = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model"
 def check_manifest(folder: Path) -> int:
     """Print what is wrong with a converted checkpoint's files; returns the exit code."""
     problems = manifest_problems(folder)
+    if not problems:
+        try:
+            problems = tensor_problems(folder, stored_tensors(folder))
+        except ConfigError as error:
+            problems = [str(error)]
     for problem in problems:
-        print(f"ep-plugin convert: {problem}", file=sys.stderr)
+        print(f"ep-plugin convert: {one_line(problem)}", file=sys.stderr)
     if not problems:
         print(f"{folder}: every file has the bytes that were written")
     return 1 if problems else 0
