@@ -28,9 +28,9 @@ def nonfinite(named: Mapping[str, Tensor]) -> dict[str, str]:
     found = {}
     for name, tensor in named.items():
         for bucket in _buckets([tensor]):
-            largest = _magnitudes(bucket).max()
-            if not bool(torch.isfinite(largest)):
-                found[name] = "nan" if bool(torch.isnan(largest)) else "inf"
+            ends = _magnitudes(bucket)
+            if not bool(torch.isfinite(ends).all()):
+                found[name] = "nan" if bool(torch.isnan(ends).any()) else "inf"
     return found
 
 

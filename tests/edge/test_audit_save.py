@@ -50,6 +50,7 @@ def test_a_bad_save_ends_every_rank_also_when_it_is_asynchronous(tmp_path: Path)
     script.write_text(SPOILT)
     saved = tmp_path / "saved"
     flags = ("--async-save", "--async-strategy", "mcore", "--save", str(saved))
+    flags += ("--ep-check-save", "off")  # which would not let it be saved
     done = launch(2, (*OURS, str(script)), *SAVE, *flags, "--save-interval", "1")
     said = [line for line in done.stderr.splitlines() if line.startswith("ep_plugin: error: ")]
     assert len(said) == 1, done.stdout[-2000:] + done.stderr[-4000:]

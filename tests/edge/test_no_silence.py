@@ -22,7 +22,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.in_flags import THEIRS, in_flags
 from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE
 from ep_plugin.megatron.edge_settings import EdgeSettings
-from ep_plugin.megatron.seams import audit_save
+from ep_plugin.megatron.seams import audit_save, check_save
 from ep_plugin.megatron.settings import ranks_per_node
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.routing_config import RoutingConfig
@@ -68,6 +68,7 @@ AS_AUTO = {
 OBSERVERS = {  # row -> what must differ
     **dict.fromkeys(("preset", "optimizer_format"), "args"),
     "audit_save": "audited",
+    "check_save": "checked",
     "force_expert_choice": "accepted",
     **dict.fromkeys(("router", "topk", "score_function", "normalize", "router_dtype"), "routing"),
     **dict.fromkeys(("jitter_eps", "noise", "second_expert", "second_threshold"), "routing"),
@@ -166,6 +167,8 @@ def seen_by(observer: str, found: Accepted | str, ranks: int, pairs: dict[Case, 
         return {key: value for key, value in vars(found.args).items() if key not in ours}
     if observer == "audited":
         return audited(found.args)
+    if observer == "checked":
+        return checked(found.args)
     case = case_of(found, ranks)
     both = pairs[case] if ranks == 2 else (on_one_rank(case),)
     return [of_rank[observer] for of_rank in both]
@@ -184,6 +187,21 @@ def audited(args: Any) -> list[str]:
         [(_, with_save, _), _] = [call.args for call in patches.wrap.call_args_list]
         with_save(lambda iteration: None, 3)
     return read_back
+
+
+def checked(args: Any) -> list[Any]:
+    """Return the models that are searched for nan before a save."""
+    searched: list[Any] = []
+    training = SimpleNamespace(get_args=lambda: args, unwrap_model=lambda model: model)
+    with (
+        patch.object(check_save.importlib, "import_module", lambda name: training),
+        patch.object(check_save, "find", lambda model, optimizer: searched.append(model)),
+    ):
+        patches = Mock()
+        check_save.changes(patches)
+        [(_, with_check, _)] = [call.args for call in patches.wrap.call_args_list]
+        with_check(lambda *saved: None, 3, "a model", "its optimizer")
+    return searched
 
 
 @pytest.mark.parametrize(("name", "value", "beside", "on"), ACTS)

@@ -72,6 +72,7 @@ LEGAL = table(
     --ep-shared-expert sum learned
     --ep-experts-per-layer 2,4 4*2
     --ep-optimizer-format fully_reshardable dp_reshardable
+    --ep-check-save on off
     --ep-audit-save
     --ep-parity-dump somewhere
     """

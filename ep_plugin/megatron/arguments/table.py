@@ -406,6 +406,14 @@ TABLE: tuple[Argument, ...] = (
         ),
     ),
     Argument(
+        "--ep-check-save",
+        "checkpoint",
+        "save nothing that holds nan or inf: the run ends, and goes on from the checkpoint before",
+        choices=("on", "off"),
+        default="on",
+        needs=(_SAVES,),
+    ),
+    Argument(
         "--ep-audit-save",
         "checkpoint",
         "audit each checkpoint after it is saved, and stop when it is not whole: ep-plugin audit",

@@ -16,6 +16,7 @@ from ep_plugin.megatron.seams import (
     attention,
     audit_save,
     chained,
+    check_save,
     expert_bias,
     served,
     torch_adam,
@@ -129,6 +130,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
     if training:
         _argument_changes(patches, layer_class)
         audit_save.changes(patches)
+        check_save.changes(patches)
         layout_run.changes(patches, release.losses.WRITERS)
         served.changes(patches, layer_class)
         attention.changes(patches, _print)
@@ -191,6 +193,7 @@ def _with_our_checks(
         take_typed,
     )
     from ep_plugin.megatron.arguments.in_flags import refusal
+    from ep_plugin.megatron.arguments.not_saved import at_start
     from ep_plugin.megatron.arguments.optimizers import check_optimizer
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
     from ep_plugin.megatron.arguments.speed import take_speed
@@ -212,8 +215,9 @@ def _with_our_checks(
         said = choose_format(args)
         validated = original(args, *rest, **kwargs)
         check_resumable(args)
-        if said is not None:
-            _print(said)
+        for line in (said, at_start(args)):
+            if line is not None:
+                _print(line)
         for line in about_speed:
             _print(line)
         if args.num_experts is not None:

@@ -122,7 +122,8 @@ COMMON = (
     Touchpoint("megatron.training.global_vars:get_tokenizer"),
     # saves that are audited, and resumed at other layouts
     Touchpoint("megatron.training.training:save_checkpoint", ("iteration", "non_persistent_ckpt")),
-    Touchpoint("megatron.training.training:maybe_finalize_async_save"),
+    Touchpoint("megatron.training.training:maybe_finalize_async_save", ("blocking",)),
+    Touchpoint(f"{_CHECKPOINTING}.dict_utils:nested_values"),
     Touchpoint("megatron.training.async_utils:is_empty_async_queue"),
     Touchpoint(
         "megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict", ("state_dict",)
