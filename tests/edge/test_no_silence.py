@@ -197,7 +197,7 @@ def checked(args: Any) -> list[Any]:
         patch.object(check_save.importlib, "import_module", lambda name: training),
         patch.object(check_save, "find", lambda model, optimizer: searched.append(model)),
     ):
-        patches = Mock()
+        patches, args.save = Mock(), "/nowhere"
         check_save.changes(patches)
         [(_, with_check, _)] = [call.args for call in patches.wrap.call_args_list]
         with_check(lambda *saved: None, 3, "a model", "its optimizer")
