@@ -10,6 +10,7 @@ computed until it is written, and then one tensor at a time.
 
 import argparse
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron, with_dtype
 from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
+from ep_plugin.checkpoint.carried import leave_out
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.names import plain, stored_name
@@ -68,15 +70,21 @@ def kind_of(path: Path) -> Kind:
     return "per-rank" if any(any(found) for found in ranks) else "torch_dist"
 
 
-def open_source(path: Path, output: Format, vocab_size: int | None = None) -> Opened:
+def open_source(
+    path: Path,
+    output: Format,
+    vocab_size: int | None = None,
+    left_out: Collection[str] = (),
+) -> Opened:
     """Open a checkpoint of any format, to be written as `output`. Reads no tensor but tied ones.
 
     `vocab_size`: rows of the vocabulary that do not pad it; None: what the checkpoint says.
+    `left_out`: run arguments of a Megatron checkpoint that are to be forgotten.
     Reading a value that is NaN or infinite is a ConfigError. Raises ConfigError for a checkpoint
     that is incomplete, contradicts itself or is of no known family, or has fewer rows.
     """
     kind = kind_of(path)
-    opened = _open_hf(path) if kind == "hf" else _open_megatron(path, kind, output)
+    opened = _open_hf(path) if kind == "hf" else _open_megatron(path, kind, output, left_out)
     size = vocab_size or getattr(opened.args, "ep_vocab_size", None)
     return opened if size is None else _without_padding(opened, size)
 
@@ -116,7 +124,7 @@ def _with_args(source: Source, args: argparse.Namespace) -> Source:
     return replace(source, common=source.common | {"args": args})
 
 
-def _open_megatron(path: Path, kind: Kind, output: Format) -> Opened:
+def _open_megatron(path: Path, kind: Kind, output: Format, left_out: Collection[str]) -> Opened:
     opener = megatron_dist if kind == "torch_dist" else megatron_legacy
     source = finite(opener.open_checkpoint(path))
     args = source.common.get("args")
@@ -124,6 +132,8 @@ def _open_megatron(path: Path, kind: Kind, output: Format) -> Opened:
         raise ConfigError(
             f"{source.folder} holds no run arguments; give a checkpoint that Megatron saved"
         )
+    args = leave_out(args, left_out)
+    source = _with_args(source, args)
     if kind == "torch_dist" and output == "megatron":
         same: Origins = {name: (name,) for name in source.tensors}
         return Opened(source.folder, source, args, "stored", same)

@@ -16,6 +16,7 @@ from ep_plugin.checkpoint.adapt import fold_gemma
 from ep_plugin.checkpoint.adapt.hugging_face import to_hf
 from ep_plugin.checkpoint.adapt.silent_expert import with_silent_expert
 from ep_plugin.checkpoint.adapt.upcycle import KEPT, Upcycled
+from ep_plugin.checkpoint.carried import check_carried
 from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
 from ep_plugin.checkpoint.names import stored, stored_name
 from ep_plugin.checkpoint.open import Format, Opened, is_hf, safetensors
@@ -91,6 +92,7 @@ def aim(model: Opened, output: Format, implementation: str | None) -> Target:
 
 def _same_names(model: Opened, made: Upcycled) -> Target:
     source = model.source
+    check_carried(source.common, model.folder)
     write = partial(write_checkpoint, source=source, common=source.common, content=made.content)
     return Target(model, made.content, write, made.name_map, model.args, source.folder.name)
 
@@ -108,6 +110,7 @@ def _new_names(model: Opened, implementation: str | None) -> Target:
     content = stored(model.source, args)
     targets = {name: (stored_name(name, args),) for name in model.source.tensors}
     common = {"args": args, **kept}
+    check_carried(common, model.folder)
     write = partial(write_checkpoint, source=style, common=common, content=content)
     return Target(model, content, write, _name_map(model, targets), args, style.folder.name)
 

@@ -321,23 +321,38 @@ def test_run_arguments_are_those_of_an_moe_run(tmp_path: Path, in_file: bool) ->
     assert tracker.read_text() == str(ITERATION)
 
 
-def test_arguments_of_classes_that_are_not_here(tmp_path: Path) -> None:
-    """A class that cannot be imported is carried along, and nothing the pickle names is run."""
+def test_arguments_of_classes_that_are_not_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a pickle names is not run, and not copied either: it is refused, or left out by name."""
     module = types.ModuleType("absent_framework")
     exec("class Backend:\n    def __init__(self, name): self.name = name", vars(module))
     sys.modules[module.__name__] = module
-    save_dense(tmp_path / "dense", backend=module.Backend("auto"), hostile=Hostile())
+    save_dense(tmp_path / "dense", backend=module.Backend("auto"), hostile=Hostile(), plain=[1])
     del sys.modules[module.__name__]
-    assert convert(tmp_path / "dense", tmp_path / "moe") == 0
+    assert convert(tmp_path / "dense", tmp_path / "moe") == 2
+    assert re.search(
+        r"args.backend in .* is an object of absent_framework.Backend, .*; use --leave-out backend",
+        capsys.readouterr().err,
+    )
+    assert convert(tmp_path / "dense", tmp_path / "moe", "--leave-out", "backend") == 2
+    assert "is an object of tests.commands.test_convert.mark" in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
+    both = ("--leave-out", "backend", "hostile")
+    assert convert(tmp_path / "dense", tmp_path / "moe", *both) == 0
     assert not Hostile.called
-    sys.modules[module.__name__] = module
-    try:
-        args = load_all(tmp_path / "moe")["common_state/shard_0_1"][0]["args"]
-    finally:
-        del sys.modules[module.__name__]
-    assert isinstance(args.backend, module.Backend)
-    assert args.backend.name == "auto"
-    assert Hostile.called == ["by torch"]
+    args = load_all(tmp_path / "moe")["common_state/shard_0_1"][0]["args"]
+    assert not Hostile.called
+    assert args.plain == [1]
+    assert not {"backend", "hostile"} & vars(args).keys()
+
+
+def test_nothing_is_left_out_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dense(tmp_path / "dense")
+    assert convert(tmp_path / "dense", tmp_path / "moe", "--leave-out", "backed") == 2
+    assert "--leave-out backed is no run argument" in capsys.readouterr().err
 
 
 class Hostile:
@@ -470,7 +485,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], str]] = {
     "other format": (other_backend, r"is a 'zarr' checkpoint, not torch_dist"),
     "no .metadata": (remove_metadata, r"has no .metadata: its save did not finish"),
     "damaged .metadata": (garble_metadata, r".metadata cannot be read"),
-    "foreign .metadata": (replace_metadata, r"is no torch.distributed.checkpoint metadata"),
+    "foreign .metadata": (replace_metadata, r"holds a dict where a Metadata belongs"),
     "truncated": (truncate, r"__0_0.distcp is truncated: it has \d+ bytes, but .* places \d+"),
     "file missing": (remove_file, r"lacks __0_0.distcp \(\d+ bytes\)"),
     "a rank's part missing": (lose_part, r"holds 0 of the 768 elements of decoder.layers.mlp.l"),

@@ -21,6 +21,7 @@ VALUES = (
     *("--seed 5", "--format hf", "--family mixtral", "--transformer-impl local"),
     *(
         "--vocab-size 9",
+        "--leave-out note",
         "--drop-optimizer",
         "--ep 1",
         "--parity-tolerance 0.5",

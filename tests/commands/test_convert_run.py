@@ -34,7 +34,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small checkpoint of each kind: torch_dist with its optimizer, Llama, per-rank files."""
     root = tmp_path_factory.mktemp("sources")
     more: dict[str, Any] = {"padded_vocab_size": test_convert.V, "swiglu": True}
-    more |= {"seq_length": 8, "max_position_embeddings": 8}
+    more |= {"seq_length": 8, "max_position_embeddings": 8, "note": "own"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_convert, "L", 2)
         states = test_convert_optimizer.states("param")
@@ -42,7 +42,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tensors = test_convert_optimizer.parameters() | moments
         test_convert_optimizer.save(root / "dense", tensors, **more)
     hf_models.save("llama", root / "hf")
-    test_convert_legacy.save(root / "per-rank", "stacked", add_bias_linear=False)
+    test_convert_legacy.save(root / "per-rank", "stacked", add_bias_linear=False, note="own")
     return {"torch_dist": root / "dense", "hf": root / "hf", "per-rank": root / "per-rank"}
 
 

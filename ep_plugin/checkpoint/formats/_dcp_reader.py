@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from ep_plugin.checkpoint.formats._iteration import DAMAGE
+from ep_plugin.checkpoint.formats._iteration import inside
 from ep_plugin.checkpoint.formats._mapped import map_tensor
+from ep_plugin.checkpoint.inert import Unreadable
 from ep_plugin.checkpoint.tensors import Chunk, Damaged, TensorInfo
 from ep_plugin.errors import ConfigError
 
@@ -38,6 +39,8 @@ class Files:
     def read_bytes(self, index: MetadataIndex) -> bytes:
         """Return an object's bytes; raises Damaged when no file has them."""
         path, stored = self._find(index)
+        if stored.offset + stored.length > path.stat().st_size:
+            raise Damaged(f"{path} is cut off before the end of {index.fqn}; {_AGAIN}")
         with path.open("rb") as stream:
             stream.seek(stored.offset)
             return stream.read(stored.length)
@@ -50,8 +53,10 @@ class Files:
         path, stored = self._find(MetadataIndex(key, torch.Size(chunk.offsets)))
         try:
             values = map_tensor(path, stored.offset, stored.length)
-            return torch.Tensor.view(values, chunk.sizes)
-        except DAMAGE as error:
+            if tuple(values.shape) != chunk.sizes:
+                raise Unreadable(f"it has shape {list(values.shape)}, not {list(chunk.sizes)}")
+            return values
+        except (Unreadable, OSError, MemoryError) as error:
             raise Damaged(
                 f"tensor {key} at {chunk.offsets} in {self.folder} is damaged ({error}); {_AGAIN}"
             ) from error
@@ -65,7 +70,7 @@ class Files:
             raise Damaged(
                 f"{self.folder} lacks {stored.relative_path}, where {index.fqn} is; {_AGAIN}"
             )
-        return path, stored
+        return inside(path, self.folder), stored
 
     def chunks(self, key: str) -> tuple[Chunk, ...]:
         """Return the parts of a tensor, in the order they are listed."""
@@ -141,6 +146,7 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
         path = folder / name
         if not path.is_file():
             raise ConfigError(f"{folder} lacks {name} ({size} bytes); {_AGAIN}")
+        inside(path, folder)
         if path.stat().st_size < size:
             raise ConfigError(
                 f"{path} is truncated: it has {path.stat().st_size} bytes, but .metadata "

@@ -1,52 +1,29 @@
-"""An iteration's folder: which one it is, and its pickles, loaded without trust.
+"""An iteration's folder: which one it is, and its pickles.
 
-A Megatron checkpoint keeps its arguments as a pickle that names classes of Megatron, which may not
-be installed here; and a pickle may name anything at all, while an input file is not to be trusted.
-So every name outside a short list becomes a stand-in class that only remembers how it was built;
-`dist_writer.py` writes it back under its own name. `OpaquePickle` has the shape
-`torch.load(pickle_module=...)` asks for.
+A pickle may name anything at all, while an input file is not to be trusted: `_pickle.py` reads it
+without doing what it says, `_archive.py` the archive around it, and exact lists say what becomes of
+it: `_values.py` for run arguments and tensors, `_metadata.py` for `.metadata`.
 """
 
-import argparse
-import collections
-import copyreg
-import importlib
-import io
-import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from ep_plugin.checkpoint.formats._archive import open_archive
+from ep_plugin.checkpoint.formats._metadata import to_metadata
+from ep_plugin.checkpoint.formats._pickle import read_pickle
+from ep_plugin.checkpoint.formats._values import Values
+from ep_plugin.checkpoint.inert import Unreadable
 from ep_plugin.checkpoint.tensors import Damaged
 from ep_plugin.errors import ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # metadata.json
 COMMON_STATE = "common_state/shard_0_1"  # run arguments and counters, where common.pt is not there
-# What unpickling damaged bytes raises.
-DAMAGE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    ImportError,
-    AttributeError,
-    zipfile.BadZipFile,
-)
-_EXACT = {
-    ("argparse", "Namespace"): argparse.Namespace,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-}
-_TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
+MAX_ARGUMENTS = 64 << 20  # bytes of a pickle of run arguments
+_MAX_TRACKER = 1024
 
 
 def iteration_folder(path: Path, is_iteration: Callable[[Path], bool]) -> Path:
@@ -64,28 +41,58 @@ def iteration_folder(path: Path, is_iteration: Callable[[Path], bool]) -> Path:
             f"{path} is not a checkpoint: it has neither {TRACKER} nor metadata.json; "
             "give the folder that --save named"
         )
-    word = tracker.read_text(errors="replace").strip()
-    if word != "release" and not word.isdecimal():
-        raise ConfigError(f"{tracker} must hold an iteration number or 'release'; got {word!r}")
+    with inside(tracker, path).open("rb") as stream:
+        word = stream.read(_MAX_TRACKER).decode(errors="replace").strip()
+    if word != "release" and not (word.isascii() and word.isdecimal() and len(word) < 19):
+        raise ConfigError(
+            f"{tracker} must hold an iteration number or 'release'; got {word[:80]!r}"
+        )
     folder = path / (word if word == "release" else f"iter_{int(word):07d}")
     if not folder.is_dir():
         raise ConfigError(
             f"{tracker} names {folder.name}, which {path} does not have; "
             "give one of its iteration folders instead"
         )
-    return folder
+    return inside(folder, path)
 
 
-def load_arguments(content: bytes, folder: Path) -> Any:
-    """Return the run arguments of `folder` from their pickle; raises Damaged."""
-    try:
-        return torch.load(
-            io.BytesIO(content), map_location="cpu", pickle_module=OpaquePickle, weights_only=False
+def inside(path: Path, folder: Path) -> Path:
+    """Return `path`; raises Damaged when symbolic links lead it out of `folder`."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise Damaged(
+            f"{path} is a link that leads out of {folder}; put the file itself there, or give a "
+            "whole checkpoint"
         )
-    except DAMAGE as error:
+    return path
+
+
+def load_object(content: bytes) -> Any:
+    """Return what `torch.save` wrote into `content`; raises Unreadable.
+
+    What is on no list is a `Made` or a `Name`.
+    """
+    archive = open_archive(bytearray(content))
+    return Values(archive).build(read_pickle(archive.pickle(MAX_ARGUMENTS)))
+
+
+def load_common(content: bytes, folder: Path, listed: bool = False) -> dict[str, Any]:
+    """Return the run arguments and counters of `folder` from their archive; raises Damaged.
+
+    `listed`: they are the one entry of a list.
+    """
+    try:
+        value = load_object(content)
+        if listed:
+            if type(value) is not list or len(value) != 1:
+                raise Unreadable("it is no list of one")
+            (value,) = value
+        if type(value) is not dict or not all(type(key) is str for key in value):
+            raise Unreadable("it is no dictionary")
+    except (Unreadable, MemoryError) as error:
         raise Damaged(
             f"the run arguments in {folder} cannot be read ({error}); copy the checkpoint again"
         ) from error
+    return value
 
 
 def load_metadata(folder: Path) -> Metadata:
@@ -93,68 +100,8 @@ def load_metadata(folder: Path) -> Metadata:
     path = folder / ".metadata"
     if not path.is_file():
         raise Damaged(f"{folder} has no .metadata: its save did not finish; give another one")
+    content = inside(path, folder).read_bytes()
     try:
-        with path.open("rb") as stream:
-            metadata = OpaquePickle.Unpickler(stream).load()
-    except DAMAGE as error:
+        return to_metadata(read_pickle(content))
+    except (Unreadable, MemoryError) as error:
         raise Damaged(f"{path} cannot be read ({error}); copy the checkpoint again") from error
-    if not isinstance(metadata, Metadata):
-        raise Damaged(
-            f"{path} is no torch.distributed.checkpoint metadata; copy the checkpoint again"
-        )
-    return metadata
-
-
-class Opaque:
-    """An object of a class we do not import: how it was made, and its state.
-
-    A pickle makes an object either by a call, cls(*arguments), or by cls.__new__(cls, *arguments).
-    """
-
-    arguments: tuple[Any, ...]
-    called: bool
-    state: Any
-
-    def __new__(cls, *arguments: Any) -> "Opaque":
-        opaque = super().__new__(cls)
-        opaque.arguments, opaque.called, opaque.state = arguments, False, None
-        return opaque
-
-    def __init__(self, *_: Any) -> None:
-        self.called = True
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
-        if self.called:
-            return (type(self), self.arguments, self.state)
-        return (copyreg.__newobj__, (type(self), *self.arguments), self.state)  # type: ignore[attr-defined]
-
-
-def _known(module: str, name: str) -> Any:
-    """Return the real object behind an allowed name, or None."""
-    if (module, name) in _EXACT:
-        return _EXACT[module, name]
-    if module == "torch":
-        value = getattr(torch, name, None)
-        plain = isinstance(value, _TORCH_VALUES) or name == "Size" or name.endswith("Storage")
-        return value if plain else None
-    if module.startswith("torch.distributed.checkpoint"):
-        value = getattr(importlib.import_module(module), name, None)
-        return value if isinstance(value, type) else None
-    return None
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        known = _known(module, name)
-        if known is not None:
-            return known
-        return type(name, (Opaque,), {"__module__": module, "__qualname__": name})
-
-
-class OpaquePickle:
-    """The pickle module to hand to `torch.load`."""
-
-    Unpickler = _Unpickler

@@ -4,10 +4,9 @@ torch's own FileSystemWriter keeps every tensor of a file alive until the file i
 region is forgotten as soon as it is on disk.
 """
 
-import io
 import json
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ep_plugin.checkpoint.formats._iteration import COMMON_STATE, CONFIG, TRACKER, Opaque
+from ep_plugin.checkpoint.carried import carried_bytes
+from ep_plugin.checkpoint.formats._iteration import COMMON_STATE, CONFIG, TRACKER
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source
 from ep_plugin.checkpoint.writer import HashedFile, Journal, OnBytes, Unit, write_units
 
@@ -49,14 +49,14 @@ def write_checkpoint(
     common = {**common, "content_metadata": _content_metadata(source.common)}
     entries = list(content)
     if not source.common_in_file:
-        entries.append(NewObject(COMMON_STATE, _saved([common])))
+        entries.append(NewObject(COMMON_STATE, carried_bytes([common])))
     files = units(entries)
     records = write_units(files, folder, journal or Journal(), processes, on_bytes)
     names = [unit.name for unit in files]
     contents = [record["content"] for record in records]
     write_metadata(folder, list(zip(names, contents, strict=True)))
     if source.common_in_file:
-        (folder / "common.pt").write_bytes(_saved(common))
+        (folder / "common.pt").write_bytes(carried_bytes(common))
     (folder / "metadata.json").write_text(json.dumps(CONFIG))
     iteration = source.folder.name.removeprefix("iter_")
     (root / TRACKER).write_text(iteration if iteration == "release" else str(int(iteration)))
@@ -68,32 +68,6 @@ def write_checkpoint(
 
 def _content_metadata(common: dict[str, Any]) -> dict[str, Any]:
     return {**(common.get("content_metadata") or {}), "non_homogeneous_layers": True}
-
-
-class _Pickler(pickle._Pickler):
-    """The Python pickler: the C one insists on importing every class it names."""
-
-    write: Callable[[bytes], object]
-    memoize: Callable[[object], None]
-
-    def save_global(self, obj: Any, name: str | None = None) -> None:
-        if isinstance(obj, type) and issubclass(obj, Opaque) and obj is not Opaque:
-            self.write(b"c" + f"{obj.__module__}\n{obj.__qualname__}\n".encode())
-            self.memoize(obj)
-        else:
-            super().save_global(obj, name)  # type: ignore[misc]  # not in the stubs
-
-
-class _PickleOpaque:
-    """The pickle module to hand to `torch.save`."""
-
-    Pickler = _Pickler
-
-
-def _saved(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, pickle_module=_PickleOpaque)
-    return buffer.getvalue()
 
 
 def units(content: Iterable[NewTensor | NewObject]) -> list[Unit]:

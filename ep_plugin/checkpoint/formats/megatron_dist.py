@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ep_plugin.checkpoint.formats._dcp_reader import Files, Reader
 from ep_plugin.checkpoint.formats._iteration import COMMON_STATE as COMMON_STATE
-from ep_plugin.checkpoint.formats._iteration import CONFIG, load_arguments, load_metadata
+from ep_plugin.checkpoint.formats._iteration import CONFIG, inside, load_common, load_metadata
 from ep_plugin.checkpoint.formats._iteration import TRACKER as TRACKER
 from ep_plugin.checkpoint.formats._iteration import iteration_folder as _iteration_folder
 from ep_plugin.checkpoint.tensors import Source, Stored
@@ -48,11 +48,11 @@ def iteration_folder(path: Path) -> Path:
     config = folder / "metadata.json"
     if not config.is_file():
         raise ConfigError(f"{folder} has no metadata.json, so it is not torch_dist; {_HINT}")
-    backend = read_json(config, _HINT).get("sharded_backend")
+    backend = read_json(inside(config, folder), _HINT).get("sharded_backend")
     if not isinstance(backend, str):
         raise ConfigError(f"{config} names no sharded_backend; {_HINT}")
     if backend != CONFIG["sharded_backend"]:
-        raise ConfigError(f"{folder} is a {backend!r} checkpoint, not torch_dist; {_HINT}")
+        raise ConfigError(f"{folder} is a {backend[:80]!r} checkpoint, not torch_dist; {_HINT}")
     return folder
 
 
@@ -69,7 +69,7 @@ def open_checkpoint(path: Path) -> Source:
         )
     common_in_file = (folder / "common.pt").is_file()
     if common_in_file:
-        common = load_arguments((folder / "common.pt").read_bytes(), folder)
+        common = _common_file(folder)
     reader = Reader(folder, load_metadata(folder))
     if not common_in_file:
         if COMMON_STATE not in reader.objects:
@@ -77,7 +77,7 @@ def open_checkpoint(path: Path) -> Source:
                 f"{folder} has no run arguments (neither common.pt nor {COMMON_STATE}); "
                 "give a checkpoint that Megatron itself saved"
             )
-        common = load_arguments(reader.read_object(COMMON_STATE), folder)[0]
+        common = load_common(reader.read_object(COMMON_STATE), folder, listed=True)
     return Source(
         folder=folder,
         common=common,
@@ -96,12 +96,13 @@ def read_common(path: Path) -> dict[str, Any]:
     """
     folder = iteration_folder(path)
     if (folder / "common.pt").is_file():
-        content = (folder / "common.pt").read_bytes()
-        common: dict[str, Any] = load_arguments(content, folder)
-        return common
+        return _common_file(folder)
     content = Files(folder, load_metadata(folder)).read_bytes(MetadataIndex(COMMON_STATE))
-    common = load_arguments(content, folder)[0]
-    return common
+    return load_common(content, folder, listed=True)
+
+
+def _common_file(folder: Path) -> dict[str, Any]:
+    return load_common(inside(folder / "common.pt", folder).read_bytes(), folder)
 
 
 def open_stored(path: Path) -> Stored:

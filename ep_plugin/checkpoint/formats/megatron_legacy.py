@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.family import gated
-from ep_plugin.checkpoint.formats._iteration import DAMAGE, OpaquePickle, iteration_folder
+from ep_plugin.checkpoint.formats._iteration import inside, iteration_folder
+from ep_plugin.checkpoint.formats._mapped import map_state
+from ep_plugin.checkpoint.inert import Unreadable
 from ep_plugin.checkpoint.tensors import Source, TensorInfo
 from ep_plugin.errors import ConfigError
 
@@ -108,11 +110,13 @@ def _no_object(folder: Path, name: str) -> bytes:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """Return what a rank saved; raises ConfigError."""
+    inside(path, path.parents[1])
     try:
-        content: dict[str, Any] = torch.load(
-            path, map_location="cpu", mmap=True, weights_only=False, pickle_module=OpaquePickle
-        )
-    except (*DAMAGE, OSError) as error:
+        content = map_state(path)
+        if type(content) is not dict or not all(type(key) is str for key in content):
+            raise Unreadable("it is no dictionary")
+    except (Unreadable, OSError, MemoryError) as error:
         raise ConfigError(f"{path} is truncated or damaged ({error}); {_AGAIN}") from error
     return content
 

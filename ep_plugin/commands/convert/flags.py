@@ -113,6 +113,11 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         "torch_dist they stay and the size is noted (default: what the checkpoint says of it)",
     )  # fmt: skip
     add(
+        "--leave-out", nargs="+", metavar="NAME",
+        help="run arguments of the source that are not to be in the result: those that hold an "
+        "object of a class that is not Megatron's",
+    )  # fmt: skip
+    add(
         "--transformer-impl", choices=("transformer_engine", "local"),
         help="implementation whose names a Megatron output has, where they differ (default: the "
         "source's, or transformer_engine)",

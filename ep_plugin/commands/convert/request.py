@@ -84,6 +84,12 @@ NEEDS = (
         "{flag} is not for a torch_dist source, whose names stay as they are; leave {flag} out",
     ),
     Need(
+        "--leave-out",
+        lambda args: args.kind != "hf" and getattr(args, "format", None) != "hf",
+        "{flag} is about run arguments that go from a Megatron checkpoint into another; leave "
+        "{flag} out",
+    ),
+    Need(
         "--drop-optimizer --ep",
         lambda args: args.stays,
         "{flag} is about the optimizer's state, which goes along from torch_dist to torch_dist "
@@ -129,6 +135,7 @@ class Request:
     family: str | None = None
     vocab_size: int | None = None  # without rows that pad it; None: what the checkpoint says
     implementation: str | None = None
+    leave_out: tuple[str, ...] = ()  # run arguments
     keep_optimizer: bool = True
     compare: bool = True
     tolerance: float = TOLERANCE
@@ -169,6 +176,7 @@ def read_request(args: argparse.Namespace) -> Request:
         "--vocab-size": typed.get("vocab_size"),
         "--transformer-impl": typed.get("transformer_impl"),
         "--drop-optimizer": "drop_optimizer" in typed,
+        "--leave-out": sorted(typed.get("leave_out", ())),
         **(asdict(settings) if settings else {}),
     }
     return Request(
@@ -180,6 +188,7 @@ def read_request(args: argparse.Namespace) -> Request:
         family=typed.get("family"),
         vocab_size=typed.get("vocab_size"),
         implementation=typed.get("transformer_impl"),
+        leave_out=tuple(typed.get("leave_out", ())),
         keep_optimizer=not asked["--drop-optimizer"],
         compare="skip_parity" not in typed,
         tolerance=typed.get("parity_tolerance", TOLERANCE),

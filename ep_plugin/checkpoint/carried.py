@@ -1,0 +1,147 @@
+"""What goes along into a new checkpoint: plain values, tensors, and objects of an exact list.
+
+An object of Megatron's (an enumeration's member) stays the stand-in that it was read as, and is
+written back under its own name. Whoever loads the result runs what its pickle names, so a name that
+is not on the list is never written.
+"""
+
+import argparse
+import io
+import pickle
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ep_plugin.checkpoint.inert import Made, Name, Persistent, shown
+from ep_plugin.errors import ConfigError
+
+# Enumerations: made by a call with the member's value, a number or a word.
+_MEGATRON = "megatron.core"
+ENUMERATIONS = frozenset(
+    {
+        ("signal", "Signals"),
+        (f"{_MEGATRON}.enums", "Fp4Recipe"),
+        (f"{_MEGATRON}.enums", "Fp8Recipe"),
+        (f"{_MEGATRON}.enums", "ModelType"),
+        (f"{_MEGATRON}.rerun_state_machine", "RerunDiagnostic"),
+        (f"{_MEGATRON}.rerun_state_machine", "RerunMode"),
+        (f"{_MEGATRON}.rerun_state_machine", "RerunState"),
+        (f"{_MEGATRON}.rerun_state_machine", "RerunValidationStatus"),
+        (f"{_MEGATRON}.transformer.enums", "AttnBackend"),
+        (f"{_MEGATRON}.transformer.enums", "AttnMaskType"),
+        (f"{_MEGATRON}.transformer.enums", "AttnType"),
+        (f"{_MEGATRON}.transformer.enums", "CudaGraphModule"),
+        (f"{_MEGATRON}.transformer.enums", "CudaGraphScope"),
+        (f"{_MEGATRON}.transformer.enums", "InferenceCudaGraphScope"),
+        (f"{_MEGATRON}.transformer.enums", "LayerType"),
+        (f"{_MEGATRON}.transformer.enums", "ModelType"),
+    }
+)
+
+
+def is_carried(made: Made) -> bool:
+    """Whether a stand-in is a member of an enumeration on the list, and nothing beside."""
+    bare = made.called and made.state is None and made.items is None
+    if made.kind.key not in ENUMERATIONS or not bare or len(made.arguments) != 1:
+        return False
+    (value,) = made.arguments
+    return type(value) in (int, str)
+
+
+def check_carried(common: dict[str, Any], folder: Path) -> None:
+    """Raise ConfigError where what is to be written holds an object that is on no list."""
+    for path, kind in _strange(common):
+        first, _, rest = path.partition(".")
+        name = rest.split(".")[0] if first == "args" else path
+        remedy = f"use --leave-out {shown(name)}" if first == "args" else "use --drop-optimizer"
+        raise ConfigError(
+            f"{shown(path)} in {folder} is {kind}, which is not copied: whoever loads the result "
+            f"would run code of that name; {remedy}"
+        )
+
+
+def leave_out(args: argparse.Namespace, names: Collection[str]) -> argparse.Namespace:
+    """Return run arguments without those of `names`; raises ConfigError where one is not there."""
+    for name in names:
+        if name not in vars(args):
+            raise ConfigError(
+                f"--leave-out {name} is no run argument of the checkpoint; leave {name} out of "
+                "--leave-out"
+            )
+    kept = {name: value for name, value in vars(args).items() if name not in names}
+    return argparse.Namespace(**kept)
+
+
+def _class(value: Any) -> str:
+    """Return what a stand-in is of, for a message."""
+    if type(value) is Made:
+        return f"an object of {value.kind}"
+    return f"{value}" if type(value) is Name else "part of a tensor"
+
+
+def _strange(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield where in `value` an object is that no list has, and its class."""
+    seen: set[int] = set()
+
+    def walk(value: Any, path: str) -> Iterator[tuple[str, str]]:
+        kind = type(value)
+        if kind in (Made, Name, Persistent):
+            if kind is not Made or not is_carried(value):
+                yield path, _class(value)
+            return
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from walk(key, path)
+                yield from walk(item, f"{path}.{key}" if path else str(key))
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            for item in value:
+                yield from walk(item, path)
+
+    return walk(value, path)
+
+
+class _Pickler(pickle._Pickler):
+    """The Python pickler: the C one insists on importing every class it names."""
+
+    write: Callable[[bytes], object]
+    memoize: Callable[[object], None]
+    get: Callable[[int], bytes]
+    memo: dict[int, tuple[int, Any]]
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        if type(obj) is Made and is_carried(obj) and id(obj) not in self.memo:
+            self._save_name(obj.kind)
+            self.save(obj.arguments)
+            self.write(pickle.REDUCE)
+            self.memoize(obj)
+        elif type(obj) in (Made, Name, Persistent) and id(obj) not in self.memo:
+            raise ConfigError(f"{_class(obj)} cannot go along into a new checkpoint")
+        else:
+            super().save(obj, save_persistent_id)  # type: ignore[misc]  # not in the stubs
+
+    def _save_name(self, name: Name) -> None:
+        if id(name) in self.memo:
+            self.write(self.get(self.memo[id(name)][0]))
+        else:
+            self.write(b"c" + f"{name.module}\n{name.name}\n".encode())
+            self.memoize(name)
+
+
+class _PickleCarried:
+    """The pickle module to hand to `torch.save`."""
+
+    Pickler = _Pickler
+
+
+def carried_bytes(value: Any) -> bytes:
+    """Return what `torch.save` writes of a value; raises ConfigError for an object on no list."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, pickle_module=_PickleCarried)
+    return buffer.getvalue()

@@ -1,0 +1,52 @@
+"""What stands for the objects of a pickle that is not trusted: nothing of it is imported or run.
+
+`formats/_pickle.py` makes them; `carried.py` has the few that may go into a new checkpoint.
+"""
+
+from typing import Any
+
+
+class Unreadable(ValueError):
+    """Bytes that are not what they should be; says why, as part of a sentence."""
+
+
+class Name:
+    """What a pickle calls `module.name`; the same object wherever one file says it."""
+
+    __slots__ = ("module", "name")
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.module, self.name
+
+    def __repr__(self) -> str:
+        return shown(f"{self.module}.{self.name}")
+
+
+class Made:
+    """What a pickle wants made: by a call, kind(*arguments), or kind.__new__(kind, *arguments)."""
+
+    __slots__ = ("arguments", "called", "items", "kind", "state")
+
+    def __init__(self, kind: Name, arguments: tuple[Any, ...], called: bool) -> None:
+        self.kind, self.arguments, self.called = kind, arguments, called
+        self.state: Any = None
+        self.items: list[tuple[Any, Any]] | None = None  # of a dictionary's subclass
+
+
+class Persistent:
+    """A reference to something beside the pickle."""
+
+    __slots__ = ("pid",)
+
+    def __init__(self, pid: Any) -> None:
+        self.pid = pid
+
+
+def shown(text: str, length: int = 80) -> str:
+    """Return a file's words for a message: escaped, and cut."""
+    cut = text if len(text) <= length else text[:length] + "..."
+    return repr(cut)[1:-1]
