@@ -54,20 +54,3 @@ def test_a_run_says_it_once() -> None:
     done = launch(2, OURS, "--num-experts", "4", "--train-iters", "1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("no balancing loss: ") == 1
-
-
-def test_losses_of_another_strength_are_said() -> None:
-    """Only where all three meet, and where there is a loss."""
-    flags = {
-        "--calculate-per-token-loss",
-        "--overlap-moe-expert-parallel-comm",
-        "--pipeline-model-parallel-size 2",
-    }
-    loss = "--moe-aux-loss-coeff 1e-2"
-    sentence = said(" ".join([loss, *sorted(flags)]))
-    assert sentence is not None
-    assert "leave out --overlap-moe-expert-parallel-comm" in sentence
-    for flag in flags:
-        assert said(" ".join([loss, *sorted(flags - {flag})])) is None
-    other = said(" ".join(["--moe-router-force-load-balancing", *sorted(flags)]))
-    assert other is None

@@ -26,7 +26,8 @@ class Case:
     etp: int = 1
     distributed_optimizer: bool = False
     recompute: str | None = None  # selective: the MoE layers; full
-    per_token: bool = False  # --calculate-per-token-loss, and a third of the tokens masked out
+    per_token: bool = False  # --calculate-per-token-loss, and some tokens masked out
+    masked: float = 1 / 3  # share of them
     counted: int = 0  # every so many tokens alone, where not 0
     padded: bool = False  # what is masked out is padding, and the model is told so
     values: int = 3  # that the loss function returns: 2 leaves out the number of tokens
@@ -35,15 +36,17 @@ class Case:
     bias: bool = False  # everywhere; with a shared expert, and nobody chooses the second half
     latent: str = ""  # attention: "plain" has a latent for keys and values, "queries" one for each
     sequence: bool = True  # sequence parallelism with TP
+    combined: bool = False  # Megatron's combined 1F1B schedule
     block: str = "ours"  # stock: Megatron's own; untagged: ours without its tags for the norm
 
     def alone(self) -> "Case":
         """Return the same model on one rank."""
         return Case(
             f"one rank: {self.sequences}, {self.per_token}, {self.layers}, {self.dense_layers}, "
-            f"{self.bias}, {self.padded}, {self.latent}",
+            f"{self.bias}, {self.padded}, {self.latent}, {self.masked}",
             sequences=self.sequences,
             per_token=self.per_token,
+            masked=self.masked,
             padded=self.padded,
             layers=self.layers,
             dense_layers=self.dense_layers,
@@ -79,7 +82,7 @@ def transformer_config(case: Case) -> Any:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    return config_type(
+    config = config_type(
         num_layers=case.layers,
         hidden_size=HIDDEN,
         num_attention_heads=4,
@@ -121,6 +124,9 @@ def transformer_config(case: Case) -> Any:
         **recompute,
         **attention,
     )
+    # Megatron asks for bf16 with it; in fp32 it can be compared.
+    config.overlap_moe_expert_parallel_comm = case.combined
+    return config
 
 
 def build(config: Any, stage: int | None) -> Any:
@@ -202,7 +208,7 @@ def batches(
     """Yield this rank's micro-batches of its part of one sequence; tensors [1, S / CP]."""
     generator = torch.Generator().manual_seed(iteration // 2)
     tokens = torch.randint(VOCAB, (case.sequences, LENGTH + 1), generator=generator)
-    masked = 1 / 3 if case.per_token else 0
+    masked = case.masked if case.per_token else 0
     kept = torch.rand(case.sequences, LENGTH, generator=generator) > masked
     if case.counted:
         kept = (torch.arange(LENGTH) % case.counted == 0).expand(case.sequences, -1)
@@ -217,13 +223,19 @@ def batches(
         }
 
 
-def forward_step(data: Iterator[dict[str, Any]], model: Any) -> tuple[Tensor, Any]:
-    """Run the model on a micro-batch; return its losses [1, S] and how to sum them."""
+def forward_step(
+    data: Iterator[dict[str, Any]], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """Run the model on a micro-batch; return its losses [1, S] and how to sum them.
+
+    Or the plan of such a run, as the combined schedule wants it.
+    """
     batch = next(data)
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
     positions = torch.arange(LENGTH)[None]
     padding = {} if batch["padding"] is None else {"padding_mask": batch["padding"]}
-    losses = model(batch["tokens"], positions, hidden, labels=batch["labels"], **padding)
+    run = model.build_schedule_plan if return_schedule_plan else model
+    losses = run(batch["tokens"], positions, hidden, labels=batch["labels"], **padding)
 
     def loss_func(losses: Tensor) -> tuple[Any, ...]:
         loss, tokens = (losses * batch["mask"]).sum(), batch["mask"].sum()

@@ -13,11 +13,16 @@ their backward. If a loss function returns no number of tokens, Megatron does no
 auxiliary loss gets the factor that Megatron gives the main loss.
 
 The other stages get n_m through the store of the default process group. The last stage puts it
-there before its own backward of the micro-batch; theirs run later.
+there before its own backward of the micro-batch; theirs run later. So they never read what a run
+before left there.
+
+A micro-batch's output is the first that its backward passes on a stage, in Megatron's combined 1F1B
+schedule too: that one runs forwards in between, but no other backward.
 """
 
 import functools
 import inspect
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -30,11 +35,12 @@ Weight = Tensor | float
 
 
 class Strength:
-    """The weight `now` of the micro-batch in backward; None outside Megatron's schedules."""
+    """The weight `now` of the micro-batch in backward; None where no loss function gave one."""
 
     def __init__(self) -> None:
         self.now: Weight | None = None
         self._calls: Counter[int | None] = Counter()  # vp_stage -> micro-batches trained on
+        self._world: Callable[[], Any] = lambda: None  # the process group they were counted in
 
     def weigh(self, loss: Tensor, otherwise: Weight) -> Tensor:
         """Return `loss` []; its gradient is multiplied by the weight, or else by `otherwise`."""
@@ -43,6 +49,7 @@ class Strength:
 
     def around_loss(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run Megatron's `forward_step_calc_loss`; the backward of its output sets the weight."""
+        self.now = None  # the backward of an earlier micro-batch, if one was under way, has ended
         bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
@@ -53,10 +60,9 @@ class Strength:
             given["loss_func"] = _keeping(given["loss_func"], returned)
         output, num_tokens = original(*bound.args, **bound.kwargs)
         stage, number = given["vp_stage"], given["num_microbatches"]
-        call = self._calls[stage]
-        self._calls[stage] += 1
         weight = _weight(returned[0], number) if returned else None
         if _stages() > 1:
+            call = self._count(stage)
             key = f"ep_plugin/counted/{_last_rank()}/{stage is None}/{{}}".format
             if weight is not None:
                 _publish(key(call), float(weight), key(call - number))
@@ -66,6 +72,18 @@ class Strength:
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(begin)  # type: ignore[no-untyped-call]
         return output, num_tokens
+
+    def _count(self, stage: int | None) -> int:
+        """Return how many micro-batches this virtual stage has trained on, and count one more.
+
+        All begin at 0 in a new process group: after a restart in the process some ranks may be new.
+        """
+        world = dist.distributed_c10d._get_default_group()
+        if self._world() is not world:
+            self._world = weakref.ref(world)
+            self._calls.clear()
+        self._calls[stage] += 1
+        return self._calls[stage] - 1
 
     def _begin(self, weight: Weight | None, grad: Tensor) -> None:
         self.now = weight
@@ -87,14 +105,9 @@ class _Weigh(torch.autograd.Function):
 
 
 def _is_weighed(config: Any) -> bool:
-    """Whether auxiliary losses are weighed here.
-
-    Not with the combined 1F1B schedule over several stages: it runs the backward layer by layer, so
-    the output's backward does not come first.
-    """
+    """Whether auxiliary losses are weighed here."""
     is_moe = getattr(config, "num_moe_experts", None) is not None
-    combined = getattr(config, "overlap_moe_expert_parallel_comm", False) and _stages() > 1
-    return config.calculate_per_token_loss and is_moe and not combined
+    return config.calculate_per_token_loss and is_moe
 
 
 def _keeping(loss_func: Callable[..., Any], returned: list[Any]) -> Callable[..., Any]:
@@ -127,7 +140,7 @@ def _publish(key: str, weight: float, done: str) -> None:
     """Put a micro-batch's weight into the store under `key`; delete that of the step before."""
     store = _store()
     store.set(key, str(weight))
-    store.delete_key(done)
+    store.delete_key(done)  # it waits for the store, which then has the new weight too
 
 
 def _store() -> Any:
