@@ -43,6 +43,26 @@ five only for a Megatron from its wheel, and over torch's Adam):
         a model that holds none of our blocks, or others, ends the run here
     training:setup_model_and_optimizer
         the model is built: Transformer Engine is asked which attention it will run
+    initialize:_initialize_distributed
+        ranks can tell each other where they are from here on
+    training:train
+        an exchange that fails in it says which rank is to blame
+    training:train_step
+        one call is one iteration
+    rerun_state_machine:RerunDataIterator.__next__
+        a rank waits for its data here
+    training:save_checkpoint
+        after a fault the sentence says that a rank was in it
+    training:load_checkpoint
+        after a fault the sentence says that a rank was in it
+    training:evaluate
+        after a fault the sentence says that a rank was in it
+    optimizer:ChainedOptimizer.step
+        after a fault the sentence says that a rank was in it
+    optimizer:MixedPrecisionOptimizer.step
+        after a fault the sentence says that a rank was in it
+    optimizer:FP32Optimizer.step
+        after a fault the sentence says that a rank was in it
     moe_logging:MoEMetricsTracker.report
         Megatron writes the losses of MoE layers here; the routers' metrics join them
     utils:compile_helpers

@@ -19,6 +19,7 @@ from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched, Dispatcher, Router, Routing, Schedule, tell_failure
 from ep_plugin.moe.parallel import check_experts_over_ranks
 from ep_plugin.moe.replicas import OncePerReplica
+from ep_plugin.moe.watch.place import Layer, Phase
 from ep_plugin.registry import resolve
 from ep_plugin.typed import shown, typed
 
@@ -69,6 +70,7 @@ class MoELayer(nn.Module):
         self.shared_expert = shared_expert
         self.schedule: Schedule = resolve("overlap", config.overlap)(config, self)
         self._routing_checked = False
+        self.place = Layer()
         self.coefficient = _coefficient(config, shared_expert, device, dtype)
         if init_method is not None:
             self.reset_parameters(init_method)
@@ -107,6 +109,7 @@ class MoELayer(nn.Module):
         Raises ConfigError when the first routing is not what `Routing` says, and for a mask of
         another shape or one that the router cannot take.
         """
+        self.place.enter(Phase.GATE)
         num_sequences = hidden.shape[-2] if hidden.dim() > 2 else 1
         tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
         if padding_mask is None:
@@ -117,6 +120,7 @@ class MoELayer(nn.Module):
         if not self._routing_checked:
             check_routing(routing, len(tokens), self.config.num_experts)
             self._routing_checked = True
+        self.place.enter(Phase.DISPATCH)
         return routing
 
     def onward(self, hidden: Tensor, routing: Routing) -> Tensor:
@@ -135,11 +139,13 @@ class MoELayer(nn.Module):
 
     def compute(self, inbox: Dispatched) -> Tensor:
         """Return what the experts make of `inbox`, [N, H]; if they fail, waiting ranks are told."""
+        self.place.enter(Phase.EXPERTS)
         try:
             outbox: Tensor = self.experts(inbox)
         except Exception:
             tell_failure(self.dispatcher)
             raise
+        self.place.enter(Phase.COMBINE)
         return outbox
 
     def merge(self, routed: Tensor, shared: Tensor | None, hidden: Tensor) -> Tensor:
@@ -147,6 +153,7 @@ class MoELayer(nn.Module):
 
         They are added, or weighed as DeepSpeed-MoE's residual expert (arXiv:2201.05596, 4.1).
         """
+        self.place.enter(Phase.PAST)
         routed = routed.view_as(hidden)
         if shared is None:
             return routed

@@ -22,7 +22,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.in_flags import THEIRS, in_flags
 from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE
 from ep_plugin.megatron.edge_settings import EdgeSettings
-from ep_plugin.megatron.seams import audit_save, check_save
+from ep_plugin.megatron.seams import audit_save, check_save, watch_ranks
 from ep_plugin.megatron.settings import ranks_per_node
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.routing_config import RoutingConfig
@@ -69,6 +69,7 @@ OBSERVERS = {  # row -> what must differ
     **dict.fromkeys(("preset", "optimizer_format"), "args"),
     "audit_save": "audited",
     "check_save": "checked",
+    "watch_ranks": "watched",
     "force_expert_choice": "accepted",
     **dict.fromkeys(("router", "topk", "score_function", "normalize", "router_dtype"), "routing"),
     **dict.fromkeys(("jitter_eps", "noise", "second_expert", "second_threshold"), "routing"),
@@ -169,6 +170,8 @@ def seen_by(observer: str, found: Accepted | str, ranks: int, pairs: dict[Case, 
         return audited(found.args)
     if observer == "checked":
         return checked(found.args)
+    if observer == "watched":
+        return watched(found.args)
     case = case_of(found, ranks)
     both = pairs[case] if ranks == 2 else (on_one_rank(case),)
     return [of_rank[observer] for of_rank in both]
@@ -202,6 +205,21 @@ def checked(args: Any) -> list[Any]:
         [(_, with_check, _)] = [call.args for call in patches.wrap.call_args_list]
         with_check(lambda *saved: None, 3, "a model", "its optimizer")
     return searched
+
+
+def watched(args: Any) -> list[int]:
+    """Return after how many seconds ranks are told to wait, of each start."""
+    started: list[int] = []
+    training = SimpleNamespace(get_args=lambda: args)
+    with (
+        patch.object(watch_ranks.importlib, "import_module", lambda name: training),
+        patch.object(watch_ranks.watch, "start", started.append),
+    ):
+        patches = Mock()
+        watch_ranks.changes(patches)
+        _, with_watch, _ = patches.wrap.call_args_list[0].args
+        with_watch(lambda: None)
+    return started
 
 
 @pytest.mark.parametrize(("name", "value", "beside", "on"), ACTS)

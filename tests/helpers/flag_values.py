@@ -37,6 +37,7 @@ SAMPLES: dict[str, tuple[Any, Any]] = {
     "ranks_per_node": (1, 2),
     "overlap_chunks": (1, 3),
     "experts_per_layer": ("4,8", "8,8"),
+    "watch_ranks": (5, 20),
     "preset": ("mixtral-8x7b", "switch-base-8"),
 }
 # Values that say what is so anyway in the plain model, which has --swiglu and no bias.

@@ -44,21 +44,27 @@ STOREYS = {
     "moe.groups": Storey(SETTINGS, "torch"),
     "moe.interfaces": Storey("moe.groups", "torch"),
     "moe.e4m3": Storey("", "torch"),
+    "moe.watch.place": Storey(),
+    "moe.watch.blame": Storey("moe.watch.place"),
+    "moe.watch": Storey("moe.watch.place moe.watch.blame", "torch"),
     "moe.kernels": Storey(f"{SETTINGS} moe.e4m3", "torch triton"),
     "moe.rows": Storey("moe.kernels", "torch"),
     "moe.replicas": Storey("moe.interfaces moe.groups moe.rows", "torch"),
     "moe.router": Storey(f"{SETTINGS} moe.interfaces moe.groups moe.kernels", "torch"),
     "moe.dispatcher": Storey(
-        f"{SETTINGS} moe.interfaces moe.groups moe.kernels moe.rows", "torch deep_ep"
+        f"{SETTINGS} moe.interfaces moe.groups moe.kernels moe.rows moe.watch.place",
+        "torch deep_ep",
     ),
     "moe.experts": Storey(
         f"{SETTINGS} moe.interfaces moe.groups moe.e4m3 moe.kernels moe.rows",
         "torch transformer_engine deep_gemm",
     ),
-    "moe.schedule": Storey(f"{SETTINGS} moe.interfaces moe.kernels moe.rows moe.experts", "torch"),
+    "moe.schedule": Storey(
+        f"{SETTINGS} moe.interfaces moe.kernels moe.rows moe.experts moe.watch.place", "torch"
+    ),
     "moe.layer": Storey(
         f"{SETTINGS} moe.auto moe.interfaces moe.groups moe.replicas moe.router moe.dispatcher "
-        "moe.experts moe.schedule",
+        "moe.experts moe.schedule moe.watch.place",
         "torch",
     ),
     # public names of what lies in storey 1

@@ -40,6 +40,13 @@ def experts_per_layer(text: str) -> tuple[int, ...]:
     return counts
 
 
+def seconds(text: str) -> int:
+    """Read a whole number of seconds, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be whole seconds, as 20, or 0; got {text!r}")
+    return int(text)
+
+
 def _scope(text: str) -> str:
     if text not in SCOPES:
         raise ValueError(text)
@@ -62,6 +69,7 @@ READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "--ep-experts-per-layer": (experts_per_layer, "N*LAYERS,..."),
     "--ep-further-losses": (further_losses, "SCOPE:COEFF,..."),
     "--ep-preset": (str, "NAME"),
+    "--ep-watch-ranks": (seconds, "SECONDS"),
 }
 
 

@@ -79,7 +79,8 @@ class Argument:
     def hint(self) -> Any:
         """The type of the field it feeds, without None."""
         if self.feeds is None:
-            return Literal[self.choices] if self.choices else bool
+            number = int if isinstance(self.default, int) and self.default else bool
+            return Literal[self.choices] if self.choices else number
         part, _, name = self.feeds.partition(".")
         hint = get_type_hints(HOMES[part])[name]
         kinds = [kind for kind in get_args(hint) if kind is not type(None)]
@@ -423,6 +424,20 @@ TABLE: tuple[Argument, ...] = (
             Need(
                 lambda args: args.ckpt_format == "torch_dist",
                 "reads --ckpt-format torch_dist; use --ckpt-format torch_dist",
+            ),
+        ),
+    ),
+    Argument(
+        "--ep-watch-ranks",
+        "run",
+        "seconds without a move after which a run says which rank it waits for; 0: never",
+        default=20,
+        comparable=False,
+        needs=(
+            Need(
+                lambda args: args.ep_watch_ranks <= 45 * args.distributed_timeout_minutes,
+                "is longer than three quarters of --distributed-timeout-minutes, after which the "
+                "process is ended and says nothing; use --ep-watch-ranks 20 or a longer timeout",
             ),
         ),
     ),

@@ -118,6 +118,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         )
         if not any(moe_pattern(config)[: (self.layer_number or 1) - 1]):
             choice.say(ours, layer.config, groups)
+        layer.place.name = self._place_name()
         # Kept outside the module tree: its children are registered here, under Megatron's names.
         object.__setattr__(self, "layer", layer)
         router: Any = layer.router
@@ -146,6 +147,14 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
             self.tracker.enter(self)
         if not self._is_built:
             self._build()
+        self.layer.place.name = self._place_name()
+
+    def _place_name(self) -> str:
+        """Return how a message calls this layer."""
+        if self.layer_number is None:
+            return ""
+        kind = "MTP layer" if self.is_mtp_layer else "layer"
+        return f"{kind} {self.layer_number}"
 
     def forward(
         self,

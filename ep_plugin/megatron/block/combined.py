@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ep_plugin.moe.experts.fused import parts_of
 from ep_plugin.moe.interfaces import Dispatched, Routing
+from ep_plugin.moe.watch.place import Phase
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def preprocess(
 def dispatch(block: Any, tokens: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """Return what stands for the tokens received [N, H], and their probabilities [N, C]."""
     routing = replace(block.under_way.routing, probs=probs)
+    block.layer.place.enter(Phase.DISPATCH)
     inbox = block.layer.dispatcher.start_dispatch(tokens, routing).wait()
     kept = replace(inbox, tokens=inbox.tokens.detach(), probs=inbox.probs.detach())
     block.under_way = replace(block.under_way, inbox=kept)
@@ -91,6 +93,7 @@ def routed_experts_compute(block: Any, stand_in: Tensor, probs: Tensor) -> tuple
 
 def combine(block: Any, outbox: Tensor) -> Tensor:
     """Bring `outbox` [N, H] home and sum per token: [T, H]."""
+    block.layer.place.enter(Phase.COMBINE)
     returned: Tensor = block.layer.dispatcher.start_combine(outbox, block.under_way.inbox).wait()
     return returned
 

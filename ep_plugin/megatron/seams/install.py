@@ -22,6 +22,7 @@ from ep_plugin.megatron.seams import (
     torch_adam,
     touchpoints,
     upcycling_by_hand,
+    watch_ranks,
     wheel,
 )
 from ep_plugin.megatron.seams.patches import Patches
@@ -134,6 +135,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         layout_run.changes(patches, release.losses.WRITERS)
         served.changes(patches, layer_class)
         attention.changes(patches, _print)
+        watch_ranks.changes(patches)
     for place in release.losses.WRITERS:
         if training or not place.startswith("megatron.training"):
             patches.wrap(

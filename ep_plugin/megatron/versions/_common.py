@@ -128,6 +128,15 @@ COMMON = (
     Touchpoint(
         "megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict", ("state_dict",)
     ),
+    # where every rank is
+    Touchpoint("megatron.training.initialize:_initialize_distributed"),
+    Touchpoint("megatron.training.training:train"),
+    Touchpoint("megatron.training.training:load_checkpoint"),
+    Touchpoint("megatron.training.training:evaluate"),
+    Touchpoint("megatron.core.rerun_state_machine:RerunDataIterator.__next__"),
+    Touchpoint("megatron.core.optimizer.optimizer:ChainedOptimizer.step"),
+    Touchpoint("megatron.core.optimizer.optimizer:MixedPrecisionOptimizer.step"),
+    Touchpoint("megatron.core.optimizer.optimizer:FP32Optimizer.step"),
     # parity of layouts
     Touchpoint(
         "megatron.training.training:train_step",

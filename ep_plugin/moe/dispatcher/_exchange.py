@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.kernels import select
+from ep_plugin.moe.watch.place import enter_backward, here, leave_backward
 
 WireFormat = Callable[[Tensor], Any]  # rows [P, H] to Rows8 or Blocks8
 
@@ -42,6 +43,7 @@ class Exchange:
 
     def __init__(self, splits: Splits, group: dist.ProcessGroup) -> None:
         self.splits, self.group = splits, group
+        self.place = here.code  # of the layer and phase that it belongs to
         self.works: list[Any] = []  # dist.Work
         self.received: Tensor | None = None
         self.record: Any = None  # Rows8 or Blocks8 received, if the exchange is in e4m3
@@ -102,7 +104,9 @@ class Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.exchange.wait()
+        exchange: Exchange = ctx.exchange
+        exchange.wait()
+        leave_backward(exchange.place)
         return grads[0], None
 
 
@@ -112,6 +116,7 @@ class Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
+        here.enter_layer(exchange.place)  # others may have been entered since it was started
         exchange.wait()
         received, exchange.received = exchange.received, None
         assert received is not None
@@ -121,6 +126,7 @@ class Wait(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         exchange: Exchange = ctx.exchange
         sent, received = exchange.splits
+        enter_backward(exchange.place)
         return exchange.start(grads[0], Splits(sent=received, received=sent)), None
 
 

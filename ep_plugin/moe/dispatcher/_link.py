@@ -19,6 +19,7 @@ from torch import Tensor
 from ep_plugin.moe.dispatcher._shared_buffer import SharedBuffer
 from ep_plugin.moe.interfaces import Pending
 from ep_plugin.moe.kernels.peers_torch import Peers, rows_of
+from ep_plugin.moe.watch.place import enter_backward, here, leave_backward
 
 _ALIGN = 128  # bytes; each tensor in a buffer starts at a multiple of it
 
@@ -129,22 +130,28 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, link: Link, sends: Sends, *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.link, ctx.sends = link, sends
+        ctx.link, ctx.sends, ctx.place = link, sends, here.code
         received = link.push(rows, sends)
         ctx.mark_non_differentiable(received[-1])
         return received
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.link.sum_home(grads[:-1], ctx.sends), None
+        enter_backward(ctx.place)
+        home = ctx.link.sum_home(grads[:-1], ctx.sends)
+        leave_backward(ctx.place)
+        return None, None, *home, None
 
 
 class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outbox: Tensor, link: Link, sends: Sends) -> Tensor:
-        ctx.link, ctx.sends = link, sends
+        ctx.link, ctx.sends, ctx.place = link, sends, here.code
         return link.sum_home((outbox,), sends)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.link.push(grads, ctx.sends)[0], None, None
+        enter_backward(ctx.place)
+        (pushed,) = ctx.link.push(grads, ctx.sends)
+        leave_backward(ctx.place)
+        return pushed, None, None

@@ -33,6 +33,7 @@ from ep_plugin.moe.dispatcher._one_host import check_one_host
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched, Pending, Routing
 from ep_plugin.moe.rows import count_choices
+from ep_plugin.moe.watch.place import enter_backward, here, leave_backward
 
 RANKS = (2, 4, 8)  # that the kernels are compiled for
 STEP, MOST_HIDDEN = 16, 8176  # the hidden sizes they take: multiples, up to
@@ -138,26 +139,31 @@ class _Dispatch(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, probs: Tensor, expert_ids: Tensor, trip: _Trip
     ) -> tuple[Tensor, ...]:
-        ctx.trip = trip
+        ctx.trip, ctx.place = trip, here.code
         tokens, ids, received_probs = trip.out(hidden, expert_ids, probs)
         ctx.mark_non_differentiable(ids)
         return tokens, ids, received_probs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        enter_backward(ctx.place)
         hidden, probs = ctx.trip.home(grads[0], grads[2])
+        leave_backward(ctx.place)
         return hidden, probs, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outbox: Tensor, trip: _Trip) -> Tensor:
-        ctx.trip = trip
+        ctx.trip, ctx.place = trip, here.code
         return trip.home(outbox, later=True)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.trip.out_again(grads[0]), None
+        enter_backward(ctx.place)
+        rows = ctx.trip.out_again(grads[0])
+        leave_backward(ctx.place)
+        return rows, None
 
 
 def _shared_buffer(groups: ExpertGroups, hidden_size: int) -> Any:

@@ -34,6 +34,7 @@ from ep_plugin.moe.experts.fused import (
 from ep_plugin.moe.rows import ExpertRows, count_choices, expert_rows
 from ep_plugin.moe.schedule._chunked_gradients import AtOnce, LegByLeg
 from ep_plugin.moe.schedule._trip import Leg, Trip, collected, set_out
+from ep_plugin.moe.watch.place import Phase, enter_other, here
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class ChunkedExperts(torch.autograd.Function):
     def forward(
         ctx: Any, outgoing: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor, call: Call
     ) -> Tensor:
-        trip = call.trip
+        trip, ctx.place = call.trip, here.code
         sent = outgoing if call.wire_format is None else call.wire_format(outgoing)
         arrivals = set_out(trip, sent)
         recipes = {leg: call.recipe(leg) for leg in trip.legs}
@@ -103,6 +104,7 @@ class ChunkedExperts(torch.autograd.Function):
         for leg in trip.others:
             second(leg, first(leg))
         second(trip.own, own)
+        enter_other(ctx.place, Phase.COMBINE)
         ctx.call, ctx.recipes = call, [recipes[leg] for leg in trip.legs]
         records = [by_leg[leg] for by_leg in (kept, held) for leg in trip.legs]
         _save(ctx, (call.probs, fc1, fc2), records)
@@ -113,6 +115,7 @@ class ChunkedExperts(torch.autograd.Function):
         call: Call = ctx.call
         trip, (probs, fc1, fc2), records = call.trip, *_saved(ctx)
         kept, held = records[: len(trip.legs)], records[len(trip.legs) :]
+        enter_other(ctx.place, Phase.BACKWARD_OF_COMBINE)
         arrivals = set_out(trip, grads[0].contiguous())
         recipe = call.recipes(call.all_rows())
         sums = (AtOnce if trip.to_all else LegByLeg)(trip, recipe, fc1, grads[0].dtype)
@@ -127,12 +130,15 @@ class ChunkedExperts(torch.autograd.Function):
                 incoming[-1], hidden, probs[leg.rows], fc2
             )
             sums.add(leg, own, d_hidden, active, d_probs.to(probs.dtype))
+        enter_other(ctx.place, Phase.BACKWARD_OF_DISPATCH)
         d_hidden, active = sums.finish()
         into = take(call.totals)
         d_fc2 = recipe.fc2_grads(recipe.all_incoming(came, incoming), active, into[1])
         d_fc1 = recipe.fc1_grads(d_hidden, kept if recipe.takes_pieces else joined(kept), into[0])
         weights = delivered(d_fc1, fc1), delivered(d_fc2, fc2)
-        return *sums.came_home(), *weights, None
+        home = sums.came_home()
+        enter_other(ctx.place, Phase.PAST_BACKWARD)
+        return *home, *weights, None
 
 
 class ThereAndBack(torch.autograd.Function):
