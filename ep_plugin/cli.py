@@ -1,8 +1,10 @@
 """`ep-plugin COMMAND ...`: a thin table; each command's module is imported when it is called."""
 
 import argparse
+import contextlib
 import os
 import sys
+import traceback
 from importlib import import_module
 from types import ModuleType
 
@@ -10,7 +12,9 @@ from ep_plugin import __version__
 from ep_plugin.commands import law
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import one_line
+from ep_plugin.written import cannot
 
+BUG = 70  # exit code of a mistake of ours, as sysexits.h has it
 # A command is a module of commands/ with add_arguments(parser) and run(args) -> int; and its help.
 # In NEEDS it may say which of its flags act only beside others (commands/law.py).
 COMMANDS = {
@@ -56,8 +60,33 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; a ConfigError is printed as one sentence and gives exit code 2."""
+    """Run one command and return its exit code.
+
+    What a user can mend is one sentence, with code 2; Ctrl-C gives 130, a reader of the output that
+    has had enough 1, and a mistake of ours BUG, with the traceback and where to report it.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    try:
+        try:
+            return _main(argv)
+        finally:  # also where argparse ends the process, after --help
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _ended(130)
+    except BrokenPipeError:  # the reader, head or less, has had enough
+        return _ended(1)
+    except OSError as error:
+        command = next((word for word in argv if word in COMMANDS), "")
+        if error.filename is None:
+            _say(command, f"the output cannot be written ({error.strerror}); send it elsewhere")
+        else:
+            _say(command, cannot("read or written", error.filename, error))
+        return _ended(2)
+
+
+def _main(argv: list[str]) -> int:
     if argv[:1] == ["run"]:  # not by argparse, which would take a `--` out of the script's flags
         return int(import_module("ep_plugin.run").main(argv[1:], "ep-plugin run"))
     selected = next((word for word in argv if not word.startswith("-")), None)
@@ -65,16 +94,35 @@ def main(argv: list[str] | None = None) -> int:
     module = _module(args.command)
     try:
         law.check(module, args, argv[argv.index(args.command) :])
-        code = int(module.run(args))
-        sys.stdout.flush()
+        return int(module.run(args))
     except ConfigError as error:
         words = law.words(getattr(module, "SPELLING", {}))
-        sentence = one_line(error.spelled(words))
-        print(f"ep-plugin {args.command}: error: {sentence}", file=sys.stderr)
+        _say(args.command, error.spelled(words))
         return 2
-    except BrokenPipeError:  # the reader, head or less, has had enough
+    except MemoryError:
+        _say(args.command, "memory ran out; use smaller sizes, or a machine with more memory")
+        return 2
+    except (OSError, KeyboardInterrupt):
+        raise
+    except Exception:
+        traceback.print_exc()
+        _say(
+            args.command,
+            "this is a mistake of ep-plugin, not of yours; please report the lines above, with the "
+            f"command and `ep-plugin doctor --json`, of ep-plugin {__version__}",
+        )
+        return BUG
+
+
+def _say(command: str, sentence: str) -> None:
+    name = f"ep-plugin {command}".strip()
+    print(f"{name}: error: {one_line(sentence)}", file=sys.stderr)
+
+
+def _ended(code: int) -> int:
+    """Return `code`; what is still to be written to the output is dropped."""
+    with contextlib.suppress(OSError, ValueError):  # no file behind it, in a test
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return code
 
 

@@ -20,9 +20,11 @@ class ConfigError(ValueError):
 
     def spelled(self, word: Callable[[str, str | None], str]) -> str:
         """Return the message with `word(name, value)` for each setting; value None: the name."""
-        return _SETTING.sub(lambda found: word(found[1], found[2]), super().__str__())
+        text = _SETTING.sub(lambda found: word(found[1], found[2]), super().__str__())
+        return text.replace(BRACKET, "<")
 
 
+BRACKET = "\ue000"  # for "<" in what somebody typed, which is no setting
 _SETTING = re.compile(r"<([a-z]\w*)(?:=([^<>]*))?>")
 
 

@@ -48,6 +48,8 @@ def main(argv: list[str], name: str = "python -m ep_plugin.run") -> int:
             short = name.removeprefix("python -m ")
             print(f"{short}: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -61,7 +63,7 @@ def run_script(script: str, arguments: list[str]) -> None:
             f"SCRIPT must be a Python file; got {script!r}; use torchrun FLAGS --no-python "
             "ep-plugin run SCRIPT, since what starts the ranks stands in front"
         )
-    if not Path(script).is_file():
+    if not os.path.isfile(script):
         raise ConfigError(
             f"SCRIPT must be a Python file; got {script!r}, which does not exist here; use the "
             "path of your pretrain script, with its flags behind it"
@@ -90,9 +92,11 @@ def _check_served(script: str) -> None:
     try:
         with tokenize.open(script) as file:
             tree = ast.parse(file.read())
-    except (SyntaxError, UnicodeDecodeError, ValueError):
+        check_script(tree)
+    except ConfigError:
+        raise
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
-    check_script(tree)
 
 
 def _be_the_only_rank() -> None:

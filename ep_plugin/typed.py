@@ -27,7 +27,7 @@ from typing import (
     get_type_hints,
 )
 
-from ep_plugin.errors import ConfigError
+from ep_plugin.errors import BRACKET, ConfigError
 
 LARGEST_INT = 2**31 - 1  # of a field without bounds of its own; sizes and indices are below it
 LARGEST_FLOAT = 1e30  # still finite in fp32
@@ -113,7 +113,7 @@ def check_value(owner: type, name: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: on one line, cut, and with its type if that is rare."""
+    """Return a value for a ConfigError: on one line, cut, and with its type if that is rare."""
     try:
         text = _SHORT.repr(value)
     except Exception:  # an integer of more digits than Python prints, an object of any kind
@@ -121,7 +121,7 @@ def shown(value: Any) -> str:
     text = " ".join(text.split())
     if len(text) > SHOWN:
         text = f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]}"
-    kind = type(value)
+    text, kind = text.replace("<", BRACKET), type(value)
     if kind in _PLAIN:
         return text
     return f"{text} ({kind.__module__}.{kind.__qualname__})"

@@ -1,6 +1,5 @@
 """The tokens that two models are compared on: prompts of the user's, or random ones."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.untrusted import cut, parse_json, read_text
 
 MAX_SEQUENCE = 256
+MAX_PROMPTS = 4096
+REMEDY = "use a file of text with a prompt a line, or a .json file such as [[1, 2, 3]]"
 Prompts = Sequence[Sequence[int]]
 
 
@@ -37,22 +39,29 @@ def read_prompts(path: Path, tokenizer: Path | None) -> list[list[int]]:
     A .json file has lists of ids; any other text, a prompt a line, for the tokenizer in the
     Hugging Face folder `tokenizer`. Raises ConfigError for a file that cannot be read or is empty.
     """
-    try:
-        text = path.read_text()
-        if path.suffix == ".json":
-            prompts = json.loads(text)
-        else:
-            lines = [line for line in text.splitlines() if line.strip()]
-            encode: Any = _load_tokenizer(path, tokenizer) if lines else None
-            prompts = [encode(line)["input_ids"] for line in lines]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--prompts {path} cannot be read ({error})") from error
+    text = read_text(path, REMEDY)
+    if path.suffix == ".json":
+        prompts = parse_json(text, f"--prompts {path}", REMEDY, list)
+    else:
+        lines = [line for line in text.splitlines() if line.strip()]
+        _check_count(path, len(lines))
+        encode: Any = _load_tokenizer(path, tokenizer) if lines else None
+        prompts = [encode(line)["input_ids"] for line in lines]
+    _check_count(path, len(prompts))
     if not _are_ids(prompts):
         raise ConfigError(
             f"--prompts {path} must hold at least one prompt, in .json as a list of lists of token "
             "ids such as [[1, 2, 3]]"
         )
     return [list(prompt) for prompt in prompts]
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count > MAX_PROMPTS:
+        raise ConfigError(
+            f"--prompts {path} has {count} prompts, and each is run through both models; use "
+            f"{MAX_PROMPTS} at most"
+        )
 
 
 def _are_ids(prompts: Any) -> bool:
@@ -75,15 +84,15 @@ def _load_tokenizer(path: Path, folder: Path | None) -> Any:
         )
     try:
         tokenizer: Any = import_module("transformers").AutoTokenizer
-        return tokenizer.from_pretrained(folder)
+        return tokenizer.from_pretrained(folder, local_files_only=True)
     except ImportError as error:
         raise BackendUnavailable(
             f"--prompts needs transformers ({error}); install 'ep-plugin[hf]'"
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any kind, for a damaged file
         raise ConfigError(
-            f"{folder} has no tokenizer that transformers can load ({error}); use a .json file "
-            "with lists of token ids"
+            f"{folder} has no tokenizer that transformers can load ({cut(str(error))}); use a file "
+            "of token ids, .json"
         ) from error
 
 

@@ -1,5 +1,7 @@
 """Every flag that is typed acts, or is refused before any work.
 
+Numbers are finite, and of a size that something can be counted or drawn with.
+
 A command's module may have a table NEEDS: which flags act only beside others. A flag that is typed
 although it would do nothing is refused in one sentence, and so is a flag that is typed twice, of
 which only the last would count. `cli.main` calls `check` for every command. `convert` asks its own
@@ -15,7 +17,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ep_plugin.errors import ConfigError, in_python
+from ep_plugin.typed import LARGEST_FLOAT, LARGEST_INT, shown
 
+LARGEST_SEED = 2**63 - 1
 LAST_COUNTS = ("convert",)  # commands whose scripts put flags behind others, which they replace
 
 
@@ -42,11 +46,26 @@ class _Counted(argparse.Namespace):
 
 def check(module: ModuleType, args: argparse.Namespace, argv: list[str]) -> None:
     """Raise ConfigError for a flag in `argv` that would do nothing; `args` is `argv`, parsed."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            _check_number(name, number)
     times = _times_typed(module, argv)
     for name, count in times.items():
         if count > 1 and argv[0] not in LAST_COUNTS:
             raise ConfigError(f"{_flag(name)} is typed {count} times; use it once")
     refuse_idle(getattr(module, "NEEDS", ()), +times, args)
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise ConfigError for a number that nothing here can count with."""
+    limit: float = LARGEST_SEED if name.endswith("seed") else LARGEST_INT
+    if type(value) is float:
+        limit = LARGEST_FLOAT
+    if type(value) in (int, float) and not abs(value) <= limit:  # nan is no number either
+        raise ConfigError(
+            f"{_flag(name)} must be a number up to {limit:.10g}; got {shown(value)}; use a smaller "
+            "one"
+        )
 
 
 def refuse_idle(needs: Iterable[Need], typed: Collection[str], args: argparse.Namespace) -> None:

@@ -209,7 +209,7 @@ def test_a_recipe_that_cannot_take_a_shape_leaves_the_others_their_rows(
         (["layer", "--resume"], "--resume needs --output, .*"),
         (["gemm", "--cuda-graph"], "--cuda-graph is for layer and overlap; got gemm; use .*"),
         (["layer", "--cuda-graph"], "--cuda-graph needs a CUDA device; this is cpu; use .*"),
-        (["layer", "--output", "bad.json"], "bad.json is no file of bench.*"),
+        (["layer", "--output", "bad.json"], "bad.json cannot be read .*; use another --output"),
     ],
 )
 def test_bad_input_is_refused(

@@ -104,7 +104,7 @@ def test_a_wrong_command_line_is_exit_code_2(
 
 
 MISTAKES = {
-    "apply": (["no_such_script.py"], "no_such_script.py: cannot be read"),
+    "apply": (["no_such_script.py"], "no_such_script.py cannot be read"),
     "audit": (["no_such_folder"], "checkpoint no_such_folder is not a folder; .* named"),
     "bench": (["layer", "--shapes", "huge"], "--shapes must be among dsv3, .*; got 'huge'"),
     "convert": (

@@ -236,7 +236,7 @@ def test_command_writes_nothing_when_one_script_is_refused(
 def test_command_names_a_file_it_cannot_read(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["apply", name]) == 2
     assert re.fullmatch(
-        rf"ep-plugin apply: error: {re.escape(name)}: cannot be read \(.+\)\n",
+        rf"ep-plugin apply: error: {re.escape(name)} cannot be read \(.+\); give .+\n",
         capsys.readouterr().err,
     )
 

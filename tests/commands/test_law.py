@@ -8,6 +8,7 @@ that names a flag that was typed and says what to use.
 import argparse
 import json
 from collections.abc import Callable
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ep_plugin.commands.bench.which_flags import BACKENDS
 from ep_plugin.commands.parity import runs as parity_runs
 from ep_plugin.commands.parity.launch import Launcher
 from ep_plugin.commands.parity.layouts import Layout
+from ep_plugin.written import write_picture
 
 CPU = torch.device("cpu")
 PLAIN = 'from megatron.training import pretrain\n\nif __name__ == "__main__":\n    pretrain()\n'
@@ -134,8 +136,8 @@ class Drawn:
     def __init__(self, *content: object) -> None:
         self.content = content
 
-    def savefig(self, path: Path, **_: object) -> None:
-        path.write_text(repr(self.content))
+    def savefig(self, file: BytesIO, **_: object) -> None:
+        file.write(repr(self.content).encode())
 
 
 @pytest.fixture
@@ -148,7 +150,9 @@ def here(
     stub_parity(monkeypatch, found)
     monkeypatch.setattr(doctor, "examine", list)
     monkeypatch.setattr(
-        plan, "draw", lambda rows, measured, args: Drawn(rows, measured).savefig(args.plot)
+        plan,
+        "draw",
+        lambda rows, measured, args: write_picture(args.plot, Drawn(rows, measured), 1),
     )
     summary = argparse.Namespace(measured=lambda folder: {})
     page = argparse.Namespace(make_page=lambda *content: repr(content))

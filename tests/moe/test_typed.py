@@ -165,9 +165,13 @@ def test_a_function_checks_its_arguments_and_keeps_its_name() -> None:
 
 
 def test_values_are_shown_on_one_short_line() -> None:
-    assert shown("a\nb") == "'a\\nb'"
-    assert shown(hostile.Unprintable()).startswith("<Unprintable instance at")
-    assert shown(10**5000) == "<int>"
+    def said(value: Any) -> str:
+        return str(ConfigError(shown(value)))
+
+    assert said("a\nb") == "'a\\nb'"
+    assert said("<topk>") == "'<topk>'"
+    assert said(hostile.Unprintable()).startswith("<Unprintable instance at")
+    assert said(10**5000) == "<int>"
     assert "\n" not in shown(hostile.TwoLines())
     assert len(shown(hostile.TwoLines())) < 120
 

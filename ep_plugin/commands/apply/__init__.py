@@ -15,10 +15,7 @@ understood is refused with the line named; `python -m ep_plugin.run SCRIPT` need
 import argparse
 import difflib
 import io
-import os
-import shutil
 import sys
-import tempfile
 import tokenize
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +31,10 @@ from ep_plugin.commands.apply.script import (
     split_lines,
 )
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import read_bytes
+from ep_plugin.written import write_whole
 
+MOST_BYTES = 1 << 20  # of a script, which Python reads into a tree much larger
 IMPORT = "import ep_plugin.megatron"
 CALL = "ep_plugin.megatron.install()"
 EXAMPLES = """examples:
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.buffer.write(diff(path.as_posix().lstrip("/"), old, new))
             continue
         if old != new and not args.check:
-            _write(path, new)
+            write_whole(path, new)
         would = "would be " if args.check else ""
         done = "taken out" if args.revert else "added"
         print(f"{path}: {'unchanged' if old == new else f'plugin {would}{done}'}")
@@ -163,25 +163,15 @@ def run(args: argparse.Namespace) -> int:
 def _edited(path: Path, edit: Callable[[str], str]) -> tuple[bytes, bytes]:
     from ep_plugin.megatron.seams.served import check_neighbours
 
+    source = read_bytes(path, "give the path of your pretrain script", MOST_BYTES)
     try:
-        source = path.read_bytes()
         if edit is apply:
             check_neighbours(path)
         return source, rewrite(source, edit)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"{path}: it nests too deep to be understood; `python -m ep_plugin.run SCRIPT` needs "
+            "no edit"
+        ) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace the file in one step, its mode kept; a symbolic link stays one."""
-    target = path.resolve()
-    try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete_on_close=False) as file:
-            file.write(content)
-            file.close()
-            shutil.copymode(target, file.name)
-            os.replace(file.name, target)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error

@@ -22,6 +22,11 @@ def parse(text: str) -> ast.Module:
         raise ConfigError(
             f"line {error.lineno}: {error.msg}; give a script that Python runs"
         ) from error
+    except (ValueError, RecursionError, MemoryError) as error:  # a null byte; brackets in brackets
+        raise ConfigError(
+            f"Python cannot read it ({error or 'it nests too deep'}); give a script that Python "
+            "runs"
+        ) from error
 
 
 def split_lines(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """`ep-plugin bench`: time the layer, its products or its kernels beside their peers."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ from ep_plugin.commands.bench.measure import Protocol, default_device
 from ep_plugin.commands.bench.shapes import MODELS, TINY, Shape, pick
 from ep_plugin.commands.bench.which_flags import BACKENDS, NEEDS
 from ep_plugin.errors import BackendUnavailable, ConfigError, closest
+from ep_plugin.typed import shown
+from ep_plugin.written import check_picture, check_place, write_picture, write_whole
 
 __all__ = ["NEEDS", "add_arguments", "run"]
 EXAMPLES = """examples:
@@ -50,6 +53,7 @@ Shapes are what one rank computes of a published model:
   mixtral      Mixtral 8x7B
   tiny         for a quick look, on any machine
 """
+MOST_ROUNDS = 1_000_000
 BENCHES: dict[str, Callable[[Contest, Shape, str], list[Row]]] = {
     "layer": whole_layer.measure,
     "gemm": products_alone.measure,
@@ -101,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     # before minutes of measuring
     plot = _load("plot", "--plot") if args.plot is not None else None
     picture = _load("timeline_plot", "--trace-plot") if args.trace_plot is not None else None
+    _check_places(args)
     device = default_device()
     if args.cuda_graph:
         require_cuda("--cuda-graph", device, "a run without it")
@@ -121,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         tuple(args.recipes),
         tuple(args.dispatchers),
     )
-    rows = _measure(args, contest, shapes, kept)
+    rows, kept = _measure(args, contest, shapes, kept)
     code = 0 if rows else 2
     traced = args.trace is not None or picture is not None
     if traced:
@@ -131,17 +136,29 @@ def run(args: argparse.Namespace) -> int:
         over_ranks.leave_ranks()
         if os.environ["RANK"] != "0":
             return code
-    if args.trace is not None:
-        args.trace.parent.mkdir(parents=True, exist_ok=True)
-        args.trace.write_text(json.dumps(timeline))
-    if picture is not None:
-        picture.draw(timeline).savefig(args.trace_plot, dpi=144)
     for line in contest.absentees():
         print(f"not measured: {line}", file=sys.stderr if args.json else sys.stdout)
-    print(json.dumps(rows) if args.json else table(rows))
+    # Before any file: a disk that is full loses no figures.
+    print(json.dumps(rows) if args.json else table(rows), flush=True)
+    if args.output is not None:
+        write(args.output, kept)
+    if args.trace is not None:
+        write_whole(args.trace, json.dumps(timeline))
+    if picture is not None:
+        write_picture(args.trace_plot, picture.draw(timeline), dpi=144)
     if plot is not None:
-        plot.draw(rows).savefig(args.plot, dpi=144)
+        write_picture(args.plot, plot.draw(rows), dpi=144)
     return code
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Raise ConfigError, before minutes of measuring, for a place that cannot be written to."""
+    for flag, path in (("--plot", args.plot), ("--trace-plot", args.trace_plot)):
+        if path is not None:
+            check_picture(path, flag)
+    for path in (args.output, args.trace):
+        if path is not None:
+            check_place(path)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -154,6 +171,10 @@ def _check(args: argparse.Namespace) -> None:
             _check_choice(f"--{name}", value, legal)
     for name, least in (("repeats", 1), ("warm", 0)):
         value = getattr(args, name)
+        if value > MOST_ROUNDS:
+            raise ConfigError(
+                f"--{name} must be at most {MOST_ROUNDS}; got {value}; use --{name} 100"
+            )
         if value < least:
             raise ConfigError(
                 f"--{name} must be at least {least}; got {value}; use --{name} {least}"
@@ -162,7 +183,7 @@ def _check(args: argparse.Namespace) -> None:
     for value in args.backends:
         if value not in legal_backends:
             raise ConfigError(
-                f"--backends must be among {', '.join(legal_backends)}; got {value!r}; use "
+                f"--backends must be among {', '.join(legal_backends)}; got {shown(value)}; use "
                 f"--backends {OURS}"
             )
 
@@ -172,23 +193,27 @@ def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
     if value not in legal:
         typed = "bench" if name == "BENCH" else name
         raise ConfigError(
-            f"{name} must be one of {', '.join(legal)}; got {value!r}; use {typed} "
+            f"{name} must be one of {', '.join(legal)}; got {shown(value)}; use {typed} "
             f"{closest(value, legal)[0]}"
         )
 
 
 def _measure(
     args: argparse.Namespace, contest: Contest, shapes: list[Shape], kept: list[Row]
-) -> list[Row]:
-    """Return the rows of this run and those it resumed; write them as they come."""
+) -> tuple[list[Row], list[Row]]:
+    """Return the rows of this run and those it resumed, and all of --output.
+
+    They are written as they come; where that fails, `run` says so once all are printed.
+    """
     rows = contest.kept
     for shape in shapes:
         for routing in args.routing or ["balanced"]:
             made = BENCHES[args.bench](contest, shape, routing)
             rows, kept = merge(rows, made), merge(kept, made)
             if args.output is not None and os.environ.get("RANK", "0") == "0":
-                write(args.output, kept)
-    return rows
+                with contextlib.suppress(ConfigError):
+                    write(args.output, kept)
+    return rows, kept
 
 
 def _load(module: str, flag: str) -> Any:

@@ -12,6 +12,9 @@ import torch
 
 from ep_plugin.commands.bench.measure import Timing
 from ep_plugin.errors import ConfigError
+from ep_plugin.typed import shown
+from ep_plugin.untrusted import read_json
+from ep_plugin.written import write_whole
 
 Row = dict[str, Any]
 IDENTITY = (
@@ -27,6 +30,18 @@ EMPTY: Row = {
     **dict.fromkeys(("hidden_share", "covered_share")),
 }
 OF_SOME = {"largest_share", "dims", "tokens_per_second", "first_losses", "losses"}  # benches
+# What a row must have to be printed and drawn: the types of each name, and which are never None.
+TEXTS = "bench shape op backend precision routing device dispatcher schedule"
+NUMBERS = (
+    "ms p10_ms p90_ms fwd_ms weight_quant_ms floor_ms saved_mib tflops gbps exchange_ms "
+    "compute_ms hidden_share covered_share"
+)
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(TEXTS.split(), (str,)),
+    **dict.fromkeys(NUMBERS.split(), (int, float)),
+    **{"ep": (int,), "graph": (bool,)},
+}
+ALWAYS = {"bench", "shape", "backend", "precision", "routing", "device", "ms", "ep", "graph"}
 PACKAGES = (
     *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),
     *("sonic-moe", "quack-kernels", "liger-kernel", "sgl-deep-gemm", "deep-gemm"),
@@ -73,13 +88,24 @@ def read(path: Path) -> list[Row]:
     """Return the rows of a file, none if there is no file; raises ConfigError for other content."""
     if not path.exists():
         return []
-    try:
-        rows = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} is no file of bench ({error}); use another --output") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"{path} is no file of bench; use another --output")
+    rows: list[Row] = read_json(path, "use another --output", list)
+    for number, row in enumerate(rows, start=1):
+        if wrong := _wrong(row):
+            raise ConfigError(
+                f"{path} is no file of bench: in row {number} {wrong}; use another --output"
+            )
     return rows
+
+
+def _wrong(row: Any) -> str:
+    """Return what in a row of a file can be neither printed nor drawn; "" for one that can."""
+    if not isinstance(row, dict):
+        return "there are no names"
+    for name, kind in KINDS.items():
+        value = row.get(name)
+        if type(value) not in kind and not (value is None and name not in ALWAYS):
+            return f"{name} is {shown(value)}"
+    return "" if row["ep"] > 0 and row["ms"] > 0 else "ep or ms is not positive"
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
@@ -91,9 +117,8 @@ def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
 def write(path: Path, rows: list[Row]) -> None:
     """Write rows, one a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(f"[\n{lines}\n]\n" if rows else "[]\n")
+    write_whole(path, f"[\n{lines}\n]\n" if rows else "[]\n")
 
 
 def table(rows: list[Row]) -> str:

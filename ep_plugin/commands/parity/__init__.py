@@ -7,6 +7,7 @@ reads what they left (`ep_plugin/megatron/workers/layout_run.py`), `shown.py` sh
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections import Counter
@@ -21,6 +22,8 @@ from ep_plugin.commands.parity.shown import table
 from ep_plugin.commands.parity.sizes import check_sizes
 from ep_plugin.commands.parity.tiny import default_layout, shrink
 from ep_plugin.errors import ConfigError
+from ep_plugin.typed import shown
+from ep_plugin.written import check_place, write_whole
 
 EXAMPLES = r"""examples:
   ep-plugin parity pretrain_gpt.py --tiny
@@ -34,6 +37,9 @@ differs between layouts by nature and is set aside. A layout takes as
 few ranks as it can; dp=N gives it more. Where there are GPUs enough they are used, else the CPU.
 Exit code 1: a layout differs, or did not run; 2: a setting is wrong.
 """
+
+
+LARGEST = 1e30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     _check_script(args.script)
     _check_numbers(args)
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        check_place(args.output)
     expanded = expand_preset(theirs)
     if args.layouts is None:
         args.layouts = [default_layout(expanded, args.tiny)]
@@ -113,9 +119,9 @@ def run(args: argparse.Namespace) -> int:
         "set_aside": [setting.as_dict() for setting in aside],
         "layouts": [comparison.as_dict() for comparison in comparisons],
     }
+    print(json.dumps(report) if args.json else table(comparisons), flush=True)
     if args.output is not None:
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report) if args.json else table(comparisons))
+        write_whole(args.output, json.dumps(report, indent=2) + "\n")
     return 0 if passed else 1
 
 
@@ -133,10 +139,10 @@ def _check_script(script: str | None) -> None:
             "SCRIPT is missing, and stands first; use ep-plugin parity pretrain_gpt.py with its "
             "flags, then the flags of parity"
         )
-    if not Path(script).is_file():
+    if not os.path.isfile(script):
         raise ConfigError(
-            f"SCRIPT must be a Python file; got {script!r}, which is not here; use the path of "
-            "your pretrain script"
+            f"SCRIPT must be a Python file; got {shown(script)}, which is not here; use the path "
+            "of your pretrain script"
         )
 
 
@@ -146,9 +152,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
             f"--iterations must be at least {least}; got {args.iterations}; use "
             f"--iterations {least}"
         )
-    if not args.tolerance > 0:
+    if not 0 < args.tolerance < LARGEST:
         raise ConfigError(
-            f"--tolerance must be above 0; got {args.tolerance}; use --tolerance 1e-5"
+            f"--tolerance must be above 0 and finite; got {args.tolerance}; use --tolerance 1e-5"
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import gcd
 
-from ep_plugin.commands.parity.comparable import value, values, without
+from ep_plugin.commands.parity.comparable import is_number, value, values, without
 from ep_plugin.commands.parity.layouts import Layout
 from ep_plugin.moe.parallel import ParallelConfig
 
@@ -166,7 +166,7 @@ def _capacity(arguments: list[str], layouts: Sequence[Layout]) -> tuple[list[str
     losses = value(arguments, SCOPE) == "group" or "group:" in (value(arguments, FURTHER) or "")
     counted = losses or any(value(arguments, flag) is not None for flag in CAPACITY)
     length, tokens = value(arguments, SEQUENCE), value(arguments, GROUP_TOKENS)
-    if not all(number is None or number.isdecimal() for number in (length, tokens)):
+    if not all(number is None or is_number(number) for number in (length, tokens)):
         return arguments, []  # which the run refuses in its own words
     if not counted or length is None or not any(_over_tokens(x.parallel) for x in layouts):
         return arguments, []

@@ -100,6 +100,11 @@ def without(arguments: list[str], names: Sequence[str]) -> tuple[list[str], list
     return kept, taken
 
 
+def is_number(text: str | None) -> bool:
+    """Whether a word is a whole number that can be a size, from 0 on."""
+    return text is not None and text.isascii() and text.isdecimal() and len(text) < 10
+
+
 def value(arguments: list[str], name: str) -> str | None:
     """Return the first word after the last `name`; None without it."""
     found = None

@@ -5,6 +5,7 @@ from math import lcm
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.parallel import ParallelConfig
+from ep_plugin.typed import shown
 
 DEGREES = {
     "tp": "--tensor-model-parallel-size",
@@ -61,10 +62,10 @@ def parse(text: str) -> Layout:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if name not in (*DEGREES, "dp") or not size.isdecimal() or int(size) < 1 or name in sizes:
+        if name not in (*DEGREES, "dp") or not _is_size(size) or name in sizes:
             raise ConfigError(
                 f"--layouts takes {', '.join(DEGREES)} and dp, each once with a size from 1 on; "
-                f"got {text!r}; use --layouts tp=2,ep=4 for one, and a space before the next"
+                f"got {shown(text)}; use --layouts tp=2,ep=4 for one, and a space before the next"
             )
         sizes[name] = int(size)
     tp, cp, pp = (sizes.get(name, 1) for name in ("tp", "cp", "pp"))
@@ -80,6 +81,10 @@ def parse(text: str) -> Layout:
     ep, etp = sizes.get("ep", 1), sizes.get("etp")
     world_size = dense * dp * pp
     return Layout(text, ParallelConfig(world_size=world_size, tp=tp, pp=pp, cp=cp, ep=ep, etp=etp))
+
+
+def _is_size(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and int(text[:7]) > 0 and len(text) < 7
 
 
 def spell(sizes: dict[str, int]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ep_plugin.commands.parity.comparable import value
+from ep_plugin.commands.parity.comparable import is_number, value
 from ep_plugin.commands.parity.layouts import Layout, parse, spell
 from ep_plugin.errors import ConfigError, largest_divisor
 
@@ -21,7 +21,7 @@ def check_sizes(arguments: list[str], layouts: Sequence[Layout]) -> None:
             size = _degree(layout, degree)
             for flag in flags:
                 text = value(arguments, flag)
-                if text is not None and text.isdecimal() and int(text) % size:
+                if text is not None and is_number(text) and int(text) % size:
                     raise ConfigError(
                         f"--layouts {layout.name}: {degree} ({size}) must divide {flag} ({text}); "
                         f"use --layouts {that_goes(arguments, layout)}"
@@ -40,7 +40,7 @@ def that_goes(arguments: list[str], layout: Layout) -> str:
         size = _degree(layout, degree)
         for flag in DIVIDED.get(degree, ()) * 2:  # one size can undo what another asked for
             text = value(arguments, flag)
-            if text is not None and text.isdecimal() and int(text) > 0:
+            if text is not None and is_number(text) and int(text) > 0:
                 size = largest_divisor(int(text), size)
         if size > 1 or degree == "ep":
             sizes[degree] = size

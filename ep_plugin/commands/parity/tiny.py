@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from math import lcm
 
 from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
-from ep_plugin.commands.parity.comparable import Arguments, value, without
+from ep_plugin.commands.parity.comparable import Arguments, is_number, value, without
 from ep_plugin.commands.parity.layouts import Layout
 from ep_plugin.errors import ConfigError
+from ep_plugin.typed import shown
 
 HEAD = 16  # size of one attention head
 SEQUENCE = 32
@@ -76,7 +77,7 @@ def shrink(arguments: list[str], layouts: Sequence[Layout]) -> Arguments:
             words[PYRAMID] = ",".join(map(str, counts))
     for name in PER_LAYER:
         text = value(arguments, name)
-        if text is not None and not text.isdecimal():
+        if text is not None and not is_number(text):
             each = _frequency(arguments, name, depth)
             words[name] = (
                 _listed(_last(list(each), len(pattern))) if isinstance(each, list) else str(each)
@@ -149,7 +150,7 @@ def _layers(arguments: list[str], depth: int, pp: int) -> list[int]:
 def _frequency(arguments: list[str], name: str, depth: int) -> int | list[int]:
     """Return N, for every Nth layer, or 0 or 1 for each of `depth` layers."""
     text = value(arguments, name) or "1"
-    if text.isdecimal() and int(text) > 0:
+    if is_number(text) and int(text) > 0:
         return int(text)
     try:
         return parse_layers(text, depth)
@@ -208,7 +209,6 @@ def _number(arguments: list[str], name: str, default: int) -> int:
     text = value(arguments, name)
     if text is None:
         return default
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ConfigError(f"{name} must be a whole number; got {text!r}") from error
+    if not is_number(text):
+        raise ConfigError(f"{name} must be a whole number; got {shown(text)}; use {name} {default}")
+    return int(text)

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ep_plugin.commands.law import Need
 from ep_plugin.commands.plan import fit
@@ -20,6 +20,9 @@ from ep_plugin.commands.plan.network import (
 )
 from ep_plugin.commands.plan.show import draw, table
 from ep_plugin.errors import ConfigError
+from ep_plugin.moe.parallel import Ranks
+from ep_plugin.typed import Typed, Within
+from ep_plugin.untrusted import cut, read_json
 
 SENT_AS = {"alltoall": "flat", "alltoall+dedup": "dedup", "hierarchical": "hierarchical"}
 SENT_IN_A_GRAPH = {"serial": "symm_mem", "chunked": "swaps"}  # through symm_mem, by its schedule
@@ -62,14 +65,18 @@ NEEDS = (
 )
 
 
+Milliseconds = Annotated[float, Within(1e-9, 1e9, "positive and finite")]
+Share = Annotated[float, Within(-1e3, 1.0, "a share, 1 at most")]
+
+
 @dataclass(frozen=True)
-class Measured:
+class Measured(Typed):
     """An exchange of a step as it was measured."""
 
-    ep: int
+    ep: Ranks
     how: str
-    exchange_ms: float
-    hidden_share: float
+    exchange_ms: Milliseconds
+    hidden_share: Share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +177,6 @@ def run(args: argparse.Namespace) -> int:
     ]
     measured = _measured(args, traffic) if args.measured is not None else []
     if args.plot is not None:
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(rows, measured, args)
     print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else table(rows))
     if measured and not args.json:
@@ -202,8 +208,8 @@ def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
     Of `symm_mem` those in a CUDA graph: else the time is that of the host's launches.
     """
     dims = {"tokens": traffic.tokens, "topk": traffic.topk, "hidden": traffic.hidden}
+    rows = read_json(path, "use the --output of `bench overlap`", list)
     try:
-        rows = json.loads(path.read_text())
         found = [
             Measured(row["ep"], how, row["exchange_ms"], row["hidden_share"])
             for row in rows
@@ -213,9 +219,10 @@ def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
             and row["dims"] == dims
             and (how := _sent_as(row)) is not None
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
-            f"--measured {path} is no file of `bench overlap` ({error!r}); use its --output"
+            f"--measured {path} is no file of `bench overlap` ({cut(repr(error))}); use its "
+            "--output"
         ) from error
     if not found:
         raise ConfigError(

@@ -12,6 +12,10 @@ from ep_plugin.moe.auto import saves_rows
 from ep_plugin.moe.parallel import ParallelConfig
 from ep_plugin.presets import Preset, load
 
+MOST = {  # what is refused looks for a layout that goes
+    **dict.fromkeys(("gpus", "tp", "pp", "cp", "etp"), 1 << 18),
+    "micro_batch": 1 << 20,
+}
 USABLE = 0.9  # of a GPU's memory; the rest is what is not counted
 NEEDS = (
     Need(
@@ -91,10 +95,14 @@ def _check(args: argparse.Namespace, preset: Preset) -> None:
     for name in numbers:
         value = getattr(args, name)
         if value is not None and value <= 0:
-            flag = f"--{name.replace('_', '-')}"
+            flag = _flag(name)
             least = _gpus(args, preset) if name == "gpus" else preset.seq_length
             use = least if name in ("gpus", "seq_length") else 1
             raise ConfigError(f"{flag} must be positive; got {value}; use {flag} {use}")
+        if value is not None and name in MOST and value > MOST[name]:
+            raise ConfigError(
+                f"{_flag(name)} must be at most {MOST[name]}; got {value}; use a smaller one"
+            )
     heads, layers = preset.model.heads, len(preset.model.experts)
     length = args.seq_length or preset.seq_length
     if heads % args.tp:
@@ -120,6 +128,10 @@ def _check(args: argparse.Namespace, preset: Preset) -> None:
         )
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _cuts(args: argparse.Namespace, length: int) -> bool:
     """Whether context parallelism cuts a sequence of `length` tokens evenly."""
     return bool(args.cp == 1 or length % (2 * args.cp * args.tp) == 0)
@@ -128,7 +140,8 @@ def _cuts(args: argparse.Namespace, length: int) -> bool:
 def _largest(args: argparse.Namespace, preset: Preset, name: str, otherwise: int) -> int:
     """Return the largest value up to that given which makes the whole line go, if there is one."""
     given = vars(args)
-    values = range(given[name], 0, -1)
+    most = {"tp": preset.model.heads, "pp": len(preset.model.experts)}.get(name, args.gpus)
+    values = range(min(given[name], most), 0, -1)
     whole = (n for n in values if _whole(argparse.Namespace(**{**given, name: n}), preset))
     return next(whole, otherwise)
 
@@ -173,7 +186,10 @@ def _check_experts(args: argparse.Namespace, preset: Preset, ep: int) -> None:
     if _goes(args, preset, ep):
         return
     per_stage = args.gpus // args.pp
-    legal = next((n for n in range(ep, 0, -1) if _goes(args, preset, n)), None)
+    legal = next(
+        (n for n in range(min(ep, max(1, *preset.model.experts)), 0, -1) if _goes(args, preset, n)),
+        None,
+    )
     use = f"--ep {legal}"
     if legal is None:
         use = f"--ep 1 --etp {largest_divisor(per_stage, args.etp)}"

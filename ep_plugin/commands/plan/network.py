@@ -128,7 +128,9 @@ def _check(traffic: Traffic, ep: int, domain: int) -> None:
         return
     if ep < 1:
         raise ConfigError(f"<ep> must be positive; got {ep}; use <ep=1>")
-    legal = next((n for n in range(ep, 0, -1) if goes(traffic.experts, n, domain)), 1)
+    legal = next(
+        (n for n in range(min(ep, traffic.experts), 0, -1) if goes(traffic.experts, n, domain)), 1
+    )
     if traffic.experts % ep:
         raise ConfigError(
             f"<ep> ({ep}) must divide <experts> ({traffic.experts}); use <ep={legal}>"

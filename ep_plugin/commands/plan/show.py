@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ep_plugin.commands.plan.network import HOWS, ONE_DOMAIN, Forecast
 from ep_plugin.errors import ConfigError
+from ep_plugin.written import check_picture, write_picture
 
 if TYPE_CHECKING:
     from ep_plugin.commands.plan import Measured
@@ -30,6 +31,7 @@ def draw(rows: list[Forecast], measured: list["Measured"], args: argparse.Namesp
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(f"--plot needs matplotlib ({error}); leave --plot out") from error
+    check_picture(args.plot, "--plot")
     figure = Figure(figsize=(9.5, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for index, how in enumerate((*HOWS, *ONE_DOMAIN)):
@@ -51,4 +53,4 @@ def draw(rows: list[Forecast], measured: list["Measured"], args: argparse.Namesp
     bottom.set_ylim(0, 105)
     top.set_title(f"{args.network}: {args.tokens} tokens, top-{args.topk}, hidden {args.hidden}")
     figure.legend(*top.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.savefig(args.plot, dpi=120)
+    write_picture(args.plot, figure, dpi=120)

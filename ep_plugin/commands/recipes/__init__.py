@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from ep_plugin.errors import ConfigError, closest
+from ep_plugin.typed import shown
+from ep_plugin.written import cannot, write_whole
 
 EXAMPLES = """examples:
   ep-plugin recipes                               every recipe, one a line
@@ -82,7 +85,7 @@ def choose(everything: list[Recipe], names: list[str]) -> list[Recipe]:
         if name not in known:
             near = ", ".join(closest(name, known))
             raise ConfigError(
-                f"NAME must be one that `ep-plugin recipes` lists; got {name!r}; use {near}"
+                f"NAME must be one that `ep-plugin recipes` lists; got {shown(name)}; use {near}"
             )
     return [recipe for recipe in everything if not names or recipe.name in names]
 
@@ -99,18 +102,30 @@ def used(files: list[str]) -> list[str]:
 
 def copy(files: list[str], folder: Path) -> None:
     """Copy files below FILES into a folder; raises ConfigError before it writes anything."""
-    for parent in (folder, *folder.parents):
-        if parent.exists() and not parent.is_dir():
-            raise ConfigError(f"--copy must be a folder; {parent} is a file; use another FOLDER")
+    try:
+        blocked = next(
+            (p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(cannot("written", folder, error)) from error
+    if blocked is not None:
+        raise ConfigError(f"--copy must be a folder; {blocked} is a file; use another FOLDER")
     for file in files:
-        if (folder / file).exists():
+        if os.path.lexists(folder / file):
             raise ConfigError(
                 f"{folder / file} is there and is not overwritten; use --copy ANOTHER_FOLDER, "
                 "or remove it"
             )
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(FILES / file, folder / file)  # with its permission to run
+    made: list[Path] = []
+    try:
+        for file in files:
+            write_whole(folder / file, (FILES / file).read_bytes(), follow=False)
+            made.append(folder / file)
+            shutil.copymode(FILES / file, folder / file)  # with its permission to run
+    except BaseException:  # a disk that is full, or Ctrl-C
+        for path in made:
+            path.unlink()
+        raise
 
 
 def table(chosen: list[Recipe]) -> str:

@@ -6,7 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.errors import BackendUnavailable
+from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.written import cannot, write_picture, write_whole
 
 EXAMPLES = """examples:
   ep-plugin report --run runs/quickstart               of recipes/quickstart.sh
@@ -64,8 +65,7 @@ def _any_run(args: argparse.Namespace) -> int:
     facts["missing"] = found.missing
     first = args.run[0]
     beside = first / "report" if first.is_dir() else first.with_name(f"{first.stem}-report")
-    folder = args.to or beside
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(args.to, beside)
     pictures = _save(folder, any_run.draw(values))
     title = f"Run {first.resolve().name}"
     text = page.make_page(title, any_run.readable(facts), pictures, found.missing)
@@ -80,8 +80,7 @@ def _quickstart(args: argparse.Namespace, source: Path) -> int:
     read_run, figures, page, summary = _load()
     runs = {name: read_run(source / "tensorboard" / name) for name in RUNS}
     facts = {**summary.measured(source), **{name: getattr(args, name) for name in NOTED}}
-    folder = args.to or source
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(args.to, source)
     pictures = _save(folder, _drawn(runs, figures))
     text = page.make_page("Dense to Mixture-of-Experts", _readable(facts), pictures)
     _finish(args, folder, text, facts)
@@ -89,9 +88,21 @@ def _quickstart(args: argparse.Namespace, source: Path) -> int:
 
 
 def _finish(args: argparse.Namespace, folder: Path, text: str, facts: dict[str, Any]) -> None:
-    (folder / "report.html").write_text(text)
-    (folder / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_whole(folder / "report.html", text, follow=False)
+    write_whole(folder / "summary.json", json.dumps(facts, indent=2) + "\n", follow=False)
     print(json.dumps(facts) if args.json else f"wrote {folder / 'report.html'}")
+
+
+def _folder(asked: Path | None, beside: Path) -> Path:
+    """Return where to write; raises ConfigError for a link in the run, which somebody else set."""
+    if asked is None and beside.is_symlink() and beside.name == "report":
+        raise ConfigError(f"{beside} is a link to another place; use --to FOLDER")
+    folder = asked or beside
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(cannot("written", folder, error)) from error
+    return folder
 
 
 def _load() -> tuple[Any, Any, Any, Any]:
@@ -111,12 +122,17 @@ def _load() -> tuple[Any, Any, Any, Any]:
 def _save(folder: Path, drawn: list[tuple[str, str, str, Any]]) -> list[tuple[str, str, Path]]:
     """Write the pictures; return (heading, caption, file) of each."""
     for _, _, name, figure in drawn:
-        figure.savefig(folder / name, dpi=144)
+        write_picture(folder / name, figure, dpi=144, follow=False)
     return [(heading, caption, folder / name) for heading, caption, name, _ in drawn]
 
 
 def _drawn(runs: dict[str, Any], figures: Any) -> list[tuple[str, str, str, Any]]:
     """Return the pictures of a quickstart: heading, caption, file, figure."""
+    if not runs["moe"].shares():
+        raise ConfigError(
+            "--run must have loads of experts in tensorboard/moe, and there are none; use a folder "
+            "that recipes/quickstart.sh finished"
+        )
     return [
         (
             "Loss",

@@ -11,8 +11,9 @@ from ep_plugin.commands.report.events import BALANCE, TRAIN, VALIDATION, Run, re
 from ep_plugin.commands.report.find import Found, find
 from ep_plugin.commands.report.logs import read_log
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import cut
 
-MAX_LAYERS = 12  # with a picture of their experts
+MAX_LAYERS = pictures.MAX_LAYERS
 _ABSENT = {  # tag -> what a reader should know
     VALIDATION: "validation loss: none was logged (--eval-interval, --eval-iters)",
     BALANCE: "load-balancing loss: none was logged above 0 (--moe-aux-loss-coeff)",
@@ -38,8 +39,8 @@ def read(paths: Sequence[Path]) -> tuple[Run, Found]:
     if TRAIN not in values:
         places = ", ".join(str(place) for place in (*found.events, *found.logs))
         raise ConfigError(
-            f"a run must have logged {TRAIN!r}; {places} has {sorted(values)[:10]}; use a run "
-            "longer than its --log-interval"
+            f"a run must have logged {TRAIN!r}; {places} has {cut(str(sorted(values)))}; use a "
+            "run longer than its --log-interval"
         )
     run = Run({tag: sorted(series.items()) for tag, series in values.items()})
     drawn = {tag for tag, series in run.scalars.items() if any(value for _, value in series)}

@@ -7,10 +7,13 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import check_regular, cut
 
 TRAIN, VALIDATION = "lm loss", "lm loss validation"
 BALANCE = "load_balancing_loss"
-SHARE = re.compile(r"ep/tokens_per_expert/layer_(\d+)/expert_(\d+)")
+REMEDY = "use a run's own TensorBoard folder, or take the file out"
+SHARE = re.compile(r"ep/tokens_per_expert/layer_(\d{1,5})/expert_(\d{1,6})")
+MOST_BYTES = 2 << 30  # of an event file, which is read whole
 
 Series = list[tuple[int, float]]  # (iteration, value), sorted
 
@@ -43,8 +46,7 @@ def read_events(folder: Path) -> dict[str, dict[int, float]]:
     """
     latest: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("*tfevents*")):  # the name begins with the time
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-        events.Reload()
+        events = _read(path)
         for tag in events.Tags()["scalars"]:
             values = {event.step: event.value for event in reversed(events.Scalars(tag))}
             before = latest.get(tag, {}).items()
@@ -52,12 +54,28 @@ def read_events(folder: Path) -> dict[str, dict[int, float]]:
     return latest
 
 
+def _read(path: Path) -> EventAccumulator:
+    """Return the events of a file; raises ConfigError for one that TensorBoard cannot read."""
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    try:
+        if check_regular(path, REMEDY).st_size > MOST_BYTES:
+            raise ConfigError(f"{cut(str(path))} has more than {MOST_BYTES} bytes; {REMEDY}")
+        events.Reload()
+    except ConfigError:
+        raise
+    except Exception as error:  # of TensorBoard's and protobuf's, which have many
+        raise ConfigError(
+            f"{cut(str(path))} is no event file of TensorBoard ({cut(str(error))}); {REMEDY}"
+        ) from error
+    return events
+
+
 def read_run(folder: Path) -> Run:
     """Read every event file of `folder`; raises ConfigError without a training loss."""
     latest = read_events(folder)
     if TRAIN not in latest:
         raise ConfigError(
-            f"a run must have logged {TRAIN!r} to TensorBoard; {str(folder)!r} holds "
-            f"{sorted(latest)}; use a run longer than its --log-interval"
+            f"a run must have logged {TRAIN!r} to TensorBoard; {cut(str(folder))} holds "
+            f"{cut(str(sorted(latest)))}; use a run longer than its --log-interval"
         )
     return Run({tag: sorted(values.items()) for tag, values in latest.items()})

@@ -8,9 +8,11 @@ from typing import Any
 
 from ep_plugin.commands.report.logs import has_iterations
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import cut
 
 TRACKER = "latest_checkpointed_iteration.txt"
 LOGS = (".log", ".out", ".err", ".txt")
+MOST_FILES = 100_000
 DEPTH = 4  # of folders below the one that is given
 _ASIDE = ("cache", "report", "iter_", "release", ".")  # folders that begin so hold no logs
 _FROM_CHECKPOINT = {  # argument of the run -> its name in the summary
@@ -38,7 +40,7 @@ def find(paths: Sequence[Path]) -> Found:
     """
     found, checkpoints, several = Found(), [], list[Path]()
     for path in paths:
-        if not path.exists():
+        if not _exists(path):
             raise ConfigError(
                 f"--run must be a folder or a log of a run; {str(path)!r} does not exist; use what "
                 "--tensorboard-dir or --save named, or a file with the run's output"
@@ -76,11 +78,26 @@ def find(paths: Sequence[Path]) -> Found:
     return found
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.is_file() or path.is_dir()
+    except (OSError, ValueError):  # a name that no file has
+        return False
+
+
 def _below(folder: Path) -> Iterator[Path]:
+    seen = 0
     for here, names, files in os.walk(folder):
         depth = len(Path(here).relative_to(folder).parts)
         names[:] = [name for name in names if depth < DEPTH and not name.startswith(_ASIDE)]
-        yield from (Path(here) / name for name in files)
+        for path in (Path(here) / name for name in files):
+            if path.is_file():  # no pipe, which would be waited for, and no link to nothing
+                yield path
+            if (seen := seen + 1) > MOST_FILES:
+                raise ConfigError(
+                    f"--run {cut(str(folder))} has more than {MOST_FILES} files; use the folder of "
+                    "one run, or its TensorBoard folder and its log"
+                )
 
 
 def _add_file(found: Found, path: Path) -> None:
@@ -105,10 +122,20 @@ def _add_checkpoint(found: Found, folder: Path) -> None:
         found.missing.append(f"experts, top-k and layout: {error}")
         return
     for name, key in _FROM_CHECKPOINT.items():
-        found.facts[key] = getattr(args, name, None)
+        value = getattr(args, name, None)
+        found.facts[key] = value if type(value) is int else None
     named = getattr(args, "tensorboard_dir", None)
     for place in (Path(str(named)) if named else None, folder.parent / "tensorboard"):
-        if not found.events and place is not None and any(place.glob("*tfevents*")):
+        if not found.events and place is not None and _has_events(place):
             found.events.append(place)
     if not found.events and named:
-        found.missing.append(f"TensorBoard: {named}, which the checkpoint names, is not here")
+        found.missing.append(
+            f"TensorBoard: {cut(str(named))}, which the checkpoint names, is not here"
+        )
+
+
+def _has_events(folder: Path) -> bool:
+    try:
+        return any(folder.glob("*tfevents*"))
+    except (OSError, ValueError):  # a name that no folder has
+        return False

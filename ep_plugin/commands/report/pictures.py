@@ -9,6 +9,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ep_plugin.commands.report.events import BALANCE, TRAIN, VALIDATION, Run, Series
 
+MAX_LAYERS = 12  # with a picture of their experts
+LARGEST = 1e30  # value that can be drawn
 DENSE_COLOR, MOE_COLOR = "#6b7280", "#0f766e"
 
 
@@ -97,21 +99,25 @@ def balance_figure(moe: Run) -> Figure:
 
 
 def experts_figure(moe: Run) -> Figure:
-    """Draw `shares_figure` of all layers."""
-    return shares_figure(moe.shares())
+    """Draw `shares_figure` of all layers, or the first MAX_LAYERS of them."""
+    return shares_figure(dict(list(moe.shares().items())[:MAX_LAYERS]))
 
 
 def shares_figure(shares: dict[int, dict[int, Series]]) -> Figure:
-    """Draw each expert's share of rows over time, one map per layer, one scale for all."""
+    """Draw each expert's share of rows over time, one map per layer, one scale for all.
+
+    Where an expert has no value of an iteration that another has, the map has a gap.
+    """
     columns = min(2, len(shares))
     rows = math.ceil(len(shares) / columns)
     figure = new_figure(4 * columns, 2.4 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    highest = max(v for layer in shares.values() for series in layer.values() for _, v in series)
+    every = (v for layer in shares.values() for series in layer.values() for _, v in series)
+    highest = max((v for v in every if 0 < v < LARGEST), default=1.0)
     for axes, (layer, experts) in zip(panels, shares.items(), strict=False):
         values = [dict(series) for series in experts.values()]
-        iterations = sorted(set.intersection(*(set(value) for value in values)))
-        grid = [[value[i] for i in iterations] for value in values]
+        iterations = sorted(set.union(*(set(value) for value in values)))
+        grid = [[_drawable(value.get(i, math.nan)) for i in iterations] for value in values]
         step = iterations[-1] - iterations[-2] if len(iterations) > 1 else 1
         image = axes.imshow(
             grid,
@@ -145,4 +151,8 @@ def _dots(series: Series) -> dict[str, Any]:
 
 
 def _columns(series: Series) -> tuple[list[int], list[float]]:
-    return [iteration for iteration, _ in series], [value for _, value in series]
+    return [iteration for iteration, _ in series], [_drawable(value) for _, value in series]
+
+
+def _drawable(value: float) -> float:
+    return value if abs(value) < LARGEST else math.nan
