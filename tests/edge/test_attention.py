@@ -79,7 +79,8 @@ def test_its_choice_is_said_with_the_cudnn_that_is_loaded(
     text = attention.describe({**attention.USUAL, "head_dim_qk": heads_of, "unknown": 1})
     assert text.startswith(f"{chosen} attention of Transformer Engine ")
     assert "cuDNN 9.1.0" in text
-    assert ("LD_LIBRARY_PATH" in text) == (chosen in ("unfused", "no"))
+    assert ("LD_LIBRARY_PATH" in text, "is slow" in text) == (chosen == "unfused",) * 2
+    assert ("will fail" in text) == (chosen == "no")
 
 
 @pytest.mark.parametrize(

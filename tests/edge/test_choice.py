@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,16 +12,42 @@ import torch.distributed as dist
 from both_layers import LENGTH, SEQUENCES, observe
 from spawn import run_ranks
 
+from ep_plugin.megatron.block import choice
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.moe.auto import Place
+from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.dispatcher import _trial
+from ep_plugin.moe.groups import ExpertGroups
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
 LAYOUT = {"expert_model_parallel_size": 2}
 PLAIN = EdgeSettings(dispatcher="alltoall", overlap="serial")
+SIZES = {"num_experts": 4, "hidden_size": 64, "ffn_hidden_size": 64}
 AUTO = EdgeSettings(tokens=LENGTH * SEQUENCES)
+
+
+def said_by_models(*bytes_of_each: int) -> list[str]:
+    """Return what this rank says of models whose layers hold so many tokens, in that order."""
+    world = dist.group.WORLD
+    groups = ExpertGroups(ep=world, ep_etp=world, tp_dp_cp=world)
+    asked = MoEConfig(**SIZES, dispatcher="auto", overlap="auto")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for tokens in bytes_of_each:
+            for _ in range(2):  # as layers and stages do
+                found = replace(asked, dispatcher="symm_mem", overlap="serial", tokens=tokens)
+                choice.say(asked, found, groups)
+    return printed.getvalue().splitlines()
+
+
+def test_each_choice_of_a_run_is_said_once() -> None:
+    """A second model may have another; the first said nothing of it."""
+    first, second = run_ranks(2, said_by_models, 1 << 12, 1 << 16, 1 << 12)
+    assert ["buffer of 2 MiB" in line for line in first] == [True, False], first
+    assert ["buffer of 19 MiB" in line for line in first] == [False, True]
+    assert second == []
 
 
 def trained(settings: EdgeSettings) -> tuple[dict[str, Any], list[str]]:

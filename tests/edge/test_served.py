@@ -96,8 +96,12 @@ def models(kinds: tuple[tuple[str, ...], ...]) -> str:
 
     ours = type("Ours", (BaseMoELayer,), {"forward": None, "__module__": "ours"})
     other = type("Other", (BaseMoELayer,), {"forward": None, "__module__": "other"})
+    own = type("Own", (ours,), {"__module__": "mine"})
     t5 = type("Any", (torch.nn.Module,), {"__module__": "megatron.core.models.T5.t5_model"})
-    classes: dict[str, Any] = {"ours": ours, "other": other, "t5": t5, "dense": torch.nn.Identity}
+    classes: dict[str, Any] = {
+        **{"ours": ours, "own": own, "other": other, "t5": t5},
+        "dense": torch.nn.Identity,
+    }
     part = torch.nn.Module()
     for number, kind in enumerate(kinds[torch.distributed.get_rank()]):
         module = classes[kind].__new__(classes[kind])
@@ -114,6 +118,7 @@ def models(kinds: tuple[tuple[str, ...], ...]) -> str:
     ("kinds", "said"),
     [
         ((("ours", "dense"), ("ours",)), "ok"),
+        ((("own", "dense"), ("dense",)), "ok"),  # a class of the user's, derived from ours
         ((("dense",), ("ours", "ours")), "ok"),  # a pipeline stage without experts
         ((("dense",), ("dense",)), "--num-experts (8) is given, and the model that the script bu"),
         ((("ours", "other"), ("ours",)), "the model has MoE layers of other.Other, which are not"),

@@ -57,6 +57,30 @@ def test_what_is_about_the_inside_of_megatron_s_layer_changes_nothing(flags: str
     assert not without.said
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ({"moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type flex (deepep): "),
+        ({"moe_enable_deepep": True}, "--moe-enable-deepep: "),
+    ],
+)
+def test_the_flag_that_was_typed_is_named(typed: dict[str, Any], said: str) -> None:
+    plain = {"moe_token_dispatcher_type": "alltoall", "moe_enable_deepep": False}
+    args = SimpleNamespace(
+        num_experts=4, ep_dispatcher="alltoall", moe_shared_expert_overlap=False, **plain | typed
+    )
+    lines = speed.take_speed(args, {"--ep-dispatcher": "alltoall"})
+    assert [line for line in lines if line.startswith(said)] == lines
+
+
+def test_a_backend_of_a_configuration_in_python_is_refused_by_name() -> None:
+    config = SimpleNamespace(
+        moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybrid-ep"
+    )
+    with pytest.raises(ConfigError, match="must be one of deepep, hybridep, ncclep; got 'hybrid"):
+        speed.dispatcher(config, EdgeSettings())
+
+
 def test_deepep_that_is_not_here_is_refused_with_a_way_out() -> None:
     args = SimpleNamespace(
         num_experts=4,

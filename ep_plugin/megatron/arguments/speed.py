@@ -16,11 +16,23 @@ FLEX = {"deepep": "deepep", "hybridep": "auto", "ncclep": "auto"}  # flex backen
 
 
 def flex_dispatcher(config: Any) -> str | None:
-    """Return our dispatcher in place of Megatron's flex dispatcher; None if flex is not set."""
-    flex = getattr(config, "moe_token_dispatcher_type", None) == "flex"
-    if not flex and not getattr(config, "moe_enable_deepep", False):
+    """Return our dispatcher in place of Megatron's flex dispatcher; None if flex is not set.
+
+    Raises ConfigError for a backend that is not in FLEX, which a configuration in Python may have.
+    """
+    if not _is_flex(config) and not getattr(config, "moe_enable_deepep", False):
         return None
-    return FLEX[_backend(config)]
+    backend = _backend(config)
+    if backend not in FLEX:
+        raise ConfigError(
+            f"--moe-flex-dispatcher-backend must be one of {', '.join(FLEX)}; got {backend!r}; "
+            "use --moe-flex-dispatcher-backend deepep"
+        )
+    return FLEX[backend]
+
+
+def _is_flex(config: Any) -> bool:
+    return getattr(config, "moe_token_dispatcher_type", None) == "flex"
 
 
 def _backend(config: Any) -> str:
@@ -51,7 +63,8 @@ def _take_flex(args: Any, typed: Mapping[str, str]) -> list[str]:
     ours = flex_dispatcher(args)
     if ours is None:
         return []
-    said = f"--moe-token-dispatcher-type flex ({_backend(args)})"
+    flex = f"--moe-token-dispatcher-type flex ({_backend(args)})"
+    said = flex if _is_flex(args) else "--moe-enable-deepep"
     args.moe_token_dispatcher_type, args.moe_enable_deepep = "alltoall", False
     if hasattr(args, "moe_flex_dispatcher_backend"):
         args.moe_flex_dispatcher_backend = "deepep"

@@ -116,7 +116,12 @@ def describe(shape: dict[str, Any] | None = None) -> str:
     except Exception as error:  # an unknown interface, or a library that does not load
         return f"Transformer Engine {release} cannot be asked ({type(error).__name__}: {error})"
     text = f"{chosen} attention of Transformer Engine {release}, {cudnn}"
-    if chosen in ("unfused", "no"):
+    if chosen == "no":
+        return (
+            f"{text}: none of its attentions takes this model on this GPU, and the first step will "
+            "fail; NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why"
+        )
+    if chosen == "unfused":
         text += (
             "; this is slow where fused attention could run: NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says "
             "why, and a second cuDNN in LD_LIBRARY_PATH is a usual reason: take it out"

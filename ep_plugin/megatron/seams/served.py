@@ -110,8 +110,9 @@ def check_model(chunks: Any, layer_class: type, experts: int) -> None:
     theirs = import_module("megatron.core.transformer.moe.moe_layer").BaseMoELayer
     modules = [part for chunk in chunks for part in chunk.modules()]
     ours = sum(isinstance(part, layer_class) for part in modules)
-    others = {type(part) for part in modules if isinstance(part, theirs)} - {layer_class}
-    names = {f"{other.__module__}.{other.__name__}" for other in others}
+    others = {type(part) for part in modules if isinstance(part, theirs)}
+    foreign = {kind for kind in others if not issubclass(kind, layer_class)}
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in foreign}
     family = _family(type(part).__module__ for part in modules)
     found = _of_all_ranks((ours, names, family))
     for one in (family for *_, family in found if family is not None):
@@ -119,9 +120,9 @@ def check_model(chunks: Any, layer_class: type, experts: int) -> None:
             f"the script builds a {one} model, and the plugin serves decoder-only GPTs alone; use "
             "python SCRIPT, without the plugin"
         )
-    if foreign := sorted({name for _, names, _ in found for name in names}):
+    if unknown := sorted({name for _, names, _ in found for name in names}):
         raise ConfigError(
-            f"the model has MoE layers of {', '.join(foreign)}, which are not the plugin's; use "
+            f"the model has MoE layers of {', '.join(unknown)}, which are not the plugin's; use "
             "ep-plugin run SCRIPT, which is there before the script makes its layer specs"
         )
     if not any(count for count, *_ in found):

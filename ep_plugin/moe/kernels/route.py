@@ -25,6 +25,7 @@ MAX_EXPERTS, MAX_TOPK = 1024, 16
 PROGRAMS = 2112  # at most: 16 per SM of an H100; each writes one row of partial sums
 HELD = 256  # logits in a program's registers; it is one warp, so no barriers are needed
 HELD_BACKWARD = 512  # the same in the backward
+WHOLE = ("micro_batch", "global")  # scopes of a balancing loss that the kernels count for
 COLUMNS, ADDED = 16, 1024  # columns, and rows of partial sums, that a program adds at a time
 
 
@@ -156,9 +157,14 @@ def fits(logits: Tensor, routing: RoutingConfig, training: bool) -> bool:
         and routing.second_expert == "all"
         and not (routing.noise != "none" and training)
         and not routing.quantile_balancing
-        and {scope for scope, _ in routing.balancing_losses} <= {"micro_batch", "global"}
+        and (routing.aux_loss_coeff == 0 or _pools_fit(routing))
         and whole_groups
     )
+
+
+def _pools_fit(routing: RoutingConfig) -> bool:
+    """Whether each balancing loss counts all tokens of the rank together."""
+    return routing.aux_loss_scope in WHOLE and all(s in WHOLE for s, _ in routing.further_losses)
 
 
 def route(
