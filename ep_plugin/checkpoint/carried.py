@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from ep_plugin.checkpoint.inert import Made, Name, Persistent, shown
+from ep_plugin.checkpoint.inert import Made, Name, Persistent
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import cut
 
 # Enumerations: made by a call with the member's value, a number or a word.
 _MEGATRON = "megatron.core"
@@ -50,14 +51,19 @@ def is_carried(made: Made) -> bool:
     return type(value) in (int, str)
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value holds no stand-in at all, not even of the list."""
+    return next(_stand_ins(value), None) is None
+
+
 def check_carried(common: dict[str, Any], folder: Path) -> None:
     """Raise ConfigError where what is to be written holds an object that is on no list."""
     for path, kind in _strange(common):
         first, _, rest = path.partition(".")
         name = rest.split(".")[0] if first == "args" else path
-        remedy = f"use --leave-out {shown(name)}" if first == "args" else "use --drop-optimizer"
+        remedy = f"use --leave-out {cut(name)}" if first == "args" else "use --drop-optimizer"
         raise ConfigError(
-            f"{shown(path)} in {folder} is {kind}, which is not copied: whoever loads the result "
+            f"{cut(path)} in {folder} is {kind}, which is not copied: whoever loads the result "
             f"would run code of that name; {remedy}"
         )
 
@@ -81,15 +87,20 @@ def _class(value: Any) -> str:
     return f"{value}" if type(value) is Name else "part of a tensor"
 
 
-def _strange(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _strange(value: Any) -> Iterator[tuple[str, str]]:
     """Yield where in `value` an object is that no list has, and its class."""
+    for path, found in _stand_ins(value):
+        if type(found) is not Made or not is_carried(found):
+            yield path, _class(found)
+
+
+def _stand_ins(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every object of a pickle's in `value`, and where it is."""
     seen: set[int] = set()
 
-    def walk(value: Any, path: str) -> Iterator[tuple[str, str]]:
-        kind = type(value)
-        if kind in (Made, Name, Persistent):
-            if kind is not Made or not is_carried(value):
-                yield path, _class(value)
+    def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if type(value) in (Made, Name, Persistent):
+            yield path, value
             return
         if id(value) in seen:
             return
@@ -104,7 +115,7 @@ def _strange(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             for item in value:
                 yield from walk(item, path)
 
-    return walk(value, path)
+    return walk(value, "")
 
 
 class _Pickler(pickle._Pickler):

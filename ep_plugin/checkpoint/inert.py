@@ -5,6 +5,8 @@
 
 from typing import Any
 
+from ep_plugin.untrusted import cut
+
 
 class Unreadable(ValueError):
     """Bytes that are not what they should be; says why, as part of a sentence."""
@@ -23,7 +25,7 @@ class Name:
         return self.module, self.name
 
     def __repr__(self) -> str:
-        return shown(f"{self.module}.{self.name}")
+        return cut(f"{self.module}.{self.name}", 80)
 
 
 class Made:
@@ -44,9 +46,3 @@ class Persistent:
 
     def __init__(self, pid: Any) -> None:
         self.pid = pid
-
-
-def shown(text: str, length: int = 80) -> str:
-    """Return a file's words for a message: escaped, and cut."""
-    cut = text if len(text) <= length else text[:length] + "..."
-    return repr(cut)[1:-1]

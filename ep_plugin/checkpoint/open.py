@@ -27,6 +27,7 @@ from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.names import plain, stored_name
 from ep_plugin.checkpoint.tensors import Source, TensorInfo, finite
 from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.untrusted import shown
 
 Format = Literal["megatron", "hf"]
 Kind = Literal["hf", "per-rank", "torch_dist"]
@@ -75,16 +76,20 @@ def open_source(
     output: Format,
     vocab_size: int | None = None,
     left_out: Collection[str] = (),
+    router: str | None = None,
 ) -> Opened:
     """Open a checkpoint of any format, to be written as `output`. Reads no tensor but tied ones.
 
     `vocab_size`: rows of the vocabulary that do not pad it; None: what the checkpoint says.
-    `left_out`: run arguments of a Megatron checkpoint that are to be forgotten.
+    `left_out`: run arguments of a Megatron checkpoint that are to be forgotten; `router`: the
+    module of the user's that it was trained with.
     Reading a value that is NaN or infinite is a ConfigError. Raises ConfigError for a checkpoint
     that is incomplete, contradicts itself or is of no known family, or has fewer rows.
     """
     kind = kind_of(path)
-    opened = _open_hf(path) if kind == "hf" else _open_megatron(path, kind, output, left_out)
+    opened = (
+        _open_hf(path) if kind == "hf" else _open_megatron(path, kind, output, left_out, router)
+    )
     size = vocab_size or getattr(opened.args, "ep_vocab_size", None)
     return opened if size is None else _without_padding(opened, size)
 
@@ -124,7 +129,9 @@ def _with_args(source: Source, args: argparse.Namespace) -> Source:
     return replace(source, common=source.common | {"args": args})
 
 
-def _open_megatron(path: Path, kind: Kind, output: Format, left_out: Collection[str]) -> Opened:
+def _open_megatron(
+    path: Path, kind: Kind, output: Format, left_out: Collection[str], router: str | None
+) -> Opened:
     opener = megatron_dist if kind == "torch_dist" else megatron_legacy
     source = finite(opener.open_checkpoint(path))
     args = source.common.get("args")
@@ -132,7 +139,7 @@ def _open_megatron(path: Path, kind: Kind, output: Format, left_out: Collection[
         raise ConfigError(
             f"{source.folder} holds no run arguments; give a checkpoint that Megatron saved"
         )
-    args = leave_out(args, left_out)
+    args = _with_router(leave_out(args, left_out), router, source.folder)
     source = _with_args(source, args)
     if kind == "torch_dist" and output == "megatron":
         same: Origins = {name: (name,) for name in source.tensors}
@@ -140,6 +147,30 @@ def _open_megatron(path: Path, kind: Kind, output: Format, left_out: Collection[
     source = plain(source, args)
     origins: Origins = {name: (stored_name(name, args),) for name in source.tensors}
     return Opened(source.folder, source, args, "plain", origins)
+
+
+def _with_router(args: argparse.Namespace, router: str | None, folder: Path) -> argparse.Namespace:
+    """Return the arguments with the router that was typed, where theirs is a user's module.
+
+    Its name is imported, so it is never taken from a checkpoint; raises ConfigError without one.
+    """
+    said = getattr(args, "ep_router", None)
+    own = (type(said) is not str and said is not None) or "." in (said or "")
+    if own and router is None:
+        raise ConfigError(
+            f"{folder} was trained with the router {shown(said)}, a module that would be imported; "
+            "if it is yours, use --router with its name, such as --router my_package.my_router"
+        )
+    if router is None:
+        return args
+    if not own or "." not in router:
+        raise ConfigError(
+            f"--router {router} is for a checkpoint that was trained with a router of your own, "
+            f"named with a dot; its router is {shown(said or 'topk')}; leave --router out"
+        )
+    args = copy.copy(args)
+    args.ep_router = router
+    return args
 
 
 def _open_hf(path: Path) -> Opened:

@@ -347,6 +347,24 @@ def test_arguments_of_classes_that_are_not_here(
     assert not {"backend", "hostile"} & vars(args).keys()
 
 
+def test_a_router_of_ones_own_is_named_by_the_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name in a checkpoint is not imported, and what is typed takes its place."""
+    save_dense(tmp_path / "dense", ep_router="hostile_router")
+    save_dense(tmp_path / "own", ep_router="their.router")
+    typed = ("--router", "mine.router")
+    assert convert(tmp_path / "dense", tmp_path / "moe", *typed) == 2
+    assert "its router is 'hostile_router'; leave --router out" in capsys.readouterr().err
+    assert convert(tmp_path / "own", tmp_path / "moe") == 2
+    assert "trained with the router 'their.router'" in (said := capsys.readouterr().err)
+    assert "use --router with its name" in said
+    assert convert(tmp_path / "own", tmp_path / "moe", *typed) == 0
+    args = load_all(tmp_path / "moe")["common_state/shard_0_1"][0]["args"]
+    assert args.ep_router == "mine.router"
+    assert not {"their", "mine"} & sys.modules.keys()
+
+
 def test_nothing_is_left_out_that_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

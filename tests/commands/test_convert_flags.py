@@ -22,6 +22,7 @@ VALUES = (
     *(
         "--vocab-size 9",
         "--leave-out note",
+        "--router my_package.my_router",
         "--drop-optimizer",
         "--ep 1",
         "--parity-tolerance 0.5",

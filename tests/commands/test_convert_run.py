@@ -50,12 +50,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _models_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is run: each computes its tokens."""
 
-    def run_model(folder: Path, tokens: torch.Tensor, seed: int) -> Outputs:
+    def run_model(folder: Path, tokens: torch.Tensor, seed: int, *_: object) -> Outputs:
         assert is_hf(folder) or (folder / "metadata.json").is_file()
         values = tokens[..., None].float() + seed
         return Outputs(values, [values] * 2)
 
     monkeypatch.setattr(compare, "run_model", run_model)
+    monkeypatch.setattr(compare, "run_source", run_model)
     monkeypatch.setattr(compare, "import_module", lambda _: None)
 
 

@@ -15,7 +15,8 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from ep_plugin.checkpoint.inert import Unreadable, shown
+from ep_plugin.checkpoint.inert import Unreadable
+from ep_plugin.untrusted import cut
 
 Buffer = Any  # bytes, or a map of a file
 
@@ -60,7 +61,7 @@ class Archive:
     def storage(self, key: str) -> Record:
         """Return where a storage's values lie; raises Unreadable when they do not."""
         if (found := self.records.get(f"data/{key}")) is None:
-            raise Unreadable(f"it lacks data/{shown(key)}")
+            raise Unreadable(f"it lacks data/{cut(key)}")
         return found
 
 
@@ -137,13 +138,18 @@ def _entries(
         extra = bytes(data[at + name_size : at + name_size + extra_size])
         at += name_size + extra_size + comment
         name = _text(raw)
+        if _PROGRAM.fullmatch(name.partition("/")[2]):
+            raise Unreadable(
+                f"it is TorchScript (it holds {cut(name)}), which is a program; only what "
+                "torch.save writes is read"
+            )
         if method or flags & ~(_DESCRIPTOR | _UTF8) or disk or comment:
-            raise Unreadable(f"its record {shown(name)} is compressed, encrypted or elsewhere")
+            raise Unreadable(f"its record {cut(name)} is compressed, encrypted or elsewhere")
         size, packed, header = _wide(extra, size, packed, header)
         if size != packed:
-            raise Unreadable(f"its record {shown(name)} is compressed")
+            raise Unreadable(f"its record {cut(name)} is compressed")
         if name in found:
-            raise Unreadable(f"it holds {shown(name)} twice")
+            raise Unreadable(f"it holds {cut(name)} twice")
         header += begin
         found[name] = header, Record(_start(data, header, first, raw), size, crc)
     if at != after:
@@ -154,11 +160,11 @@ def _entries(
 def _start(data: Buffer, header: int, first: int, name: bytes) -> int:
     """Return where a record's bytes begin: after its own header, which must be of that name."""
     if header + _LOCAL.size > first:
-        raise Unreadable(f"its record {shown(_text(name))} lies outside of it")
+        raise Unreadable(f"its record {cut(_text(name))} lies outside of it")
     signature, _, flags, method, *_, name_size, extra = _LOCAL.unpack_from(data, header)
     there = bytes(data[header + _LOCAL.size : header + _LOCAL.size + name_size])
     if signature != b"PK\x03\x04" or method or flags & ~(_DESCRIPTOR | _UTF8) or there != name:
-        raise Unreadable(f"its record {shown(_text(name))} is another than its directory says")
+        raise Unreadable(f"its record {cut(_text(name))} is another than its directory says")
     start: int = header + _LOCAL.size + name_size + extra
     return start
 
@@ -188,7 +194,7 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode("ascii")
     except UnicodeDecodeError as error:
-        raise Unreadable(f"a record is named {shown(repr(raw))}") from error
+        raise Unreadable(f"a record is named {cut(repr(raw))}") from error
 
 
 def _check_apart(records: dict[str, tuple[int, Record]], end: int) -> None:
@@ -210,13 +216,7 @@ def _without_prefix(records: dict[str, tuple[int, Record]]) -> dict[str, Record]
 
 def _check_names(records: dict[str, Record]) -> None:
     for name in records:
-        if _PROGRAM.fullmatch(name):
-            raise Unreadable(
-                f"it is TorchScript (it holds {shown(name)}), which is a program; only what "
-                "torch.save writes is read"
-            )
-    for name in records:
         if name != "data.pkl" and not _BESIDE.fullmatch(name) and not _STORAGE.fullmatch(name):
-            raise Unreadable(f"it holds {shown(name)}, which torch.save does not write")
+            raise Unreadable(f"it holds {cut(name)}, which torch.save does not write")
     if "data.pkl" not in records:
         raise Unreadable("it lacks data.pkl")

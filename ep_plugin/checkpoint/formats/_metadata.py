@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ep_plugin.checkpoint.formats._values import DTYPES, is_size, sizes
-from ep_plugin.checkpoint.inert import Made, Name, Unreadable, shown
+from ep_plugin.checkpoint.inert import Made, Name, Unreadable
+from ep_plugin.untrusted import cut
 
 MAX_NAME = 1024  # characters of a tensor's name
 MAX_FILE_NAME = 255
@@ -172,4 +173,4 @@ def _word(value: Any) -> str:
     """Return a text or a name for a message; of anything else its kind."""
     if type(value) is Name:
         return repr(value)
-    return shown(value) if type(value) is str else f"a {type(value).__name__}"
+    return cut(value) if type(value) is str else f"a {type(value).__name__}"

@@ -13,7 +13,8 @@ not write are refused.
 import struct
 from typing import Any
 
-from ep_plugin.checkpoint.inert import Made, Name, Persistent, Unreadable, shown
+from ep_plugin.checkpoint.inert import Made, Name, Persistent, Unreadable
+from ep_plugin.untrusted import cut
 
 NAME_LENGTH = 256  # of a module or a class
 MAX_KEY_BITS = 60  # larger integers have the hashes of small ones: keys could be made to collide
@@ -45,7 +46,7 @@ def _name(names: dict[tuple[str, str], Name], module: Any, name: Any) -> Name:
         if not isinstance(word, str):
             raise Unreadable("a name in it is no text")
         if len(word) > NAME_LENGTH:
-            raise Unreadable(f"a name in it has {len(word)} characters, {shown(word, 40)}")
+            raise Unreadable(f"a name in it has {len(word)} characters, {cut(word, 40)}")
     return names.setdefault((module, name), Name(module, name))
 
 
@@ -288,7 +289,7 @@ def _line(data: bytes, at: int) -> int:
     """Return where the line that begins at `at` ends."""
     found = data.find(b"\n", at, at + 4 * NAME_LENGTH)
     if found < 0:
-        raise Unreadable(f"a name in it does not end, {shown(repr(data[at : at + 40]))}")
+        raise Unreadable(f"a name in it does not end, {cut(repr(data[at : at + 40]))}")
     return found
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.formats._archive import Archive
-from ep_plugin.checkpoint.inert import Made, Name, Persistent, Unreadable, shown
+from ep_plugin.checkpoint.inert import Made, Name, Persistent, Unreadable
+from ep_plugin.untrusted import cut
 
 MAX_DEPTH = 100
 MAX_SIZE = 1 << 62
@@ -116,7 +117,7 @@ class Values:
             record = self._archive.storage(key)
             if record.size < count * dtype.itemsize:
                 raise Unreadable(
-                    f"its data/{shown(key)} has {record.size} of {count * dtype.itemsize} bytes"
+                    f"its data/{cut(key)} has {record.size} of {count * dtype.itemsize} bytes"
                 )
             area = self._archive.data
             values = torch.empty(0, dtype=dtype)
@@ -134,7 +135,7 @@ _OPEN = object()
 
 def _need(fits: bool, what: str, value: Any) -> None:
     if not fits:
-        raise Unreadable(f"{what} in it is none: {shown(_words(value))}")
+        raise Unreadable(f"{what} in it is none: {cut(_words(value))}")
 
 
 def _words(value: Any) -> str:

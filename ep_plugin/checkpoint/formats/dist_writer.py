@@ -56,14 +56,25 @@ def write_checkpoint(
     contents = [record["content"] for record in records]
     write_metadata(folder, list(zip(names, contents, strict=True)))
     if source.common_in_file:
-        (folder / "common.pt").write_bytes(carried_bytes(common))
-    (folder / "metadata.json").write_text(json.dumps(CONFIG))
+        write_common(folder, common)
+    else:
+        _write_config(folder)
     iteration = source.folder.name.removeprefix("iter_")
     (root / TRACKER).write_text(iteration if iteration == "release" else str(int(iteration)))
     return {
         f"{folder.name}/{name}": {key: record[key] for key in ("num_bytes", "sha256")}
         for name, record in zip(names, records, strict=True)
     }
+
+
+def write_common(folder: Path, common: dict[str, Any]) -> None:
+    """Write run arguments as `common.pt`, and that the folder is a torch_dist checkpoint's."""
+    (folder / "common.pt").write_bytes(carried_bytes(common))
+    _write_config(folder)
+
+
+def _write_config(folder: Path) -> None:
+    (folder / "metadata.json").write_text(json.dumps(CONFIG))
 
 
 def _content_metadata(common: dict[str, Any]) -> dict[str, Any]:

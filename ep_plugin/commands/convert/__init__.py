@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     request = read_request(args)
     if request.check:
         return check_manifest(request.target)
-    dense = open_source(request.source, request.format, request.vocab_size, request.leave_out)
+    dense = open_source(
+        request.source, request.format, request.vocab_size, request.leave_out, request.router
+    )
     model = add_experts(dense, request.settings, request.keep_optimizer)
     model = fit_family(model, dense, request.format, request.family)
     target = aim(model, request.format, request.implementation)

@@ -19,7 +19,7 @@ from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, TokenBatch, draw, fill
 from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.request import Request
-from ep_plugin.commands.convert.run_model import aside, run_model
+from ep_plugin.commands.convert.run_model import aside, run_model, run_source
 from ep_plugin.errors import BackendUnavailable, ConfigError
 
 REPORT = "parity.json"
@@ -189,7 +189,7 @@ def _report(
 ) -> dict[str, Any]:
     """Run both models; return the largest differences, and how large the values are."""
     batch, seed = comparison.batch, request.seed
-    old = run_model(target.model.folder, batch.tokens, seed)
+    old = run_source(target.model.folder, batch.tokens, seed, request.router)
     new = run_model(written, batch.tokens, seed)
     is_moe = pattern(target.model.args)
     layers = []

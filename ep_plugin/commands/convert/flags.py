@@ -113,6 +113,11 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         "torch_dist they stay and the size is noted (default: what the checkpoint says of it)",
     )  # fmt: skip
     add(
+        "--router", metavar="MODULE",
+        help="the router of one's own that the source was trained with (--ep-router), such as "
+        "my_package.my_router: it is imported, so its name is not taken from the checkpoint",
+    )  # fmt: skip
+    add(
         "--leave-out", nargs="+", metavar="NAME",
         help="run arguments of the source that are not to be in the result: those that hold an "
         "object of a class that is not Megatron's",

@@ -84,6 +84,12 @@ NEEDS = (
         "{flag} is not for a torch_dist source, whose names stay as they are; leave {flag} out",
     ),
     Need(
+        "--router",
+        lambda args: args.kind != "hf" and getattr(args, "format", None) != "hf",
+        "{flag} is about the run arguments that go from a Megatron checkpoint into another; leave "
+        "{flag} out",
+    ),
+    Need(
         "--leave-out",
         lambda args: args.kind != "hf" and getattr(args, "format", None) != "hf",
         "{flag} is about run arguments that go from a Megatron checkpoint into another; leave "
@@ -136,6 +142,7 @@ class Request:
     vocab_size: int | None = None  # without rows that pad it; None: what the checkpoint says
     implementation: str | None = None
     leave_out: tuple[str, ...] = ()  # run arguments
+    router: str | None = None  # a module of the user's
     keep_optimizer: bool = True
     compare: bool = True
     tolerance: float = TOLERANCE
@@ -176,6 +183,7 @@ def read_request(args: argparse.Namespace) -> Request:
         "--vocab-size": typed.get("vocab_size"),
         "--transformer-impl": typed.get("transformer_impl"),
         "--drop-optimizer": "drop_optimizer" in typed,
+        "--router": typed.get("router"),
         "--leave-out": sorted(typed.get("leave_out", ())),
         **(asdict(settings) if settings else {}),
     }
@@ -188,6 +196,7 @@ def read_request(args: argparse.Namespace) -> Request:
         family=typed.get("family"),
         vocab_size=typed.get("vocab_size"),
         implementation=typed.get("transformer_impl"),
+        router=typed.get("router"),
         leave_out=tuple(typed.get("leave_out", ())),
         keep_optimizer=not asked["--drop-optimizer"],
         compare="skip_parity" not in typed,

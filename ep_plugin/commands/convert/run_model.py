@@ -7,6 +7,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,26 @@ def run_model(folder: Path, tokens: Tensor, seed: int) -> Outputs:
     """Return what the model in a Hugging Face or an iteration folder makes of `tokens` [B, S]."""
     if not is_hf(folder):
         trace = import_module("ep_plugin.megatron.workers.model_run").trace(folder, tokens, seed)
-        layers = [layer.transpose(0, 1) for layer in trace.layers]
-        return Outputs(trace.logits, layers, trace.experts_used)
+        return _outputs(trace)
     return Outputs(*import_module("ep_plugin.commands.convert.run_hf").trace(folder, tokens))
+
+
+def _outputs(trace: Any) -> Outputs:
+    layers = [layer.transpose(0, 1) for layer in trace.layers]
+    return Outputs(trace.logits, layers, trace.experts_used)
+
+
+@torch.no_grad()
+def run_source(folder: Path, tokens: Tensor, seed: int, router: str | None) -> Outputs:
+    """Return the same of a folder that is not trusted; nothing in it is run.
+
+    `router`: the name that takes the place of the checkpoint's own. Raises ConfigError when its
+    software makes no model of it.
+    """
+    if is_hf(folder):
+        return run_model(folder, tokens, seed)
+    worker = import_module("ep_plugin.megatron.workers.model_run")
+    return _outputs(worker.trace_foreign(folder, tokens, seed, router))
 
 
 @contextmanager

@@ -27,12 +27,15 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from ep_plugin.checkpoint.names import norms
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.arguments.table import TABLE
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.cpu.latent_attention import use_local_latent_attention
 from ep_plugin.megatron.seams.install import install, uninstall
+from ep_plugin.megatron.workers.foreign import as_megatron_loads
 from ep_plugin.megatron.workers.layer_by_layer import load_when_called, move, without_memory
+from ep_plugin.untrusted import cut
 
 # One rank, float32, no fused kernel, no dropout: what every model is built with.
 _PLAIN: dict[str, Any] = {
@@ -87,6 +90,13 @@ _PLAIN: dict[str, Any] = {
     "moe_flex_dispatcher_backend": "deepep",
     "ep_gemm": "auto",
     "ep_save": None,
+    # Files that Megatron would read or write.
+    "config_logger_dir": "",
+    "heterogeneous_layers_config_path": None,
+    "heterogeneous_layers_config_encoded_json": None,
+    "kitchen_config_file": None,
+    "kitchen_recipe_number": None,
+    "te_precision_config_file": None,
     **{row.dest: row.default for row in TABLE if row.group in ("dispatch", "overlap", "fp8")},
 }
 
@@ -107,6 +117,25 @@ def trace(folder: Path, tokens: Tensor, seed: int) -> Trace:
     """
     with _one_rank(seed):
         return _trace(folder, tokens)
+
+
+def trace_foreign(folder: Path, tokens: Tensor, seed: int, router: str | None) -> Trace:
+    """Return the same of a checkpoint that is not trusted: nothing in it is run.
+
+    `router`: the name that takes the place of the checkpoint's own. Raises ConfigError when
+    Megatron does not make a model of it.
+    """
+    with as_megatron_loads(folder, router) as view:
+        try:
+            return trace(view, tokens, seed)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever Megatron says of arguments that are wrong
+            words = cut(f"{type(error).__name__}: {error}".replace(str(view), str(folder)), 500)
+            raise ConfigError(
+                f"Megatron makes no model of the run arguments and tensors in {folder} ({words}); "
+                "use --skip-parity, or a checkpoint that it saved"
+            ) from error
 
 
 @contextmanager
