@@ -31,11 +31,13 @@ class Row:
 
     copy: as they are; qkv: the three projections q, k and v, one name each for {qkv}, are one
     tensor of Megatron's, query group by query group. `when` names an argument of Megatron's without
-    which the row does not apply.
+    which the row does not apply. `shape` is that of Hugging Face's, in Megatron's arguments: a size
+    is a sum of products, such as "qk_head_dim+v_head_dim", with {qkv} for the heads of that part.
     """
 
     hf: str
     megatron: str
+    shape: tuple[str, ...]
     operation: Literal["copy", "qkv"] = "copy"
     layers: LayerKind = "any"
     when: str = ""
@@ -123,8 +125,8 @@ class Family:
 def _size(keys: Keys, key: str) -> int | float | None:
     """Return a number above 0, a whole one but for _FRACTIONS. Raises ConfigError for others."""
     value = keys.number(key, whole=key not in _FRACTIONS)
-    if not 0 < value < float("inf"):
-        raise refusal(keys, key, "a number above 0")
+    if not 0 < value < (1 if key == "rms_norm_eps" else float("inf")):
+        raise refusal(keys, key, "a number above 0" + " and below 1" * (key == "rms_norm_eps"))
     found: int | float = value
     return found
 
@@ -136,6 +138,7 @@ class Pair:
     hf: tuple[str, ...]
     megatron: str
     operation: Literal["copy", "qkv"]
+    shape: tuple[str, ...]
 
 
 def names() -> tuple[str, ...]:
@@ -174,7 +177,7 @@ def pairs(family: Family, args: argparse.Namespace) -> Iterator[Pair]:
     rows = [row for row in family.rows if _applies(row, args)]
     for row in rows:
         if "{layer}" not in row.hf:
-            yield Pair((row.hf,), row.megatron, row.operation)
+            yield Pair((row.hf,), row.megatron, row.operation, row.shape)
     for layer, is_moe in enumerate(pattern(args)):
         for row in rows:
             if "{layer}" in row.hf and row.layers in ("any", "moe" if is_moe else "dense"):
@@ -186,7 +189,8 @@ def _pairs_of_row(row: Row, layer: int, args: argparse.Namespace) -> Iterator[Pa
     for expert in experts:
         parts = ("q", "k", "v") if row.operation == "qkv" else ("",)
         hf = tuple(row.hf.format(layer=layer, expert=expert, qkv=part) for part in parts)
-        yield Pair(hf, row.megatron.format(layer=layer, expert=expert), row.operation)
+        name = row.megatron.format(layer=layer, expert=expert)
+        yield Pair(hf, name, row.operation, row.shape)
 
 
 def _applies(row: Row, args: argparse.Namespace) -> bool:

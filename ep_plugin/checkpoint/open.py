@@ -19,6 +19,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ep_plugin.checkpoint import family as families
+from ep_plugin.checkpoint.adapt.against_config import check_counts, check_size
 from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron, with_dtype
 from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
 from ep_plugin.checkpoint.carried import leave_out
@@ -175,12 +176,15 @@ def _with_router(args: argparse.Namespace, router: str | None, folder: Path) -> 
 
 def _open_hf(path: Path) -> Opened:
     source = safetensors().open_folder(path)
+    safetensors().files_beside(path)  # raises for what must not go along
     config = source.common["config"]
     if "model_type" not in config:
         legal = ", ".join(families.names())
         raise ConfigError(f"{path / 'config.json'} has no model_type; set it to one of {legal}")
     family = families.load(str(config["model_type"]))
+    check_counts(config, source.tensors, family)
     args = arguments(with_dtype(config, source), family)
+    check_size(args, len(source.tensors), family)
     origins = {pair.megatron: pair.hf for pair in families.pairs(family, args)}
     unused = tuple(sorted(left_out(source, family)))
     source = to_megatron(finite(source), family, args)

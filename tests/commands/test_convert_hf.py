@@ -358,11 +358,11 @@ BROKEN = {
     ),
     "vocabulary": (
         lambda folder: edit_config(folder, vocab_size=128),
-        r"the embedding is \[96, 32\], and the settings say vocabulary 128 \(padded\)",
+        r"embed_tokens.weight is \[96, 32\], and config.json asks for \[vocab_size = 128, hidden",
     ),
     "heads": (
         lambda folder: edit_config(folder, num_key_value_heads=4),
-        r"config.json asks for \[32, 32, 32\] rows of one dtype",
+        r"k_proj.\w+ is .*, and config.json asks for \[num_key_value_heads \* head_dim = 32",
     ),
     "model_type": (
         lambda folder: edit_config(folder, model_type="gpt2"),

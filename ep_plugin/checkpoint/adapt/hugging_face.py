@@ -8,7 +8,6 @@ groups of two query heads each, rows are
 """
 
 import argparse
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ep_plugin.checkpoint.adapt.against_config import check_names, check_tensors
 from ep_plugin.checkpoint.family import Config, Family, Pair, pairs, query_groups
 from ep_plugin.checkpoint.patterns import compile_pattern
 from ep_plugin.checkpoint.tensors import Source, TensorInfo
 from ep_plugin.errors import ConfigError
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-MAX_LISTED = 100  # names in a message
 _DTYPES = ("float32", "bfloat16", "float16")
 _WORDS = "embedding.word_embeddings.weight"
 
@@ -37,8 +36,8 @@ def to_megatron(source: Source, family: Family, args: argparse.Namespace) -> Sou
     names = set(source.tensors) - left_out(source, family)
     _check_head(names, source, args)
     names.discard(_HEAD if not args.untie_embeddings_and_output_weights else "")
-    _check_names(names, (name for pair in table.values() for name in pair.hf), family.model_type)
-    _check_vocabulary(source.tensors[_EMBEDDING], args)
+    check_names(names, (name for pair in table.values() for name in pair.hf), family, args)
+    check_tensors(source.tensors, table.values(), family, args, args.params_dtype)
     tensors = {name: _merged_info(pair, source, args) for name, pair in table.items()}
 
     def read_tensor(name: str) -> Tensor:
@@ -62,11 +61,12 @@ def to_hf(source: Source, family: Family, args: argparse.Namespace) -> Source:
     """
     config = family.config(args)
     table = {name: pair for pair in pairs(family, args) for name in pair.hf}
-    _check_names(source.tensors, (pair.megatron for pair in table.values()), family.model_type)
+    check_names(source.tensors, (pair.megatron for pair in table.values()), family, args)
     _check_vocabulary(source.tensors[_WORDS], args)
     config["torch_dtype"] = str(source.tensors[_WORDS].dtype).removeprefix("torch.")
     read = lru_cache(maxsize=1)(source.read_tensor)
     tensors = {name: _split_info(name, pair, source, args) for name, pair in table.items()}
+    check_tensors(tensors, {id(pair): pair for pair in table.values()}.values(), family, args, None)
 
     def read_tensor(name: str) -> Tensor:
         pair = table[name]
@@ -105,28 +105,6 @@ def with_dtype(config: Config, source: Source) -> Config:
     return config | {"dtype": str(source.tensors[_EMBEDDING].dtype)}
 
 
-def _check_names(present: Iterable[str], wanted: Iterable[str], model_type: str) -> None:
-    has, needs = set(present), set(wanted)
-    complaints = []
-    if has - needs:
-        complaints.append(
-            f"{len(has - needs)} names are in no row of its table: {_some(has - needs)}"
-        )
-    if needs - has:
-        complaints.append(f"{len(needs - has)} names are missing: {_some(needs - has)}")
-    if complaints:
-        raise ConfigError(
-            f"the checkpoint is no complete {model_type}: {'; '.join(complaints)}; "
-            "give the whole model, with the config that belongs to it"
-        )
-
-
-def _some(names: set[str]) -> str:
-    rest = len(names) - MAX_LISTED
-    listed = ", ".join(sorted(names)[:MAX_LISTED])
-    return listed if rest <= 0 else f"{listed} and {rest} more"
-
-
 def left_out(source: Source, family: Family) -> set[str]:
     """Return the names of a Hugging Face model that are none of its decoder's weights.
 
@@ -134,7 +112,8 @@ def left_out(source: Source, family: Family) -> set[str]:
     """
     config = source.common["config"]
     first, extra = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 0
-    beyond = tuple(f"model.layers.{layer}." for layer in range(first, first + extra))
+    behind = range(first, first + min(extra, len(source.tensors)))
+    beyond = tuple(f"model.layers.{layer}." for layer in behind)
     ignored = [compile_pattern(pattern) for pattern in family.ignored]
     return {
         name

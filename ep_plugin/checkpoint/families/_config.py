@@ -151,9 +151,10 @@ def experts_config(args: argparse.Namespace) -> Config:
 
 
 def refuse(config: Config, key: str, legal: Any) -> None:
-    """Raise ConfigError unless `key` is `legal`, or not there."""
+    """Raise ConfigError unless `key` is `legal`, or not there; None and False are one."""
     value = config.get(key, legal)
-    if (value or None) != (legal or None):
+    same = value == legal and isinstance(value, bool) == isinstance(legal, bool)
+    if not (same or all(one is None or one is False for one in (value, legal))):
         raise refusal(config, key, repr(legal))
 
 

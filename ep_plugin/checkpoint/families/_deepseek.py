@@ -14,7 +14,7 @@ from ep_plugin.errors import ConfigError
 ROWS = (
     *(_rows.EMBEDDING + _rows.LATENT_ATTENTION + _rows.DENSE + _rows.MOE_NORM),
     *(_rows.ROUTER, *_rows.EXPERTS),
-    *_rows.feed_forward("mlp.shared_experts.", "mlp.shared_experts.", "moe"),
+    *_rows.feed_forward("mlp.shared_experts.", "mlp.shared_experts.", _rows.SHARED, "moe"),
 )
 FIELDS = _config.MOE_FIELDS | {
     "n_routed_experts": "num_experts",

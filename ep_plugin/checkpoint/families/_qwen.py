@@ -28,8 +28,9 @@ def sparse_layers(config: Keys) -> list[int]:
         raise refusal(config, "decoder_sparse_step", "a whole number of at least 1")
     if any(type(layer) is not int for layer in dense):
         raise refusal(config, "mlp_only_layers", "a list of whole numbers")
+    without = set(dense)
     chosen = [
-        int(layer not in dense and (layer + 1) % step == 0)
+        int(layer not in without and (layer + 1) % step == 0)
         for layer in range(config["num_hidden_layers"])
     ]
     if not any(chosen):

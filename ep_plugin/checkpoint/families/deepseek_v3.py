@@ -40,6 +40,7 @@ FAMILY = Family(
         Row(
             "model.layers.{layer}.mlp.gate.e_score_correction_bias",
             "decoder.layers.{layer}.mlp.router.expert_bias",
+            ("num_experts",),
             layers="moe",
         ),
     ),

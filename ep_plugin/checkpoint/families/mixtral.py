@@ -11,6 +11,7 @@ from ep_plugin.errors import ConfigError
 
 _HF, _MEGATRON = "model.layers.{layer}.block_sparse_moe.", "decoder.layers.{layer}.mlp."
 _EXPERT, _FC = _HF + "experts.{expert}.", _MEGATRON + "experts.experts.{expert}."
+_H, _F = "hidden_size", "moe_ffn_hidden_size"
 _TANH = ("gelu_pytorch_tanh", "geglu_tanh")  # what a Gemma with experts has, in either's words
 
 
@@ -62,10 +63,10 @@ FAMILY = Family(
     architecture="MixtralForCausalLM",
     rows=(
         *(_rows.EMBEDDING + _rows.ATTENTION + _rows.MOE_NORM),
-        Row(_HF + "gate.weight", _MEGATRON + "router.weight"),
-        Row(_EXPERT + "w1.weight", _FC + "linear_fc1.weight_w"),
-        Row(_EXPERT + "w3.weight", _FC + "linear_fc1.weight_v"),
-        Row(_EXPERT + "w2.weight", _FC + "linear_fc2.weight"),
+        Row(_HF + "gate.weight", _MEGATRON + "router.weight", ("num_experts", _H)),
+        Row(_EXPERT + "w1.weight", _FC + "linear_fc1.weight_w", (_F, _H)),
+        Row(_EXPERT + "w3.weight", _FC + "linear_fc1.weight_v", (_F, _H)),
+        Row(_EXPERT + "w2.weight", _FC + "linear_fc2.weight", (_H, _F)),
     ),
     fixed={k: v for k, v in _FIXED.items() if k not in ("swiglu", "ep_dense_activation")},
     fields=_config.FIELDS

@@ -26,10 +26,11 @@ FAMILY = Family(
     rows=(
         *(_rows.EMBEDDING + _rows.ATTENTION + _rows.QKV_BIAS + _rows.DENSE + _rows.MOE_NORM),
         *(_rows.ROUTER, *_rows.EXPERTS),
-        *_rows.feed_forward("mlp.shared_expert.", "mlp.shared_experts.", "moe"),
+        *_rows.feed_forward("mlp.shared_expert.", "mlp.shared_experts.", _rows.SHARED, "moe"),
         Row(
             _HF + "shared_expert_gate.weight",
             _MEGATRON + "shared_experts.gate_weight",
+            ("1", "hidden_size"),
             layers="moe",
         ),
     ),

@@ -12,7 +12,7 @@ tensor is, and then needs no more memory than the tensor it is writing.
 """
 
 import json
-import shutil
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ep_plugin.checkpoint.formats._beside import copy_beside as copy_beside
+from ep_plugin.checkpoint.formats._beside import files_beside as files_beside
+from ep_plugin.checkpoint.formats._header import DTYPES, read_header
 from ep_plugin.checkpoint.tensors import NewTensor, Source, TensorInfo, whole
 from ep_plugin.checkpoint.writer import HashedFile, Journal, OnBytes, Unit, write_units
 from ep_plugin.errors import ConfigError
-from ep_plugin.untrusted import read_json
+from ep_plugin.untrusted import cut, read_json, shown
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -33,21 +36,8 @@ SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9  # what `save_pretrained` takes
 _AGAIN = "copy the model again"
 _MAX_INDEX_BYTES = 32 << 20  # 100 bytes a tensor
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_WORDS = {dtype: word for word, dtype in _DTYPES.items()}
+_FILE_NAME = re.compile(r"[^/\\\0]{1,240}\.safetensors")
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 def open_folder(folder: Path) -> Source:
@@ -59,15 +49,15 @@ def open_folder(folder: Path) -> Source:
     files = _files(folder)
     handles: dict[str, Any] = {}
     tensors: dict[str, TensorInfo] = {}
+    place: dict[str, str] = {}  # tensor -> file
     for file, listed in files.items():
-        handles[file] = handle = _open(folder / file)
-        present = set(handle.keys())
+        header = read_header(folder / file)
+        handles[file] = _open(folder / file)
+        present = set(header)
         if listed is not None and listed != present:
             raise ConfigError(_contradiction(folder / file, listed, present))
-        for name in sorted(present):
-            part = handle.get_slice(name)
-            tensors[name] = TensorInfo(tuple(part.get_shape()), _dtype(part.get_dtype(), name))
-    place = {name: file for file, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
+        tensors |= {name: header[name] for name in sorted(header)}
+        place |= dict.fromkeys(header, file)
 
     def read_tensor(name: str) -> Tensor:
         tensor: Tensor = handles[place[name]].get_tensor(name)
@@ -122,32 +112,6 @@ def write_folder(
     }
 
 
-# Files of tokenizers, by every name that transformers and the models' own code give them.
-_BESIDE = (
-    *("tokenizer*", "tokenization*.py", "special_tokens*", "added_tokens*", "vocab*", "merges*"),
-    *("*.model", "*.tiktoken", "tiktoken*", "tekken*.json", "spm*", "*.spm", "*vocab*.json"),
-    *("*.jinja", "chat_template*", "additional_chat_templates/*", "normalizer.json"),
-    *("dict.txt", "byte_maps.json", "emoji.json", "word_shape.json", "word_pronunciation.json"),
-    *("bpe.codes", "*.tokenizer", "generation_config.json"),
-)
-
-
-def files_beside(folder: Path) -> list[Path]:
-    """Return the files of a model's tokenizer and for generation, relative to `folder`."""
-    paths = {path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(folder) for path in paths if path.suffix not in _WEIGHTS)
-
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-
-
-def copy_beside(source: Path, target: Path) -> None:
-    """Copy what a model folder holds for its tokenizer and for generation."""
-    for path in files_beside(source):
-        (target / path).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / path, target / path)
-
-
 def _shards(content: Sequence[NewTensor], max_bytes: int) -> list[list[NewTensor]]:
     shards: list[list[NewTensor]] = [[]]
     size = 0
@@ -194,12 +158,18 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
         raise ConfigError(f"{folder / INDEX} has no weight_map; {_AGAIN}")
     files: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise ConfigError(
+                f"{folder / INDEX} places {cut(name)} in {shown(file)}, which is no safetensors "
+                f"file of this folder; {_AGAIN}"
+            )
         names = files.setdefault(file, set())
         assert names is not None
         names.add(name)
-    missing = [file for file in files if not (folder / file).is_file()]
+    missing = [file for file in files if not (folder / file).exists()]
     if missing:
-        raise ConfigError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names; {_AGAIN}")
+        listed = cut(", ".join(missing), 2000)
+        raise ConfigError(f"{folder} lacks {listed}, which {INDEX} names; {_AGAIN}")
     return files
 
 
@@ -213,7 +183,7 @@ def _contradiction(path: Path, listed: set[str], present: set[str]) -> str:
 
 
 def _some(names: set[str]) -> str:
-    return ", ".join(sorted(names))
+    return cut(", ".join(cut(name) for name in sorted(names)), 2000)
 
 
 def _open(path: Path) -> Any:
@@ -221,9 +191,3 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} is truncated or damaged ({error}); {_AGAIN}") from error
-
-
-def _dtype(word: str, name: str) -> torch.dtype:
-    if word not in _DTYPES:
-        raise ConfigError(f"{name} has dtype {word}; give the model in {', '.join(_DTYPES)}")
-    return _DTYPES[word]
