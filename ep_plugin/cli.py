@@ -38,7 +38,7 @@ def _module(command: str) -> ModuleType:
 
 def build_parser(selected: str | None) -> argparse.ArgumentParser:
     """Return the parser; only the selected command's module is imported for its arguments."""
-    parser = argparse.ArgumentParser(
+    parser = law.Parser(
         prog="ep-plugin",
         description="Expert parallelism for Megatron.",
         epilog="On several ranks: torchrun ... -m ep_plugin.run SCRIPT ARGS",

@@ -110,7 +110,12 @@ def _is_no_file(path: Path) -> bool:
     """Whether a path is a device, a pipe, or something else that is open already."""
     if any(parent in _NO_FILES for parent in Path(os.path.abspath(path)).parents):
         return True
-    return path.exists() and not stat.S_ISREG(path.stat().st_mode) and not path.is_dir()
+    if not path.exists() or path.is_dir():
+        return False
+    mode = path.stat().st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        raise ConfigError(f"{cut(str(path))} is a pipe, which nobody may read; use a file")
+    return not stat.S_ISREG(mode)
 
 
 def _like(target: Path, new: str) -> None:

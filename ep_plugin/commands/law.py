@@ -14,10 +14,11 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ep_plugin.errors import ConfigError, in_python
 from ep_plugin.typed import LARGEST_FLOAT, LARGEST_INT, shown
+from ep_plugin.untrusted import one_line
 
 LARGEST_SEED = 2**63 - 1
 LAST_COUNTS = ("convert",)  # commands whose scripts put flags behind others, which they replace
@@ -29,6 +30,13 @@ class Need(NamedTuple):
     flags: str  # separated by spaces
     met: Callable[[argparse.Namespace], bool]
     sentence: str  # what is wrong, and what to use; with {flag}, {args.NAME}
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses a command line in one line, whatever was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
 
 
 class _Counted(argparse.Namespace):
@@ -95,7 +103,7 @@ def _times_typed(module: ModuleType, argv: list[str]) -> Counter[str]:
     Argparse fills in a default only where the namespace lacks a name. Here it has them all.
     """
     among_others = hasattr(module, "add_flags")
-    parser = argparse.ArgumentParser(f"ep-plugin {argv[0]}", allow_abbrev=not among_others)
+    parser = Parser(f"ep-plugin {argv[0]}", allow_abbrev=not among_others)
     (module.add_flags if among_others else module.add_arguments)(parser)
     names = vars(parser.parse_known_args(argv[1:])[0])
     counted = _Counted(**dict.fromkeys(names))

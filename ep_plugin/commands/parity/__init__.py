@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from ep_plugin.commands.law import Parser
 from ep_plugin.commands.parity.by_nature import SetAside, set_aside
 from ep_plugin.commands.parity.comparable import Arguments, comparable, expand_preset
 from ep_plugin.commands.parity.launch import RunFailed
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_own(args: argparse.Namespace) -> list[str]:
     """Take this command's flags from behind the script's into `args`; return the script's."""
-    own = argparse.ArgumentParser("ep-plugin parity", allow_abbrev=False, add_help=False)
+    own = Parser("ep-plugin parity", allow_abbrev=False, add_help=False)
     add_flags(own)
     _, theirs = own.parse_known_args(args.arguments, namespace=args)
     return theirs
