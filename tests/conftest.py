@@ -59,6 +59,7 @@ SLOW = (
     "test_vocabulary",
     "test_vpp",
     "test_weights",
+    "test_workers_end",
 )
 
 

@@ -65,6 +65,8 @@ five only for a Megatron from its wheel, and over torch's Adam):
         after a fault the sentence says that a rank was in it
     moe_logging:MoEMetricsTracker.report
         Megatron writes the losses of MoE layers here; the routers' metrics join them
+    process:BaseProcess.start
+        Megatron's save workers are started through it, in every release; they end with their rank
     utils:compile_helpers
         it runs `make` where a wheel has no Makefile, and ends the process when that fails
     distrib_optimizer:DistributedOptimizer.state_dict

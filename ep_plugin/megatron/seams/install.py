@@ -24,6 +24,7 @@ from ep_plugin.megatron.seams import (
     upcycling_by_hand,
     watch_ranks,
     wheel,
+    workers_end,
 )
 from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.megatron.workers import layout_run
@@ -143,6 +144,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
                 functools.partial(_with_our_metrics, layer_class),
                 "Megatron writes the losses of MoE layers here; the routers' metrics join them",
             )
+    workers_end.changes(patches)
     wheel.changes(patches)
     torch_adam.changes(patches)
     patches.at_exit(_end, "Megatron frees no CUDA graphs, and logs after its last flush")

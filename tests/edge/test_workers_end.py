@@ -1,0 +1,127 @@
+"""What a rank starts ends with it, also when it is killed; in every release of Megatron."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from releases import RELEASES, environment
+
+pytestmark = pytest.mark.megatron
+PATIENCE = 60  # seconds; they end within one
+# A rank with a worker of every kind, Megatron's save workers among them; prints their ids.
+RANK = """
+import multiprocessing, os, sys, threading, time
+from ep_plugin.megatron.seams import workers_end
+from ep_plugin.megatron.seams.patches import Patches
+
+def sleep(*_):
+    time.sleep(1000)
+
+def in_a_thread(pids):
+    process = multiprocessing.get_context("fork").Process(target=sleep)
+    process.start()
+    pids.append(process.pid)
+
+def main():
+    patches = Patches()
+    workers_end.changes(patches)
+    if "without" not in sys.argv:
+        patches.apply()
+    pids, kept = [], []
+    for method in ("fork", "spawn", "forkserver"):
+        context = multiprocessing.get_context(method)
+        for daemon in (True, False):
+            kept.append(context.Process(target=sleep, daemon=daemon))
+            kept[-1].start()
+            pids.append(kept[-1].pid)
+        kept.append(context.Manager())
+        pids.append(kept[-1]._process.pid)
+    thread = threading.Thread(target=in_a_thread, args=(pids,))
+    thread.start()
+    thread.join()
+    if "megatron" in sys.argv:
+        import torch, torch.distributed as dist
+        from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+        torch.cuda.current_device = lambda: "cpu"
+        torch.cuda.synchronize = lambda: None
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        queue = async_utils.AsyncCallsQueue()
+        queue.schedule_async_request(async_utils.AsyncRequest(sleep, (), []))
+        names = ("get_write_results_queue", "_get_write_results_queue")  # and in 0.16
+        kept.append(next(getattr(filesystem_async, n) for n in names if hasattr(filesystem_async, n))())
+        pids += [process.pid for process in multiprocessing.active_children()]
+    time.sleep(0.5)
+    for process in multiprocessing.active_children():
+        assert process.is_alive()
+    print(*sorted(set(pids)), flush=True)
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    try:
+        main()
+    finally:
+        os._exit(1)  # a failure waits for nobody
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def started() -> Iterator[list[int]]:
+    pids: list[int] = []
+    yield pids
+    for pid in filter(alive, pids):
+        os.kill(pid, signal.SIGKILL)
+
+
+def killed(folder: Path, release: str, pids: list[int], *words: str) -> None:
+    """Start a rank, note its workers in `pids`, and kill it alone."""
+    script = folder / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, str(script), *words]
+    with subprocess.Popen(
+        command, env=environment(release), stdout=subprocess.PIPE, text=True
+    ) as rank:
+        try:
+            assert rank.stdout is not None
+            pids += map(int, rank.stdout.readline().split())
+            assert len(pids) >= 10, "the rank ended"
+            assert all(map(alive, pids))
+        finally:
+            rank.kill()
+
+
+def ended(pids: list[int]) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while any(map(alive, pids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+# Between these two Megatron starts its workers alike.
+@pytest.mark.parametrize("release", [RELEASES[0], RELEASES[-1]])
+def test_workers_end_with_a_rank_that_is_killed(
+    release: str, tmp_path: Path, started: list[int]
+) -> None:
+    killed(tmp_path, release, started, "megatron")
+    assert ended(started), [pid for pid in started if alive(pid)]
+
+
+def test_without_it_they_stay(tmp_path: Path, started: list[int]) -> None:
+    """What the seam is there for; all but those that `forkserver` forked, which look by themselves."""
+    killed(tmp_path, RELEASES[-1], started, "without")
+    time.sleep(1)
+    assert sum(map(alive, started)) >= 6
