@@ -30,6 +30,10 @@ five only for a Megatron from its wheel, and over torch's Adam):
     arguments:validate_args
         every flag is parsed and nothing is built yet: a mistake ends the run here
     training:save_checkpoint
+        a save that fails raises out of it
+    training:maybe_finalize_async_save
+        an asynchronous save that failed raises out of it
+    training:save_checkpoint
         each save goes through it: the vocabulary's size goes along, --ep-audit-save reads back
     training:maybe_finalize_async_save
         only after it is an asynchronous save on disk, where --ep-audit-save can read it
@@ -66,7 +70,9 @@ five only for a Megatron from its wheel, and over torch's Adam):
     moe_logging:MoEMetricsTracker.report
         Megatron writes the losses of MoE layers here; the routers' metrics join them
     process:BaseProcess.start
-        Megatron's save workers are started through it, in every release; they end with their rank
+        Megatron's save workers start through it, in every release; they end with their rank
+    async_utils:PersistentAsyncCaller.close
+        the standing save worker ends after it, and is not missed
     utils:compile_helpers
         it runs `make` where a wheel has no Makefile, and ends the process when that fails
     distrib_optimizer:DistributedOptimizer.state_dict

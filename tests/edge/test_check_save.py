@@ -1,5 +1,6 @@
 """A state that holds nan or inf is never the newest checkpoint, whatever holds it."""
 
+import errno
 import json
 import math
 from argparse import Namespace
@@ -14,7 +15,9 @@ from warm import Done
 
 from ep_plugin.checkpoint.finite import any_nonfinite, nonfinite
 from ep_plugin.cli import main
+from ep_plugin.megatron.arguments import not_saved
 from ep_plugin.megatron.arguments.not_saved import NOTE, at_start, leave
+from ep_plugin.megatron.seams import failed_save
 
 pytestmark = pytest.mark.megatron
 CPU = torch.device("cpu")
@@ -116,6 +119,68 @@ def test_what_holds_inf_is_not_saved_and_the_next_start_says_so(
     assert not (saved / "not_saved.json").exists()
 
 
+NO_ROOM = """
+import errno
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+real = filesystem_async._write_item
+
+def no_room(*rest, **settings):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+def spoil(iteration, *rest, **settings):
+    filesystem_async._write_item = no_room if (iteration, rank()) == (2, 1) else real
+    save(iteration, *rest, **settings)
+"""
+
+
+def test_a_save_that_fails_leaves_nothing_and_names_the_disk(tmp_path: Path) -> None:
+    flags = ("--async-save", "--async-strategy", "mcore")
+    done = run(tmp_path, NO_ROOM, *flags)
+    saved = tmp_path / "saved"
+    said = [line for line in done.stderr.splitlines() if line.startswith("ep_plugin: error: ")]
+    assert len(said) == 1, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"iteration 2 is not saved: saving it to {saved} failed on rank 1: " in said[0]
+    assert f"the disk of {saved} has " in said[0]
+    assert f"bytes free); the newest whole checkpoint is {saved}/iter_0000001; " in said[0]
+    assert done.returncode == 1
+    names = ["iter_0000001", TRACKER, "not_saved.json"]
+    assert sorted(path.name for path in saved.iterdir()) == names
+    assert (saved / TRACKER).read_text() == "1"
+
+
+@pytest.mark.parametrize("before", ["8", None])
+def test_a_tracker_that_lost_its_words_gets_them_back(
+    before: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the disk is full once the checkpoint is written; a folder of before stays."""
+    for was_there in (True, False):
+        (tmp_path / TRACKER).write_text("")
+        (tmp_path / "iter_0000012").mkdir(exist_ok=True)
+        begun = failed_save.Begun(tmp_path, 12, was_there, before)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with pytest.raises(SystemExit), failed_save._told([begun]):
+            raise RuntimeError("Worker failure") from full
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "No space left on device" in said
+        assert (tmp_path / TRACKER).exists() is (before is not None)
+        assert not_saved.newest(tmp_path) == before
+        assert (tmp_path / "iter_0000012").exists() is was_there
+    (tmp_path / TRACKER).write_text("12")  # it was saved: what failed came after it
+    with pytest.raises(RuntimeError), failed_save._told([begun]):
+        raise RuntimeError
+    assert capsys.readouterr().err == ""
+
+
+def test_a_standing_worker_that_dies_ends_the_run(tmp_path: Path) -> None:
+    """Without a GPU it dies at once; Megatron would wait for it at the first save."""
+    flags = ("--async-save", "--async-strategy", "mcore", "--use-persistent-ckpt-worker")
+    done = run(tmp_path, "spoil = save\n", *flags)
+    assert done.returncode == 1
+    assert "the process that writes checkpoints for rank " in done.stderr, done.stderr[-3000:]
+
+
 MTP = ("--mtp-num-layers", "1")
 BIAS = ("--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid")
 CHUNKS = (
@@ -126,8 +191,8 @@ CHUNKS = (
 
 @pytest.mark.parametrize(
     "flags",
-    [("--use-distributed-optimizer", "--bf16", *MTP), ("--bf16", *BIAS), CHUNKS],
-    ids=["distributed", "plain", "chunks"],
+    [("--use-distributed-optimizer", "--bf16", *MTP, *BIAS), ("--bf16", *CHUNKS)],
+    ids=["distributed", "plain"],
 )
 def test_it_is_found_wherever_it_is(flags: tuple[str, ...], tmp_path: Path) -> None:
     done = run(tmp_path, EVERYWHERE, *flags)

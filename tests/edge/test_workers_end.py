@@ -53,7 +53,8 @@ def main():
         queue = async_utils.AsyncCallsQueue()
         queue.schedule_async_request(async_utils.AsyncRequest(sleep, (), []))
         names = ("get_write_results_queue", "_get_write_results_queue")  # and in 0.16
-        kept.append(next(getattr(filesystem_async, n) for n in names if hasattr(filesystem_async, n))())
+        found = [getattr(filesystem_async, n) for n in names if hasattr(filesystem_async, n)]
+        kept.append(found[0]())
         pids += [process.pid for process in multiprocessing.active_children()]
     time.sleep(0.5)
     for process in multiprocessing.active_children():
@@ -121,7 +122,7 @@ def test_workers_end_with_a_rank_that_is_killed(
 
 
 def test_without_it_they_stay(tmp_path: Path, started: list[int]) -> None:
-    """What the seam is there for; all but those that `forkserver` forked, which look by themselves."""
+    """What the seam is there for."""
     killed(tmp_path, RELEASES[-1], started, "without")
     time.sleep(1)
     assert sum(map(alive, started)) >= 6

@@ -84,7 +84,9 @@ def _named(model: list[Any], parts: list[Held]) -> list[str]:
 def _end(folder: Path, iteration: int, found: str) -> None:
     if dist.get_rank() == 0:
         start = not_saved.newest(folder)
-        whole = f"{folder}/iter_{int(start):07d}" if start and start.isdecimal() else "none yet"
+        whole = (
+            f"{folder}/iter_{int(start):07d}" if start and start.isdecimal() else "still to come"
+        )
         print(
             f"ep_plugin: error: iteration {iteration} is not saved: {found}; the newest whole "
             f"checkpoint is {whole}; look at losses and gradient norms since then, and go on from "

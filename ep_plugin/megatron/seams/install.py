@@ -18,6 +18,7 @@ from ep_plugin.megatron.seams import (
     chained,
     check_save,
     expert_bias,
+    failed_save,
     served,
     torch_adam,
     touchpoints,
@@ -131,6 +132,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
     training = touchpoints.has_training()
     if training:
         _argument_changes(patches, layer_class)
+        failed_save.changes(patches)
         audit_save.changes(patches)
         check_save.changes(patches)
         layout_run.changes(patches, release.losses.WRITERS)

@@ -124,6 +124,7 @@ COMMON = (
     Touchpoint("megatron.training.training:save_checkpoint", ("iteration", "non_persistent_ckpt")),
     Touchpoint("megatron.training.training:maybe_finalize_async_save", ("blocking",)),
     Touchpoint(f"{_CHECKPOINTING}.dict_utils:nested_values"),
+    Touchpoint(f"{_CHECKPOINTING}.strategies.async_utils:PersistentAsyncCaller.close"),
     Touchpoint("megatron.training.async_utils:is_empty_async_queue"),
     Touchpoint(
         "megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict", ("state_dict",)
