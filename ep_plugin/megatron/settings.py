@@ -3,9 +3,10 @@
 from typing import Any
 
 from ep_plugin.checkpoint.moe_layers import moe_layers
+from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import speed
-from ep_plugin.megatron.arguments.table import SCOPES, feeding
+from ep_plugin.megatron.arguments.table import feeding
 from ep_plugin.megatron.arguments.theirs import check, several
 from ep_plugin.megatron.block.graphs import captures_iteration
 from ep_plugin.megatron.edge_settings import EdgeSettings as EdgeSettings

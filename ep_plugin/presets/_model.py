@@ -171,3 +171,12 @@ def _ffn(model: Model, size: int, activation: Activation) -> LayerParams:
 
 def _norm(model: Model) -> int:
     return model.hidden * (2 if model.layer_norm else 1)
+
+
+def of_each_layer(coefficient: float, topk: int, layers: int) -> float:
+    """Return Megatron's coefficient of each layer's balancing loss for one of the whole model.
+
+    That one's loss adds up all choices and is the mean over layers. Returned to 12 digits, which
+    `convert` writes.
+    """
+    return float(f"{coefficient * topk / layers:.12g}")

@@ -10,7 +10,7 @@ each layer. So the same strength is topk / layers times theirs.
 from dataclasses import replace
 
 from ep_plugin.moe.routing_config import RoutingConfig
-from ep_plugin.presets._model import Model, Preset
+from ep_plugin.presets._model import Model, Preset, of_each_layer
 
 COEFFICIENT = 1e-3  # of the whole model
 SMALL = Model(
@@ -30,7 +30,7 @@ LARGE = replace(SMALL, hidden=4096, heads=64, experts=(128,) * 94, dense_ffn=122
 
 
 def _preset(name: str, model: Model, source: str, seq_length: int, topk: int = 8) -> Preset:
-    coefficient = COEFFICIENT * topk / len(model.experts)
+    coefficient = of_each_layer(COEFFICIENT, topk, len(model.experts))
     return Preset(
         name=name,
         system="Qwen3 MoE",

@@ -1,4 +1,4 @@
-# Mixtral 8x22B (its published configuration, v0.3): 140.6B parameters, 39.2B active.
+# Mixtral 8x22B (the published configuration of Instruct v0.1): 140.6B parameters, 39.2B active.
 #
 # Fits 80 GB: LAYOUT=tp2-ep8-pp8 on 128 GPUs and more.
 # Its schedule is not published. This is Llama 2's of 34B (arXiv:2307.09288, section 2.2 and table

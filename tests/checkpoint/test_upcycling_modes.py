@@ -1,10 +1,14 @@
 """Upcycling as tensor maths, in float64: what the layer computes against the dense FFN."""
 
+import argparse
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from tolerance import MAX_ERROR
 from torch import Tensor
 
@@ -12,8 +16,9 @@ from ep_plugin import MoEConfig, MoELayer, RoutingConfig
 from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, FfnTensor, router_rows, shard
 from ep_plugin.checkpoint.adapt.modes.drop import dropped
 from ep_plugin.checkpoint.adapt.upcycle import make_experts
-from ep_plugin.checkpoint.adapt.upcycling import GateSums, Upcycling
+from ep_plugin.checkpoint.adapt.upcycling import GateSums, Losses, Upcycling
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.settings import _balancing
 from ep_plugin.presets import presets
 from ep_plugin.registry import available
 
@@ -319,3 +324,24 @@ def test_modes_are_the_files_of_the_folder() -> None:
 def test_settings_that_contradict(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Upcycling(**{"num_experts": 8, "topk": 2, **changes})  # type: ignore[arg-type]
+
+
+@given(
+    scopes=st.permutations(["micro_batch", "sequence", "global"]),
+    coefficients=st.lists(st.floats(1e-6, 1), min_size=0, max_size=3),
+)
+def test_every_balancing_loss_of_a_routing_goes_along(
+    scopes: list[str], coefficients: list[float]
+) -> None:
+    """Megatron reads from the new model's arguments the losses that the preset has."""
+    losses: Any = tuple(zip(scopes, coefficients, strict=False))
+    routing = RoutingConfig()
+    if losses:
+        (scope, coefficient), *further = losses
+        routing = RoutingConfig(
+            aux_loss_scope=scope, aux_loss_coeff=coefficient, further_losses=tuple(further)
+        )
+    wanted = Upcycling(num_experts=4, topk=2, losses=Losses.of(routing))
+    args = wanted.arguments(argparse.Namespace(num_layers=2, ffn_hidden_size=64))
+    found = RoutingConfig(**_balancing(args))
+    assert found.balancing_losses == routing.balancing_losses == losses

@@ -10,17 +10,19 @@ import string
 from pathlib import Path
 from typing import Any
 
+import flag_values
 import hf_models
 import pytest
 from documents import megatron_parser
 
 from ep_plugin.checkpoint import family
 from ep_plugin.checkpoint.adapt.hugging_face import arguments
+from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import flags_file, spell_model
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.arguments.spell import megatron_arguments
-from ep_plugin.megatron.arguments.table import SCOPES, TABLE
+from ep_plugin.megatron.arguments.table import BY_NAME, TABLE
 from ep_plugin.presets import load as load_preset
 from ep_plugin.registry import available
 
@@ -162,7 +164,7 @@ def test_megatron_reads_the_model_that_was_meant(case: str, tmp_path: Path) -> N
     """Every family: each setting that a flag of Megatron's has comes out of its parser again."""
     args = settings_of(case)
     words = spell_model.model_flags(args)
-    spell_model.write_flags(tmp_path, args, from_hf=False)
+    flags_file.write_flags(tmp_path, args, from_hf=False)
     assert flags_file.read(tmp_path / "flags.txt", "model") == ["schedule=finetune", *words]
     parser = megatron_parser()
     parsed, rest = parser.parse_known_args(words)
@@ -242,7 +244,7 @@ def test_settings_of_one_s_own_run_go_along(
     found = " ".join(words)
     assert " ".join(flags) in found
     assert " ".join(flags) not in " ".join(plain)
-    spell_model.write_flags(tmp_path, own_model(**changes), from_hf=False)
+    flags_file.write_flags(tmp_path, own_model(**changes), from_hf=False)
     assert flags_file.read(tmp_path / "flags.txt", "model") == ["schedule=finetune", *words]
     parsed = megatron_parser().parse_args(words)
     for name, value in changes.items():
@@ -270,9 +272,43 @@ def test_several_balancing_losses_are_the_same_run_again(scope: str) -> None:
 
 @pytest.mark.megatron
 def test_what_no_flag_says_is_named() -> None:
-    assert spell_model.unsaid(own_model()) == []
-    assert spell_model.unsaid(own_model(mtp_num_layers=1)) == ["mtp_num_layers"]
-    assert spell_model.unsaid(own_model(ep_router="my.router")) == ["ep_router"]
+    assert flags_file.unsaid(own_model()) == []
+    assert flags_file.unsaid(own_model(mtp_num_layers=1)) == ["mtp_num_layers"]
+    assert flags_file.unsaid(own_model(ep_router="my.router")) == ["--ep-router my.router"]
+
+
+OF_THE_MODEL = [case for case in flag_values.CASES if BY_NAME[case[0]].flag in spell_model._OURS]
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize(("name", "value"), OF_THE_MODEL)
+def test_what_is_written_can_be_read(name: str, value: Any, tmp_path: Path) -> None:
+    """Every flag of ours that is about the model, with every kind of value."""
+    typed = flag_values.given(name, value)
+    parsed = megatron_parser().parse_args(typed)
+    args = own_model(**{BY_NAME[name].dest: getattr(parsed, BY_NAME[name].dest)})
+    assert flags_file.unsaid(args) == []
+    flags_file.write_flags(tmp_path, args, from_hf=False)
+    lines = flags_file.read(tmp_path / "flags.txt", "model")
+    assert lines[lines.index(typed[0]) :][: len(typed)] == typed
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"rope_type": "../rope"}, "--rope-type ../rope"),
+        ({"ep_expert_activation": "my.code"}, "--ep-expert-activation my.code"),
+        ({"ep_further_losses": (("a", "b"),)}, "--ep-further-losses a:b"),
+    ],
+)
+def test_a_value_that_would_not_be_read_is_named_and_nothing_is_written(
+    changes: dict[str, Any], missing: str, tmp_path: Path
+) -> None:
+    args = own_model(multi_latent_attention=True, **changes)
+    assert missing in flags_file.unsaid(args)
+    flags_file.write_flags(tmp_path, args, from_hf=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_as_a_program_it_prints_the_words_or_a_sentence(

@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, st
         },
         {"expert_tensor_parallel_size": None},
         "(dp_reshardable, tp=2, pp=1, ep=2, etp=2), and this run has tp=2, pp=1, ep=4, etp=2",
-        "--no-load-optim",
+        "use --expert-model-parallel-size 2, which then saves by parameter, or --no-load-optim",
     ),
 }
 

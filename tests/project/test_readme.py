@@ -18,8 +18,8 @@ import pytest
 from documents import BLOCKS, README, ROOT, Block, megatron_parser
 
 from ep_plugin.cli import build_parser
+from ep_plugin.megatron.arguments.flags_file import write_flags
 from ep_plugin.megatron.arguments.spell import megatron_arguments
-from ep_plugin.megatron.arguments.spell_model import write_flags
 from ep_plugin.presets import load
 
 FILES = [block for block in BLOCKS if block.mark.startswith("file ")]

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ep_plugin.checkpoint.moe_layers import parse_layers
+from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError, check_choice, largest_divisor
 from ep_plugin.moe.routing_config import AuxLossCounts, RoutingConfig, ScoreFunction
 from ep_plugin.registry import available
@@ -115,16 +116,19 @@ class Losses:
 
     kind: str = "aux_loss"
     coefficient: float = 1e-2
+    further: tuple[tuple[str, float], ...] = ()  # beside it: kind, coefficient
     z_coefficient: float = 0.0
     counts: AuxLossCounts = "topk"
 
     @classmethod
     def of(cls, routing: RoutingConfig) -> "Losses":
         """Return what a preset's routing means here; routing groups are the run's own."""
-        kind = {"sequence": "seq_aux_loss", "global": "global_aux_loss"}
+        losses = [(SCOPES[scope], coefficient) for scope, coefficient in routing.balancing_losses]
+        (kind, coefficient), *further = losses or [("none", 0.0)]
         return cls(
-            kind=kind.get(routing.aux_loss_scope, "aux_loss") if routing.aux_loss_coeff else "none",
-            coefficient=routing.aux_loss_coeff,
+            kind=kind,
+            coefficient=coefficient,
+            further=tuple(further),
             z_coefficient=routing.z_loss_coeff,
             counts=routing.aux_loss_counts,
         )
@@ -215,6 +219,9 @@ class Upcycling:
             args.moe_router_enable_expert_bias = True
         args.moe_router_load_balancing_type = self.losses.kind
         args.moe_aux_loss_coeff = self.losses.coefficient
+        if further := self.losses.further:
+            args.moe_router_load_balancing_type = [self.losses.kind, *(k for k, _ in further)]
+            args.moe_aux_loss_coeff = [self.losses.coefficient, *(c for _, c in further)]
         if self.losses.z_coefficient:
             args.moe_z_loss_coeff = self.losses.z_coefficient
         if self.losses.counts != "topk":

@@ -16,7 +16,7 @@ from ep_plugin.commands.convert.compare import Differs, compare, load_compare
 from ep_plugin.commands.convert.flags import add_arguments as add_arguments
 from ep_plugin.commands.convert.request import read_request
 from ep_plugin.commands.convert.say import check_manifest, say_plan, say_summary
-from ep_plugin.megatron.arguments.spell_model import write_flags
+from ep_plugin.megatron.arguments.flags_file import write_flags
 
 EXAMPLES = r"""examples:
   ep-plugin convert --from runs/dense --to runs/moe --num-experts 8 --topk 2

@@ -15,11 +15,11 @@ from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.request import Request
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.flags_file import unsaid
 from ep_plugin.megatron.arguments.spell_model import (
     BESIDE_DENSE,
     padded_vocabulary,
     run_flags,
-    unsaid,
     where_other,
 )
 from ep_plugin.untrusted import one_line

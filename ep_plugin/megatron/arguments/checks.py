@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.parser import TYPED
 from ep_plugin.megatron.arguments.table import (
     KINDS,
-    SCOPES,
     TABLE,
     WITHOUT_EXPERTS,
     automatic,

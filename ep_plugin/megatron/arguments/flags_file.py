@@ -15,6 +15,8 @@ prints the words after these checks, one a line; exit code 2: refused, in one se
 the same of the file in which recipes/run.sh keeps a run's schedule. No torch, no Megatron.
 """
 
+import argparse
+import copy
 import os
 import re
 import stat
@@ -24,10 +26,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.spell_model import FIRST, LEGAL
+from ep_plugin.megatron.arguments.spell_model import LEGAL, UNSAID, model_flags
 from ep_plugin.megatron.arguments.table import KINDS, automatic
 from ep_plugin.registry import available
 
+NAME = "flags.txt"
+FIRST = "schedule="  # its first line, before how the recipes train the model
+SCHEDULE = "finetune"
+MAX_SEQUENCE = 4096  # tokens, of a model whose sequences in training nobody has said
 MAX_BYTES = 1 << 16
 # Named on the first line. published: of a model of recipes/models, which such a folder is not.
 SCHEDULES = {"model": ("finetune", "own"), "schedule": ("published", "finetune", "own")}
@@ -44,6 +50,50 @@ _PAIR = rf"[a-z_]+:({_NUMBER})"
 _VALUE = re.compile(rf"{_NUMBER}|{_LIST}|{_PAIR}(,{_PAIR})*|[A-Za-z][A-Za-z0-9_-]*", re.ASCII)
 # Each flag that a file of a kind may have -> whether a value follows it.
 FLAGS = {"model": LEGAL, "schedule": dict.fromkeys(SCHEDULE_FLAGS, True)}
+
+
+def write_flags(folder: Path, args: argparse.Namespace, from_hf: bool) -> None:
+    """Write `flags.txt` for a model with these arguments; nothing where `unsaid` names something.
+
+    A Hugging Face model says how long its positions reach, and not how long sequences in training
+    are: they get MAX_SEQUENCE at most.
+    """
+    if unsaid(args):
+        return
+    args = copy.copy(args)
+    if from_hf:
+        args.seq_length = min(args.seq_length, MAX_SEQUENCE)
+    lines = [FIRST + SCHEDULE, *model_flags(args)]
+    check(lines, "model", folder / NAME)
+    (folder / NAME).write_text("".join(f"{line}\n" for line in lines))
+
+
+def unsaid(args: argparse.Namespace) -> list[str]:
+    """Return what of this model no file can say: arguments without a flag here, and flags with a
+    value that `read` would refuse, such as a user's own code."""
+    if found := [name for name in UNSAID if getattr(args, name, None)]:
+        return found
+    words = _by_flag(args)
+    return [" ".join(flag) for flag in words if not _is_legal(flag)]
+
+
+def _by_flag(args: argparse.Namespace) -> list[list[str]]:
+    """Return the model's flags, each with its words."""
+    found: list[list[str]] = []
+    for word in model_flags(args):
+        if word.startswith("--"):
+            found.append([])
+        found[-1].append(word)
+    return found
+
+
+def _is_legal(words: list[str]) -> bool:
+    """Whether a file may have a flag with these words."""
+    try:
+        check([FIRST + SCHEDULE, *words], "model", Path(NAME))
+    except ConfigError:
+        return False
+    return True
 
 
 def read(path: Path, kind: str) -> list[str]:

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, get_args
 
+from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.table import SCOPES, TABLE, Argument, Group, automatic
+from ep_plugin.megatron.arguments.table import TABLE, Argument, Group, automatic
 from ep_plugin.registry import available
 
 # On the parsed arguments until `checks.take_typed` reads it: flags of the user's command line, and

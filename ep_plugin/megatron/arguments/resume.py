@@ -201,10 +201,15 @@ def _check_buckets(args: Any, folder: Path, saved: Any, common: dict[str, Any]) 
     theirs, ours = ({n: size(a, n) for n in SIZES} for a in (saved, args))
     if theirs != ours:
         at, wanted = (", ".join(f"{n}={s}" for n, s in sizes.items()) for sizes in (theirs, ours))
+        flags = [
+            f"--{SIZES[name].replace('_', '-')} {theirs[name]}"
+            for name in SIZES
+            if theirs[name] != ours[name]
+        ]
         raise ConfigError(
             f"{folder} holds optimizer state by buckets of its layout ({BY_BUCKET}, {at}), and "
-            f"this run has {wanted}; resume at that layout, which then saves by parameter, or "
-            "leave the optimizer out with --no-load-optim"
+            f"this run has {wanted}; use {' '.join(flags)}, which then saves by parameter, or "
+            "--no-load-optim"
         )
 
 

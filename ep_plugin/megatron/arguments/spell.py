@@ -4,7 +4,8 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
-from ep_plugin.megatron.arguments.table import BY_NAME, SCOPES, SWITCHES
+from ep_plugin.checkpoint.scopes import SCOPES
+from ep_plugin.megatron.arguments.table import BY_NAME, SWITCHES
 from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.moe.rules import said
 from ep_plugin.presets import Model, Preset

@@ -1,24 +1,18 @@
 """A model as flags, from the arguments in its checkpoint: to print, and for `flags.txt`.
 
-`spell.py` has those of a preset; `flags_file.py` reads and checks `flags.txt`. No torch.
+`spell.py` has those of a preset; `flags_file.py` writes and reads `flags.txt`. No torch.
 """
 
 import argparse
 import copy
 from collections.abc import Mapping
 from math import lcm
-from pathlib import Path
 from typing import Any
 
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.megatron.arguments.table import TABLE
 from ep_plugin.megatron.arguments.theirs import several
 from ep_plugin.moe.rules import said
-
-NAME = "flags.txt"
-FIRST = "schedule="  # its first line, before how the recipes train the model
-SCHEDULE = "finetune"
-MAX_SEQUENCE = 4096  # tokens, of a model whose sequences in training nobody has said
 
 _VALUES = {  # flag -> argument, where it is set
     "--num-layers": "num_layers",
@@ -160,28 +154,6 @@ LEGAL: Mapping[str, bool] = {
     **dict.fromkeys([*_OTHERS, *_OF_EXPERTS, *_DROPOUTS], True),
     **{row.flag: row.default is not False for row in TABLE},
 }
-
-
-def write_flags(folder: Path, args: argparse.Namespace, from_hf: bool) -> None:
-    """Write `flags.txt` for a model with these arguments; nothing where `unsaid` names one.
-
-    A Hugging Face model says how long its positions reach, and not how long sequences in training
-    are: they get MAX_SEQUENCE at most.
-    """
-    if unsaid(args):
-        return
-    args = copy.copy(args)
-    if from_hf:
-        args.seq_length = min(args.seq_length, MAX_SEQUENCE)
-    lines = [FIRST + SCHEDULE, *model_flags(args)]
-    (folder / NAME).write_text("".join(f"{line}\n" for line in lines))
-
-
-def unsaid(args: argparse.Namespace) -> list[str]:
-    """Return the arguments of this model that no flag here says."""
-    found = [name for name in UNSAID if getattr(args, name, None)]
-    router = getattr(args, "ep_router", None) or ""
-    return [*found, "ep_router"] if "." in router else found  # a user's own code
 
 
 def model_flags(args: argparse.Namespace) -> list[str]:

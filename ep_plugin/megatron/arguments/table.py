@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.routing_config import RoutingConfig
@@ -19,12 +20,6 @@ Group = Literal[
     "routing", "capacity", "losses", "experts", "fp8", "dispatch", "overlap", "checkpoint", "run"
 ]
 RESHARDABLE = ("fully_reshardable", "dp_reshardable")
-SCOPES = {  # of the load-balancing loss -> Megatron's type of it
-    "micro_batch": "aux_loss",
-    "group": "aux_loss",
-    "sequence": "seq_aux_loss",
-    "global": "global_aux_loss",
-}
 HOMES = {"routing": RoutingConfig, "moe": MoEConfig, "edge": EdgeSettings}
 
 
