@@ -11,6 +11,7 @@ A module whose flags may stand among those of another script adds its own in `ad
 """
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from types import ModuleType
@@ -33,10 +34,13 @@ class Need(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses a command line in one line, whatever was typed."""
+    """Refuses a command line in one line, whatever was typed; says so where help has no output."""
 
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse would hide that a disk is full
 
 
 class _Counted(argparse.Namespace):

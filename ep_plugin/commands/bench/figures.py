@@ -41,7 +41,11 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(NUMBERS.split(), (int, float)),
     **{"ep": (int,), "graph": (bool,)},
 }
-ALWAYS = {"bench", "shape", "backend", "precision", "routing", "device", "ms", "ep", "graph"}
+ALWAYS = {
+    *("bench", "shape", "backend", "precision", "routing", "device", "ep", "graph"),
+    *("ms", "p10_ms", "p90_ms"),
+}
+WITH_FLOOR = ("layer", "gemm", "kernels", "overlap")
 PACKAGES = (
     *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),
     *("sonic-moe", "quack-kernels", "liger-kernel", "sgl-deep-gemm", "deep-gemm"),
@@ -90,22 +94,25 @@ def read(path: Path) -> list[Row]:
         return []
     rows: list[Row] = read_json(path, "use another --output", list)
     for number, row in enumerate(rows, start=1):
-        if wrong := _wrong(row):
+        if wrong := "there are no names" if type(row) is not dict else _wrong({**EMPTY, **row}):
             raise ConfigError(
                 f"{path} is no file of bench: in row {number} {wrong}; use another --output"
             )
-    return rows
+    return [{**EMPTY, **row} for row in rows]
 
 
-def _wrong(row: Any) -> str:
+def _wrong(row: Row) -> str:
     """Return what in a row of a file can be neither printed nor drawn; "" for one that can."""
-    if not isinstance(row, dict):
-        return "there are no names"
     for name, kind in KINDS.items():
         value = row.get(name)
         if type(value) not in kind and not (value is None and name not in ALWAYS):
             return f"{name} is {shown(value)}"
-    return "" if row["ep"] > 0 and row["ms"] > 0 else "ep or ms is not positive"
+    if row["exchange_ms"] is not None and None in (row["compute_ms"], row["hidden_share"]):
+        return "exchange_ms stands alone"
+    if row["floor_ms"] is None and row["bench"] in WITH_FLOOR:
+        return "floor_ms is None"
+    positive = all(row[name] is None or row[name] > 0 for name in ("ep", "ms", "floor_ms"))
+    return "" if positive else "ep, ms or floor_ms is not positive"
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

@@ -22,7 +22,8 @@ BAR_INCHES = 0.24
 
 def draw(rows: list[Row]) -> Figure:
     """Return the figure; rows of one shape and routing share a panel, the fastest on top."""
-    matplotlib.rcParams.update({"font.size": 9, "legend.frameon": False})
+    style = {"font.size": 9, "legend.frameon": False, "text.parse_math": False}
+    matplotlib.rcParams.update(style)
     panels: dict[str, list[Row]] = {}
     for row in rows:
         panels.setdefault(case_of(row), []).append(row)

@@ -56,10 +56,10 @@ def read_events(folder: Path) -> dict[str, dict[int, float]]:
 
 def _read(path: Path) -> EventAccumulator:
     """Return the events of a file; raises ConfigError for one that TensorBoard cannot read."""
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     try:
         if check_regular(path, REMEDY).st_size > MOST_BYTES:
             raise ConfigError(f"{cut(str(path))} has more than {MOST_BYTES} bytes; {REMEDY}")
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
         events.Reload()
     except ConfigError:
         raise
