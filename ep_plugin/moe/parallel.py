@@ -42,8 +42,8 @@ class ParallelConfig(Typed):
         self._check_product("tp*cp*pp", self.tp * self.cp * self.pp)
         if self.world_size % (self.ep * self.expert_tp * self.pp):
             per_stage = self.world_size // self.pp
-            etp = largest_divisor(per_stage, self.expert_tp)
-            ep = largest_divisor(per_stage // etp, self.ep)
+            ep = largest_divisor(per_stage, self.ep)  # kept where it can be, at a smaller etp
+            etp = largest_divisor(per_stage // ep, self.expert_tp)
             raise ConfigError(
                 f"ep*etp*pp ({self.ep}*{self.etp}*{self.pp}) must divide <world_size> "
                 f"({self.world_size}); use <ep={ep}> with <etp={etp}>"

@@ -100,7 +100,7 @@ def test_every_other_flag_of_megatron_s_is_refused_by_name(tmp_path: Path) -> No
             flags_file.check([*GOOD, flag, "1"], "model", tmp_path)
     for flag, takes_value in legal.items():
         assert takes_value is (actions[flag].nargs != 0), flag
-        assert flag in ("--ep-audit-save", "--ep-save") or not OPENS.search(flag)
+        assert flag in ("--ep-audit-save", "--ep-check-save", "--ep-save") or not OPENS.search(flag)
 
 
 def test_own_code_cannot_be_named(tmp_path: Path) -> None:

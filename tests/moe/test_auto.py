@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +30,8 @@ from ep_plugin.moe.config import GRAPH_RANKS
 from ep_plugin.moe.dispatcher import _trial
 from ep_plugin.moe.dispatcher._shared_buffer import SharedBuffer
 from ep_plugin.moe.experts.fits import check_capturable
+from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.kernels import peers_torch
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 WITHIN = 1.03  # of the fastest
@@ -142,7 +145,7 @@ def test_more_ranks_than_a_graph_takes_do_not_share_memory_in_one() -> None:
 def reasons(num_bytes: int, how: str) -> list[str | None]:
     """Try twice; `how` breaks something on rank 1 alone."""
     groups = create_expert_groups(ParallelConfig(world_size=4, ep=2))
-    real = SharedBuffer.reserve
+    real, store = SharedBuffer.reserve, peers_torch.push_rows
 
     def reserve(buffer: SharedBuffer, size: int, device: torch.device) -> Any:
         found = real(buffer, size, device)
@@ -150,10 +153,20 @@ def reasons(num_bytes: int, how: str) -> list[str | None]:
             raise RuntimeError("no memory\nand a trace")
         return found
 
+    def push_rows(*args: Any) -> None:
+        if how == "stores" and torch.distributed.get_rank() == 1:
+            raise ValueError("no kernel")
+        if how != "loses" or torch.distributed.get_rank() != 1:
+            store(*args)
+
     def hosts() -> str:
         return f"host{torch.distributed.get_rank() if how == 'hosts' else 0}"
 
-    with patch.object(SharedBuffer, "reserve", reserve), patch("socket.gethostname", hosts):
+    with (
+        patch.object(SharedBuffer, "reserve", reserve),
+        patch.object(peers_torch, "push_rows", push_rows),
+        patch("socket.gethostname", hosts),
+    ):
         return [_trial.why_not(groups, CPU, num_bytes) for _ in range(2)]
 
 
@@ -162,6 +175,8 @@ def reasons(num_bytes: int, how: str) -> list[str | None]:
     [
         ("works", None),
         ("fails", "RuntimeError: no memory"),
+        ("stores", "ValueError: no kernel"),  # and the other ranks do not wait for this one
+        ("loses", "from ranks [0, 1] came [0, "),
         ("hosts", "dispatcher 'symm_mem' needs the ranks of ep and etp on one host"),
     ],
 )
@@ -171,6 +186,25 @@ def test_all_ranks_are_told_the_same(how: str, expected: str | None) -> None:
     assert len(found) == 1
     (reason,) = found
     assert reason == expected or (expected is not None and str(reason).startswith(expected))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [
+        (8 << 30, None),  # a tenth of the GPU's memory
+        ((8 << 30) + 1, "its buffers take 8.0 GiB, more than 10% of the GPU's 80"),
+    ],
+)
+def test_the_buffers_take_a_tenth_of_the_memory_at_most(
+    num_bytes: int, expected: str | None
+) -> None:
+    gpu = SimpleNamespace(total_memory=80 << 30)
+    with (
+        patch("torch.cuda.get_device_properties", lambda _: gpu),
+        patch.object(_trial, "shared_buffer"),
+        patch.object(_trial, "_SymmetricMemory"),
+    ):
+        assert _trial._missing(ExpertGroups(), torch.device("cuda"), num_bytes) == expected
 
 
 def layer_in_a_graph(works: bool) -> tuple[str, str]:

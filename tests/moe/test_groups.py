@@ -1,7 +1,12 @@
 """Rank grids against hand-computed answers; process groups on real ranks."""
 
+import re
+from typing import Any
+
 import pytest
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from spawn import run_ranks
 
 from ep_plugin import ConfigError, MoEConfig, ParallelConfig, create_expert_groups
@@ -48,7 +53,7 @@ def test_expert_tensor_parallel_defaults_to_tensor_parallel() -> None:
         ),
         (
             {"world_size": 6, "tp": 2, "ep": 2},
-            r"ep\*etp\*pp \(2\*2\*1\) must divide world_size \(6\); use ep=1 with etp=2",
+            r"ep\*etp\*pp \(2\*2\*1\) must divide world_size \(6\); use ep=2 with etp=1",
         ),
         (
             {"world_size": 6, "tp": 4},
@@ -122,3 +127,25 @@ def test_every_rank_is_in_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_groups_means_one_rank() -> None:
     groups = ExpertGroups()
     assert (groups.ep_size, groups.ep_rank, groups.etp_size, groups.ep_etp_size) == (1, 0, 1, 1)
+
+
+@given(
+    tp=st.sampled_from([1, 2, 4]),
+    ep=st.integers(1, 16),
+    etp=st.none() | st.integers(1, 8),
+    stages=st.sampled_from([1, 2]),
+    data=st.integers(1, 8),
+)
+def test_advice_on_experts_over_ranks_is_taken_and_keeps_ep_where_it_can(
+    tp: int, ep: int, etp: int | None, stages: int, data: int
+) -> None:
+    world = tp * stages * data
+    sizes: Any = {"world_size": world, "tp": tp, "pp": stages}
+    try:
+        ParallelConfig(**sizes, ep=ep, etp=etp)
+    except ConfigError as error:
+        found = re.search(r"use ep=(\d+) with etp=(\d+)", str(error))
+        assert found is not None
+        new_ep, new_etp = map(int, found.groups())
+        ParallelConfig(**sizes, ep=new_ep, etp=new_etp)
+        assert (new_ep == ep) == (world // stages % ep == 0)

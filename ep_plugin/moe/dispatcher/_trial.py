@@ -2,18 +2,21 @@
 
 Its buffers need GPUs that can map each other's memory. Only a trial shows this for certain, and all
 ranks must come to the same answer. So every rank allocates what the run will need, stores a row in
-every other rank's buffer, and reads the rows it received. Then the ranks share what they found.
+every other rank's buffer, and reads the rows it received. After each of these steps the ranks share
+what they found: where one fails, no other goes on to a step that would wait for it.
 """
 
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _SymmetricMemory
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.moe.dispatcher._link import Link, Sends
-from ep_plugin.moe.dispatcher._shared_buffer import SharedBuffer, shared_buffer
+from ep_plugin.moe.dispatcher._shared_buffer import shared_buffer
 from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.kernels.peers_torch import rows_of
 
 MOST = 0.1  # largest part of a GPU's memory that the buffers may take
 _WIDTH = 16  # of the row that is sent
@@ -37,7 +40,8 @@ def why_not(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str |
     found: Trial | None = groups.shared.get("trial")
     if found is None or found.group is not groups.ep_etp or found.num_bytes < num_bytes:
         reason = None
-        for step in (_missing, _no_memory, _not_reached):  # each after all ranks passed the last
+        # Each after all ranks passed the one before.
+        for step in (_missing, _no_memory, _not_stored, _not_received):
             reason = reason or _agreed(groups, step(groups, device, num_bytes))
         if reason is not None:
             groups.shared.pop("buffer", None)
@@ -59,8 +63,8 @@ def _missing(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str 
             f"its buffers take {num_bytes / 2**30:.1f} GiB, more than {MOST:.0%} of the GPU's "
             f"{total / 2**30:.0f}"
         )
-    try:  # before `reserve`, where other ranks would wait for this one
-        torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    try:  # as `reserve` does, where other ranks would wait for this one; it is freed at once
+        _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
     except RuntimeError as error:
         return _first_line(error)
     return None
@@ -75,24 +79,34 @@ def _no_memory(groups: ExpertGroups, device: torch.device, num_bytes: int) -> st
     return None
 
 
-def _not_reached(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str | None:
-    """Return what went wrong when all ranks stored a row in each other's buffers."""
+def _not_stored(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str | None:
+    """Return what went wrong when this rank stored its number in every rank's buffer."""
+    buffer = shared_buffer(groups)
+    place = torch.full((1, buffer.ranks), buffer.rank, dtype=torch.int32, device=device)
+    row = torch.full((1, _WIDTH), float(buffer.rank), device=device)
     try:
-        came = _exchange_ranks(shared_buffer(groups), device)
+        kernels = "peers" if row.is_cuda else "peers_torch"
+        ops = import_module(f"ep_plugin.moe.kernels.{kernels}")
+        ops.push_rows(row, buffer.reserve(0, device), 0, place, 1)
+        if row.is_cuda:
+            torch.cuda.synchronize(device)
     except Exception as error:  # Triton raises errors of its own types
         return _first_line(error)
-    expected = list(range(dist.get_world_size(groups.ep_etp)))
+    return None
+
+
+def _not_received(groups: ExpertGroups, device: torch.device, num_bytes: int) -> str | None:
+    """Return which numbers came where not one did from every rank."""
+    buffer = shared_buffer(groups)
+    try:
+        buffer.barrier()
+        own = buffer.reserve(0, device).buffers[buffer.rank]
+        rows = rows_of(own, 0, buffer.ranks, torch.empty(0, _WIDTH, device=device))
+        came = [int(number) for number in rows[:, 0].tolist()]
+    except Exception as error:
+        return _first_line(error)
+    expected = list(range(buffer.ranks))
     return None if came == expected else f"from ranks {expected} came {came}"
-
-
-def _exchange_ranks(buffer: SharedBuffer, device: torch.device) -> list[int]:
-    """Send every rank a row that holds this rank's number; return the numbers received."""
-    ranks = buffer.ranks
-    place = torch.full((1, ranks), buffer.rank, dtype=torch.int32, device=device)
-    row = torch.full((1, _WIDTH), float(buffer.rank), device=device)
-    (came,) = Link(buffer, programs=1).push((row,), Sends(place, ranks, ranks, None))
-    buffer.barrier()
-    return [int(number) for number in came[:, 0].tolist()]
 
 
 def _first_line(error: Exception) -> str:
