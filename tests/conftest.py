@@ -23,6 +23,7 @@ SLOW = (
     "test_cpu",
     "test_cpu_flags",
     "test_damaged_inputs::test_the_figures_of_a_bench_are_printed_before_they_are_lost",
+    "test_drills",
     "test_flags_file",
     "test_flags_together",
     "test_found",
@@ -60,6 +61,7 @@ SLOW = (
     "test_unbalanced",
     "test_vocabulary",
     "test_vpp",
+    "test_watch",
     "test_weights",
     "test_workers_end",
 )

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -27,6 +28,9 @@ preload("ep_plugin.moe.watch")
 def drill(kind: str, victim: int, output: Path, *, keeps_store: bool) -> list[int | None]:
     """Return the exit codes; what ranks wrote is in `output`.
 
+    `kind` is a signal, or another fault of `_fail`. After `STOP` the victim is woken once it is
+    named. With `abort` it is not, and the others are aborted after a time as by NCCL's watchdog.
+
     With `keeps_store` rank 0 keeps the rendezvous store, as without torchrun.
     """
     store = None if keeps_store else dist.TCPStore("127.0.0.1", 0, is_master=True)
@@ -47,7 +51,8 @@ def drill(kind: str, victim: int, output: Path, *, keeps_store: bool) -> list[in
             _wait_for("is stopped", output)
             os.kill(ranks[victim].pid or 0, signal.SIGCONT)
         for process in ranks:
-            process.join(LIMIT)
+            if kind != "abort" or process is not ranks[victim]:
+                process.join(LIMIT)
         return [process.exitcode for process in ranks]
     finally:
         for process in ranks:
@@ -77,6 +82,10 @@ def _main(rank: int, environment: dict[str, str], output: str, kind: str, victim
     torch.set_num_threads(1)
     code = 0
     try:
+        if kind == "abort" and rank != victim:
+            timer = threading.Timer(8, os.abort)
+            timer.daemon = True
+            timer.start()
         _train(kind if rank == victim else "")
     except SystemExit:
         pass
@@ -115,5 +124,7 @@ def _fail(kind: str) -> None:
         sys.exit(0)
     elif kind == "raise":
         raise MemoryError("no room")
+    elif kind == "abort":
+        os.kill(os.getpid(), signal.SIGSTOP)
     else:
         os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))

@@ -230,6 +230,13 @@ def test_who_is_stopped_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     assert not any(line.startswith("ep_plugin: rank 1 ") for line in said)
 
 
+def test_the_word_comes_before_a_watchdog_aborts_the_process(tmp_path: Path) -> None:
+    text, codes = run_drill("abort", 1, tmp_path)
+    assert codes == [-6, None, -6]
+    assert f"is stopped; {BEFORE}" in text
+    assert "ranks 0, 2 " + WAITS in text
+
+
 def test_who_is_slow_is_named_once_and_nothing_ends(tmp_path: Path) -> None:
     text, codes = run_drill("sleep", 0, tmp_path)
     assert codes == [0, 0, 0], text

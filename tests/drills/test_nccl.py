@@ -1,0 +1,59 @@
+"""Under NCCL: a stopped rank is named before the watchdog aborts the process that waits for it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from fault import COMBINE, HERE, ROOT, Fault
+from loop import MOE, RUN, SCRIPT, SHAPE
+
+pytestmark = [
+    *(pytest.mark.multi_gpu, pytest.mark.megatron),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
+]
+FAR = 20  # the iteration of the fault
+
+
+@pytest.mark.parametrize("watch", [(), ("--ep-watch-ranks", "10")])
+def test_the_sentence_comes_before_the_watchdog(watch: tuple[str, ...], tmp_path: Path) -> None:
+    fault = Fault("stop_for_good", COMBINE, FAR)
+    flags = ("--train-iters", "40", "--expert-model-parallel-size", "2", "--eval-iters", "0")
+    flags += ("--bf16", "--distributed-timeout-minutes", "1", "--transformer-impl", "local")
+    script = [str(HERE / "faulty.py"), SCRIPT, *RUN, *SHAPE, *MOE, *flags, *watch]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    drill = {"DRILL": json.dumps(asdict(fault)), "DRILL_FOLDER": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **drill}
+    environment |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "ep_plugin.run", *script],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        text, _ = process.communicate(timeout=300)
+    finally:
+        for line in (tmp_path / "sessions").read_text().split():
+            try:
+                os.killpg(int(line), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.kill()
+    assert process.returncode != 0
+    said = re.search(
+        rf"rank 1 \(\S+, pid \d+\) is stopped; it was last {COMBINE}, iteration {FAR}; "
+        r"rank 0 waits for it in (dispatch|combine) of layer \d",
+        text,
+    )
+    assert said, text[-6000:]
+    watchdog = re.search("Watchdog caught collective operation timeout", text)
+    assert watchdog, text[-6000:]
+    assert said.start() < watchdog.start()
