@@ -54,10 +54,10 @@ ruff check .
 ruff format --check .
 mypy
 if [[ "$quick" == yes ]]; then
-    exec pytest -m "not slow" --numprocesses 2 --dist loadfile --quiet "${arguments[@]}"
+    exec pytest -m "not slow and not long" --numprocesses 2 --dist loadfile --quiet "${arguments[@]}"
 fi
 mypy --config-file tests/mypy.ini
 # The releases of Megatron that the tests run side by side; said once, so that days do not mix.
 EP_RELEASES="$(python tests/helpers/releases.py "$releases")"
 export EP_RELEASES
-pytest "${arguments[@]}"
+pytest -m "not long" "${arguments[@]}"

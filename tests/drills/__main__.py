@@ -37,7 +37,7 @@ def measure() -> dict[str, Any]:
                 resumed = train(Path(folder, f"{drill.name}.resumed"), load=ended.saved)
             same = resumed.losses == whole.losses[LAST - len(resumed.losses) :]
             rows[drill.name] = {
-                "said": said(drill, ended),
+                "said": (said(drill, ended) or "").replace(folder, "FOLDER"),
                 "exit": ended.code,
                 "seconds": round(ended.seconds, 1),
                 "again": 0 if drill.goes_on else drill.fault.iteration - 1 - SAVES,

@@ -49,7 +49,8 @@ def test_the_sentence_comes_before_the_watchdog(watch: tuple[str, ...], tmp_path
         process.kill()
     assert process.returncode != 0
     said = re.search(
-        rf"rank 1 \(\S+, pid \d+\) is stopped; it was last {COMBINE}, iteration {FAR}; "
+        r"rank 1 \(\S+, pid \d+\) (is stopped|has not been heard of for \d+ s); "
+        rf"it was last {COMBINE}, iteration {FAR}; "
         r"rank 0 waits for it in (dispatch|combine) of layer \d",
         text,
     )
