@@ -27,6 +27,7 @@ from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.names import plain, stored_name
 from ep_plugin.checkpoint.tensors import Source, TensorInfo, finite
+from ep_plugin.checkpoint.whole import problems
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.untrusted import shown
 
@@ -199,7 +200,10 @@ def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
     if is_hf(folder):
         found: dict[str, TensorInfo] = safetensors().open_folder(folder).tensors
         return found
-    return megatron_dist.open_stored(folder).tensors
+    stored = megatron_dist.open_stored(folder)
+    for name, wrong in problems(stored):
+        raise ConfigError(f"{name} in {stored.folder} {wrong}; convert the source again")
+    return stored.tensors
 
 
 def safetensors() -> Any:

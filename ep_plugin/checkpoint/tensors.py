@@ -58,6 +58,16 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Range:
+    """Where a tensor's chunk or an object lies."""
+
+    name: str  # for a message
+    file: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Stored:
     """A checkpoint as its files have it, with nothing checked, under the names it is stored by."""
 
@@ -67,6 +77,8 @@ class Stored:
     chunks: dict[str, tuple[Chunk, ...]]  # of each tensor
     objects: frozenset[str]
     read_chunk: Callable[[str, Chunk], Tensor]  # raises Damaged
+    ranges: tuple[Range, ...]  # where chunks and objects lie
+    read_object: Callable[[str], Any]  # what `torch.save` wrote, nothing run; raises Damaged
 
 
 @dataclass(frozen=True)

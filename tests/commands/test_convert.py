@@ -544,7 +544,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
         (["--layers", "odd"], r"'odd' cannot be read; use all, every:N"),
         (["--layers", "every:0"], r"needs N >= 1; got 'every:0'"),
         (["--layers", "__import__('os')"], r"cannot be read"),
-        (["--parity-tolerance", "nan"], r"--parity-tolerance must be above 0"),
+        (["--parity-tolerance", "nan"], r"--parity-tolerance must be a number"),
     ],
 )
 def test_bad_settings(
@@ -634,8 +634,7 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         save(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save_then_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        convert(tmp_path / "dense", tmp_path / "moe")
+    assert convert(tmp_path / "dense", tmp_path / "moe") == 130
     assert len(calls) == 11
     assert list(tmp_path.iterdir()) == [folder.parent]
 

@@ -4,16 +4,18 @@ import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from ep_plugin.checkpoint.formats._iteration import inside
-from ep_plugin.checkpoint.formats._mapped import map_tensor
+from ep_plugin.checkpoint.formats._iteration import inside, load_object
+from ep_plugin.checkpoint.formats._mapped import check_sums, map_tensor
 from ep_plugin.checkpoint.inert import Unreadable
-from ep_plugin.checkpoint.tensors import Chunk, Damaged, TensorInfo
+from ep_plugin.checkpoint.tensors import Chunk, Damaged, Range, TensorInfo
+from ep_plugin.checkpoint.whole import misplaced, other_kind, overlapping
 from ep_plugin.errors import ConfigError
 
 _STACKED = re.compile(r"((?:optimizer\.state\.\w+\.)?decoder\.layers\.)(?!\d)(.+)")
@@ -35,15 +37,49 @@ class Files:
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self.folder, self.metadata = folder, metadata
         self.entries = _tensor_entries(self.metadata)
+        self._checked: set[tuple[Path, int]] = set()  # whose bytes are those that were written
 
     def read_bytes(self, index: MetadataIndex) -> bytes:
         """Return an object's bytes; raises Damaged when no file has them."""
         path, stored = self._find(index)
         if stored.offset + stored.length > path.stat().st_size:
             raise Damaged(f"{path} is cut off before the end of {index.fqn}; {_AGAIN}")
+        try:
+            self._check(path, stored)
+        except (Unreadable, OSError, MemoryError) as error:
+            raise Damaged(
+                f"object {index.fqn} in {self.folder} is damaged ({error}); {_AGAIN}"
+            ) from error
         with path.open("rb") as stream:
             stream.seek(stored.offset)
             return stream.read(stored.length)
+
+    def read_object(self, name: str) -> Any:
+        """Return what an object holds, nothing run; raises Damaged."""
+        try:
+            return load_object(self.read_bytes(MetadataIndex(name)))
+        except (Unreadable, MemoryError) as error:
+            raise Damaged(
+                f"object {name} in {self.folder} is damaged ({error}); {_AGAIN}"
+            ) from error
+
+    def ranges(self) -> tuple[Range, ...]:
+        """Return where every chunk and object lies."""
+        return tuple(
+            Range(
+                index.fqn + (f" at {list(index.offset)}" if index.offset else ""),
+                stored.relative_path,
+                stored.offset,
+                stored.offset + stored.length,
+            )
+            for index, stored in self.metadata.storage_data.items()
+        )
+
+    def _check(self, path: Path, stored: _StorageInfo) -> None:
+        """Raise Unreadable where the bytes of an archive are not those that were written."""
+        if (path, stored.offset) not in self._checked:
+            check_sums(path, stored.offset, stored.length)
+            self._checked.add((path, stored.offset))
 
     def read_chunk(self, key: str, chunk: Chunk) -> Tensor:
         """Return a chunk's values, mapped: what is not looked at is not read.
@@ -52,6 +88,7 @@ class Files:
         """
         path, stored = self._find(MetadataIndex(key, torch.Size(chunk.offsets)))
         try:
+            self._check(path, stored)
             values = map_tensor(path, stored.offset, stored.length)
             if tuple(values.shape) != chunk.sizes:
                 raise Unreadable(f"it has shape {list(values.shape)}, not {list(chunk.sizes)}")
@@ -98,8 +135,12 @@ class Reader:
         self.objects = _objects(self._files.metadata)
 
     def read_object(self, name: str) -> bytes:
-        """Return an object's bytes, not unpickled."""
-        return self._files.read_bytes(MetadataIndex(self.objects[name]))
+        """Return an object's bytes; raises Damaged when they are of another kind than its name."""
+        key = self.objects[name]
+        content = self._files.read_bytes(MetadataIndex(key))
+        if (wrong := other_kind(key, self._files.read_object(key))) is not None:
+            raise Damaged(f"object {key} in {self._files.folder} {wrong}; {_AGAIN}")
+        return content
 
     def read_tensor(self, name: str) -> Tensor:
         """Return one whole tensor on CPU, put together from the chunks that its ranks saved.
@@ -115,6 +156,11 @@ class Reader:
             if not first <= (place.layer or 0) < first + layers:
                 continue
             values = self._files.read_chunk(place.key, chunk)
+            if values.dtype != out.dtype:
+                raise Damaged(
+                    f"tensor {place.key} at {chunk.offsets} in {self._files.folder} is "
+                    f"{values.dtype}, where .metadata says {out.dtype}; {_AGAIN}"
+                )
             offsets = chunk.offsets
             if place.layer is not None:
                 values, offsets = values[place.layer - first], offsets[1:]
@@ -136,6 +182,9 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
                 f"{folder} holds {saved} of the {prod(entry.size)} elements of {key}: "
                 "not all ranks' parts are there; give a checkpoint whose save finished"
             )
+        _check_fit(folder, key, entry, metadata)
+    for name, message in overlapping(Files(folder, metadata).ranges()):
+        raise ConfigError(f"{name} in {folder} {message}; {_AGAIN}")
     needed: dict[str, int] = {}
     for stored in metadata.storage_data.values():
         end = stored.offset + stored.length
@@ -152,6 +201,22 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
                 f"{path} is truncated: it has {path.stat().st_size} bytes, but .metadata "
                 f"places {size} in it; {_AGAIN}"
             )
+
+
+def _check_fit(folder: Path, key: str, entry: TensorStorageMetadata, metadata: Metadata) -> None:
+    """Raise ConfigError unless a tensor's chunks have their bytes, and each element is in one."""
+    for chunk in entry.chunks:
+        stored = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+        needed = prod(chunk.sizes) * entry.properties.dtype.itemsize
+        if stored is not None and needed > stored.length:
+            raise ConfigError(
+                f"{folder} says that {key} at {list(chunk.offsets)} has {needed} bytes, in "
+                f"{stored.length} bytes of {stored.relative_path}; {_AGAIN}"
+            )
+    chunks = [Chunk(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+    for message, places in misplaced(tuple(entry.size), chunks):
+        count = sum(places.values())
+        raise ConfigError(f"{count} elements of {key} in {folder} {message}; {_AGAIN}")
 
 
 def _tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:

@@ -121,6 +121,8 @@ def open_stored(path: Path) -> Stored:
         chunks={key: files.chunks(key) for key in files.entries},
         objects=frozenset(entries) - set(files.entries) - {COMMON_STATE},
         read_chunk=files.read_chunk,
+        ranges=files.ranges(),
+        read_object=files.read_object,
     )
 
 
