@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ep_plugin.checkpoint.inert import Made, Name, Persistent
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import cut
 
+STAND_INS = (Made, Name, Persistent)
+EXTRA_STATE = "_extra_state"  # of the layers that Transformer Engine has built
 # Enumerations: made by a call with the member's value, a number or a word.
 _MEGATRON = "megatron.core"
 ENUMERATIONS = frozenset(
@@ -42,18 +45,66 @@ ENUMERATIONS = frozenset(
 )
 
 
+PATHS = frozenset({("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")})
+# What Megatron itself takes for safe to load, beside those; none of it is copied.
+_NUMPY = ("numpy._core.multiarray", "numpy.core.multiarray")
+HARMLESS = frozenset(
+    {
+        *((module, "_reconstruct") for module in _NUMPY),
+        *((module, "scalar") for module in _NUMPY),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("numpy.dtypes", "UInt32DType"),
+        ("types", "SimpleNamespace"),
+        ("_io", "BytesIO"),
+        ("torch._C", "Generator"),
+        (f"{_MEGATRON}.optimizer.optimizer_config", "OptimizerConfig"),
+    }
+)
+
+
 def is_carried(made: Made) -> bool:
-    """Whether a stand-in is a member of an enumeration on the list, and nothing beside."""
-    bare = made.called and made.state is None and made.items is None
-    if made.kind.key not in ENUMERATIONS or not bare or len(made.arguments) != 1:
+    """Whether a stand-in is an enumeration's member or a path, and nothing beside."""
+    if not made.called or made.state is not None or made.items is not None:
         return False
-    (value,) = made.arguments
-    return type(value) in (int, str)
+    if made.kind.key in PATHS:
+        return all(type(part) is str for part in made.arguments)
+    member = made.kind.key in ENUMERATIONS and len(made.arguments) == 1
+    return member and type(made.arguments[0]) in (int, str)
+
+
+def check_copied(name: str, value: Any, folder: Path) -> None:
+    """Raise ConfigError where an object to be copied as it is could have anything run."""
+    remedy = "use --leave-out _extra_state, and the run starts with empty ones"
+    for _, kind in _strange(value):
+        raise ConfigError(f"{cut(name)} in {folder} holds {kind}, which is not copied; {remedy}")
+    for _, tensor in _leaves(value, (Tensor,)):
+        if tensor.dtype == torch.uint8 and tensor.numel():
+            raise ConfigError(
+                f"{cut(name)} in {folder} is a state that only Transformer Engine can read, which "
+                f"is not copied: it would run what is in it; {remedy}"
+            )
+
+
+def dangers(value: Any) -> Iterator[tuple[str, str]]:
+    """Yield where `value` names what whoever loads it would run, and what that is."""
+    waiting, seen = list(_leaves(value, STAND_INS)), set()
+    while waiting:
+        path, found = waiting.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        kind = found.kind if type(found) is Made else found
+        if type(kind) is Name and kind.key not in HARMLESS | ENUMERATIONS | PATHS:
+            yield path, _class(found)
+        if type(found) is Made:
+            inner = [*found.arguments, found.state, found.items]
+            waiting += [(path, leaf) for _, leaf in _leaves(inner, STAND_INS)]
 
 
 def is_plain(value: Any) -> bool:
     """Whether a value holds no stand-in at all, not even of the list."""
-    return next(_stand_ins(value), None) is None
+    return next(_leaves(value, STAND_INS), None) is None
 
 
 def check_carried(common: dict[str, Any], folder: Path) -> None:
@@ -70,6 +121,7 @@ def check_carried(common: dict[str, Any], folder: Path) -> None:
 
 def leave_out(args: argparse.Namespace, names: Collection[str]) -> argparse.Namespace:
     """Return run arguments without those of `names`; raises ConfigError where one is not there."""
+    names = [name for name in names if name != EXTRA_STATE]
     for name in names:
         if name not in vars(args):
             raise ConfigError(
@@ -89,17 +141,17 @@ def _class(value: Any) -> str:
 
 def _strange(value: Any) -> Iterator[tuple[str, str]]:
     """Yield where in `value` an object is that no list has, and its class."""
-    for path, found in _stand_ins(value):
+    for path, found in _leaves(value, STAND_INS):
         if type(found) is not Made or not is_carried(found):
             yield path, _class(found)
 
 
-def _stand_ins(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every object of a pickle's in `value`, and where it is."""
+def _leaves(value: Any, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield every object of these classes in `value`, and where it is."""
     seen: set[int] = set()
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if type(value) in (Made, Name, Persistent):
+        if isinstance(value, kinds):
             yield path, value
             return
         if id(value) in seen:

@@ -22,11 +22,11 @@ from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt.against_config import check_counts, check_size
 from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron, with_dtype
 from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
-from ep_plugin.checkpoint.carried import leave_out
+from ep_plugin.checkpoint.carried import EXTRA_STATE, leave_out
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.names import plain, stored_name
-from ep_plugin.checkpoint.tensors import Source, TensorInfo, finite
+from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, Source, TensorInfo, finite
 from ep_plugin.checkpoint.whole import problems
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.untrusted import shown
@@ -143,6 +143,8 @@ def _open_megatron(
         )
     args = _with_router(leave_out(args, left_out), router, source.folder)
     source = _with_args(source, args)
+    if EXTRA_STATE in left_out:
+        source = replace(source, read_object=lambda _: NO_EXTRA_STATE)
     if kind == "torch_dist" and output == "megatron":
         same: Origins = {name: (name,) for name in source.tensors}
         return Opened(source.folder, source, args, "stored", same)

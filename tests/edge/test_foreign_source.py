@@ -55,7 +55,7 @@ def test_a_dtype_that_is_not_the_stored_one(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps(metadata))
     with (
         as_megatron_loads(path.parent, None) as view,
-        pytest.raises((Damaged, dcp.api.CheckpointException), match="and .metadata says"),
+        pytest.raises((Damaged, dcp.api.CheckpointException), match=r"and \.metadata says"),
     ):
         dcp.load({NORM: torch.empty(H)}, storage_reader=FileSystemReader(view))
 

@@ -2,13 +2,15 @@
 
 Facts are read tensor by tensor (`facts.py`), which ranks may share; what they mean is judged once
 they are all there: parts (`coverage.py`), experts (`each_expert.py`), optimizer (`moments.py`).
+What lies beside the tensors must not run anything (`named.py`).
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
-from ep_plugin.checkpoint.audit import coverage, each_expert, moments
+from ep_plugin.checkpoint.audit import coverage, each_expert, moments, named
 from ep_plugin.checkpoint.audit.facts import Facts, read_facts
 from ep_plugin.checkpoint.audit.verdict import Finding, Report
 from ep_plugin.checkpoint.formats.megatron_dist import open_stored
@@ -35,7 +37,8 @@ def audit(path: Path, progress: Progress) -> Report:
         for name, info in stored.tensors.items():
             facts[name] = read_facts(stored, name)
             on_bytes(info.num_bytes)
-    return judge(stored, facts)
+    report = judge(stored, facts)
+    return replace(report, findings=[*named.check(stored), *report.findings])
 
 
 def judge(stored: Stored, facts: dict[str, Facts]) -> Report:

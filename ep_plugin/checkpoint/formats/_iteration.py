@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ep_plugin.checkpoint.formats._archive import open_archive
-from ep_plugin.checkpoint.formats._metadata import to_metadata
+from ep_plugin.checkpoint.formats._metadata import NAMES, to_metadata
 from ep_plugin.checkpoint.formats._pickle import read_pickle
 from ep_plugin.checkpoint.formats._values import Values
 from ep_plugin.checkpoint.inert import Unreadable
@@ -102,6 +102,6 @@ def load_metadata(folder: Path) -> Metadata:
         raise Damaged(f"{folder} has no .metadata: its save did not finish; give another one")
     content = inside(path, folder).read_bytes()
     try:
-        return to_metadata(read_pickle(content))
+        return to_metadata(read_pickle(content, NAMES))
     except (Unreadable, MemoryError) as error:
         raise Damaged(f"{path} cannot be read ({error}); copy the checkpoint again") from error

@@ -5,6 +5,7 @@ torch's own records. What planners of a save left beside them is not looked at. 
 torch releases added are taken where they are.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,14 +25,35 @@ from ep_plugin.checkpoint.formats._values import DTYPES, is_size, sizes
 from ep_plugin.checkpoint.inert import Made, Name, Unreadable
 from ep_plugin.untrusted import cut
 
+MAX_LAYERS = 16384  # of a stack, and experts of one; loops go over them
 MAX_NAME = 1024  # characters of a tensor's name
 MAX_FILE_NAME = 255
+_STACKED, _EXPERTS = re.compile(r"\blayers\.(?!\d)"), re.compile(r"\.experts\.experts\.(?!\d)")
 _DCP = "torch.distributed.checkpoint"
 _METADATA = f"{_DCP}.metadata"
-_PROPERTIES = (
-    (_METADATA, "TensorProperties"),
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
-)
+_SHARDED = "torch.distributed._shard.sharded_tensor.metadata"
+_PROPERTIES = ((_METADATA, "TensorProperties"), (_SHARDED, "TensorProperties"))
+# Everything that torch and Megatron name in a `.metadata`; whoever loads one has all of it made.
+NAMES = frozenset(
+    {
+        *((_METADATA, name) for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
+            *("BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        )),
+        *((f"{_DCP}.planner", name) for name in (
+            *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+        )),
+        *_PROPERTIES,
+        (_SHARDED, "MEM_FORMAT_ENCODING"),
+        (f"{_DCP}.filesystem", "_StorageInfo"),
+        (f"{_DCP}.filesystem", "_StoragePrefix"),
+        *(("torch", name) for name in (*DTYPES, "Size", "device", "strided")),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),
+    }
+)  # fmt: skip
 
 
 def to_metadata(value: Any) -> Metadata:
@@ -45,7 +67,8 @@ def to_metadata(value: Any) -> Metadata:
     shape = partial(_once, shapes, _shape)
     return Metadata(
         state_dict_metadata={
-            _tensor_name(name): _entry(entry, dtypes, shape) for name, entry in entries.items()
+            _tensor_name(name): _entry(name, entry, dtypes, shape)
+            for name, entry in entries.items()
         },
         storage_data={_index(key, shape): _info(info) for key, info in stored.items()},
         version=_version(state),
@@ -92,7 +115,7 @@ def _tensor_name(name: Any) -> str:
 
 
 def _entry(
-    value: Any, dtypes: dict[int, torch.dtype], shape: Callable[[Any], torch.Size]
+    name: str, value: Any, dtypes: dict[int, torch.dtype], shape: Callable[[Any], torch.Size]
 ) -> TensorStorageMetadata | BytesStorageMetadata:
     if type(value) is Made and value.kind.key == (_METADATA, "BytesStorageMetadata"):
         _state(value, (_METADATA, "BytesStorageMetadata"))
@@ -100,6 +123,9 @@ def _entry(
     state = _state(value, (_METADATA, "TensorStorageMetadata"))
     dtype = _once(dtypes, _dtype, state.get("properties"))
     size = shape(state.get("size"))
+    lead = len(_STACKED.findall(name)) + len(_EXPERTS.findall(name))
+    if any(number > MAX_LAYERS for number in size[:lead]):
+        raise Unreadable(f"{cut(name, 80)} in it has {max(size[:lead])} layers or experts")
     chunks = [_chunk(chunk, shape) for chunk in _field(state, "chunks", list)]
     if any(len(chunk.sizes) != len(size) for chunk in chunks):
         raise Unreadable("a part of a tensor in it has another number of dimensions")

@@ -20,19 +20,22 @@ NAME_LENGTH = 256  # of a module or a class
 MAX_KEY_BITS = 60  # larger integers have the hashes of small ones: keys could be made to collide
 MAX_TUPLE_KEYS = 4096  # their hashes can be chosen too
 MAX_INT_BYTES = 255
-FREE_OBJECTS, BYTES_PER_OBJECT = 1 << 20, 6  # a file may make so many, and one for so many bytes
+FREE_OBJECTS, BYTES_PER_OBJECT = 1 << 16, 6  # a file may make so many, and one for so many bytes
 
 _U2, _U4, _U8 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 
 
-def read_pickle(data: bytes) -> Any:
+Names = frozenset[tuple[str, str]]
+
+
+def read_pickle(data: bytes, allowed: Names | None = None) -> Any:
     """Return what a pickle holds, with `Name`, `Made` and `Persistent` for all that is not plain.
 
-    Raises Unreadable.
+    `allowed`: the only names that it may say. Raises Unreadable.
     """
     try:
-        return _run(data)
+        return _run(data, allowed)
     except (IndexError, struct.error) as error:
         raise Unreadable("it ends too early, or takes more than it put there") from error
     except UnicodeError as error:
@@ -41,12 +44,16 @@ def read_pickle(data: bytes) -> Any:
         raise Unreadable("it asks for more memory than there is") from error
 
 
-def _name(names: dict[tuple[str, str], Name], module: Any, name: Any) -> Name:
+def _name(
+    names: dict[tuple[str, str], Name], allowed: Names | None, module: Any, name: Any
+) -> Name:
     for word in (module, name):
         if not isinstance(word, str):
             raise Unreadable("a name in it is no text")
         if len(word) > NAME_LENGTH:
             raise Unreadable(f"a name in it has {len(word)} characters, {cut(word, 40)}")
+    if allowed is not None and (module, name) not in allowed:
+        raise Unreadable(f"it names {Name(module, name)}, which no file of its kind does")
     return names.setdefault((module, name), Name(module, name))
 
 
@@ -79,7 +86,7 @@ def _slice(data: bytes, at: int, length: int) -> bytes:
     return data[at : at + length]
 
 
-def _run(data: bytes) -> Any:
+def _run(data: bytes, allowed: Names | None) -> Any:
     """The machine. One loop and no table of functions: a large model has 30 million opcodes."""
     at, end = 0, len(data)
     stack: list[Any] = []
@@ -219,11 +226,18 @@ def _run(data: bytes) -> Any:
         elif op == 0x63:  # GLOBAL
             middle = _line(data, at)
             last = _line(data, middle + 1)
-            push(_name(names, str(data[at:middle], "utf-8"), str(data[middle + 1 : last], "utf-8")))
+            push(
+                _name(
+                    names,
+                    allowed,
+                    str(data[at:middle], "utf-8"),
+                    str(data[middle + 1 : last], "utf-8"),
+                )
+            )
             at = last + 1
         elif op == 0x93:  # STACK_GLOBAL
             name, module = stack.pop(), stack.pop()
-            push(_name(names, module, name))
+            push(_name(names, allowed, module, name))
         elif op == 0x51:  # BINPERSID
             stack[-1] = Persistent(stack[-1])
             left -= 1

@@ -21,17 +21,26 @@ layers and however `--moe-layer-freq` is spelled.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from ep_plugin.checkpoint.carried import check_copied
 from ep_plugin.checkpoint.formats._dcp_reader import Files, Reader
 from ep_plugin.checkpoint.formats._iteration import COMMON_STATE as COMMON_STATE
-from ep_plugin.checkpoint.formats._iteration import CONFIG, inside, load_common, load_metadata
+from ep_plugin.checkpoint.formats._iteration import (
+    CONFIG,
+    inside,
+    load_common,
+    load_metadata,
+    load_object,
+)
 from ep_plugin.checkpoint.formats._iteration import TRACKER as TRACKER
 from ep_plugin.checkpoint.formats._iteration import iteration_folder as _iteration_folder
-from ep_plugin.checkpoint.tensors import Source, Stored
+from ep_plugin.checkpoint.inert import Unreadable
+from ep_plugin.checkpoint.tensors import Damaged, Source, Stored
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import read_json
 
@@ -85,8 +94,21 @@ def open_checkpoint(path: Path) -> Source:
         tensors=reader.tensors,
         objects=frozenset(reader.objects) - {COMMON_STATE},
         read_tensor=reader.read_tensor,
-        read_object=reader.read_object,
+        read_object=partial(_object_to_copy, reader, folder),
     )
+
+
+def _object_to_copy(reader: Reader, folder: Path, name: str) -> bytes:
+    """Return an object's bytes, which whoever loads the copy unpickles; raises ConfigError."""
+    content = reader.read_object(name)
+    try:
+        value = load_object(content)
+    except Unreadable as error:
+        raise Damaged(
+            f"{name} in {folder} is damaged ({error}); copy the checkpoint again"
+        ) from error
+    check_copied(name, value, folder)
+    return content
 
 
 def read_common(path: Path) -> dict[str, Any]:

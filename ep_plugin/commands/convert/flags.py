@@ -120,7 +120,8 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
     add(
         "--leave-out", nargs="+", metavar="NAME",
         help="run arguments of the source that are not to be in the result: those that hold an "
-        "object of a class that is not Megatron's",
+        "object of a class that is not Megatron's; _extra_state: what Transformer Engine keeps of "
+        "its layers' FP8 scales",
     )  # fmt: skip
     add(
         "--transformer-impl", choices=("transformer_engine", "local"),
