@@ -17,7 +17,7 @@ from typing import Any
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import cut, reason
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_FILES = (Path("/dev"), Path("/proc"))  # what is written there goes to a device or an open file
 
 
@@ -87,6 +87,8 @@ def cannot(done: str, path: object, error: Exception) -> str:
         f"{cut(str(path))} cannot be {done} ({reason(error)}",
         getattr(error, "errno", None),
     )
+    if code == errno.EROFS:
+        return f"{text}: the disk at {disk_of(str(path))}); use another disk, or mount it writable"
     if code in _OF_THE_DISK:
         return (
             f"{text}, on the disk at {disk_of(str(path))}); free space there, or use another disk"

@@ -58,6 +58,7 @@ SLOW = (
     "test_symm_mem::test_kernels_equal_their_twins_in_triton_s_interpreter",
     "test_theirs_advice",
     "test_training_settings",
+    "test_typed::test_what_is_accepted_builds_a_layer_or_the_layer_refuses_it",
     "test_unbalanced",
     "test_vocabulary",
     "test_vpp",

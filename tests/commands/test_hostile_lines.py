@@ -41,3 +41,18 @@ def test_a_line_that_fails_is_seen() -> None:
     assert hostile.Ended(2, "", "two\nlines").fault
     assert hostile.Ended(2, "", "ep-plugin plan: error: a\nep-plugin plan: error: b").fault
     assert not hostile.Ended(2, "", "usage: x\nep-plugin plan: error: b\n").fault
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["plan", "--compute-ms", value] for value in ("nan", "inf", "1e31")),
+        ["plan", "--preset", "mixtral-8x7b", "--gpu-gb", "nan"],
+        ["plan", "--ep", "2", str(10**30)],
+        ["report", "--run", ".", "--experts", str(2**31)],
+    ],
+)
+def test_numbers_that_nothing_can_count_with_are_refused(words: list[str]) -> None:
+    ended = hostile.run(words)
+    assert (ended.code, ended.fault) == (2, "")
+    assert "must be a number up to " in ended.err

@@ -183,14 +183,16 @@ def _bounded(hint: Any, wide: bool) -> st.SearchStrategy[Any]:
 
 @st.composite
 def arguments_of(draw: Any, owner: type, wide: bool = False) -> dict[str, Any]:
-    """Arguments of a settings class of the types that it asks for; some may contradict others."""
+    """Arguments of a settings class of the types that it asks for; some may contradict others.
+
+    All that it requires, and with `wide` up to three others.
+    """
     hints = get_type_hints(owner, include_extras=True)
-    given = {}
-    for field in fields(owner):
-        required = field.default is MISSING and field.default_factory is MISSING
-        if required or (wide and draw(st.integers(0, 3)) == 0):
-            given[field.name] = draw(right(hints[field.name], wide))
-    return given
+    required = [f.name for f in fields(owner) if f.default is f.default_factory is MISSING]
+    others = [field.name for field in fields(owner) if field.name not in required]
+    if wide and others:
+        required += draw(st.lists(st.sampled_from(others), max_size=3, unique=True))
+    return {name: draw(right(hints[name], wide)) for name in required}
 
 
 @st.composite
