@@ -37,7 +37,9 @@ from the environment:
   NAME             of the run (MODEL-LAYOUT)
   RUN_DIR          its folder, shared by all nodes (runs/NAME)
   SAVE             checkpoints, optimizer included (RUN_DIR/checkpoints); a run continues from the
-                   one that is there, with the schedule it began with (RUN_DIR/schedule.txt)
+                   one that is there, with the schedule it began with (RUN_DIR/schedule.txt). The
+                   third start in a row from one checkpoint, without a newer one, is refused with
+                   code 1; remove SAVE/starts.txt to start all the same
   LOAD             checkpoint to start from, weights alone, until SAVE has one (MODEL, where that
                    is a folder)
   SCHEDULE         published: the system's own. finetune: 1000 iterations at a small learning
@@ -68,6 +70,20 @@ given() {
         if [[ "$word" == "$flag" || "$word" == "$flag="* ]]; then return 0; fi
     done
     return 1
+}
+
+start_of() {
+    # start_of WORDS...: what a run with these flags of the user's starts from, in words.
+    local word='' before='' step=''
+    for word in "$@"; do
+        if [[ "$before" == --ckpt-step ]]; then step="$word"; fi
+        if [[ "$word" == --ckpt-step=* ]]; then step="${word#*=}"; fi
+        before="$word"
+    done
+    if [[ -z "$step" ]] && is_checkpoint "$SAVE"; then
+        step="$(<"$SAVE/latest_checkpointed_iteration.txt")"
+    fi
+    echo "from ${step:+iteration }${step:-the beginning}"
 }
 
 if (($# == 0)); then
@@ -250,11 +266,27 @@ if [[ "$TOKENIZER" == [./]* || "$TOKENIZER" == */*/* ]] && [[ ! -e "$TOKENIZER" 
     refuse "TOKENIZER must be a folder, a file, or a name on the Hugging Face hub; got" \
         "'$TOKENIZER', which does not exist; use the folder of the model's tokenizer"
 fi
+# A start that ends well takes the file away (ep_plugin does); what is left are those that failed.
+starts="$SAVE/starts.txt"
+from="$(start_of "$@")"
+if [[ "$NODE_RANK" == 0 && "${SLURM_RESTART_COUNT:-0}" != 0 && ! -e "$SAVE/not_saved.json" ]]; then
+    rm -f "$starts" # Slurm ended the turn before, and no save was refused then: it did not fail
+fi
+if [[ "$NODE_RANK" == 0 && -f "$starts" ]] &&
+    [[ "$(tail -n 2 "$starts")" == "$from"$'\n'"$from" ]]; then
+    echo "error: the last two starts $from ended without a newer checkpoint, and this one would be" \
+        "the third; look at the end of their logs, and at $SAVE/not_saved.json where it is there;" \
+        "to start all the same remove $starts, or start from another checkpoint with --ckpt-step" >&2
+    exit 1
+fi
 if [[ "$DRY_RUN" == check ]]; then exit 0; fi
 if [[ "$continues" == no && "$NODE_RANK" == 0 ]]; then
     if ! { mkdir -p "$RUN_DIR" && printf '%s\n' "schedule=$SCHEDULE" "${TRAIN_ARGS[@]}" \
         >"$kept.new" && mv "$kept.new" "$kept"; } 2>/dev/null; then
         refuse "RUN_DIR must be a folder that can be written; got '$RUN_DIR'; use another RUN_DIR"
     fi
+fi
+if [[ "$NODE_RANK" == 0 ]] && ! { mkdir -p "$SAVE" && echo "$from" >>"$starts"; } 2>/dev/null; then
+    refuse "SAVE must be a folder that can be written; got '$SAVE'; use another SAVE"
 fi
 exec "${command[@]}"

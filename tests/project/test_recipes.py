@@ -278,6 +278,46 @@ def test_what_is_printed_is_what_is_run(tmp_path: Path) -> None:
     assert words[-4:] == list(extra)
 
 
+def test_the_third_start_from_one_checkpoint_is_refused(tmp_path: Path) -> None:
+    """A newer checkpoint, another one, or an end that was none begins the count anew."""
+    recorder(tmp_path, "torchrun", "exit 1")
+    (tmp_path / "p.py").touch()
+    saved = tmp_path / "run" / "checkpoints"
+    settings = {
+        **{"MODEL": "qwen3-nano", "LAYOUT": "ep2", "RUN_DIR": f"{tmp_path}/run"},
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+
+    def starts(*flags: str, **more: str) -> tuple[bool, str]:
+        calls = tmp_path / "calls"
+        calls.unlink(missing_ok=True)
+        done = launch(f"{tmp_path}/p.py", *flags, **settings, **more)
+        assert done.returncode == (1 if more.get("DRY_RUN") is None else done.returncode)
+        return calls.exists(), done.stderr
+
+    for where in ("the beginning", "iteration 400", "iteration 800"):
+        assert starts() == (True, "")
+        assert starts(DRY_RUN="1") == (False, "")
+        assert starts() == (True, "")
+        for more in ({}, {"DRY_RUN": "check"}):
+            started, said = starts(**more)
+            assert not started
+            assert said.startswith(f"error: the last two starts from {where} ended without a newer")
+            assert f"remove {saved}/starts.txt, or start from another checkpoint with" in said
+            assert len(said.splitlines()) == 1
+        if where != "the beginning":
+            assert starts("--ckpt-step", "200") == (True, "")
+            assert starts("--ckpt-step=200") == (True, "")
+            assert not starts("--ckpt-step", "200")[0]
+        step = {"the beginning": "400", "iteration 400": "800"}.get(where, "800")
+        (saved / "latest_checkpointed_iteration.txt").write_text(step)
+    (saved / "starts.txt").unlink()  # as the plugin does where a run ends well
+    assert starts() == starts() == (True, "")
+    assert starts(SLURM_RESTART_COUNT="1") == starts() == (True, "")  # Slurm ended that turn
+    (saved / "not_saved.json").touch()
+    assert not starts(SLURM_RESTART_COUNT="2")[0]
+
+
 def value(words: list[str], flag: str) -> str | None:
     return words[words.index(flag) + 1] if flag in words else None
 
@@ -413,6 +453,7 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_with_its_optimizer(tmp_p
     assert tracker.exists(), log.read_text()[-4000:]
     reached = int(tracker.read_text())
     assert 2 <= reached < 2000
+    assert not (saved / "starts.txt").exists()  # it did not fail
     from torch.distributed.checkpoint import FileSystemReader
 
     keys = FileSystemReader(saved / f"iter_{reached:07d}").read_metadata().state_dict_metadata

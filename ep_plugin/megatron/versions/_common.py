@@ -126,6 +126,7 @@ COMMON = (
     Touchpoint(f"{_CHECKPOINTING}.dict_utils:nested_values"),
     Touchpoint(f"{_CHECKPOINTING}.strategies.async_utils:PersistentAsyncCaller.close"),
     Touchpoint("megatron.training.async_utils:is_empty_async_queue"),
+    Touchpoint("megatron.training.training:train"),
     Touchpoint(
         "megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict", ("state_dict",)
     ),
