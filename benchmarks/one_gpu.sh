@@ -6,9 +6,10 @@
 #     ./benchmarks/one_gpu.sh layer gemm kernels
 #                                              ep-plugin bench, with the peers that are installed
 #     ./benchmarks/one_gpu.sh start            seconds until the first step is done
+#     ./benchmarks/one_gpu.sh check_save       what --ep-check-save adds to a save
 #     ./benchmarks/one_gpu.sh curves           losses of 500 iterations; DATA=FOLDER, real text
 #
-# Rows go to benchmarks/results/{layer,gemm,kernels,start,curves}_$GPU.json; GPU=h100 by default.
+# Rows go to benchmarks/results/{layer,gemm,kernels,start,check_save,curves}_$GPU.json; GPU=h100 by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}" GPU="${GPU:-h100}" OUT="${OUT:-benchmarks/results}"
@@ -40,6 +41,10 @@ run_kernels() {
 
 run_start() { "$PYTHON" benchmarks/start.py --shapes dsv3 q3-30b --output "$OUT/start_$GPU.json"; }
 
+run_check_save() {
+    "$PYTHON" benchmarks/check_save.py --parameters 1e9 2e9 --output "$OUT/check_save_$GPU.json"
+}
+
 run_curves() {
     "$PYTHON" benchmarks/curves.py --data "${DATA:-data/quickstart}" \
         --output "$OUT/curves_$GPU.json" --plot "$OUT/../curves_$GPU.png"
@@ -51,9 +56,9 @@ if (($# == 0)); then
 fi
 for step in "$@"; do
     case "$step" in
-    tests | sanitizer | layer | gemm | kernels | start | curves) "run_$step" ;;
+    tests | sanitizer | layer | gemm | kernels | start | check_save | curves) "run_$step" ;;
     *)
-        echo "error: steps are tests, sanitizer, layer, gemm, kernels, start, curves; got '$step'" >&2
+        echo "error: steps are tests, sanitizer, layer, gemm, kernels, start, check_save, curves; got '$step'" >&2
         exit 2
         ;;
     esac
