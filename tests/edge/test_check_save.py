@@ -5,12 +5,14 @@ import json
 import math
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop import MOE, OURS, launch
+from torch import nn
 from warm import Done
 
 from ep_plugin.checkpoint.finite import any_nonfinite, nonfinite
@@ -18,6 +20,7 @@ from ep_plugin.cli import main
 from ep_plugin.megatron.arguments import not_saved
 from ep_plugin.megatron.arguments.not_saved import NOTE, at_start, leave
 from ep_plugin.megatron.seams import failed_save
+from ep_plugin.megatron.seams.rank_state import held
 
 pytestmark = pytest.mark.megatron
 CPU = torch.device("cpu")
@@ -173,12 +176,30 @@ def test_a_tracker_that_lost_its_words_gets_them_back(
     assert capsys.readouterr().err == ""
 
 
-def test_a_standing_worker_that_dies_ends_the_run(tmp_path: Path) -> None:
-    """Without a GPU it dies at once; Megatron would wait for it at the first save."""
-    flags = ("--async-save", "--async-strategy", "mcore", "--use-persistent-ckpt-worker")
-    done = run(tmp_path, "spoil = save\n", *flags)
-    assert done.returncode == 1
-    assert "the process that writes checkpoints for rank " in done.stderr, done.stderr[-3000:]
+def test_an_optimizer_that_lies_on_the_host_is_read_there() -> None:
+    """As Megatron's for two devices, of which only what it keeps is built: it needs a GPU."""
+    module = nn.Linear(3, 2, bias=False)
+    shard = module.weight.detach().view(-1)[:4].clone()
+    copy = shard.clone().requires_grad_()
+    steps = torch.optim.Adam([copy])
+    copy.grad = torch.ones(4)
+    steps.step()
+    both = SimpleNamespace(
+        sub_optimizers=[steps], inner_param_to_orig_param={copy: shard}, param_groups=[]
+    )
+    one = SimpleNamespace(
+        optimizer=both,
+        gbuf_ranges=[],
+        model_float16_groups=[[module.weight]],
+        shard_fp32_from_float16_groups=[[shard]],
+    )
+    parts = held([module], SimpleNamespace(chained_optimizers=[one]))
+    assert all(part.parameter is module.weight and part.name == "weight" for part in parts)
+    expected = {"": module.weight, "param": copy, **steps.state[copy]}
+    del expected["step"]
+    assert {
+        part.prefix.split(".")[-2] if part.prefix else "": id(part.tensor) for part in parts
+    } == {name: id(tensor) for name, tensor in expected.items()}
 
 
 MTP = ("--mtp-num-layers", "1")

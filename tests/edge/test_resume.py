@@ -240,3 +240,20 @@ def test_states_of_as_many_optimizers_are_left_alone() -> None:
     assert dealt(one, 1) is one
     several = {0: one, 1: one}
     assert dealt(several, 2) is several
+
+
+@pytest.mark.parametrize("text", ["", "4\n0", "\xff", "iter"])
+def test_a_tracker_that_names_nothing_is_refused_with_the_newest_whole_one(
+    text: str, tmp_path: Path
+) -> None:
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match="no iteration beside it is whole; use another --load"):
+        check_resumable(run_args(tmp_path))
+    for iteration, files in ((40, (".metadata", "metadata.json")), (60, (".metadata",)), (80, ())):
+        folder = tmp_path / f"iter_{iteration:07d}"
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+    with pytest.raises(ConfigError, match="40 is the newest that is whole; use echo 40 > "):
+        check_resumable(run_args(tmp_path, ckpt_step=40))

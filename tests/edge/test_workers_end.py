@@ -126,3 +126,56 @@ def test_without_it_they_stay(tmp_path: Path, started: list[int]) -> None:
     killed(tmp_path, RELEASES[-1], started, "without")
     time.sleep(1)
     assert sum(map(alive, started)) >= 6
+
+
+# A rank that waits for a standing worker, which dies, ends after `close`, or with the rank.
+WAITS = """
+import multiprocessing, os, sys, time
+from ep_plugin.megatron.seams import workers_end
+from ep_plugin.megatron.seams.patches import Patches
+
+class PersistentAsyncCaller:
+    @staticmethod
+    def async_loop(words):
+        if words.get() == "die":
+            os._exit(9)
+
+    def close(self):
+        words.put("done")
+        process.join()
+
+patches = Patches()
+patches.wrap("multiprocessing.process:BaseProcess.start", workers_end._start, "as installed")
+patches.wrap("__main__:PersistentAsyncCaller.close", workers_end._close, "as installed")
+patches.apply()
+context = multiprocessing.get_context("fork")
+words = context.Queue()
+process = context.Process(target=PersistentAsyncCaller.async_loop, args=(words,), daemon=True)
+process.start()
+if sys.argv[1] == "die":
+    words.put("die")
+    time.sleep(1000)
+if sys.argv[1] == "close":
+    PersistentAsyncCaller().close()
+    time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("die", 1), ("close", 0), ("leave", 0)])
+def test_a_rank_does_not_wait_for_a_standing_worker_that_died(
+    how: str, code: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(WAITS)
+    done = subprocess.run(
+        [sys.executable, str(script), how],
+        env={**environment(RELEASES[-1]), "RANK": "5"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == code, done.stderr
+    said = (
+        "error: the process that writes checkpoints for rank 5 (--use-persistent-ckpt-worker) died"
+    )
+    assert (said in done.stderr) == bool(code), done.stderr

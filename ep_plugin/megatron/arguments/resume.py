@@ -91,9 +91,10 @@ def _loaded(args: Any) -> tuple[Path | None, bool]:
     """
     names = [(args.load, True), (getattr(args, "pretrained_checkpoint", None), False)]
     for folder, goes_on in ((Path(name), goes_on) for name, goes_on in names if name):
+        tracker = folder / TRACKER
+        _check_tracker(tracker)
         if args.ckpt_step is not None:
             return folder / f"iter_{args.ckpt_step:07d}", goes_on
-        tracker = folder / TRACKER
         if tracker.is_file():
             return folder, goes_on and tracker.read_text().strip() != "release"
         if is_hf(folder):
@@ -102,6 +103,25 @@ def _loaded(args: Any) -> tuple[Path | None, bool]:
                 f"convert --from {folder} --to {folder}-megatron, then --load {folder}-megatron"
             )
     return None, False
+
+
+def _check_tracker(tracker: Path) -> None:
+    """Raise ConfigError for a tracker that names no iteration, as a run killed in a save leaves."""
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else "release"
+    if text.isdecimal() or text == "release":
+        return
+    whole = [
+        int(path.parent.name.removeprefix("iter_"))
+        for path in sorted(tracker.parent.glob("iter_*/.metadata"))
+        if (path.parent / "metadata.json").is_file()
+        and path.parent.name.removeprefix("iter_").isdecimal()
+    ]
+    use = f"; use echo {max(whole)} > {tracker}" if whole else "; use another --load"
+    raise ConfigError(
+        f"{tracker} names no iteration (it holds {text[:40]!r}), which a run that was killed while "
+        f"it saved may leave; {f'{max(whole)} is the newest that is whole' if whole else ''}"
+        f"{'' if whole else 'no iteration beside it is whole'}{use}"
+    )
 
 
 def _beside_the_weights(folder: Path) -> tuple[dict[str, Any], bool]:

@@ -79,9 +79,8 @@ def _owners(optimizer: Any, steps: Any) -> dict[int, Tensor]:
     """Return id of a tensor that is stepped -> the model's parameter."""
     owners: dict[int, Tensor] = {}
     for theirs, ours in _PAIRS:
-        for models, stepped in zip(
-            getattr(optimizer, theirs, ()), getattr(optimizer, ours, ()), strict=True
-        ):
+        groups = getattr(optimizer, theirs, ()), getattr(optimizer, ours, ())  # or none of a kind
+        for models, stepped in zip(*groups, strict=False):
             owners |= {id(s): m for m, s in zip(models, stepped, strict=True) if s is not None}
     for inner, outer in getattr(steps, "inner_param_to_orig_param", {}).items():
         owners[id(inner)] = owners.get(id(outer), outer)
