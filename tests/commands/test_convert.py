@@ -365,6 +365,16 @@ def test_a_router_of_ones_own_is_named_by_the_user(
     assert not {"their", "mine"} & sys.modules.keys()
 
 
+@pytest.mark.parametrize("name", ["num_layers", "hidden_size", "ffn_hidden_size", "num_experts"])
+@pytest.mark.parametrize("value", ["4", 4.0, -1, 1 << 70, [4], True])
+def test_sizes_that_are_none(
+    name: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dense(tmp_path / "dense", **{name: value})
+    assert convert(tmp_path / "dense", tmp_path / "moe") == 2
+    assert re.search(rf"say {name} = .*, which is no size", capsys.readouterr().err)
+
+
 def test_nothing_is_left_out_that_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
