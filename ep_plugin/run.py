@@ -44,9 +44,9 @@ def main(argv: list[str], name: str = "python -m ep_plugin.run") -> int:
     try:
         run_script(argv[0], argv[1:])
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            short = name.removeprefix("python -m ")
-            print(f"{short}: error: {error}", file=sys.stderr, flush=True)
+        from ep_plugin.megatron.seams.refusal import say
+
+        say(error, f"{name.removeprefix('python -m ')}: error: ")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -73,6 +73,7 @@ def run_script(script: str, arguments: list[str]) -> None:
     sys.path[0] = str(Path(script).resolve().parent)
     if "RANK" not in os.environ:
         _be_the_only_rank()
+    from ep_plugin.megatron.seams.alike import tell
     from ep_plugin.megatron.seams.install import install, say_unused
 
     install()
@@ -81,6 +82,8 @@ def run_script(script: str, arguments: list[str]) -> None:
     except SystemExit as end:
         if not end.code:
             say_unused()
+        else:
+            tell(f"the script ended with exit code {end.code}")
         raise
     say_unused()
 

@@ -12,6 +12,7 @@ from ep_plugin import __version__
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams import (
+    alike,
     apex,
     attention,
     audit_save,
@@ -149,6 +150,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
                 "Megatron writes the losses of MoE layers here; the routers' metrics join them",
             )
     workers_end.changes(patches)
+    alike.changes(patches, layer_class, training)
     wheel.changes(patches)
     torch_adam.changes(patches)
     patches.at_exit(_end, "Megatron frees no CUDA graphs, and logs after its last flush")
@@ -186,7 +188,9 @@ def _with_our_flags(layer_class: Any, original: Callable[..., Any], parser: Any)
     from ep_plugin.megatron.arguments.parser import add_ep_arguments
 
     layer_class.used = True
-    return add_ep_arguments(original(parser))
+    layer_class.parser = found = add_ep_arguments(original(parser))
+    layer_class.known = {action.dest for action in found._actions}  # a script may add its own
+    return found
 
 
 def _with_our_checks(

@@ -1,0 +1,309 @@
+"""Ranks compare what must be equal: before the process group is made, and once the model is built.
+
+`init_process_group` is where every rank passes with its arguments validated and nobody has
+communicated. The rendezvous store is made here as it would be made there, and handed on. Where the
+group was made earlier, by a script or by what starts its workers, they compare in front of Megatron
+making its groups, through the group's own store.
+
+A rank that fails before that says so in the store, so that the others end with its sentence.
+"""
+
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.rendezvous import rendezvous
+
+from ep_plugin.megatron.ranks.compared import Compared, of_arguments, of_settings, subject
+from ep_plugin.megatron.ranks.meeting import Answer, Meeting
+from ep_plugin.megatron.ranks.words import Flags, flags_of
+from ep_plugin.megatron.seams.patches import Patches
+
+TRAINING = "megatron.training.training"
+START, MODEL = "start", "model"
+TIMEOUT = "EP_PLUGIN_START_TIMEOUT"
+_PATIENCE = 60.0  # seconds without a newcomer, beyond what this rank's own start took
+_TO_CONNECT, _TO_HEAR = 15.0, 30.0  # seconds of a rank that failed and says so
+
+
+class _State:
+    """Where this process stands; one for each install."""
+
+    def __init__(self, layer_class: Any) -> None:
+        self.layer_class = layer_class
+        self.group: Any = None  # the default group whose ranks have compared
+        self.next: str | None = START  # the meeting that a rank that fails would miss
+        self.told = False  # that this rank fails, or ends
+        self.model_compared = False
+
+
+_before_install = _State(None)
+
+
+def changes(patches: Patches, layer_class: Any, training: bool) -> None:
+    """Note where ranks compare."""
+    layer_class.alike = state = _State(layer_class)
+    patches.wrap(
+        "torch.distributed:init_process_group",
+        lambda original, *args, **kwargs: _around_init(state, original, args, kwargs),
+        "arguments are validated and nobody has communicated: ranks compare them here",
+    )
+    patches.wrap(
+        "megatron.core.parallel_state:initialize_model_parallel",
+        lambda original, *args, **kwargs: _before_groups(state, original, args, kwargs),
+        "groups are made here; ranks whose process group was there already compare before",
+    )
+    if training:
+        patches.wrap(
+            f"{TRAINING}:get_megatron_optimizer",
+            lambda original, *args, **kwargs: _before_optimizer(state, original, args, kwargs),
+            "the model is built and nothing loaded: ranks compare parameters and layers",
+        )
+        patches.wrap(
+            f"{TRAINING}:setup_model_and_optimizer",
+            lambda original, *args, **kwargs: _around_setup(state, original, args, kwargs),
+            "a run without that optimizer compares its model here",
+        )
+    patches.at_exit(_tell_of_an_error, "a rank that failed at its start says so to the others")
+
+
+def _around_init(
+    state: _State, original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
+) -> Any:
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    parsed = _arguments()
+    rank, size = (_world(given, name) for name in ("rank", "world_size"))
+    backend = str(given.get("backend") or "")
+    if parsed is None or rank is None or size is None or size < 2 or backend in ("mpi", "fake"):
+        return original(*args, **kwargs)
+    timeout = given.get("timeout") or timedelta(minutes=parsed.distributed_timeout_minutes)
+    store = given.get("store")
+    if store is None:
+        store = _rendezvous(given.get("init_method"), rank, size, timeout)
+        given["store"] = PrefixStore("default_pg", store)
+        given.pop("init_method", None)
+    given |= {"rank": rank, "world_size": size}
+    _compare(state, store, rank, size, _of_arguments(state, parsed, size))
+    result = original(**given)
+    state.group = dist.group.WORLD
+    return result
+
+
+def _before_groups(
+    state: _State, original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
+) -> Any:
+    if dist.is_initialized() and dist.get_world_size() > 1 and state.group is not dist.group.WORLD:
+        rank, size, store = dist.get_rank(), dist.get_world_size(), _store_of_group()
+        if store is not None:
+            parsed = _arguments()
+            if parsed is not None:
+                compared = _of_arguments(state, parsed, size)
+            else:
+                groups = inspect.signature(original).bind(*args, **kwargs).arguments
+                settings = getattr(state.layer_class, "settings", None)
+                compared = of_settings(settings, groups, size)
+            _compare(state, store, rank, size, compared)
+            state.group = dist.group.WORLD
+    return original(*args, **kwargs)
+
+
+def _before_optimizer(
+    state: _State, original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
+) -> Any:
+    given = list(inspect.signature(original).bind(*args, **kwargs).arguments.values())
+    _compare_model(state, given[1])
+    return original(*args, **kwargs)
+
+
+def _around_setup(
+    state: _State, original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
+) -> Any:
+    state.model_compared = False
+    result = original(*args, **kwargs)
+    if not state.model_compared:
+        _compare_model(state, result[0])
+    return result
+
+
+def _of_arguments(state: _State, parsed: Any, size: int) -> Compared:
+    """Return what this rank compares; arguments of the script itself are told from Megatron's."""
+    parser = getattr(state.layer_class, "parser", None)
+    theirs: set[str] = getattr(state.layer_class, "known", set())
+    added = {action.dest for action in parser._actions} - theirs if parser is not None else set()
+    return of_arguments(parsed, state.layer_class.typed or {}, added, size)
+
+
+def _compare(state: _State, store: Any, rank: int, size: int, compared: Compared) -> None:
+    """Compare with all ranks; a difference ends this one."""
+    about = subject(START, _flags(state))
+    answer = _meet(store, rank, size, about, compared.record(), compared.whole)
+    _heed(state, answer, rank)
+    state.next = MODEL
+
+
+def _compare_model(state: _State, chunks: Any) -> None:
+    from ep_plugin.megatron.ranks.model import held
+    from ep_plugin.megatron.ranks.model import subject as about_model
+
+    state.model_compared = True
+    mpu = import_module("megatron.core.parallel_state")
+    store = _store_of_group() if dist.is_initialized() else None
+    args = _arguments()
+    # Weights that are spread over further ranks have shapes of their own there.
+    spread = (getattr(args, name, 1) for name in ("gtp_weight_remat_size",))
+    if store is None or dist.get_world_size() < 2 or any((n or 1) > 1 for n in spread):
+        return
+    if not mpu.model_parallel_is_initialized():
+        return
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found = held(chunks if isinstance(chunks, (list, tuple)) else [chunks])
+    answer = _meet(store, rank, size, about_model(MODEL), found.record(), found.whole)
+    _heed(state, answer, rank)
+    state.next = None
+
+
+def _meet(store: Any, rank: int, size: int, *what: Any) -> Answer:
+    try:
+        return _meeting(store, rank, size).agree(*what)
+    except RuntimeError as error:
+        return Answer(False, f"the store in which ranks compare their settings is gone: {error}")
+
+
+def _meeting(store: Any, rank: int, size: int) -> Meeting:
+    """Return this rank's part; keys have a prefix of their own, beside those of others."""
+    said = os.environ.get(TIMEOUT)
+    patience = float(said) if said else _PATIENCE + _age()
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return Meeting(PrefixStore("ep_plugin", store), rank, size, patience, hosts)
+
+
+def _heed(state: _State, answer: Answer, rank: int) -> None:
+    if answer.fine:
+        if answer.text and rank == 0:
+            print(f"ep_plugin: {answer.text}", file=sys.stderr, flush=True)
+        return
+    state.told = True
+    _end(answer.text)
+
+
+def _end(text: str) -> NoReturn:
+    print(f"ep_plugin: error: {text}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def _flags(state: _State) -> Flags:
+    return flags_of(getattr(state.layer_class, "parser", None))
+
+
+def _arguments() -> Any:
+    """Return Megatron's arguments once they are validated; None before, and without its loop."""
+    module = sys.modules.get("megatron.training.global_vars")
+    try:
+        return module.get_args() if module is not None else None
+    except AssertionError:  # Megatron's word for none
+        return None
+
+
+def _world(given: Mapping[str, Any], name: str) -> int | None:
+    found = given.get(name, -1)
+    if found >= 0:
+        return int(found)
+    said = os.environ.get(name.upper())
+    return int(said) if said else None
+
+
+def _rendezvous(init_method: str | None, rank: int, size: int, timeout: timedelta) -> Any:
+    """Return the store that `init_process_group` would make.
+
+    Rank 0 does not wait in it for the others: it would wait for one that never comes.
+    """
+    if init_method not in (None, "env://") or "MASTER_PORT" not in os.environ:
+        url = init_method or "env://"
+        store, *_ = next(rendezvous(url, rank, size, timeout=timeout))
+    else:
+        store = _store_of_environment(rank, size, timeout)
+    store.set_timeout(timeout)
+    return store
+
+
+def _store_of_environment(rank: int, size: int, timeout: timedelta) -> Any:
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    make = dist.TCPStore  # type: ignore[attr-defined]
+    return make(
+        *(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size),
+        is_master=rank == 0 and not agent,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=not agent,
+        use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+    )
+
+
+def _store_of_group() -> Any:
+    """Return the default group's store; None where its backend has none."""
+    if dist.get_backend() in ("mpi", "fake"):
+        return None
+    return _get_default_store()
+
+
+def _age() -> float:
+    """Return the seconds since this process began."""
+    with suppress(OSError, ValueError, IndexError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def tell(sentence: str) -> bool:
+    """Tell the other ranks that this one ends at its start with `sentence`; once.
+
+    Whether somebody knows it now: rank 0 prints it, or what rank 0 failed with itself. False
+    too where there is no other rank to tell, or no store.
+    """
+    state = _installed() or _before_install
+    if state.told or state.next is None:
+        return False
+    state.told = True
+    try:
+        place = _place_to_tell()
+        if place is None:
+            return False
+        return _meeting(*place).fail(state.next, sentence, _TO_HEAR) is not None
+    except (RuntimeError, ValueError, OSError):
+        return False
+
+
+def ranks_to_tell() -> bool:
+    """Whether there are other ranks that could be told."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(os.environ.get(name) for name in names) and os.environ["WORLD_SIZE"] != "1"
+
+
+def _place_to_tell() -> tuple[Any, int, int] | None:
+    if dist.is_initialized():
+        store = _store_of_group()
+        return None if store is None else (store, dist.get_rank(), dist.get_world_size())
+    if not ranks_to_tell():
+        return None
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return _store_of_environment(rank, size, timedelta(seconds=_TO_CONNECT)), rank, size
+
+
+def _tell_of_an_error() -> None:
+    error = getattr(sys, "last_value", None)
+    if error is not None and getattr(getattr(_installed(), "layer_class", None), "used", False):
+        tell(f"{type(error).__name__}: {(str(error).strip() or 'no words').splitlines()[0]}")
+
+
+def _installed() -> _State | None:
+    specs = sys.modules.get("megatron.core.models.gpt.moe_module_specs")
+    return getattr(getattr(specs, "MoELayer", None), "alike", None)
