@@ -6,6 +6,7 @@ import pytest
 # pytest --durations=40 --durations-min=3
 SLOW = (
     "test_against_megatron",
+    "test_alike_runs",
     "test_applied",
     "test_audit_save",
     "test_balancing_against_megatron",

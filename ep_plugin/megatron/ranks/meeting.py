@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
-_TICK = 0.02  # seconds between two looks of rank 0 at the counters, at first
+_TICK = 0.002  # seconds between two looks of rank 0 at the counters, at first
 _SLOWEST_TICK = 0.25
 _STRETCH = 5.0  # seconds that another rank waits for the answer before it looks who is there
 _GRACE = 1.0  # seconds in which further ranks may say that they failed too

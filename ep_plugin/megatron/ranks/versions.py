@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ PACKAGES = {
 _PLUGIN = Path(__file__).parents[2]
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return what must be the same software on all ranks, by name."""
     core = sys.modules.get("megatron.core")
@@ -38,6 +40,7 @@ def versions() -> dict[str, str]:
     return found | {name: _version(names) for name, names in PACKAGES.items()}
 
 
+@cache
 def sources() -> dict[str, str]:
     """Return a hash of the plugin's sources, and one of the names and sizes of Megatron's."""
     found = {"the files of ep_plugin": _hash_of(_PLUGIN, content=True)}

@@ -85,7 +85,7 @@ def sentence(found: Sequence[Difference], flags: Flags, typed: Mapping[str, str]
     if len(named) > LIMIT:
         parts.append(f"and {len(named) - LIMIT} more")
     if following:
-        parts.append(f"{following} more, which follow from what was typed")
+        parts.append(f"{following} more that follow from these")
     remedies = dict.fromkeys(REMEDIES[difference.kind] for difference in named)
     return f"the ranks must be alike in {'; '.join(parts)}; {', and '.join(remedies)}"
 

@@ -196,7 +196,8 @@ def _heed(state: _State, answer: Answer, rank: int) -> None:
 
 
 def _end(text: str) -> NoReturn:
-    print(f"ep_plugin: error: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"ep_plugin: error: {text}\n")  # in one piece, between those of others
+    sys.stderr.flush()
     sys.exit(1)
 
 

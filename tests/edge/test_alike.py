@@ -1,0 +1,428 @@
+"""Ranks compare, in threads over one store: what differs is refused with its ranks and values."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from flag_values import PLAIN, parser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ep_plugin.megatron.arguments.digest import OWN, PLACES, READ, TOGETHER
+from ep_plugin.megatron.arguments.parser import TYPED, with_preset
+from ep_plugin.megatron.ranks import environment, meeting, model
+from ep_plugin.megatron.ranks.compared import Compared, of_arguments, of_settings, subject
+from ep_plugin.megatron.ranks.meeting import Answer, Meeting, ranges
+from ep_plugin.megatron.ranks.words import Flags, flags_of
+from ep_plugin.megatron.settings import EdgeSettings
+
+pytestmark = [pytest.mark.megatron, pytest.mark.newest]
+PATIENCE = 20.0
+LISTED = OWN.keys() | PLACES.keys() | TOGETHER.keys() | READ.keys()
+
+
+def together(number: int, what: Callable[[int], Any]) -> list[Any]:
+    """Return what `what(rank)` returns in a thread for each rank."""
+    found: list[Any] = [None] * number
+
+    def run(rank: int) -> None:
+        found[rank] = what(rank)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return found
+
+
+def answer(
+    compared: Sequence[Compared], stores: Sequence[Any] = (), flags: Flags | None = None
+) -> Answer:
+    """Return the answer that all ranks got, which is one; `stores` are one for each."""
+    size = len(compared)
+    places = stores or [dist.HashStore()] * size
+
+    def rank_s(rank: int) -> Answer:
+        one = compared[rank]
+        about = subject("start", flags or Flags())
+        return Meeting(places[rank], rank, size, PATIENCE).agree(about, one.record(), one.whole)
+
+    answers = together(size, rank_s)
+    assert len(set(answers)) == 1
+    return answers[0]  # type: ignore[no-any-return]
+
+
+def facts(**values: Any) -> Compared:
+    return Compared({f"argument:{name}": str(value) for name, value in values.items()})
+
+
+def parse(*flags: str) -> Any:
+    args = parser().parse_args(with_preset([*PLAIN, *flags]))
+    args.rank, args.local_rank = 0, 0
+    return args
+
+
+def of(args: Any, **more: Any) -> Compared:
+    return of_arguments(args, getattr(args, "ep_typed", {}), more.pop("own", ()), 2)
+
+
+def other_than(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, (int, float)) else f"{value} or another"
+
+
+NAMES = sorted({a.dest for a in parser()._actions} - LISTED - {"help"})
+BASE = parse()
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_every_argument_of_megatron_s_parser_is_refused_where_one_rank_has_another(
+    part: int,
+) -> None:
+    base, flags = of(BASE), flags_of(parser())
+    for name in NAMES[part::20]:
+        changed = parse()
+        setattr(changed, name, other_than(getattr(changed, name)))
+        found = answer([base, of(changed)], flags=flags)
+        assert not found.fine, name
+        assert f"{flags.first[name]} (rank" in found.text, (name, found.text)
+
+
+def test_what_the_ranks_have_of_a_setting_is_in_the_words_that_were_typed() -> None:
+    rest = ("--ep-overlap-chunks", "3", "--lr", "1e-3")
+    three = [of(parse("--ep-topk", "2", *rest))] * 3
+    found = answer(
+        [*three, of(parse("--ep-topk", "4", *rest, "--fp16")), three[0]], flags=flags_of(parser())
+    )
+    assert "--ep-topk (ranks 0-2 and 4 have 2, rank 3 has 4)" in found.text
+    assert "--fp16 (rank 3 has it, ranks 0-2 and 4 do not)" in found.text
+    assert "--lr" not in found.text
+    assert found.text.endswith("start every rank with the same command line")
+
+
+def test_settings_that_follow_from_a_typed_one_are_counted() -> None:
+    one, other = parse("--hidden-size", "64"), parse("--hidden-size", "32")
+    one.kv_channels, other.kv_channels = 32, 16
+    text = answer([of(one), of(other)], flags=flags_of(parser())).text
+    assert "--hidden-size (rank 0 has 64, rank 1 has 32); 1 more that follow from these" in text
+
+
+def test_many_differences_are_named_up_to_a_limit() -> None:
+    names = {f"a{n}": n for n in range(9)}
+    text = answer([facts(**names), facts(**{name: -1 for name in names})]).text
+    assert text.count("(rank 0 has") == 6
+    assert "and 3 more" in text
+
+
+@pytest.mark.parametrize("name", sorted(LISTED - TOGETHER.keys() - READ.keys() - {TYPED}))
+def test_what_may_differ_is_not_refused(name: str) -> None:
+    one, other = parse(), parse()
+    setattr(one, name, "a")
+    setattr(other, name, "b")
+    assert answer([of(one), of(other)]) == Answer(True)
+
+
+@pytest.mark.parametrize("name", sorted(PLACES))
+def test_whether_a_place_is_given_must_be_alike(name: str) -> None:
+    one, other = parse(), parse()
+    setattr(one, name, "a")
+    setattr(other, name, None)
+    assert not answer([of(one), of(other)]).fine
+
+
+@pytest.mark.parametrize("name", sorted(TOGETHER))
+def test_ranks_of_one_host_write_to_one_folder_and_hosts_may_know_it_by_two_names(
+    name: str,
+) -> None:
+    one, other = parse(), parse()
+    setattr(one, name, "/a")
+    setattr(other, name, "/b")
+    here, there = of(one), of(other)
+    assert "(rank 0 has /a, rank 1 has /b)" in answer([here, there]).text
+    assert answer([here, replace(there, host="another")]).fine
+    assert answer([here, here, *[replace(there, host="another")] * 2]).fine
+
+
+def test_folders_to_load_must_hold_one_iteration(tmp_path: Path) -> None:
+    def loads(folder: str, iteration: str | None) -> Compared:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        if iteration is not None:
+            tracker = tmp_path / folder / "latest_checkpointed_iteration.txt"
+            tracker.write_text(iteration)
+            (tmp_path / folder / f"iter_{int(iteration):07d}").mkdir(exist_ok=True)
+        return of(parse("--load", str(tmp_path / folder)))
+
+    one = loads("a", "4")
+    assert answer([one, loads("b", "4")]).fine
+    text = answer([one, loads("c", "8")], flags=flags_of(parser())).text
+    assert "the checkpoint of --load (rank 0 has iteration 4, rank 1 has iteration 8)" in text
+    assert "rank 1 has no checkpoint" in answer([one, loads("d", None)]).text
+    (tmp_path / "a" / "iter_0000004" / "common.pt").write_bytes(b"one run")
+    (tmp_path / "b" / "iter_0000004" / "common.pt").write_bytes(b"another")
+    assert not answer([loads("a", "4"), loads("b", "4")]).fine
+
+
+@pytest.mark.parametrize("flag", ["--vocab-file", "--merge-file", "--tokenizer-model"])
+def test_files_that_are_read_may_lie_elsewhere_and_hold_the_same(flag: str, tmp_path: Path) -> None:
+    for name, content in (("a", "x" * 9), ("b", "x" * 9), ("c", "y" * 9)):
+        (tmp_path / name).write_text(content)
+    a, b, c = (of(parse(flag, str(tmp_path / name))) for name in "abc")
+    assert answer([a, b]).fine
+    assert f"what {flag} names (rank 0 has 9 bytes" in answer([a, c], flags=flags_of(parser())).text
+
+
+def test_data_may_lie_elsewhere_and_be_unknown_to_a_rank_and_hold_the_same(tmp_path: Path) -> None:
+    def data(folder: str, index: str, weight: str = "0.5") -> Compared:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "d.idx").write_text(index)
+        (tmp_path / folder / "d.bin").write_text("tokens")
+        return of(parse("--data-path", weight, str(tmp_path / folder / "d")))
+
+    one = data("a", "index")
+    assert answer([one, data("b", "index")]).fine
+    assert answer([one, of(parse("--data-path", "0.5", "/nowhere/d"))]).fine
+    assert not answer([one, data("c", "other")]).fine
+    assert not answer([one, data("d", "index", "0.6")]).fine
+
+
+@pytest.mark.parametrize("name", [*environment.MUST, "NVTE_FUSED_ATTN", "NVTE_NEW"])
+def test_variables_that_change_numbers_or_collectives_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = of(BASE)
+    monkeypatch.setenv(name, "another")
+    found = answer([one, of(BASE)])
+    assert not found.fine
+    assert f"{name} (rank 0 has" in found.text
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        *((name, True) for name in (*environment.WARN, "NCCL_CROSS_NIC", "UB_SKIPMC")),
+        *((name, False) for name in ("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NVTE_DEBUG_LEVEL")),
+        *((name, False) for name in ("HOME", "CUDA_VISIBLE_DEVICES", "EP_PLUGIN_CACHE")),
+    ],
+)
+def test_other_variables_are_warned_of_or_a_host_s_own(
+    name: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "one")
+    one = of(BASE)
+    monkeypatch.setenv(name, "another")
+    found = answer([one, of(BASE)])
+    assert found.fine
+    assert (f"the ranks differ in {name}" in found.text) == warned
+
+
+def test_versions_and_sources_are_compared() -> None:
+    one = of(BASE)
+    for kind in ("version:torch", "version:ep_plugin", "version:megatron-core", "version:Python"):
+        changed = replace(one, must=one.must | {kind: "9.9"})
+        text = answer([one, changed]).text
+        assert f"the version of {kind[8:]} (" in text
+        assert "rank 1 has 9.9" in text
+    for name in ("the files of ep_plugin", "the files of Megatron"):
+        assert len(one.must[f"files:{name}"]) >= 12
+        changed = replace(one, must=one.must | {f"files:{name}": "0"})
+        assert f"{name} (" in answer([one, changed]).text
+
+
+def test_two_checkouts_of_one_version_are_seen(tmp_path: Path) -> None:
+    from ep_plugin.megatron.ranks.versions import _hash_of
+
+    for name, line in (("a", "x = 1\n"), ("b", "x = 1\n"), ("c", "x = 2\n")):
+        (tmp_path / name / "part").mkdir(parents=True)
+        (tmp_path / name / "part" / "file.py").write_text(line)
+    a, b, c = (_hash_of(tmp_path / name, content=True) for name in "abc")
+    assert a == b != c
+
+
+def test_arguments_of_the_script_s_own_are_warned_of() -> None:
+    one, other = parse(), parse()
+    one.my_port, other.my_port = 1, 2
+    found = answer([of(one, own=("my_port",)), of(other, own=("my_port",))])
+    assert found.fine
+    assert "warning: the ranks differ in args.my_port (rank 0 has 1, rank 1 has 2)" in found.text
+
+
+def test_loops_without_arguments_compare_settings_and_groups() -> None:
+    def loop(topk: int, ep: int) -> Compared:
+        given = EdgeSettings(routing={"topk": topk})
+        return of_settings(given, {"expert_model_parallel_size": ep}, 2)
+
+    assert answer([loop(2, 2), loop(2, 2)]).fine
+    assert "routing['topk'] (rank 0 has 2, rank 1 has 4)" in answer([loop(2, 2), loop(4, 2)]).text
+    assert "expert_model_parallel_size (" in answer([loop(2, 2), loop(2, 1)]).text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), min_size=2, max_size=9))
+def test_every_value_stands_with_its_ranks(values: list[tuple[int, int]]) -> None:
+    found = answer([facts(a=a, b=b) for a, b in values])
+    for name, column in (("a", [a for a, _ in values]), ("b", [b for _, b in values])):
+        differs = len(set(column)) > 1
+        assert (f"args.{name} (" in found.text) == differs
+        for value in set(column) if differs else ():
+            ranks = [rank for rank, has in enumerate(column) if has == value]
+            verb = "rank {} has {}" if len(ranks) == 1 else "ranks {} have {}"
+            said = found.text.partition(f"args.{name} (")[2].partition(")")[0]
+            assert verb.format(ranges(ranks), value) in said
+    assert found.fine == (len(set(values)) == 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sets(st.integers(0, 14), min_size=1))
+def test_ranges_read_back(ranks: set[int]) -> None:
+    words = ranges(sorted(ranks)).replace(" and ", ", ").split(", ")
+    found = [range(int(w.split("-")[0]), int(w.split("-")[-1]) + 1) for w in words if w != "others"]
+    read = {rank for part in found for rank in part}
+    assert read == ranks or ("others" in words and read < ranks)
+
+
+class Counted:
+    """A store that counts the requests made through it."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.requests = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.requests += 1
+        return getattr(self.store, name)
+
+
+def test_no_rank_but_the_first_asks_the_store_more_often_for_there_being_more() -> None:
+    for differ in (False, True):
+        place = dist.HashStore()
+        stores = [Counted(place) for _ in range(64)]
+
+        def rank_s(rank: int) -> Answer:
+            one = facts(a=differ and rank == 40)  # noqa: B023
+            about = subject("start", Flags())
+            part = Meeting(stores[rank], rank, 64, PATIENCE)  # noqa: B023
+            return part.agree(about, one.record(), one.whole)
+
+        assert all(found.fine != differ for found in together(64, rank_s))
+        assert max(store.requests for store in stores[1:]) <= 14
+
+
+def two_of(kind: str, folder: Path) -> list[Any]:
+    """Return the stores of two ranks."""
+    if kind == "hash":
+        return [dist.HashStore()] * 2
+    if kind == "file":
+        return [dist.FileStore(str(folder / "store"), 2) for _ in range(2)]
+    first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return [first, dist.TCPStore("127.0.0.1", first.port, wait_for_workers=False)]
+
+
+@pytest.mark.parametrize("kind", ["hash", "file", "tcp"])
+def test_a_second_meeting_does_not_read_the_first_and_keys_go(kind: str, tmp_path: Path) -> None:
+    stores = two_of(kind, tmp_path)
+    keys = stores[0].num_keys()
+    prefixed = [dist.PrefixStore("ep_plugin", store) for store in stores]
+    assert answer([facts(a=1), facts(a=1)], prefixed).fine
+    assert stores[0].num_keys() == keys + 1  # the counter
+    assert answer([facts(a=2), facts(a=2)], prefixed).fine
+    assert not answer([facts(a=2), facts(a=3)], prefixed).fine
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    place = dist.HashStore()
+
+    def rank_s(rank: int) -> Answer:
+        one = facts(a=1)
+        part = Meeting(place, rank, 6, 0.3)
+        return part.agree(subject("start", Flags()), one.record(), one.whole)
+
+    for found in together(3, rank_s):
+        assert "ranks 3-5 did not come within 0 s" in found.text
+
+
+def test_a_first_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_STRETCH", 0.2)
+    place, one = dist.HashStore(), facts(a=1)
+    part = Meeting(place, 1, 2, 0.2)
+    found = part.agree(subject("start", Flags()), one.record(), one.whole)
+    assert "rank 0 did not come" in found.text
+
+
+@pytest.mark.parametrize("failing", [(0,), (1,), (2, 3), (0, 1, 2, 3)])
+def test_a_rank_that_failed_before_is_named_with_its_sentence(failing: tuple[int, ...]) -> None:
+    place = dist.HashStore()
+
+    def rank_s(rank: int) -> Answer | None:
+        part = Meeting(place, rank, 4, PATIENCE)
+        if rank in failing:
+            return part.fail("start", "there is no file x", 10)
+        one = facts(a=1)
+        return part.agree(subject("start", Flags()), one.record(), one.whole)
+
+    answers = together(4, rank_s)
+    assert len(set(answers)) == 1
+    assert answers[0] is not None
+    assert not answers[0].fine
+    who = failing if 0 not in failing else (0,)  # which knows it at once
+    word = "rank" if len(who) == 1 else "ranks"
+    assert answers[0].text == f"{word} {ranges(who)} failed at the start: there is no file x"
+
+
+def holds(place: str, **more: Any) -> model.Held:
+    """Return what a rank at "tp pp ep etp" holds of a model of 4 layers and 8 experts."""
+    tp, pp, ep, etp = map(int, place.split())
+    fields: dict[str, Any] = {
+        "dense": {f"layers.{pp}.weight": "[4, 4] float32"},
+        "experts": {f"layers.{pp}.experts": "[4, 4] float32"},
+        "config": {"config:hidden_size": "4"},
+        "place": {"tp": tp, "pp": pp, "ep": ep, "etp": etp},
+        "layers": [2 * pp + 1, 2 * pp + 2],
+        "local_experts": {str(2 * pp + 1): 4},
+        "all_experts": {str(2 * pp + 1): 8},
+        "num_layers": 4,
+    }
+    return model.Held(**fields | more)
+
+
+def models(*held: model.Held) -> Answer:
+    place = dist.HashStore()
+
+    def rank_s(rank: int) -> Answer:
+        part = Meeting(place, rank, len(held), PATIENCE)
+        return part.agree(model.subject("model"), held[rank].record(), held[rank].whole)
+
+    answers = together(len(held), rank_s)
+    assert len(set(answers)) == 1
+    return answers[0]  # type: ignore[no-any-return]
+
+
+def test_models_are_compared_where_ranks_must_hold_the_same() -> None:
+    whole = [holds(place) for place in ("0 0 0 0", "0 0 1 0", "0 1 0 0", "0 1 1 0")]
+    assert models(*whole).fine
+    wide = holds("0 0 1 0", dense={"layers.0.weight": "[8, 4] float32"})
+    text = models(whole[0], wide, *whole[2:]).text
+    assert (
+        "at tp 0, pp 0, layers.0.weight (rank 0 has [4, 4] float32, rank 1 has [8, 4] float32)"
+        in text
+    )
+    # Ranks of other experts may hold others; those of the same may not.
+    assert models(whole[0], holds("0 0 1 0", experts={"e": "[1]"}), *whole[2:]).fine
+    twin = holds("0 0 0 0", experts={"layers.0.experts": "[1]"})
+    assert "at pp 0, ep 0, etp 0, layers.0.experts (rank 0" in models(*whole, twin).text
+    other = holds("0 1 1 0", config={"config:hidden_size": "5"})
+    assert "hidden_size (ranks 0-2 have 4, rank 3 has 5)" in models(*whole[:3], other).text
+
+
+def test_layers_and_experts_add_up() -> None:
+    whole = [holds(place) for place in ("0 0 0 0", "0 0 1 0", "0 1 0 0", "0 1 1 0")]
+    twice = [holds(place, layers=[2, 3]) for place in ("0 1 0 0", "0 1 1 0")]
+    assert "the stages hold 4 layers (1-3), and the model has 4" in models(*whole[:2], *twice).text
+    few = holds("0 0 1 0", local_experts={"1": 3})
+    text = models(whole[0], few, *whole[2:]).text
+    assert "layer 1 has 7 experts on all ranks together, and should have 8" in text
