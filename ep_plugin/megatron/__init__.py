@@ -75,6 +75,14 @@ five only for a Megatron from its wheel, and over torch's Adam):
         Megatron's save workers start through it, in every release; they end with their rank
     async_utils:PersistentAsyncCaller.close
         the standing save worker ends after it, and is not missed
+    distributed:init_process_group
+        arguments are validated and nobody has communicated: ranks compare them here
+    parallel_state:initialize_model_parallel
+        groups are made here; ranks whose process group was there already compare before
+    training:get_megatron_optimizer
+        the model is built and nothing loaded: ranks compare parameters and layers
+    training:setup_model_and_optimizer
+        a run without that optimizer compares its model here
     utils:compile_helpers
         it runs `make` where a wheel has no Makefile, and ends the process when that fails
     distrib_optimizer:DistributedOptimizer.state_dict

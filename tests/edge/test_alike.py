@@ -17,7 +17,7 @@ from ep_plugin.megatron.arguments.parser import TYPED, with_preset
 from ep_plugin.megatron.ranks import environment, meeting, model
 from ep_plugin.megatron.ranks.compared import Compared, of_arguments, of_settings, subject
 from ep_plugin.megatron.ranks.meeting import Answer, Meeting, ranges
-from ep_plugin.megatron.ranks.words import Flags, flags_of
+from ep_plugin.megatron.ranks.sentence import Flags, flags_of
 from ep_plugin.megatron.settings import EdgeSettings
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]

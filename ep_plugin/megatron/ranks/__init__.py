@@ -6,5 +6,5 @@ contents.py      files that ranks read: their contents in a few bytes
 environment.py   variables that change numbers or collectives
 versions.py      packages, and the sources of the plugin and of Megatron
 model.py         parameters and layers, once the model is built
-words.py         differences as one sentence
+sentence.py      differences as one sentence
 """

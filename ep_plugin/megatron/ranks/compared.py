@@ -11,7 +11,7 @@ from ep_plugin.megatron.arguments.digest import TOGETHER, alike, hash_of, text_o
 from ep_plugin.megatron.ranks import environment, versions
 from ep_plugin.megatron.ranks.contents import contents
 from ep_plugin.megatron.ranks.meeting import Answer, Subject
-from ep_plugin.megatron.ranks.words import Flags, differences, sentence
+from ep_plugin.megatron.ranks.sentence import Flags, differences, sentence
 
 Facts = dict[str, str]  # "kind:name" -> text
 

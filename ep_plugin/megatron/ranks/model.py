@@ -14,7 +14,7 @@ import torch
 
 from ep_plugin.megatron.arguments.digest import hash_of, text_of
 from ep_plugin.megatron.ranks.meeting import Answer, Subject, ranges
-from ep_plugin.megatron.ranks.words import Difference, Flags, differences, said, sentence
+from ep_plugin.megatron.ranks.sentence import Difference, Flags, differences, said, sentence
 from ep_plugin.moe.experts.experts import Experts
 
 Facts = dict[str, str]

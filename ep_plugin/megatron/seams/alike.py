@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ep_plugin.megatron.ranks.compared import Compared, of_arguments, of_settings, subject
 from ep_plugin.megatron.ranks.meeting import Answer, Meeting
-from ep_plugin.megatron.ranks.words import Flags, flags_of
+from ep_plugin.megatron.ranks.sentence import Flags, flags_of
 from ep_plugin.megatron.seams.patches import Patches
 
 TRAINING = "megatron.training.training"
