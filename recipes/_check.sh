@@ -42,17 +42,23 @@ not_a_file() {
 
 nearest() {
     # nearest WORD NAME...: those that contain WORD; else those that begin most like it; else one.
-    local word="${1,,}" name length found=()
+    # Numbers are compared whole, so ep3 is not the beginning of ep32; of several, those that differ
+    # in their numbers alone.
+    local word="${1,,}" name part rest length found=() alike=()
     shift
     for ((length = ${#word}; length > 0; length--)); do
+        part="${word:0:length}"
         for name in "$@"; do
-            if [[ "$name" == "${word:0:length}"* ]] ||
-                [[ "$length" == "${#word}" && "$name" == *"$word"* ]]; then
-                found+=("$name")
-            fi
+            rest="${name#*"$part"}"
+            if [[ "$name" != *"$part"* || ("$part" == *[0-9] && "$rest" == [0-9]*) ]]; then continue; fi
+            if [[ "$name" == "$part"* || "$length" == "${#word}" ]]; then found+=("$name"); fi
         done
         if ((${#found[@]})); then break; fi
     done
+    for name in "${found[@]}"; do
+        if [[ "${name//[0-9]/}" == "${word//[0-9]/}" ]]; then alike+=("$name"); fi
+    done
+    if ((${#alike[@]})); then found=("${alike[@]}"); fi
     echo "${found[*]:-$1}"
 }
 

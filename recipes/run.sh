@@ -86,6 +86,53 @@ start_of() {
     echo "from ${step:+iteration }${step:-the beginning}"
 }
 
+last_of() {
+    # last_of FLAG DEFAULT WORDS...: print FLAG's last value among them, also as FLAG=VALUE.
+    local flag="$1" value="$2" before='' word
+    shift 2
+    for word in "$@"; do
+        if [[ "$before" == "$flag" ]]; then value="$word"; fi
+        if [[ "$word" == "$flag="* ]]; then value="${word#*=}"; fi
+        before="$word"
+    done
+    echo "$value"
+}
+
+divides() {
+    # divides WORDS...: Megatron would refuse a batch or layers that the ranks do not divide.
+    local name degree ranks=$((NNODES * NPROC_PER_NODE)) degrees=() dp micro batch layers pp
+    for name in tensor-model pipeline-model context; do
+        degree="$(last_of "--$name-parallel-size" 1 "$@")"
+        [[ "$degree" =~ ^[1-9][0-9]{0,5}$ ]] || return 0 # Megatron says what is wrong with it
+        degrees+=("$degree") ranks=$((ranks / degree))
+    done
+    pp="${degrees[1]}" dp=$((ranks > 0 ? ranks : 1))
+    micro="$(last_of --micro-batch-size '' "$@")" batch="$(last_of --global-batch-size '' "$@")"
+    if [[ "$micro" =~ ^[1-9][0-9]{0,5}$ && "$batch" =~ ^[1-9][0-9]{0,8}$ ]] &&
+        ((batch % (micro * dp))); then
+        refuse "--global-batch-size must be a multiple of --micro-batch-size times the" \
+            "data-parallel ranks; got $batch, with $micro times $dp; use --global-batch-size" \
+            "$(((batch + micro * dp - 1) / (micro * dp) * micro * dp))"
+    fi
+    layers="$(last_of --num-layers '' "$@")"
+    if [[ "$layers" =~ ^[1-9][0-9]{0,5}$ ]] && ((layers % pp)) && ! splits_layers "$@"; then
+        refuse "--num-layers must be a multiple of the pipeline stages; got $layers, and" \
+            "LAYOUT=$LAYOUT has $pp; use --num-layers $(((layers + pp - 1) / pp * pp)), or a LAYOUT" \
+            "with other stages"
+    fi
+}
+
+splits_layers() {
+    # splits_layers WORDS...: whether they say themselves which layers each stage has.
+    local flag
+    for flag in --pipeline-model-parallel-layout --decoder-first-pipeline-num-layers \
+        --decoder-last-pipeline-num-layers --account-for-embedding-in-pipeline-split \
+        --account-for-loss-in-pipeline-split; do
+        if given "$flag" "$@"; then return 0; fi
+    done
+    return 1
+}
+
 if (($# == 0)); then
     usage >&2
     exit 2
@@ -245,6 +292,7 @@ command=(
     "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${RUN_ARGS[@]}" "$@"
 )
 
+divides "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${PARALLEL_ARGS[@]}" "$@"
 if [[ "$DRY_RUN" == 1 ]]; then
     printf '%q' "${command[0]}"
     for word in "${command[@]:1}"; do

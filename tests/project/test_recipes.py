@@ -229,6 +229,31 @@ def test_the_nearest_models_are_named(word: str, near: str) -> None:
     assert all(name.startswith(near) for name in found)
 
 
+def test_a_layout_of_another_size_is_no_nearest_one() -> None:
+    done = launch("p.py", MODEL="qwen3-nano", LAYOUT="ep3")
+    assert re.findall(r"use LAYOUT=(\S+)", done.stderr) == ["ep2"]
+    assert "LAYOUT=ep32-pp16" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--global-batch-size", "7"], "--global-batch-size must be a multiple of --micro-batch"),
+        (["--global-batch-size=16", "--num-layers", "3"], "--num-layers must be a multiple of the"),
+    ],
+)
+def test_what_the_ranks_do_not_divide_is_said_before_the_start(
+    flags: list[str], message: str
+) -> None:
+    where = {"MODEL": "qwen3-nano", "LAYOUT": "ep8-pp2", "NPROC_PER_NODE": "16", "DRY_RUN": "1"}
+    done = launch("p.py", *flags, **where)
+    assert (done.returncode, done.stderr[: len(message) + 7]) == (2, f"error: {message}")
+    use = re.search(r"use (--\S+ \d+)", done.stderr)
+    assert use is not None
+    fits = ["--global-batch-size", "16", *use[1].split()]
+    assert launch("p.py", *fits, **where).returncode == 0
+
+
 def test_help_lists_what_there_is() -> None:
     done = launch("--help")
     assert (done.returncode, done.stderr) == (0, "")
