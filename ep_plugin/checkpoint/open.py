@@ -26,7 +26,7 @@ from ep_plugin.checkpoint.carried import EXTRA_STATE, leave_out
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.names import plain, stored_name
-from ep_plugin.checkpoint.run_args import check_run_args
+from ep_plugin.checkpoint.run_args import check_num_layers, checked
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, Source, TensorInfo, finite
 from ep_plugin.checkpoint.whole import problems
 from ep_plugin.errors import BackendUnavailable, ConfigError
@@ -142,8 +142,8 @@ def _open_megatron(
         raise ConfigError(
             f"{source.folder} holds no run arguments; give a checkpoint that Megatron saved"
         )
-    args = _with_router(leave_out(args, left_out), router, source.folder)
-    check_run_args(args, source.folder)
+    args = checked(_with_router(leave_out(args, left_out), router, source.folder), source.folder)
+    check_num_layers(args, source.tensors, source.folder)
     source = _with_args(source, args)
     if EXTRA_STATE in left_out:
         source = replace(source, read_object=lambda _: NO_EXTRA_STATE)

@@ -1,33 +1,156 @@
-"""Are the run arguments of a checkpoint of the kinds that the conversion reckons with?"""
+"""A checkpoint's own run arguments: checked before anything is computed or made of them.
+
+An argument that is asked for and not there is a ConfigError that names it.
+"""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from ep_plugin.checkpoint.tensors import Damaged
-from ep_plugin.untrusted import cut, shown
+import torch
 
-_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size")  # every model has them
-_OPTIONAL = (
-    *("num_attention_heads", "num_query_groups", "kv_channels", "padded_vocab_size", "seq_length"),
-    *("max_position_embeddings", "num_experts", "moe_ffn_hidden_size", "moe_router_topk"),
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"),
-    *("expert_tensor_parallel_size", "q_lora_rank", "kv_lora_rank"),
-)
+from ep_plugin.checkpoint.moe_layers import moe_layers
+from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
+
 _LARGEST = 1 << 40
+_MOST_LAYERS = 100_000
+_AGAIN = "give a checkpoint that Megatron saved"
+_COUNTS = [
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_topk",
+    "padded_vocab_size",
+    "seq_length",
+    "max_position_embeddings",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+]
+_FLAGS = [
+    "swiglu",
+    "quick_geglu",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "multi_latent_attention",
+    "untie_embeddings_and_output_weights",
+    "group_query_attention",
+    "use_mup",
+    "moe_router_pre_softmax",
+    "moe_shared_expert_gate",
+    "moe_router_enable_expert_bias",
+    "layernorm_zero_centered_gamma",
+    "use_rope_scaling",
+    "bf16",
+    "fp16",
+]
+_NUMBERS = [
+    "layernorm_epsilon",
+    "init_method_std",
+    "rotary_base",
+    "rope_scaling_factor",
+    "rotary_scaling_factor",
+    "moe_router_topk_scaling_factor",
+    "moe_z_loss_coeff",
+    "moe_input_jitter_eps",
+    "mup_embedding_mult",
+    "attention_dropout",
+    "hidden_dropout",
+]
+_NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+_NEVER_NONE = ("init_method_std", "layernorm_epsilon", "rotary_base")
 
 
-def check_run_args(args: argparse.Namespace, folder: Path) -> None:
-    """Raise Damaged for a size that is none."""
-    for name in (*_SIZES, *_OPTIONAL):
+class LacksArgument(ConfigError, AttributeError):
+    """A run argument that is asked for is not there; `getattr` with a default does not raise it."""
+
+
+class RunArgs(argparse.Namespace):
+    """Run arguments of a checkpoint; what is not there raises LacksArgument."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise LacksArgument(f"the checkpoint's run arguments have no {name}; {_AGAIN}")
+
+
+def checked(args: argparse.Namespace, folder: Path) -> RunArgs:
+    """Return the run arguments of `folder`; raises ConfigError for one of a wrong type or size."""
+    for name in _COUNTS:
         value = getattr(args, name, None)
-        if value is None and name in _OPTIONAL:
-            continue
-        least = 1 if name in _SIZES else 0
-        if type(value) is not int or not least <= value <= _LARGEST:
-            words = (
-                shown(value) if isinstance(value, (int, float, str, type(None))) else "an object"
-            )
-            raise Damaged(
-                f"the run arguments of {folder} say {name} = {cut(words, 60)}, which is no size; "
-                "give a checkpoint that Megatron saved"
-            )
+        most = _MOST_LAYERS if name in ("num_layers", "num_experts") else _LARGEST
+        if value is not None and (type(value) is not int or not 0 <= value <= most):
+            raise _wrong(folder, name, value, f"a whole number of at most {most}")
+    for name in _NEEDED:
+        if hasattr(args, name) and not getattr(args, name):
+            raise _wrong(folder, name, getattr(args, name), "a whole number of at least 1")
+    for name in _FLAGS:
+        value = getattr(args, name, None)
+        if value is not None and type(value) is not bool:
+            raise _wrong(folder, name, value, "true or false")
+    for name in _NUMBERS:
+        value = getattr(args, name, None)
+        missing = value is None and name in _NEVER_NONE and hasattr(args, name)
+        if missing or (value is not None and type(value) not in (int, float)):
+            raise _wrong(folder, name, value, "a number")
+    if not isinstance(getattr(args, "params_dtype", torch.float32), torch.dtype):
+        raise _wrong(folder, "params_dtype", args.params_dtype, "a dtype of torch")
+    found = RunArgs(**vars(args))
+    _check_layers(found, folder)
+    return found
+
+
+def as_saved(args: argparse.Namespace) -> argparse.Namespace:
+    """Return run arguments as Megatron saves them."""
+    return argparse.Namespace(**vars(args))
+
+
+def check_num_layers(args: argparse.Namespace, names: Iterable[str], folder: Path) -> None:
+    """Raise ConfigError unless the tensors have the decoder layers that the arguments count."""
+    found = {name.split(".")[2] for name in names if name.startswith("decoder.layers.")}
+    if len(found) != args.num_layers:
+        raise ConfigError(
+            f"the run arguments in {folder} say num_layers = {args.num_layers}, and its tensors "
+            f"are of {len(found)} layers; {_AGAIN}"
+        )
+
+
+def _check_layers(args: argparse.Namespace, folder: Path) -> None:
+    if not getattr(args, "num_experts", None):
+        return
+    value = args.moe_layer_freq
+    is_list = isinstance(value, list | tuple) and len(value) == args.num_layers
+    is_list = is_list and all(type(entry) is int and entry in (0, 1) for entry in value)
+    if not is_list and (type(value) is not int or value < 1):
+        wanted = f"a number of at least 1, or {args.num_layers} of 0 and 1"
+        raise _wrong(folder, "moe_layer_freq", value, wanted)
+    counts = getattr(args, "ep_experts_per_layer", None)
+    layers = sum(moe_layers(value, args.num_layers))
+    if counts is not None and (
+        not isinstance(counts, list | tuple)
+        or len(counts) != layers
+        or not all(type(count) is int and 0 < count <= _MOST_LAYERS for count in counts)
+    ):
+        raise _wrong(folder, "ep_experts_per_layer", counts, f"a list of {layers} counts")
+
+
+def _wrong(folder: Path, name: str, value: Any, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"the run arguments in {folder} have {name} = {shown(value)}, where {wanted} belongs; "
+        f"{_AGAIN}"
+    )

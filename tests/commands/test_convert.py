@@ -372,7 +372,7 @@ def test_sizes_that_are_none(
 ) -> None:
     save_dense(tmp_path / "dense", **{name: value})
     assert convert(tmp_path / "dense", tmp_path / "moe") == 2
-    assert re.search(rf"say {name} = .*, which is no size", capsys.readouterr().err)
+    assert re.search(rf"have {name} = .*, where a whole number", capsys.readouterr().err)
 
 
 def test_nothing_is_left_out_that_is_not_there(

@@ -5,6 +5,7 @@ they are all there: parts (`coverage.py`), experts (`each_expert.py`), optimizer
 What lies beside the tensors must not run anything (`named.py`).
 """
 
+import argparse
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,7 +15,10 @@ from ep_plugin.checkpoint.audit import coverage, each_expert, moments, named
 from ep_plugin.checkpoint.audit.facts import Facts, read_facts
 from ep_plugin.checkpoint.audit.verdict import Finding, Report
 from ep_plugin.checkpoint.formats.megatron_dist import open_stored
+from ep_plugin.checkpoint.run_args import checked
 from ep_plugin.checkpoint.tensors import Damaged, Stored
+from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
 
 __all__ = ["Report", "audit", "damaged", "judge", "open_stored", "read_facts"]
 
@@ -30,6 +34,7 @@ def audit(path: Path, progress: Progress) -> Report:
     """
     try:
         stored = open_stored(path)
+        _check_common(stored)
     except Damaged as error:
         return damaged(path, error)
     facts = {}
@@ -39,6 +44,19 @@ def audit(path: Path, progress: Progress) -> Report:
             on_bytes(info.num_bytes)
     report = judge(stored, facts)
     return replace(report, findings=[*named.check(stored), *report.findings])
+
+
+def _check_common(stored: Stored) -> None:
+    """Raise Damaged unless the run arguments and the iteration are such."""
+    args, iteration = stored.common.get("args"), stored.common.get("iteration")
+    if not isinstance(args, argparse.Namespace):
+        raise Damaged(f"{stored.folder} holds no run arguments; give another checkpoint")
+    if iteration is not None and type(iteration) is not int:
+        raise Damaged(f"{stored.folder} says iteration = {shown(iteration)}; give another one")
+    try:
+        checked(args, stored.folder)
+    except ConfigError as error:
+        raise Damaged(str(error)) from error
 
 
 def judge(stored: Stored, facts: dict[str, Facts]) -> Report:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from ep_plugin.checkpoint.carried import carried_bytes
 from ep_plugin.checkpoint.formats._iteration import COMMON_STATE, CONFIG, TRACKER
+from ep_plugin.checkpoint.run_args import RunArgs, as_saved
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source
 from ep_plugin.checkpoint.writer import HashedFile, Journal, OnBytes, Unit, write_units
 
@@ -47,6 +48,8 @@ def write_checkpoint(
     folder = root / source.folder.name
     folder.mkdir(parents=True, exist_ok=True)
     common = {**common, "content_metadata": _content_metadata(source.common)}
+    if isinstance(common.get("args"), RunArgs):
+        common["args"] = as_saved(common["args"])
     entries = list(content)
     if not source.common_in_file:
         entries.append(NewObject(COMMON_STATE, carried_bytes([common])))

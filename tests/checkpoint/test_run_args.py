@@ -1,0 +1,65 @@
+"""Run arguments that are missing or of another type: each ends in one sentence, or in a model."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ep_plugin.checkpoint.run_args import as_saved, checked
+from ep_plugin.cli import main
+from ep_plugin.errors import ConfigError
+from tests.commands.test_convert import convert, run_args, save_dense
+
+NAMES = sorted(vars(run_args()))
+VALUES = (None, 0, -1, 2**60, 10**9, "4", "x", 4.0, True, [1], [], {}, "[1]*99999999", (1, 0))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(NAMES), value=st.sampled_from(VALUES), more=st.booleans(), hf=st.booleans()
+)
+def test_any_argument_may_be_anything(
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: Any,
+    more: bool,
+    hf: bool,
+) -> None:
+    root = tmp_path_factory.mktemp("args")
+    changes = {name: value} | ({"num_experts": 8} if more and name != "num_experts" else {})
+    save_dense(root / "dense", **changes)
+    capsys.readouterr()
+    if hf:
+        flags = ["--format", "hf", "--skip-parity"]
+        code = main(["convert", "--from", str(root / "dense"), "--to", str(root / "o"), *flags])
+    else:
+        code = convert(root / "dense", root / "o")
+    said = capsys.readouterr().err
+    assert code in (0, 2), said
+    assert "Traceback" not in said
+    assert main(["audit", str(root / "dense")]) in (0, 1, 2)
+    assert "Traceback" not in capsys.readouterr().err
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_argument_that_is_missing_is_named(tmp_path: Path, name: str) -> None:
+    args = run_args()
+    delattr(args, name)
+    found = checked(args, tmp_path)
+    assert getattr(found, name, "default") == "default"
+    with pytest.raises(ConfigError, match=f"have no {name}"):
+        getattr(found, name)
+
+
+def test_what_is_saved_is_what_was_read(tmp_path: Path) -> None:
+    args = run_args()
+    saved = as_saved(checked(args, tmp_path))
+    assert type(saved) is Namespace
+    assert saved == args
+    assert list(vars(saved)) == list(vars(args))
