@@ -132,7 +132,6 @@ COMMON = (
     ),
     # where every rank is
     Touchpoint("megatron.training.initialize:_initialize_distributed"),
-    Touchpoint("megatron.training.training:train"),
     Touchpoint("megatron.training.training:load_checkpoint"),
     Touchpoint("megatron.training.training:evaluate"),
     Touchpoint("megatron.core.rerun_state_machine:RerunDataIterator.__next__"),
@@ -160,6 +159,13 @@ COMMON = (
             *("cp_comm_type", "pg_collection"),
         ),
     ),
+    # what ranks compare of the model
+    Touchpoint("megatron.core.transformer.transformer_layer:TransformerLayer"),
+    # latent attention on the CPU
+    Touchpoint(f"{_TENSOR_PARALLEL}.mappings:gather_from_tensor_model_parallel_region", ("group",)),
+    Touchpoint(f"{_TENSOR_PARALLEL}.mappings:scatter_to_sequence_parallel_region", ("group",)),
+    Touchpoint("megatron.core.transformer.multi_latent_attention:HAVE_TE"),
+    Touchpoint("megatron.core.transformer.multi_latent_attention:MLASelfAttention.__init__"),
     # how a process ends
     Touchpoint("megatron.core.full_cuda_graph:FullCudaGraphWrapper.cuda_graph"),
     # CPU mode, and the wheel
