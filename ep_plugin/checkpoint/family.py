@@ -18,6 +18,7 @@ from ep_plugin.checkpoint.router_losses import notes_of_export, notes_of_import
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import GATED
 from ep_plugin.registry import available
+from ep_plugin.untrusted import shown
 
 # What an argument is in checkpoints that do not have it: made before it was, or without our block.
 _ABSENT = {"softmax_type": "vanilla", "ep_router": "topk", "rotary_percent": 1.0}
@@ -150,7 +151,8 @@ def load(model_type: str) -> Family:
     """Return a family. Raises ConfigError for one that there is no file for."""
     if model_type not in names():
         raise ConfigError(
-            f"model_type {model_type!r} has no table of names; supported are {', '.join(names())}"
+            f"model_type {shown(model_type)} has no table of names; supported are "
+            f"{', '.join(names())}"
         )
     family: Family = import_module(f"ep_plugin.checkpoint.families.{model_type}").FAMILY
     return family

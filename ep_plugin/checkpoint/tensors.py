@@ -139,7 +139,7 @@ def finite(source: Source) -> Source:
     def read(name: str) -> Tensor:
         values = source.read_tensor(name)
         if values.is_floating_point() and values.dtype.itemsize > 1:
-            parts = torch.split(values.view(-1), _AT_ONCE)
+            parts = torch.split(values.reshape(-1), _AT_ONCE)
             broken = sum(part.numel() - int(part.isfinite().sum()) for part in parts)
             if broken:
                 raise ConfigError(

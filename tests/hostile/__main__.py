@@ -1,6 +1,6 @@
 """Plant hostile content in every file that a command opens, and count what happens.
 
-python tests/hostile --cases 100000 --commands 500 --json FILE
+python tests/hostile --cases 100000 --commands 500 --record benchmarks/results/hostile.json
 
 --commands: so many cases through the real commands, each in a forked child that is watched.
 --cases: so many cases in one process, through readers, settings and parsers (`inside.py`).
@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
-from tests.hostile import healthy  # noqa: E402
+from tests.hostile import healthy, record  # noqa: E402
 from tests.hostile.case import Sandbox, case_of  # noqa: E402
-
-FAULTS = ("executions", "writes", "hangs", "tracebacks", "silent")
 
 
 def read_arguments() -> argparse.Namespace:
@@ -33,10 +32,12 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--commands", type=int, default=0, metavar="N", help="through real commands"
     )
+    parser.add_argument("--seconds", type=float, default=1e9, metavar="S", help="then end --cases")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", metavar="WORDS", help="commands whose name has these words")
     parser.add_argument("--number", type=int, help="that case of --commands alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="and what docs/ shows of them")
     parser.add_argument("--verbose", action="store_true", help="print every case")
     return parser.parse_args()
 
@@ -127,7 +128,7 @@ def in_one_process(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (folder / "sandbox").mkdir(parents=True)
     made_trees(folder)
     (folder / "sandbox" / "in").rename(folder / "in")
-    found = inside.run(folder, args.cases, args.seed, args.only)
+    found = inside.run(folder, args.cases, args.seed, args.seconds, args.only)
     for fault in found["faults"]:
         print(json.dumps(fault)[:600], flush=True)
     return found
@@ -137,12 +138,17 @@ def main() -> int:
     args = read_arguments()
     warm()
     result: dict[str, Any] = {"seed": args.seed}
-    with tempfile.TemporaryDirectory(prefix="hostile-") as name:
+    start = time.monotonic()
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # many small files
+    with tempfile.TemporaryDirectory(prefix="hostile-", dir=memory) as name:
         folder = Path(name).resolve()
         if args.commands or args.number is not None:
             result["commands"] = through_commands(args, folder / "commands")
         if args.cases:  # last: the hook and the limits of this process stay
             result["cases"] = in_one_process(args, folder / "cases")
+    if args.record:
+        kept = record.made(result, time.monotonic() - start)
+        args.record.write_text(json.dumps(kept, indent=1) + "\n")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     total = Counter[str]()
@@ -150,7 +156,7 @@ def main() -> int:
         for row in result.get(part, {}).get("counts", {}).values():
             total.update(row)
     print(", ".join(f"{number} {kind}" for kind, number in total.items()))
-    return 1 if any(total[kind] for kind in FAULTS) else 0
+    return 1 if any(total[kind] for kind in record.FAULTS) else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from tests.hostile import carried, classes, plants, trees, watch
 
-SECONDS = 30  # of the clock; on a busy machine much less of the processor
+SECONDS = 45  # of the clock; on a busy machine much less of the processor
 MEMORY = 3 << 30  # of address space above what is there when a case begins: files are mapped too
 OUTPUT = 1 << 20  # bytes that a command may print
 FOLDERS = ("in", "outside", "home", "tmp", "out", "cwd")
@@ -82,11 +83,13 @@ class Sandbox:
 
     def learn(self) -> None:
         """Run every command on healthy folders: what it does is allowed, what it opens kept."""
-        for name, command in trees.COMMANDS.items():
+        for name, command in {**trees.COMMANDS, **trees.OTHERS}.items():
             self.lay(command)
             verdict, seen, opened = self._run(name, command, frozenset())
             if verdict.code != 0 or verdict.tracebacks:
                 raise AssertionError(f"{name}: exit code {verdict.code}: {verdict.said}")
+            if sockets := [act for act in seen if act[0] in watch.SOCKETS]:
+                raise AssertionError(f"{name} uses the network: {sockets}")
             self.allowed[name] = frozenset(map(tuple, seen))  # type: ignore[arg-type]
             inside = str(self.root / "in") + os.sep
             self.opened[name] = {p.removeprefix(inside) for p in opened if p.startswith(inside)}
@@ -102,7 +105,10 @@ class Sandbox:
         command = trees.COMMANDS[name]
         self.lay(command)
         path, kind = rng.choice(self.files(command))
-        label = plants.plant(rng, path, kind, self.root / "outside")
+        if rng.random() < 0.06:
+            label = plants.beside(rng, path.parent, self.root / "outside")
+        else:
+            label = plants.plant(rng, path, kind, self.root / "outside")
         verdict, _, _ = self._run(name, command, self.allowed[name])
         verdict.plant = f"{path.relative_to(self.root / 'in')}: {label}"
         return verdict
@@ -151,6 +157,7 @@ def _child(
             os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(sandbox.root / "cwd")
         os.environ |= {"HOME": str(sandbox.root / "home"), "TMPDIR": str(sandbox.root / "tmp")}
+        tempfile.tempdir = None  # asked for before
         sys.path.append(str(sandbox.root / "outside"))
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + MEMORY

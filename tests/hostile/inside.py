@@ -111,9 +111,13 @@ def _late(*_: Any) -> None:
     raise Hang
 
 
-def file_cases(folder: Path, kinds: dict[str, readers.Reader]) -> Callable[[random.Random], Case]:
+Changed = list[tuple[Path, Path]]  # (folder that was spoiled, healthy one)
+
+
+def file_cases(
+    folder: Path, kinds: dict[str, readers.Reader], changed: Changed
+) -> Callable[[random.Random], Case]:
     """Return what makes a case: a file below `folder` is replaced until the next case."""
-    changed: list[tuple[Path, Path]] = []  # (folder that was spoiled, healthy one)
     sites = readers.sites(folder / "in", kinds)
 
     def make(rng: random.Random) -> Case:
@@ -135,17 +139,20 @@ def file_cases(folder: Path, kinds: dict[str, readers.Reader]) -> Callable[[rand
 
 def kinds(folder: Path) -> dict[str, Callable[[random.Random], Case]]:
     """Return the kinds of cases, each with what makes one."""
+    changed: Changed = []  # by any kind: they share the folders
     return {
-        "pickles and archives": file_cases(folder, readers.PICKLES),
-        "JSON and text": file_cases(folder, readers.TEXTS),
-        "safetensors headers": file_cases(folder, readers.HEADERS),
+        "pickles and archives": file_cases(folder, readers.PICKLES, changed),
+        "JSON and text": file_cases(folder, readers.TEXTS, changed),
+        "safetensors headers": file_cases(folder, readers.HEADERS, changed),
         "settings": settings.case,
         "command lines": lines.case,
     }
 
 
-def run(folder: Path, cases: int, seed: int, only: str | None = None) -> dict[str, Any]:
-    """Run as many cases of each kind; returns the counts and the faults."""
+def run(
+    folder: Path, cases: int, seed: int, seconds: float, only: str | None = None
+) -> dict[str, Any]:
+    """Run as many cases of each kind, or for so long; returns the counts and the faults."""
     plants.outside_folder(folder / "outside")
     bench = Bench(folder, there=tuple(path.name for path in (folder / "outside").iterdir()))
     lines.learn()
@@ -154,14 +161,14 @@ def run(folder: Path, cases: int, seed: int, only: str | None = None) -> dict[st
     made = {name: make for name, make in kinds(folder).items() if only is None or only in name}
     readers.learn(folder / "in", bench.watched)
     bench.state = classes.state()
-    seconds: dict[str, float] = {}
+    start = time.monotonic()
     with _memory():
-        for name, make in made.items():
-            start = time.monotonic()
-            for number in range(cases // len(made)):
+        for number in range(cases // len(made)):
+            if time.monotonic() - start > seconds:
+                break  # with as many of each kind
+            for name, make in made.items():
                 bench.run(name, number, make(random.Random(f"{seed}/{name}/{number}")))
-            seconds[name] = round(time.monotonic() - start, 1)
-    return {"counts": bench.counts, "faults": bench.faults, "seconds": seconds}
+    return {"counts": bench.counts, "faults": bench.faults}
 
 
 @contextlib.contextmanager

@@ -100,6 +100,28 @@ def chunk(rng: random.Random, path: Path, outside: Path) -> str:
     return f"chunk: {kind}"
 
 
+# Files that nothing asks for, and that some loader might take up where they lie.
+BESIDE = (
+    *("sitecustomize.py", "json.py", "torch.py", f"{pickles.MODULE}.py", "conftest.py"),
+    *("common.pt", "model.pt2", "pytorch_model.bin", "model_optim_rng.pt", "distrib_optim.pt"),
+    *("adapter_config.json", "processor_config.json", "chat_template.jinja", "matplotlibrc"),
+    *("tokenizer.model", "added_tokens.json", "special_tokens_map.json", "config.json", ".env"),
+)
+
+
+def beside(rng: random.Random, folder: Path, outside: Path) -> str:
+    """Put one more file into a folder."""
+    path = folder / rng.choice(BESIDE)
+    if path.exists():
+        return "nothing"
+    kinds: dict[str, Maker] = {".py": _python, ".json": texts.json_file, ".pt": pickles.planted}
+    make = kinds.get(path.suffix, texts.text_file)
+    benign = {".py": b"x = 1\n", ".json": b"{}"}.get(path.suffix, b"\x80\x04}.")
+    label, data = make(rng, outside, benign)
+    path.write_bytes(data)
+    return f"beside: {label}"
+
+
 LEFT_ALONE = "left alone\n"  # in the one plain file outside
 LINKS = ("file", "folder", "loop", "zero", "pipe", "device", "directory", "gone", "huge", "parent")
 

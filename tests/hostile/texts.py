@@ -18,6 +18,20 @@ HTML = (
 )
 
 
+# Keys by which transformers finds code or files elsewhere.
+CODE = {
+    "auto_map": {
+        "AutoConfig": f"{pickles.MODULE}.Config",
+        "AutoModelForCausalLM": f"nobody/{pickles.MARK}--{pickles.MODULE}.Model",
+        "AutoTokenizer": [f"{pickles.MODULE}.Slow", f"{pickles.MODULE}.Fast"],
+    },
+    "custom_pipelines": {pickles.MARK: {"impl": f"{pickles.MODULE}.Pipeline"}},
+    "tokenizer_file": f"nobody/{pickles.MARK}",
+    "chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "base_model_name_or_path": f"nobody/{pickles.MARK}",
+}
+
+
 def shell(outside: Path) -> list[str]:
     """Return words that a shell would run, where a word is expected."""
     made = outside / pickles.MARK
@@ -120,7 +134,12 @@ def whole(rng: random.Random, outside: Path) -> bytes:
 
 def json_file(rng: random.Random, outside: Path, benign: bytes) -> tuple[str, bytes]:
     """Return (kind, bytes) of a JSON file."""
-    kind = rng.choices(("edited", "whole", "damaged"), (7, 2, 1))[0]
+    kind = rng.choices(("edited", "whole", "damaged", "code"), (14, 4, 2, 1))[0]
+    if kind == "code":
+        named = json.loads(benign)
+        return "JSON: code", json.dumps(
+            {**named, **CODE} if isinstance(named, dict) else CODE
+        ).encode()
     if kind == "whole":
         return "JSON: whole", whole(rng, outside)
     if kind == "damaged":

@@ -80,6 +80,9 @@ COMMANDS: dict[str, Command] = {
         ("convert", "--from", "{i}/dense", "--to", "{i}/kept/out", *EXPERTS, *ALONE), ("dense",
         "kept"),
         torch_dist("dense") | {"kept/.out.partial/journal.jsonl": "lines",
+        "kept/.out.partial/checkpoint/*.txt": "text",
+        "kept/.out.partial/checkpoint/iter_*/.metadata": "metadata",
+        "kept/.out.partial/checkpoint/iter_*/metadata.json": "json",
         "kept/.out.partial/checkpoint/iter_*/*.distcp": "chunks"},
         writes=("{i}/kept",), weight=2,
     ),
@@ -90,7 +93,8 @@ COMMANDS: dict[str, Command] = {
     "report": Command(("report", "--run", "{i}/run", "--to", "{o}"), ("run",), RUN, weight=3),
     "report, any run": Command(
         ("report", "--run", "{i}/any", "{i}/moe", "--to", "{o}", "--json"), ("any", "moe"),
-        {"any/tensorboard/events*": "events", "any/train.log": "text"} | torch_dist("moe"),
+        {"any/tensorboard/events*": "events", "any/train.log": "text",
+        "moe/flags.txt": "text"} | torch_dist("moe"),
         weight=2,
     ),
     "plan": Command(
@@ -111,9 +115,13 @@ COMMANDS: dict[str, Command] = {
         ("flags", "schedule", "{i}/files/schedule.txt"), ("files",), {"files/schedule.txt": "text"}
     ),
 }  # fmt: skip
-# Commands that open no file of somebody else's, or whose purpose is to run one.
-OPENS_NOTHING = ("presets", "doctor", "recipes")
-RUNS_A_SCRIPT = ("parity", "run")
+# Commands that are given no file of somebody else's.
+OTHERS: dict[str, Command] = {
+    "presets": Command(("presets", "mixtral-8x7b", "--json"), (), {}),
+    "doctor": Command(("doctor", "--json"), (), {}),
+    "recipes": Command(("recipes", "--copy", "{o}/recipes"), (), {}),
+}
+RUNS_A_SCRIPT = ("parity", "run")  # that is their purpose
 
 
 def main(argv: list[str]) -> int:

@@ -40,6 +40,7 @@ CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "shutil.unpack_archive": ((1, None),),
 }  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+MANY = 2000  # acts that are kept of one case
 HARMLESS = ("/dev/null", "/dev/tty")
 
 
@@ -92,15 +93,16 @@ class Watch:
             self._note("exec", pickles.MARK)
 
     def _note(self, what: str, words: str) -> None:
-        if (what, words) not in self.allowed and len(self.seen) < 50:
-            self.seen.append((what, words[:200]))
+        act = (what, words[:200])
+        if act not in self.allowed and act not in self.seen and len(self.seen) < MANY:
+            self.seen.append(act)
 
     def _open(self, path: Any, mode: Any, flags: Any) -> None:
         if isinstance(path, int):
             return
         if isinstance(flags, int) and flags & WRITING:
             self._change("open", path)
-        else:
+        elif not os.path.isdir(path):
             self.opened.add(os.path.abspath(os.fsdecode(path)))
 
     def _change(self, event: str, path: Any, folder: Any = -1) -> None:

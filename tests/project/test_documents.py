@@ -26,6 +26,11 @@ FOREIGN = {
     "--nodes": "sbatch",
     "--table": "tests/helpers/support_matrix.py",
     "--quick": "tests/run.sh",
+    "--cases": "tests/hostile/__main__.py",
+    "--commands": "tests/hostile/__main__.py",
+    "--record": "tests/hostile/__main__.py",
+    "--number": "tests/hostile/__main__.py",
+    "--verbose": "tests/hostile/__main__.py",
     "--releases": "tests/run.sh",
 }
 

@@ -35,6 +35,7 @@ from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError, check_choice, largest_divisor
 from ep_plugin.moe.routing_config import AuxLossCounts, RoutingConfig, ScoreFunction
 from ep_plugin.registry import available
+from ep_plugin.typed import Typed
 
 MODES = "modes"
 RouterInit = Literal["normal", "virtual-group", "zero"]
@@ -42,7 +43,7 @@ SharedFrom = Literal["none", "copy", "learned"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateSums:
+class GateSums(Typed):
     """How a router's scores become weights, in Megatron's terms."""
 
     score_function: ScoreFunction = "softmax"
@@ -108,7 +109,7 @@ class GateSums:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Losses:
+class Losses(Typed):
     """What keeps the router balanced in the run that continues, in Megatron's terms.
 
     The default is the strength of Switch Transformer (arXiv:2101.03961, section 2.2).
@@ -150,7 +151,7 @@ def divide(gain: float, bias: float, gated: bool) -> Gain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upcycling:
+class Upcycling(Typed):
     """What to make of the dense model. Raises ConfigError when settings contradict."""
 
     num_experts: int

@@ -9,9 +9,12 @@ from ep_plugin.checkpoint.audit.stored_names import Name, parse, with_layer
 from ep_plugin.checkpoint.audit.verdict import AuditedLayer, Finding
 from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.checkpoint.tensors import Stored, TensorInfo
+from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
 
 # A run with warm-up takes its first step with a learning rate of 0: nothing has moved by then.
 FIRST_ITERATION_THAT_MOVES = 2
+MAX_COUNT = 1 << 16  # of layers, and of experts in one
 
 
 @dataclass
@@ -86,12 +89,27 @@ def _expected(args: Any) -> dict[str, int]:
     """Return the MoE blocks of the decoder and their numbers of experts, by the run's arguments."""
     if not getattr(args, "num_experts", None):
         return {}
-    is_moe = moe_layers(args.moe_layer_freq, args.num_layers)
-    layers = [layer for layer, moe in enumerate(is_moe) if moe]
+    frequency: Any
+    depth: Any
+    frequency, depth = getattr(args, "moe_layer_freq", None), getattr(args, "num_layers", None)
+    every = type(frequency) is int and frequency > 0
+    if type(depth) is not int or depth > MAX_COUNT or not (every or type(frequency) is list):
+        raise _unusable("num_layers and moe_layer_freq", (depth, frequency))
+    layers = [layer for layer, moe in enumerate(moe_layers(frequency, depth)) if moe]
     counts = getattr(args, "ep_experts_per_layer", None) or (args.num_experts,) * len(layers)
+    right = isinstance(counts, tuple | list) and len(counts) == len(layers)
+    if not right or not all(type(n) is int and 0 < n <= MAX_COUNT for n in counts):
+        raise _unusable("num_experts", counts)
     return {
         f"decoder.layers.{layer}.mlp": count for layer, count in zip(layers, counts, strict=True)
     }
+
+
+def _unusable(names: str, values: Any) -> ConfigError:
+    return ConfigError(
+        f"the run arguments have {names} = {shown(values)}, which no run has; give a checkpoint "
+        "that Megatron saved"
+    )
 
 
 def _missing(block: str, name: str, ids: set[int], count: int) -> list[Finding]:

@@ -19,6 +19,7 @@ from ep_plugin.checkpoint.inert import Unreadable
 from ep_plugin.checkpoint.tensors import Damaged
 from ep_plugin.errors import ConfigError
 
+MAX_METADATA = 1 << 31  # bytes; those of 100,000 chunks are some 50 MB
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # metadata.json
 COMMON_STATE = "common_state/shard_0_1"  # run arguments and counters, where common.pt is not there
@@ -58,12 +59,23 @@ def iteration_folder(path: Path, is_iteration: Callable[[Path], bool]) -> Path:
 
 def inside(path: Path, folder: Path) -> Path:
     """Return `path`; raises Damaged when symbolic links lead it out of `folder`."""
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        leads_out = not path.resolve().is_relative_to(folder.resolve())
+    except (RuntimeError, OSError) as error:  # a link to itself
+        raise Damaged(f"{path} leads nowhere ({error}); put the file itself there") from error
+    if leads_out:
         raise Damaged(
             f"{path} is a link that leads out of {folder}; put the file itself there, or give a "
             "whole checkpoint"
         )
     return path
+
+
+def read_small(path: Path, folder: Path) -> bytes:
+    """Return the bytes of a file that describes others; raises Damaged."""
+    if (size := inside(path, folder).stat().st_size) > MAX_METADATA:
+        raise Damaged(f"{path} has {size} bytes, and its kind needs few; copy the checkpoint again")
+    return path.read_bytes()
 
 
 def load_object(content: bytes) -> Any:
@@ -100,7 +112,7 @@ def load_metadata(folder: Path) -> Metadata:
     path = folder / ".metadata"
     if not path.is_file():
         raise Damaged(f"{folder} has no .metadata: its save did not finish; give another one")
-    content = inside(path, folder).read_bytes()
+    content = read_small(path, folder)
     try:
         return to_metadata(read_pickle(content, NAMES))
     except (Unreadable, MemoryError) as error:

@@ -36,6 +36,7 @@ from ep_plugin.checkpoint.formats._iteration import (
     load_common,
     load_metadata,
     load_object,
+    read_small,
 )
 from ep_plugin.checkpoint.formats._iteration import TRACKER as TRACKER
 from ep_plugin.checkpoint.formats._iteration import iteration_folder as _iteration_folder
@@ -124,7 +125,7 @@ def read_common(path: Path) -> dict[str, Any]:
 
 
 def _common_file(folder: Path) -> dict[str, Any]:
-    return load_common(inside(folder / "common.pt", folder).read_bytes(), folder)
+    return load_common(read_small(folder / "common.pt", folder), folder)
 
 
 def open_stored(path: Path) -> Stored:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.family import gated
+from ep_plugin.checkpoint.formats import _rank_arguments
 from ep_plugin.checkpoint.formats._iteration import inside, iteration_folder
 from ep_plugin.checkpoint.formats._mapped import map_state
 from ep_plugin.checkpoint.inert import Unreadable
@@ -76,6 +77,7 @@ def open_checkpoint(path: Path) -> Source:
     args = common.get("args")
     if not isinstance(args, argparse.Namespace):
         raise ConfigError(f"{first} holds no run arguments; give a checkpoint that Megatron saved")
+    _rank_arguments.check(args, folder, sum(1 for _ in folder.glob(f"mp_rank_*/{FILE}")))
     parts = _parts(folder, args)
     return Source(
         folder=folder,
@@ -142,7 +144,12 @@ def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[RankPart]]:
         for chunk in _chunks(states[0, 0, 0]):  # interleaved: chunk by chunk over all ranks
             for pp_rank in range(pp):
                 for ep_rank in range(ep):
-                    state = states[tp_rank, pp_rank, ep_rank][chunk]
+                    state = states[tp_rank, pp_rank, ep_rank].get(chunk)
+                    if type(state) is not dict or not all(type(name) is str for name in state):
+                        raise ConfigError(
+                            f"{ranks[tp_rank, pp_rank, ep_rank]} has no weights under {chunk}; "
+                            f"{_AGAIN}"
+                        )
                     for name, part in _named(state, first_layer, ep_rank, ep, args):
                         is_expert = ".experts.experts." in name
                         if is_expert or ep_rank == 0:
@@ -197,7 +204,7 @@ def _experts(name: str, value: Tensor, first: int) -> list[tuple[str, RankPart]]
         if (match := pattern.fullmatch(name)) is not None:
             expert = first + int(match["expert"])
             return [(f"mlp.experts.experts.{expert}.{match['rest']}", RankPart(value))]
-    if (match := _STACKED.fullmatch(name)) is None:
+    if (match := _STACKED.fullmatch(name)) is None or not value.shape:
         return [(name, RankPart(value))]
     return [
         (f"mlp.experts.experts.{first + expert}.{match[1]}", RankPart(value, expert))
@@ -229,6 +236,11 @@ def _cut_along(name: str, parts: list[RankPart], args: argparse.Namespace) -> in
 def _info(name: str, parts: list[RankPart], args: argparse.Namespace) -> TensorInfo:
     shape = list(parts[0].shape)
     dim = _cut_along(name, parts, args)
+    if dim is not None and (len({part.shape for part in parts}) > 1 or dim >= len(shape)):
+        raise ConfigError(
+            f"the parts of {name} have shapes {', '.join(str(part.shape) for part in parts)}, "
+            f"which make no tensor; {_AGAIN}"
+        )
     if dim is not None:
         shape[dim] = sum(part.shape[dim] for part in parts)
     return TensorInfo(tuple(shape), parts[0].values.dtype)

@@ -1,0 +1,144 @@
+"""Generators under hypothesis, and the short form of the many cases in one process."""
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as how
+from hypothesis import strategies as st
+
+from ep_plugin.errors import ConfigError
+from tests.hostile import (
+    archives,
+    called,
+    classes,
+    lines,
+    pickles,
+    plants,
+    script_module,
+    settings,
+    texts,
+)
+
+pytestmark = [pytest.mark.megatron, pytest.mark.newest]
+ROOT = Path(__file__).parents[2]
+CASES = 600
+draws = st.randoms(use_true_random=False)
+plain = how(max_examples=150, deadline=None, database=None)
+
+
+def test_the_short_form_finds_nothing(tmp_path: Path) -> None:
+    result = tmp_path / "found.json"
+    done = subprocess.run(
+        [sys.executable, "tests/hostile", "--cases", str(CASES), "--json", str(result)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.is_file(), done.stdout + done.stderr
+    found = json.loads(result.read_text())["cases"]
+    assert {row["cases"] for row in found["counts"].values()} == {CASES // 5}
+    assert found["faults"] == []
+
+
+@plain
+@given(draws)
+def test_settings_end_in_a_config_error_or_are_right(rng: random.Random) -> None:
+    _, make = settings.case(rng)
+    _only_config_error(make)
+
+
+@plain
+@given(draws)
+def test_lines_end_in_a_config_error_or_are_right(rng: random.Random) -> None:
+    _, read = lines.case(rng)
+    _only_config_error(read)
+
+
+def _only_config_error(call: Callable[[], object]) -> None:
+    with contextlib.suppress(ConfigError):
+        try:
+            call()
+        except SystemExit as end:
+            if end.code not in (0, 2):
+                raise AssertionError(f"exit code {end.code}") from end
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_shell_runs_what_is_planted_in_flags_txt(seed: int, tmp_path: Path) -> None:
+    """Through recipes/run.sh, which takes the words of a folder that `convert` wrote."""
+    rng, place = random.Random(seed), outside(tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "latest_checkpointed_iteration.txt").write_text("release")
+    flags = model / "flags.txt"
+    words = ["schedule=finetune", "--num-layers", "2", "--hidden-size", "32", "--num-experts", "4"]
+    words.insert(rng.randrange(1, len(words)), rng.choice(texts.shell(place)))
+    flags.write_bytes("\n".join(words).encode("utf-8", "surrogateescape"))
+    if seed % 3 == 0:
+        flags.write_bytes(texts.text_file(rng, place, flags.read_bytes())[1])
+    done = subprocess.run(
+        [str(ROOT / "recipes" / "run.sh"), "pretrain.py"],
+        cwd=tmp_path,
+        env={
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **{"PYTHONPATH": str(ROOT), "DRY_RUN": "1", "MODEL": "./model", "LAYOUT": "ep2"},
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode in (0, 2)
+    assert not (place / pickles.MARK).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "outside"]
+
+
+# What follows shows that the generator would be seen: its payloads do run where nothing guards.
+
+
+def outside(folder: Path) -> Path:
+    return plants.outside_folder(folder / "outside")
+
+
+@pytest.mark.parametrize("way", [way for way in pickles.WAYS if way in ("REDUCE", "OBJ")])
+def test_a_payload_runs_in_python_s_own_unpickler(way: str, tmp_path: Path) -> None:
+    place = outside(tmp_path)
+    module, name, args = next(c for c in called.callables(place) if c[:2] == ("os", "system"))
+    rng = random.Random(1)
+    ops = pickles.WAYS[way](rng, f"c{module}\n{name}\n".encode(), args)
+    pickle.loads(b"\x80\x04" + ops + b".")
+    assert (place / pickles.MARK).exists()
+
+
+def test_a_script_runs_in_torch_s_own_loader(tmp_path: Path) -> None:
+    made = tmp_path / pickles.MARK
+    records = [
+        archives.Record(name, data) for name, data in script_module.records(str(made)).items()
+    ]
+    (tmp_path / "common.pt").write_bytes(archives.write(records))
+    with pytest.warns(UserWarning, match="TorchScript"):
+        torch.load(tmp_path / "common.pt", weights_only=False)
+    assert made.exists()
+
+
+def test_a_changed_class_is_seen_and_put_back() -> None:
+    from argparse import Namespace
+
+    before = classes.state()
+    Namespace.planted = 1  # type: ignore[attr-defined]
+    torch._utils._rebuild_tensor_v2.__defaults__ = (1,)
+    assert sorted(classes.changes(before)) == [
+        "Namespace.planted was changed",
+        "_rebuild_tensor_v2.__defaults__ was changed",
+    ]
+    assert classes.changes(before) == []
