@@ -1,0 +1,43 @@
+"""docs/hostile-files.md shows what a run counted."""
+
+import json
+from pathlib import Path
+
+from tests.hostile import called, record
+from tests.hostile.opcodes import MARK
+
+ROOT = Path(__file__).parents[2]
+KEPT = json.loads((ROOT / "benchmarks" / "results" / "hostile.json").read_text())
+PAGE = (ROOT / "docs" / "hostile-files.md").read_text()
+KINDS = (
+    "pickles and archives",
+    "JSON and text",
+    "safetensors headers",
+    "settings",
+    "command lines",
+)
+
+
+def test_the_page_shows_the_counts_that_were_kept() -> None:
+    assert record.table(KEPT) in PAGE
+    for fact in (KEPT["date"], KEPT["hardware"], f"torch {KEPT['versions']['torch']}"):
+        assert fact in PAGE
+
+
+def test_every_kind_was_run_as_often() -> None:
+    cases = {name: row["cases"] for name, row in KEPT["cases"].items()}
+    assert set(cases) == set(KINDS)
+    assert len(set(cases.values())) == 1
+    assert sum(row["cases"] for row in KEPT["commands"].values()) == 500
+
+
+def test_nothing_ran_and_nothing_was_written() -> None:
+    rows = [row for part in ("cases", "commands") for row in KEPT[part].values()]
+    for kind in ("executions", "writes", "hangs", "tracebacks"):
+        assert sum(row[kind] for row in rows) == 0, kind
+
+
+def test_the_page_counts_what_is_called() -> None:
+    calls = called.callables(Path("/outside"))
+    assert 80 <= len(calls) <= 99
+    assert any(MARK in str(args) for _, _, args in calls)
