@@ -87,7 +87,7 @@ def refuse_idle(needs: Iterable[Need], typed: Collection[str], args: argparse.Na
         for flag in need.flags.split():
             name = flag.removeprefix("--").replace("-", "_")
             if name in typed and not need.met(args):
-                raise ConfigError(need.sentence.format(flag=flag, args=args))
+                raise ConfigError(one_line(need.sentence.format(flag=flag, args=args)))
 
 
 def words(spelling: dict[str, str]) -> Callable[[str, str | None], str]:

@@ -24,7 +24,7 @@ _LAYER = "model.layers.{}."
 def trace(folder: Path, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return logits [B, S, V] and the output [B, S, H] of each layer for `tokens` [B, S], fp32."""
     transformers = import_module("transformers")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     source: Source = safetensors().open_folder(folder)
     last = config.num_hidden_layers - 1
     outputs: list[Tensor] = []
