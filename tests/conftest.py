@@ -57,6 +57,7 @@ SLOW = (
     "test_routing::test_a_thousand_random_cases",
     "test_routing::test_random_token_selection_is_fair_and_seedable",
     "test_routing_flags::test_a_residual_pyramid_trains_alike_on_any_ep_and_resumes",
+    "test_same_bytes::test_a_conversion_in_another_process_gives_the_same_bytes",
     "test_served",
     "test_speed_flags",
     "test_symm_mem::test_kernels_equal_their_twins_in_triton_s_interpreter",

@@ -6,9 +6,7 @@ is not on the list is never written.
 """
 
 import argparse
-import io
-import pickle
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +94,7 @@ def dangers(value: Any) -> Iterator[tuple[str, str]]:
         seen.add(id(found))
         kind = found.kind if type(found) is Made else found
         if type(kind) is Name and kind.key not in HARMLESS | ENUMERATIONS | PATHS:
-            yield path, _class(found)
+            yield path, kind_of(found)
         if type(found) is Made:
             inner = [*found.arguments, found.state, found.items]
             waiting += [(path, leaf) for _, leaf in _leaves(inner, STAND_INS)]
@@ -132,7 +130,7 @@ def leave_out(args: argparse.Namespace, names: Collection[str]) -> argparse.Name
     return argparse.Namespace(**kept)
 
 
-def _class(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """Return what a stand-in is of, for a message."""
     if type(value) is Made:
         return f"an object of {value.kind}"
@@ -143,7 +141,7 @@ def _strange(value: Any) -> Iterator[tuple[str, str]]:
     """Yield where in `value` an object is that no list has, and its class."""
     for path, found in _leaves(value, STAND_INS):
         if type(found) is not Made or not is_carried(found):
-            yield path, _class(found)
+            yield path, kind_of(found)
 
 
 def _leaves(value: Any, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
@@ -168,43 +166,3 @@ def _leaves(value: Any, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
                 yield from walk(item, path)
 
     return walk(value, "")
-
-
-class _Pickler(pickle._Pickler):
-    """The Python pickler: the C one insists on importing every class it names."""
-
-    write: Callable[[bytes], object]
-    memoize: Callable[[object], None]
-    get: Callable[[int], bytes]
-    memo: dict[int, tuple[int, Any]]
-
-    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        if type(obj) is Made and is_carried(obj) and id(obj) not in self.memo:
-            self._save_name(obj.kind)
-            self.save(obj.arguments)
-            self.write(pickle.REDUCE)
-            self.memoize(obj)
-        elif type(obj) in (Made, Name, Persistent) and id(obj) not in self.memo:
-            raise ConfigError(f"{_class(obj)} cannot go along into a new checkpoint")
-        else:
-            super().save(obj, save_persistent_id)  # type: ignore[misc]  # not in the stubs
-
-    def _save_name(self, name: Name) -> None:
-        if id(name) in self.memo:
-            self.write(self.get(self.memo[id(name)][0]))
-        else:
-            self.write(b"c" + f"{name.module}\n{name.name}\n".encode())
-            self.memoize(name)
-
-
-class _PickleCarried:
-    """The pickle module to hand to `torch.save`."""
-
-    Pickler = _Pickler
-
-
-def carried_bytes(value: Any) -> bytes:
-    """Return what `torch.save` writes of a value; raises ConfigError for an object on no list."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer, pickle_module=_PickleCarried)
-    return buffer.getvalue()

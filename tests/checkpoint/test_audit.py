@@ -225,6 +225,54 @@ def test_equal_experts_of_a_start_are_a_warning(
     assert found(report, "warning") == [("experts", BLOCK.format(1), text)]
 
 
+def as_converted(content: Content, granularity: int) -> None:
+    """Experts and their moments as `convert` makes them of a dense run's."""
+    for key in (state + fc for state in STATES for fc in (FC1, FC2)):
+        regions = content.regions[key]
+        for at, region in enumerate(regions):
+            first = at - at % E + at % E % granularity
+            regions[at] = Region(region.offsets, regions[first].values)
+    args = content.common["args"]
+    args.ffn_hidden_size, args.moe_ffn_hidden_size = granularity * F, F
+
+
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_a_conversion_with_its_moments_has_not_been_trained(
+    granularity: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = healthy()
+    as_converted(content, granularity)
+    code, report = audit(write(content, tmp_path), capsys)
+    assert (code, found(report)) == (0, [])
+    assert len(found(report, "warning")) == L * 2 * granularity  # of each weight, each shard
+
+
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_one_moment_that_differs_is_a_step_of_training(
+    granularity: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = healthy()
+    as_converted(content, granularity)
+    region = content.regions[STATES[2] + FC1][E + 3]  # of layer 1
+    content.regions[STATES[2] + FC1][E + 3] = Region(region.offsets, region.values * 1.5)
+    code, report = audit(write(content, tmp_path), capsys)
+    assert code == 1
+    assert {(check, where) for check, where, _ in found(report)} == {("experts", BLOCK.format(1))}
+    assert len(found(report)) == granularity
+    assert all("training has moved them" in message for _, _, message in found(report))
+
+
+def test_two_ranks_that_saved_the_same_experts_are_no_conversion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = healthy()
+    as_converted(content, 2)
+    content.common["args"].ffn_hidden_size = F  # no dense FFN was cut
+    code, report = audit(write(content, tmp_path), capsys)
+    assert code == 1
+    assert len(found(report)) == L * 2 * 2
+
+
 def test_buckets_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """State by buckets of a layout: of its padding nothing is asked, of its sizes all there is."""
     content = healthy()

@@ -27,11 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ep_plugin.checkpoint.carried import carried_bytes, check_carried, check_copied, dangers
+from ep_plugin.checkpoint.carried import check_carried, check_copied, dangers
 from ep_plugin.checkpoint.formats._archive import open_archive
 from ep_plugin.checkpoint.formats._iteration import load_common, load_metadata, load_object
 from ep_plugin.checkpoint.formats._metadata import NAMES, to_metadata
 from ep_plugin.checkpoint.formats._pickle import read_pickle
+from ep_plugin.checkpoint.formats._write_pickle import carried_bytes
 from ep_plugin.checkpoint.inert import Made, Name, Unreadable
 from ep_plugin.checkpoint.tensors import Damaged
 from ep_plugin.errors import ConfigError

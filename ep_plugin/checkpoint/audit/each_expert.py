@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from ep_plugin.checkpoint.audit.facts import Facts, Part, Place
+from ep_plugin.checkpoint.audit.facts import MASTERS, Facts, Part, Place
 from ep_plugin.checkpoint.audit.stored_names import Name, parse, with_layer
 from ep_plugin.checkpoint.audit.verdict import AuditedLayer, Finding
 from ep_plugin.checkpoint.moe_layers import moe_layers
@@ -129,7 +129,7 @@ def _alike(stored: Stored, block: str, name: str, one: _Map) -> list[Finding]:
     The optimizer's master copies are compared where there are any: small steps can be lost in
     rounding to bf16.
     """
-    state = next((s for s in one.parts if s is not None), None)
+    state = next((s for s in MASTERS if s is not None and s in one.parts), None)
     findings = []
     for ids in _equal(one.parts[state]):
         trained = _trained(stored, one, ids)
@@ -159,8 +159,26 @@ def _trained(stored: Stored, one: _Map, ids: list[int]) -> bool:
         return False
     if one.nonzero:
         moments = [experts for state, experts in one.nonzero.items() if "param" not in state]
-        return any(not experts.isdisjoint(ids) for experts in moments)
+        moved = any(not experts.isdisjoint(ids) for experts in moments)
+        return moved and not _as_converted(one, ids, _granularity(stored.common.get("args")))
     return any(parse(key).bucket is not None for key in stored.tensors)
+
+
+def _as_converted(one: _Map, ids: list[int], granularity: int) -> bool:
+    """Whether moments are still those of the dense run, of which `convert` gives all experts the
+    same: expert i has shard i mod `granularity`. One step of training sets all of them apart.
+    """
+    moments = [parts for state, parts in one.parts.items() if state not in MASTERS]
+    alike = len({expert % granularity for expert in ids}) == 1
+    return alike and all(
+        parts[expert] == parts.get(expert % granularity) for parts in moments for expert in parts
+    )
+
+
+def _granularity(args: Any) -> int:
+    """Return of how many experts a dense FFN of the run's size is made."""
+    dense, own = (getattr(args, f"{kind}ffn_hidden_size", None) for kind in ("", "moe_"))
+    return dense // own if dense and own and dense % own == 0 else 1
 
 
 def _unequal(blocks: Blocks) -> list[Finding]:

@@ -12,7 +12,8 @@ from ep_plugin.checkpoint.audit.stored_names import Name, parse
 from ep_plugin.checkpoint.tensors import Chunk, Damaged, Stored
 
 Place = tuple[int | None, int | None]  # layer, expert
-# Where in one expert's tensor a part begins, how large it is, and a digest of its bytes.
+# Where in one expert's tensor a part begins, how large it is, and a digest: of a weight's bytes, or
+# the sum of a moment, which is quicker.
 Part = tuple[tuple[int, ...], tuple[int, ...], str]
 
 MASTERS = (None, "param", "fp32_param")  # the weights themselves: model's and optimizer's
@@ -26,7 +27,7 @@ class Facts:
     unreadable: list[str] = field(default_factory=list)
     nonfinite: dict[Place, int] = field(default_factory=dict)
     nonzero: set[Place] = field(default_factory=set)  # of experts: where any value is not 0
-    parts: dict[Place, set[Part]] = field(default_factory=dict)  # of experts' weights
+    parts: dict[Place, set[Part]] = field(default_factory=dict)  # of experts' weights and moments
 
 
 def read_facts(stored: Stored, key: str) -> Facts:
@@ -54,10 +55,19 @@ def _look(facts: Facts, name: Name, place: Place, offsets: tuple[int, ...], part
         return
     if name.state is not None and bool((part != 0).any()):
         facts.nonzero.add(place)
-    if name.state in MASTERS and name.is_weight:
-        content = part.contiguous().view(torch.uint8).numpy()
-        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    if name.is_weight:
+        digest = _digest(part) if name.state in MASTERS else repr(_sum(part))
         facts.parts.setdefault(place, set()).add((offsets, tuple(part.shape), digest))
+
+
+def _digest(part: Tensor) -> str:
+    content = part.contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _sum(part: Tensor) -> float:
+    numbers = part if part.dtype.itemsize > 1 else part.float()  # fp8 has no sum
+    return float(numbers.sum(dtype=torch.float64))
 
 
 def _by_place(

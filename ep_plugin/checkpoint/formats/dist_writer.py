@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ep_plugin.checkpoint.carried import carried_bytes
 from ep_plugin.checkpoint.formats._iteration import COMMON_STATE, CONFIG, TRACKER
+from ep_plugin.checkpoint.formats._write_pickle import carried_bytes
 from ep_plugin.checkpoint.run_args import RunArgs, as_saved
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source
 from ep_plugin.checkpoint.writer import HashedFile, Journal, OnBytes, Unit, write_units

@@ -25,6 +25,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.training import arguments as megatron_arguments
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint.api import CheckpointException  # it is no Exception
 
 from ep_plugin.checkpoint.names import norms
 from ep_plugin.errors import ConfigError
@@ -130,12 +131,19 @@ def trace_foreign(folder: Path, tokens: Tensor, seed: int, router: str | None) -
             return trace(view, tokens, seed)
         except ConfigError:
             raise
-        except Exception as error:  # whatever Megatron says of arguments that are wrong
-            words = cut(f"{type(error).__name__}: {error}".replace(str(view), str(folder)), 500)
+        except (Exception, CheckpointException) as error:  # whatever Megatron says of wrong ones
+            cause = _first(error)
+            words = cut(f"{type(cause).__name__}: {cause}".replace(str(view), str(folder)), 500)
             raise ConfigError(
                 f"Megatron makes no model of the run arguments and tensors in {folder} ({words}); "
                 "use --skip-parity, or a checkpoint that it saved"
             ) from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return what went wrong on the first rank, where torch has collected that of all."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return next((cause for cause, _ in failures.values()), error)
 
 
 @contextmanager
