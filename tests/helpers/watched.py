@@ -17,10 +17,11 @@ from spawn import preload
 
 from ep_plugin import MoEConfig, MoELayer, ParallelConfig, RoutingConfig, create_expert_groups
 from ep_plugin.moe import watch
-from ep_plugin.moe.watch.place import here
+from ep_plugin.moe.watch.place import Phase, here
 
 RANKS, FAULTY, ITERATIONS = 3, 20, 30  # the iteration of the fault: dispatches are unchecked
 LIMIT = 60  # seconds for what takes two
+BUSY = 1.2  # shorter than the time after which a rank that does not move speaks
 
 preload("ep_plugin.moe.watch")
 
@@ -29,7 +30,9 @@ def drill(kind: str, victim: int, output: Path, *, keeps_store: bool) -> list[in
     """Return the exit codes; what ranks wrote is in `output`.
 
     `kind` is a signal, or another fault of `_fail`. After `STOP` the victim is woken once it is
-    named. With `abort` it is not, and the others are aborted after a time as by NCCL's watchdog.
+    named. With `abort` it is not: the others enter a few places more once it is named, and are
+    aborted after a time, as by NCCL's watchdog. Where one does `die` the others are busy, and no
+    exchange tells them until later.
 
     With `keeps_store` rank 0 keeps the rendezvous store, as without torchrun.
     """
@@ -86,7 +89,8 @@ def _main(rank: int, environment: dict[str, str], output: str, kind: str, victim
             timer = threading.Timer(8, os.abort)
             timer.daemon = True
             timer.start()
-        _train(kind if rank == victim else "")
+            threading.Thread(target=_enter_more, args=(Path(output),), daemon=True).start()
+        _train(kind, rank == victim)
     except SystemExit:
         pass
     except BaseException:
@@ -97,7 +101,13 @@ def _main(rank: int, environment: dict[str, str], output: str, kind: str, victim
     os._exit(code)
 
 
-def _train(kind: str) -> None:
+def _enter_more(output: Path) -> None:
+    _wait_for("is stopped", output)
+    for _ in range(4):
+        here.enter(Phase.STEP)
+
+
+def _train(kind: str, is_victim: bool) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
     watch.start(after=2.0)
     config = MoEConfig(
@@ -107,9 +117,11 @@ def _train(kind: str) -> None:
     try:
         for iteration in range(1, ITERATIONS):
             here.begin(iteration)
-            if iteration == FAULTY and kind:
-                time.sleep(0.3)  # the others are waiting
+            if iteration == FAULTY and is_victim:
+                time.sleep(0.3)  # the others are waiting, or busy
                 _fail(kind)
+            elif iteration == FAULTY and kind == "die":
+                time.sleep(BUSY)
             layer(torch.randn(4, 8)).sum().backward()
         time.sleep(0.5)  # for the word that the run goes on
     except Exception as error:
@@ -126,5 +138,7 @@ def _fail(kind: str) -> None:
         raise MemoryError("no room")
     elif kind == "abort":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
     else:
         os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))

@@ -1,6 +1,7 @@
 """Which rank the others wait for: said by a thread, from what every rank entered last."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,20 +204,23 @@ def run_drill(
 
 
 def lines(text: str) -> list[str]:
-    """Return what the watch said, without the notes below traces."""
+    """Return what the watch said, on its own and below traces."""
     return [line for line in text.splitlines() if line.startswith("ep_plugin: rank")]
 
 
-@pytest.mark.parametrize(("kind", "told"), [("KILL", "died"), ("raise", "failed with MemoryError")])
+@pytest.mark.parametrize(("kind", "told"), [("die", "died"), ("raise", "failed with MemoryError")])
 def test_who_dies_is_named_at_once_and_below_the_trace_of_each_survivor(
     kind: str, told: str, tmp_path: Path
 ) -> None:
     text, codes = run_drill(kind, 1, tmp_path)
     assert all(codes)
-    traces = [line for line in text.splitlines() if "Connection" in line and "RuntimeError" in line]
-    notes = [line for line in text.splitlines() if f") {told}" in line and "rank 1 (" in line]
+    before, _, below = text.partition("Traceback")
+    traces = re.findall("RuntimeError.*Connection", below)
+    notes = [line for line in below.splitlines() if f") {told}" in line and "rank 1 (" in line]
     assert len(notes) >= len(traces) >= 2, text
     assert all("in" in line and "iteration 2" in line for line in notes)
+    if kind == "die":  # and at once, while no exchange has failed yet, by one rank
+        assert [f") {told}; {BEFORE}" in line for line in lines(before)] == [True], text
 
 
 def test_who_is_stopped_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -235,6 +239,7 @@ def test_the_word_comes_before_a_watchdog_aborts_the_process(tmp_path: Path) -> 
     assert codes == [-6, None, -6]
     assert f"is stopped; {BEFORE}" in text
     assert "ranks 0, 2 " + WAITS in text
+    assert "goes on" not in text
 
 
 def test_who_is_slow_is_named_once_and_nothing_ends(tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ from typing import Any
 
 from ep_plugin.moe.watch.blame import DIED, FAILED, SILENT, Known, fault_of, sentence, to_blame
 from ep_plugin.moe.watch.neighbours import HOST, Neighbour
-from ep_plugin.moe.watch.place import State, here
+from ep_plugin.moe.watch.place import Seen, State, here
 from ep_plugin.moe.watch.post import Heard, Post
 
 AFTER = 20.0  # seconds without a move
 LOWER = 64  # ranks that a rank looks at to see whether one below it speaks
 MISSED = 4  # texts in a row without which a rank is silent
+# Places that a rank may enter whose exchange was aborted under it, until it finds out.
+AFTERMATH = 100
 TOGETHER = 0.03  # seconds in which ranks that die together, by one signal to all, are one event
 
 
@@ -41,6 +43,7 @@ class Watcher(threading.Thread):
         self._stopped = os.eventfd(0)
         self._moves, self._since = here.seen().moves, time.monotonic()
         self._next = after  # seconds without a move at which it speaks
+        self._stood: Seen | None = None  # where it was when it spoke of time; it may go on
         self._spoke = False
         self._told: set[int] = set()  # neighbours whose death was told, or needs no word
 
@@ -110,8 +113,7 @@ class Watcher(threading.Thread):
     def _look_at_time(self) -> None:
         late = self.unmoved()
         if late < self.after - (MISSED + 1) * self.interval:
-            if self._next > self.after:
-                say(f"rank {self.rank} goes on, {here.seen().where}")
+            self._look_whether_it_goes_on()
             self._next = self.after
             self.post.listen(())
             return
@@ -121,11 +123,20 @@ class Watcher(threading.Thread):
         heard_all = self.rank == 0 or late >= self._next + (MISSED + 1) * self.interval
         if not alone or not (heard_all or self._store_is_lost()):
             return
-        self._next = 2 * late
+        self._next, self._stood = 2 * late, here.seen()
         text = sentence(self._known(strangers=not self._store_is_lost()))
         if self._store_is_lost():
             text += f"; {self.keeper} does not answer, so ranks of other hosts are not known"
         say(f"rank {self.rank} has not moved for {late:.0f} s: {text}")
+
+    def _look_whether_it_goes_on(self) -> None:
+        """Say so once this rank is well past where it stood."""
+        seen, stood = here.seen(), self._stood
+        if stood is None:
+            return
+        if seen.iteration > stood.iteration or seen.moves > stood.moves + AFTERMATH:
+            self._stood = None
+            say(f"rank {self.rank} goes on, {seen.where}")
 
     def _speaks(self, rank: int) -> bool:
         """Whether a lower rank is alive and late too, and says what there is to say."""
