@@ -12,6 +12,7 @@ SLOW = (
     "test_balancing_against_megatron",
     "test_bench_overlap",
     "test_benchmark_scripts::test_the_fastest_way_at_each_ep_counts_beside_one_rank",
+    "test_bounds",
     "test_by_nature",
     "test_check_save",
     "test_choice",

@@ -166,3 +166,18 @@ def test_broken_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{path} is truncated or damaged" in refused("cut")
     save(tmp_path / "etp", "stacked", expert_tensor_parallel_size=1)
     assert "has experts cut over 1 ranks and the rest over 2" in refused("etp")
+
+
+def test_a_tensor_without_elements_is_no_number_of_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = save(tmp_path / "odd", "stacked")
+    path = root / "iter_0000009" / "mp_rank_00_000_000" / "model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    chunk = next(key for key in state if key.startswith("model"))
+    name = "decoder.layers.0.mlp.experts.linear_fc1.weight"
+    state[chunk][name] = torch.empty(1 << 59, 0)
+    torch.save(state, path)
+    to = ["--to", str(tmp_path / "out"), "--format", "megatron", "--skip-parity"]
+    assert main(["convert", "--from", str(root), *to]) == 2
+    assert f"holds {1 << 59} experts, and the run arguments say" in capsys.readouterr().err

@@ -192,13 +192,13 @@ def _named(
             found.append((name, RankPart(value)))
             continue
         prefix = f"decoder.layers.{first_layer + int(match[1])}."
-        first_expert = ep_rank * ((getattr(args, "num_experts", None) or 0) // ep)
-        for below, part in _experts(match[2], value, first_expert):
+        experts = (getattr(args, "num_experts", None) or 0) // ep
+        for below, part in _experts(match[2], value, ep_rank * experts, experts):
             found.append((prefix + _stored_norm(below, args), part))
     return found
 
 
-def _experts(name: str, value: Tensor, first: int) -> list[tuple[str, RankPart]]:
+def _experts(name: str, value: Tensor, first: int, count: int) -> list[tuple[str, RankPart]]:
     """Return (name below the layer, piece), one for each expert where it is of experts."""
     for pattern in _EXPERTS:
         if (match := pattern.fullmatch(name)) is not None:
@@ -206,6 +206,11 @@ def _experts(name: str, value: Tensor, first: int) -> list[tuple[str, RankPart]]
             return [(f"mlp.experts.experts.{expert}.{match['rest']}", RankPart(value))]
     if (match := _STACKED.fullmatch(name)) is None or not value.shape:
         return [(name, RankPart(value))]
+    if len(value) != count:  # of a tensor without elements it can be any number
+        raise ConfigError(
+            f"{name} of a rank holds {len(value)} experts, and the run arguments say {count}; "
+            f"{_AGAIN}"
+        )
     return [
         (f"mlp.experts.experts.{first + expert}.{match[1]}", RankPart(value, expert))
         for expert in range(len(value))
