@@ -156,7 +156,8 @@ def rewrite(dense: Path, target: Path, key_per_expert: bool, **changes: Any) -> 
             region = Region((0,) * part.dim(), part.clone())
             shape = TensorInfo(tuple(part.shape), info.dtype)
             content.append(NewTensor(key, shape, partial(iter, [region])))
-    content += [NewObject(name, source.read_object(name)) for name in source.objects]
+    names = [name for name in source.objects if not name.startswith("rng_state")]  # never copied
+    content += [NewObject(name, source.read_object(name)) for name in names]
     write_checkpoint(target, source, source.common, content, lambda _: None)
     return source
 

@@ -125,7 +125,7 @@ def recipe(model: str, layout: str, folder: Path) -> list[str]:
     """Return the flags that the launcher gives a script."""
     settings = {"MODEL": model, "LAYOUT": layout, "NNODES": "128", "MASTER_ADDR": "node0"}
     done = subprocess.run(
-        [str(ROOT / "recipes" / "run.sh"), "pretrain.py"],
+        [str(ROOT / "recipes" / "run.sh"), "pretrain.py", "--global-batch-size", "65536"],
         env={"PATH": os.environ["PATH"], "DRY_RUN": "1", "RUN_DIR": str(folder), **settings},
         capture_output=True,
         text=True,

@@ -129,7 +129,7 @@ def test_a_run_keeps_the_schedule_it_began_with(tmp_path: Path) -> None:
     assert value(call, "--lr") == "1e-5"
     kept = (tmp_path / "run" / "schedule.txt").read_text().split()
     assert kept[0] == "schedule=finetune"
-    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "run" / "checkpoints" / TRACKER).write_text("7")
     found = words(launch(tmp_path, **settings, DRY_RUN="1"))
     assert value(found, "--load") == "run/checkpoints"

@@ -109,7 +109,7 @@ def test_a_copy_from_the_wheel_is_the_checkout_s_and_runs(installed: Path, tmp_p
     for name in files_of(mine):
         assert (mine / name).read_bytes() == (ROOT / name).read_bytes(), name
         assert os.access(mine / name, os.X_OK) is os.access(ROOT / name, os.X_OK), name
-    recipe = {"MODEL": "qwen3-nano", "LAYOUT": "ep2", "DRY_RUN": "1"}
+    recipe = {"MODEL": "qwen3-nano", "LAYOUT": "ep2", "DRY_RUN": "1", "NPROC_PER_NODE": "2"}
     done = run("recipes/run.sh", "recipes/pretrain_gpt.py", cwd=mine, **path, **recipe)
     assert done.returncode == 0, done.stderr
     assert "ep_plugin.run recipes/pretrain_gpt.py" in done.stdout

@@ -413,7 +413,7 @@ def test_a_job_about_to_end_saves_and_goes_back_into_the_queue(tmp_path: Path) -
         ["bash", str(SBATCH[0]), "recipes/pretrain_gpt.py"],
         env={
             **{"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)},
-            **{"MODEL": "qwen3-nano", "LAYOUT": "ep2", **slurm},
+            **{"MODEL": "qwen3-nano", "LAYOUT": "ep2", "NPROC_PER_NODE": "2", **slurm},
         },
         stdout=subprocess.PIPE,
         text=True,

@@ -40,6 +40,8 @@ def check_memory(
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         return
+    if type(torch.empty(0)) is not torch.Tensor:  # torch's fake mode: weights without storage
+        return
     experts, ffn = config.num_experts // groups.ep_size, config.ffn_hidden_size // groups.etp_size
     values = experts * ffn * config.hidden_size * (3 if config.gated else 2)
     num_bytes = (values + config.num_experts * config.hidden_size) * dtype.itemsize
