@@ -1,7 +1,8 @@
 """The table of faults in docs/reliability.md.
 
-python tests/drills --measure benchmarks/results/drills_cpu.json    run every drill
-python tests/drills --write docs/reliability.md                     its table, from that file
+python tests/drills --measure benchmarks/results/drills_cpu.json         run every drill
+python tests/drills --endure benchmarks/results/drills_endurance_cpu.json    many starts and steps
+python tests/drills --write docs/reliability.md                     its table, from these files
 """
 
 import argparse
@@ -12,21 +13,21 @@ import os
 import platform
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "drills_cpu.json"
-BEGIN, END = "<!-- drills: begin -->\n", "<!-- drills: end -->\n"
+ENDURANCE = RESULTS.with_name("drills_endurance_cpu.json")
+BEGIN, END = "<!-- {}: begin -->\n", "<!-- {}: end -->\n"
 HEAD = "| fault | what happens | ended or went on after | lost | test |\n|---|---|---|---|---|\n"
 
 
 def measure() -> dict[str, Any]:
     """Run every drill and return what came of each, with hardware, versions and date."""
     from fault import DRILLS, LAST, SAVES, said, train
-    from record import processor
 
-    packages = ("ep-plugin", "torch", "megatron-core")
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         whole = train(Path(folder, "whole"))
@@ -44,6 +45,21 @@ def measure() -> dict[str, Any]:
                 "exact": same and bool(resumed.losses),
                 "left": len(ended.left),
             }
+    return machine() | {"drills": rows}
+
+
+def endure(folder: Path) -> dict[str, Any]:
+    """Run what takes minutes, and return what came of it."""
+    from endurance import steady, twenty_cycles
+
+    rows = {"steady": asdict(steady(folder / "steady")), "cycles": asdict(twenty_cycles(folder))}
+    return machine() | rows
+
+
+def machine() -> dict[str, Any]:
+    from record import processor
+
+    packages = ("ep-plugin", "torch", "megatron-core")
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "hardware": {"processor": processor(), "cores": len(os.sched_getaffinity(0))},
@@ -51,7 +67,6 @@ def measure() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in packages},
         },
-        "drills": rows,
     }
 
 
@@ -71,11 +86,29 @@ def table(results: dict[str, Any]) -> str:
     return "".join(lines)
 
 
-def written(page: str, results: dict[str, Any]) -> str:
-    """Return a page with the table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table(results)}{END}{after}"
+def many(results: dict[str, Any]) -> str:
+    """Return what came of many starts and of many steps."""
+    cycles, steady = results["cycles"], results["steady"]
+    return (
+        f"- {cycles['starts']} starts, each from what the one before saved, on 1 to 4 ranks at EP "
+        f"1, 2 and 4, {cycles['iterations']} iterations: no loss is further than "
+        f"{cycles['apart']:.1e} (relative) from that of a run that never stopped; "
+        f"{cycles['seconds']:.0f} s.\n"
+        f"- {steady['iterations']} iterations on two ranks with {steady['saves']} saves: from "
+        f"iteration {steady['skipped']} on, memory grows by {steady['mib']:.2f} MiB per 1,000 "
+        f"iterations, open files by {steady['files']} and threads by {steady['threads']}; "
+        f"{steady['seconds']:.0f} s.\n"
+    )
+
+
+def written(page: str, results: dict[str, Any], endurance: dict[str, Any]) -> str:
+    """Return a page with the table and the long runs between their marks."""
+    for name, text in (("drills", table(results)), ("endurance", many(endurance))):
+        begin, end = BEGIN.format(name), END.format(name)
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        page = f"{before}{begin}{text}{end}{after}"
+    return page
 
 
 def main() -> None:
@@ -85,12 +118,16 @@ def main() -> None:
     ways = parser.add_mutually_exclusive_group(required=True)
     ways.add_argument("--measure", type=Path, metavar="FILE")
     ways.add_argument("--write", type=Path, metavar="PAGE")
+    ways.add_argument("--endure", type=Path, metavar="FILE")
     args = parser.parse_args()
-    if args.measure is not None:
+    if args.endure is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            args.endure.write_text(json.dumps(endure(Path(folder)), indent=2) + "\n")
+    elif args.measure is not None:
         args.measure.write_text(json.dumps(measure(), indent=2) + "\n")
     else:
-        results = json.loads(RESULTS.read_text())
-        args.write.write_text(written(args.write.read_text(), results))
+        results, endurance = (json.loads(file.read_text()) for file in (RESULTS, ENDURANCE))
+        args.write.write_text(written(args.write.read_text(), results, endurance))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ resumes from what it saved. `whole` is the run without a fault that both are com
 import json
 import os
 import re
-import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from left import left, shared
 from loop import MOE, RUN, SCRIPT, SHAPE
 from warm import run_script
 
@@ -121,7 +121,7 @@ class Ended:
     folder: Path
     losses: Series = field(default_factory=list)
     seconds: float = 0.0  # from the fault to the end
-    left: tuple[int, ...] = ()  # processes
+    left: tuple[str, ...] = ()  # processes, sockets that listen, shared memory
 
     @property
     def saved(self) -> Path:
@@ -146,7 +146,7 @@ def train(
     saves: int = SAVES,
     load: Path | None = None,
 ) -> Ended:
-    """Run until it ends; it must not take longer than two minutes."""
+    """Run until it ends, and look at what it leaves behind."""
     folder.mkdir(parents=True)
     where = ("--save", str(folder / "saved"), "--save-interval", str(saves))
     where += ("--tensorboard-dir", str(folder / "losses"))
@@ -160,6 +160,7 @@ def train(
     script = ["-m", "ep_plugin.run", str(HERE / "faulty.py"), SCRIPT]
     # What is not decayed has the same rates in a shorter run.
     constant = ("--lr-decay-style", "constant", "--eval-iters", "0")
+    before = shared()
     done = run_script(
         ranks, [*script, *RUN, *SHAPE, *MOE, *shape, *where, *constant, *flags], environment
     )
@@ -168,34 +169,7 @@ def train(
     text = done.stdout + done.stderr
     events = [*(folder / "losses").glob("*tfevents*")] if done.returncode == 0 else []
     losses = read_run(folder / "losses").series(TRAIN) if events else []
-    left = tuple(_left(folder))
-    for process in left:  # the test fails, and leaves nothing behind itself
-        os.kill(process, signal.SIGKILL)
-    return Ended(done.returncode, text, folder, losses, seconds, left)
-
-
-def _left(folder: Path, patience: float = 10.0) -> list[int]:
-    """Return what still runs of the sessions of a run's ranks, after some time to end."""
-    sessions = {int(line) for line in (folder / "sessions").read_text().split()}
-    end = time.monotonic() + patience
-    while found := [pid for pid, session in _processes() if session in sessions]:
-        if time.monotonic() > end:
-            return found
-        time.sleep(0.05)
-    return []
-
-
-def _processes() -> list[tuple[int, int]]:
-    """Return number and session of every process that is no zombie."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:  # gone in between
-            continue
-        if fields[0] not in "ZX":
-            found.append((int(status.parent.name), int(fields[3])))
-    return found
+    return Ended(done.returncode, text, folder, losses, seconds, left(folder, before))
 
 
 def said(drill: Drill, ended: Ended) -> str | None:

@@ -16,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from left import listening, own_sockets
+from megatron.training import training
+
 from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.watch.place import Place, here
 
@@ -100,6 +103,20 @@ def with_fault(real: Callable[..., None]) -> Callable[..., None]:
     return enter
 
 
+def with_sockets(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep which sockets of this process listen, once ranks have met."""
+    noted: list[str] = []
+
+    def step(*rest: Any, **settings: Any) -> Any:
+        result = original(*rest, **settings)
+        if not noted:
+            noted.extend(listening() & own_sockets())
+            note("sockets", "\n".join(noted))
+        return result
+
+    return step
+
+
 def with_measure(original: Callable[..., Any]) -> Callable[..., Any]:
     """Keep what a step leaves behind: resident MiB, open files, threads."""
 
@@ -120,8 +137,7 @@ note("sessions", str(os.getsid(0)))
 if rank == drill["rank"]:
     Place.enter = with_fault(Place.enter)  # type: ignore[method-assign]
     Place.enter_layer = with_fault(Place.enter_layer)  # type: ignore[method-assign]
+training.train_step = with_sockets(training.train_step)
 if drill["measures"]:
-    from megatron.training import training
-
     training.train_step = with_measure(training.train_step)
 runpy.run_path(sys.argv.pop(1), run_name="__main__")

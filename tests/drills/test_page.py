@@ -24,10 +24,33 @@ def test_the_page_has_the_rows_of_the_drills_there_are() -> None:
     results = json.loads(main.RESULTS.read_text())
     page = (ROOT / "docs" / "reliability.md").read_text()
     assert set(results["drills"]) == {drill.name for drill in DRILLS}
-    assert main.written(page, results) == page, "python tests/drills --write docs/reliability.md"
+    endurance = json.loads(main.ENDURANCE.read_text())
+    assert main.written(page, results, endurance) == page, (
+        "python tests/drills --write docs/reliability.md"
+    )
     assert all(drill.title in page for drill in DRILLS)
     assert results["hardware"]["processor"] in page
     assert results["versions"]["torch"] in page
+
+
+def test_the_page_has_the_figures_of_two_gpus() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "drills_h200.json").read_text())
+    page = " ".join((ROOT / "docs" / "reliability.md").read_text().split())
+    stop, kill = results["drills"]["stop"], results["drills"]["kill"]
+    first, second = stop["said_after_s"]
+    assert f"after {first} s and again after {second} s" in page
+    assert f"watchdog aborts after {stop['watchdog_after_s']} s" in page
+    said, ended = kill["said_after_s"][0], kill["ended_after_s"]
+    assert f"the sentence comes after {said} s and torchrun ends the job after {ended} s" in page
+    assert f"torch {results['versions']['torch']}" in page
+
+
+def test_the_long_runs_were_whole_and_left_nothing() -> None:
+    results = json.loads(writer().ENDURANCE.read_text())
+    cycles, steady = results["cycles"], results["steady"]
+    assert (cycles["starts"], steady["iterations"]) == (20, 2000)
+    assert cycles["left"] == steady["left"] == []
+    assert max(steady["files"], steady["threads"]) <= 0
 
 
 def test_every_drill_was_named_lost_nothing_and_left_nothing() -> None:

@@ -25,7 +25,13 @@ GRACE = 5  # seconds between a rank's failure and the end of the others
 
 preload(
     "ep_plugin.megatron.block.adapter",
+    "ep_plugin.checkpoint.whole",
     "ep_plugin.megatron.arguments.checks",
+    "ep_plugin.megatron.seams.install",  # and all that installs; nothing is installed yet
+    "ep_plugin.moe.dispatcher.alltoall",
+    "ep_plugin.moe.experts.gemm.loop",
+    "ep_plugin.moe.router.topk",
+    "ep_plugin.moe.schedule.serial",
     "megatron.core.datasets.blended_megatron_dataset_builder",
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.models.gpt.fine_grained_callables",
