@@ -142,7 +142,7 @@ def test_a_run_keeps_the_schedule_it_began_with(tmp_path: Path) -> None:
         "SCHEDULE=published; leave SCHEDULE out, or"
     )
     assert launch(tmp_path, MODEL="qwen3-nano", RUN_DIR="other").returncode == 0
-    (tmp_path / "other" / "checkpoints").mkdir()
+    (tmp_path / "other" / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "other" / "checkpoints" / TRACKER).write_text("7")
     found = words(launch(tmp_path, MODEL="qwen3-nano", RUN_DIR="other", DRY_RUN="1", LOAD="gone"))
     assert value(found, "--lr") == "3e-3"
