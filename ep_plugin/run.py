@@ -74,6 +74,7 @@ def run_script(script: str, arguments: list[str]) -> None:
     if "RANK" not in os.environ:
         _be_the_only_rank()
     from ep_plugin.megatron.seams.alike import tell
+    from ep_plugin.megatron.seams.ended_well import forget_starts
     from ep_plugin.megatron.seams.install import install, say_unused
 
     install()
@@ -82,10 +83,12 @@ def run_script(script: str, arguments: list[str]) -> None:
     except SystemExit as end:
         if not end.code:
             say_unused()
+            forget_starts()
         else:
             tell(f"the script ended with exit code {end.code}")
         raise
     say_unused()
+    forget_starts()
 
 
 def _check_served(script: str) -> None:

@@ -38,8 +38,8 @@ from the environment:
   RUN_DIR          its folder, shared by all nodes (runs/NAME)
   SAVE             checkpoints, optimizer included (RUN_DIR/checkpoints); a run continues from the
                    one that is there, with the schedule it began with (RUN_DIR/schedule.txt). The
-                   third start in a row from one checkpoint, without a newer one, is refused with
-                   code 1; remove SAVE/starts.txt to start all the same
+                   third start in a row of one command from one checkpoint, without a newer one, is
+                   refused with code 1; remove SAVE/starts.txt to start all the same
   LOAD             checkpoint to start from, weights alone, until SAVE has one (MODEL, where that
                    is a folder)
   SCHEDULE         published: the system's own. finetune: 1000 iterations at a small learning
@@ -74,14 +74,15 @@ given() {
 
 start_of() {
     # start_of WORDS...: what a run with these flags of the user's starts from, in words.
-    local word='' before='' step=''
+    local word='' before='' step='' load
+    load="$(last_of --load "$SAVE" "$@")"
     for word in "$@"; do
         if [[ "$before" == --ckpt-step ]]; then step="$word"; fi
         if [[ "$word" == --ckpt-step=* ]]; then step="${word#*=}"; fi
         before="$word"
     done
-    if [[ -z "$step" ]] && is_checkpoint "$SAVE"; then
-        step="$(<"$SAVE/latest_checkpointed_iteration.txt")"
+    if [[ -z "$step" ]] && is_checkpoint "$load"; then
+        step="$(<"$load/latest_checkpointed_iteration.txt")"
     fi
     echo "from ${step:+iteration }${step:-the beginning}"
 }
@@ -286,10 +287,12 @@ if [[ -n "$WANDB_PROJECT" ]]; then
     RUN_ARGS+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$NAME")
 fi
 
+script=(
+    "$pretrain" "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${RUN_ARGS[@]}" "$@"
+)
 command=(
     env "${ENVIRONMENT[@]}" torchrun --nproc-per-node "$NPROC_PER_NODE" "${rendezvous[@]}"
-    -m ep_plugin.run "$pretrain"
-    "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${RUN_ARGS[@]}" "$@"
+    -m ep_plugin.run "${script[@]}"
 )
 
 divides "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${PARALLEL_ARGS[@]}" "$@"
@@ -315,13 +318,15 @@ if [[ "$TOKENIZER" == [./]* || "$TOKENIZER" == */*/* ]] && [[ ! -e "$TOKENIZER" 
         "'$TOKENIZER', which does not exist; use the folder of the model's tokenizer"
 fi
 # A start that ends well takes the file away (ep_plugin does); what is left are those that failed.
+# A line names the command too: one that is mended is no restart. Hosts and ports may change.
 starts="$SAVE/starts.txt"
 from="$(start_of "$@")"
+start="$from, command $(printf '%s\0' "${script[@]}" | cksum)"
 if [[ "$NODE_RANK" == 0 && "${SLURM_RESTART_COUNT:-0}" != 0 && ! -e "$SAVE/not_saved.json" ]]; then
     rm -f "$starts" # Slurm ended the turn before, and no save was refused then: it did not fail
 fi
 if [[ "$NODE_RANK" == 0 && -f "$starts" ]] &&
-    [[ "$(tail -n 2 "$starts")" == "$from"$'\n'"$from" ]]; then
+    [[ "$(tail -n 2 "$starts")" == "$start"$'\n'"$start" ]]; then
     echo "error: the last two starts $from ended without a newer checkpoint, and this one would be" \
         "the third; look at the end of their logs, and at $SAVE/not_saved.json where it is there;" \
         "to start all the same remove $starts, or start from another checkpoint with --ckpt-step" >&2
@@ -334,7 +339,11 @@ if [[ "$continues" == no && "$NODE_RANK" == 0 ]]; then
         refuse "RUN_DIR must be a folder that can be written; got '$RUN_DIR'; use another RUN_DIR"
     fi
 fi
-if [[ "$NODE_RANK" == 0 ]] && ! { mkdir -p "$SAVE" && echo "$from" >>"$starts"; } 2>/dev/null; then
+if [[ "$NODE_RANK" == 0 ]] && ! { mkdir -p "$SAVE" && echo "$start" >>"$starts"; } 2>/dev/null; then
     refuse "SAVE must be a folder that can be written; got '$SAVE'; use another SAVE"
+fi
+if [[ "$NODE_RANK" == 0 ]]; then # --save may name another folder
+    EP_PLUGIN_STARTS="$(realpath "$starts")"
+    export EP_PLUGIN_STARTS
 fi
 exec "${command[@]}"

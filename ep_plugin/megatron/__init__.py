@@ -39,8 +39,6 @@ five only for a Megatron from its wheel, and over torch's Adam):
         only after it is an asynchronous save on disk, where --ep-audit-save can read it
     training:save_checkpoint
         every save goes through it, before anything is gathered or written; --ep-check-save
-    training:train
-        a run whose training ends by itself did not fail
     training:train_step
         one call is one step, with model, optimizer and gradients; --ep-parity-dump keeps them
     moe_logging:MoEMetricsTracker.report

@@ -1,5 +1,6 @@
 """Recipes: every model in a layout it fits in, read by Megatron and the plugin; the launcher."""
 
+import contextlib
 import json
 import os
 import re
@@ -330,10 +331,12 @@ def test_the_third_start_from_one_checkpoint_is_refused(tmp_path: Path) -> None:
             assert said.startswith(f"error: the last two starts from {where} ended without a newer")
             assert f"remove {saved}/starts.txt, or start from another checkpoint with" in said
             assert len(said.splitlines()) == 1
+        assert starts("--lr=1") == starts("--lr=1") == (True, "")  # another command
+        assert not starts("--lr=1", MASTER_PORT="7000")[0]  # at another port the same
+        assert starts() == starts() == (True, "")
         if where != "the beginning":
-            assert starts("--ckpt-step", "200") == (True, "")
-            assert starts("--ckpt-step=200") == (True, "")
-            assert not starts("--ckpt-step", "200")[0]
+            assert starts("--ckpt-step=200") == starts("--ckpt-step=200") == (True, "")
+            assert not starts("--ckpt-step=200")[0]
         step = {"the beginning": "400", "iteration 400": "800"}.get(where, "800")
         (saved / "latest_checkpointed_iteration.txt").write_text(step)
     (saved / "starts.txt").unlink()  # as the plugin does where a run ends well
@@ -341,6 +344,52 @@ def test_the_third_start_from_one_checkpoint_is_refused(tmp_path: Path) -> None:
     assert starts(SLURM_RESTART_COUNT="1") == starts() == (True, "")  # Slurm ended that turn
     (saved / "not_saved.json").touch()
     assert not starts(SLURM_RESTART_COUNT="2")[0]
+    own = tmp_path / "own"
+    own.mkdir()
+    flags = ("--save", str(own), "--load", str(own))
+    for step in ("1", "2", "3"):
+        (own / "latest_checkpointed_iteration.txt").write_text(step)
+        assert starts(*flags) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("script", "forgotten"),
+    [
+        ("", True),  # as with --skip-train
+        ("raise SystemExit(0)", True),
+        ("raise SystemExit", True),
+        ("raise SystemExit(3)", False),  # nan in the last save, which comes after training
+        ("raise OSError('No space left on device')", False),
+    ],
+)
+def test_only_a_script_that_ends_well_is_no_failed_start(
+    script: str, forgotten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is the one that the recipe names, whatever --save says."""
+    from ep_plugin import run
+    from ep_plugin.megatron.seams import install
+
+    monkeypatch.setattr(install, "install", lambda: None)
+    monkeypatch.setattr(install, "say_unused", lambda: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "p.py").write_text(script)
+    recorder(tmp_path, "torchrun", 'echo "$EP_PLUGIN_STARTS" >"${0%/*}/named"; exit 1')
+    launch(
+        f"{tmp_path}/p.py",
+        *("--save", f"{tmp_path}/own"),
+        **{"MODEL": "qwen3-nano", "LAYOUT": "ep2", "RUN_DIR": f"{tmp_path}/run"},
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )
+    named = Path((tmp_path / "named").read_text().strip())
+    assert named.exists()
+    monkeypatch.setenv("EP_PLUGIN_STARTS", str(named))
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert named.exists()
+        with contextlib.suppress(SystemExit, OSError):
+            run.run_script(f"{tmp_path}/p.py", [])
+    assert named.exists() is not forgotten
 
 
 def value(words: list[str], flag: str) -> str | None:

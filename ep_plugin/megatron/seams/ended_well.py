@@ -1,34 +1,20 @@
-"""A run that ends well is no failed start: `recipes/run.sh` counts those beside checkpoints."""
+"""A run that ends well is no failed start: `recipes/run.sh` counts those in a file it names."""
 
-import importlib
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ep_plugin.megatron.seams.patches import Patches
-
-TRAINING = "megatron.training.training"
-STARTS = "starts.txt"  # a line for each start since one ended well; recipes/run.sh writes it
+STARTS = "EP_PLUGIN_STARTS"  # the file's path; a line for each start since one ended well
 
 
-def changes(patches: Patches) -> None:
-    """Take the file of failed starts away when training ends by itself, or is asked to end."""
-    training = importlib.import_module(TRAINING)
+def forget_starts() -> None:
+    """Take the file of failed starts away; called when the script has ended with code 0.
 
-    def with_end(original: Callable[..., Any], *rest: Any, **settings: Any) -> Any:
+    Not earlier: the last save and the end of those in the background come after training.
+    """
+    named = os.environ.get(STARTS)
+    if named and os.environ.get("RANK", "0") == "0":
         try:
-            result = original(*rest, **settings)
-        except SystemExit as end:  # --exit-interval, a limit of time, a signal that it handles
-            if not end.code:
-                _forget(training.get_args())
-            raise
-        _forget(training.get_args())
-        return result
-
-    patches.wrap(f"{TRAINING}:train", with_end, "a run whose training ends by itself did not fail")
-
-
-def _forget(args: Any) -> None:
-    if args.save and os.environ.get("RANK", "0") == "0":
-        (Path(args.save) / STARTS).unlink(missing_ok=True)
+            Path(named).unlink(missing_ok=True)
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            print(f"ep_plugin: {named} cannot be removed ({why}), so this run counts as failed")

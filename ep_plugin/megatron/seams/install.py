@@ -18,7 +18,6 @@ from ep_plugin.megatron.seams import (
     audit_save,
     chained,
     check_save,
-    ended_well,
     expert_bias,
     failed_save,
     served,
@@ -137,7 +136,6 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         failed_save.changes(patches)
         audit_save.changes(patches)
         check_save.changes(patches)
-        ended_well.changes(patches)
         layout_run.changes(patches, release.losses.WRITERS)
         served.changes(patches, layer_class)
         attention.changes(patches, _print)
