@@ -84,7 +84,7 @@ def compare(step: Callable[[], None], rounds: int, device: str) -> dict[str, flo
         step()
     with_it, without = [], []
     for _ in range(rounds):
-        watcher = Watcher(store.clone(), rank=0, ranks=8, after=20.0, keeper="")
+        watcher = Watcher(store.clone(), rank=0, ranks=8, after=20.0, slow=600.0, keeper="")
         watcher.start()
         with_it.append(time_of(step, device))
         watcher.end()

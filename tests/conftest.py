@@ -69,6 +69,7 @@ SLOW = (
     "test_vocabulary",
     "test_vpp",
     "test_watch",
+    "test_watch_ends_nothing",
     "test_weights",
     "test_workers_end",
 )

@@ -23,7 +23,8 @@ def changes(patches: Patches) -> None:
         result = original(*rest, **settings)
         args = training.get_args()
         if args.num_experts is not None:
-            watch.start(args.ep_watch_ranks)
+            # A long save is told of before the timeout of its exchanges, if at all.
+            watch.start(args.ep_watch_ranks, slow=45.0 * args.distributed_timeout_minutes)
         return result
 
     def with_end(original: Callable[..., Any], *rest: Any, **settings: Any) -> Any:

@@ -9,32 +9,54 @@ blame.py        who is to blame, as a sentence
 
 import atexit
 import os
+import weakref
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ep_plugin.moe.watch.place import State, here
-from ep_plugin.moe.watch.post import PREFIX
-from ep_plugin.moe.watch.watcher import AFTER, MISSED, Watcher
+from ep_plugin.moe.watch.post import PREFIX, first_line, say
+from ep_plugin.moe.watch.watcher import AFTER, MISSED, SLOW, Watcher
 
 __all__ = ["AFTER", "failed", "start", "stop"]
 
 _watcher: Watcher | None = None
+_world: weakref.ref[Any] | None = None  # the process group that it watches
+_starts = 0  # of this process; texts of an earlier group may still be in the store
 
 
-def start(after: float = AFTER) -> None:
+def start(after: float = AFTER, slow: float = SLOW) -> None:
     """Watch from this rank, until the process ends; every rank must call it.
 
     `after` is the seconds without a move after which a rank is told to wait; 0 starts nothing.
-    Needs the default process group. A second call does nothing.
+    `slow` is the same where all ranks are in one long work, such as a save. Needs the default
+    process group. A second call does nothing, unless the group is another one. It ends no run:
+    where this rank cannot be watched, one line says so.
     """
-    global _watcher
-    if _watcher is not None or not after or dist.get_world_size() == 1:
+    global _watcher, _world, _starts
+    if not after or dist.get_world_size() == 1:
         return
-    # The job's own store, through a connection of this thread's own.
-    store = PrefixStore(PREFIX, _get_default_store().clone())
-    _watcher = Watcher(store, dist.get_rank(), dist.get_world_size(), after, _keeper())
-    _watcher.start()
+    if _watcher is not None:
+        if _world is not None and _world() is dist.group.WORLD:
+            return
+        watcher, _watcher = _watcher, None
+        watcher.end()
+    _starts += 1
+    rank = dist.get_rank()
+    try:
+        # The job's own store; the post takes a connection of its own to it.
+        store = PrefixStore(f"{PREFIX}/{_starts}", _get_default_store())
+        watcher = Watcher(store, rank, dist.get_world_size(), after, slow, _keeper())
+        watcher.start()
+    except Exception as error:  # memory to share, a descriptor or a thread is denied
+        if rank == 0:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            say(f"ranks are not watched, and the run goes on without ({why})")
+        return
+    here.fare(State.RUNNING)
+    _watcher, _world = watcher, weakref.ref(dist.group.WORLD)
+    atexit.unregister(stop)
     atexit.register(stop)
 
 

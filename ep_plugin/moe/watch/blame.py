@@ -53,6 +53,23 @@ def sentence(ranks: Sequence[Known]) -> str:
     return "; ".join(told)
 
 
+def slow_work(ranks: Sequence[Known]) -> bool:
+    """Whether all ranks are alive and in the same work that may take long, such as a save."""
+    first = ranks[0].seen
+    return first is not None and all(
+        known.fault is None
+        and known.seen is not None
+        and known.seen.is_long
+        and known.seen.where == first.where
+        for known in ranks
+    )
+
+
+def slow_sentence(ranks: Sequence[Known]) -> str:
+    """Return where all ranks are, as `slow_work` found them."""
+    return f"that is slow, and no sign of a fault: {_groups(list(ranks), 'is', 'are')}, and alive"
+
+
 def spans(numbers: Iterable[int]) -> str:
     """Return `0-2, 5` for 0, 1, 2, 5."""
     runs = groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])

@@ -47,6 +47,7 @@ class Phase(IntEnum):
 
 
 _BACKWARD = Phase.BACKWARD_OF_DISPATCH - Phase.DISPATCH
+_LONG = (Phase.SETUP, Phase.LOAD, Phase.EVALUATION, Phase.SAVE)
 _TEXTS = {
     Phase.GATE: "in the gate of {}",
     Phase.DISPATCH: "in dispatch of {}",
@@ -90,6 +91,7 @@ class Seen:
     state: State
     why: str
     family: str  # the first layer: ranks of one pipeline stage have it in common
+    is_long: bool = False  # in work that may take minutes without a move
 
 
 class Place:
@@ -216,6 +218,7 @@ def read(numbers: memoryview) -> Seen:
         state=State(numbers[_STATE]),
         why=_label(numbers, numbers[_WHY]) if numbers[_WHY] else "",
         family=_label(numbers, 1),
+        is_long=phase in _LONG,
     )
 
 

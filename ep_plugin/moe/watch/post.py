@@ -1,10 +1,12 @@
 """What ranks tell each other through the rendezvous store: one short text each, every second or so.
 
 A thread of its own, since a store that does not answer holds its caller. It has a connection of its
-own: a store's client serves one thread. Others' texts are read only when somebody asks.
+own, made in the thread: a store's client serves one thread, and a host that has no room for one
+more does not answer. Others' texts are read only when somebody asks.
 """
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +43,7 @@ class Post(threading.Thread):
         self.error: str | None = None
         self.called = time.monotonic()  # when the store was last asked something
         self.waits = False  # for its answer
-        self._store = store
+        self._store, self._reached = store, False  # until it is a connection of this thread's own
         self._wanted: Sequence[int] = ()
         self._wake, self._over = threading.Event(), False
         self._count = self._known = 0
@@ -65,7 +67,9 @@ class Post(threading.Thread):
 
     def run(self) -> None:
         try:
+            self._store = self._ask(self._store.clone)
             self._introduce()
+            self._reached = True
             while True:
                 self._once()
                 if self._over:
@@ -73,7 +77,22 @@ class Post(threading.Thread):
                 self._wake.wait(self.interval)
                 self._wake.clear()
         except Exception as error:  # the store is gone: the watcher says so, if it matters
-            self.error, self.waits = str(error).splitlines()[0], False
+            self.error, self.waits = first_line(error), False
+            if not (self._reached or self._over):
+                self._say_unreached()
+
+    def _say_unreached(self) -> None:
+        """Say once for all ranks, as far as the job's own connection can tell, what is missing."""
+        try:
+            first = self._store.add("unreached", 1) == 1
+        except Exception:  # a store that counts nothing
+            first = self.rank == 0
+        if first:
+            say(
+                f"rank {self.rank} is not watched, since it gets no connection of its own to the "
+                f"rendezvous store ({self.error}); the run goes on, and other ranks in this state "
+                "are not named"
+            )
 
     def _introduce(self) -> None:
         number = self._ask(self._store.add, f"{space()}/ranks", 1)
@@ -126,3 +145,13 @@ class Post(threading.Thread):
         result = function(*arguments)
         self.waits = False
         return result
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's first line, or its kind where it has no words."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def say(text: str) -> None:
+    """Write one line on standard error, past buffers that a blocked thread may hold."""
+    os.write(2, f"ep_plugin: {text}\n".encode())

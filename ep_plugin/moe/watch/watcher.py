@@ -16,12 +16,23 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ep_plugin.moe.watch.blame import DIED, FAILED, SILENT, Known, fault_of, sentence, to_blame
+from ep_plugin.moe.watch.blame import (
+    DIED,
+    FAILED,
+    SILENT,
+    Known,
+    fault_of,
+    sentence,
+    slow_sentence,
+    slow_work,
+    to_blame,
+)
 from ep_plugin.moe.watch.neighbours import HOST, Neighbour
 from ep_plugin.moe.watch.place import Seen, State, here
-from ep_plugin.moe.watch.post import Heard, Post
+from ep_plugin.moe.watch.post import Heard, Post, say
 
 AFTER = 20.0  # seconds without a move
+SLOW = 600.0  # the same where all ranks are in one long work, such as a save
 LOWER = 64  # ranks that a rank looks at to see whether one below it speaks
 MISSED = 4  # texts in a row without which a rank is silent
 # Places that a rank may enter whose exchange was aborted under it, until it finds out.
@@ -32,9 +43,12 @@ TOGETHER = 0.03  # seconds in which ranks that die together, by one signal to al
 class Watcher(threading.Thread):
     """Watches over the ranks of a job from one of them."""
 
-    def __init__(self, store: Any, rank: int, ranks: int, after: float, keeper: str) -> None:
+    def __init__(
+        self, store: Any, rank: int, ranks: int, after: float, slow: float, keeper: str
+    ) -> None:
         super().__init__(name="ep_plugin-watch", daemon=True)
-        self.rank, self.ranks, self.after, self.keeper = rank, ranks, after, keeper
+        self.rank, self.ranks, self.after = rank, ranks, after
+        self.slow, self.keeper = slow, keeper
         # At 1,000 ranks the store gets 500 short texts a second, and at most that.
         self.interval = min(max(1.0, ranks / 500), after / 10)
         self.post = Post(store, rank, os.getpid(), self.interval)
@@ -49,7 +63,11 @@ class Watcher(threading.Thread):
 
     def start(self) -> None:
         self.post.start()
-        super().start()
+        try:
+            super().start()
+        except BaseException:
+            self.post.end()
+            raise
 
     def end(self) -> None:
         """End both threads; what this process was last in is told."""
@@ -71,6 +89,8 @@ class Watcher(threading.Thread):
             if seen.state is State.RUNNING and not seen.finished:
                 self._look_at_deaths()
                 self._look_at_time()
+            else:  # their ends need no word, and would wake this thread again and again
+                self._told |= {n.rank for n in self.post.neighbours if _is_gone(n)}
 
     def explain(self, seconds: float) -> str | None:
         """Return who is to blame for an exchange that failed, once it is known; None if it is not.
@@ -123,8 +143,12 @@ class Watcher(threading.Thread):
         heard_all = self.rank == 0 or late >= self._next + (MISSED + 1) * self.interval
         if not alone or not (heard_all or self._store_is_lost()):
             return
+        known = self._known(strangers=not self._store_is_lost())
+        is_slow = slow_work(known) and not self._store_is_lost()
+        if is_slow and late < self.slow:
+            return
         self._next, self._stood = 2 * late, here.seen()
-        text = sentence(self._known(strangers=not self._store_is_lost()))
+        text = slow_sentence(known) if is_slow else sentence(known)
         if self._store_is_lost():
             text += f"; {self.keeper} does not answer, so ranks of other hosts are not known"
         say(f"rank {self.rank} has not moved for {late:.0f} s: {text}")
@@ -191,8 +215,3 @@ def _is_gone(neighbour: Neighbour) -> bool:
 
 def _runs(known: Known) -> bool:
     return known.fault is None and known.seen is not None and known.seen.state is State.RUNNING
-
-
-def say(text: str) -> None:
-    """Write one line on standard error, past buffers that a blocked thread may hold."""
-    os.write(2, f"ep_plugin: {text}\n".encode())
