@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from releases import RELEASES, environment
 
+from ep_plugin.megatron.seams import workers_end
+
 pytestmark = pytest.mark.megatron
 PATIENCE = 60  # seconds; they end within one
 # A rank with a worker of every kind, Megatron's save workers among them; prints their ids.
@@ -128,54 +130,122 @@ def test_without_it_they_stay(tmp_path: Path, started: list[int]) -> None:
     assert sum(map(alive, started)) >= 6
 
 
-# A rank that waits for a standing worker, which dies, ends after `close`, or with the rank.
-WAITS = """
-import multiprocessing, os, sys, time
+# A rank with a standing worker, and what becomes of both; `close` may not be ours to know.
+STANDS = """
+import multiprocessing, os, signal, sys, time
 from ep_plugin.megatron.seams import workers_end
 from ep_plugin.megatron.seams.patches import Patches
 
 class PersistentAsyncCaller:
     @staticmethod
-    def async_loop(words):
-        if words.get() == "die":
-            os._exit(9)
+    def async_loop(words, answers):
+        answers.put("ready")
+        for word in iter(words.get, "done"):
+            if word == "die":
+                os._exit(9)
+            answers.put(word)
 
-    def close(self):
-        words.put("done")
-        process.join()
+    def __init__(self, method):
+        context = multiprocessing.get_context(method)
+        self.words, self.answers = context.Queue(), context.Queue()
+        target, queues = PersistentAsyncCaller.async_loop, (self.words, self.answers)
+        self.process = context.Process(target=target, args=queues, daemon=True)
+        self.process.start()
 
-patches = Patches()
-patches.wrap("multiprocessing.process:BaseProcess.start", workers_end._start, "as installed")
-patches.wrap("__main__:PersistentAsyncCaller.close", workers_end._close, "as installed")
-patches.apply()
-context = multiprocessing.get_context("fork")
-words = context.Queue()
-process = context.Process(target=PersistentAsyncCaller.async_loop, args=(words,), daemon=True)
-process.start()
-if sys.argv[1] == "die":
-    words.put("die")
-    time.sleep(1000)
-if sys.argv[1] == "close":
-    PersistentAsyncCaller().close()
-    time.sleep(0.5)
+    def close(self, abort=False):
+        if abort:
+            self.process.kill()
+        else:
+            self.words.put("done")
+        self.process.join()
+
+def main(how, method):
+    patches = Patches()
+    patches.wrap("multiprocessing.process:BaseProcess.start", workers_end._start, "as installed")
+    if how == "close a failing one":
+        patches.wrap("__main__:PersistentAsyncCaller.close", workers_end._close, "as installed")
+    patches.apply()
+    if how == "close a failing one":  # as one that fails when its modules are torn down
+        worker = PersistentAsyncCaller.__new__(PersistentAsyncCaller)
+        context = multiprocessing.get_context("fork")
+        worker.words = context.Queue()
+        fail = lambda: (worker.words.get(), os._exit(7))
+        fail.__qualname__ = "PersistentAsyncCaller.async_loop"
+        worker.process = context.Process(target=fail)
+        worker.process.start()
+        worker.close()
+        time.sleep(0.5)
+        return
+    if how == "a signal":  # while it starts, as soon as it works, and the rank handles it
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+    worker = PersistentAsyncCaller(method)
+    if how == "a signal":
+        os.killpg(0, signal.SIGTERM)
+    assert worker.answers.get() == "ready"
+    if how == "a signal":
+        os.killpg(0, signal.SIGTERM)
+        os.killpg(0, signal.SIGINT)
+        worker.words.put("the last save")
+        assert worker.answers.get() == "the last save"
+    if how == "die":
+        worker.words.put("die")
+        time.sleep(1000)
+    if how == "another dies":
+        worker.close()
+        PersistentAsyncCaller(method).words.put("die")
+        time.sleep(1000)
+    if how in ("close", "abort"):
+        worker.close(how == "abort")
+        time.sleep(0.5)
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("die", 1), ("close", 0), ("leave", 0)])
-def test_a_rank_does_not_wait_for_a_standing_worker_that_died(
-    how: str, code: int, tmp_path: Path
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("die", 1), ("another dies", 1), ("close", 0), ("abort", 0), ("leave", 0), ("a signal", 0)],
+)
+def test_a_rank_ends_with_a_standing_worker_that_died_and_no_other(
+    how: str, code: int, method: str, tmp_path: Path
 ) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(WAITS)
+    """torchrun sends its signals to the whole group, of which the rank handles them."""
+    stands(tmp_path, code, how, method)
+
+
+def test_a_worker_that_is_closed_may_end_as_it_likes(tmp_path: Path) -> None:
+    stands(tmp_path, 0, "close a failing one", "fork")
+
+
+def stands(folder: Path, code: int, *words: str) -> None:
+    script = folder / "rank.py"
+    script.write_text(STANDS)
     done = subprocess.run(
-        [sys.executable, str(script), how],
+        [sys.executable, str(script), *words],
         env={**environment(RELEASES[-1]), "RANK": "5"},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
+        start_new_session=True,
     )
     assert done.returncode == code, done.stderr
     said = (
         "error: the process that writes checkpoints for rank 5 (--use-persistent-ckpt-worker) died"
     )
     assert (said in done.stderr) == bool(code), done.stderr
+
+
+def test_what_every_spawned_process_imports_is_light() -> None:
+    """It is the module of what the process unpickles first."""
+    code = (
+        "import sys, ep_plugin.megatron.seams.with_parent as first\n"
+        "print(*(name for name in sys.modules if name.startswith('ep_plugin.')), "
+        "*({'torch', 'numpy', 'inspect'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert workers_end.EndsWithParent.__module__ == "ep_plugin.megatron.seams.with_parent"
+    ours = {"ep_plugin.errors", "ep_plugin.megatron", "ep_plugin.megatron.seams"}
+    assert set(done.stdout.split()) - ours == {workers_end.EndsWithParent.__module__}

@@ -2,7 +2,9 @@
 
 Megatron ends such a run with a traceback, which for a failed worker does not say of what, leaves
 the folder that it began, and on a full disk may leave an empty tracker, which no start can read.
-Here the folder goes where this save made it, and the tracker says again what it said before.
+Here rank 0 removes the folder that this save made, and the tracker says again what it said before.
+What is whole, is no newer than the tracker, or failed in an exchange, in which another rank may be
+further, stays: a half-written folder that the tracker does not name harms nobody.
 """
 
 import importlib
@@ -12,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,20 @@ class Begun:
     def folder(self) -> Path:
         return self.root / f"iter_{self.iteration:07d}"
 
+    @property
+    def is_named(self) -> bool:
+        """Whether the tracker says since then that it is on disk, it or one after it."""
+        newest = not_saved.newest(self.root)
+        if newest == self.newest:
+            return newest == str(self.iteration)
+        return _number(newest) >= self.iteration
+
+    @property
+    def is_written(self) -> bool:
+        """Whether what Megatron writes after all data is there."""
+        files = (self.folder / name for name in (".metadata", "metadata.json"))
+        return any(file.is_file() and file.stat().st_size for file in files)
+
 
 def changes(patches: Patches) -> None:
     """Say of what a save failed, and leave nothing of it behind."""
@@ -64,6 +80,7 @@ def changes(patches: Patches) -> None:
         queue = importlib.import_module("megatron.training.async_utils")
         if under_way and queue.is_empty_async_queue():
             under_way.clear()
+        under_way[:] = [begun for begun in under_way if not begun.is_named]
 
     patches.wrap(f"{TRAINING}:save_checkpoint", with_save, "a save that fails raises out of it")
     patches.wrap(
@@ -89,14 +106,21 @@ def _told(saves: list[Begun]) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as error:
         # What the tracker names is whole: the next one failed, or what comes after a save did.
-        left = [begun for begun in saves if str(begun.iteration) != not_saved.newest(begun.root)]
-        if left and _tell(left[0], error):
-            sys.exit(1)
+        left = [begun for begun in saves if not begun.is_named]
+        failed = next((begun for begun in left if not begun.is_written), left[-1] if left else None)
+        if failed is not None:
+            older = [begun for begun in saves[: saves.index(failed)] if begun.root == failed.root]
+            newest = str(older[-1].iteration) if older else failed.newest
+            if _tell(replace(failed, newest=newest), error):
+                sys.exit(1)
         raise
 
 
 def _tell(begun: Begun, error: BaseException) -> bool:
-    """Say why the save failed, and remove it; return whether the disk is the reason."""
+    """Say why the save failed, and tidy up; return whether the disk is the reason.
+
+    `begun.newest` is what the tracker should name.
+    """
     if isinstance(error, CheckpointException) and not error.failures:
         time.sleep(OTHERS_SPEAK)
         return True
@@ -107,11 +131,17 @@ def _tell(begun: Begun, error: BaseException) -> bool:
     why = (str((of_files or causes)[-1]).strip().splitlines() or [type(error).__name__])[-1]
     said = f"saving it to {begun.root} failed on rank {', '.join(map(str, ranks))}: "
     said += disk if is_full else f"{why} ({disk})"
-    _clean(begun)
+    is_known = bool(of_files) or is_full or bool(getattr(error, "failures", None))
+    is_first = os.environ.get("RANK", "0") == "0"  # the one that writes the tracker, or never will
+    if is_first and is_known:
+        _clean(begun)
     newest = not_saved.newest(begun.root)
+    stays = f"; {begun.folder} may be half-written, and stays" if begun.folder.exists() else ""
     print(
-        f"ep_plugin: error: iteration {begun.iteration} is not saved: {said}; the newest whole "
-        f"checkpoint is {f'{begun.root}/iter_{newest:0>7}' if newest else 'still to come'}; "
+        f"ep_plugin: error: iteration {begun.iteration} "
+        f"{'is not' if is_first or is_known else 'may not be'} saved: {said}; the newest whole "
+        f"checkpoint is {f'{begun.root}/iter_{newest:0>7}' if newest else 'still to come'}"
+        f"{stays if newest != str(begun.iteration) else ''}; "
         f"{'make room, or use another --save, and' if is_full or of_files else 'then'} start again",
         file=sys.stderr,
         flush=True,
@@ -153,7 +183,8 @@ def _disk(folder: Path) -> tuple[str, bool]:
 
 def _clean(begun: Begun) -> None:
     """Remove what the save made, and write the tracker again where it lost what it said."""
-    if not begun.was_there:
+    newest = _number(not_saved.newest(begun.root))
+    if not begun.was_there and not begun.is_written and newest < begun.iteration:
         shutil.rmtree(begun.folder, ignore_errors=True)
     tracker = begun.root / TRACKER
     if not tracker.exists() or not_saved.newest(begun.root) is not None:
@@ -164,3 +195,7 @@ def _clean(begun: Begun) -> None:
     fresh = tracker.with_suffix(".new")
     fresh.write_text(begun.newest)
     fresh.replace(tracker)
+
+
+def _number(newest: str | None) -> int:
+    return int(newest) if newest and newest.isdecimal() else -1

@@ -5,19 +5,21 @@ waits for the rank's next word, also when the rank was killed, and holds its mem
 every process that `multiprocessing` starts first watches the rank it works for: its end closes a
 pipe, which the system does for a killed process too. Forked or spawned is alike. The other way
 round, a rank whose standing save worker died ends with a sentence: it would wait for it for ever.
+A standing worker outlives the SIGTERM that its rank handles, in the middle of a last save.
 """
 
-import atexit
-import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ep_plugin.megatron.seams.patches import Patches
+from ep_plugin.megatron.seams.with_parent import TO_ALL, EndsWithParent
 
 
 def changes(patches: Patches) -> None:
@@ -35,29 +37,51 @@ def changes(patches: Patches) -> None:
 
 
 STANDING = "PersistentAsyncCaller"  # also in nvidia-resiliency-ext
-_wanted_no_more = threading.Event()  # standing workers: this process closes them, or ends
+REAPED = 10  # seconds within which the exit code of a worker that ended is known
+# Of each standing worker that this process ends, by a class's close or with itself.
+_asked: "WeakKeyDictionary[Any, threading.Event]" = WeakKeyDictionary()
 
 
 def _start(original: Callable[..., Any], process: Any) -> None:
     target = process._target
+    stands = getattr(target, "__qualname__", "").startswith(f"{STANDING}.")
     if target is not None:  # a class of its own may have none
-        process._target = EndsWithParent(target)
-    original(process)
-    if getattr(target, "__qualname__", "").startswith(f"{STANDING}."):
-        _wanted_no_more.clear()
-        atexit.register(_wanted_no_more.set)  # before those of multiprocessing, which end workers
-        threading.Thread(target=_mourn, args=(process.sentinel,), daemon=True).start()
+        process._target = EndsWithParent(target, stands)
+    if not stands:
+        original(process)
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_ALL)  # it inherits this, till it ignores
+    try:
+        original(process)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    asked = _asked[process] = threading.Event()
+    _let_be_ended(process._popen, asked)
+    threading.Thread(target=_mourn, args=(process, asked), daemon=True).start()
 
 
-def _close(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-    _wanted_no_more.set()
-    return original(*args, **settings)
+def _let_be_ended(popen: Any, asked: threading.Event) -> None:
+    """Let this process end a worker that ignores SIGTERM, as multiprocessing does at its exit."""
+    kill = popen.kill
+
+    def end() -> None:
+        asked.set()
+        kill()
+
+    popen.terminate = popen.kill = end
 
 
-def _mourn(sentinel: int) -> None:
-    """Wait for a standing worker's end; end the rank where nobody asked for it."""
-    multiprocessing.connection.wait([sentinel])
-    if not _wanted_no_more.is_set():
+def _close(original: Callable[..., Any], caller: Any, *rest: Any, **settings: Any) -> Any:
+    asked = _asked.get(caller.process) if caller.process is not None else None
+    if asked is not None:
+        asked.set()
+    return original(caller, *rest, **settings)
+
+
+def _mourn(process: Any, asked: threading.Event) -> None:
+    """Wait for a standing worker's end; end the rank where it did not end well, unasked."""
+    multiprocessing.connection.wait([process.sentinel])
+    if not asked.is_set() and _exit_code(process) != 0 and not asked.is_set():
         print(
             "ep_plugin: error: the process that writes checkpoints for rank "
             f"{os.environ.get('RANK', '0')} (--use-persistent-ckpt-worker) died, and what it was "
@@ -68,19 +92,11 @@ def _mourn(sentinel: int) -> None:
         os._exit(1)  # the rank's main thread may wait for the worker
 
 
-class EndsWithParent:
-    """A target that ends, with all of its process, when the process that started it does."""
-
-    def __init__(self, target: Callable[..., Any]) -> None:
-        self.target = target
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            threading.Thread(target=_watch, args=(parent.sentinel,), daemon=True).start()
-        return self.target(*args, **kwargs)
-
-
-def _watch(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os.kill(os.getpid(), signal.SIGKILL)  # nobody is left to be told anything
+def _exit_code(process: Any) -> int | None:
+    """Return how an ended process ended; None: unknown. Another thread may wait for it too."""
+    deadline = time.monotonic() + REAPED
+    code: int | None = process.exitcode
+    while code is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        code = process.exitcode
+    return code
