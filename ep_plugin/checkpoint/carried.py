@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.inert import Made, Name, Persistent
@@ -71,17 +70,39 @@ def is_carried(made: Made) -> bool:
     return member and type(made.arguments[0]) in (int, str)
 
 
+def engine_reads(name: str, value: Any) -> bool:
+    """Whether an object is a state that Transformer Engine would unpickle: one that says anything.
+
+    It lies in a tensor or a file of bytes, whose dtype or class does not matter to whoever hides
+    something there; so an empty one alone is taken for harmless, and text, which nothing unpickles.
+    """
+    if EXTRA_STATE not in name:
+        return False
+    waiting, seen = [value], set()
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, (list, tuple)):
+            if id(found) not in seen:
+                seen.add(id(found))
+                waiting += found
+        elif isinstance(found, Tensor):
+            if found.numel():
+                return True
+        elif found not in (None, b"") and type(found) is not str:
+            return True
+    return False
+
+
 def check_copied(name: str, value: Any, folder: Path) -> None:
     """Raise ConfigError where an object to be copied as it is could have anything run."""
     remedy = "use --leave-out _extra_state, and the run starts with empty ones"
     for _, kind in _strange(value):
         raise ConfigError(f"{cut(name)} in {folder} holds {kind}, which is not copied; {remedy}")
-    for _, tensor in _leaves(value, (Tensor,)):
-        if tensor.dtype == torch.uint8 and tensor.numel():
-            raise ConfigError(
-                f"{cut(name)} in {folder} is a state that only Transformer Engine can read, which "
-                f"is not copied: it would run what is in it; {remedy}"
-            )
+    if engine_reads(name, value):
+        raise ConfigError(
+            f"{cut(name)} in {folder} is a state that only Transformer Engine can read, which "
+            f"is not copied: it would run what is in it; {remedy}"
+        )
 
 
 def dangers(value: Any) -> Iterator[tuple[str, str]]:

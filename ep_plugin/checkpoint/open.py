@@ -30,6 +30,7 @@ from ep_plugin.checkpoint.run_args import check_num_layers, checked
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, Source, TensorInfo, finite
 from ep_plugin.checkpoint.whole import problems
 from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.registry import HOME
 from ep_plugin.untrusted import shown
 
 Format = Literal["megatron", "hf"]
@@ -142,7 +143,9 @@ def _open_megatron(
         raise ConfigError(
             f"{source.folder} holds no run arguments; give a checkpoint that Megatron saved"
         )
-    args = checked(_with_router(leave_out(args, left_out), router, source.folder), source.folder)
+    args = _with_router(leave_out(args, left_out), router, source.folder)
+    _check_modules(args, source.folder)
+    args = checked(args, source.folder)
     check_num_layers(args, source.tensors, source.folder)
     source = _with_args(source, args)
     if EXTRA_STATE in left_out:
@@ -177,6 +180,17 @@ def _with_router(args: argparse.Namespace, router: str | None, folder: Path) -> 
     args = copy.copy(args)
     args.ep_router = router
     return args
+
+
+def _check_modules(args: argparse.Namespace, folder: Path) -> None:
+    """Raise ConfigError where another option is a user's module: a run would import it."""
+    for kind in HOME:
+        said = getattr(args, name := f"ep_{kind}", None)
+        if kind != "router" and said is not None and (type(said) is not str or "." in said):
+            raise ConfigError(
+                f"{folder} was trained with {name} = {shown(said)}, a module that would be "
+                f"imported; use --leave-out {name}, and give the run --ep-{kind} anew"
+            )
 
 
 def _open_hf(path: Path) -> Opened:

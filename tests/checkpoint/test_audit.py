@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from stored import FC1, FC2, ITERATION, NORM, ROUTER, STATES, Content, E, F, H, L, healthy, write
 
-from ep_plugin.checkpoint.tensors import Region
+from ep_plugin.checkpoint.formats.megatron_dist import open_stored
+from ep_plugin.checkpoint.tensors import Region, Stored
 from ep_plugin.cli import main
 
 
@@ -188,6 +190,29 @@ def test_a_healthy_checkpoint_is_fine(tmp_path: Path, capsys: pytest.CaptureFixt
     row = f"{BLOCK.format(0)} 4 of 4 4 float32 12x8, 8x6 exp_avg exp_avg_sq"
     assert " ".join(shown[1].split()) == row
     assert shown[-1].endswith("optimizer by parameter: fine")
+
+
+def test_a_state_of_the_engine_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What convert refuses to copy, audit names; an own run with FP8 does not fail for it."""
+    held = {
+        "decoder.layers.0.a._extra_state/shard_0_1": [torch.ones(9, dtype=torch.int8)],
+        "decoder.layers.0.b._extra_state/shard_0_1": [None],
+        "decoder.layers.0.c._extra_state/shard_0_1": [torch.ones(9, dtype=torch.uint8)],
+    }
+
+    def open_with_states(path: Path) -> Stored:
+        stored = open_stored(path)
+        return replace(stored, objects=frozenset(held), read_object=held.__getitem__)
+
+    monkeypatch.setattr("ep_plugin.commands.audit.open_stored", open_with_states, raising=False)
+    monkeypatch.setattr("ep_plugin.checkpoint.audit.open_stored", open_with_states)
+    code, report = audit(write(healthy(), tmp_path), capsys)
+    assert (code, found(report)) == (0, [])
+    ((_, where, text),) = found(report, "warning")
+    assert where == next(iter(held))
+    assert text.startswith("and 1 more are states that only Transformer Engine reads, a pickle")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ep_plugin.checkpoint.carried import check_carried, check_copied, dangers
+from ep_plugin.checkpoint.carried import check_carried, check_copied, dangers, engine_reads
+from ep_plugin.checkpoint.formats import _pickle
 from ep_plugin.checkpoint.formats._archive import open_archive
 from ep_plugin.checkpoint.formats._iteration import load_common, load_metadata, load_object
 from ep_plugin.checkpoint.formats._metadata import NAMES, to_metadata
@@ -163,6 +164,18 @@ def test_damaged_pickles_say_what_is_wrong(name: str) -> None:
     content, words = DAMAGED[name]
     with pytest.raises(Unreadable, match=words):
         read_pickle(content)
+
+
+def test_items_one_by_one_are_not_copied_each_time() -> None:
+    """The list of a stand-in's items grows in place."""
+    start = b"\x80\x02ccollections\nOrderedDict\n)Rq\x00"
+    made = read_pickle(start + b"K\x01K\x02s" * 3 + b".")
+    assert made.items == [(1, 2)] * 3
+    kept: list[list[Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_pickle, "_more", lambda made, pairs: kept.append(pairs) or pairs)
+        read_pickle(start + b"K\x01K\x02s" * 3 + b".")
+    assert kept == [[(1, 2)]] * 3
 
 
 def test_nesting_and_cycles_end() -> None:
@@ -303,9 +316,16 @@ def test_names_are_not_imported_and_not_written(tmp_path: Path) -> None:
 def test_a_tensor_that_is_a_pickle_is_not_copied(tmp_path: Path) -> None:
     """Transformer Engine keeps its state as one, and unpickles it."""
     content = torch.frombuffer(bytearray(pickle.dumps(print)), dtype=torch.uint8)
-    check_copied("state", [torch.zeros(0, dtype=torch.uint8), None], tmp_path)
-    with pytest.raises(ConfigError, match="use --leave-out _extra_state"):
-        check_copied("state", {"a": [content]}, tmp_path)
+    name = "decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1"
+    for empty in (None, [None], b"", [torch.zeros(0, dtype=torch.uint8), None]):
+        check_copied(name, empty, tmp_path)
+        assert not engine_reads(name, empty)
+    words = bytes(content.numpy())
+    kinds = [[content.view(dtype)] for dtype in (torch.int8, torch.bool)]
+    for value in (*kinds, words, bytearray(words), {"a": [content]}, [1], {"a": None}):
+        assert engine_reads(name, value)
+        with pytest.raises(ConfigError, match="use --leave-out _extra_state"):
+            check_copied(name, value, tmp_path)
 
 
 def test_names_are_shown_escaped() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ep_plugin.checkpoint.run_args import as_saved, checked
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.table import TABLE, Argument
 from tests.commands.test_convert import convert, run_args, save_dense
 
 NAMES = sorted(vars(run_args()))
@@ -63,3 +64,15 @@ def test_what_is_saved_is_what_was_read(tmp_path: Path) -> None:
     assert type(saved) is Namespace
     assert saved == args
     assert list(vars(saved)) == list(vars(args))
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.kind and row.kind != "router"])
+def test_a_module_of_ones_own_is_not_carried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Argument
+) -> None:
+    """Every option whose value a run imports; the router's has --router."""
+    save_dense(tmp_path / "dense", **{row.dest: "their_package.module"})
+    assert convert(tmp_path / "dense", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert f"{row.dest} = 'their_package.module', a module that would be imported" in said
+    assert convert(tmp_path / "dense", tmp_path / "out", "--leave-out", row.dest) == 0

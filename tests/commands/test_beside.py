@@ -9,7 +9,7 @@ import hf_models
 import pytest
 import transformers
 
-from ep_plugin.checkpoint.formats.hf_safetensors import files_beside
+from ep_plugin.checkpoint.formats.hf_safetensors import files_beside, left_beside
 from ep_plugin.checkpoint.manifest import manifest_problems
 from ep_plugin.cli import main
 
@@ -34,12 +34,14 @@ def test_every_kind_of_tokenizer_file_goes_along(tmp_path: Path) -> None:
     names = names_in_transformers()
     assert {"tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "vocab.txt"} <= names
     names |= {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
-    names |= {"qwen.tiktoken", "tokenization_qwen.py", "tekken.json", "generation_config.json"}
+    names |= {"qwen.tiktoken", "tekken.json", "generation_config.json"}
     names |= {"chat_template.jinja", "additional_chat_templates/tools.jinja"}
-    for name in (*names, *OTHERS):
+    runs = ["tokenization_qwen.py", "tokenizer.pkl", "tokenizer.so", "vocab.pickle"]
+    for name in (*names, *OTHERS, *runs):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert {str(path) for path in files_beside(tmp_path)} == names
+    assert [str(path) for path in left_beside(tmp_path)] == runs
 
 
 @pytest.mark.parametrize("experts", [[], ["--num-experts", "4", "--topk", "2"]])
@@ -62,6 +64,7 @@ def test_the_summary_says_what_became_of_them(
         assert "copied beside the weights: generation_config.json; " in moved
         assert moved.endswith(f"from the model that it began with into {tmp_path / 'only'}")
     texts = {"tokenizer.json": "{}", "additional_chat_templates/tools.jinja": "x"}
+    texts["tokenization_my.py"] = "import os"
     for name, text in texts.items():
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(text)
@@ -72,7 +75,10 @@ def test_the_summary_says_what_became_of_them(
     if experts:
         copied = said(source, "moe", "--format", "hf", *experts)
         assert copied.startswith("copied beside the weights: additional_chat_templates/tools.jinja")
-        assert copied.endswith("generation_config.json, tokenizer.json")
+        assert "generation_config.json, tokenizer.json; not copied, being no data: " in copied
+        assert "data: tokenization_my.py; copy by hand what you trust" in copied
+        assert not (tmp_path / "moe" / "tokenization_my.py").exists()
+        del texts["tokenization_my.py"]
         for name, text in texts.items():
             assert (tmp_path / "moe" / name).read_text() == text
         assert manifest_problems(tmp_path / "moe") == []

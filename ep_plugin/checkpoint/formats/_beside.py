@@ -10,12 +10,25 @@ _AGAIN = "copy the model again"
 _MAX_BESIDE_BYTES = 512 << 20
 # Files of tokenizers, by every name that transformers and the models' own code give them.
 _BESIDE = (
-    *("tokenizer*", "tokenization*.py", "special_tokens*", "added_tokens*", "vocab*", "merges*"),
+    *("tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*"),
     *("*.model", "*.tiktoken", "tiktoken*", "tekken*.json", "spm*", "*.spm", "*vocab*.json"),
     *("*.jinja", "chat_template*", "additional_chat_templates/*", "normalizer.json"),
     *("dict.txt", "byte_maps.json", "emoji.json", "word_shape.json", "word_pronunciation.json"),
     *("bpe.codes", "*.tokenizer", "generation_config.json"),
 )
+# Data, and nothing that is run or unpickled.
+_DATA = (
+    *(".json", ".jsonl", ".txt", ".model", ".tiktoken", ".jinja", ".spm", ".codes", ".vocab"),
+    *(".tokenizer", ".bpe", ".merges"),
+)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+def left_beside(folder: Path) -> list[Path]:
+    """Return what looks like a tokenizer's and is no data, such as its code: it is not copied."""
+    found = {path for pattern in (*_BESIDE, "tokenization*.py") for path in folder.glob(pattern)}
+    kept = (*_DATA, *_WEIGHTS)
+    return sorted(p.relative_to(folder) for p in found if _is_entry(p) and p.suffix not in kept)
 
 
 def files_beside(folder: Path) -> list[Path]:
@@ -25,7 +38,7 @@ def files_beside(folder: Path) -> list[Path]:
     cache, from snapshots/REVISION to blobs, stay within.
     """
     paths = {path for pattern in _BESIDE for path in folder.glob(pattern) if _is_entry(path)}
-    found = sorted(path for path in paths if path.suffix not in _WEIGHTS)
+    found = sorted(path for path in paths if path.suffix in _DATA)
     for path in found:
         _check_beside(path, folder)
     return [path.relative_to(folder) for path in found]
@@ -51,9 +64,6 @@ def _check_beside(path: Path, folder: Path) -> None:
         raise ConfigError(
             f"{path} has {size} bytes, more than a tokenizer's file needs; remove it from the model"
         )
-
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 def copy_beside(source: Path, target: Path) -> None:

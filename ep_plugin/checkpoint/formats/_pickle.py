@@ -175,7 +175,7 @@ def _run(data: bytes, allowed: Names | None) -> Any:
             elif type(target) is Made:
                 pairs = [(keys.check(found[n]), found[n + 1]) for n in range(0, len(found), 2)]
                 left -= len(pairs)
-                target.items = (target.items or []) + pairs if op == 0x73 else _more(target, pairs)
+                target.items = _more(target, pairs)
             else:
                 raise Unreadable("it sets an item of something that has none")
         elif op == 0x85:  # TUPLE1

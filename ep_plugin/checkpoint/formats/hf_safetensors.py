@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ep_plugin.checkpoint.formats._beside import copy_beside as copy_beside
 from ep_plugin.checkpoint.formats._beside import files_beside as files_beside
+from ep_plugin.checkpoint.formats._beside import left_beside as left_beside
 from ep_plugin.checkpoint.formats._header import DTYPES, read_header
 from ep_plugin.checkpoint.tensors import NewTensor, Source, TensorInfo, whole
 from ep_plugin.checkpoint.writer import HashedFile, Journal, OnBytes, Unit, write_units

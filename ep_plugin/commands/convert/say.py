@@ -165,6 +165,10 @@ def tokenizer(request: Request, target: Target) -> str | None:
     has_one = any(name != _GENERATION for name in found)
     if request.format == "hf":
         said = [f"copied beside the weights: {', '.join(found)}"] if found else []
+        left = [str(path) for path in safetensors().left_beside(source)] if is_hf(source) else []
+        if left:
+            names = one_line(", ".join(left))
+            said.append(f"not copied, being no data: {names}; copy by hand what you trust")
         if not has_one:
             known = getattr(target.model.args, "tokenizer_model", None)
             whence = f"; the run had --tokenizer-model {known}" if known else ""
