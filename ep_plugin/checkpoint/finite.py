@@ -4,7 +4,7 @@ The largest magnitude of a tensor is nan or inf exactly where one of its values 
 the tensor's own dtype wherever all values are, which a sum of squares need not be.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -19,7 +19,7 @@ def any_nonfinite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     Tensors of integers count as finite. Those on another device are read there, and then the host
     waits for that device.
     """
-    flags = [(~torch.isfinite(_magnitudes(bucket))).any() for bucket in _buckets(tensors)]
+    flags = [(~torch.isfinite(ends)).any() for ends in _all_magnitudes(tensors)]
     return sum((flag.to(device, torch.int64) for flag in flags), _zero(device)).clamp(max=1)
 
 
@@ -27,8 +27,7 @@ def nonfinite(named: Mapping[str, Tensor]) -> dict[str, str]:
     """Return name -> "nan" or "inf" for each tensor that holds one, in the order of `named`."""
     found = {}
     for name, tensor in named.items():
-        for bucket in _buckets([tensor]):
-            ends = _magnitudes(bucket)
+        for ends in _all_magnitudes([tensor]):
             if not bool(torch.isfinite(ends).all()):
                 found[name] = "nan" if bool(torch.isnan(ends).any()) else "inf"
     return found
@@ -38,27 +37,48 @@ def _zero(device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=device)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the tensors that can hold nan, those of one device and dtype together."""
-    plain = [plain for tensor in tensors if (plain := _plain(tensor)) is not None]
-    plain.sort(key=_kind)
-    return [list(bucket) for _, bucket in groupby(plain, key=_kind)]
+def _all_magnitudes(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield magnitudes of all tensors that can hold nan, those of a device and dtype together.
+
+    What has to be converted is, one tensor at a time: all at once are 2 to 4 times its bytes.
+    """
+    local = [_local(tensor) for tensor in tensors]
+    for tensor in filter(_is_packed, local):
+        converted = _converted(tensor)
+        if _can_be_wrong(converted):
+            yield _magnitudes([converted])
+        del converted  # before the next one is made
+    plain = [tensor for tensor in local if not _is_packed(tensor) and _can_be_wrong(tensor)]
+    for _, bucket in groupby(sorted(plain, key=_kind), key=_kind):
+        yield _magnitudes(list(bucket))
 
 
 def _kind(tensor: Tensor) -> tuple[str, str]:
     return str(tensor.device), str(tensor.dtype)
 
 
-def _plain(tensor: Tensor) -> Tensor | None:
-    """Return this rank's values in a dtype with arithmetic; None where there can be no nan."""
+def _local(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    if hasattr(tensor, "to_local"):  # a DTensor: the others' parts are theirs to read
-        tensor = tensor.to_local()
-    if hasattr(tensor, "dequantize") and type(tensor) is not Tensor:  # Transformer Engine's FP8
-        tensor = tensor.dequantize()
-    if tensor.numel() == 0 or not tensor.is_floating_point():
-        return None
+    # Of a DTensor the others' parts are theirs to read.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    """Whether the tensor is of a dtype without arithmetic."""
+    return tensor.dtype in _BYTES or _is_quantized(tensor)
+
+
+def _is_quantized(tensor: Tensor) -> bool:
+    return type(tensor) is not Tensor and hasattr(tensor, "dequantize")  # Transformer Engine's FP8
+
+
+def _converted(tensor: Tensor) -> Tensor:
+    tensor = tensor.dequantize() if _is_quantized(tensor) else tensor
     return tensor.float() if tensor.dtype in _BYTES else tensor
+
+
+def _can_be_wrong(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.is_floating_point()
 
 
 def _magnitudes(bucket: Sequence[Tensor]) -> Tensor:

@@ -39,6 +39,10 @@ five only for a Megatron from its wheel, and over torch's Adam):
         only after it is an asynchronous save on disk, where --ep-audit-save can read it
     training:save_checkpoint
         every save goes through it, before anything is gathered or written; --ep-check-save
+    training:maybe_finalize_async_save
+        only after it is an asynchronous save on disk: the note of one that was not goes
+    training:train
+        buffers that hold inf before a step do so by design
     training:train_step
         one call is one step, with model, optimizer and gradients; --ep-parity-dump keeps them
     moe_logging:MoEMetricsTracker.report

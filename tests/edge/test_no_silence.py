@@ -198,11 +198,11 @@ def checked(args: Any) -> list[Any]:
     training = SimpleNamespace(get_args=lambda: args, unwrap_model=lambda model: model)
     with (
         patch.object(check_save.importlib, "import_module", lambda name: training),
-        patch.object(check_save, "find", lambda model, optimizer: searched.append(model)),
+        patch.object(check_save, "find", lambda model, *rest: searched.append(model)),
     ):
         patches, args.save = Mock(), "/nowhere"
         check_save.changes(patches)
-        [(_, with_check, _)] = [call.args for call in patches.wrap.call_args_list]
+        _, with_check, _ = patches.wrap.call_args_list[0].args
         with_check(lambda *saved: None, 3, "a model", "its optimizer")
     return searched
 

@@ -1,12 +1,12 @@
 """What a rank will save: its weights, master weights, moments and buffers, with their names."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 # Of an optimizer of Megatron's: the model's parameters, and what it steps in their place.
 _PAIRS = (
@@ -27,24 +27,32 @@ class Held:
     name: str  # of the module's own, where a checkpoint has none
 
 
-def held(model: list[Any], optimizer: Any) -> list[Held]:
+def held(model: list[Any], optimizer: Any, without: Collection[str] = ()) -> list[Held]:
     """Return what the rank holds; `model` is its chunks without wrappers, `optimizer` may be None.
 
-    A distributed optimizer's tensors are this rank's shards. Buffers that are not saved are left
-    out, and the steps of an optimizer.
+    A distributed optimizer's tensors are this rank's shards. Left out are buffers that are not
+    saved, those that `without` names as `buffers` does, and the steps of an optimizer.
     """
     names = {id(parameter): name for chunk in model for name, parameter in chunk.named_parameters()}
-    weights = (Held(tensor, tensor, "", name) for chunk in model for name, tensor in _saved(chunk))
+    weights = (Held(p, p, "", name) for chunk in model for name, p in chunk.named_parameters())
+    kept = (
+        Held(buffer, buffer, "", name.partition(":")[2])
+        for name, buffer in buffers(model).items()
+        if name not in without
+    )
     parts = (part for one in _optimizers(optimizer) for part in _of_optimizer(one, names))
-    return list(chain(weights, parts))
+    return list(chain(weights, kept, parts))
 
 
-def _saved(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from chunk.named_parameters()
-    for path, module in chunk.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}".lstrip("."), buffer
+def buffers(model: list[Any]) -> dict[str, Tensor]:
+    """Return `NUMBER OF CHUNK:NAME` -> the buffer, of those that are saved."""
+    return {
+        f"{number}:{f'{path}.{name}'.lstrip('.')}": buffer
+        for number, chunk in enumerate(model)
+        for path, module in chunk.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def _optimizers(optimizer: Any) -> Iterator[Any]:
