@@ -38,6 +38,9 @@ class Made:
         self.state: Any = None
         self.items: list[tuple[Any, Any]] | None = None  # of a dictionary's subclass
 
+    def __repr__(self) -> str:
+        return f"an object of {self.kind}"
+
 
 class Persistent:
     """A reference to something beside the pickle."""

@@ -4,6 +4,7 @@ An argument that is asked for and not there is a ConfigError that names it.
 """
 
 import argparse
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,10 @@ def checked(args: argparse.Namespace, folder: Path) -> RunArgs:
         missing = value is None and name in _NEVER_NONE and hasattr(args, name)
         if missing or (value is not None and type(value) not in (int, float)):
             raise _wrong(folder, name, value, "a number")
+        if value is not None and not math.isfinite(value):
+            raise _wrong(folder, name, value, "a finite number")
+    if (getattr(args, "init_method_std", None) or 0) < 0:
+        raise _wrong(folder, "init_method_std", args.init_method_std, "a number of at least 0")
     if not isinstance(getattr(args, "params_dtype", torch.float32), torch.dtype):
         raise _wrong(folder, "params_dtype", args.params_dtype, "a dtype of torch")
     found = RunArgs(**vars(args))

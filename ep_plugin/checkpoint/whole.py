@@ -53,6 +53,7 @@ def misplaced(
     first `lead` axes, of layers and experts, have a line at each. Raises ConfigError for a tensor
     in more parts than are looked at.
     """
+    chunks = [chunk for chunk in chunks if prod(chunk.sizes) or len(chunk.sizes) != len(shape)]
     inside = [chunk for chunk in chunks if _is_inside(chunk, shape)]
     if len(inside) < len(chunks):
         strange = next(chunk for chunk in chunks if not _is_inside(chunk, shape))

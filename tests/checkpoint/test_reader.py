@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from ep_plugin.checkpoint.carried import check_carried, check_copied, dangers, engine_reads
 from ep_plugin.checkpoint.formats import _pickle
 from ep_plugin.checkpoint.formats._archive import open_archive
+from ep_plugin.checkpoint.formats._dcp_reader import Files
 from ep_plugin.checkpoint.formats._iteration import load_common, load_metadata, load_object
 from ep_plugin.checkpoint.formats._metadata import NAMES, to_metadata
 from ep_plugin.checkpoint.formats._pickle import read_pickle
@@ -294,6 +295,28 @@ def test_tensors_stay_in_their_storage(
         load_object(saved(Large()))
 
 
+def test_views_that_negate_are_not_read_as_their_values() -> None:
+    class Negative:
+        def __reduce__(self) -> Any:
+            storage = torch.ones(4).storage()
+            arguments = (storage, 0, (4,), (1,), False, OrderedDict(), {"neg": True})
+            return torch._utils._rebuild_tensor_v2, arguments
+
+    with pytest.raises(Unreadable, match="negates or conjugates"):
+        load_object(saved(Negative()))
+
+
+def test_a_large_object_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "__0_0.distcp").touch()
+    with (tmp_path / "__0_0.distcp").open("wb") as stream:
+        stream.truncate(1 << 30)
+    index = MetadataIndex("state")
+    place = _StorageInfo("__0_0.distcp", 0, 1 << 30)
+    files = Files(tmp_path, Metadata({}, storage_data={index: place}))
+    with pytest.raises(Damaged, match="none of more than 67108864 is read"):
+        files.read_bytes(index)
+
+
 # ---- names
 
 
@@ -304,6 +327,7 @@ def test_names_are_not_imported_and_not_written(tmp_path: Path) -> None:
 
     common = load_common(saved({"args": argparse.Namespace(x=[Evil()])}), tmp_path)
     assert type(common["args"].x[0]) is Made
+    assert repr(common["args"].x[0]) == "an object of __builtin__.exec"
     with pytest.raises(ConfigError, match=r"builtin.*exec.*; use --leave-out x"):
         check_carried(common, tmp_path)
     with pytest.raises(ConfigError, match="cannot go along"):

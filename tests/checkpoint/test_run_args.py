@@ -76,3 +76,18 @@ def test_a_module_of_ones_own_is_not_carried(
     said = capsys.readouterr().err
     assert f"{row.dest} = 'their_package.module', a module that would be imported" in said
     assert convert(tmp_path / "dense", tmp_path / "out", "--leave-out", row.dest) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("init_method_std", float("nan")),
+        ("init_method_std", -0.1),
+        ("rotary_base", float("inf")),
+    ],
+)
+def test_numbers_are_finite(tmp_path: Path, name: str, value: float) -> None:
+    args = run_args()
+    setattr(args, name, value)
+    with pytest.raises(ConfigError, match=f"have {name} = "):
+        checked(args, tmp_path)

@@ -323,3 +323,8 @@ def test_more_parts_than_are_looked_at_are_refused() -> None:
 
 def test_a_moe_checkpoint_is_fine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert audit(stored.write(stored.healthy(), tmp_path / "moe"), capsys) == (0, "[]")
+
+
+def test_a_chunk_without_elements_lies_nowhere() -> None:
+    chunks = [Chunk((0,), (4,)), Chunk((4,), (0,))]
+    assert list(misplaced((4,), chunks)) == []

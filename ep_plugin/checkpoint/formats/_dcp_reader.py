@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from ep_plugin.checkpoint.formats._iteration import inside, load_object
+from ep_plugin.checkpoint.formats._iteration import MAX_OBJECT, inside, load_object
 from ep_plugin.checkpoint.formats._mapped import check_sums, map_tensor
 from ep_plugin.checkpoint.inert import Unreadable
 from ep_plugin.checkpoint.tensors import Chunk, Damaged, Range, TensorInfo
 from ep_plugin.checkpoint.whole import misplaced, other_kind, overlapping
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import cut
 
 _STACKED = re.compile(r"((?:optimizer\.state\.\w+\.)?decoder\.layers\.)(?!\d)(.+)")
 _SHARD = re.compile(r"(.+)/shard_([\d.]+)_([\d.]+)")
@@ -44,6 +45,11 @@ class Files:
         path, stored = self._find(index)
         if stored.offset + stored.length > path.stat().st_size:
             raise Damaged(f"{path} is cut off before the end of {index.fqn}; {_AGAIN}")
+        if stored.length > MAX_OBJECT:
+            raise Damaged(
+                f"object {cut(index.fqn)} in {self.folder} has {stored.length} bytes, and none of "
+                f"more than {MAX_OBJECT} is read; give another checkpoint"
+            )
         try:
             self._check(path, stored)
         except (Unreadable, OSError, MemoryError) as error:

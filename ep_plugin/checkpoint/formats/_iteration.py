@@ -19,11 +19,11 @@ from ep_plugin.checkpoint.inert import Unreadable
 from ep_plugin.checkpoint.tensors import Damaged
 from ep_plugin.errors import ConfigError
 
-MAX_METADATA = 1 << 31  # bytes; those of 100,000 chunks are some 50 MB
+MAX_METADATA = 512 << 20  # bytes; those of 100,000 chunks are some 50 MB
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # metadata.json
 COMMON_STATE = "common_state/shard_0_1"  # run arguments and counters, where common.pt is not there
-MAX_ARGUMENTS = 64 << 20  # bytes of a pickle of run arguments
+MAX_OBJECT = 64 << 20  # bytes of one object, such as the run arguments
 _MAX_TRACKER = 1024
 
 
@@ -74,7 +74,10 @@ def inside(path: Path, folder: Path) -> Path:
 def read_small(path: Path, folder: Path) -> bytes:
     """Return the bytes of a file that describes others; raises Damaged."""
     if (size := inside(path, folder).stat().st_size) > MAX_METADATA:
-        raise Damaged(f"{path} has {size} bytes, and its kind needs few; copy the checkpoint again")
+        raise Damaged(
+            f"{path} has {size} bytes, and a file of its kind at most {MAX_METADATA}; give another "
+            "checkpoint"
+        )
     return path.read_bytes()
 
 
@@ -84,7 +87,7 @@ def load_object(content: bytes) -> Any:
     What is on no list is a `Made` or a `Name`.
     """
     archive = open_archive(bytearray(content))
-    return Values(archive).build(read_pickle(archive.pickle(MAX_ARGUMENTS)))
+    return Values(archive).build(read_pickle(archive.pickle(MAX_OBJECT)))
 
 
 def load_common(content: bytes, folder: Path, listed: bool = False) -> dict[str, Any]:

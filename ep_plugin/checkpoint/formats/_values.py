@@ -189,12 +189,20 @@ def _ordered(made: Made) -> "OrderedDict[Any, Any]":
 def _tensor(made: Made) -> Tensor:
     _need(made.called and len(made.arguments) in (6, 7), "a tensor", None)
     storage, offset, size, stride, requires_grad, _ = made.arguments[:6]
+    _no_bits(made.arguments[6:])
     return _view(storage, offset, size, stride, requires_grad)
+
+
+def _no_bits(metadata: tuple[Any, ...]) -> None:
+    """A tensor that stands for the negative or the conjugate of its values is not read."""
+    if any(bits not in (None, {}) for bits in metadata):
+        raise Unreadable("a tensor in it is a view that torch negates or conjugates as it reads")
 
 
 def _typed_tensor(made: Made) -> Tensor:
     _need(made.called and len(made.arguments) in (7, 8), "a tensor", None)
     storage, offset, size, stride, requires_grad, _, dtype = made.arguments[:7]
+    _no_bits(made.arguments[7:])
     fits = isinstance(dtype, torch.dtype) and isinstance(storage, Tensor)
     _need(fits and storage.nbytes % dtype.itemsize == 0, "a tensor's dtype", dtype)
     return _view(storage.view(dtype), offset, size, stride, requires_grad)

@@ -120,8 +120,12 @@ def read_common(path: Path) -> dict[str, Any]:
     folder = iteration_folder(path)
     if (folder / "common.pt").is_file():
         return _common_file(folder)
-    content = Files(folder, load_metadata(folder)).read_bytes(MetadataIndex(COMMON_STATE))
-    return load_common(content, folder, listed=True)
+    return _common_object(Files(folder, load_metadata(folder)))
+
+
+def _common_object(files: Files) -> dict[str, Any]:
+    content = files.read_bytes(MetadataIndex(COMMON_STATE))
+    return load_common(content, files.folder, listed=True)
 
 
 def _common_file(folder: Path) -> dict[str, Any]:
@@ -135,7 +139,8 @@ def open_stored(path: Path) -> Stored:
     """
     folder = iteration_folder(path)
     files = Files(folder, load_metadata(folder))
-    common = read_common(folder)
+    in_file = (folder / "common.pt").is_file()
+    common = _common_file(folder) if in_file else _common_object(files)
     entries = files.metadata.state_dict_metadata
     return Stored(
         folder=folder,
