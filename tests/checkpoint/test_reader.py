@@ -167,6 +167,14 @@ def test_damaged_pickles_say_what_is_wrong(name: str) -> None:
         read_pickle(content)
 
 
+def test_finite_numbers_are_keys() -> None:
+    value = {0.5: 1, "set": {1.5, 2.5}, (0.25, "a"): 2}
+    assert load_object(saved(value)) == value
+    for strange in (float("nan"), float("inf")):
+        with pytest.raises(Unreadable, match="a float is a key"):
+            load_object(saved({strange: 1}))
+
+
 def test_items_one_by_one_are_not_copied_each_time() -> None:
     """The list of a stand-in's items grows in place."""
     start = b"\x80\x02ccollections\nOrderedDict\n)Rq\x00"

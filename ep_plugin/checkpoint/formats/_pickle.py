@@ -10,6 +10,7 @@ of objects is bounded by that of the bytes. Opcodes that `pickle.dump` of protoc
 not write are refused.
 """
 
+import math
 import struct
 from typing import Any
 
@@ -68,6 +69,8 @@ class _Keys:
         if kind is str or kind is Made or kind is bool or key is None or kind is bytes:
             return key
         if kind is Name:
+            return key
+        if kind is float and math.isfinite(key):
             return key
         if kind is int and key.bit_length() <= MAX_KEY_BITS:
             return key

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from math import prod
+from math import isfinite, prod
 from typing import Any, TypeGuard
 
 import torch
@@ -253,8 +253,10 @@ def _bytes(made: Made) -> bytes:
 
 def _set(made: Made) -> set[Any]:
     (values,) = _bare(made, True, 1)
-    plain = all(type(value) in (str, bool, type(None)) or is_size(value) for value in values)
-    _need(type(values) is list and plain, "a set", None)
+    _need(type(values) is list, "a set", None)
+    for value in values:
+        number = is_size(value) or (type(value) is float and isfinite(value))
+        _need(number or type(value) in (str, bool, type(None)), "a set", None)
     return set(values)
 
 
