@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -173,6 +174,14 @@ def test_finite_numbers_are_keys() -> None:
     for strange in (float("nan"), float("inf")):
         with pytest.raises(Unreadable, match="a float is a key"):
             load_object(saved({strange: 1}))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    for value in (np.int64(-5), np.float32(0.5), np.float64(1e-8), np.bool_(True), np.uint8(200)):
+        read = load_object(saved([value]))
+        assert read == [value.item()]
+        assert type(read[0]) is type(value.item())
+    assert type(load_object(saved([np.complex64(1j)]))[0]) is Made
 
 
 def test_items_one_by_one_are_not_copied_each_time() -> None:

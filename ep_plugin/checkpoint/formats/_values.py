@@ -4,6 +4,7 @@ Everything else stays what it is, a `Made` or a `Name`: inert, and never written
 """
 
 import argparse
+import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -50,6 +51,10 @@ _NAMED = {
     ("torch", "strided"): torch.strided,
     ("torch", "preserve_format"): torch.preserve_format,
     ("torch", "contiguous_format"): torch.contiguous_format,
+}
+_NUMPY_CODES = {
+    **{"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "f4": "f", "f8": "d"},
+    **{"u1": "B", "u2": "H", "u4": "I", "u8": "Q"},
 }
 _DEVICES = ("cpu", "cuda", "meta")
 
@@ -260,6 +265,22 @@ def _set(made: Made) -> set[Any]:
     return set(values)
 
 
+def _number(made: Made) -> Any:
+    """Return a scalar of numpy as a number; one of another dtype stays inert."""
+    if not made.called or len(made.arguments) != 2:
+        return made
+    dtype, raw = made.arguments
+    if type(dtype) is not Made or dtype.kind.key != ("numpy", "dtype") or not dtype.arguments:
+        return made
+    code, state = dtype.arguments[0], dtype.state
+    little = type(state) is tuple and len(state) > 1 and state[1] in ("<", "|")
+    if type(code) is not str or code not in _NUMPY_CODES or not little:
+        return made
+    form = struct.Struct("<" + _NUMPY_CODES[code])
+    _need(type(raw) is bytes and len(raw) == form.size, "a number of numpy", None)
+    return form.unpack(raw)[0]
+
+
 def _device(made: Made) -> torch.device:
     fits = made.called and len(made.arguments) in (1, 2) and made.state is None
     _need(fits and made.arguments[0] in _DEVICES, "a device", None)
@@ -280,4 +301,6 @@ _BUILDERS: dict[tuple[str, str], Callable[[Made], Any]] = {
     ("_codecs", "encode"): _bytes,
     ("__builtin__", "set"): _set,
     ("builtins", "set"): _set,
+    ("numpy.core.multiarray", "scalar"): _number,
+    ("numpy._core.multiarray", "scalar"): _number,
 }
