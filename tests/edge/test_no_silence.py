@@ -213,7 +213,7 @@ def watched(args: Any) -> list[int]:
     training = SimpleNamespace(get_args=lambda: args)
     with (
         patch.object(watch_ranks.importlib, "import_module", lambda name: training),
-        patch.object(watch_ranks.watch, "start", started.append),
+        patch.object(watch_ranks.watch, "start", lambda seconds, slow: started.append(seconds)),
     ):
         patches = Mock()
         watch_ranks.changes(patches)
