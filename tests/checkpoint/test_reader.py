@@ -112,7 +112,12 @@ def test_metadata_of_other_releases() -> None:
     old = metadata()
     for info in old.storage_data.values():
         del info.__dict__["transform_descriptors"]
-    for one in (moved, pickle.dumps(old)):
+    theirs = content.replace(
+        b"ctorch.distributed.checkpoint.metadata\nMetadata\n",
+        b"cmegatron.core.dist_checkpointing.strategies.torch\nMCoreMetadata\n",
+    )
+    assert theirs != content
+    for one in (moved, theirs, pickle.dumps(old)):
         read = to_metadata(read_pickle(one, NAMES))
         assert read.storage_data == metadata().storage_data
         assert read.state_dict_metadata == metadata().state_dict_metadata

@@ -33,6 +33,8 @@ _DCP = "torch.distributed.checkpoint"
 _METADATA = f"{_DCP}.metadata"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"
 _PROPERTIES = ((_METADATA, "TensorProperties"), (_SHARDED, "TensorProperties"))
+# Megatron before 0.16 saved its own; nothing is made of them but what torch's have.
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 # Everything that torch and Megatron name in a `.metadata`; whoever loads one has all of it made.
 NAMES = frozenset(
     {
@@ -45,6 +47,8 @@ NAMES = frozenset(
         )),
         *_PROPERTIES,
         (_SHARDED, "MEM_FORMAT_ENCODING"),
+        (_MEGATRON, "MCoreMetadata"),
+        (_MEGATRON, "MCoreSavePlan"),
         (f"{_DCP}.filesystem", "_StorageInfo"),
         (f"{_DCP}.filesystem", "_StoragePrefix"),
         *(("torch", name) for name in (*DTYPES, "Size", "device", "strided")),
@@ -58,7 +62,7 @@ NAMES = frozenset(
 
 def to_metadata(value: Any) -> Metadata:
     """Return torch's record of what a pickle holds; raises Unreadable."""
-    state = _state(value, (_METADATA, "Metadata"))
+    state = _state(value, (_METADATA, "Metadata"), (_MEGATRON, "MCoreMetadata"))
     entries, stored = _field(state, "state_dict_metadata", dict), state.get("storage_data")
     if type(stored) is not dict:
         raise Unreadable("it does not say where anything is stored")
