@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin.errors import BackendUnavailable, ConfigError
-from ep_plugin.typed import NAME, shown
+from ep_plugin.typed import NAME
+from ep_plugin.untrusted import shown
 
 # choice -> its folder, below ep_plugin
 HOME = {

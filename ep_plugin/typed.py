@@ -11,7 +11,6 @@ import functools
 import inspect
 import math
 import re
-import reprlib
 from collections.abc import Callable, Hashable
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
@@ -27,12 +26,12 @@ from typing import (
     get_type_hints,
 )
 
-from ep_plugin.errors import BRACKET, ConfigError
+from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
 
 LARGEST_INT = 2**31 - 1  # of a field without bounds of its own; sizes and indices are below it
 LARGEST_FLOAT = 1e30  # still finite in fp32
 LONGEST = 1 << 16  # items of a tuple or dict, characters of a text
-SHOWN = 60  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -110,26 +109,6 @@ def check_value(owner: type, name: str, value: Any) -> None:
         raise ConfigError(f"{shown(name)} is no setting; use one of {', '.join(rules)}")
     default = next(field.default for field in fields(owner) if field.name == name)
     _check(name, value, rules[name], default is MISSING, default)
-
-
-def shown(value: Any) -> str:
-    """Return a value for a ConfigError: on one line, cut, and with its type if that is rare."""
-    try:
-        text = _SHORT.repr(value)
-    except Exception:  # an integer of more digits than Python prints, an object of any kind
-        text = f"<{type(value).__name__}>"
-    text = " ".join(text.split())
-    if len(text) > SHOWN:
-        text = f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]}"
-    text, kind = text.replace("<", BRACKET), type(value)
-    if kind in _PLAIN:
-        return text
-    return f"{text} ({kind.__module__}.{kind.__qualname__})"
-
-
-_PLAIN = (NoneType, bool, int, float, complex, str, bytes, list, tuple, dict, set)
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = SHOWN
 
 
 def _check(name: str, value: Any, rule: _Rule, required: bool, default: Any) -> None:

@@ -10,20 +10,26 @@ MAX_CONTAINERS objects and lists, has a key twice, NaN, infinity, or a whole num
 what is returned can be compared, summed and printed.
 """
 
+import argparse
+import itertools
 import json
 import os
 import re
+import reprlib
 import stat
+from collections import deque
 from math import isfinite
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from ep_plugin.errors import ConfigError
+from ep_plugin.errors import BRACKET, ConfigError
 
 MAX_BYTES = 8 << 20  # of a JSON or text file, unless its reader says more
 MAX_DEPTH = 64
 MAX_CONTAINERS = 1_000_000
-_LONGEST = 200  # characters of a value in a message
+SHOWN = 60  # characters of a value in a message
+_LONGEST = 200  # characters of a name or another text in a message
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?')
 _NO_BRACKET = re.compile(r"[^\[\]{}]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -105,8 +111,40 @@ def cut(text: str, longest: int = _LONGEST) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value as Python writes it, cut."""
-    return cut(repr(value))
+    """Return any value for a ConfigError: on one line, cut, and with its type if that is rare.
+
+    What lies deep in it is left out, so the time is bounded whatever it holds.
+    """
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # an object of any kind
+        text = f"<{type(value).__name__}>"
+    text = cut(" ".join(text.split()), len(text))
+    if len(text) > SHOWN:
+        text = f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]}"
+    text, kind = text.replace("<", BRACKET), type(value)
+    if kind in _PLAIN:
+        return text
+    return f"{text} ({kind.__module__}.{kind.__qualname__})"
+
+
+class _Short(reprlib.Repr):
+    """Python's short spelling, also of containers whose own spelling has no bounds."""
+
+    def repr_instance(self, value: Any, level: int) -> str:
+        if isinstance(value, dict):
+            return self.repr_dict(value, level)
+        if isinstance(value, (list, tuple, set, frozenset, deque)):
+            return self.repr_list(list(itertools.islice(value, 10)), level)
+        if isinstance(value, argparse.Namespace):
+            return self.repr_dict(vars(value), level)
+        if isinstance(value, (bytes, bytearray)):
+            return repr(bytes(value[:SHOWN]))
+        return super().repr_instance(value, level)
+
+
+_PLAIN = (NoneType, bool, int, float, complex, str, bytes, list, tuple, dict, set)
+_SHORT = _Short(maxlevel=3, maxstring=SHOWN, maxother=SHOWN, maxlong=SHOWN)
 
 
 def one_line(message: str) -> str:
@@ -115,7 +153,8 @@ def one_line(message: str) -> str:
 
 
 def _printable(character: str) -> str:
-    return character if character.isprintable() else ascii(character)[1:-1]
+    kept = character.isprintable() or character == BRACKET
+    return character if kept else ascii(character)[1:-1]
 
 
 def _parse(text: str) -> Any:

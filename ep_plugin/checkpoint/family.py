@@ -114,10 +114,12 @@ class Family:
     def differing(self, args: argparse.Namespace) -> list[str]:
         """Return "argument = value, not value" for each fixed argument that is another."""
         num_experts = getattr(args, "num_experts", None)
-        wrong_kind = [f"num_experts = {num_experts!r}"] if bool(num_experts) != self.moe else []
+        wrong_kind = (
+            [f"num_experts = {shown(num_experts)}"] if bool(num_experts) != self.moe else []
+        )
         found = {name: getattr(args, name, _ABSENT.get(name)) for name in self.fixed}
         return wrong_kind + [
-            f"{name} = {found[name]!r}, not {value!r}"
+            f"{name} = {shown(found[name])}, not {value!r}"
             for name, value in self.fixed.items()
             if (found[name] or None) != (value or None)  # False, None and 0 are one
         ]

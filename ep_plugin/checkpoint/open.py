@@ -107,8 +107,8 @@ def _without_padding(model: Opened, size: int) -> Opened:
     rows = table.shape[0] if table is not None and table.shape else 0
     if not isinstance(size, int) or not 0 < size <= rows:
         raise ConfigError(
-            f"a vocabulary of {size!r} is asked for, and {EMBEDDING} in {model.folder} has {rows} "
-            f"rows; use --vocab-size {rows}"
+            f"a vocabulary of {shown(size)} is asked for, and {EMBEDDING} in {model.folder} has "
+            f"{rows} rows; use --vocab-size {rows}"
         )
     args = copy.copy(model.args)
     args.ep_vocab_size = size

@@ -84,15 +84,18 @@ def _load_tokenizer(path: Path, folder: Path | None) -> Any:
         )
     try:
         tokenizer: Any = import_module("transformers").AutoTokenizer
-        return tokenizer.from_pretrained(folder, local_files_only=True)
+        # False, not its default: that asks on stdin whether to run the folder's own code.
+        return tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ImportError as error:
         raise BackendUnavailable(
             f"--prompts needs transformers ({error}); install 'ep-plugin[hf]'"
         ) from error
     except Exception as error:  # of any kind, for a damaged file
+        own = "trust_remote_code" in str(error)
+        why = "it needs Python code of its own, which is not run" if own else cut(str(error))
         raise ConfigError(
-            f"{folder} has no tokenizer that transformers can load ({cut(str(error))}); use a file "
-            "of token ids, .json"
+            f"{folder} has no tokenizer that transformers can load ({why}); use a file of token "
+            "ids, .json"
         ) from error
 
 

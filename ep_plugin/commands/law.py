@@ -18,8 +18,8 @@ from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 from ep_plugin.errors import ConfigError, in_python
-from ep_plugin.typed import LARGEST_FLOAT, LARGEST_INT, shown
-from ep_plugin.untrusted import one_line
+from ep_plugin.typed import LARGEST_FLOAT, LARGEST_INT
+from ep_plugin.untrusted import one_line, shown
 
 LARGEST_SEED = 2**63 - 1
 LAST_COUNTS = ("convert",)  # commands whose scripts put flags behind others, which they replace

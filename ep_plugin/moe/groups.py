@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.parallel import ParallelConfig, Ranks, RanksOfNode
-from ep_plugin.typed import Typed, shown, typed
+from ep_plugin.typed import Typed, typed
+from ep_plugin.untrusted import shown
 
 # Its name from torch 2.14 on, where the older one warns.
 all_gather_single: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

@@ -21,7 +21,8 @@ from ep_plugin.moe.parallel import check_experts_over_ranks
 from ep_plugin.moe.replicas import OncePerReplica
 from ep_plugin.moe.watch.place import Layer, Phase
 from ep_plugin.registry import resolve
-from ep_plugin.typed import shown, typed
+from ep_plugin.typed import typed
+from ep_plugin.untrusted import shown
 
 InitMethod = Callable[[Tensor], object]
 

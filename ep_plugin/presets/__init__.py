@@ -15,7 +15,8 @@ from ep_plugin.presets._model import (
     total_params,
 )
 from ep_plugin.registry import available
-from ep_plugin.typed import shown, typed
+from ep_plugin.typed import typed
+from ep_plugin.untrusted import shown
 
 __all__ = [
     "LayerParams",

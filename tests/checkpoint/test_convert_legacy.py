@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.formats import megatron_dist
+from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
+from ep_plugin.checkpoint.formats._archive import Archive
 from ep_plugin.checkpoint.open import kind_of
 from ep_plugin.cli import main
 
@@ -139,6 +141,43 @@ def test_every_cut_is_mended(spelling: str, tmp_path: Path) -> None:
     for name, values in expected.items():
         assert torch.equal(made.read_tensor(name), values), name
     assert made.folder.name == "iter_0000009"
+
+
+def test_other_bytes_of_any_tensor_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch writes the sum of each record; the records that are read are summed once each."""
+    root = save(tmp_path / "legacy", "stacked")
+    summed: list[tuple[int, str]] = []
+    check = Archive.check
+
+    def remembered(archive: Archive, name: str) -> None:
+        summed.append((id(archive), name))
+        check(archive, name)
+
+    monkeypatch.setattr(Archive, "check", remembered)
+    source = megatron_legacy.open_checkpoint(root)
+    for name in source.tensors:
+        source.read_tensor(name)
+        source.read_tensor(name)
+    storages = [pair for pair in summed if pair[1].startswith("data/")]
+    assert len(storages) == len(set(storages)) > L
+    ranks = sorted(root.glob("iter_*/*/model_optim_rng.pt"))
+    for path, at in ((ranks[0], 0), (ranks[-1], -1)):  # last of all are experts
+        healthy = path.read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            record = [r for r in archive.infolist() if "/data/" in r.filename][at]
+            name = record.filename.partition("/")[2]
+            begin = healthy.index(archive.read(record))
+        damaged = bytearray(healthy)
+        damaged[begin + record.file_size - 3] ^= 1
+        path.write_bytes(damaged)
+        paths = ["--from", str(root), "--to", str(tmp_path / "out")]
+        assert main(["convert", *paths, "--skip-parity"]) == 2
+        said = capsys.readouterr().err
+        assert f"{path} is truncated or damaged (its record {name} has other bytes" in said
+        assert not (tmp_path / "out").exists()
+        path.write_bytes(healthy)
 
 
 def test_only_models_that_can_be_run_are_compared(

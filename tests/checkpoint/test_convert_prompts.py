@@ -104,6 +104,25 @@ def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
         read_prompts(text, bare)
 
 
+def test_a_tokenizer_s_own_code_is_not_run(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked whether it may be."""
+
+    def asked(*_: object) -> str:
+        raise AssertionError("asked on stdin")
+
+    monkeypatch.setattr("builtins.input", asked)
+    ran, text = tmp_path / "ran", tmp_path / "text.txt"
+    text.write_text("a router")
+    (llama / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (llama / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"Python code of its own, which is not run\)"):
+        read_prompts(text, llama)
+    assert not ran.exists()
+
+
 def test_prompts_without_a_comparison_are_refused(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """The comparison holds one layer of one model at a time, and computes what whole models do."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def test_transformers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Each model that transformers builds has one layer; the bits are those of the whole."""
     folder = save(case, tmp_path / "hf")
     kind = transformers.AutoModelForCausalLM
-    whole = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    eager = dict.fromkeys(("attn_implementation", "experts_implementation"), "eager")
+    whole = kind.from_pretrained(folder, dtype=torch.float32, **eager).eval()
     outputs: list[Any] = []
     for layer in whole.model.layers:
         layer.register_forward_hook(lambda _, __, output: outputs.append(output))
@@ -52,6 +54,29 @@ def test_transformers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(sizes) == LAYERS
     assert all(found <= largest + ends for found in sizes)
     assert all(found < largest + ends / 2 for found in sizes[1:-1])
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3_moe"])
+def test_nothing_is_fetched_or_imported_for_a_key(case: str, tmp_path: Path) -> None:
+    """Keys of config.json that name kernels, packages or code of the folder are set aside."""
+    folder = save(case, tmp_path / "hf")
+    expected, _ = run_hf.trace(folder, TOKENS)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "attn_implementation": "somebody/kernels",
+        "_attn_implementation": "somebody/kernels",
+        "experts_implementation": "sonicmoe",
+        "_experts_implementation": "deepgemm",
+        "use_kernels": True,
+        "kernel_config": {"RMSNorm": "somebody/kernels:RMSNorm"},
+        "quantization_config": {"quant_method": "gptq", "bits": 4},
+        "fusion_config": {"patch_embeddings": True},
+        "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('run')\n")
+    found, _ = run_hf.trace(folder, TOKENS)
+    assert torch.equal(found, expected)
 
 
 def size(module: torch.nn.Module) -> int:

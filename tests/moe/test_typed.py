@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ep_plugin import ConfigError, MoEConfig, MoELayer, ParallelConfig, RoutingConfig
 from ep_plugin.megatron.edge_settings import EdgeSettings
-from ep_plugin.typed import Typed, Within, shown, typed
+from ep_plugin.typed import Typed, Within, typed
+from ep_plugin.untrusted import shown
 
 
 def few(examples: int) -> settings:

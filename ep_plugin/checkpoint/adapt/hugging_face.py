@@ -20,6 +20,7 @@ from ep_plugin.checkpoint.family import Config, Family, Pair, pairs, query_group
 from ep_plugin.checkpoint.patterns import compile_pattern
 from ep_plugin.checkpoint.tensors import Source, TensorInfo
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -88,8 +89,8 @@ def arguments(config: Config, family: Family) -> argparse.Namespace:
     word = str(config.get(key) or "float32").removeprefix("torch.")
     if word not in _DTYPES:
         raise ConfigError(
-            f"config.json has {key} = {config[key]!r}, which no run of Megatron's has; give the "
-            f"weights in {', '.join(_DTYPES)}"
+            f"config.json has {key} = {shown(config[key])}, which no run of Megatron's has; give "
+            f"the weights in {', '.join(_DTYPES)}"
         )
     args = family.args(config)
     args.params_dtype = getattr(torch, word)

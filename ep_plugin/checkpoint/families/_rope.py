@@ -6,6 +6,7 @@ from typing import Any
 from ep_plugin.checkpoint.config_keys import Keys, refusal
 from ep_plugin.checkpoint.family import Config
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
 
 _LLAMA3 = {  # Megatron has these fixed
     "low_freq_factor": 1.0,
@@ -24,8 +25,8 @@ def scaling(config: Keys) -> Keys:
     given = [key for key in _SPELLINGS if config.get(key)]
     if len(given) > 1 and config[given[0]] != config[given[1]]:
         raise ConfigError(
-            f"config.json has rope_scaling = {config['rope_scaling']!r} and rope_parameters = "
-            f"{config['rope_parameters']!r}; leave one of them out"
+            f"config.json has rope_scaling = {shown(config['rope_scaling'])} and "
+            f"rope_parameters = {shown(config['rope_parameters'])}; leave one of them out"
         )
     return config.within(given[0] if given else "rope_parameters")
 
@@ -62,9 +63,9 @@ def rope_args(config: Keys, *, yarn: bool = False) -> tuple[dict[str, Any], Keys
     elif found != "default" and not (yarn and found == "yarn"):
         kinds = "default, llama3 or yarn" if yarn else "default or llama3"
         raise ConfigError(
-            f"config.json has {settings.path('rope_type')} = {found!r}, and Megatron's GPT has no "
-            f"counterpart for it in this family; give a model with {kinds}; if you mean the model "
-            f"without scaling, leave nothing but rope_theta in {settings.path('')[:-1]}"
+            f"config.json has {settings.path('rope_type')} = {shown(found)}, and Megatron's GPT "
+            f"has no counterpart for it in this family; give a model with {kinds}; if you mean the "
+            f"model without scaling, leave nothing but rope_theta in {settings.path('')[:-1]}"
         )
     return values, settings
 

@@ -8,6 +8,7 @@ from ep_plugin.checkpoint.families import _config, _rows
 from ep_plugin.checkpoint.family import Config, Family, Row
 from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
 
 _HF, _MEGATRON = "model.layers.{layer}.block_sparse_moe.", "decoder.layers.{layer}.mlp."
 _EXPERT, _FC = _HF + "experts.{expert}.", _MEGATRON + "experts.experts.{expert}."
@@ -50,7 +51,7 @@ def _hidden_act(args: argparse.Namespace) -> str:
         return _TANH[0]
     if ours not in (None, "swiglu") or not (ours or args.swiglu):
         raise ConfigError(
-            f"the checkpoint is no mixtral: ep_dense_activation = {ours!r} with swiglu = "
+            f"the checkpoint is no mixtral: ep_dense_activation = {shown(ours)} with swiglu = "
             f"{args.swiglu}; give a model with swiglu or {_TANH[1]}"
         )
     return "silu"

@@ -53,10 +53,15 @@ class Archive:
         record = self.records["data.pkl"]
         if record.size > limit:
             raise Unreadable(f"its data.pkl has {record.size} bytes, more than {limit}")
-        content = bytes(self.data[record.start : record.start + record.size])
-        if record.crc and zlib.crc32(content) != record.crc:
-            raise Unreadable("its data.pkl is damaged")
-        return content
+        self.check("data.pkl")
+        return bytes(self.data[record.start : record.start + record.size])
+
+    def check(self, name: str) -> None:
+        """Raise Unreadable where a record has other bytes than were written; makes no copy."""
+        record = self.records[name]
+        with memoryview(self.data) as view, view[record.start : record.start + record.size] as part:
+            if record.crc and zlib.crc32(part) != record.crc:
+                raise Unreadable(f"its record {cut(name)} has other bytes than were written")
 
     def storage(self, key: str) -> Record:
         """Return where a storage's values lie; raises Unreadable when they do not."""

@@ -66,6 +66,17 @@ class Values:
         self._archive = archive
         self._built: dict[int, Any] = {}
         self._storages: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._unchecked: dict[int, str] = {}  # where a storage's bytes begin -> its record
+
+    def check(self, tensor: Tensor) -> None:
+        """Raise Unreadable where a built tensor's storage has other bytes than were written.
+
+        It is read once; what is asked again is not.
+        """
+        begin = tensor.untyped_storage().data_ptr()
+        if begin in self._unchecked and self._archive is not None:
+            self._archive.check(self._unchecked[begin])
+            del self._unchecked[begin]
 
     def build(self, value: Any, depth: int = 0) -> Any:
         """Return the value; raises Unreadable where one on the list is not as it must be."""
@@ -128,6 +139,7 @@ class Values:
             values = torch.empty(0, dtype=dtype)
             if count:
                 values = torch.frombuffer(area, dtype=dtype, count=count, offset=record.start)
+                self._unchecked[values.untyped_storage().data_ptr()] = f"data/{key}"
             self._storages[key, dtype] = values
         found = self._storages[key, dtype]
         _need(found.numel() == count, "a storage's length", count)

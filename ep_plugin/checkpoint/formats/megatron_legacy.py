@@ -17,7 +17,8 @@ Tensor parallelism cuts a gated fc1 so that each rank has a piece of both halves
 
 import argparse
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -49,6 +50,7 @@ _COLUMN = re.compile(
 _ROW = re.compile(r".+\.linear_(proj|fc2)\.weight")
 _DOWN = re.compile(r".+\.linear_(q|kv)_down_proj\.weight")
 _AGAIN = "copy the checkpoint again"
+Check = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class RankPart:
     """A tensor-parallel rank's piece: an entry of a state dictionary, or one expert of it."""
 
     values: Tensor  # mapped, not read
+    check: Check  # raises ConfigError where its bytes are not those that were written
     expert: int | None = None
 
     @property
@@ -63,6 +66,7 @@ class RankPart:
         return tuple(self.values.shape if self.expert is None else self.values.shape[1:])
 
     def read(self) -> Tensor:
+        self.check(self.values)
         return self.values if self.expert is None else self.values[self.expert]
 
 
@@ -73,7 +77,7 @@ def open_checkpoint(path: Path) -> Source:
     the rest of the model.
     """
     first = _first_file(path)
-    folder, common = first.parents[1], _load(first)
+    folder, (common, _) = first.parents[1], _load(first)
     args = common.get("args")
     if not isinstance(args, argparse.Namespace):
         raise ConfigError(f"{first} holds no run arguments; give a checkpoint that Megatron saved")
@@ -92,7 +96,7 @@ def open_checkpoint(path: Path) -> Source:
 
 def read_common(path: Path) -> dict[str, Any]:
     """Return what stands beside the weights of the checkpoint at `path`; raises ConfigError."""
-    return _without_weights(_load(_first_file(path)))
+    return _without_weights(_load(_first_file(path))[0])
 
 
 def _first_file(path: Path) -> Path:
@@ -111,16 +115,27 @@ def _no_object(folder: Path, name: str) -> bytes:
     raise KeyError(f"{folder} has no object {name}")
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """Return what a rank saved; raises ConfigError."""
+def _load(path: Path) -> tuple[dict[str, Any], Check]:
+    """Return what a rank saved, and the check of a tensor in it; both raise ConfigError."""
     inside(path, path.parents[1])
     try:
-        content = map_state(path)
+        content, check = map_state(path)
         if type(content) is not dict or not all(type(key) is str for key in content):
             raise Unreadable("it is no dictionary")
     except (Unreadable, OSError, MemoryError) as error:
-        raise ConfigError(f"{path} is truncated or damaged ({error}); {_AGAIN}") from error
-    return content
+        raise _damaged(path, error) from error
+    return content, partial(_checked, path, check)
+
+
+def _checked(path: Path, check: Check, tensor: Tensor) -> None:
+    try:
+        check(tensor)
+    except Unreadable as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} is truncated or damaged ({error}); {_AGAIN}")
 
 
 def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[RankPart]]:
@@ -137,7 +152,8 @@ def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[RankPart]]:
     missing = [str(path.relative_to(folder)) for path in ranks.values() if not path.is_file()]
     if missing:
         raise ConfigError(f"{folder} lacks {', '.join(missing)}; {_AGAIN}")
-    states = {rank: _load(path) for rank, path in ranks.items()}
+    loaded = {rank: _load(path) for rank, path in ranks.items()}
+    states = {rank: state for rank, (state, _) in loaded.items()}
     parts: dict[str, list[RankPart]] = {}
     for tp_rank in range(tp):
         first_layer = 0
@@ -150,7 +166,8 @@ def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[RankPart]]:
                             f"{ranks[tp_rank, pp_rank, ep_rank]} has no weights under {chunk}; "
                             f"{_AGAIN}"
                         )
-                    for name, part in _named(state, first_layer, ep_rank, ep, args):
+                    check = loaded[tp_rank, pp_rank, ep_rank][1]
+                    for name, part in _named(state, check, first_layer, ep_rank, ep, args):
                         is_expert = ".experts.experts." in name
                         if is_expert or ep_rank == 0:
                             parts.setdefault(name, []).append(part)
@@ -178,7 +195,12 @@ def _num_layers(state: dict[str, Any]) -> int:
 
 
 def _named(
-    state: dict[str, Any], first_layer: int, ep_rank: int, ep: int, args: argparse.Namespace
+    state: dict[str, Any],
+    check: Check,
+    first_layer: int,
+    ep_rank: int,
+    ep: int,
+    args: argparse.Namespace,
 ) -> list[tuple[str, RankPart]]:
     """Return the tensors of one chunk on one rank under the names of the whole model."""
     found = []
@@ -189,31 +211,32 @@ def _named(
             continue  # the last stage's copy of tied embeddings
         match = _LAYER.fullmatch(name)
         if match is None:
-            found.append((name, RankPart(value)))
+            found.append((name, RankPart(value, check)))
             continue
         prefix = f"decoder.layers.{first_layer + int(match[1])}."
         experts = (getattr(args, "num_experts", None) or 0) // ep
-        for below, part in _experts(match[2], value, ep_rank * experts, experts):
+        whole = RankPart(value, check)
+        for below, part in _experts(match[2], whole, ep_rank * experts, experts):
             found.append((prefix + _stored_norm(below, args), part))
     return found
 
 
-def _experts(name: str, value: Tensor, first: int, count: int) -> list[tuple[str, RankPart]]:
+def _experts(name: str, whole: RankPart, first: int, count: int) -> list[tuple[str, RankPart]]:
     """Return (name below the layer, piece), one for each expert where it is of experts."""
     for pattern in _EXPERTS:
         if (match := pattern.fullmatch(name)) is not None:
             expert = first + int(match["expert"])
-            return [(f"mlp.experts.experts.{expert}.{match['rest']}", RankPart(value))]
-    if (match := _STACKED.fullmatch(name)) is None or not value.shape:
-        return [(name, RankPart(value))]
-    if len(value) != count:  # of a tensor without elements it can be any number
+            return [(f"mlp.experts.experts.{expert}.{match['rest']}", whole)]
+    if (match := _STACKED.fullmatch(name)) is None or not whole.shape:
+        return [(name, whole)]
+    if whole.shape[0] != count:  # of a tensor without elements it can be any number
         raise ConfigError(
-            f"{name} of a rank holds {len(value)} experts, and the run arguments say {count}; "
+            f"{name} of a rank holds {whole.shape[0]} experts, and the run arguments say {count}; "
             f"{_AGAIN}"
         )
     return [
-        (f"mlp.experts.experts.{first + expert}.{match[1]}", RankPart(value, expert))
-        for expert in range(len(value))
+        (f"mlp.experts.experts.{first + expert}.{match[1]}", replace(whole, expert=expert))
+        for expert in range(count)
     ]
 
 

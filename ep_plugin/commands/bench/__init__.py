@@ -21,7 +21,7 @@ from ep_plugin.commands.bench.measure import Protocol, default_device
 from ep_plugin.commands.bench.shapes import MODELS, TINY, Shape, pick
 from ep_plugin.commands.bench.which_flags import BACKENDS, NEEDS
 from ep_plugin.errors import BackendUnavailable, ConfigError, closest
-from ep_plugin.typed import shown
+from ep_plugin.untrusted import shown
 from ep_plugin.written import check_picture, check_place, write_picture, write_whole
 
 __all__ = ["NEEDS", "add_arguments", "run"]

@@ -12,8 +12,7 @@ import torch
 
 from ep_plugin.commands.bench.measure import Timing
 from ep_plugin.errors import ConfigError
-from ep_plugin.typed import shown
-from ep_plugin.untrusted import read_json
+from ep_plugin.untrusted import read_json, shown
 from ep_plugin.written import write_whole
 
 Row = dict[str, Any]

@@ -5,6 +5,7 @@ and its input is what layer l - 1 made. Embedding and output belong to the first
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -18,14 +19,17 @@ from ep_plugin.checkpoint.tensors import Source
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _LAYER = "model.layers.{}."
+# Keys of config.json by which transformers runs a folder's code, imports a package or fetches
+# kernels from a hub: none of them changes what a model computes.
+_ASIDE = re.compile(r".*(implementation|kernel|quantization|fusion|auto_map|pipeline|adapter).*")
 
 
 @torch.no_grad()
 def trace(folder: Path, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return logits [B, S, V] and the output [B, S, H] of each layer for `tokens` [B, S], fp32."""
     transformers = import_module("transformers")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     source: Source = safetensors().open_folder(folder)
+    config = _config(transformers, source.common["config"])
     last = config.num_hidden_layers - 1
     outputs: list[Tensor] = []
     logits = torch.empty(0)
@@ -40,6 +44,23 @@ def trace(folder: Path, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         outputs.append(output)
         del model
     return logits, outputs
+
+
+def _config(transformers: Any, values: dict[str, Any]) -> Any:
+    """Return the settings of a model, of a class of transformers itself."""
+    kind = transformers.CONFIG_MAPPING[values["model_type"]]
+    config = kind.from_dict(_without_aside(values))
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if hasattr(config, name):
+            setattr(config, name, "eager")
+    return config
+
+
+def _without_aside(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _without_aside(inner) for key, inner in value.items()}
+    return {key: inner for key, inner in kept.items() if not _ASIDE.fullmatch(key)}
 
 
 def _weights(source: Source, layer: int, at_an_end: bool) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ from ep_plugin.commands.parity.shown import table
 from ep_plugin.commands.parity.sizes import check_sizes
 from ep_plugin.commands.parity.tiny import default_layout, shrink
 from ep_plugin.errors import ConfigError
-from ep_plugin.typed import shown
+from ep_plugin.untrusted import shown
 from ep_plugin.written import check_place, write_whole
 
 EXAMPLES = r"""examples:

@@ -5,7 +5,7 @@ from math import lcm
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.parallel import ParallelConfig
-from ep_plugin.typed import shown
+from ep_plugin.untrusted import shown
 
 DEGREES = {
     "tp": "--tensor-model-parallel-size",

@@ -8,7 +8,7 @@ from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
 from ep_plugin.commands.parity.comparable import Arguments, is_number, value, without
 from ep_plugin.commands.parity.layouts import Layout
 from ep_plugin.errors import ConfigError
-from ep_plugin.typed import shown
+from ep_plugin.untrusted import shown
 
 HEAD = 16  # size of one attention head
 SEQUENCE = 32

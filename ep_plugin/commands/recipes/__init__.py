@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ep_plugin.errors import ConfigError, closest
-from ep_plugin.typed import shown
+from ep_plugin.untrusted import shown
 from ep_plugin.written import cannot, write_whole
 
 EXAMPLES = """examples:

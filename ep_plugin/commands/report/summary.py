@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.typed import shown
-from ep_plugin.untrusted import cut, read_json, read_text
+from ep_plugin.untrusted import cut, read_json, read_text, shown
 
 GIB = 1 << 30
 MOST_OF_A_LOG = 256 << 20
