@@ -4,7 +4,8 @@ A dataclass that derives from `Typed`, and a function under `typed`, refuse a va
 annotation does not allow in a ConfigError with the name, the value and what is right. A field has
 no entry anywhere for that: its annotation is the rule, and `Annotated[int, Within(1, 8)]` has
 bounds. Types are exact: True is no integer and a numpy scalar no number, since what is stored in
-checkpoints and compared between ranks has to be plain. Floats are finite, and take integers.
+checkpoints and compared between ranks has to be plain; but a float of a subclass, as numpy's is,
+becomes a plain one. Floats are finite, and take integers.
 """
 
 import functools
@@ -12,7 +13,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Hashable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
 from typing import (
@@ -82,11 +83,13 @@ def typed[Function: Callable[..., Any]](function: Function) -> Function:
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         rules = _rules_of(function)
-        for name, value in parameters.bind(*args, **kwargs).arguments.items():
+        bound = parameters.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
             if name in rules:
                 default = parameters.parameters[name].default
                 _check(name, value, rules[name], default is inspect.Parameter.empty, default)
-        return function(*args, **kwargs)
+                bound.arguments[name] = _plain(value)
+        return function(*bound.args, **bound.kwargs)
 
     return checked  # type: ignore[return-value]
 
@@ -96,10 +99,10 @@ def check_fields(settings: Any) -> None:
     owner: Any = type(settings)
     rules = _rules_of(owner)
     for field in fields(settings):
-        required = field.default is MISSING
-        _check(
-            field.name, getattr(settings, field.name), rules[field.name], required, field.default
-        )
+        required, value = field.default is MISSING, getattr(settings, field.name)
+        _check(field.name, value, rules[field.name], required, field.default)
+        if (plain := _plain(value)) is not value:
+            object.__setattr__(settings, field.name, plain)
 
 
 def check_value(owner: type, name: str, value: Any) -> None:
@@ -111,6 +114,16 @@ def check_value(owner: type, name: str, value: Any) -> None:
     _check(name, value, rules[name], default is MISSING, default)
 
 
+def _plain(value: Any) -> Any:
+    """Return a value that fits with plain floats for those of subclasses; it, where none is."""
+    if isinstance(value, float) and type(value) is not float:
+        return float(value)
+    if type(value) is tuple:
+        made = tuple(map(_plain, value))
+        return made if any(new is not old for new, old in zip(made, value, strict=True)) else value
+    return value
+
+
 def _check(name: str, value: Any, rule: _Rule, required: bool, default: Any) -> None:
     if rule.fits(value):
         return
@@ -120,6 +133,12 @@ def _check(name: str, value: Any, rule: _Rule, required: bool, default: Any) -> 
     use = rule.use or ("" if required else _spelled(default))
     use = _scalar(value, rule) or use
     settings = use if "<" in use or not use else f"<{name}={use}>"
+    if use.endswith("(...)"):
+        settings = f"<{name}>={use}"
+    if type(value) is list and rule.fits(tuple(value)):
+        text = shown(value)
+        words, use = "a tuple", "tuple"
+        settings = f"<{name}>=tuple({text if '...' not in text else '...'})"
     raise ConfigError(
         f"<{name}> must be {words}; got {shown(value)}" + (f"; use {settings}" if use else "")
     )
@@ -130,9 +149,12 @@ def _spelled(default: Any) -> str:
 
 
 def _scalar(value: Any, rule: _Rule) -> str:
-    """Return the plain value in an enum's member, or in a scalar of numpy or torch, if it fits."""
+    """Return the plain value in an enum's member, a scalar of numpy or torch or a whole float."""
     try:
-        plain = value.value if isinstance(value, Enum) else value.item()
+        if isinstance(value, float):
+            plain: Any = int(value) if value.is_integer() else value
+        else:
+            plain = value.value if isinstance(value, Enum) else value.item()
         return _spelled(plain) if rule.fits(plain) else ""
     except Exception:  # `item` is any object's
         return ""
@@ -170,7 +192,9 @@ def _rule(hint: Any) -> _Rule:
         return _Rule(callable, "a function")
     if not isinstance(hint, type):
         raise TypeError(f"settings cannot be checked against {hint}")
-    return _Rule(lambda v: isinstance(v, hint), f"{_article(hint.__name__)} {hint.__name__}")
+    use = f"{hint.__name__}(...)" if is_dataclass(hint) else ""
+    words = f"{_article(hint.__name__)} {hint.__name__}"
+    return _Rule(lambda v: isinstance(v, hint), words, use=use)
 
 
 def _article(word: str) -> str:
@@ -182,7 +206,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= LARGEST_FLOAT
+    right = type(value) is int or (isinstance(value, float) and not isinstance(value, Enum))
+    return right and abs(value) <= LARGEST_FLOAT
 
 
 def _is_text(value: Any) -> bool:

@@ -11,6 +11,7 @@ what is returned can be compared, summed and printed.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import re
 import reprlib
 import stat
 from collections import deque
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from types import NoneType
@@ -37,18 +39,35 @@ _LONG_WORD = re.compile(r"\S{600,}")
 _ONE_KIND = str.maketrans("{}", "[]")
 
 
-def read_json(path: Path, remedy: str, kind: type[Any] = dict, max_bytes: int = MAX_BYTES) -> Any:
+def read_json(
+    path: Path,
+    remedy: str,
+    kind: type[Any] = dict,
+    max_bytes: int = MAX_BYTES,
+    by_hand: bool = False,
+) -> Any:
     """Return what the JSON file at `path` holds: an object, or a list with `kind=list`.
 
-    Raises ConfigError that names the file, ends with `remedy`, and is one sentence.
+    Raises ConfigError that names the file, ends with `remedy`, and is one sentence. `by_hand`: the
+    remedy for one wrong value is to correct that.
     """
-    return parse_json(read_text(path, remedy, max_bytes), str(path), remedy, kind)
+    correct = f"correct that key in {path.name}" if by_hand else remedy
+    return parse_json(read_text(path, remedy, max_bytes), str(path), remedy, kind, correct)
 
 
-def parse_json(text: str, where: str, remedy: str, kind: type[Any] = dict) -> Any:
-    """Return what JSON text says; `where` names it in the ConfigError for text that is refused."""
+def parse_json(
+    text: str, where: str, remedy: str, kind: type[Any] = dict, correct: str = ""
+) -> Any:
+    """Return what JSON text says; `where` names it in the ConfigError for text that is refused.
+
+    `correct`: the remedy for one wrong value; "": the same.
+    """
     try:
         value = _parse(text)
+    except _WrongValue as error:
+        raise ConfigError(
+            f"{where} cannot be read ({cut(_of_key(text))}{cut(str(error))}); {correct or remedy}"
+        ) from error
     except RecursionError:
         raise ConfigError(
             f"{where} cannot be read (it nests deeper than {MAX_DEPTH}); {remedy}"
@@ -65,7 +84,7 @@ def read_text(path: Path, remedy: str, max_bytes: int = MAX_BYTES) -> str:
     """Return the text of a file, as UTF-8. Raises ConfigError as `read_bytes` does."""
     content = read_bytes(path, remedy, max_bytes)
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")  # some editors write a mark of UTF-8 first
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
 
@@ -153,8 +172,41 @@ def one_line(message: str) -> str:
 
 
 def _printable(character: str) -> str:
-    kept = character.isprintable() or character == BRACKET
-    return character if kept else ascii(character)[1:-1]
+    return character if character.isprintable() else ascii(character)[1:-1]
+
+
+class _WrongValue(ValueError):
+    """JSON, but a value that nothing here can mean."""
+
+
+def _of_key(text: str) -> str:
+    """Return "under KEY, " for the first key with a wrong number in it; "" where there is none."""
+    found: list[str] = []
+
+    def wrong(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+        def parsed(word: str) -> Any:
+            try:
+                return parse(word)
+            except _WrongValue:
+                return _WrongValue
+
+        return parsed
+
+    def is_wrong(value: Any) -> bool:
+        return value is _WrongValue or (type(value) is list and any(map(is_wrong, value)))
+
+    def remember(pairs: list[tuple[str, Any]]) -> None:
+        found.extend(name for name, value in pairs if is_wrong(value))
+
+    with contextlib.suppress(ValueError, RecursionError):  # of what follows after it
+        json.loads(
+            text,
+            object_pairs_hook=remember,
+            parse_constant=wrong(_no_constant),
+            parse_int=wrong(_small_int),
+            parse_float=wrong(_finite_float),
+        )
+    return f"under {cut(repr(found[0]))}, " if found else ""
 
 
 def _parse(text: str) -> Any:
@@ -189,12 +241,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"it has twice the key {shown(twice)}")
+        raise _WrongValue(f"it has twice the key {cut(repr(twice))}")
     return found
 
 
 def _no_constant(word: str) -> None:
-    raise ValueError(f"it has the number {word}")
+    raise _WrongValue(f"it has the number {word}")
 
 
 def _small_int(digits: str) -> int:
@@ -202,12 +254,12 @@ def _small_int(digits: str) -> int:
         return int(digits)
     value = int(digits) if len(digits) < 30 else 1 << 64
     if not -(1 << 63) <= value < 1 << 63:
-        raise ValueError(f"it has the number {cut(digits, 30)}, which needs more than 64 bits")
+        raise _WrongValue(f"it has the number {cut(digits, 30)}, which needs more than 64 bits")
     return value
 
 
 def _finite_float(digits: str) -> float:
     value = float(digits)
     if not isfinite(value):
-        raise ValueError(f"it has the number {cut(digits, 30)}, which is infinite")
+        raise _WrongValue(f"it has the number {cut(digits, 30)}, which is infinite")
     return value

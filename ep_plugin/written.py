@@ -17,8 +17,10 @@ from typing import Any
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import cut, reason
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_FILES = (Path("/dev"), Path("/proc"))  # what is written there goes to a device or an open file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OPEN_FILES = (Path("/dev/fd"), Path("/proc"))  # what is written there goes to an open file
+
+_STANDARD = (Path("/dev/stdin"), Path("/dev/stdout"), Path("/dev/stderr"))
 
 
 def write_whole(path: Path, content: str | bytes, follow: bool = True) -> None:
@@ -89,7 +91,7 @@ def cannot(done: str, path: object, error: Exception) -> str:
     )
     if code == errno.EROFS:
         return f"{text}: the disk at {disk_of(str(path))}); use another disk, or mount it writable"
-    if code in _OF_THE_DISK:
+    if code in FULL:
         return (
             f"{text}, on the disk at {disk_of(str(path))}); free space there, or use another disk"
         )
@@ -110,7 +112,8 @@ def _kind(path: Path) -> str:
 
 def _is_no_file(path: Path) -> bool:
     """Whether a path is a device, a pipe, or something else that is open already."""
-    if any(parent in _NO_FILES for parent in Path(os.path.abspath(path)).parents):
+    place = Path(os.path.abspath(path))
+    if any(parent in _OPEN_FILES for parent in place.parents) or place in _STANDARD:
         return True
     if not path.exists() or path.is_dir():
         return False

@@ -28,6 +28,7 @@ _WORDS = """
     target_lookbehind temperature top_k top_p typical_p
 """
 WITHOUT_EFFECT = frozenset(_WORDS.split())
+_MOST = 20  # keys in a message
 # Read where the weights are opened, not by a model family: dtype, and MTP layers after the last.
 READ_WITH_WEIGHTS = frozenset(
     ("dtype", "torch_dtype", "quantization_config", "num_nextn_predict_layers", "num_mtp_layers")
@@ -115,7 +116,8 @@ def refuse_unread(keys: Keys, model_type: str) -> None:
     known = WITHOUT_EFFECT | READ_WITH_WEIGHTS
     unknown = [(name, value) for name, value in keys.unread() if name not in known]
     if unknown:
-        named = cut(", ".join(f"{cut(name)} = {shown(value)}" for name, value in unknown), 2000)
+        named = ", ".join(f"{cut(name)} = {shown(value)}" for name, value in unknown[:_MOST])
+        named += f" and {len(unknown) - _MOST} more" if len(unknown) > _MOST else ""
         raise ConfigError(
             f"config.json has {named}, of which nothing is known for a {model_type!r}; take it out "
             "of config.json if the model computes the same without it, else give another model"

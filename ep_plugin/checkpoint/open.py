@@ -92,7 +92,9 @@ def open_source(
     """
     kind = kind_of(path)
     opened = (
-        _open_hf(path) if kind == "hf" else _open_megatron(path, kind, output, left_out, router)
+        _open_hf(path, output)
+        if kind == "hf"
+        else _open_megatron(path, kind, output, left_out, router)
     )
     size = vocab_size or getattr(opened.args, "ep_vocab_size", None)
     return opened if size is None else _without_padding(opened, size)
@@ -193,9 +195,10 @@ def _check_modules(args: argparse.Namespace, folder: Path) -> None:
             )
 
 
-def _open_hf(path: Path) -> Opened:
+def _open_hf(path: Path, output: Format) -> Opened:
     source = safetensors().open_folder(path)
-    safetensors().files_beside(path)  # raises for what must not go along
+    if output == "hf":
+        safetensors().files_beside(path)  # raises for what must not go along
     config = source.common["config"]
     if "model_type" not in config:
         legal = ", ".join(families.names())

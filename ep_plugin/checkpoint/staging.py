@@ -25,10 +25,10 @@ from ep_plugin import __version__
 from ep_plugin.checkpoint.journal import FILE, Journal, open_journal
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import reason
+from ep_plugin.written import FULL
 
 MARGIN_BYTES = 64 << 20  # of free room beside the tensors: headers, metadata, the report
 _PATIENCE_S = 10  # for the workers of a run that was killed to notice
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -103,7 +103,7 @@ def _naming_the_disk(target: Path) -> Iterator[None]:
     except OSError as error:
         parent = _folder_above(target)
         disk = f"the disk of {parent}, with {shutil.disk_usage(parent).free / 2**30:.2f} GiB free,"
-        if error.errno in _FULL:
+        if error.errno in FULL:
             text = f"{disk} takes no more ({reason(error)}); use --to on another disk"
         elif error.errno in _REFUSED:
             text = f"{disk} cannot be written ({error}); use another --to"

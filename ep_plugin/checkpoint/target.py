@@ -141,7 +141,7 @@ def _token_ids(path: Path) -> dict[str, Any]:
     """Return what config.json says of special tokens: where generation begins and ends."""
     if not is_hf(path):
         return {}
-    config = read_json(path / "config.json", "copy the model again")
+    config = read_json(path / "config.json", "copy the model again", by_hand=True)
     return {name: config[name] for name in _SPECIAL if config.get(name) is not None}
 
 

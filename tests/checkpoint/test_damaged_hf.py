@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.formats.hf_safetensors import INDEX
-from ep_plugin.checkpoint.open import open_source
+from ep_plugin.checkpoint.open import Format, open_source
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import one_line
@@ -50,9 +50,9 @@ def copy(models: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]
     return fresh
 
 
-def refused(folder: Path, *about: Any) -> str:
+def refused(folder: Path, *about: Any, output: Format = "megatron") -> str:
     with pytest.raises(ConfigError) as caught:
-        pytest.fail(f"taken: {about}, {open_source(folder, 'megatron').args}")
+        pytest.fail(f"taken: {about}, {open_source(folder, output).args}")
     sentence = one_line(str(caught.value))
     assert sentence.isprintable()
     assert len(sentence) < 12_000
@@ -286,7 +286,7 @@ def test_files_beside_stay_in_the_model(copy: Callable[[str], Path], tmp_path: P
     for name in ("tokenizer.json", "vocab.txt", "additional_chat_templates"):
         target = tmp_path if name.startswith("additional") else tmp_path / "secret"
         (folder / name).symlink_to(target)
-        sentence = refused(folder)
+        sentence = refused(folder, output="hf")
         assert name in sentence
         assert "outside of the model" in sentence
         to = tmp_path / "out"
@@ -295,7 +295,7 @@ def test_files_beside_stay_in_the_model(copy: Callable[[str], Path], tmp_path: P
         assert not list(tmp_path.glob("*out*"))
         (folder / name).unlink()
     (folder / "tokenizer.json").symlink_to(folder / "tokenizer.json")
-    assert "tokenizer.json cannot be read" in refused(folder)
+    assert "tokenizer.json cannot be read" in refused(folder, output="hf")
     (folder / "tokenizer.json").unlink()
     os.mkfifo(folder / "tokenizer.json")
     assert open_source(folder, "megatron").source.tensors  # a pipe is no file of a tokenizer

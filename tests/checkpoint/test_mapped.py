@@ -1,12 +1,22 @@
 """Tensors mapped out of the middle of a file, against torch.load."""
 
 import io
+import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from ep_plugin.checkpoint.formats import _dcp_reader
 from ep_plugin.checkpoint.formats._mapped import map_tensor
 from ep_plugin.checkpoint.inert import Unreadable
 
@@ -60,3 +70,28 @@ def test_changes_stay_in_memory(tmp_path: Path) -> None:
 def test_nothing_else_is_unpickled(tmp_path: Path) -> None:
     with pytest.raises(Unreadable, match="it holds no tensor"):
         map_tensor(*placed(tmp_path, [print], 0))
+
+
+def test_a_chunk_is_summed_once_for_all_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers are forked; what one of them has summed, no other sums again."""
+    torch.save(torch.arange(6.0), tmp_path / "__0_0.distcp")
+    shape, offset = torch.Size([6]), torch.Size([0])
+    entry = TensorStorageMetadata(
+        TensorProperties(dtype=torch.float32), shape, [ChunkStorageMetadata(offset, shape)]
+    )
+    size = (tmp_path / "__0_0.distcp").stat().st_size
+    stored = {MetadataIndex("weight", offset): _StorageInfo("__0_0.distcp", 0, size)}
+    files = _dcp_reader.Files(tmp_path, Metadata({"weight": entry}, storage_data=stored))
+    (chunk,) = files.chunks("weight")
+    worker = multiprocessing.get_context("fork").Process(
+        target=files.read_chunk, args=("weight", chunk)
+    )
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
+    summed: list[Path] = []
+    monkeypatch.setattr(_dcp_reader, "check_sums", lambda path, *_: summed.append(path))
+    assert files.read_chunk("weight", chunk).tolist() == [0, 1, 2, 3, 4, 5]
+    assert not summed

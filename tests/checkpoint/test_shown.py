@@ -9,7 +9,7 @@ import pytest
 
 from ep_plugin.checkpoint.inert import Made, Name
 from ep_plugin.errors import ConfigError
-from ep_plugin.untrusted import cut, shown
+from ep_plugin.untrusted import shown
 
 KINDS: dict[str, Callable[[Any], Any]] = {
     "list": lambda inner: [inner, inner],
@@ -49,7 +49,7 @@ def test_long_values_are_cut(long: Any) -> None:
     assert len(shown(long)) < 100
 
 
-def test_what_a_pickle_names_and_brackets_within_a_cut_text() -> None:
+def test_what_a_pickle_names_and_what_looks_like_a_setting() -> None:
     made = Made(Name("os", "system"), ("rm",), called=True)
-    assert shown(made) == "os.system(...) (ep_plugin.checkpoint.inert.Made)"
-    assert str(ConfigError(cut(f"{shown('<topk>')}\n"))) == "'<topk>'\\n"
+    assert shown(made) == "an object of os.system (ep_plugin.checkpoint.inert.Made)"
+    assert str(ConfigError(f"{shown('<topk>')}; use <topk=2>")) == "'<topk>'; use topk=2"

@@ -9,9 +9,12 @@ import hf_models
 import pytest
 import transformers
 
+from ep_plugin.checkpoint.formats._iteration import iteration_folder
 from ep_plugin.checkpoint.formats.hf_safetensors import files_beside, left_beside
 from ep_plugin.checkpoint.manifest import manifest_problems
+from ep_plugin.checkpoint.open import open_source
 from ep_plugin.cli import main
+from ep_plugin.errors import ConfigError
 
 transformers.utils.logging.disable_progress_bar()
 OTHERS = ("config.json", "model.safetensors", "pytorch_model.bin", "README.md", "modeling_my.py")
@@ -42,6 +45,29 @@ def test_every_kind_of_tokenizer_file_goes_along(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     assert {str(path) for path in files_beside(tmp_path)} == names
     assert [str(path) for path in left_beside(tmp_path)] == runs
+
+
+def test_a_tokenizer_elsewhere_matters_where_it_is_copied_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = hf_models.save("llama", tmp_path / "hf")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (source / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match="outside of the model; put the file itself there"):
+        open_source(source, "hf")
+    assert open_source(source, "megatron").left_out == ()
+
+
+def test_an_iteration_on_another_disk_is_to_be_named_itself(tmp_path: Path) -> None:
+    real, root = tmp_path / "disk" / "iter_0000020", tmp_path / "run"
+    real.mkdir(parents=True)
+    root.mkdir()
+    (root / "iter_0000020").symlink_to(real)
+    (root / "latest_checkpointed_iteration.txt").write_text("20")
+    with pytest.raises(ConfigError, match=f"out of {root}; give the folder {real} itself$"):
+        iteration_folder(root, lambda _: True)
+    (tmp_path / "linked").symlink_to(real)
+    assert iteration_folder(tmp_path / "linked", lambda _: True) == tmp_path / "linked"
 
 
 @pytest.mark.parametrize("experts", [[], ["--num-experts", "4", "--topk", "2"]])

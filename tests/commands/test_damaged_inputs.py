@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,18 @@ def test_a_file_is_written_whole_and_keeps_links_and_modes(tmp_path: Path) -> No
     assert Path("/dev/null").is_char_device()
     write_whole(tmp_path / "a" / "b", "below")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "link", "target"]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a disk below /dev")
+def test_a_disk_below_dev_is_one_as_any_other() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "new" / "x.html"
+        check_place(path)
+        write_whole(path, "x")
+        assert path.read_text() == "x"
+        blocked = path / "below"
+        with pytest.raises(ConfigError):
+            check_place(blocked)
 
 
 @pytest.mark.parametrize("name", ["target/below", "folder", "x" * 300, "pipe", "\udc80" * 300])

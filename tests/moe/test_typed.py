@@ -92,13 +92,15 @@ OPTION = "the name of an option, or a module of your own such as my_package.my_o
 COUNT = "an integer of at least 1"
 WRONG = [
     ({"hidden_size": None}, f"hidden_size must be {COUNT}; got None; use hidden_size=1024"),
+    ({"hidden_size": 64.0}, f"hidden_size must be {COUNT}; got 64.0; use hidden_size=64$"),
     ({"bias": "x"}, "bias must be True or False; got 'x'; use bias=False"),
     ({"bias": 1}, "bias must be True or False; got 1; use bias=False"),
     ({"num_experts": True}, f"num_experts must be {COUNT}; got True; use num_experts=8"),
     ({"num_experts": 10**9}, "num_experts must be at most 1048576; got 1000000000; use num_exp"),
     ({"dispatcher": 3.5}, f"dispatcher must be {OPTION}; got 3.5; use dispatcher='auto'"),
     ({"router": "a\nb"}, r"router must be .*; got 'a\\nb'; use router='topk'"),
-    ({"routing": {}}, "routing must be a RoutingConfig; got {}"),
+    ({"routing": {}},
+     r"routing must be a RoutingConfig; got {}; use routing=RoutingConfig\(\.\.\.\)$"),
     ({"fp8": hostile.Word.TOPK}, r"fp8 must be one of off, rowwise, blockwise; got "
      r"<Word.TOPK: 'topk'> \(hostile_settings.Word\); use fp8='off'"),
     ({"num_moe_layers": np.int64(3)}, rf"num_moe_layers must be {COUNT}; got np.int64\(3\) "
@@ -128,8 +130,13 @@ def test_a_message_names_field_value_and_what_is_right(
         ({"aux_loss_coeff": 10**30}, "aux_loss_coeff must be at most 1000000; got 1000000"),
         (
             {"further_losses": [("sequence", 0.1)]},
+            r"further_losses must be a tuple; got \[\('sequence', 0.1\)\]; use "
+            r"further_losses=tuple\(\[\('sequence', 0.1\)\]\)$",
+        ),
+        (
+            {"further_losses": [("sequence", "x")]},
             r"further_losses must be a tuple, each of it a tuple of one of micro_batch, .* and "
-            r"a finite number; got \[\('sequence', 0.1\)\]",
+            r"a finite number; got \[\('sequence', 'x'\)\]",
         ),
     ],
 )
@@ -138,6 +145,22 @@ def test_the_same_for_routing(change: dict[str, Any], message: str) -> None:
         RoutingConfig(**change)
     with pytest.raises(ConfigError, match=message):
         EdgeSettings(routing=change)
+
+
+def test_a_float_of_a_subclass_becomes_a_plain_one() -> None:
+    made = RoutingConfig(
+        scaling_factor=np.float64(2.5), further_losses=(("sequence", np.float64(0.1)),)
+    )
+    assert (made.scaling_factor, type(made.scaling_factor)) == (2.5, float)
+    assert (made.further_losses, type(made.further_losses[0][1])) == ((("sequence", 0.1),), float)
+    with pytest.raises(ConfigError, match=r"topk must be an integer .* use topk=2$"):
+        RoutingConfig(topk=np.float64(2.0))  # type: ignore[arg-type]
+
+    @typed
+    def half(number: float) -> float:
+        return number / 2
+
+    assert type(half(np.float64(3.0))) is float
 
 
 def test_a_routing_setting_of_no_such_name_is_refused() -> None:
@@ -193,7 +216,7 @@ def test_values_are_shown_on_one_short_line() -> None:
 
 def test_every_dataclass_of_settings_is_checked() -> None:
     """Where users' settings lie, a dataclass that is not checked is a result, and stands here."""
-    results = {"LayerParams", "Load", "Forecast"}
+    results = {"LayerParams", "Load", "Forecast", "Gain"}
     homes = {owner.__module__ for owner in hostile.SETTINGS}
     for home in homes:
         for name, value in vars(__import__(home, fromlist=["_"])).items():

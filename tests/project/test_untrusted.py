@@ -111,6 +111,31 @@ def test_what_is_refused_is_named(text: str, said: str) -> None:
     assert said in refused(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "b": {"rope": NaN}}', "under 'rope', it has the number NaN"),
+        ('{"a": [1, [2, 1e999]]}', "under 'a', it has the number 1e999, which is infinite"),
+        ('{"a": 9223372036854775808}', "under 'a', it has the number 9223372036854775808"),
+        ('{"a": NaN}\n{', "under 'a', it has the number NaN"),
+        ('{"a": 1, "a": 2}', "it has twice the key 'a'"),
+    ],
+)
+def test_a_file_that_is_written_by_hand_is_mended_by_hand(
+    text: str, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"; correct that key in config\.json$") as caught:
+        read_json(path, AGAIN, by_hand=True)
+    assert said in str(caught.value)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=f"; {AGAIN}$"):
+        read_json(path, AGAIN, by_hand=True)
+    path.write_text('\ufeff{"a": 1}')
+    assert read_json(path, AGAIN) == {"a": 1}
+
+
 def test_a_list_is_read_where_one_is_asked_for() -> None:
     assert parse_json("[1, 2]", "x.json", AGAIN, list) == [1, 2]
     assert "no JSON list" in refused('{"a": 1}', list)
@@ -136,7 +161,8 @@ def test_only_files_in_bounds_are_read(tmp_path: Path) -> None:
 
 @given(st.text() | st.text(min_size=1).map(lambda text: text * 5000))
 def test_what_is_shown_is_short_and_printable(text: str) -> None:
-    for found in (cut(text), shown(text), one_line(f"{text[:700]} is wrong; use {text[:700]}")):
+    short = str(ConfigError(shown(text)))
+    for found in (cut(text), short, one_line(f"{text[:700]} is wrong; use {text[:700]}")):
         assert found.isprintable()
     assert len(cut(text)) <= 10 * 200 + 30
     if len(text) <= 200 and text.isprintable():

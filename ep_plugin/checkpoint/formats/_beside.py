@@ -31,15 +31,15 @@ def left_beside(folder: Path) -> list[Path]:
     return sorted(p.relative_to(folder) for p in found if _is_entry(p) and p.suffix not in kept)
 
 
-def files_beside(folder: Path) -> list[Path]:
+def files_beside(folder: Path, to_copy: bool = True) -> list[Path]:
     """Return the files of a model's tokenizer and for generation, relative to `folder`.
 
-    Raises ConfigError for one that is too large, or a link out of the model; links of the Hub's
-    cache, from snapshots/REVISION to blobs, stay within.
+    Where they are `to_copy`, raises ConfigError for one that is too large, or a link out of the
+    model; links of the Hub's cache, from snapshots/REVISION to blobs, stay within.
     """
     paths = {path for pattern in _BESIDE for path in folder.glob(pattern) if _is_entry(path)}
     found = sorted(path for path in paths if path.suffix in _DATA)
-    for path in found:
+    for path in found if to_copy else ():
         _check_beside(path, folder)
     return [path.relative_to(folder) for path in found]
 

@@ -1,5 +1,6 @@
 """Read a `torch.distributed.checkpoint` folder one tensor at a time, whatever ranks wrote it."""
 
+import mmap
 import re
 from dataclasses import dataclass
 from math import prod
@@ -38,7 +39,10 @@ class Files:
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self.folder, self.metadata = folder, metadata
         self.entries = _tensor_entries(self.metadata)
-        self._checked: set[tuple[Path, int]] = set()  # whose bytes are those that were written
+        places = ((s.relative_path, s.offset) for s in metadata.storage_data.values())
+        self._number = {place: number for number, place in enumerate(dict.fromkeys(places))}
+        # Of each, whether its bytes are those that were written; shared with forked workers.
+        self._sound = mmap.mmap(-1, max(len(self._number), 1))
 
     def read_bytes(self, index: MetadataIndex) -> bytes:
         """Return an object's bytes; raises Damaged when no file has them."""
@@ -83,9 +87,10 @@ class Files:
 
     def _check(self, path: Path, stored: _StorageInfo) -> None:
         """Raise Unreadable where the bytes of an archive are not those that were written."""
-        if (path, stored.offset) not in self._checked:
+        number = self._number[stored.relative_path, stored.offset]
+        if not self._sound[number]:
             check_sums(path, stored.offset, stored.length)
-            self._checked.add((path, stored.offset))
+            self._sound[number] = 1
 
     def read_chunk(self, key: str, chunk: Chunk) -> Tensor:
         """Return a chunk's values, mapped: what is not looked at is not read.

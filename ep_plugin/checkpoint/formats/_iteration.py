@@ -63,6 +63,10 @@ def inside(path: Path, folder: Path) -> Path:
         leads_out = not path.resolve().is_relative_to(folder.resolve())
     except (RuntimeError, OSError) as error:  # a link to itself
         raise Damaged(f"{path} leads nowhere ({error}); put the file itself there") from error
+    if leads_out and path.is_dir():
+        raise Damaged(
+            f"{path} is a link that leads out of {folder}; give the folder {path.resolve()} itself"
+        )
     if leads_out:
         raise Damaged(
             f"{path} is a link that leads out of {folder}; put the file itself there, or give a "

@@ -46,7 +46,7 @@ def open_folder(folder: Path) -> Source:
 
     Raises ConfigError when a file is missing, truncated or contradicts the index.
     """
-    config = read_json(folder / CONFIG, _AGAIN)
+    config = read_json(folder / CONFIG, _AGAIN, by_hand=True)
     files = _files(folder)
     handles: dict[str, Any] = {}
     tensors: dict[str, TensorInfo] = {}

@@ -161,7 +161,8 @@ def _vocabulary(request: Request, target: Target) -> Iterator[str]:
 def tokenizer(request: Request, target: Target) -> str | None:
     """Return what became of these files, or what the user has to do; None where there are none."""
     source = target.model.folder
-    found = [str(path) for path in safetensors().files_beside(source)] if is_hf(source) else []
+    listed = safetensors().files_beside(source, to_copy=False) if is_hf(source) else []
+    found = [str(path) for path in listed]
     has_one = any(name != _GENERATION for name in found)
     if request.format == "hf":
         said = [f"copied beside the weights: {', '.join(found)}"] if found else []
