@@ -282,9 +282,9 @@ def test_one_tensor_is_in_one_shard(copy: Callable[[str], Path]) -> None:
 def test_files_beside_stay_in_the_model(copy: Callable[[str], Path], tmp_path: Path) -> None:
     """A link of the Hub's cache leads to its blobs; others are refused, and nothing is written."""
     folder = copy("qwen3")
-    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "secret.jinja").write_text("secret")
     for name in ("tokenizer.json", "vocab.txt", "additional_chat_templates"):
-        target = tmp_path if name.startswith("additional") else tmp_path / "secret"
+        target = tmp_path if name.startswith("additional") else tmp_path / "secret.jinja"
         (folder / name).symlink_to(target)
         sentence = refused(folder, output="hf")
         assert name in sentence
