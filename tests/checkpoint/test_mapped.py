@@ -86,7 +86,7 @@ def test_a_chunk_is_summed_once_for_all_workers(
     files = _dcp_reader.Files(tmp_path, Metadata({"weight": entry}, storage_data=stored))
     (chunk,) = files.chunks("weight")
     worker = multiprocessing.get_context("fork").Process(
-        target=files.read_chunk, args=("weight", chunk)
+        target=files.read_chunk, args=("weight", chunk), daemon=True
     )
     worker.start()
     worker.join(60)
