@@ -1,75 +1,26 @@
 """Ranks compare, in threads over one store: what differs is refused with its ranks and values."""
 
-import threading
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from flag_values import PLAIN, parser
+from flag_values import parser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meetings import BASE, PATIENCE, answer, facts, models, of, parse, together
 
 from ep_plugin.megatron.arguments.digest import OWN, PLACES, READ, TOGETHER
-from ep_plugin.megatron.arguments.parser import TYPED, with_preset
+from ep_plugin.megatron.arguments.parser import TYPED
 from ep_plugin.megatron.ranks import environment, meeting, model
-from ep_plugin.megatron.ranks.compared import Compared, of_arguments, of_settings, subject
+from ep_plugin.megatron.ranks.compared import Compared, of_settings, subject
 from ep_plugin.megatron.ranks.meeting import Answer, Meeting, ranges
 from ep_plugin.megatron.ranks.sentence import Flags, flags_of
 from ep_plugin.megatron.settings import EdgeSettings
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
-PATIENCE = 20.0
 LISTED = OWN.keys() | PLACES.keys() | TOGETHER.keys() | READ.keys()
-
-
-def together(number: int, what: Callable[[int], Any]) -> list[Any]:
-    """Return what `what(rank)` returns in a thread for each rank."""
-    found: list[Any] = [None] * number
-
-    def run(rank: int) -> None:
-        found[rank] = what(rank)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
-    return found
-
-
-def answer(
-    compared: Sequence[Compared], stores: Sequence[Any] = (), flags: Flags | None = None
-) -> Answer:
-    """Return the answer that all ranks got, which is one; `stores` are one for each."""
-    size = len(compared)
-    places = stores or [dist.HashStore()] * size
-
-    def rank_s(rank: int) -> Answer:
-        one = compared[rank]
-        about = subject("start", flags or Flags())
-        return Meeting(places[rank], rank, size, PATIENCE).agree(about, one.record(), one.whole)
-
-    answers = together(size, rank_s)
-    assert len(set(answers)) == 1
-    return answers[0]  # type: ignore[no-any-return]
-
-
-def facts(**values: Any) -> Compared:
-    return Compared({f"argument:{name}": str(value) for name, value in values.items()})
-
-
-def parse(*flags: str) -> Any:
-    args = parser().parse_args(with_preset([*PLAIN, *flags]))
-    args.rank, args.local_rank = 0, 0
-    return args
-
-
-def of(args: Any, **more: Any) -> Compared:
-    return of_arguments(args, getattr(args, "ep_typed", {}), more.pop("own", ()), 2)
 
 
 def other_than(value: Any) -> Any:
@@ -79,7 +30,6 @@ def other_than(value: Any) -> Any:
 
 
 NAMES = sorted({a.dest for a in parser()._actions} - LISTED - {"help"})
-BASE = parse()
 
 
 @pytest.mark.parametrize("part", range(20))
@@ -298,7 +248,10 @@ class Counted:
         return getattr(self.store, name)
 
 
-def test_no_rank_but_the_first_asks_the_store_more_often_for_there_being_more() -> None:
+def test_no_rank_but_the_first_asks_the_store_more_often_for_there_being_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(meeting, "_FIRST_STRETCH", PATIENCE)  # looks while waiting are apart
     for differ in (False, True):
         place = dist.HashStore()
         stores = [Counted(place) for _ in range(64)]
@@ -310,7 +263,7 @@ def test_no_rank_but_the_first_asks_the_store_more_often_for_there_being_more() 
             return part.agree(about, one.record(), one.whole)
 
         assert all(found.fine != differ for found in together(64, rank_s))
-        assert max(store.requests for store in stores[1:]) <= 14
+        assert max(store.requests for store in stores[1:]) <= 16  # of the last, which removes all
 
 
 def two_of(kind: str, folder: Path) -> list[Any]:
@@ -388,18 +341,6 @@ def holds(place: str, **more: Any) -> model.Held:
         "num_layers": 4,
     }
     return model.Held(**fields | more)
-
-
-def models(*held: model.Held) -> Answer:
-    place = dist.HashStore()
-
-    def rank_s(rank: int) -> Answer:
-        part = Meeting(place, rank, len(held), PATIENCE)
-        return part.agree(model.subject("model"), held[rank].record(), held[rank].whole)
-
-    answers = together(len(held), rank_s)
-    assert len(set(answers)) == 1
-    return answers[0]  # type: ignore[no-any-return]
 
 
 def test_models_are_compared_where_ranks_must_hold_the_same() -> None:

@@ -6,6 +6,9 @@ come. Imports neither torch nor Megatron.
 
 import hashlib
 import json
+from argparse import Namespace
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from ep_plugin.megatron.arguments.parser import TYPED
@@ -101,8 +104,24 @@ def text_of(value: Any) -> str:
         return f"{{{', '.join(sorted(map(text_of, value)))}}}"
     if isinstance(value, dict):
         return text_of(sorted((str(key), text_of(part)) for key, part in value.items()))
+    name = type(value).__qualname__
+    if is_dataclass(value) and not isinstance(value, type) and _has_plain_repr(value):
+        shown = {one.name: getattr(value, one.name, None) for one in fields(value) if one.repr}
+        return f"{name}({_parts(shown)})"
+    if isinstance(value, (Namespace, SimpleNamespace)):
+        return f"{name}({_parts(vars(value))})"
     text = repr(value)
     if " at 0x" not in text:
         return text
-    name = getattr(value, "__qualname__", None)
-    return type(value).__qualname__ if name is None else f"{value.__module__}.{name}"
+    own = getattr(value, "__qualname__", None)
+    return name if own is None else f"{value.__module__}.{own}"
+
+
+def _has_plain_repr(value: Any) -> bool:
+    """Whether Python made it: one that the class has itself says what of it counts."""
+    method = type(value).__repr__
+    return hasattr(method, "__wrapped__") and method.__module__ != "builtins"
+
+
+def _parts(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={text_of(part)}" for name, part in values.items())

@@ -86,10 +86,12 @@ def _with_software(size: int, must: Facts, **more: Any) -> Compared:
     must |= {f"version:{name}": value for name, value in versions.versions().items()}
     must |= {f"files:{name}": value for name, value in versions.sources().items()}
     must["size:the number of ranks"] = str(size)
+    together = more.pop("together", {})
+    together |= {f"variable:{name}": value for name, value in environment.together().items()}
     warn = more.pop("warn", {})
     warn |= {f"variable:{name}": value for name, value in environment.warned().items()}
     warn |= {"files:the script": versions.script(), "version:the GPU": versions.device()}
-    return Compared(must, warn=warn, host=host(), **more)
+    return Compared(must, together, warn, host=host(), **more)
 
 
 def _fields(settings: Any) -> Facts:

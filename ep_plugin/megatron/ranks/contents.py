@@ -1,9 +1,10 @@
 """What the files hold that ranks read: hosts may know them by other names, and must agree on this.
 
 A few bytes of text stand for each: of a checkpoint its iteration, of other files their size and a
-hash of their beginning and end.
+hash of their beginning and end. What this rank may not look at is left to the others.
 """
 
+import errno
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ UNKNOWN = "?"  # what this rank cannot see: it need not, and differs from nothin
 CHECKPOINTS = ("load", "pretrained_checkpoint", "bert_load", "ict_load")
 DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _PART = 1 << 20  # bytes at both ends of a file that are hashed
+_INDEX_PART = 1 << 12  # of an index of data: every rank reads them
+_INDEXES = 64  # that are hashed; of further ones the sizes count
 
 
 def contents(args: Any) -> dict[str, str]:
@@ -25,16 +28,27 @@ def contents(args: Any) -> dict[str, str]:
         value = getattr(args, name, None)
         if not value:
             continue
-        if name in CHECKPOINTS:
-            found[name] = checkpoint_in(str(value), args.ckpt_step if name == "load" else None)
-        elif name in DATA:
-            found[name] = _data(value if isinstance(value, (list, tuple)) else [value])
-        else:
-            found[name] = fingerprint(str(value))
+        try:
+            found[name] = _content(args, name, value)
+        except (OSError, ValueError) as error:
+            # What is too long for a name is no file: the words themselves are compared.
+            too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+            found[name] = str(value) if too_long else UNKNOWN
     folder = getattr(args, "non_persistent_global_ckpt_dir", None)
     if folder and args.load:
-        found["non_persistent_global_ckpt_dir"] = checkpoint_in(str(folder), None)
+        try:
+            found["non_persistent_global_ckpt_dir"] = checkpoint_in(str(folder), None)
+        except (OSError, ValueError):
+            found["non_persistent_global_ckpt_dir"] = UNKNOWN
     return found
+
+
+def _content(args: Any, name: str, value: Any) -> str:
+    if name in CHECKPOINTS:
+        return checkpoint_in(str(value), args.ckpt_step if name == "load" else None)
+    if name in DATA:
+        return _data(value if isinstance(value, (list, tuple)) else [value])
+    return fingerprint(str(value))
 
 
 def checkpoint_in(folder: str, step: int | None) -> str:
@@ -59,16 +73,16 @@ def checkpoint_in(folder: str, step: int | None) -> str:
     return f"iteration {iteration}" if inside.is_dir() else f"iteration {iteration}, not there"
 
 
-def fingerprint(place: str) -> str:
+def fingerprint(place: str, part: int = _PART) -> str:
     """Return size and hash of a file, or of a folder's list of files; what is no place stays."""
     path = Path(place)
     if path.is_file():
         size = path.stat().st_size
         with path.open("rb") as file:
-            found = hashlib.sha256(file.read(_PART))
-            if size > _PART:
-                file.seek(max(_PART, size - _PART))
-                found.update(file.read(_PART))
+            found = hashlib.sha256(file.read(part))
+            if size > part:
+                file.seek(max(part, size - part))
+                found.update(file.read(part))
         return f"{size} bytes ({found.hexdigest()[:8]})"
     if path.is_dir():
         listed = sorted((f.name, f.stat().st_size) for f in path.iterdir() if f.is_file())
@@ -89,5 +103,8 @@ def _data(words: Sequence[Any]) -> str:
         if not index.is_file() or not data.is_file():
             return UNKNOWN
         files, total = files + 1, total + data.stat().st_size
-        found.update(f"{data.stat().st_size} {fingerprint(str(index))}".encode())
+        what = str(index.stat().st_size)
+        if files <= _INDEXES:
+            what = fingerprint(str(index), _INDEX_PART)
+        found.update(f"{data.stat().st_size} {what}".encode())
     return f"{files} of {total} bytes ({found.hexdigest()[:8]})"

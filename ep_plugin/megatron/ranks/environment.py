@@ -1,8 +1,9 @@
 """Environment variables: those that ranks must have alike, and those only warned of.
 
 Must be alike: what chooses how a collective runs, since both of its ends must run the same, and
-what changes numbers. Warned of: what changes speed or memory, and what NCCL reads without being
-listed here. Not looked at: the network of a host, logs, and places.
+what changes numbers. Alike within a host: how its own ranks reach each other. Warned of: what
+changes speed or memory, and what NCCL reads without being listed here. Not looked at: the network
+of a host, logs, and places.
 """
 
 import os
@@ -12,7 +13,7 @@ MUST = (
     # how a collective runs: NCCL does not compare them, and waits for ever or sums up wrongly
     *("NCCL_ALGO", "NCCL_PROTO", "NCCL_NET", "NCCL_BUFFSIZE", "NCCL_LL_BUFFSIZE"),
     *("NCCL_LL128_BUFFSIZE", "NCCL_P2P_NET_CHUNKSIZE", "NCCL_NVLS_ENABLE", "NCCL_COLLNET_ENABLE"),
-    *("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE", "NCCL_CUMEM_ENABLE"),
+    "NCCL_IB_DISABLE",
     *("NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "NCCL_MIN_CTAS", "NCCL_MAX_CTAS"),
     *("NCCL_NTHREADS", "TORCH_DIST_INIT_BARRIER"),
     # numbers: precision, kernels, compiled or not
@@ -21,6 +22,8 @@ MUST = (
     # the plugin's device
     "EP_PLUGIN_DEVICE",
 )
+# between the ranks of one host; another host may need another value
+TOGETHER = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_CUMEM_ENABLE")
 MUST_BEGIN = ("NVTE_",)  # Transformer Engine chooses attention and kernels by them
 WARN = (
     # in which order kernels of several streams start: speed, and what overlaps
@@ -41,6 +44,11 @@ def must(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {name: value for name, value in environment.items() if _must(name)}
 
 
+def together(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the set variables that the ranks of a host must have alike."""
+    return {name: value for name, value in environment.items() if name in TOGETHER}
+
+
 def warned(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the set variables that are only warned of."""
     return {
@@ -48,6 +56,7 @@ def warned(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
         for name, value in environment.items()
         if (name in WARN or name.startswith(WARN_BEGIN))
         and not _must(name)
+        and name not in TOGETHER
         and not name.startswith(OWN_BEGIN)
     }
 

@@ -15,6 +15,7 @@ import torch
 from ep_plugin.megatron.arguments.digest import hash_of, text_of
 from ep_plugin.megatron.ranks.meeting import Answer, Subject, ranges
 from ep_plugin.megatron.ranks.sentence import Difference, Flags, differences, said, sentence
+from ep_plugin.megatron.seams.served import family_of
 from ep_plugin.moe.experts.experts import Experts
 
 Facts = dict[str, str]
@@ -31,7 +32,7 @@ class Held:
     layers: Sequence[int]  # numbers of the decoder's layers here, from 1
     local_experts: Mapping[str, int]  # number of a layer -> its experts here
     all_experts: Mapping[str, int]  # number of a layer -> its experts on all ranks
-    num_layers: int
+    num_layers: int  # 0: layers are not counted
 
     def record(self) -> dict[str, Any]:
         """Return what is compared first."""
@@ -54,7 +55,7 @@ def held(chunks: Sequence[torch.nn.Module]) -> Held:
     layers: list[int] = []
     local: dict[str, int] = {}
     every: dict[str, int] = {}
-    layer_class = import_module("megatron.core.transformer.transformer_layer").TransformerLayer
+    counted = True
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             name = name.replace("module.", "")
@@ -62,9 +63,9 @@ def held(chunks: Sequence[torch.nn.Module]) -> Held:
             prefix = f"chunk {number}, " if len(chunks) > 1 else ""
             dtype = str(parameter.dtype).removeprefix("torch.")
             found[f"{prefix}{name}"] = f"{list(parameter.shape)} {dtype}"
-        for name, module in chunk.named_modules():
-            if ".mtp." in f".{name}." or not isinstance(module, layer_class):
-                continue
+        found_layers = _decoder_layers(chunk)
+        counted = counted and found_layers is not None
+        for module in found_layers or ():
             layers.append(module.layer_number)
             for part in module.modules():
                 if isinstance(part, Experts):
@@ -73,10 +74,10 @@ def held(chunks: Sequence[torch.nn.Module]) -> Held:
     config = _config(chunks)
     return Held(
         *(dense, experts, _facts(config), _place()),
-        layers=layers,
-        local_experts=local,
-        all_experts=every,
-        num_layers=int(getattr(config, "num_layers", 0) or 0),
+        layers=layers if counted else [],
+        local_experts=local if counted else {},
+        all_experts=every if counted else {},
+        num_layers=int(getattr(config, "num_layers", 0) or 0) if counted else 0,
     )
 
 
@@ -85,11 +86,24 @@ def subject(name: str) -> Subject:
     return Subject(name, _representatives, _decide)
 
 
-def _config(chunks: Sequence[Any]) -> Any:
-    module = chunks[0]
+def _bare(module: Any) -> Any:
     while hasattr(module, "module"):
         module = module.module
-    return getattr(module, "config", None)
+    return module
+
+
+def _config(chunks: Sequence[Any]) -> Any:
+    return getattr(_bare(chunks[0]), "config", None)
+
+
+def _decoder_layers(chunk: Any) -> list[Any] | None:
+    """Return the layers of a GPT's decoder; None of other models, which number theirs otherwise."""
+    gpt = import_module("megatron.core.models.gpt.gpt_model").GPTModel
+    model = _bare(chunk)
+    if not isinstance(model, gpt) or family_of(model.modules()) is not None:
+        return None
+    layers = list(getattr(getattr(model, "decoder", None), "layers", ()))
+    return layers if all(hasattr(layer, "layer_number") for layer in layers) else None
 
 
 def _facts(config: Any) -> Facts:
@@ -178,6 +192,8 @@ def _sums(records: Sequence[Any]) -> list[str]:
             local.setdefault(layer, {})[record["place"]["ep"]] = number
     layers = sorted(layer for found in stages.values() for layer in found)
     wanted = records[0]["num_layers"]
+    if not all(record["num_layers"] for record in records):
+        return []
     parts = []
     if layers and layers != list(range(1, wanted + 1)):
         parts.append(

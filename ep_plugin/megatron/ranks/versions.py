@@ -22,6 +22,8 @@ PACKAGES = {
     "DeepGEMM": ("deep-gemm",),
 }
 _PLUGIN = Path(__file__).parents[2]
+# Files of users: links in a checkout, a folder in an installed package.
+_NOT_CODE = Path("commands", "recipes", "files")
 
 
 @cache
@@ -78,7 +80,8 @@ def _hash_of(folder: Path, content: bool) -> str:
     """Return a hash of the Python files below a folder: their names with their bytes or sizes."""
     found = hashlib.sha256()
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        here = Path(root).relative_to(folder)
+        folders[:] = sorted(f for f in folders if f != "__pycache__" and here / f != _NOT_CODE)
         for name in sorted(name for name in names if name.endswith(".py")):
             file = Path(root) / name
             found.update(f"{file.relative_to(folder)}\0".encode())

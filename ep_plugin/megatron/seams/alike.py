@@ -9,6 +9,7 @@ A rank that fails before that says so in the store, so that the others end with 
 """
 
 import inspect
+import math
 import os
 import sys
 import time
@@ -20,9 +21,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import (
+    PrefixStore,
+    _get_default_store,
+    default_pg_timeout,
+)
 from torch.distributed.rendezvous import rendezvous
 
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.ranks.compared import Compared, of_arguments, of_settings, subject
 from ep_plugin.megatron.ranks.meeting import Answer, Meeting
 from ep_plugin.megatron.ranks.sentence import Flags, flags_of
@@ -31,27 +37,49 @@ from ep_plugin.megatron.seams.patches import Patches
 TRAINING = "megatron.training.training"
 START, MODEL = "start", "model"
 TIMEOUT = "EP_PLUGIN_START_TIMEOUT"
-_PATIENCE = 60.0  # seconds without a newcomer, beyond what this rank's own start took
+_PATIENCE = 60.0  # seconds without a newcomer at least, beyond what this rank's own start took
 _TO_CONNECT, _TO_HEAR = 15.0, 30.0  # seconds of a rank that failed and says so
+_LONGEST = 1e6  # seconds that can be asked for
+_TO_HEAR_OF_A_MODEL = 2.0  # where nobody knows whether the others will compare one
 
 
 class _State:
     """Where this process stands; one for each install."""
 
-    def __init__(self, layer_class: Any) -> None:
+    def __init__(self, layer_class: Any, patience: float | None) -> None:
         self.layer_class = layer_class
+        self.patience = patience  # that the user gave
         self.group: Any = None  # the default group whose ranks have compared
         self.next: str | None = START  # the meeting that a rank that fails would miss
         self.told = False  # that this rank fails, or ends
         self.model_compared = False
+        self.in_setup = False  # in the call that builds and compares the model
+        self.timeout: timedelta | None = None  # of the process group
 
 
-_before_install = _State(None)
+def patience_given() -> float | None:
+    """Return EP_PLUGIN_START_TIMEOUT in seconds; raises ConfigError when it is no such number."""
+    said = os.environ.get(TIMEOUT)
+    if not said:
+        return None
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _LONGEST:
+        raise ConfigError(
+            f"{TIMEOUT} must be a number of seconds above 0 and up to {_LONGEST:,.0f}; got "
+            f"{said!r}; use for example {TIMEOUT}=3600"
+        )
+    return seconds
+
+
+_before_install: list[_State] = []  # made when a rank fails that early
 
 
 def changes(patches: Patches, layer_class: Any, training: bool) -> None:
     """Note where ranks compare."""
-    layer_class.alike = state = _State(layer_class)
+    layer_class.alike = state = _State(layer_class, patience_given())
     patches.wrap(
         "torch.distributed:init_process_group",
         lambda original, *args, **kwargs: _around_init(state, original, args, kwargs),
@@ -86,6 +114,7 @@ def _around_init(
     if parsed is None or rank is None or size is None or size < 2 or backend in ("mpi", "fake"):
         return original(*args, **kwargs)
     timeout = given.get("timeout") or timedelta(minutes=parsed.distributed_timeout_minutes)
+    state.timeout = timeout
     store = given.get("store")
     if store is None:
         store = _rendezvous(given.get("init_method"), rank, size, timeout)
@@ -127,10 +156,11 @@ def _before_optimizer(
 def _around_setup(
     state: _State, original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
 ) -> Any:
-    state.model_compared = False
+    state.model_compared, state.in_setup = False, True
     result = original(*args, **kwargs)
     if not state.model_compared:
         _compare_model(state, result[0])
+    state.in_setup = False  # stays where an error ends the call
     return result
 
 
@@ -145,7 +175,7 @@ def _of_arguments(state: _State, parsed: Any, size: int) -> Compared:
 def _compare(state: _State, store: Any, rank: int, size: int, compared: Compared) -> None:
     """Compare with all ranks; a difference ends this one."""
     about = subject(START, _flags(state))
-    answer = _meet(store, rank, size, about, compared.record(), compared.whole)
+    answer = _meet(state, store, rank, size, about, compared.record(), compared.whole)
     _heed(state, answer, rank)
     state.next = MODEL
 
@@ -166,24 +196,42 @@ def _compare_model(state: _State, chunks: Any) -> None:
         return
     rank, size = dist.get_rank(), dist.get_world_size()
     found = held(chunks if isinstance(chunks, (list, tuple)) else [chunks])
-    answer = _meet(store, rank, size, about_model(MODEL), found.record(), found.whole)
+    answer = _meet(state, store, rank, size, about_model(MODEL), found.record(), found.whole)
     _heed(state, answer, rank)
     state.next = None
 
 
-def _meet(store: Any, rank: int, size: int, *what: Any) -> Answer:
+def _meet(state: _State, store: Any, rank: int, size: int, *what: Any) -> Answer:
     try:
-        return _meeting(store, rank, size).agree(*what)
+        return _meeting(state, store, rank, size).agree(*what)
     except RuntimeError as error:
         return Answer(False, f"the store in which ranks compare their settings is gone: {error}")
 
 
-def _meeting(store: Any, rank: int, size: int) -> Meeting:
+def _meeting(state: _State, store: Any, rank: int, size: int) -> Meeting:
     """Return this rank's part; keys have a prefix of their own, beside those of others."""
-    said = os.environ.get(TIMEOUT)
-    patience = float(said) if said else _PATIENCE + _age()
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return Meeting(PrefixStore("ep_plugin", store), rank, size, patience, hosts)
+    environment = os.environ.get
+    run = environment("TORCHELASTIC_RUN_ID")
+    # Only what torchrun sets is alike on all ranks for sure.
+    prefix = f"ep_plugin/{run}/{environment('MASTER_PORT')}" if run else "ep_plugin"
+    return Meeting(
+        *(PrefixStore(prefix, store), rank, size, _patience(state)),
+        hosts=rank == 0 and environment("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        attempt=environment("TORCHELASTIC_RESTART_COUNT", ""),
+        say=lambda text: print(f"ep_plugin: {text}", file=sys.stderr, flush=True),
+    )
+
+
+def _patience(state: _State) -> float:
+    """Return the seconds without a newcomer that end a comparison: what torch would wait too."""
+    if state.patience is not None:
+        return state.patience
+    timeout = state.timeout
+    if timeout is None:
+        parsed = _arguments()
+        minutes = getattr(parsed, "distributed_timeout_minutes", None)
+        timeout = timedelta(minutes=minutes) if minutes else default_pg_timeout
+    return max(_PATIENCE + _age(), timeout.total_seconds())
 
 
 def _heed(state: _State, answer: Answer, rank: int) -> None:
@@ -270,7 +318,7 @@ def tell(sentence: str) -> bool:
     Whether somebody knows it now: rank 0 prints it, or what rank 0 failed with itself. False
     too where there is no other rank to tell, or no store.
     """
-    state = _installed() or _before_install
+    state = _state()
     if state.told or state.next is None:
         return False
     state.told = True
@@ -278,13 +326,19 @@ def tell(sentence: str) -> bool:
         place = _place_to_tell()
         if place is None:
             return False
-        return _meeting(*place).fail(state.next, sentence, _TO_HEAR) is not None
+        surely = state.next == START or state.in_setup
+        wait = _TO_HEAR if surely else _TO_HEAR_OF_A_MODEL
+        return _meeting(state, *place).fail(state.next, sentence, wait) is not None
     except (RuntimeError, ValueError, OSError):
         return False
 
 
 def ranks_to_tell() -> bool:
-    """Whether there are other ranks that could be told."""
+    """Whether other ranks could have been told: those that all made their model ask no more."""
+    return _state().next is not None and _has_others()
+
+
+def _has_others() -> bool:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return all(os.environ.get(name) for name in names) and os.environ["WORLD_SIZE"] != "1"
 
@@ -293,18 +347,29 @@ def _place_to_tell() -> tuple[Any, int, int] | None:
     if dist.is_initialized():
         store = _store_of_group()
         return None if store is None else (store, dist.get_rank(), dist.get_world_size())
-    if not ranks_to_tell():
+    if not _has_others():
         return None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return _store_of_environment(rank, size, timedelta(seconds=_TO_CONNECT)), rank, size
 
 
 def _tell_of_an_error() -> None:
-    error = getattr(sys, "last_value", None)
-    if error is not None and getattr(getattr(_installed(), "layer_class", None), "used", False):
+    error, state = getattr(sys, "last_value", None), _state()
+    if state.next != START and not state.in_setup:
+        return
+    if error is not None and getattr(state.layer_class, "used", False):
         tell(f"{type(error).__name__}: {(str(error).strip() or 'no words').splitlines()[0]}")
 
 
 def _installed() -> _State | None:
     specs = sys.modules.get("megatron.core.models.gpt.moe_module_specs")
     return getattr(getattr(specs, "MoELayer", None), "alike", None)
+
+
+def _state() -> _State:
+    """Return where this process stands; a state of its own before `install`, or without it."""
+    found = _installed()
+    if found is None:
+        found = next(iter(_before_install), None) or _State(None, None)
+        _before_install[:] = [found]
+    return found

@@ -113,7 +113,7 @@ def check_model(chunks: Any, layer_class: type, experts: int) -> None:
     others = {type(part) for part in modules if isinstance(part, theirs)}
     foreign = {kind for kind in others if not issubclass(kind, layer_class)}
     names = {f"{kind.__module__}.{kind.__name__}" for kind in foreign}
-    family = _family(type(part).__module__ for part in modules)
+    family = family_of(modules)
     found = _of_all_ranks((ours, names, family))
     for one in (family for *_, family in found if family is not None):
         raise ConfigError(
@@ -137,6 +137,11 @@ def _of_all_ranks(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def family_of(modules: Iterable[Any]) -> str | None:
+    """Return the first of FAMILIES that a part of the model belongs to; None of a GPT's parts."""
+    return _family(type(part).__module__ for part in modules)
 
 
 def _family(names: Iterable[str]) -> str | None:
