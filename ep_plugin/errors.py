@@ -60,4 +60,4 @@ def closest(name: str, known: Iterable[str]) -> list[str]:
 def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
     """Raise ConfigError unless `value` is one of `legal`."""
     if value not in legal:
-        raise ConfigError(f"{name} must be one of {', '.join(legal)}; got {value!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(legal)}; got {repr(value)[:200]}")

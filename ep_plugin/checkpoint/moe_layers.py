@@ -6,6 +6,7 @@ import ast
 from collections.abc import Sequence
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
 
 LEGAL = "use all, every:N, or one 0 or 1 per layer, such as [0,1,0,1] or [0]*1+[1]*3"
 
@@ -20,7 +21,7 @@ def parse_layers(text: str, num_layers: int) -> int | list[int]:
     if text.startswith("every:"):
         step = text.removeprefix("every:")
         if not step.isdecimal() or int(step) < 1:
-            raise ConfigError(f"--layers every:N needs N >= 1; got {text!r}; use every:2")
+            raise ConfigError(f"--layers every:N needs N >= 1; got {shown(text)}; use every:2")
         return int(step)
     pattern = _parse_pattern(text)
     if len(pattern) != num_layers:
@@ -51,9 +52,9 @@ def _parse_pattern(text: str) -> list[int]:
     try:
         value = _evaluate(ast.parse(text, mode="eval").body)
     except (SyntaxError, TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--layers {text!r} cannot be read; {LEGAL}") from error
+        raise ConfigError(f"--layers {shown(text)} cannot be read; {LEGAL}") from error
     if not isinstance(value, list) or any(entry not in (0, 1) for entry in value):
-        raise ConfigError(f"--layers {text!r} is no list of 0 and 1; {LEGAL}")
+        raise ConfigError(f"--layers {shown(text)} is no list of 0 and 1; {LEGAL}")
     return value
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.typed import Typed, Within
+from ep_plugin.untrusted import shown
 
 # Grids of ranks are lists.
 Ranks = Annotated[int, Within(1, 1 << 18, "at least 1", "1")]
@@ -36,7 +37,7 @@ class ParallelConfig(Typed):
             object.__setattr__(self, "etp", self.tp)
         if sorted(self.order.split("-")) != ["cp", "dp", "ep", "pp", "tp"]:
             raise ConfigError(
-                f"<order> must name each of tp, cp, ep, dp, pp once; got {self.order!r}; use "
+                f"<order> must name each of tp, cp, ep, dp, pp once; got {shown(self.order)}; use "
                 "<order=tp-cp-ep-dp-pp>"
             )
         self._check_product("tp*cp*pp", self.tp * self.cp * self.pp)

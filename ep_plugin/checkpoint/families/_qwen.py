@@ -9,6 +9,7 @@ from ep_plugin.checkpoint.families._rope import rope_args
 from ep_plugin.checkpoint.family import Config
 from ep_plugin.checkpoint.moe_layers import moe_layers
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
 
 DEFAULTS = _config.ROUTED | {"norm_topk_prob": False, "decoder_sparse_step": 1}
 
@@ -49,7 +50,7 @@ def qwen_moe_args(config: Keys) -> dict[str, Any]:
             "with the weights"
         )
     if config[names[0]] != config[names[-1]]:
-        raise refusal(config, names[0], f"the {config[names[-1]]!r} of {names[-1]}")
+        raise refusal(config, names[0], f"the {shown(config[names[-1]])} of {names[-1]}")
     num_experts = config.number(names[0], whole=True)
     normalized = config.get("norm_topk_prob")
     if not isinstance(normalized, bool):

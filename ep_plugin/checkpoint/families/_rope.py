@@ -34,8 +34,8 @@ def scaling(config: Keys) -> Keys:
 def kind(settings: Keys) -> str:
     """Return the type of `scaling`. Raises ConfigError where two words for it differ."""
     found = [settings.get(key) for key in _KINDS if settings.get(key)]
-    if len({*found}) > 1:
-        raise refusal(settings, "type", f"{found[0]!r} in both rope_type and type")
+    if any(value != found[0] for value in found):
+        raise refusal(settings, "type", f"{shown(found[0])} in both rope_type and type")
     return str(found[0]) if found else "default"
 
 
