@@ -160,6 +160,7 @@ COMMON = (
         ),
     ),
     # what ranks compare of the model
+    Touchpoint("megatron.core.models.gpt.gpt_model:GPTModel"),
     Touchpoint("megatron.core.transformer.transformer_layer:TransformerLayer"),
     # latent attention on the CPU
     Touchpoint(f"{_TENSOR_PARALLEL}.mappings:gather_from_tensor_model_parallel_region", ("group",)),
