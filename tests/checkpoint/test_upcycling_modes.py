@@ -313,8 +313,8 @@ def test_modes_are_the_files_of_the_folder() -> None:
         ({"ep": 3}, r"--ep \(3\) must divide --num-experts \(8\); use --ep 2"),
         ({"drop_ratio": 1.5}, r"--drop-ratio must be between 0 and 1; got 1.5"),
         ({"noise_std": -1.0}, r"--noise-std must be finite and not negative"),
-        ({"router_init": "ones"}, r"--router-init must be one of normal, virtual-group, zero"),
-        ({"shared_expert": "yes"}, r"--shared-expert must be one of none, copy, learned"),
+        ({"router_init": "ones"}, r"router_init must be one of normal, virtual-group, zero"),
+        ({"shared_expert": "yes"}, r"shared_expert must be one of none, copy, learned"),
         (
             {"gates": GateSums(num_groups=3, group_topk=1)},
             r"num_groups \(3\) must divide num_experts",

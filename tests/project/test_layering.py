@@ -31,8 +31,8 @@ STOREYS = {
     # the ground
     "": Storey(SETTINGS + " moe.groups moe.layer"),
     "errors": Storey(),
-    "typed": Storey(),
-    "registry": Storey(),
+    "typed": Storey("untrusted"),
+    "registry": Storey("untrusted"),
     "untrusted": Storey(),
     "written": Storey("untrusted", "matplotlib"),
     # storey 1: the layer; ground to top

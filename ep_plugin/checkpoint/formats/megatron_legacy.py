@@ -161,7 +161,7 @@ def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[RankPart]]:
             for pp_rank in range(pp):
                 for ep_rank in range(ep):
                     state = states[tp_rank, pp_rank, ep_rank].get(chunk)
-                    if type(state) is not dict or not all(type(name) is str for name in state):
+                    if not isinstance(state, dict) or not all(type(name) is str for name in state):
                         raise ConfigError(
                             f"{ranks[tp_rank, pp_rank, ep_rank]} has no weights under {chunk}; "
                             f"{_AGAIN}"
