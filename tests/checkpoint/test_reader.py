@@ -285,7 +285,7 @@ def test_a_flipped_byte_of_a_pickle_is_seen_where_it_was_summed(checksums: bool)
         torch.serialization.set_crc32_options(True)
     content[content.index(b"\xe8\x03")] ^= 1
     if checksums:
-        with pytest.raises(Unreadable, match="damaged|has other bytes than were written"):
+        with pytest.raises(Unreadable, match=r"damaged|has other bytes than were written"):
             load_object(bytes(content))
     else:
         assert load_object(bytes(content)) == {"iteration": 1001}

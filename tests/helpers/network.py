@@ -63,7 +63,7 @@ def _others_in(lines: list[str]) -> Iterator[str]:
     for line in lines:
         socket_of = _SOCKET.match(line)
         key = (socket_of[1], socket_of[2]) if socket_of else ("", "")
-        if "connect(" in line:
+        if "connect(" in line or "bind(" in line:
             name_servers.discard(key)  # a descriptor is used again
         if "htons(53)" in line and "connect(" in line:
             name_servers.add(key)

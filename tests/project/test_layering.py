@@ -31,9 +31,9 @@ STOREYS = {
     # the ground
     "": Storey(SETTINGS + " moe.groups moe.layer"),
     "errors": Storey(),
-    "typed": Storey("untrusted"),
-    "registry": Storey("untrusted"),
     "untrusted": Storey(),
+    "typed": Storey(),
+    "registry": Storey(),
     "written": Storey("untrusted", "matplotlib"),
     # storey 1: the layer; ground to top
     "moe": Storey(),
