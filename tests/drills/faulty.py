@@ -97,6 +97,8 @@ def with_fault(real: Callable[..., None]) -> Callable[..., None]:
         seen = place.seen()
         if (seen.iteration, seen.where) == (drill["iteration"], drill["where"]) and not done:
             done.append(True)
+            if drill["kind"] in ("kill", "end_data"):
+                time.sleep(2)  # a run of seconds: ranks look for each other once a second
             note("fault", str(time.time()))
             FAULTS[drill["kind"]]()
 

@@ -40,5 +40,6 @@ if __name__ == "__main__":
     calls: Counter[str] = Counter()
     count_calls(calls)
     code = main(sys.argv[1:])
-    print("called:", *sorted(calls), flush=True)
+    sys.stdout.write(f"called: {' '.join(sorted(calls))}\n")  # one write: ranks share the stream
+    sys.stdout.flush()
     sys.exit(code)

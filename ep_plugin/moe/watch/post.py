@@ -17,6 +17,7 @@ from ep_plugin.moe.watch.neighbours import HOST, Neighbour, meet, space
 from ep_plugin.moe.watch.place import Seen, State, here
 
 PREFIX = "ep_plugin/places"
+FIRST = (1 / 16, 1 / 8, 1 / 4)  # of the interval: when this rank looks for others at its start
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class Post(threading.Thread):
             self._store = self._ask(self._store.clone)
             self._introduce()
             self._reached = True
+            for part in FIRST:  # ranks that start together know each other soon
+                self._meet()
+                if self._wake.wait(part * self.interval):
+                    break
             while True:
                 self._once()
                 if self._over:
