@@ -13,9 +13,10 @@ from meetings import BASE, PATIENCE, answer, facts, models, of, parse, together
 
 from ep_plugin.megatron.arguments.digest import OWN, PLACES, READ, TOGETHER
 from ep_plugin.megatron.arguments.parser import TYPED
-from ep_plugin.megatron.ranks import environment, meeting, model
+from ep_plugin.megatron.ranks import environment, model, place
+from ep_plugin.megatron.ranks.answers import Answer, ranges
 from ep_plugin.megatron.ranks.compared import Compared, of_settings, subject
-from ep_plugin.megatron.ranks.meeting import Answer, Meeting, ranges
+from ep_plugin.megatron.ranks.meeting import Meeting
 from ep_plugin.megatron.ranks.sentence import Flags, flags_of
 from ep_plugin.megatron.settings import EdgeSettings
 
@@ -251,10 +252,10 @@ class Counted:
 def test_no_rank_but_the_first_asks_the_store_more_often_for_there_being_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(meeting, "_FIRST_STRETCH", PATIENCE)  # looks while waiting are apart
+    monkeypatch.setattr(place, "FIRST_STRETCH", PATIENCE)  # looks while waiting are apart
     for differ in (False, True):
-        place = dist.HashStore()
-        stores = [Counted(place) for _ in range(64)]
+        shared = dist.HashStore()
+        stores = [Counted(shared) for _ in range(64)]
 
         def rank_s(rank: int) -> Answer:
             one = facts(a=differ and rank == 40)  # noqa: B023
@@ -263,7 +264,7 @@ def test_no_rank_but_the_first_asks_the_store_more_often_for_there_being_more(
             return part.agree(about, one.record(), one.whole)
 
         assert all(found.fine != differ for found in together(64, rank_s))
-        assert max(store.requests for store in stores[1:]) <= 16  # of the last, which removes all
+        assert max(store.requests for store in stores[1:]) <= 17  # of the last, which removes all
 
 
 def two_of(kind: str, folder: Path) -> list[Any]:
@@ -288,11 +289,11 @@ def test_a_second_meeting_does_not_read_the_first_and_keys_go(kind: str, tmp_pat
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
-    place = dist.HashStore()
+    store = dist.HashStore()
 
     def rank_s(rank: int) -> Answer:
         one = facts(a=1)
-        part = Meeting(place, rank, 6, 0.3)
+        part = Meeting(store, rank, 6, 0.3)
         return part.agree(subject("start", Flags()), one.record(), one.whole)
 
     for found in together(3, rank_s):
@@ -300,19 +301,19 @@ def test_ranks_that_do_not_come_are_named() -> None:
 
 
 def test_a_first_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_STRETCH", 0.2)
-    place, one = dist.HashStore(), facts(a=1)
-    part = Meeting(place, 1, 2, 0.2)
+    monkeypatch.setattr(place, "STRETCH", 0.2)
+    store, one = dist.HashStore(), facts(a=1)
+    part = Meeting(store, 1, 2, 0.2)
     found = part.agree(subject("start", Flags()), one.record(), one.whole)
     assert "rank 0 did not come" in found.text
 
 
 @pytest.mark.parametrize("failing", [(0,), (1,), (2, 3), (0, 1, 2, 3)])
 def test_a_rank_that_failed_before_is_named_with_its_sentence(failing: tuple[int, ...]) -> None:
-    place = dist.HashStore()
+    store = dist.HashStore()
 
     def rank_s(rank: int) -> Answer | None:
-        part = Meeting(place, rank, 4, PATIENCE)
+        part = Meeting(store, rank, 4, PATIENCE)
         if rank in failing:
             return part.fail("start", "there is no file x", 10)
         one = facts(a=1)

@@ -104,6 +104,59 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     assert "rank 1 did not come within 2 s" in done.stderr
 
 
+AGAIN = str(ROOT / "tests" / "helpers" / "starts_again.py")
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(("how", "counted"), [("differ", ["01", "01"]), ("fails", ["00", "01"])])
+def test_two_agents_start_again_and_may_count_that_otherwise(
+    how: str, counted: list[str], tmp_path: Path
+) -> None:
+    environment, _ = command(["sleep"], STARTS=how, FOLDER=str(tmp_path), GLOO_SOCKET_IFNAME="lo")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    agents = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", AGAIN),
+            ],
+            env=environment
+            | {
+                "PET_NPROC_PER_NODE": "1",
+                "PET_MAX_RESTARTS": "2",
+                "PET_MONITOR_INTERVAL": "0.2",
+                "PET_RDZV_BACKEND": "c10d",
+                "PET_RDZV_ENDPOINT": f"localhost:{port}",
+                "PET_RDZV_ID": "again",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert said.count("trains with seed 7: 2 ranks") == 2
+    assert said.count("must be alike in args.seed") == (2 if how == "differ" else 0)
+    read = [(tmp_path / f"started_{rank}").read_text() for rank in range(2)]
+    assert ["".join(text.split()) for text in read] == counted
+
+
+@pytest.mark.newest
+def test_a_start_within_the_processes_of_one_that_failed_and_of_one_that_was_fine() -> None:
+    environment, _ = command(["sleep"], STARTS="in process", GLOO_SOCKET_IFNAME="lo")
+    done = run_script(2, [AGAIN], environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("trains with seed 7: 2 ranks") == 4
+    assert done.stderr.count("must be alike in args.seed") == 2
+
+
 @pytest.mark.newest
 def test_what_may_differ_changes_no_loss(tmp_path: Path) -> None:
     places = {"--tensorboard-dir": "t", "--wandb-save-dir": "w"}

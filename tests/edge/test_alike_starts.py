@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from meetings import BASE, answer, facts, models, of, parse, together
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.digest import text_of
-from ep_plugin.megatron.ranks import environment, meeting, model, versions
+from ep_plugin.megatron.ranks import environment, model, place, versions
+from ep_plugin.megatron.ranks.answers import Answer
 from ep_plugin.megatron.ranks.compared import subject
-from ep_plugin.megatron.ranks.meeting import Answer, Meeting
+from ep_plugin.megatron.ranks.meeting import Meeting
 from ep_plugin.megatron.ranks.sentence import Flags
 from ep_plugin.megatron.seams import alike, refusal
 
@@ -30,8 +33,10 @@ pytestmark = [pytest.mark.megatron, pytest.mark.newest]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_STRETCH", 0.2)
-    monkeypatch.setattr(meeting, "_FIRST_STRETCH", 0.1)
+    for name, seconds in (("STRETCH", 0.2), ("LOST", 1.5), ("GRACE", 0.2), ("ALIVE", 1.0)):
+        monkeypatch.setattr(place, name, seconds)
+    monkeypatch.setattr(place, "LEAVE", 0.5)
+    monkeypatch.setattr(place, "FIRST_STRETCH", 0.1)
 
 
 def come(store: Any, rank: int, size: int, patience: float = 10.0, **more: Any) -> Answer:
@@ -45,50 +50,112 @@ def after(seconds: float, what: Callable[[], Any]) -> Any:
     return what()
 
 
-@pytest.mark.parametrize("counted", [("1", "1", "1"), ("0", "1", "1")])
-@pytest.mark.parametrize("late", [0, 1])
-def test_a_next_attempt_meets_over_the_store_of_one_that_failed(
-    counted: tuple[str, ...], late: int
-) -> None:
-    """A rank did not come; agents of two hosts may count the attempts otherwise."""
-    store = dist.HashStore()
-    first = together(2, lambda rank: come(store, 2 * rank, 3, 0.3, attempt="0"))
-    assert not any(one.fine for one in first)
-    meeting._past.clear()  # the processes are new
-    again = together(
-        3,
-        lambda rank: after(
-            0.4 if rank == late else 0, lambda: come(store, rank, 3, attempt=counted[rank])
-        ),
-    )
-    assert again == [Answer(True)] * 3
+def test_a_next_start_meets_over_the_store_of_one_that_failed() -> None:
+    """A rank did not come; then all do, in new processes, any of them late."""
+    for late in (0, 1):
+        store = dist.HashStore()
+        first = together(2, lambda rank: come(store, 2 * rank, 3, 0.3))  # noqa: B023
+        assert not any(one.fine for one in first)
+        again = together(
+            3,
+            lambda rank: after(0.4 * (rank == late), lambda: come(store, rank, 3)),  # noqa: B023
+        )
+        assert again == [Answer(True)] * 3
 
 
-def test_a_next_attempt_meets_where_rank_0_was_killed_before_its_answer() -> None:
+def test_a_next_start_meets_where_rank_0_was_killed_before_its_answer() -> None:
     store = dist.HashStore()
-    killed = Meeting(store, 0, 3, 10.0)
-    killed.name = "start"
-    killed._open()
+    place.Place(store, "start").open("killed")
     again = together(3, lambda rank: after(0.5 * (rank == 0), lambda: come(store, rank, 3)))
     assert again == [Answer(True)] * 3
 
 
-def test_a_failure_of_an_earlier_attempt_is_not_one_of_the_next() -> None:
+def test_a_failure_of_an_earlier_start_is_not_one_of_the_next() -> None:
+    """Whichever of the two the rank says it in: both, or the one that nobody led."""
     store = dist.HashStore()
-    assert Meeting(store, 1, 2, 10.0, attempt="0").fail("start", "no disk", 0.1) is None
-    assert together(2, lambda rank: come(store, rank, 2, attempt="1")) == [Answer(True)] * 2
+    place.Place(store, "start").open("killed")
+    assert Meeting(store, 1, 2, 10.0).fail("start", "no disk", 0.1) is None
+    late = lambda rank: after(0.5 * rank, lambda: come(store, rank, 2))  # noqa: E731
+    assert together(2, late) == [Answer(True)] * 2
+    assert "no disk" not in come(store, 0, 2, 0.1).text  # it came again since
 
 
-def test_rank_0_hears_of_a_failure_from_before_it_came() -> None:
+def test_rank_0_says_what_a_rank_left_that_ended_before_it_came() -> None:
     store = dist.HashStore()
     assert Meeting(store, 1, 2, 10.0).fail("start", "no disk", 0.1) is None
-    assert come(store, 0, 2).text == "rank 1 failed at the start: no disk"
+    text = come(store, 0, 2, 0.2).text
+    assert "rank 1 did not come" in text
+    assert "rank 1 ended before, in this start or an earlier one: no disk" in text
+
+
+def test_a_refusal_counts_for_a_late_rank_while_rank_0_is_there() -> None:
+    store = dist.HashStore()
+    found = together(
+        2,
+        lambda rank: (
+            after(0.1, lambda: come(store, 1, 2))
+            if rank
+            else Meeting(store, 0, 2, 10.0).fail("start", "no disk", 10.0)
+        ),
+    )
+    assert found == [Answer(False, "rank 0 failed at the start: no disk", (0,))] * 2
+
+
+def test_a_late_rank_without_a_next_start_says_what_ended_the_earlier_one() -> None:
+    store, said = dist.HashStore(), list[str]()
+    Meeting(store, 0, 2, 10.0).fail("start", "no disk", 0)
+    text = come(store, 1, 2, 0.5, say=said.append).text
+    assert "rank 0 did not come" in text
+    assert text.endswith("ended with: rank 0 failed at the start: no disk")
+    assert said[0].startswith("an earlier start ended; waiting for rank 0 to start again; ")
+
+
+starts = st.lists(
+    st.tuples(st.sampled_from(["fine", "differ", "absent", "fails", "killed"]), st.integers(0, 2)),
+    max_size=3,
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(starts, st.lists(st.sampled_from([0.0, 0.05, 0.2]), min_size=3, max_size=3), st.booleans())
+def test_starts_over_one_store_never_mix_their_answers(
+    earlier: list[tuple[str, int]], waits: list[float], one_process: bool
+) -> None:
+    """Whatever became of earlier starts, and whether their processes are new: the last is fine."""
+    store = dist.HashStore()
+    past: list[set[str]] = [set() for _ in range(3)]
+
+    def start(number: int, how: str, who: int, rank: int) -> Answer | None:
+        time.sleep(waits[rank])
+        mine = past[rank] if one_process else set()
+        if how == "killed" and rank == who:
+            if rank == 0:
+                place.Place(store, "start").open(f"killed {number}")
+            return None
+        if how == "absent" and rank == who:
+            return None
+        patience = 10.0 if how in ("fine", "differ", "last") or rank else 0.6
+        if how in ("absent", "killed"):
+            patience = 0.6
+        part = Meeting(store, rank, 3, patience, past=mine)
+        if how == "fails" and rank == who:
+            return part.fail("start", f"sentence {number}", 5.0)
+        one = facts(number=number, a=rank if how == "differ" else 0)
+        return part.agree(subject("start", Flags()), one.record(), one.whole)
+
+    for number, (how, who) in enumerate(earlier):
+        found = together(3, lambda rank: start(number, how, who, rank))  # noqa: B023
+        for one in found:
+            assert one is None or one.fine == (how == "fine")
+            if how == "fails":
+                assert one.text == f"rank {who} failed at the start: sentence {number}"
+    assert together(3, lambda rank: start(9, "last", 0, rank)) == [Answer(True)] * 3
 
 
 def test_the_patience_of_rank_0_counts_and_it_says_once_whom_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(meeting, "_SAY", 0.2)
+    monkeypatch.setattr(place, "SAY", 0.2)
     store, said = dist.HashStore(), list[str]()
     found = together(
         3,
@@ -102,12 +169,10 @@ def test_the_patience_of_rank_0_counts_and_it_says_once_whom_it_waits_for(
 
 
 def test_a_rank_0_that_ends_without_an_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_LOST", 0.4)
+    monkeypatch.setattr(place, "LOST", 0.4)
     store = dist.HashStore()
-    killed = Meeting(store, 0, 2, 10.0)
-    killed.name = "start"
-    killed._open()
-    assert come(store, 1, 2).text.startswith("rank 0 ended while the ranks compared")
+    place.Place(store, "start").open("killed")
+    assert come(store, 1, 2, 0.3).text.startswith("rank 0 ended while the ranks compared")
 
 
 def test_ranks_wait_as_long_as_torch_would(monkeypatch: pytest.MonkeyPatch) -> None:

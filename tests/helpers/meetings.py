@@ -9,8 +9,9 @@ from flag_values import PLAIN, parser
 
 from ep_plugin.megatron.arguments.parser import with_preset
 from ep_plugin.megatron.ranks import model
+from ep_plugin.megatron.ranks.answers import Answer
 from ep_plugin.megatron.ranks.compared import Compared, of_arguments, subject
-from ep_plugin.megatron.ranks.meeting import Answer, Meeting
+from ep_plugin.megatron.ranks.meeting import Meeting
 from ep_plugin.megatron.ranks.sentence import Flags
 
 PATIENCE = 20.0

@@ -9,8 +9,8 @@ from typing import Any
 
 from ep_plugin.megatron.arguments.digest import TOGETHER, alike, hash_of, text_of
 from ep_plugin.megatron.ranks import environment, versions
+from ep_plugin.megatron.ranks.answers import Answer, Subject
 from ep_plugin.megatron.ranks.contents import contents
-from ep_plugin.megatron.ranks.meeting import Answer, Subject
 from ep_plugin.megatron.ranks.sentence import Flags, differences, sentence
 
 Facts = dict[str, str]  # "kind:name" -> text

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ep_plugin.megatron.arguments.digest import hash_of, text_of
-from ep_plugin.megatron.ranks.meeting import Answer, Subject, ranges
+from ep_plugin.megatron.ranks.answers import Answer, Subject, ranges
 from ep_plugin.megatron.ranks.sentence import Difference, Flags, differences, said, sentence
 from ep_plugin.megatron.seams.served import family_of
 from ep_plugin.moe.experts.experts import Experts

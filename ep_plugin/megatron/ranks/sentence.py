@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ep_plugin.megatron.ranks.answers import ranges
 from ep_plugin.megatron.ranks.contents import UNKNOWN
-from ep_plugin.megatron.ranks.meeting import ranges
 
 LIMIT = 6  # differences that are named
 VALUES = 4  # values of one setting that are named

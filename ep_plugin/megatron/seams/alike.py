@@ -29,8 +29,9 @@ from torch.distributed.distributed_c10d import (
 from torch.distributed.rendezvous import rendezvous
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.ranks.answers import Answer
 from ep_plugin.megatron.ranks.compared import Compared, of_arguments, of_settings, subject
-from ep_plugin.megatron.ranks.meeting import Answer, Meeting
+from ep_plugin.megatron.ranks.meeting import Meeting
 from ep_plugin.megatron.ranks.sentence import Flags, flags_of
 from ep_plugin.megatron.seams.patches import Patches
 
@@ -74,6 +75,7 @@ def patience_given() -> float | None:
     return seconds
 
 
+_past: set[str] = set()  # meetings that are over; a process may start more than once
 _before_install: list[_State] = []  # made when a rank fails that early
 
 
@@ -121,6 +123,7 @@ def _around_init(
         given["store"] = PrefixStore("default_pg", store)
         given.pop("init_method", None)
     given |= {"rank": rank, "world_size": size}
+    state.next, state.told = START, False  # also in a process that started before
     _compare(state, store, rank, size, _of_arguments(state, parsed, size))
     result = original(**given)
     state.group = dist.group.WORLD
@@ -216,8 +219,7 @@ def _meeting(state: _State, store: Any, rank: int, size: int) -> Meeting:
     prefix = f"ep_plugin/{run}/{environment('MASTER_PORT')}" if run else "ep_plugin"
     return Meeting(
         *(PrefixStore(prefix, store), rank, size, _patience(state)),
-        hosts=rank == 0 and environment("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        attempt=environment("TORCHELASTIC_RESTART_COUNT", ""),
+        past=_past,
         say=lambda text: print(f"ep_plugin: {text}", file=sys.stderr, flush=True),
     )
 
