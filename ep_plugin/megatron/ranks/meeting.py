@@ -44,6 +44,7 @@ class Meeting:
         self.store, self.rank, self.size = store, rank, size
         self.patience, self.say = patience, say
         self.past = set() if past is None else past
+        self.key = ""  # of the meeting that this rank was in: all ranks of one start have the same
 
     def agree(self, subject: Subject, record: Any, whole: Callable[[], Any]) -> Answer:
         """Return the answer that all ranks get. `record` and what `whole` returns are JSON."""
@@ -84,6 +85,7 @@ class Meeting:
 
     def _leave(self, place: Place, answer: Answer) -> None:
         """Remove this rank's keys after a fine meeting, the last rank all."""
+        self.key = place.key
         if not place.key:
             return
         self.past.add(place.key)

@@ -120,11 +120,12 @@ def _around_init(
     store = given.get("store")
     if store is None:
         store = _rendezvous(given.get("init_method"), rank, size, timeout)
-        given["store"] = PrefixStore("default_pg", store)
-        given.pop("init_method", None)
     given |= {"rank": rank, "world_size": size}
     state.next, state.told = START, False  # also in a process that started before
-    _compare(state, store, rank, size, _of_arguments(state, parsed, size))
+    key = _compare(state, store, rank, size, _of_arguments(state, parsed, size))
+    if given.get("store") is None:  # torch would look at what an earlier start left in it
+        given["store"] = PrefixStore(f"default_pg/{key}", store)
+        given.pop("init_method", None)
     result = original(**given)
     state.group = dist.group.WORLD
     return result
@@ -175,12 +176,13 @@ def _of_arguments(state: _State, parsed: Any, size: int) -> Compared:
     return of_arguments(parsed, state.layer_class.typed or {}, added, size)
 
 
-def _compare(state: _State, store: Any, rank: int, size: int, compared: Compared) -> None:
-    """Compare with all ranks; a difference ends this one."""
+def _compare(state: _State, store: Any, rank: int, size: int, compared: Compared) -> str:
+    """Compare with all ranks; a difference ends this one. Return what only this start is called."""
     about = subject(START, _flags(state))
-    answer = _meet(state, store, rank, size, about, compared.record(), compared.whole)
-    _heed(state, answer, rank)
+    meeting = _meeting(state, store, rank, size)
+    _heed(state, _meet(meeting, about, compared.record(), compared.whole), rank)
     state.next = MODEL
+    return meeting.key
 
 
 def _compare_model(state: _State, chunks: Any) -> None:
@@ -199,14 +201,14 @@ def _compare_model(state: _State, chunks: Any) -> None:
         return
     rank, size = dist.get_rank(), dist.get_world_size()
     found = held(chunks if isinstance(chunks, (list, tuple)) else [chunks])
-    answer = _meet(state, store, rank, size, about_model(MODEL), found.record(), found.whole)
-    _heed(state, answer, rank)
+    meeting = _meeting(state, store, rank, size)
+    _heed(state, _meet(meeting, about_model(MODEL), found.record(), found.whole), rank)
     state.next = None
 
 
-def _meet(state: _State, store: Any, rank: int, size: int, *what: Any) -> Answer:
+def _meet(meeting: Meeting, *what: Any) -> Answer:
     try:
-        return _meeting(state, store, rank, size).agree(*what)
+        return meeting.agree(*what)
     except RuntimeError as error:
         return Answer(False, f"the store in which ranks compare their settings is gone: {error}")
 
