@@ -12,6 +12,23 @@ class Unreadable(ValueError):
     """Bytes that are not what they should be; says why, as part of a sentence."""
 
 
+class Unsupported(Unreadable):
+    """Bytes that may well be as they were written, of a kind or size that is not read."""
+
+
+def explained(error: BaseException, damaged: str = "is damaged") -> str:
+    """Return why a checkpoint's bytes cannot be read, and what to do, as the end of a sentence.
+
+    A copy of what is not read helps nobody.
+    """
+    if isinstance(error, Unsupported):
+        return (
+            f"cannot be read ({error}); it may be whole: save the checkpoint without that, or give "
+            "another one"
+        )
+    return f"{damaged} ({error}); copy the checkpoint again"
+
+
 class Name:
     """What a pickle calls `module.name`; the same object wherever one file says it."""
 

@@ -13,7 +13,8 @@ from meetings import BASE, PATIENCE, answer, facts, models, of, parse, together
 
 from ep_plugin.megatron.arguments.digest import OWN, PLACES, READ, TOGETHER
 from ep_plugin.megatron.arguments.parser import TYPED
-from ep_plugin.megatron.ranks import environment, model, place
+from ep_plugin.megatron.ranks import environment, model
+from ep_plugin.megatron.ranks import store as pace
 from ep_plugin.megatron.ranks.answers import Answer, ranges
 from ep_plugin.megatron.ranks.compared import Compared, of_settings, subject
 from ep_plugin.megatron.ranks.meeting import Meeting
@@ -252,7 +253,7 @@ class Counted:
 def test_no_rank_but_the_first_asks_the_store_more_often_for_there_being_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(place, "FIRST_STRETCH", PATIENCE)  # looks while waiting are apart
+    monkeypatch.setattr(pace, "FIRST_STRETCH", PATIENCE)  # looks while waiting are apart
     for differ in (False, True):
         shared = dist.HashStore()
         stores = [Counted(shared) for _ in range(64)]
@@ -301,7 +302,7 @@ def test_ranks_that_do_not_come_are_named() -> None:
 
 
 def test_a_first_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "STRETCH", 0.2)
+    monkeypatch.setattr(pace, "STRETCH", 0.2)
     store, one = dist.HashStore(), facts(a=1)
     part = Meeting(store, 1, 2, 0.2)
     found = part.agree(subject("start", Flags()), one.record(), one.whole)

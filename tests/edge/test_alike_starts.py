@@ -21,7 +21,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.digest import text_of
-from ep_plugin.megatron.ranks import environment, model, place, versions
+from ep_plugin.megatron.ranks import environment, model, versions
+from ep_plugin.megatron.ranks import store as pace
 from ep_plugin.megatron.ranks.answers import Answer
 from ep_plugin.megatron.ranks.compared import subject
 from ep_plugin.megatron.ranks.meeting import Meeting
@@ -34,9 +35,9 @@ pytestmark = [pytest.mark.megatron, pytest.mark.newest]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("STRETCH", 0.2), ("LOST", 1.5), ("GRACE", 0.2), ("ALIVE", 1.0)):
-        monkeypatch.setattr(place, name, seconds)
-    monkeypatch.setattr(place, "LEAVE", 0.5)
-    monkeypatch.setattr(place, "FIRST_STRETCH", 0.1)
+        monkeypatch.setattr(pace, name, seconds)
+    monkeypatch.setattr(pace, "LEAVE", 0.5)
+    monkeypatch.setattr(pace, "FIRST_STRETCH", 0.1)
 
 
 def come(store: Any, rank: int, size: int, patience: float = 10.0, **more: Any) -> Answer:
@@ -65,7 +66,7 @@ def test_a_next_start_meets_over_the_store_of_one_that_failed() -> None:
 
 def test_a_next_start_meets_where_rank_0_was_killed_before_its_answer() -> None:
     store = dist.HashStore()
-    place.Place(store, "start").open("killed")
+    pace.Place(store, "start").open("killed")
     again = together(3, lambda rank: after(0.5 * (rank == 0), lambda: come(store, rank, 3)))
     assert again == [Answer(True)] * 3
 
@@ -73,7 +74,7 @@ def test_a_next_start_meets_where_rank_0_was_killed_before_its_answer() -> None:
 def test_a_failure_of_an_earlier_start_is_not_one_of_the_next() -> None:
     """Whichever of the two the rank says it in: both, or the one that nobody led."""
     store = dist.HashStore()
-    place.Place(store, "start").open("killed")
+    pace.Place(store, "start").open("killed")
     assert Meeting(store, 1, 2, 10.0).fail("start", "no disk", 0.1) is None
     late = lambda rank: after(0.5 * rank, lambda: come(store, rank, 2))  # noqa: E731
     assert together(2, late) == [Answer(True)] * 2
@@ -130,7 +131,7 @@ def test_starts_over_one_store_never_mix_their_answers(
         mine = past[rank] if one_process else set()
         if how == "killed" and rank == who:
             if rank == 0:
-                place.Place(store, "start").open(f"killed {number}")
+                pace.Place(store, "start").open(f"killed {number}")
             return None
         if how == "absent" and rank == who:
             return None
@@ -155,7 +156,7 @@ def test_starts_over_one_store_never_mix_their_answers(
 def test_the_patience_of_rank_0_counts_and_it_says_once_whom_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(place, "SAY", 0.2)
+    monkeypatch.setattr(pace, "SAY", 0.2)
     store, said = dist.HashStore(), list[str]()
     found = together(
         3,
@@ -169,9 +170,9 @@ def test_the_patience_of_rank_0_counts_and_it_says_once_whom_it_waits_for(
 
 
 def test_a_rank_0_that_ends_without_an_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "LOST", 0.4)
+    monkeypatch.setattr(pace, "LOST", 0.4)
     store = dist.HashStore()
-    place.Place(store, "start").open("killed")
+    pace.Place(store, "start").open("killed")
     assert come(store, 1, 2, 0.3).text.startswith("rank 0 ended while the ranks compared")
 
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from ep_plugin.checkpoint.formats._iteration import MAX_OBJECT, inside, load_object
 from ep_plugin.checkpoint.formats._mapped import check_sums, map_tensor
-from ep_plugin.checkpoint.inert import Unreadable
+from ep_plugin.checkpoint.inert import Unreadable, explained
 from ep_plugin.checkpoint.tensors import Chunk, Damaged, Range, TensorInfo
 from ep_plugin.checkpoint.whole import misplaced, other_kind, overlapping
 from ep_plugin.errors import ConfigError
@@ -57,9 +57,7 @@ class Files:
         try:
             self._check(path, stored)
         except (Unreadable, OSError, MemoryError) as error:
-            raise Damaged(
-                f"object {index.fqn} in {self.folder} is damaged ({error}); {_AGAIN}"
-            ) from error
+            raise Damaged(f"object {index.fqn} in {self.folder} {explained(error)}") from error
         with path.open("rb") as stream:
             stream.seek(stored.offset)
             return stream.read(stored.length)
@@ -69,9 +67,7 @@ class Files:
         try:
             return load_object(self.read_bytes(MetadataIndex(name)))
         except (Unreadable, MemoryError) as error:
-            raise Damaged(
-                f"object {name} in {self.folder} is damaged ({error}); {_AGAIN}"
-            ) from error
+            raise Damaged(f"object {name} in {self.folder} {explained(error)}") from error
 
     def ranges(self) -> tuple[Range, ...]:
         """Return where every chunk and object lies."""
@@ -106,7 +102,7 @@ class Files:
             return values
         except (Unreadable, OSError, MemoryError) as error:
             raise Damaged(
-                f"tensor {key} at {chunk.offsets} in {self.folder} is damaged ({error}); {_AGAIN}"
+                f"tensor {key} at {chunk.offsets} in {self.folder} {explained(error)}"
             ) from error
 
     def _find(self, index: MetadataIndex) -> tuple[Path, _StorageInfo]:

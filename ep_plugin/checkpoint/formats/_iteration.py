@@ -15,7 +15,7 @@ from ep_plugin.checkpoint.formats._archive import open_archive
 from ep_plugin.checkpoint.formats._metadata import NAMES, to_metadata
 from ep_plugin.checkpoint.formats._pickle import read_pickle
 from ep_plugin.checkpoint.formats._values import Values
-from ep_plugin.checkpoint.inert import Unreadable
+from ep_plugin.checkpoint.inert import Unreadable, explained
 from ep_plugin.checkpoint.tensors import Damaged
 from ep_plugin.errors import ConfigError
 
@@ -109,7 +109,7 @@ def load_common(content: bytes, folder: Path, listed: bool = False) -> dict[str,
             raise Unreadable("it is no dictionary")
     except (Unreadable, MemoryError) as error:
         raise Damaged(
-            f"the run arguments in {folder} cannot be read ({error}); copy the checkpoint again"
+            f"the run arguments in {folder} {explained(error, 'cannot be read')}"
         ) from error
     return value
 
@@ -123,4 +123,4 @@ def load_metadata(folder: Path) -> Metadata:
     try:
         return to_metadata(read_pickle(content, NAMES))
     except (Unreadable, MemoryError) as error:
-        raise Damaged(f"{path} cannot be read ({error}); copy the checkpoint again") from error
+        raise Damaged(f"{path} {explained(error, 'cannot be read')}") from error

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ep_plugin.checkpoint.formats._values import DTYPES, is_size, sizes
+from ep_plugin.checkpoint.formats._listed import DTYPES, is_size, sizes
 from ep_plugin.checkpoint.inert import Made, Name, Unreadable
 from ep_plugin.untrusted import cut
 

@@ -10,17 +10,15 @@ of objects is bounded by that of the bytes. Opcodes that `pickle.dump` of protoc
 not write are refused.
 """
 
-import math
 import struct
 from typing import Any
 
-from ep_plugin.checkpoint.inert import Made, Name, Persistent, Unreadable
+from ep_plugin.checkpoint.formats._keys import Keys
+from ep_plugin.checkpoint.inert import Made, Name, Persistent, Unreadable, Unsupported
 from ep_plugin.untrusted import cut
 
 NAME_LENGTH = 256  # of a module or a class
-MAX_KEY_BITS = 60  # larger integers have the hashes of small ones: keys could be made to collide
-MAX_TUPLE_KEYS = 4096  # their hashes can be chosen too
-MAX_INT_BYTES = 255
+MAX_INT_BYTES = 513  # 4096 bits and a sign
 FREE_OBJECTS, BYTES_PER_OBJECT = 1 << 16, 6  # a file may make so many, and one for so many bytes
 
 _U2, _U4, _U8 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
@@ -58,31 +56,6 @@ def _name(
     return names.setdefault((module, name), Name(module, name))
 
 
-class _Keys:
-    """What may be a key of a dictionary or in a set: nothing that makes hashing long."""
-
-    def __init__(self) -> None:
-        self.tuples = 0
-
-    def check(self, key: Any) -> Any:
-        kind = type(key)
-        if kind is str or kind is Made or kind is bool or key is None or kind is bytes:
-            return key
-        if kind is Name:
-            return key
-        if kind is float and math.isfinite(key):
-            return key
-        if kind is int and key.bit_length() <= MAX_KEY_BITS:
-            return key
-        if kind is tuple and len(key) <= 8:
-            self.tuples += 1
-            if self.tuples <= MAX_TUPLE_KEYS and all(type(part) is not tuple for part in key):
-                for part in key:
-                    self.check(part)
-                return key
-        raise Unreadable(f"a {kind.__name__} is a key in it that no checkpoint has")
-
-
 def _slice(data: bytes, at: int, length: int) -> bytes:
     if length > len(data) - at:
         raise Unreadable(f"it says that {length} bytes follow where {len(data) - at} do")
@@ -97,7 +70,7 @@ def _run(data: bytes, allowed: Names | None) -> Any:
     memo: list[Any] = []
     sparse: dict[int, Any] = {}  # where numbers of the memo do not come in order
     names: dict[tuple[str, str], Name] = {}
-    keys = _Keys()
+    keys = Keys()
     left = FREE_OBJECTS + end // BYTES_PER_OBJECT
     push, remember = stack.append, memo.append
 
@@ -258,8 +231,13 @@ def _run(data: bytes, allowed: Names | None) -> Any:
             at += width + length
         elif op == 0x8B:  # LONG4
             (length,) = _I4.unpack_from(data, at)
-            if not 0 <= length <= MAX_INT_BYTES:
-                raise Unreadable(f"it holds an integer of {length} bytes")
+            if length < 0:
+                raise Unreadable("it says that less than nothing follows")
+            if length > MAX_INT_BYTES:
+                most = 8 * MAX_INT_BYTES - 8
+                raise Unsupported(
+                    f"it holds an integer of {length} bytes, of more than {most} bits"
+                )
             push(int.from_bytes(_slice(data, at + 4, length), "little", signed=True))
             at += 4 + length
         elif op == 0x8F:  # EMPTY_SET
@@ -299,7 +277,7 @@ def _run(data: bytes, allowed: Names | None) -> Any:
         else:
             raise Unreadable(f"byte {at - 1} of it, {op:#04x}, is nothing that is saved today")
         if left < 0:
-            raise Unreadable("it makes more objects than its size explains")
+            raise Unsupported("it makes more objects than its size explains")
 
 
 def _line(data: bytes, at: int) -> int:

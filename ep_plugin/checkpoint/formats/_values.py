@@ -3,34 +3,18 @@
 Everything else stays what it is, a `Made` or a `Name`: inert, and never written (`carried.py`).
 """
 
-import argparse
-import struct
-import sys
-from collections import OrderedDict
-from collections.abc import Callable
-from math import isfinite, prod
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.formats._archive import Archive
-from ep_plugin.checkpoint.inert import Made, Name, Persistent, Unreadable
+from ep_plugin.checkpoint.formats._keys import Keys
+from ep_plugin.checkpoint.formats._listed import BUILDERS, MAX_SIZE, NAMED, SETS, items_of_set, need
+from ep_plugin.checkpoint.inert import Made, Name, Persistent, Unreadable, Unsupported
 from ep_plugin.untrusted import cut
 
 MAX_DEPTH = 100
-MAX_SIZE = 1 << 62
-_REPEATED = 4096  # values that an expanded tensor may show beyond those that it has
-
-DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"),
-        *("bool", "complex64", "complex128", "uint16", "uint32", "uint64", "float8_e4m3fn"),
-        *("float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
-    )
-    if hasattr(torch, name)
-}
 _STORAGES = {  # as torch.save names them; dtypes without one are saved untyped
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -46,17 +30,6 @@ _STORAGES = {  # as torch.save names them; dtypes without one are saved untyped
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
-_NAMED = {
-    **{("torch", name): dtype for name, dtype in DTYPES.items()},
-    ("torch", "strided"): torch.strided,
-    ("torch", "preserve_format"): torch.preserve_format,
-    ("torch", "contiguous_format"): torch.contiguous_format,
-}
-_NUMPY_CODES = {
-    **{"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "f4": "f", "f8": "d"},
-    **{"u1": "B", "u2": "H", "u4": "I", "u8": "Q"},
-}
-_DEVICES = ("cpu", "cuda", "meta")
 
 
 class Values:
@@ -66,6 +39,7 @@ class Values:
         self._archive = archive
         self._built: dict[int, Any] = {}
         self._storages: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._keys = Keys()
         self._unchecked: dict[int, str] = {}  # where a storage's bytes begin -> its record
 
     def check(self, tensor: Tensor) -> None:
@@ -84,14 +58,14 @@ class Values:
         if kind in _PLAIN:
             return value
         if kind is Name:
-            return _NAMED.get(value.key, value)
+            return NAMED.get(value.key, value)
         if id(value) in self._built:
             found = self._built[id(value)]
             if found is _OPEN:
-                raise Unreadable("something in it holds itself")
+                raise Unsupported("something in it holds itself")
             return found
         if depth > MAX_DEPTH:
-            raise Unreadable(f"it is nested more than {MAX_DEPTH} deep")
+            raise Unsupported(f"it is nested more than {MAX_DEPTH} deep")
         self._built[id(value)] = _OPEN
         made = self._container(value, depth + 1)
         self._built[id(value)] = made
@@ -100,32 +74,41 @@ class Values:
     def _container(self, value: Any, depth: int) -> Any:
         kind = type(value)
         if kind is dict:
-            return {self.build(key, depth): self.build(item, depth) for key, item in value.items()}
+            return {self._key(key, depth): self.build(item, depth) for key, item in value.items()}
         if kind is Made:
             return self._made(value, depth)
         if kind is Persistent:
             return self._storage(value.pid)
-        return kind(self.build(item, depth) for item in value)  # list, tuple, set, frozenset
+        if kind is set or kind is frozenset:
+            return kind(self._key(item, depth) for item in value)
+        return kind(self.build(item, depth) for item in value)  # list, tuple
+
+    def _key(self, key: Any, depth: int) -> Any:
+        """Return what a key becomes, which may be another kind of thing than it was."""
+        built = self.build(key, depth)
+        return built if built is key else self._keys.check(built)
 
     def _made(self, made: Made, depth: int) -> Any:
         arguments = tuple(self.build(value, depth) for value in made.arguments)
         state = self.build(made.state, depth)
         items = None
         if made.items is not None:
-            items = [(self.build(k, depth), self.build(v, depth)) for k, v in made.items]
+            items = [(self._key(k, depth), self.build(v, depth)) for k, v in made.items]
         same = Made(made.kind, arguments, made.called)
         same.state, same.items = state, items
-        builder = _BUILDERS.get(made.kind.key)
+        if made.kind.key in SETS:
+            return SETS[made.kind.key](map(self._keys.check, items_of_set(same)))
+        builder = BUILDERS.get(made.kind.key)
         return same if builder is None else builder(same)
 
     def _storage(self, pid: Any) -> Tensor:
         """Return the values of a storage, one after the other."""
-        _need(type(pid) is tuple and len(pid) == 5 and pid[0] == "storage", "a reference", pid)
+        need(type(pid) is tuple and len(pid) == 5 and pid[0] == "storage", "a reference", pid)
         _, kind, key, _, count = pid
         dtype = _STORAGES.get(kind.name) if type(kind) is Name else None
         known = dtype is not None and kind.module in ("torch", "torch.storage")
-        _need(known and type(key) is str, "a storage's kind", kind)
-        _need(type(count) is int and 0 <= count <= MAX_SIZE, "a storage's length", count)
+        need(known and type(key) is str, "a storage's kind", kind)
+        need(type(count) is int and 0 <= count <= MAX_SIZE, "a storage's length", count)
         assert dtype is not None
         if self._archive is None:
             raise Unreadable("it refers to a tensor, and none is beside it")
@@ -142,177 +125,9 @@ class Values:
                 self._unchecked[values.untyped_storage().data_ptr()] = f"data/{key}"
             self._storages[key, dtype] = values
         found = self._storages[key, dtype]
-        _need(found.numel() == count, "a storage's length", count)
+        need(found.numel() == count, "a storage's length", count)
         return found
 
 
 _PLAIN = frozenset((str, int, float, bool, bytes, bytearray, type(None)))
 _OPEN = object()
-
-
-def _need(fits: bool, what: str, value: Any) -> None:
-    if not fits:
-        raise Unreadable(f"{what} in it is none: {cut(_words(value))}")
-
-
-def _words(value: Any) -> str:
-    """Return a value's words; of what may be long or nested its kind alone."""
-    if type(value) in (str, bool, float, Name, type(None)):
-        return repr(value)
-    if type(value) is int and value.bit_length() < 128:
-        return repr(value)
-    return f"a {type(value).__name__}"
-
-
-def is_size(value: Any) -> TypeGuard[int]:
-    """Whether a value is a number of elements, or a place in a tensor or a file."""
-    return type(value) is int and 0 <= value <= MAX_SIZE
-
-
-def sizes(value: Any) -> tuple[int, ...]:
-    """Return a shape; raises Unreadable when it is none."""
-    fits = isinstance(value, (tuple, list)) and len(value) <= 64 and all(map(is_size, value))
-    _need(fits, "a shape", value)
-    return tuple(value)
-
-
-def _bare(made: Made, called: bool, count: int) -> tuple[Any, ...]:
-    """Return the arguments where there are so many, and nothing else."""
-    fits = made.called == called and len(made.arguments) == count
-    _need(fits and made.state is None and made.items is None, f"a {made.kind}", None)
-    return made.arguments
-
-
-def _size(made: Made) -> torch.Size:
-    return torch.Size(sizes(*_bare(made, True, 1)))
-
-
-def _namespace(made: Made) -> argparse.Namespace:
-    state = made.state or {}
-    fits = type(state) is dict and not made.arguments and made.items is None
-    _need(fits, "a Namespace", made.state)
-    space = argparse.Namespace()
-    for name, value in state.items():
-        _need(type(name) is str and not name.startswith("__"), "an argument's name", name)
-        vars(space)[sys.intern(name)] = value
-    return space
-
-
-def _ordered(made: Made) -> "OrderedDict[Any, Any]":
-    _need(not any(made.arguments), "an OrderedDict", None)
-    return OrderedDict(made.items or ())
-
-
-def _tensor(made: Made) -> Tensor:
-    _need(made.called and len(made.arguments) in (6, 7), "a tensor", None)
-    storage, offset, size, stride, requires_grad, _ = made.arguments[:6]
-    _no_bits(made.arguments[6:])
-    return _view(storage, offset, size, stride, requires_grad)
-
-
-def _no_bits(metadata: tuple[Any, ...]) -> None:
-    """A tensor that stands for the negative or the conjugate of its values is not read."""
-    if any(bits not in (None, {}) for bits in metadata):
-        raise Unreadable("a tensor in it is a view that torch negates or conjugates as it reads")
-
-
-def _typed_tensor(made: Made) -> Tensor:
-    _need(made.called and len(made.arguments) in (7, 8), "a tensor", None)
-    storage, offset, size, stride, requires_grad, _, dtype = made.arguments[:7]
-    _no_bits(made.arguments[7:])
-    fits = isinstance(dtype, torch.dtype) and isinstance(storage, Tensor)
-    _need(fits and storage.nbytes % dtype.itemsize == 0, "a tensor's dtype", dtype)
-    return _view(storage.view(dtype), offset, size, stride, requires_grad)
-
-
-def _view(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any) -> Tensor:
-    """Return part of a storage: every element of it inside."""
-    shape, steps = sizes(size), sizes(stride)
-    fits = isinstance(storage, Tensor) and is_size(offset) and len(shape) == len(steps)
-    _need(fits, "a tensor", storage)
-    count = prod(shape)
-    last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
-    inside = count == 0 or last < storage.numel()
-    if not inside or count > max(storage.numel(), _REPEATED) or max(shape, default=0) > 1 << 60:
-        raise Unreadable(
-            f"a tensor in it has shape {list(shape)}, and its storage {storage.numel()} elements"
-        )
-    if count == 0:
-        offset = 0
-    view: Tensor = storage.as_strided(shape, steps, offset)
-    if requires_grad is True and (view.is_floating_point() or view.is_complex()):
-        view.requires_grad_()
-    return view
-
-
-def _parameter(made: Made) -> Tensor:
-    _need(made.called and len(made.arguments) in (3, 4), "a parameter", None)
-    values, requires_grad = made.arguments[:2]
-    _need(isinstance(values, Tensor) and type(requires_grad) is bool, "a parameter", values)
-    floating = values.is_floating_point() or values.is_complex()
-    return torch.nn.Parameter(values.detach(), requires_grad and floating)
-
-
-def _layout(made: Made) -> torch.layout:
-    (said,) = _bare(made, True, 1)
-    _need(said == "torch.strided", "a layout", said)
-    return torch.strided
-
-
-def _bytes(made: Made) -> bytes:
-    text, encoding = _bare(made, True, 2)
-    _need(type(text) is str and encoding == "latin1", "bytes", encoding)
-    try:
-        return str(text).encode("latin1")
-    except UnicodeError as error:
-        raise Unreadable("bytes in it are no bytes") from error
-
-
-def _set(made: Made) -> set[Any]:
-    (values,) = _bare(made, True, 1)
-    _need(type(values) is list, "a set", None)
-    for value in values:
-        number = is_size(value) or (type(value) is float and isfinite(value))
-        _need(number or type(value) in (str, bool, type(None)), "a set", None)
-    return set(values)
-
-
-def _number(made: Made) -> Any:
-    """Return a scalar of numpy as a number; one of another dtype stays inert."""
-    if not made.called or len(made.arguments) != 2:
-        return made
-    dtype, raw = made.arguments
-    if type(dtype) is not Made or dtype.kind.key != ("numpy", "dtype") or not dtype.arguments:
-        return made
-    code, state = dtype.arguments[0], dtype.state
-    little = type(state) is tuple and len(state) > 1 and state[1] in ("<", "|")
-    if type(code) is not str or code not in _NUMPY_CODES or not little:
-        return made
-    form = struct.Struct("<" + _NUMPY_CODES[code])
-    _need(type(raw) is bytes and len(raw) == form.size, "a number of numpy", None)
-    return form.unpack(raw)[0]
-
-
-def _device(made: Made) -> torch.device:
-    fits = made.called and len(made.arguments) in (1, 2) and made.state is None
-    _need(fits and made.arguments[0] in _DEVICES, "a device", None)
-    number = made.arguments[1] if len(made.arguments) == 2 else None
-    _need(number is None or (is_size(number) and number < 128), "a device", number)
-    return torch.device(made.arguments[0]) if number is None else torch.device(*made.arguments)
-
-
-_BUILDERS: dict[tuple[str, str], Callable[[Made], Any]] = {
-    ("argparse", "Namespace"): _namespace,
-    ("collections", "OrderedDict"): _ordered,
-    ("torch", "Size"): _size,
-    ("torch", "device"): _device,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch.serialization", "_get_layout"): _layout,
-    ("_codecs", "encode"): _bytes,
-    ("__builtin__", "set"): _set,
-    ("builtins", "set"): _set,
-    ("numpy.core.multiarray", "scalar"): _number,
-    ("numpy._core.multiarray", "scalar"): _number,
-}

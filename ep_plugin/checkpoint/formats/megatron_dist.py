@@ -40,7 +40,7 @@ from ep_plugin.checkpoint.formats._iteration import (
 )
 from ep_plugin.checkpoint.formats._iteration import TRACKER as TRACKER
 from ep_plugin.checkpoint.formats._iteration import iteration_folder as _iteration_folder
-from ep_plugin.checkpoint.inert import Unreadable
+from ep_plugin.checkpoint.inert import Unreadable, explained
 from ep_plugin.checkpoint.tensors import Damaged, Source, Stored
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import read_json
@@ -105,9 +105,7 @@ def _object_to_copy(reader: Reader, folder: Path, name: str) -> bytes:
     try:
         value = load_object(content)
     except Unreadable as error:
-        raise Damaged(
-            f"{name} in {folder} is damaged ({error}); copy the checkpoint again"
-        ) from error
+        raise Damaged(f"{name} in {folder} {explained(error)}") from error
     check_copied(name, value, folder)
     return content
 

@@ -31,7 +31,7 @@ from ep_plugin.checkpoint.family import gated
 from ep_plugin.checkpoint.formats import _rank_arguments
 from ep_plugin.checkpoint.formats._iteration import inside, iteration_folder
 from ep_plugin.checkpoint.formats._mapped import map_state
-from ep_plugin.checkpoint.inert import Unreadable
+from ep_plugin.checkpoint.inert import Unreadable, explained
 from ep_plugin.checkpoint.tensors import Source, TensorInfo
 from ep_plugin.errors import ConfigError
 
@@ -135,7 +135,7 @@ def _checked(path: Path, check: Check, tensor: Tensor) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path} is truncated or damaged ({error}); {_AGAIN}")
+    return ConfigError(f"{path} {explained(error, 'is truncated or damaged')}")
 
 
 def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[RankPart]]:

@@ -2,7 +2,7 @@
 
 meeting.py       how many processes reach one verdict through torch's rendezvous store
 lead.py follow.py     rank 0's part in that, and everybody else's
-place.py         the keys of the store, and how patiently it is looked at
+store.py         the keys of the store, and how patiently it is looked at
 answers.py       what a meeting comes to, as sentences
 compared.py      what they compare, and the verdict on it
 contents.py      files that ranks read: their contents in a few bytes

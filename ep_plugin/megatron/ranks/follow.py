@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ep_plugin.megatron.ranks import place as pace
+from ep_plugin.megatron.ranks import store as pace
 from ep_plugin.megatron.ranks.answers import Answer, left, not_there, of_json, waits_for
-from ep_plugin.megatron.ranks.place import Place
+from ep_plugin.megatron.ranks.store import Place
 
 
 class Follower:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ep_plugin.megatron.ranks import place as pace
+from ep_plugin.megatron.ranks import store as pace
 from ep_plugin.megatron.ranks.answers import Answer, Subject, left, not_there, of_failures
 from ep_plugin.megatron.ranks.answers import waits_for as waits
-from ep_plugin.megatron.ranks.place import Place
+from ep_plugin.megatron.ranks.store import Place
 
 
 class Leader:

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from ep_plugin.megatron.ranks import place as pace
+from ep_plugin.megatron.ranks import store as pace
 from ep_plugin.megatron.ranks.answers import Answer, Subject, of_failures
 from ep_plugin.megatron.ranks.follow import Follower
 from ep_plugin.megatron.ranks.lead import Leader
-from ep_plugin.megatron.ranks.place import Place
+from ep_plugin.megatron.ranks.store import Place
 
 
 class Meeting:
