@@ -42,8 +42,11 @@ def seal(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def manifest_problems(folder: Path) -> list[str]:
+def manifest_problems(folder: Path, below: str | None = None) -> list[str]:
     """Return what is wrong with the files under `folder`; empty when each is as it was written.
+
+    `below`: only with those in its folder of that name, and with none where there is no manifest,
+    or it lists none of them: a run saves further iterations beside a converted one.
 
     Nothing outside of `folder` is opened. Raises ConfigError where there is no manifest, or it is
     none that `seal` wrote.
@@ -51,13 +54,21 @@ def manifest_problems(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; {_REMEDY}")
     path = folder / MANIFEST
+    if below is not None and not path.exists(follow_symlinks=False):
+        return []
     if path.is_symlink():
         raise ConfigError(f"{path} is a symbolic link; {_REMEDY}")
     manifest = read_json(path, _REMEDY, max_bytes=_MAX_BYTES)
     files, _ = (_section(manifest, key, path) for key in ("files", "tensors"))
-    listed = {name: _file(name, entry, path) for name, entry in files.items()}
+    listed = {
+        name: _file(name, entry, path)
+        for name, entry in files.items()
+        if below is None or name.startswith(f"{below}/")
+    }
+    if not listed:
+        return []
     problems = [p for name, entry in listed.items() if (p := _problem(folder, name, entry))]
-    return [*problems, *_unlisted(folder, listed.keys())]
+    return [*problems, *_unlisted(folder, below, listed.keys())]
 
 
 def tensor_problems(folder: Path, stored: dict[str, TensorInfo]) -> list[str]:
@@ -122,10 +133,10 @@ def _problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     return None if file_digest(path) == entry else f"{path} has other bytes than were written"
 
 
-def _unlisted(folder: Path, listed: Iterable[str]) -> Iterator[str]:
+def _unlisted(folder: Path, inside: str | None, listed: Iterable[str]) -> Iterator[str]:
     """Yield what lies in the folder and is not listed; links are not followed."""
     known = {MANIFEST, *listed}
-    for below, folders, names in folder.walk():
+    for below, folders, names in (folder / (inside or "")).walk():
         for name in [*names, *(name for name in folders if (below / name).is_symlink())]:
             path = below / name
             if str(path.relative_to(folder)) not in known:

@@ -79,6 +79,8 @@ class Stored:
     read_chunk: Callable[[str, Chunk], Tensor]  # raises Damaged
     ranges: tuple[Range, ...]  # where chunks and objects lie
     read_object: Callable[[str], Any]  # what `torch.save` wrote, nothing run; raises Damaged
+    # Of what was read so far, the tensors and objects whose bytes were saved without checksums.
+    unsummed: Callable[[], frozenset[str]] = frozenset
 
 
 @dataclass(frozen=True)

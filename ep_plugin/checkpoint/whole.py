@@ -112,12 +112,19 @@ _SIGNS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def problems(stored: Stored) -> Iterator[tuple[str, str]]:
-    """Yield (name, what is wrong) of where things lie and of the objects; reads no tensor."""
+def problems(
+    stored: Stored, look: Callable[[str, Any], None] = lambda name, value: None
+) -> Iterator[tuple[str, str]]:
+    """Yield (name, what is wrong) of where things lie and of the objects; reads no tensor.
+
+    `look` is shown each object.
+    """
     yield from overlapping(stored.ranges)
     for name in sorted(stored.objects):
         try:
-            wrong = other_kind(name, stored.read_object(name))
+            value = stored.read_object(name)
+            wrong = other_kind(name, value)
+            look(name, value)
         except ConfigError as error:
             wrong = f"cannot be read ({error})"
         if wrong is not None:

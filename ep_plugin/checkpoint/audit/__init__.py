@@ -10,11 +10,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ep_plugin.checkpoint.audit import coverage, each_expert, moments, named
 from ep_plugin.checkpoint.audit.facts import Facts, read_facts
 from ep_plugin.checkpoint.audit.verdict import Finding, Report
 from ep_plugin.checkpoint.formats.megatron_dist import open_stored
+from ep_plugin.checkpoint.manifest import MANIFEST, manifest_problems
 from ep_plugin.checkpoint.run_args import checked
 from ep_plugin.checkpoint.tensors import Damaged, Stored
 from ep_plugin.errors import ConfigError
@@ -42,8 +44,19 @@ def audit(path: Path, progress: Progress) -> Report:
         for name, info in stored.tensors.items():
             facts[name] = read_facts(stored, name)
             on_bytes(info.num_bytes)
-    report = judge(stored, facts)
-    return replace(report, findings=[*named.check(stored), *report.findings])
+    beside = named.Named(stored)
+    report = judge(stored, facts, beside.look)
+    found = [*beside.findings(), *_unlike_manifest(stored.folder), *report.findings]
+    return replace(report, findings=found)
+
+
+def _unlike_manifest(folder: Path) -> list[Finding]:
+    """Return which files of an iteration that `convert` wrote are not as it wrote them."""
+    try:
+        problems = manifest_problems(folder.parent, below=folder.name)
+    except ConfigError as error:
+        return [Finding("error", "files", MANIFEST, str(error))]
+    return [Finding("error", "files", MANIFEST, text) for text in problems]
 
 
 def _check_common(stored: Stored) -> None:
@@ -59,9 +72,16 @@ def _check_common(stored: Stored) -> None:
         raise Damaged(str(error)) from error
 
 
-def judge(stored: Stored, facts: dict[str, Facts]) -> Report:
-    """Return the report on a checkpoint of whose every tensor the facts are known."""
-    broken, about_tensors = coverage.check(stored, facts)
+def judge(
+    stored: Stored,
+    facts: dict[str, Facts],
+    look: Callable[[str, Any], None] = lambda name, value: None,
+) -> Report:
+    """Return the report on a checkpoint of whose every tensor the facts are known.
+
+    `look` is shown each object.
+    """
+    broken, about_tensors = coverage.check(stored, facts, look)
     layers, about_experts = each_expert.check(stored, facts, broken)
     state, about_optimizer = moments.check(stored, facts)
     return Report(
@@ -72,6 +92,7 @@ def judge(stored: Stored, facts: dict[str, Facts]) -> Report:
         layers=layers,
         optimizer=state,
         findings=[*about_tensors, *about_experts, *about_optimizer],
+        without_checksums=len(stored.unsummed()),
     )
 
 

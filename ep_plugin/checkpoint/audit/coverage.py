@@ -2,6 +2,8 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 from ep_plugin.checkpoint.audit.facts import Facts, Place
 from ep_plugin.checkpoint.audit.stored_names import label, parse
@@ -10,12 +12,14 @@ from ep_plugin.checkpoint.tensors import Stored
 from ep_plugin.checkpoint.whole import misplaced, problems
 
 
-def check(stored: Stored, facts: dict[str, Facts]) -> tuple[set[tuple[str, Place]], list[Finding]]:
+def check(
+    stored: Stored, facts: dict[str, Facts], look: Callable[[str, Any], None]
+) -> tuple[set[tuple[str, Place]], list[Finding]]:
     """Return what is wrong with single tensors: holes, overlaps, unreadable parts, values.
 
-    With it goes which tensors are not whole, by layer and expert.
+    With it goes which tensors are not whole, by layer and expert. `look` is shown each object.
     """
-    findings = [Finding("error", "files", name, text) for name, text in problems(stored)]
+    findings = [Finding("error", "files", name, text) for name, text in problems(stored, look)]
     broken = set()
     for key, info in stored.tensors.items():
         name = parse(key)

@@ -40,6 +40,7 @@ class Report:
     layers: list[AuditedLayer]
     optimizer: str
     findings: list[Finding]
+    without_checksums: int = 0  # tensors and objects
 
     @property
     def errors(self) -> list[Finding]:
@@ -56,6 +57,11 @@ class Report:
     def summary(self) -> str:
         """Return the audit in one line."""
         verdict = "fine" if self.passed else f"{len(self.errors)} errors"
+        if self.without_checksums:
+            verdict += (
+                f"; {self.without_checksums} tensors and objects were saved without checksums, so "
+                "bytes that were altered since are not noticed in them"
+            )
         return (
             f"{self.checkpoint}: {self.num_tensors} tensors, {self.num_bytes / 2**20:.1f} MiB, "
             f"{len(self.layers)} MoE layers, optimizer {self.optimizer}: {verdict}"

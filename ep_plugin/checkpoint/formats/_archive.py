@@ -63,6 +63,11 @@ class Archive:
             if record.crc and zlib.crc32(part) != record.crc:
                 raise Unreadable(f"its record {cut(name)} has other bytes than were written")
 
+    @property
+    def has_sums(self) -> bool:
+        """Whether the bytes of every record have a checksum; of none there is none to take."""
+        return all(record.crc or not record.size for record in self.records.values())
+
     def storage(self, key: str) -> Record:
         """Return where a storage's values lie; raises Unreadable when they do not."""
         if (found := self.records.get(f"data/{key}")) is None:

@@ -22,6 +22,7 @@ from ep_plugin.untrusted import cut
 
 _STACKED = re.compile(r"((?:optimizer\.state\.\w+\.)?decoder\.layers\.)(?!\d)(.+)")
 _SHARD = re.compile(r"(.+)/shard_([\d.]+)_([\d.]+)")
+_SUMMED, _UNSUMMED = 1, 2
 _AGAIN = "copy the checkpoint again"
 
 
@@ -41,7 +42,7 @@ class Files:
         self.entries = _tensor_entries(self.metadata)
         places = ((s.relative_path, s.offset) for s in metadata.storage_data.values())
         self._number = {place: number for number, place in enumerate(dict.fromkeys(places))}
-        # Of each, whether its bytes are those that were written; shared with forked workers.
+        # Of each, whether it was read, and has checksums; shared with forked workers.
         self._sound = mmap.mmap(-1, max(len(self._number), 1))
 
     def read_bytes(self, index: MetadataIndex) -> bytes:
@@ -85,8 +86,14 @@ class Files:
         """Raise Unreadable where the bytes of an archive are not those that were written."""
         number = self._number[stored.relative_path, stored.offset]
         if not self._sound[number]:
-            check_sums(path, stored.offset, stored.length)
-            self._sound[number] = 1
+            has_sums = check_sums(path, stored.offset, stored.length)
+            self._sound[number] = _SUMMED if has_sums else _UNSUMMED
+
+    def unsummed(self) -> frozenset[str]:
+        """Return the names of what was read so far and has no checksums."""
+        stored = self.metadata.storage_data.items()
+        numbers = ((index.fqn, self._number[s.relative_path, s.offset]) for index, s in stored)
+        return frozenset(name for name, number in numbers if self._sound[number] == _UNSUMMED)
 
     def read_chunk(self, key: str, chunk: Chunk) -> Tensor:
         """Return a chunk's values, mapped: what is not looked at is not read.

@@ -20,10 +20,10 @@ _MAX_TENSOR = 1 << 16  # bytes of a pickle of one tensor
 _MAX_STATE = 1 << 30  # of a rank's whole state
 
 
-def check_sums(path: Path, offset: int, length: int) -> None:
+def check_sums(path: Path, offset: int, length: int) -> bool:
     """Raise Unreadable unless every record of an archive has the bytes that it was written with.
 
-    An archive that was written without checksums is not looked at.
+    Whether it has checksums; one that was written without is not looked at.
     """
     size = path.stat().st_size
     if length == 0 or offset + length > size:
@@ -37,6 +37,7 @@ def check_sums(path: Path, offset: int, length: int) -> None:
         archive = open_archive(area, offset - start)
         for name in archive.records:
             archive.check(name)
+        return archive.has_sums
 
 
 def map_tensor(path: Path, offset: int, length: int) -> Tensor:

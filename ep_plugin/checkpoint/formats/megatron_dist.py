@@ -149,6 +149,7 @@ def open_stored(path: Path) -> Stored:
         read_chunk=files.read_chunk,
         ranges=files.ranges(),
         read_object=files.read_object,
+        unsummed=files.unsummed,
     )
 
 
