@@ -74,7 +74,7 @@ def engine_reads(name: str, value: Any) -> bool:
     """Whether an object is a state that Transformer Engine would unpickle: one that says anything.
 
     It lies in a tensor or a file of bytes, whose dtype or class does not matter to whoever hides
-    something there; so an empty one alone is taken for harmless, and text, which nothing unpickles.
+    something there; so an empty one alone is taken for harmless.
     """
     if EXTRA_STATE not in name:
         return False
@@ -88,7 +88,7 @@ def engine_reads(name: str, value: Any) -> bool:
         elif isinstance(found, Tensor):
             if found.numel():
                 return True
-        elif found not in (None, b"") and type(found) is not str:
+        elif found not in (None, b"", ""):
             return True
     return False
 

@@ -51,6 +51,7 @@ class Opened:
     origins: Origins
     family: Family | None = None  # of a Hugging Face model
     left_out: tuple[str, ...] = ()
+    emptied: tuple[str, ...] = ()  # objects that are written without what they held
     deviations: tuple[str, ...] = ()  # why the function is not kept; empty: it is
     upcycled: Upcycled | None = None  # what gave it its experts
     cut_rows: int = 0  # of the vocabulary, which only padded it
@@ -151,13 +152,30 @@ def _open_megatron(
     check_num_layers(args, source.tensors, source.folder)
     source = _with_args(source, args)
     if EXTRA_STATE in left_out:
-        source = replace(source, read_object=lambda _: NO_EXTRA_STATE)
+        source, emptied = _without_states(source)
+    else:
+        emptied = ()
     if kind == "torch_dist" and output == "megatron":
         same: Origins = {name: (name,) for name in source.tensors}
-        return Opened(source.folder, source, args, "stored", same)
+        return Opened(source.folder, source, args, "stored", same, emptied=emptied)
     source = plain(source, args)
     origins: Origins = {name: (stored_name(name, args),) for name in source.tensors}
-    return Opened(source.folder, source, args, "plain", origins)
+    return Opened(source.folder, source, args, "plain", origins, emptied=emptied)
+
+
+def _without_states(source: Source) -> tuple[Source, tuple[str, ...]]:
+    """Return the source with every layer's state empty, and their names; other objects stay."""
+    names = tuple(sorted(name for name in source.objects if EXTRA_STATE in name))
+    if not names:
+        raise ConfigError(
+            f"--leave-out {EXTRA_STATE}: {source.folder} has none that would be copied; leave "
+            f"{EXTRA_STATE} out of --leave-out"
+        )
+    read = source.read_object
+    emptied = replace(
+        source, read_object=lambda name: NO_EXTRA_STATE if EXTRA_STATE in name else read(name)
+    )
+    return emptied, names
 
 
 def _with_router(args: argparse.Namespace, router: str | None, folder: Path) -> argparse.Namespace:

@@ -353,12 +353,12 @@ def test_a_tensor_that_is_a_pickle_is_not_copied(tmp_path: Path) -> None:
     """Transformer Engine keeps its state as one, and unpickles it."""
     content = torch.frombuffer(bytearray(pickle.dumps(print)), dtype=torch.uint8)
     name = "decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1"
-    for empty in (None, [None], b"", [torch.zeros(0, dtype=torch.uint8), None]):
+    for empty in (None, [None], b"", "", [torch.zeros(0, dtype=torch.uint8), None]):
         check_copied(name, empty, tmp_path)
         assert not engine_reads(name, empty)
     words = bytes(content.numpy())
     kinds = [[content.view(dtype)] for dtype in (torch.int8, torch.bool)]
-    for value in (*kinds, words, bytearray(words), {"a": [content]}, [1], {"a": None}):
+    for value in (*kinds, words, bytearray(words), "text", {"a": [content]}, [1], {"a": None}):
         assert engine_reads(name, value)
         with pytest.raises(ConfigError, match="use --leave-out _extra_state"):
             check_copied(name, value, tmp_path)

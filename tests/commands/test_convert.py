@@ -18,6 +18,8 @@ import pytest
 import reference
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from spawn import run_ranks
 from tolerance import MAX_ERROR
 from torch import Tensor
@@ -92,13 +94,14 @@ def per_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def objects(stacked: bool) -> dict[str, Any]:
-    """Extra states as Megatron names them, and one entry of the ended run."""
+    """Extra states as Megatron names them, none like another, and one entry of the ended run."""
     states: dict[str, Any] = {"rng_state/shard_0.0_1.1": ["rng"]}
-    for module in ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2"):
+    modules = ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+    for number, module in enumerate(modules, start=1):
         for i in range(L):
             where = ("", f"{i}_{L}") if stacked else (f"{i}.", "0_1")
             key = f"decoder.layers.{where[0]}{module}._extra_state/shard_{where[1]}"
-            states[key] = [f"{module} of {i}"]
+            states[key] = [None] * (number + len(modules) * i)
     return states
 
 
@@ -107,6 +110,7 @@ def save_dense(
     tensors: dict[str, Tensor] | None = None,
     stacked: bool = True,
     common_in_file: bool = False,
+    beside: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     """Write a dense checkpoint; returns its iteration folder."""
@@ -119,7 +123,8 @@ def save_dense(
         "opt_param_scheduler": {"max_lr": 1.0},
         "content_metadata": {"singleton_local_shards": False},
     }
-    state: dict[str, Any] = {**tensors, **objects(stacked)}
+    beside = objects(stacked) if beside is None else beside
+    state: dict[str, Any] = {**tensors, **beside}
     folder = root / f"iter_{ITERATION:07d}"
     folder.mkdir(parents=True)
     if common_in_file:
@@ -381,6 +386,46 @@ def test_nothing_is_left_out_that_is_not_there(
     save_dense(tmp_path / "dense")
     assert convert(tmp_path / "dense", tmp_path / "moe", "--leave-out", "backed") == 2
     assert "--leave-out backed is no run argument" in capsys.readouterr().err
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    held=st.lists(st.one_of(st.text(min_size=1), st.binary(min_size=1)), min_size=1, max_size=4),
+    typed=st.booleans(),
+)
+def test_a_state_is_refused_or_emptied_and_named(
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    held: list[str | bytes],
+    typed: bool,
+) -> None:
+    root = tmp_path_factory.mktemp("states")
+    layer = "decoder.layers.{}.self_attention.linear_qkv._extra_state/shard_0_1"
+    kept = "decoder.layers.0.self_attention.core_attention.note/shard_0_1"
+    states = {layer.format(place): [value] for place, value in enumerate(held)}
+    save_dense(root / "dense", stacked=False, beside=states | {kept: ["a note"]}, note=[1])
+    flags = ("--leave-out", "_extra_state", "note") if typed else ()
+    capsys.readouterr()
+    code = convert(root / "dense", root / "moe", *flags)
+    said = capsys.readouterr()
+    if not typed:
+        assert code == 2
+        assert "use --leave-out _extra_state" in said.err
+        return
+    assert code == 0, said.err
+    written = load_all(root / "moe")
+    assert all(written[name] == [None] and name in said.out for name in states)
+    assert written[kept] == ["a note"]
+    assert re.search(r"^emptied, \d+ in all: decoder", said.out, re.MULTILINE)
+    assert "run arguments left out: note\n" in said.out
+
+
+def test_no_state_is_emptied_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dense(tmp_path / "dense", stacked=False, beside={})
+    assert convert(tmp_path / "dense", tmp_path / "moe", "--leave-out", "_extra_state") == 2
+    assert "--leave-out _extra_state: " in capsys.readouterr().err
 
 
 class Hostile:

@@ -52,6 +52,7 @@ def _summary(request: Request, target: Target, report: dict[str, Any] | None) ->
         "iteration_folder": target.iteration,
         "family": family_of(target),
         "left_out": list(model.left_out),
+        "emptied": list(model.emptied),
         "mode": settings.mode if settings else None,
         "granularity": settings.granularity if settings else None,
         "router_init": settings.router_init if settings else None,

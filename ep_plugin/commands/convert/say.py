@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ep_plugin.checkpoint.carried import EXTRA_STATE
 from ep_plugin.checkpoint.manifest import manifest_problems, tensor_problems
 from ep_plugin.checkpoint.open import is_hf, safetensors, stored_tensors
 from ep_plugin.checkpoint.target import Target
@@ -55,6 +56,8 @@ def say_plan(request: Request, target: Target) -> int:
         print(f"{old or '(new)'} -> {name}")
     for name in target.model.left_out:
         print(f"{name} -> (left out)")
+    for name in target.model.emptied:
+        print(f"{one_line(name)} -> (emptied)")
     for tensor in target.tensors:
         print(f"{tensor.info.num_bytes:>14} bytes  {tensor.name} {list(tensor.info.shape)}")
     for reason in target.model.deviations:
@@ -114,6 +117,10 @@ def say_summary(request: Request, target: Target, report: dict[str, Any] | None)
         )
     if target.model.left_out:
         print(f"left out: {', '.join(target.model.left_out)}")
+    if emptied := target.model.emptied:
+        print(f"emptied, {len(emptied)} in all: {one_line(', '.join(emptied))}")
+    if names := [name for name in request.leave_out if name != EXTRA_STATE]:
+        print(f"run arguments left out: {', '.join(names)}")
     for reason in target.model.deviations:
         print(f"the model's output changes: {reason}")
     for line in _vocabulary(request, target):
