@@ -21,6 +21,7 @@ from torch import Tensor
 from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt.against_config import check_counts, check_size
 from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron, with_dtype
+from ep_plugin.checkpoint.adapt.keep_layers import Kept
 from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
 from ep_plugin.checkpoint.carried import EXTRA_STATE, leave_out
 from ep_plugin.checkpoint.family import Family
@@ -54,6 +55,7 @@ class Opened:
     emptied: tuple[str, ...] = ()  # objects that are written without what they held
     deviations: tuple[str, ...] = ()  # why the function is not kept; empty: it is
     upcycled: Upcycled | None = None  # what gave it its experts
+    kept: Kept | None = None  # of a student: the teacher's layers that it has
     cut_rows: int = 0  # of the vocabulary, which only padded it
 
 

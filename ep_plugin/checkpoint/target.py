@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt import fold_gemma
 from ep_plugin.checkpoint.adapt.hugging_face import to_hf
+from ep_plugin.checkpoint.adapt.keep_layers import Kept
 from ep_plugin.checkpoint.adapt.silent_expert import with_silent_expert
 from ep_plugin.checkpoint.adapt.upcycle import KEPT, Upcycled
 from ep_plugin.checkpoint.carried import check_carried
@@ -85,12 +86,13 @@ def aim(model: Opened, output: Format, implementation: str | None) -> Target:
     """
     if output == "hf":
         return _hf_folder(model)
-    if model.upcycled is not None and model.spelling == "stored":
-        return _same_names(model, model.upcycled)
+    made = model.upcycled or model.kept
+    if made is not None and model.spelling == "stored":
+        return _same_names(model, made)
     return _new_names(model, implementation)
 
 
-def _same_names(model: Opened, made: Upcycled) -> Target:
+def _same_names(model: Opened, made: Upcycled | Kept) -> Target:
     source = model.source
     check_carried(source.common, model.folder)
     write = partial(write_checkpoint, source=source, common=source.common, content=made.content)

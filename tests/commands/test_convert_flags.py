@@ -23,6 +23,7 @@ VALUES = (
         "--vocab-size 9",
         "--leave-out note",
         "--router my_package.my_router",
+        "--keep-layers 1",
         "--drop-optimizer",
         "--ep 1",
         "--parity-tolerance 0.5",

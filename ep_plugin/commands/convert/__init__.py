@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ep_plugin.checkpoint.adapt.keep_layers import keep_layers
 from ep_plugin.checkpoint.adapt.upcycle import add_experts
 from ep_plugin.checkpoint.manifest import seal
 from ep_plugin.checkpoint.open import open_source
@@ -13,6 +14,7 @@ from ep_plugin.checkpoint.staging import staged
 from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.commands.convert import as_json
 from ep_plugin.commands.convert.compare import Differs, compare, load_compare
+from ep_plugin.commands.convert.compare_kept import compare_kept
 from ep_plugin.commands.convert.flags import add_arguments as add_arguments
 from ep_plugin.commands.convert.request import read_request
 from ep_plugin.commands.convert.say import check_manifest, say_plan, say_summary
@@ -26,6 +28,7 @@ EXAMPLES = r"""examples:
       --mode drop --drop-ratio 0.5 --drop-optimizer
   ep-plugin convert --from runs/dense --to runs/moe --num-experts 8 --topk 2 \
       --shared-expert copy --layers '[0]*1+[1]*3' --dry-run
+  ep-plugin convert --from runs/teacher --to runs/student --keep-layers 0-19,23
   ep-plugin convert --check --to runs/moe
 
 After a kill the same command goes on where it stopped.
@@ -67,12 +70,14 @@ def run(args: argparse.Namespace) -> int:
     dense = open_source(
         request.source, request.format, request.vocab_size, request.leave_out, request.router
     )
-    model = add_experts(dense, request.settings, request.keep_optimizer)
+    model = keep_layers(dense, request.keep_layers)
+    model = add_experts(model, request.settings, request.keep_optimizer)
     model = fit_family(model, dense, request.format, request.family)
     target = aim(model, request.format, request.implementation)
     if request.dry_run:
         return (as_json.print_plan if request.json else say_plan)(request, target)
-    comparison = load_compare(request, target) if request.compare else None
+    by_running = request.compare and request.keep_layers is None
+    comparison = load_compare(request, target) if by_running else None
     try:
         with staged(request.target, dense.folder, request.asked, target.num_bytes) as staging:
             with tqdm(desc="convert", total=target.num_bytes, **BYTES) as bar:
@@ -83,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
                     processes=request.processes,
                 )
             report = compare(comparison, request, target, staging.folder) if comparison else None
+            if request.compare and request.keep_layers is not None:
+                report = compare_kept(request, target, staging.folder)
             if request.format == "megatron":
                 from_hf = target.model.family is not None
                 write_flags(staging.folder, target.args, from_hf)

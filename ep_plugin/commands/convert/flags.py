@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_upcycling(parser)
     _add_formats(parser)
+    add(
+        "--keep-layers", metavar="LAYERS",
+        help="make a student of these layers of a Megatron checkpoint, counted from 0, such as "
+        "0-19,23, in this order; its optimizer starts afresh",
+    )  # fmt: skip
     add("--drop-optimizer", action="store_true", help="leave the optimizer's state out")
     add(
         "--ep", type=int, metavar="EP",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin import presets
+from ep_plugin.checkpoint.adapt.keep_layers import parse_kept
 from ep_plugin.checkpoint.adapt.upcycling import GateSums, Losses, Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
@@ -29,6 +30,8 @@ _SETTINGS = (
 
 def _draws(args: argparse.Namespace) -> bool:
     """Whether anything is drawn: tokens, routers, or weights of experts."""
+    if "keep_layers" in args:
+        return False
     if "skip_parity" not in args and "prompts" not in args:
         return True
     zero_router = getattr(args, "router_init", None) == "zero"
@@ -38,6 +41,30 @@ def _draws(args: argparse.Namespace) -> bool:
 # Of the flags that were typed, with `mode` also where it was not; `kind` is what the source is, and
 # `stays` whether it is a torch_dist checkpoint that becomes another one, whose names can stay.
 NEEDS = (
+    Need(
+        "--num-experts",
+        lambda args: "keep_layers" not in args,
+        "{flag} gives a dense model experts, and --keep-layers takes layers of a model as they "
+        "are; use one of the two, then convert the result with the other",
+    ),
+    Need(
+        "--keep-layers",
+        lambda args: args.kind != "hf" and getattr(args, "format", None) != "hf",
+        "{flag} makes a Megatron checkpoint of layers of another one; convert a Hugging Face "
+        "source first, and the result to --format hf afterwards",
+    ),
+    Need(
+        "--drop-optimizer --ep",
+        lambda args: "keep_layers" not in args,
+        "{flag} is about the optimizer's state, which --keep-layers leaves out: it belongs to the "
+        "teacher's run; leave {flag} out",
+    ),
+    Need(
+        "--prompts --parity-tolerance",
+        lambda args: "keep_layers" not in args,
+        "{flag} is for models that are run, and with --keep-layers the bits of the kept layers are "
+        "compared; leave {flag} out",
+    ),
     Need(
         "--topk --layers --mode --granularity --drop-ratio --noise-std --router-init "
         "--shared-expert --preset --score-function --pre-softmax --scaling-factor",
@@ -115,15 +142,15 @@ NEEDS = (
     Need("--seed", _draws, "{flag} is for random draws, and this makes none; leave {flag} out"),
     Need(
         "source",  # --from
-        lambda args: args.kind != "per-rank" or "skip_parity" in args,
+        lambda args: args.kind != "per-rank" or "skip_parity" in args or "keep_layers" in args,
         "{args.source} is in per-rank files, which no program here can run to compare it with the "
         "result; use --skip-parity",
     ),
     Need(
         "source",
-        lambda args: "num_experts" in args or not args.stays,
-        "{args.source} is a torch_dist checkpoint already; use --format hf, or --num-experts and "
-        "--topk",
+        lambda args: "num_experts" in args or "keep_layers" in args or not args.stays,
+        "{args.source} is a torch_dist checkpoint already; use --format hf, --num-experts and "
+        "--topk, or --keep-layers",
     ),
 )
 
@@ -137,6 +164,7 @@ class Request:
     source: Path = Path()
     kind: Kind = "torch_dist"
     settings: Upcycling | None = None  # of the experts that it gets
+    keep_layers: tuple[int, ...] | None = None  # None: all
     format: Format = "megatron"
     family: str | None = None
     vocab_size: int | None = None  # without rows that pad it; None: what the checkpoint says
@@ -170,6 +198,7 @@ def read_request(args: argparse.Namespace) -> Request:
         raise ConfigError("--from must be given; use --from runs/dense")
     _check_values(typed)
     settings = settings_from(typed) if "num_experts" in typed else None
+    kept = parse_kept(typed["keep_layers"]) if "keep_layers" in typed else None
     kind, output = kind_of(typed["source"]), typed.get("format", "megatron")
     stays = kind == "torch_dist" and output == "megatron"
     known = {"mode": Upcycling.mode, **typed, "kind": kind, "stays": stays}
@@ -185,6 +214,7 @@ def read_request(args: argparse.Namespace) -> Request:
         "--drop-optimizer": "drop_optimizer" in typed,
         "--router": typed.get("router"),
         "--leave-out": sorted(typed.get("leave_out", ())),
+        **({"--keep-layers": list(kept)} if kept else {}),
         **(asdict(settings) if settings else {}),
     }
     return Request(
@@ -192,6 +222,7 @@ def read_request(args: argparse.Namespace) -> Request:
         source=typed["source"],
         kind=kind,
         settings=settings,
+        keep_layers=kept,
         format=output,
         family=typed.get("family"),
         vocab_size=typed.get("vocab_size"),
@@ -208,8 +239,16 @@ def read_request(args: argparse.Namespace) -> Request:
         json=typed.get("json", False),
         moments_go_along=stays,
         asked=asked,
-        manifest=asdict(settings) if settings and stays else {"format": output},
+        manifest=_manifest(settings, kept, output, stays),
     )
+
+
+def _manifest(
+    settings: Upcycling | None, kept: tuple[int, ...] | None, output: Format, stays: bool
+) -> dict[str, Any]:
+    if settings and stays:
+        return asdict(settings)
+    return {"format": output, **({"keep_layers": list(kept)} if kept else {})}
 
 
 def _check_values(typed: Typed) -> None:

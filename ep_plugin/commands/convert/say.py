@@ -19,6 +19,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.flags_file import unsaid
 from ep_plugin.megatron.arguments.spell_model import (
     BESIDE_DENSE,
+    model_flags,
     padded_vocabulary,
     run_flags,
     where_other,
@@ -66,7 +67,10 @@ def say_plan(request: Request, target: Target) -> int:
         print(line)
     print(f"{target.num_bytes:>14} bytes in all; nothing written")
     print(f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process")
-    print("source and result are not compared" if comparison is None else comparison.sentence())
+    if request.keep_layers is not None and request.compare:
+        print("then every tensor is read back and its bits compared with the source's")
+    else:
+        print("source and result are not compared" if comparison is None else comparison.sentence())
     return 0
 
 
@@ -89,6 +93,8 @@ def training_notes(request: Request, target: Target) -> list[str]:
 def printed_flags(request: Request, target: Target) -> list[str]:
     """Return the flags of the model; where names stay, those beside a dense run's own."""
     model = target.model
+    if model.kept is not None:
+        return model_flags(target.args)
     names_stay = model.upcycled is not None and model.spelling == "stored"
     beside = names_stay and request.format != "hf"
     return where_other(target.args, BESIDE_DENSE) if beside else run_flags(target.args)
@@ -114,6 +120,12 @@ def say_summary(request: Request, target: Target, report: dict[str, Any] | None)
         print(
             f"mode {settings.mode}, {settings.num_experts} experts, top-{settings.topk}, in "
             f"{sum(made.moe_layers)} of {target.model.args.num_layers} layers"
+        )
+    if (kept := target.model.kept) is not None:
+        print(
+            f"{len(kept.layers)} of the teacher's {kept.of} layers: "
+            f"{', '.join(map(str, kept.layers))}; left out: optimizer, random-number and rerun "
+            f"state ({kept.dropped} entries); the optimizer starts afresh"
         )
     if target.model.left_out:
         print(f"left out: {', '.join(target.model.left_out)}")
