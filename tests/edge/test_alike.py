@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from meetings import BASE, PATIENCE, answer, facts, models, of, parse, together
 
 from ep_plugin.megatron.arguments.digest import OWN, PLACES, READ, TOGETHER
-from ep_plugin.megatron.arguments.parser import TYPED
+from ep_plugin.megatron.arguments.table import TYPED
 from ep_plugin.megatron.ranks import environment, model
 from ep_plugin.megatron.ranks import store as pace
 from ep_plugin.megatron.ranks.answers import Answer, ranges

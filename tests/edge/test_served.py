@@ -14,7 +14,7 @@ from warm import Done, run_script
 
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.seams import served
+from ep_plugin.megatron.seams import model_family, served
 
 pytestmark = pytest.mark.megatron
 WAYS = (
@@ -25,7 +25,7 @@ WAYS = (
     "def provider():\n    from {0} import x\n",
     "try:\n    import {0}\nexcept ImportError:\n    pass\n",
 )
-MODULES = [(family, name) for family, names in served.FAMILIES.items() for name in names]
+MODULES = [(family, name) for family, names in model_family.FAMILIES.items() for name in names]
 CALL = "from megatron.training import pretrain\nif __name__ == '__main__':\n    pretrain()\n"
 
 
@@ -36,7 +36,7 @@ def test_each_family_is_told_however_it_is_imported(family: str, module: str, wa
     with pytest.raises(ConfigError, match="the plugin serves decoder-only GPTs alone") as refused:
         served.check_script(ast.parse(text))
     assert f"a script of a {family} model" in str(refused.value)
-    for gpt in served.GPT:  # which of the two it trains is seen when it is built
+    for gpt in model_family.GPT:  # which of the two it trains is seen when it is built
         served.check_script(ast.parse(text + f"import {gpt}\n"))
 
 
@@ -81,11 +81,13 @@ def test_apply_refuses_a_script_of_another_stack(
     assert main(["apply", str(script)]) == 0
 
 
-@pytest.mark.parametrize("family", served.FAMILIES)
+@pytest.mark.parametrize("family", model_family.FAMILIES)
 def test_the_launcher_refuses_a_script_before_it_starts(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (script := tmp_path / "pretrain_it.py").write_text(f"import {served.FAMILIES[family][0]}\n")
+    (script := tmp_path / "pretrain_it.py").write_text(
+        f"import {model_family.FAMILIES[family][0]}\n"
+    )
     assert main(["run", str(script), "--num-experts", "8"]) == 2
     assert f"error: this is a script of a {family} model" in capsys.readouterr().err
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[2] / "ep_plugin"
 
@@ -201,6 +203,31 @@ def test_no_part_reaches_itself_through_others() -> None:
             above[part_of(name)].add(part_of(target))
     order = list(graphlib.TopologicalSorter(above).static_order())  # CycleError names the circle
     assert set(order) == set(STOREYS)
+
+
+def circle(edges: set[tuple[str, str]]) -> list[str]:
+    """Return modules that import each other in a circle; empty when there is none."""
+    below: dict[str, set[str]] = {}
+    for name, target in edges:
+        below.setdefault(name, set()).add(target)
+    try:
+        graphlib.TopologicalSorter(below).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_file_reaches_itself_through_others() -> None:
+    """Imports inside functions count. The package itself has only names, loaded on first use."""
+    assert circle({(name, target) for name, target in arrows() if name and target}) == []
+
+
+@given(st.integers(2, 6), st.sets(st.tuples(st.integers(0, 9), st.integers(0, 9))))
+def test_a_circle_is_seen(length: int, more: set[tuple[int, int]]) -> None:
+    ring = {(str(place), str((place + 1) % length)) for place in range(length)}
+    downward = {(str(a), str(b)) for a, b in more if a < b}
+    assert circle(downward) == []
+    assert circle(downward | ring)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -8,10 +8,10 @@ import torch
 
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.parser import TYPED
 from ep_plugin.megatron.arguments.table import (
     KINDS,
     TABLE,
+    TYPED,
     WITHOUT_EXPERTS,
     automatic,
     expert_ranks,

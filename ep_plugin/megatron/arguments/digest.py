@@ -11,8 +11,7 @@ from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from ep_plugin.megatron.arguments.parser import TYPED
-from ep_plugin.megatron.arguments.table import TABLE
+from ep_plugin.megatron.arguments.table import TABLE, TYPED
 
 # May differ freely: argument -> why that is harmless.
 OWN = {

@@ -12,12 +12,8 @@ from typing import Any, get_args
 
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.table import TABLE, Argument, Group, automatic
+from ep_plugin.megatron.arguments.table import TABLE, TYPED, Argument, Group, automatic
 from ep_plugin.registry import available
-
-# On the parsed arguments until `checks.take_typed` reads it: flags of the user's command line, and
-# the argument of each.
-TYPED = "ep_typed"
 
 
 def on_off(text: str) -> bool:

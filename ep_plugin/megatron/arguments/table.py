@@ -20,6 +20,9 @@ Group = Literal[
     "routing", "capacity", "losses", "experts", "fp8", "dispatch", "overlap", "checkpoint", "run"
 ]
 RESHARDABLE = ("fully_reshardable", "dp_reshardable")
+# On the parsed arguments until `checks.take_typed` reads it: flags of the user's command line, and
+# the argument of each.
+TYPED = "ep_typed"
 HOMES = {"routing": RoutingConfig, "moe": MoEConfig, "edge": EdgeSettings}
 
 

@@ -15,7 +15,7 @@ import torch
 from ep_plugin.megatron.arguments.digest import hash_of, text_of
 from ep_plugin.megatron.ranks.answers import Answer, Subject, ranges
 from ep_plugin.megatron.ranks.sentence import Difference, Flags, differences, said, sentence
-from ep_plugin.megatron.seams.served import family_of
+from ep_plugin.megatron.seams.model_family import family_of
 from ep_plugin.moe.experts.experts import Experts
 
 Facts = dict[str, str]

@@ -12,23 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.seams.model_family import GPT, family_named, family_of, is_in
 from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.megatron.seams.refusal import refuse
 
 SETUP = "megatron.training.training:setup_model_and_optimizer"
-MODELS, LEGACY = "megatron.core.models", "megatron.legacy.model"
-GPT = (f"{MODELS}.gpt", "gpt_builders")
-# Unsupported family -> modules that its scripts import and that its models' classes come from.
-FAMILIES = {
-    "T5": (f"{MODELS}.T5", f"{LEGACY}.t5_model"),
-    "BERT": (f"{MODELS}.bert", f"{LEGACY}.bert_model"),
-    "multimodal": (f"{MODELS}.multimodal", f"{MODELS}.mimo"),
-    "vision": (f"{MODELS}.vision", f"{LEGACY}.vision"),
-    "retrieval": (f"{MODELS}.retro", f"{LEGACY}.biencoder_model", f"{LEGACY}.realm_model"),
-    "hybrid (Mamba)": (
-        *(f"{MODELS}.mamba", f"{MODELS}.hybrid", "mamba_builders", "hybrid_builders"),
-    ),
-}
 RECIPES = ("megatron.bridge", "nemo", "nemo_run")  # configured in Python; no flags are parsed
 PAGE = "docs/other-scripts.md"
 
@@ -36,8 +24,8 @@ PAGE = "docs/other-scripts.md"
 def check_script(tree: ast.Module) -> None:
     """Raise ConfigError if a script imports a model of another family and no GPT."""
     imported = list(imports(tree))
-    family = _family(imported)
-    if family is not None and not any(_is_in(name, GPT) for name in imported):
+    family = family_named(imported)
+    if family is not None and not any(is_in(name, GPT) for name in imported):
         raise ConfigError(
             f"this is a script of a {family} model, and the plugin serves decoder-only GPTs alone; "
             "use python SCRIPT, without the plugin"
@@ -46,7 +34,7 @@ def check_script(tree: ast.Module) -> None:
 
 def check_recipe(tree: ast.Module) -> None:
     """Raise ConfigError if a script is a recipe in Python, which parses no Megatron flags."""
-    roots = [root for root in RECIPES if any(_is_in(name, (root,)) for name in imports(tree))]
+    roots = [root for root in RECIPES if any(is_in(name, (root,)) for name in imports(tree))]
     if roots:
         raise ConfigError(
             f"this is a recipe of {roots[0]} without Megatron's command line, where no --ep-* flag "
@@ -137,19 +125,3 @@ def _of_all_ranks(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def family_of(modules: Iterable[Any]) -> str | None:
-    """Return the first of FAMILIES that a part of the model belongs to; None of a GPT's parts."""
-    return _family(type(part).__module__ for part in modules)
-
-
-def _family(names: Iterable[str]) -> str | None:
-    """Return the first of FAMILIES that any of `names` belongs to; None if there is none."""
-    given = list(names)
-    found = (f for f, modules in FAMILIES.items() if any(_is_in(name, modules) for name in given))
-    return next(found, None)
-
-
-def _is_in(name: str, modules: Iterable[str]) -> bool:
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
