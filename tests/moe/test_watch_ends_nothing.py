@@ -18,7 +18,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from ep_plugin.moe import watch
 from ep_plugin.moe.watch import watcher as module
-from ep_plugin.moe.watch.neighbours import Neighbour
+from ep_plugin.moe.watch.blame import sentence
+from ep_plugin.moe.watch.neighbours import HOST, Neighbour
 from ep_plugin.moe.watch.place import SIZE, Phase, State, here
 from ep_plugin.moe.watch.post import Heard, first_line
 from ep_plugin.moe.watch.watcher import Watcher
@@ -185,3 +186,37 @@ def test_anything_else_is_told_of_at_once(
 ) -> None:
     (text,) = words(watcher, own, other, 50.0, ago)
     assert "slow" not in text
+
+
+class Full:
+    """A store with no room for one more connection."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def clone(self) -> Any:
+        raise RuntimeError("Connection refused")
+
+
+def test_a_rank_without_a_connection_is_told_from_one_that_said_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ep_plugin.moe.watch.post.say", lambda text: None)
+    store = dist.HashStore()
+    first = Watcher(store, 0, 3, after=2.0, slow=100.0, keeper="the store")
+    last = Watcher(Full(store), 2, 3, after=2.0, slow=100.0, keeper="the store")
+    last.post.run()
+    first.post._wanted = range(3)
+    first.post._once()
+    unknown = f"where rank 2 ({HOST}, pid {os.getpid()}) is, is not known: it got no connection"
+    both = first._known(strangers=True)
+    assert sentence(both).startswith("rank 1 has never been heard of; ")
+    assert unknown not in sentence(both)  # whoever is at fault goes before
+    text = sentence([known for known in both if known.rank != 1])
+    assert text.startswith(f"{unknown} of its own to the rendezvous store (Connection refused); ")
+    for one in (first, last):
+        os.close(one.post.descriptor)
+        os.close(one._stopped)

@@ -2,6 +2,7 @@
 
 meeting.py       how many processes reach one verdict through torch's rendezvous store
 lead.py follow.py     rank 0's part in that, and everybody else's
+rendezvous.py    the store itself
 store.py         the keys of the store, and how patiently it is looked at
 answers.py       what a meeting comes to, as sentences
 compared.py      what they compare, and the verdict on it

@@ -12,26 +12,25 @@ import inspect
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import timedelta
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import (
-    PrefixStore,
-    _get_default_store,
-    default_pg_timeout,
-)
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import PrefixStore, default_pg_timeout
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.ranks.answers import Answer
 from ep_plugin.megatron.ranks.compared import Compared, of_arguments, of_settings, subject
 from ep_plugin.megatron.ranks.meeting import Meeting
+from ep_plugin.megatron.ranks.rendezvous import (
+    given_or_environment,
+    rendezvous_store,
+    seconds_since_start,
+    store_of_environment,
+    store_of_group,
+)
 from ep_plugin.megatron.ranks.sentence import Flags, flags_of
 from ep_plugin.megatron.seams.patches import Patches
 
@@ -111,7 +110,7 @@ def _around_init(
 ) -> Any:
     given = inspect.signature(original).bind(*args, **kwargs).arguments
     parsed = _arguments()
-    rank, size = (_world(given, name) for name in ("rank", "world_size"))
+    rank, size = (given_or_environment(given, name) for name in ("rank", "world_size"))
     backend = str(given.get("backend") or "")
     if parsed is None or rank is None or size is None or size < 2 or backend in ("mpi", "fake"):
         return original(*args, **kwargs)
@@ -119,7 +118,7 @@ def _around_init(
     state.timeout = timeout
     store = given.get("store")
     if store is None:
-        store = _rendezvous(given.get("init_method"), rank, size, timeout)
+        store = rendezvous_store(given.get("init_method"), rank, size, timeout)
     given |= {"rank": rank, "world_size": size}
     state.next, state.told = START, False  # also in a process that started before
     key = _compare(state, store, rank, size, _of_arguments(state, parsed, size))
@@ -135,7 +134,7 @@ def _before_groups(
     state: _State, original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
 ) -> Any:
     if dist.is_initialized() and dist.get_world_size() > 1 and state.group is not dist.group.WORLD:
-        rank, size, store = dist.get_rank(), dist.get_world_size(), _store_of_group()
+        rank, size, store = dist.get_rank(), dist.get_world_size(), store_of_group()
         if store is not None:
             parsed = _arguments()
             if parsed is not None:
@@ -191,7 +190,7 @@ def _compare_model(state: _State, chunks: Any) -> None:
 
     state.model_compared = True
     mpu = import_module("megatron.core.parallel_state")
-    store = _store_of_group() if dist.is_initialized() else None
+    store = store_of_group() if dist.is_initialized() else None
     args = _arguments()
     # Weights that are spread over further ranks have shapes of their own there.
     spread = (getattr(args, name, 1) for name in ("gtp_weight_remat_size",))
@@ -235,7 +234,7 @@ def _patience(state: _State) -> float:
         parsed = _arguments()
         minutes = getattr(parsed, "distributed_timeout_minutes", None)
         timeout = timedelta(minutes=minutes) if minutes else default_pg_timeout
-    return max(_PATIENCE + _age(), timeout.total_seconds())
+    return max(_PATIENCE + seconds_since_start(), timeout.total_seconds())
 
 
 def _heed(state: _State, answer: Answer, rank: int) -> None:
@@ -264,56 +263,6 @@ def _arguments() -> Any:
         return module.get_args() if module is not None else None
     except AssertionError:  # Megatron's word for none
         return None
-
-
-def _world(given: Mapping[str, Any], name: str) -> int | None:
-    found = given.get(name, -1)
-    if found >= 0:
-        return int(found)
-    said = os.environ.get(name.upper())
-    return int(said) if said else None
-
-
-def _rendezvous(init_method: str | None, rank: int, size: int, timeout: timedelta) -> Any:
-    """Return the store that `init_process_group` would make.
-
-    Rank 0 does not wait in it for the others: it would wait for one that never comes.
-    """
-    if init_method not in (None, "env://") or "MASTER_PORT" not in os.environ:
-        url = init_method or "env://"
-        store, *_ = next(rendezvous(url, rank, size, timeout=timeout))
-    else:
-        store = _store_of_environment(rank, size, timeout)
-    store.set_timeout(timeout)
-    return store
-
-
-def _store_of_environment(rank: int, size: int, timeout: timedelta) -> Any:
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    make = dist.TCPStore  # type: ignore[attr-defined]
-    return make(
-        *(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size),
-        is_master=rank == 0 and not agent,
-        timeout=timeout,
-        wait_for_workers=False,
-        multi_tenant=not agent,
-        use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
-    )
-
-
-def _store_of_group() -> Any:
-    """Return the default group's store; None where its backend has none."""
-    if dist.get_backend() in ("mpi", "fake"):
-        return None
-    return _get_default_store()
-
-
-def _age() -> float:
-    """Return the seconds since this process began."""
-    with suppress(OSError, ValueError, IndexError):
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return 0.0
 
 
 def tell(sentence: str) -> bool:
@@ -349,12 +298,12 @@ def _has_others() -> bool:
 
 def _place_to_tell() -> tuple[Any, int, int] | None:
     if dist.is_initialized():
-        store = _store_of_group()
+        store = store_of_group()
         return None if store is None else (store, dist.get_rank(), dist.get_world_size())
     if not _has_others():
         return None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return _store_of_environment(rank, size, timedelta(seconds=_TO_CONNECT)), rank, size
+    return store_of_environment(rank, size, timedelta(seconds=_TO_CONNECT)), rank, size
 
 
 def _tell_of_an_error() -> None:

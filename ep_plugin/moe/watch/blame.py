@@ -9,6 +9,7 @@ from ep_plugin.moe.watch.place import Seen, State
 AT_MOST = 3  # ranks, or groups of them, that are told one by one
 # The first are to blame before the later ones.
 DIED, FAILED, STOPPED, SILENT, ENDED = "died", "failed", "is stopped", "silent", "ended"
+UNREACHED = "unreached"  # it said that it can say no more
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Known:
     seen: Seen | None  # None: nothing was ever heard
     fault: str | None = None
     seconds: float = 0.0  # without a move; of a silent rank, without a word
+    why: str = ""  # of one that can say no more
 
 
 def fault_of(seen: Seen) -> str | None:
@@ -31,11 +33,12 @@ def fault_of(seen: Seen) -> str | None:
 def to_blame(ranks: Iterable[Known]) -> list[Known]:
     """Return the ranks that the others wait for; none if all are alive and as far as each other."""
     ranks = list(ranks)
-    faulty = [known for known in ranks if known.fault not in (None, ENDED)]
+    faulty = [known for known in ranks if known.fault not in (None, ENDED, UNREACHED)]
     if faulty:
         return faulty
     ended = [k for k in ranks if k.fault == ENDED and k.seen is not None and not k.seen.finished]
-    return ended or [known for known in ranks if _is_behind(known, ranks)]
+    behind = ended or [known for known in ranks if _is_behind(known, ranks)]
+    return [*behind, *(known for known in ranks if known.fault == UNREACHED)]
 
 
 def sentence(ranks: Sequence[Known]) -> str:
@@ -94,6 +97,11 @@ def _progress(seen: Seen) -> tuple[int, int]:
 
 def _tell(known: Known) -> str:
     name = f"rank {known.rank} ({known.host}, pid {known.pid})"
+    if known.fault == UNREACHED:
+        return (
+            f"where {name} is, is not known: it got no connection of its own to the rendezvous "
+            f"store ({known.why})"
+        )
     if known.seen is None:
         return f"rank {known.rank} has never been heard of"
     where, seconds = _where(known.seen), f"{known.seconds:.0f} s"

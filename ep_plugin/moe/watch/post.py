@@ -40,6 +40,7 @@ class Post(threading.Thread):
         super().__init__(name="ep_plugin-post", daemon=True)
         self.rank, self.pid, self.interval = rank, pid, interval
         self.heard: dict[int, Heard] = {}
+        self.unreached: dict[int, tuple[str, int, str]] = {}  # host, pid, and why no connection
         self.neighbours: list[Neighbour] = []
         self.error: str | None = None
         self.called = time.monotonic()  # when the store was last asked something
@@ -89,6 +90,8 @@ class Post(threading.Thread):
     def _say_unreached(self) -> None:
         """Say once for all ranks, as far as the job's own connection can tell, what is missing."""
         try:
+            why = json.dumps([HOST, self.pid, self.error])
+            self._store.set(f"{self.rank}/unreached", why)
             first = self._store.add("unreached", 1) == 1
         except Exception:  # a store that counts nothing
             first = self.rank == 0
@@ -96,7 +99,7 @@ class Post(threading.Thread):
             say(
                 f"rank {self.rank} is not watched, since it gets no connection of its own to the "
                 f"rendezvous store ({self.error}); the run goes on, and other ranks in this state "
-                "are not named"
+                "are named only when others wait"
             )
 
     def _introduce(self) -> None:
@@ -122,6 +125,10 @@ class Post(threading.Thread):
                 seen = Seen(**{**fields, "state": State(fields["state"])})
                 now = time.monotonic()
                 self.heard[int(rank)] = Heard(count, host, pid, unmoved, seen, told, now)
+        strangers = [r for r in self._wanted if r not in self.heard and r not in self.unreached]
+        for key, found in self._read([f"{r}/unreached" for r in strangers]).items():
+            host, pid, why = json.loads(found)
+            self.unreached[int(key.partition("/")[0])] = host, pid, why
 
     def _meet(self) -> None:
         """Look for ranks of this host that have come since."""

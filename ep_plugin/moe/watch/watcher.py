@@ -20,6 +20,7 @@ from ep_plugin.moe.watch.blame import (
     DIED,
     FAILED,
     SILENT,
+    UNREACHED,
     Known,
     fault_of,
     sentence,
@@ -196,8 +197,14 @@ class Watcher(threading.Thread):
         known[self.rank] = self._own()
         if strangers:
             for rank in range(self.ranks):
-                known.setdefault(rank, Known(rank, "", 0, None, SILENT))
+                known.setdefault(rank, self._stranger(rank))
         return [known[rank] for rank in sorted(known)]
+
+    def _stranger(self, rank: int) -> Known:
+        if rank not in self.post.unreached:
+            return Known(rank, "", 0, None, SILENT)
+        host, pid, why = self.post.unreached[rank]
+        return Known(rank, host, pid, None, UNREACHED, why=why)
 
     def _from(self, rank: int, heard: Heard) -> Known:
         fault, seconds = fault_of(heard.seen), heard.unmoved
