@@ -5,7 +5,7 @@ An argument that is asked for and not there is a ConfigError that names it.
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ _COUNTS = [
     "pipeline_model_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
+    "ep_group_score_topk",
 ]
 _FLAGS = [
     "swiglu",
@@ -75,6 +76,20 @@ _NUMBERS = [
     "attention_dropout",
     "hidden_dropout",
 ]
+_WORDS = [
+    "transformer_impl",
+    "rope_type",
+    "moe_router_score_function",
+    "ep_dense_activation",
+    "ep_expert_activation",
+    "ep_shared_expert",
+    "ep_aux_loss_counts",
+    "ep_aux_loss_layers",
+    "tokenizer_model",
+]
+_LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff")
+_OF_THEIR_OWN = ["moe_layer_freq", "ep_experts_per_layer", "params_dtype", "window_size", *_LOSSES]
+CHECKED = frozenset([*_COUNTS, *_FLAGS, *_NUMBERS, *_WORDS, *_OF_THEIR_OWN])
 _NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 _NEVER_NONE = ("init_method_std", "layernorm_epsilon", "rotary_base")
 
@@ -104,6 +119,10 @@ def checked(args: argparse.Namespace, folder: Path) -> RunArgs:
         value = getattr(args, name, None)
         if value is not None and type(value) is not bool:
             raise _wrong(folder, name, value, "true or false")
+    for name in _WORDS:
+        value = getattr(args, name, None)
+        if value is not None and type(value) is not str:
+            raise _wrong(folder, name, value, "a word")
     for name in _NUMBERS:
         value = getattr(args, name, None)
         missing = value is None and name in _NEVER_NONE and hasattr(args, name)
@@ -116,6 +135,8 @@ def checked(args: argparse.Namespace, folder: Path) -> RunArgs:
     if not isinstance(getattr(args, "params_dtype", torch.float32), torch.dtype):
         raise _wrong(folder, "params_dtype", args.params_dtype, "a dtype of torch")
     found = RunArgs(**vars(args))
+    _check_losses(found, folder)
+    _check_window(found, folder)
     _check_layers(found, folder)
     return found
 
@@ -133,6 +154,28 @@ def check_num_layers(args: argparse.Namespace, names: Iterable[str], folder: Pat
             f"the run arguments in {folder} say num_layers = {args.num_layers}, and its tensors "
             f"are of {len(found)} layers; {_AGAIN}"
         )
+
+
+def _check_losses(args: argparse.Namespace, folder: Path) -> None:
+    """Raise ConfigError unless balancing losses are words, each with a number."""
+    kinds, values = (getattr(args, name, None) for name in _LOSSES)
+    words: Sequence[Any] = kinds if isinstance(kinds, list | tuple) else [kinds]
+    numbers: Sequence[Any] = values if isinstance(values, list | tuple) else [values]
+    if kinds is not None and not all(type(word) is str for word in words):
+        raise _wrong(folder, _LOSSES[0], kinds, "a word or a list of words")
+    if values is None:
+        return
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise _wrong(folder, _LOSSES[1], values, "a finite number or a list of them")
+    if isinstance(values, list | tuple) and len(numbers) != len(words):
+        raise _wrong(folder, _LOSSES[1], values, "one number for each type of balancing loss")
+
+
+def _check_window(args: argparse.Namespace, folder: Path) -> None:
+    window = getattr(args, "window_size", None)
+    is_pair = isinstance(window, list | tuple) and len(window) == 2
+    if window is not None and not (is_pair and all(type(size) is int for size in window)):
+        raise _wrong(folder, "window_size", window, "a pair of whole numbers")
 
 
 def _check_layers(args: argparse.Namespace, folder: Path) -> None:

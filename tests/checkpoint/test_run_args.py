@@ -1,5 +1,6 @@
 """Run arguments that are missing or of another type: each ends in one sentence, or in a model."""
 
+import ast
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -9,19 +10,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ep_plugin.checkpoint.run_args import as_saved, checked
+import ep_plugin
+from ep_plugin.checkpoint.run_args import CHECKED, as_saved, checked
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.table import TABLE, Argument
 from tests.commands.test_convert import convert, run_args, save_dense
 
+ROOT = Path(ep_plugin.__file__).parent
 NAMES = sorted(vars(run_args()))
+READ = sorted({*NAMES, *CHECKED})
 VALUES = (None, 0, -1, 2**60, 10**9, "4", "x", 4.0, True, [1], [], {}, "[1]*99999999", (1, 0))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    name=st.sampled_from(NAMES), value=st.sampled_from(VALUES), more=st.booleans(), hf=st.booleans()
+    name=st.sampled_from(READ), value=st.sampled_from(VALUES), more=st.booleans(), hf=st.booleans()
 )
 def test_any_argument_may_be_anything(
     tmp_path_factory: pytest.TempPathFactory,
@@ -91,3 +95,63 @@ def test_numbers_are_finite(tmp_path: Path, name: str, value: float) -> None:
     setattr(args, name, value)
     with pytest.raises(ConfigError, match=f"have {name} = "):
         checked(args, tmp_path)
+
+
+# Read elsewhere than by their name's kind -> where their values are checked.
+ELSEWHERE = {
+    "ep_router": "_with_router of open.py",
+    "ep_vocab_size": "_without_padding of open.py",
+}
+
+
+def reads(source: str) -> set[str]:
+    """Return what a file reads of run arguments: of a name `args`, or of anything's `args`."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            if is_args(node.value):
+                found.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            of, name = node.args[:2]
+            if is_args(of) and isinstance(name, ast.Constant):
+                found.add(str(name.value))
+    return found
+
+
+def is_args(node: ast.expr) -> bool:
+    return ast.unparse(node).rpartition(".")[2] == "args"
+
+
+def test_reads_are_found() -> None:
+    source = "args.a = b.args.c\nx = getattr(args, 'd', None) or args.e[0].f\nother.g\nargs.h()"
+    assert reads(source) == {"c", "d", "e", "h"}
+
+
+READS = {
+    path.relative_to(ROOT).as_posix(): reads(path.read_text())
+    for folder in ("checkpoint", "commands/convert")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    # whose `args` is the command line
+    if not path.match("commands/convert/request.py")
+}
+
+
+def test_every_argument_that_is_read_is_checked() -> None:
+    """Of its type here; that it is there, RunArgs sees to."""
+    unchecked = {
+        path: names - CHECKED - ELSEWHERE.keys()
+        for path, names in READS.items()
+        if names - CHECKED - ELSEWHERE.keys()
+    }
+    assert not unchecked, "add them to a list of checkpoint/run_args.py"
+    assert ELSEWHERE.keys() <= set().union(*READS.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(CHECKED)), st.sampled_from((object(), b"x", {}, [[]], 1j, (1, 2, 3))))
+def test_no_checked_argument_is_of_another_type(name: str, value: Any) -> None:
+    args = run_args()
+    args.num_experts = 4
+    setattr(args, name, value)
+    with pytest.raises(ConfigError, match=f"have {name} = "):
+        checked(args, Path("run"))
