@@ -238,20 +238,20 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def write_tokens(documents: list[str], folder: Path) -> dict[str, int]:
-    """Write corpus.bin and corpus.idx, each document closed by the end-of-sentence token."""
+def write_tokens(documents: list[str], folder: Path, name: str = "corpus") -> dict[str, int]:
+    """Write NAME.bin and NAME.idx, each document closed by the end-of-sentence token."""
     with quiet():
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     tokenizer = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
     dtype = DType.optimal_dtype(tokenizer.vocab_size())
-    builder = IndexedDatasetBuilder(str(folder / "corpus.bin"), dtype=dtype)
+    builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype)
     tokens = 0
     for text in tqdm(documents, desc="tokenising", unit="doc", disable=None):
         ids = [*tokenizer.encode(text), tokenizer.eos_id()]
         builder.add_document(torch.tensor(ids), [len(ids)])
         tokens += len(ids)
-    builder.finalize(str(folder / "corpus.idx"))
+    builder.finalize(str(folder / f"{name}.idx"))
     return {"documents": len(documents), "tokens": tokens}
 
 

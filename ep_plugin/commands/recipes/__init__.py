@@ -22,7 +22,8 @@ EXAMPLES = """examples:
 FILES = Path(__file__).parent / "files"  # links to recipes/ and patches/; in a wheel their content
 LAUNCHER = "recipes/run.sh"
 BESIDE = {name: [LAUNCHER] for name in ("model", "layout", "schedule")} | {
-    "patch": ["patches/README.md"]
+    "patch": ["patches/README.md"],
+    "evidence": ["recipes/evidence/README.md"],
 }
 KINDS = {  # what each matches, below FILES
     "model": "recipes/models/*.sh",
@@ -30,6 +31,7 @@ KINDS = {  # what each matches, below FILES
     "schedule": "recipes/schedules/*.sh",
     "script": "recipes/[!_]*.*",
     "slurm": "recipes/slurm/*.sbatch",
+    "evidence": "recipes/evidence/[!_]*.py",
     "patch": "patches/*/*.patch",
 }
 

@@ -1,0 +1,107 @@
+"""The models of the evidence: one a size, and what a variant adds to it."""
+
+import shlex
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+COMMON = """
+--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+--lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95
+--init-method-std 0.02 --num-workers 0 --tokenizer-type SentencePieceTokenizer
+--full-validation --multiple-validation-sets --log-timers-to-tensorboard --ckpt-format torch_dist
+--transformer-impl local --no-masked-softmax-fusion --no-gradient-accumulation-fusion
+--no-persist-layer-norm --no-rope-fusion --manual-gc
+"""
+POINTS = 20  # evaluations of a curve
+GATE = "--moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32"
+TOP1 = f"--moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size {{ffn}} {GATE}"
+TOP2 = f"--moe-router-topk 2 --moe-ffn-hidden-size {{ffn}} {GATE}"
+HALF = f"--moe-ffn-hidden-size {{half}} {GATE}"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model without experts, its batch, and the tokens of a whole curve."""
+
+    name: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    sequence: int
+    batch: int  # sequences of an iteration
+    tokens: int
+    lr: float
+    heldout: str  # part of the corpus
+    on_gpu: bool
+
+    @property
+    def half(self) -> int:
+        """Half of the feed-forward block."""
+        return self.ffn // 2
+
+    def iterations(self, share: float) -> int:
+        """How many iterations a part of the tokens takes."""
+        return max(POINTS, round(self.tokens * share / self.batch / self.sequence))
+
+    def flags(self, share: float, seed: int, data: Path) -> list[str]:
+        """Return Megatron's flags for a run over `share` of the tokens."""
+        steps = self.iterations(share)
+        every = str(max(1, steps // POINTS))
+        flags = {
+            "num-layers": self.layers,
+            "hidden-size": self.hidden,
+            "ffn-hidden-size": self.ffn,
+            "num-attention-heads": self.heads,
+            "seq-length": self.sequence,
+            "max-position-embeddings": self.sequence,
+            "micro-batch-size": self.batch,
+            "global-batch-size": self.batch,
+            "lr": self.lr,
+            "min-lr": self.lr / 20,
+            "train-iters": steps,
+            "lr-warmup-iters": max(1, steps // 20),
+            "log-interval": every,
+            "tensorboard-log-interval": every,
+            "eval-interval": every,
+            "seed": seed,
+            "tokenizer-model": data / "tokenizer.model",
+            "train-data-path": data / "train",
+            "valid-data-path": data / self.heldout,
+        }
+        pairs = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        return [*shlex.split(COMMON), *pairs, *(["--bf16"] if self.on_gpu else [])]
+
+
+SIZES = {
+    "cpu": Size("cpu", 4, 64, 192, 4, 128, 32, 1_000_000, 4e-3, "heldout_small", False),
+    "gpu": Size("gpu", 6, 384, 1024, 6, 512, 32, 20_000_000, 2e-3, "heldout", True),
+}
+
+
+def shrunk(size: Size) -> Size:
+    """Return the size with a model and a run of seconds, on the CPU, to see that all works."""
+    small = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "sequence": 64, "batch": 16}
+    name = f"{size.name}-shrunk"
+    return replace(size, name=name, tokens=20480, heldout="heldout_small", on_gpu=False, **small)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run. Its name stands for its flags in every claim that shows it."""
+
+    name: str
+    flags: str = ""  # Megatron's, beyond the size's; {ffn}, {half} are the size's
+    share: float = 1.0  # of the size's tokens
+    grown_from: str = ""  # the variant whose checkpoint it starts from
+    convert: str = ""  # flags of ep-plugin convert, on the way
+    keep: bool = False  # its checkpoint, for others to start from
+
+    def extra(self, size: Size) -> list[str]:
+        """Return its own flags at a size."""
+        return shlex.split(self.flags.format(ffn=size.ffn, half=size.half))
+
+    def described(self, size: Size) -> dict[str, object]:
+        """Return what a result must agree in to be this variant's at this size."""
+        return {**asdict(self), "flags": " ".join(self.extra(size)), "size": asdict(size)}
