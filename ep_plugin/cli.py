@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "time the layer, its matrix products and kernels, also of other packages",
     "convert": "convert dense checkpoints to Mixture-of-Experts, and from and to Hugging Face",
     "doctor": "show what is installed, and whether it works together",
+    "generate": "let a model go on with prompts, at any expert and tensor parallelism",
     "parity": "check that parallel layouts of your own script compute what one rank does",
     "plan": "estimate communication time of a layer, or memory of a whole model",
     "presets": "list published models, or print the Megatron arguments of one",

@@ -107,6 +107,7 @@ class ExpertGroups(Typed):
     intra_node: dist.ProcessGroup | None = None
     inter_node: dist.ProcessGroup | None = None
     ranks_per_node: Ranks | None = None  # of the world: ranks 0 .. n-1 are on the first node
+    ep_fastest: bool = False  # how ep_etp counts, else etp fastest; for dispatcher alltoall alone
     shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -8,7 +8,9 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.moe.groups import ExpertGroups, RankGrid, by_node, dense_grid, expert_grid, rails
 from ep_plugin.moe.parallel import ParallelConfig
 
-ORDERS = ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp")  # Megatron's default, and --use-tp-pp-dp-mapping
+EP_FASTEST = "ep-tp-cp-dp-pp"  # slices of an expert lie ep ranks apart; of ep-plugin generate
+# Megatron's default, and --use-tp-pp-dp-mapping.
+ORDERS = ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp", EP_FASTEST)
 
 
 def adopt_groups(
@@ -53,6 +55,7 @@ def adopt_groups(
         intra_node=intra_node,
         inter_node=inter_node,
         ranks_per_node=ranks_per_node,
+        ep_fastest=problems[:2].count(None) == 0,
         shared=shared,
     )
 

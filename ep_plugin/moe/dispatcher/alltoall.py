@@ -64,6 +64,7 @@ class AllToAllDispatcher:
         self.group = groups.ep_etp
         self.ep_size = groups.ep_size
         self.etp_size = groups.etp_size
+        self.ep_fastest = groups.ep_fastest
         self.num_experts = num_experts
         self.dedup = dedup
         self.wire_format = wire_format
@@ -175,6 +176,8 @@ class AllToAllDispatcher:
     def _exchange_counts(self, tokens_per_expert: Tensor) -> Tensor:
         """Return the rows sent and received [2, G, e], per expert of each rank of the group."""
         sent = tokens_per_expert.view(self.ep_size, -1)
+        if self.ep_fastest:
+            return self._both_ways(sent.repeat(self.etp_size, 1))
         return self._both_ways(sent.repeat_interleave(self.etp_size, dim=0).contiguous())
 
     def _both_ways(self, to_ranks: Tensor) -> Tensor:
@@ -186,11 +189,14 @@ class AllToAllDispatcher:
     def _destinations(self, expert_ids: Tensor) -> Tensor:
         """Return [T, K * etp]: for each copy of a choice its rank of the group, then its expert.
 
-        As one number, rank * e + expert; -1 for dropped choices. Ranks count etp fastest.
+        As one number, rank * e + expert; -1 for dropped choices. Ranks count etp fastest, or ep.
         """
         per_rank = self.num_experts // self.ep_size
         copy = torch.arange(self.etp_size, device=expert_ids.device)
-        rank = (expert_ids // per_rank).unsqueeze(2) * self.etp_size + copy  # [T, K, etp]
+        host = (expert_ids // per_rank).unsqueeze(2)
+        rank = host * self.etp_size + copy  # [T, K, etp]
+        if self.ep_fastest:
+            rank = host + copy * self.ep_size
         numbers = rank * per_rank + (expert_ids % per_rank).unsqueeze(2)
         return numbers.where(expert_ids.unsqueeze(2) >= 0, -1).flatten(1)
 

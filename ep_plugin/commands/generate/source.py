@@ -1,0 +1,81 @@
+"""The checkpoint that `ep-plugin generate` reads, as a folder that Megatron's ranks can load."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ep_plugin.checkpoint.open import Opened, kind_of, open_source
+from ep_plugin.checkpoint.staging import staged
+from ep_plugin.checkpoint.target import aim
+from ep_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and whether it must be converted first."""
+
+    model: Opened
+    convert: bool
+
+    @property
+    def args(self) -> argparse.Namespace:
+        return self.model.args
+
+    @property
+    def vocab_size(self) -> int:
+        """The rows of the vocabulary that are tokens."""
+        return int(getattr(self.args, "ep_vocab_size", None) or self.args.padded_vocab_size)
+
+
+def opened(path: Path, router: str | None) -> Source:
+    """Open a checkpoint; reads no tensor but tied ones.
+
+    Raises ConfigError for one that cannot be opened, and for a router that looks ahead.
+    """
+    kind = kind_of(path)
+    model = open_source(path, "megatron", router=router)
+    if getattr(model.args, "ep_router", None) == "expert_choice":
+        raise ConfigError(
+            f"{path} was trained with --ep-router expert_choice, by which later tokens decide where "
+            "earlier ones go: it cannot write a text from left to right; use a model whose tokens "
+            "choose"
+        )
+    return Source(model, kind != "torch_dist")
+
+
+@contextmanager
+def reading(source: Source, scratch: Path, alone: bool) -> Iterator[Path]:
+    """Yield the iteration folder to load; what had to be converted lies in `scratch`.
+
+    With `alone` the ranks are started here; those of torchrun would all convert. Raises ConfigError
+    for them, and for want of room.
+    """
+    if not source.convert:
+        yield source.model.folder
+        return
+    if not alone:
+        raise ConfigError(
+            f"{source.model.folder} must be converted before ranks can load it; use ep-plugin "
+            f"convert --from {source.model.folder} --to runs/converted, then generate from there"
+        )
+    target = aim(source.model, "megatron", None)
+    print(
+        f"ep-plugin generate: converting into a temporary folder of {scratch.parent}, "
+        f"{target.num_bytes / 2**30:.2f} GiB (TMPDIR names another)",
+        file=sys.stderr,
+    )
+    folder = scratch / "model"
+    with (
+        staged(folder, source.model.folder, {}, target.num_bytes) as staging,
+        tqdm(desc="convert", total=target.num_bytes, unit="B", unit_scale=True) as bar,
+    ):
+        target.write(
+            root=staging.folder, on_bytes=bar.update, journal=staging.journal, processes=1
+        )
+    assert target.iteration is not None
+    yield folder / target.iteration

@@ -1,0 +1,116 @@
+"""Starting the ranks of `ep-plugin generate`, unless torchrun has."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ep_plugin.errors import ConfigError
+
+WORKER = "ep_plugin.megatron.workers.generate_run"
+ERROR = re.compile(r"^ep_plugin(?:\.run)?: error: (.*)$", re.MULTILINE)
+TAIL = 30  # lines of a failed rank that are shown
+
+
+class Died(RuntimeError):
+    """A rank ended without a sentence of ours."""
+
+
+def ranks_started(wanted: int) -> int | None:
+    """Return the number of ranks that a launcher has started; None where this is none of them.
+
+    Raises ConfigError where it is another number than the layout has.
+    """
+    said = os.environ.get("WORLD_SIZE")
+    if "RANK" not in os.environ or said is None:
+        return None
+    if said != str(wanted):
+        raise ConfigError(
+            f"WORLD_SIZE is {said}, and --tp, --ep and --etp make {wanted} ranks; start "
+            f"{wanted} ranks, or give a layout of {said}"
+        )
+    return wanted
+
+
+def start(job: dict[str, Any], world: int, started: int | None, scratch: Path) -> None:
+    """Do the job on `world` ranks; raises ConfigError for what a rank refuses.
+
+    One that a launcher has `started` does its part in this process.
+    """
+    if started is not None:
+        import_module(WORKER).do(job | {"store": None})
+        return
+    path = scratch / "job.json"
+    path.write_text(json.dumps(job | {"store": str(scratch / "store")}))
+    ranks: list[subprocess.Popen[bytes]] = []
+    said = [tempfile.TemporaryFile() for _ in range(world)]
+    try:
+        for rank in range(world):
+            command = [sys.executable, "-m", WORKER, str(path)]
+            ranks.append(
+                subprocess.Popen(command, stderr=said[rank], env=_environment(rank, world))
+            )
+        failed = _wait(ranks)
+        if failed is not None:
+            _raise(failed, ranks, said)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for file in said:
+            file.close()
+
+
+def _environment(rank: int, world: int) -> dict[str, str]:
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    defaults = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if world > 1:
+        defaults |= {"OMP_NUM_THREADS": "1"}
+    paths = [path for path in sys.path if path]  # a rank finds this very plugin
+    return {
+        **defaults,
+        **os.environ,
+        **{name: str(value) for name, value in own.items()},
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",
+    }
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Return the first rank seen to fail, or None once all have ended well."""
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed:
+            time.sleep(0.2)  # a rank that says why it ends takes others with it
+            return failed[0]
+        if None not in codes:
+            return None
+        time.sleep(0.02)
+
+
+def _raise(failed: int, ranks: list[subprocess.Popen[bytes]], said: list[Any]) -> None:
+    """Raise what a rank said: a ConfigError with its sentence where there is one."""
+    texts = []
+    for file in said:
+        file.seek(0)
+        texts.append(file.read().decode(errors="replace"))
+    for text in (texts[failed], *texts):
+        found = ERROR.search(text)
+        if found:
+            raise ConfigError(found[1])
+    code = ranks[failed].returncode
+    if code < 0:
+        raise ConfigError(
+            f"rank {failed} was ended by signal {-code}; where memory ran out, use more ranks "
+            "(--ep, --tp)"
+        )
+    print("\n".join(texts[failed].splitlines()[-TAIL:]), file=sys.stderr)
+    raise Died(f"rank {failed} of {len(ranks)} ended with code {code}; its last lines are above")

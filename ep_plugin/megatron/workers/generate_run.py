@@ -1,0 +1,262 @@
+"""A rank of `ep-plugin generate`: the model at a layout, a KV cache, and the texts that it makes.
+
+All ranks hold all texts. The first one chooses each token, and tells the others. Megatron's static
+inference context keeps keys and values; all rows stand at one position, so the shortest prompt is
+read at once, and what longer ones have behind it goes in a token a step.
+"""
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import moe_module_specs as specs
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException  # it is no Exception
+
+from ep_plugin.checkpoint.text import Tokenizer, load
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.checks import settings_from_args
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.seams.install import install, uninstall
+from ep_plugin.megatron.workers import model_run
+from ep_plugin.megatron.workers.foreign import as_megatron_loads
+from ep_plugin.megatron.workers.sampling import Sampling, choose, generators
+from ep_plugin.megatron.workers.shown_text import Growing, Shown
+from ep_plugin.untrusted import cut, one_line
+
+ORDER = "ep-tp-cp-dp-pp"  # neighbours hold other experts; their slices lie ep ranks apart
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The degrees of parallelism, and whether the ranks of the experts count ep fastest."""
+
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @property
+    def order(self) -> str:
+        return ORDER if self.etp > 1 else "tp-cp-ep-dp-pp"
+
+
+@contextmanager
+def at_layout(layout: Layout, store: str | None) -> Iterator[None]:
+    """Provide our block and Megatron's groups; then take them down.
+
+    `store` is a file that all ranks meet at; None: as torchrun says.
+    """
+    on_cpu = cpu_mode.wanted()
+    try:
+        if on_cpu:
+            cpu_mode.enable()
+        else:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        install()
+        dist.init_process_group(
+            "gloo" if on_cpu else "nccl",
+            init_method="env://" if store is None else f"file://{store}",
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+        with groups(layout):
+            yield
+        dist.barrier()
+        dist.destroy_process_group()
+    finally:
+        uninstall()
+        cpu_mode.disable()
+
+
+@contextmanager
+def groups(layout: Layout) -> Iterator[None]:
+    """Make Megatron's groups over the ranks that are there, and take them down."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        order=layout.order,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def load_model(folder: Path, layout: Layout, router: str | None) -> Any:
+    """Return the model of an iteration folder that is not trusted, in fp32; nothing in it is run.
+
+    Raises ConfigError when Megatron makes no model of it.
+    """
+    with as_megatron_loads(folder, router) as view:
+        try:
+            return _load_model(view, layout)
+        except ConfigError:
+            raise
+        except (Exception, CheckpointException) as error:  # whatever Megatron says of wrong ones
+            words = cut(f"{type(error).__name__}: {error}".replace(str(view), str(folder)), 500)
+            raise ConfigError(
+                f"Megatron makes no model of the run arguments and tensors in {folder} ({words}); "
+                "use a checkpoint that it saved"
+            ) from error
+
+
+def _load_model(view: Path, layout: Layout) -> Any:
+    common = dist_checkpointing.load_common_state_dict(str(view))
+    fused_norm_kept = common["args"].transformer_impl == "local"
+    args = model_run._plain(common["args"])
+    args.tensor_model_parallel_size = layout.tp
+    args.expert_model_parallel_size = layout.ep
+    args.expert_tensor_parallel_size = layout.etp
+    if args.num_experts and layout.ep * layout.etp > 1:
+        args.ep_dispatcher = "alltoall"
+    args.use_cpu_initialization = cpu_mode.active()
+    specs.MoELayer.settings = settings_from_args(args)
+    model = model_run._build(args).eval()
+    model = model if cpu_mode.active() else model.cuda()
+    model_run._load(model, view, common.get("content_metadata") or {}, fused_norm_kept)
+    return model
+
+
+class Cached:
+    """A model that remembers what it has read. Every rank must call it with the same tokens."""
+
+    def __init__(self, model: Any, rows: int, length: int) -> None:
+        self.model = model
+        self.context = StaticInferenceContext(rows, length)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Return the logits [B, V] behind `tokens` [B, S], which follow what was read before.
+
+        After the first call S is 1.
+        """
+        start, length = self.context.sequence_len_offset, tokens.shape[1]
+        assert start == 0 or length == 1, "a second block of tokens would need a mask of its own"
+        device = next(self.model.parameters()).device
+        tokens = tokens.to(device)
+        positions = torch.arange(start, start + length, device=device).expand_as(tokens)
+        mask = None
+        if length > 1:
+            mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
+        if start:
+            self.context.enable_decode_mode()
+        logits: Tensor = self.model(
+            tokens, positions, mask, inference_context=self.context, runtime_gather_output=True
+        )
+        self.context.increment_sequence_len_offset(length)
+        return logits[:, -1]
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    sampling: Sampling,
+    size: int,
+    on_token: Callable[[int, int], bool],
+) -> None:
+    """Let the model go on with each of `prompts`; `on_token(row, token)` says whether it is done.
+
+    It is called on the first rank alone, for each new token. `size`: tokens from here on are none.
+    """
+    first = dist.get_rank() == 0
+    lengths = [len(prompt) for prompt in prompts]
+    cached = Cached(model, len(prompts), max(lengths) + num_tokens)
+    drawn, done = generators(sampling, prompts), [False] * len(prompts)
+    read = min(lengths)
+    tokens = torch.tensor([list(prompt[:read]) for prompt in prompts])
+    while True:
+        logits = cached.read(tokens)[:, :size]
+        device = logits.device
+        going = [
+            row for row, end in enumerate(lengths) if not done[row] and end <= read < end + num_tokens
+        ]
+        news = torch.zeros(len(prompts), 2, dtype=torch.int64)  # token, and whether it is the last
+        if first:
+            made = choose(logits[going], sampling, [drawn[row] for row in going])
+            for row, token in zip(going, made, strict=True):
+                last = on_token(row, token) or read + 1 == lengths[row] + num_tokens
+                news[row] = torch.tensor([token, int(last)])
+        news = news.to(device)
+        dist.broadcast(news, 0)
+        news = news.cpu()
+        for row in going:
+            done[row] = bool(news[row, 1])
+        if all(done):
+            return
+        for row, prompt in enumerate(prompts):
+            if read < len(prompt):
+                news[row, 0] = prompt[read]
+        tokens, read = news[:, :1], read + 1
+
+
+def run(job: dict[str, Any], write: Callable[[str], Any]) -> None:
+    """Do a job on this rank; the first one writes what is shown."""
+    layout, sampling = Layout(**job["layout"]), Sampling(**job["sampling"])
+    with at_layout(layout, job["store"]):
+        model = load_model(Path(job["folder"]), layout, job["router"])
+        tokenizer: Tokenizer = load(job["tokenizer"])
+        texts = [
+            Growing(tokenizer, text, ids, job["stop"])
+            for text, ids in zip(job["texts"], job["prompts"], strict=True)
+        ]
+        shown = Shown(texts, job["json"], write, time.perf_counter)
+
+        def on_token(row: int, token: int) -> bool:
+            texts[row].add(token)
+            if len(texts[row].tokens) == job["num_tokens"]:
+                texts[row].end("length")
+            shown.update()
+            return texts[row].reason is not None
+
+        if dist.get_rank() == 0:
+            shown.begin()
+        generate(model, job["prompts"], job["num_tokens"], sampling, job["size"], on_token)
+
+
+def do(job: dict[str, Any]) -> None:
+    """Do a job; what Megatron prints goes to stderr. Raises ConfigError."""
+    sys.stdout.flush()
+    out = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(out), "w", encoding="utf-8", errors="backslashreplace") as file:
+
+            def write(text: str) -> None:
+                file.write(text)
+                file.flush()
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                run(job, write)
+    finally:
+        sys.stdout.flush()
+        os.dup2(out, 1)
+        os.close(out)
+
+
+def main(argv: list[str]) -> int:
+    """Do the job in the file `argv[0]`; a ConfigError is one line and code 2."""
+    try:
+        do(json.loads(Path(argv[0]).read_text()))
+    except ConfigError as error:
+        print(f"ep_plugin: error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""`ep-plugin generate`: the texts of a model, at every layout and by transformers, are the same."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from spawn import preload, run_ranks
+
+from ep_plugin.commands.generate.source import opened, reading
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.seams.install import install
+from ep_plugin.moe.groups import ExpertGroups
+
+pytestmark = pytest.mark.megatron
+preload("ep_plugin.megatron.workers.generate_run")
+
+CASES = ("qwen3_moe", "llama-tied", "deepseek_v2", "mixtral")
+PROMPTS = [[3, 5, 7, 11, 2, 9], [4], [8, 6, 1]]
+NEW = 10
+GREEDY = {"greedy": True, "top_p": 1.0, "temperature": 1.0, "seed": 0}
+DRAWN = {"greedy": False, "top_p": 0.95, "temperature": 2.0, "seed": 5}
+Texts = list[list[int]]
+
+
+def texts(model: Any, prompts: Sequence[Sequence[int]], sampling: dict[str, Any]) -> Texts:
+    """Return what the model makes of each prompt, as the first rank sees it."""
+    from ep_plugin.megatron.workers.generate_run import generate
+    from ep_plugin.megatron.workers.sampling import Sampling
+
+    made: Texts = [[] for _ in prompts]
+
+    def on_token(row: int, token: int) -> bool:
+        made[row].append(token)
+        return False
+
+    generate(model, prompts, NEW, Sampling(**sampling), model.vocab_size, on_token)
+    return made
+
+
+def alone(folders: dict[str, Path]) -> dict[str, Any]:
+    """Return what each model makes on one rank, in several ways."""
+    from ep_plugin.megatron.workers.generate_run import Cached, Layout, groups, load_model
+
+    cpu_mode.enable()
+    install()
+    found: dict[str, Any] = {}
+    with groups(Layout()):
+        for name, folder in folders.items():
+            model = load_model(folder, Layout(), None)
+            prompt = torch.tensor(PROMPTS[:1])
+            length = prompt.shape[1]
+            masked = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+            with torch.no_grad():
+                whole = model(prompt, torch.arange(length)[None], masked)[:, -1]
+                cached = Cached(model, 1, length)
+                cached.read(prompt[:, :2])
+                steps = [cached.read(prompt[:, i : i + 1]) for i in range(2, length)]
+            found[name] = {
+                "greedy": texts(model, PROMPTS, GREEDY),
+                "each": [texts(model, [prompt], GREEDY)[0] for prompt in PROMPTS],
+                "drawn": texts(model, PROMPTS, DRAWN),
+                "drawn again": texts(model, PROMPTS[::-1], DRAWN)[::-1],
+                "other seed": texts(model, PROMPTS, DRAWN | {"seed": 6}),
+                "cache": float((steps[-1] - whole).abs().max() / whole.abs().max()),
+            }
+    return found
+
+
+def spread(folder: Path, layouts: list[dict[str, int]]) -> list[tuple[Texts, list[Any]]]:
+    """Return the greedy texts of each layout, and each group of this rank there."""
+    from ep_plugin.megatron.workers.generate_run import Layout, groups, load_model
+
+    cpu_mode.enable()
+    install()
+    made = []
+    for degrees in layouts:
+        layout = Layout(**degrees)
+        with groups(layout):
+            model = load_model(folder, layout, None)
+            found: ExpertGroups = model.decoder.layers[-1].mlp.layer.groups
+            named = [found.ep, found.etp]
+            lists = [group and dist.get_process_group_ranks(group) for group in named]
+            made.append((texts(model, PROMPTS, GREEDY), lists))
+    return made
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return {case: (Hugging Face folder, Megatron folder)}."""
+    root = tmp_path_factory.mktemp("generate")
+    found = {}
+    for case in CASES:
+        hf = hf_models.save(case, root / case)
+        (root / f"{case}-scratch").mkdir()
+        with reading(opened(hf, None), root / f"{case}-scratch", alone=True) as megatron:
+            found[case] = (hf, megatron)
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank(folders: Any) -> dict[str, Any]:
+    (found,) = run_ranks(1, alone, {case: pair[1] for case, pair in folders.items()})
+    return dict(found)
+
+
+@torch.no_grad()
+def by_transformers(folder: Path) -> Texts:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    made = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        made.append(whole[0, len(prompt) :].tolist())
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_is_what_transformers_makes_with_and_without_cache(
+    case: str, folders: Any, one_rank: dict[str, Any]
+) -> None:
+    made = one_rank[case]
+    assert made["greedy"] == by_transformers(folders[case][0])
+    assert made["each"] == made["greedy"]
+    assert made["cache"] < 1e-5
+    assert made["drawn"] == made["drawn again"]
+    assert made["drawn"] not in (made["other seed"], made["greedy"])
+
+
+def test_every_layout_makes_the_same(folders: Any, one_rank: dict[str, Any]) -> None:
+    layouts = [
+        {"ep": 4},
+        {"ep": 2, "tp": 2},
+        {"tp": 4},
+        {"ep": 2, "etp": 2},
+        {"ep": 1, "etp": 4},
+        {"ep": 2, "etp": 2, "tp": 2},
+    ]
+    ranks = run_ranks(4, spread, folders["qwen3_moe"][1], layouts)
+    for number, degrees in enumerate(layouts):
+        assert ranks[0][number][0] == one_rank["qwen3_moe"]["greedy"], degrees
+    sliced = [found[3][1] for found in ranks]  # each expert on ranks that lie ep apart
+    assert sliced == [[[0, 1], [0, 2]], [[0, 1], [1, 3]], [[2, 3], [0, 2]], [[2, 3], [1, 3]]]
+
+
+def test_the_command_starts_ranks_and_shows_lines(folders: Any, one_rank: dict[str, Any]) -> None:
+    """Two ranks; prompts are numbers, since this model was given no tokenizer."""
+    hf, _ = folders["qwen3_moe"]
+    words = [" ".join(map(str, prompt)) for prompt in PROMPTS]
+    command = [sys.executable, "-m", "ep_plugin.cli", "generate", str(hf), "--prompt", *words]
+    done = subprocess.run(
+        [*command, "--greedy", "--json", "--ep", "2", "--num-tokens", str(NEW), "--stop", " 0 0 0",
+        "--tokenizer", "numbers"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == words
+    assert [line["tokens"] for line in lines] == one_rank["qwen3_moe"]["greedy"]
+    assert {line["reason"] for line in lines} == {"length"}
