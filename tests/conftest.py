@@ -30,6 +30,7 @@ SLOW = (
     "test_flags_file",
     "test_flags_together",
     "test_found",
+    "test_generate",
     "test_hostile_lines",
     "test_inside",
     "test_kernels_experts",

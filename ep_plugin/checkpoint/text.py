@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer: text to token ids and back. No code of a tokenizer's own is run.
 
-    a SentencePiece model     a file
-    a Hugging Face tokenizer  a folder, or a name, which alone may be looked up in the network
-    numbers                   token ids, separated by spaces; also Megatron's NullTokenizer
+a SentencePiece model     a file
+a Hugging Face tokenizer  a folder, or a name, which alone may be looked up in the network
+numbers                   token ids, separated by spaces; also Megatron's NullTokenizer
 """
 
 import argparse
@@ -22,8 +22,12 @@ NUMBERS = "numbers"
 class Tokenizer(Protocol):
     """Text to ids and back; `end` is the id that ends a document, None where there is none."""
 
-    end: int | None
-    size: int | None  # ids below it have a text; None: any
+    @property
+    def end(self) -> int | None: ...
+
+    @property
+    def size(self) -> int | None:
+        """Ids below it have a text; None: any."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -51,7 +55,7 @@ def choose(typed: str | None, args: argparse.Namespace, folder: Path) -> str:
 
 
 def load(where: str) -> Tokenizer:
-    """Return the tokenizer at `where`, as `choose` returns it; raises ConfigError for none there."""
+    """Return the tokenizer at `where`, as `choose` returns it; raises ConfigError for none."""
     if where == NUMBERS:
         return Numbers()
     path = Path(where)

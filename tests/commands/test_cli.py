@@ -28,6 +28,10 @@ FLAGS = {
         "--transformer-impl --verify --vocab-size"
     ),
     "doctor": "--json --verbose",
+    "generate": (
+        "CKPT --ep --etp --greedy --json --num-tokens --pp --prompt --prompts --router --seed "
+        "--stop --temperature --tokenizer --top-p --tp"
+    ),
     "parity": (
         "SCRIPT ARGS --device --iterations --json --layouts --output --resume --tiny --tolerance"
     ),
@@ -110,6 +114,10 @@ MISTAKES = {
     "convert": (
         ["--from", "no_such_folder", "--to", "moe", "--num-experts", "8", "--topk", "9"],
         r"--topk \(9\) must be at most --num-experts \(8\); use --topk 8",
+    ),
+    "generate": (
+        ["no_such_folder", "--prompt", "a"],
+        "checkpoint no_such_folder is not a folder; .* named",
     ),
     "parity": (
         ["missing.py", "--num-experts", "4", "--layouts", "ep=2"],

@@ -17,6 +17,7 @@ COMMANDS = (
     "bench",
     "convert",
     "doctor",
+    "generate",
     "parity",
     "plan",
     "presets",

@@ -79,7 +79,9 @@ STOREYS = {
     # beside it, as data
     "presets": Storey(SETTINGS),
     # storey 2: files of ours and of others
-    "checkpoint": Storey(f"{SETTINGS} presets", "torch tqdm safetensors transformers sentencepiece"),
+    "checkpoint": Storey(
+        f"{SETTINGS} presets", "torch tqdm safetensors transformers sentencepiece"
+    ),
     # storey 3: the only part that imports Megatron
     "megatron": Storey("moe presets checkpoint", "torch megatron transformer_engine"),
     # storey 4

@@ -27,8 +27,8 @@ EXAMPLES = r"""examples:
 
 The ranks are started here, or are those of torchrun. Without a GPU they are on the CPU; weights are
 float32. One prompt is shown as it grows; of several each is a line, in their order. With more ranks
-than experts (--ep 8, 4 experts) each expert is cut into slices. Capacity is that of evaluation; where
-a capacity drops choices, prompts of one batch compete, and a text depends on the others.
+than experts (--ep 8, 4 experts) each expert is cut into slices. Capacity is that of evaluation;
+where a capacity drops choices, prompts of one batch compete, and a text depends on the others.
 Hugging Face folders and per-rank files are converted into a temporary folder first.
 Exit code 2: a setting or the input is wrong.
 """
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end before these")
     parser.add_argument(
         "--tokenizer", metavar="NAME",
-        help="SentencePiece model, Hugging Face folder, or a name there (default: the checkpoint's)",
+        help="SentencePiece model, Hugging Face folder or name, or numbers (default: its own)",
     )  # fmt: skip
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
     parser.add_argument("--ep", type=int, default=1, metavar="N", help="ranks of the experts")

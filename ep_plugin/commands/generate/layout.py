@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
-from math import lcm
+from math import gcd, lcm
 
 from ep_plugin.errors import ConfigError, largest_divisor
 
@@ -26,7 +26,7 @@ class Ranks:
         """Return how the experts are sliced."""
         return (
             f"{self.ep * self.etp} ranks for {self.experts} experts: each expert is cut into "
-            f"{self.etp} slices, on ranks that lie {self.ep} apart (--ep {self.ep} --etp {self.etp})"
+            f"{self.etp} slices, on ranks {self.ep} apart (--ep {self.ep} --etp {self.etp})"
         )
 
 
@@ -67,9 +67,10 @@ def _with_experts(args: argparse.Namespace, model: argparse.Namespace, counts: l
         ep, etp = fewest, ep // fewest
     uneven = [count for count in counts if count % ep]
     if uneven:
+        fits = gcd(*counts)
         raise ConfigError(
             f"--ep ({ep}) must divide the number of experts of each layer ({uneven[0]}); use "
-            f"--ep {next(d for d in range(min(ep, fewest), 0, -1) if not any(c % d for c in counts))}"
+            f"--ep {largest_divisor(fits, ep)}"
         )
     ffn = getattr(model, "moe_ffn_hidden_size", None) or model.ffn_hidden_size
     if ffn % (etp or 1):

@@ -41,8 +41,8 @@ def opened(path: Path, router: str | None) -> Source:
     model = open_source(path, "megatron", router=router)
     if getattr(model.args, "ep_router", None) == "expert_choice":
         raise ConfigError(
-            f"{path} was trained with --ep-router expert_choice, by which later tokens decide where "
-            "earlier ones go: it cannot write a text from left to right; use a model whose tokens "
+            f"{path} was trained with --ep-router expert_choice, by which later tokens decide "
+            "where earlier ones go: it cannot write from left to right; use a model whose tokens "
             "choose"
         )
     return Source(model, kind != "torch_dist")
@@ -74,8 +74,6 @@ def reading(source: Source, scratch: Path, alone: bool) -> Iterator[Path]:
         staged(folder, source.model.folder, {}, target.num_bytes) as staging,
         tqdm(desc="convert", total=target.num_bytes, unit="B", unit_scale=True) as bar,
     ):
-        target.write(
-            root=staging.folder, on_bytes=bar.update, journal=staging.journal, processes=1
-        )
+        target.write(root=staging.folder, on_bytes=bar.update, journal=staging.journal, processes=1)
     assert target.iteration is not None
     yield folder / target.iteration

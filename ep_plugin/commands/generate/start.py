@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
@@ -49,13 +48,13 @@ def start(job: dict[str, Any], world: int, started: int | None, scratch: Path) -
     path = scratch / "job.json"
     path.write_text(json.dumps(job | {"store": str(scratch / "store")}))
     ranks: list[subprocess.Popen[bytes]] = []
-    said = [tempfile.TemporaryFile() for _ in range(world)]
+    said = [scratch / f"rank{rank}" for rank in range(world)]
     try:
         for rank in range(world):
             command = [sys.executable, "-m", WORKER, str(path)]
-            ranks.append(
-                subprocess.Popen(command, stderr=said[rank], env=_environment(rank, world))
-            )
+            with said[rank].open("wb") as file:
+                own = _environment(rank, world)
+                ranks.append(subprocess.Popen(command, stderr=file, env=own))
         failed = _wait(ranks)
         if failed is not None:
             _raise(failed, ranks, said)
@@ -64,8 +63,6 @@ def start(job: dict[str, Any], world: int, started: int | None, scratch: Path) -
             if process.poll() is None:
                 process.kill()
             process.wait()
-        for file in said:
-            file.close()
 
 
 def _environment(rank: int, world: int) -> dict[str, str]:
@@ -96,12 +93,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(0.02)
 
 
-def _raise(failed: int, ranks: list[subprocess.Popen[bytes]], said: list[Any]) -> None:
+def _raise(failed: int, ranks: list[subprocess.Popen[bytes]], said: list[Path]) -> None:
     """Raise what a rank said: a ConfigError with its sentence where there is one."""
-    texts = []
-    for file in said:
-        file.seek(0)
-        texts.append(file.read().decode(errors="replace"))
+    texts = [file.read_text(errors="replace") for file in said]
     for text in (texts[failed], *texts):
         found = ERROR.search(text)
         if found:

@@ -181,9 +181,7 @@ def generate(
     while True:
         logits = cached.read(tokens)[:, :size]
         device = logits.device
-        going = [
-            row for row, end in enumerate(lengths) if not done[row] and end <= read < end + num_tokens
-        ]
+        going = [row for row, end in enumerate(lengths) if end <= read and not done[row]]
         news = torch.zeros(len(prompts), 2, dtype=torch.int64)  # token, and whether it is the last
         if first:
             made = choose(logits[going], sampling, [drawn[row] for row in going])

@@ -1,0 +1,130 @@
+"""`ep-plugin generate`: layouts, prompts and stop texts, without a rank."""
+
+import argparse
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ep_plugin.checkpoint.text import Numbers
+from ep_plugin.commands.generate.layout import layout_of
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.workers.generate_run import ORDER
+from ep_plugin.megatron.workers.shown_text import Growing, Shown
+from ep_plugin.moe.groups import expert_grid
+from ep_plugin.moe.parallel import ParallelConfig
+
+pytestmark = pytest.mark.megatron
+
+
+def model(num_experts: int | None = 4, **own: Any) -> argparse.Namespace:
+    sizes = {"num_attention_heads": 8, "ffn_hidden_size": 64, "padded_vocab_size": 128}
+    return argparse.Namespace(**{**sizes, "num_experts": num_experts, **own})
+
+
+def asked(**own: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"tp": 1, "ep": 1, "etp": None, "pp": 1, **own})
+
+
+@pytest.mark.parametrize(
+    ("typed", "experts", "says"),
+    [
+        ({"pp": 2}, 4, r"--pp \(2\) is not served"),
+        ({"tp": 3}, 4, "--tp .3. must divide the 8 attention heads; use --tp 2"),
+        ({"ep": 2}, None, "--ep .2. is about experts, and this model has none"),
+        ({"ep": 6}, 4, "does not slice them evenly; use --ep 4"),
+        ({"ep": 3}, 4, "--ep .3. must divide the number of experts .*; use --ep 2"),
+        ({"ep": 2, "etp": 5}, 4, "cannot be cut into 5 slices; use --etp 4"),
+        ({"ep": 0}, 4, "--ep must be from 1"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(
+    typed: dict[str, int], experts: int | None, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        layout_of(asked(**typed), model(experts))
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 16))
+def test_what_a_refusal_says_to_use_is_taken(ep: int, experts: int, tp: int) -> None:
+    typed = {"ep": ep, "tp": tp}
+    for _ in range(4):
+        try:
+            found = layout_of(asked(**typed), model(experts))
+        except ConfigError as error:
+            name, value = str(error).rpartition("; use --")[2].split()
+            typed[name] = int(value)
+        else:
+            break
+    assert found.ep * found.etp == typed["ep"]
+    assert experts % found.ep == 0
+
+
+@pytest.mark.parametrize(
+    ("world", "experts", "ep", "etp"),
+    [
+        (8, 4, [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        (4, 2, [[0, 1], [2, 3]], [[0, 2], [1, 3]]),
+        (6, 2, [[0, 1], [2, 3], [4, 5]], [[0, 2, 4], [1, 3, 5]]),
+        (4, 1, [[0], [1], [2], [3]], [[0, 1, 2, 3]]),
+    ],
+)
+def test_slices_of_experts_lie_as_in_deepspeed(
+    world: int, experts: int, ep: list[list[int]], etp: list[list[int]]
+) -> None:
+    found = layout_of(asked(ep=world), model(experts, ffn_hidden_size=48))
+    grid = expert_grid(
+        ParallelConfig(world_size=found.world, ep=found.ep, etp=found.etp, order=ORDER)
+    )
+    assert grid.groups("ep") == ep
+    assert grid.groups("etp") == etp
+
+
+class Letters(Numbers):
+    """A token is a letter."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids: Any) -> str:
+        return "".join(map(chr, ids))
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
+def test_what_is_streamed_is_the_text_before_the_first_stop(text: str, stop: list[str]) -> None:
+    written: list[str] = []
+    growing = Growing(Letters(), "p", [ord("p")], stop)
+    shown = Shown([growing], False, written.append, lambda: 0.0)
+    shown.begin()
+    for place, letter in enumerate(text):
+        growing.add(ord(letter))
+        if place + 1 == len(text):
+            growing.end("length")
+        shown.update()
+        if growing.reason:
+            break
+    ends = [n for n in range(len(text) + 1) if any(text[:n].endswith(word) for word in stop)]
+    whole = text
+    if ends:
+        read = text[: ends[0]]
+        whole = read[: min(read.find(word) for word in stop if word in read)]
+    assert "".join(written).rstrip("\n") == "p" + whole
+    assert growing.reason == ("stop" if ends else "length" if text else None)
+
+
+def test_the_end_of_a_document_is_no_part_of_the_text() -> None:
+    growing = Growing(Letters(end=ord("z")), "p", [ord("p")], [])
+    for letter in "ab":
+        growing.add(ord(letter))
+    growing.add(ord("z"))
+    assert (growing.text, growing.reason, growing.tokens) == ("ab", "end_of_document", [97, 98])
+
+
+def test_numbers_are_the_only_words_of_a_model_without_tokenizer() -> None:
+    assert Numbers().encode("1 22 3") == [1, 22, 3]
+    for text in ("a", "-1", "1.5", "1" * 40):
+        with pytest.raises(ConfigError, match="token ids such as"):
+            Numbers().encode(text)
