@@ -75,7 +75,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size("cpu", 4, 64, 192, 4, 128, 32, 1_000_000, 4e-3, "heldout_small", False),
+    "cpu": Size("cpu", 4, 64, 192, 4, 128, 32, 500_000, 4e-3, "heldout_small", False),
     "gpu": Size("gpu", 6, 384, 1024, 6, 512, 32, 20_000_000, 2e-3, "heldout", True),
 }
 
@@ -92,7 +92,7 @@ class Variant:
     """One run. Its name stands for its flags in every claim that shows it."""
 
     name: str
-    flags: str = ""  # Megatron's, beyond the size's; {ffn}, {half} are the size's
+    flags: str = ""  # Megatron's, beyond the size's, with numbers of the size in braces
     share: float = 1.0  # of the size's tokens
     grown_from: str = ""  # the variant whose checkpoint it starts from
     convert: str = ""  # flags of ep-plugin convert, on the way
@@ -100,7 +100,11 @@ class Variant:
 
     def extra(self, size: Size) -> list[str]:
         """Return its own flags at a size."""
-        return shlex.split(self.flags.format(ffn=size.ffn, half=size.half))
+        return shlex.split(
+            self.flags.format(
+                ffn=size.ffn, half=size.half, layers=size.layers // 2, depth=size.layers
+            )
+        )
 
     def described(self, size: Size) -> dict[str, object]:
         """Return what a result must agree in to be this variant's at this size."""

@@ -51,6 +51,35 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
+def losses_table(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> str:
+    """Return a row for each variant: size, loss, and what its routers logged in the second half."""
+    rows = []
+    for name, label in labels.items():
+        runs = of(results, name)
+        if not runs:
+            rows.append([label, *["not run"] * 6])
+            continue
+        logged = [run["experts"] for run in runs]
+        rows.append(
+            [
+                label,
+                millions(runs[0]["parameters"]),
+                millions(runs[0]["tokens"]),
+                str(len(runs)),
+                loss_text(runs),
+                _mean(logged, "max_over_mean", "{:.2f}"),
+                _mean(logged, "dropped_fraction", "{:.2%}"),
+            ]
+        )
+    heads = ("run", "parameters", "tokens", "seeds", "held-out loss")
+    return table((*heads, "fullest expert over mean", "dropped"), rows)
+
+
+def _mean(logged: list[dict[str, float]], name: str, form: str) -> str:
+    found = [one[name] for one in logged if name in one]
+    return form.format(statistics.mean(found)) if found else "-"
+
+
 def millions(number: float) -> str:
     """Return a number of parameters or tokens in millions."""
     return f"{number / 1e6:.1f}M" if number < 1e8 else f"{number / 1e6:.0f}M"

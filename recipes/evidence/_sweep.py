@@ -19,6 +19,7 @@ from typing import Any
 
 from _model import SIZES, Size, Variant, shrunk
 from _run import ROOT, Place, RunError, run
+from _show import draw_losses, figure, losses_table, save
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.written import write_whole
@@ -43,6 +44,20 @@ class Claim:
     variants: tuple[Variant, ...]
     table: Callable[[Results], str]
     plot: Callable[[Results, Path], None]
+
+
+def of_losses(
+    letter: str, name: str, says: str, variants: tuple[Variant, ...], labels: dict[str, str]
+) -> Claim:
+    """Return a claim about losses alone: one row and one curve for each label."""
+
+    def plot(results: Results, path: Path) -> None:
+        made, axes = figure(1)
+        draw_losses(axes[0], results, labels)
+        axes[0].set_title(says, fontsize=9)
+        save(made, results, path)
+
+    return Claim(letter, name, says, variants, lambda found: losses_table(found, labels), plot)
 
 
 def main(claims: Iterable[Claim], script: str, argv: list[str] | None = None) -> int:
@@ -214,7 +229,7 @@ def show(claims: tuple[Claim, ...], results: Results, size: Size, plots: Path) -
         names = {variant.name for variant in claim.variants}
         own = {key: value for key, value in results.items() if value["name"] in names}
         if not own:
-            print(f"({claim.letter}) {claim.says}: no result yet")
+            print(f"({claim.letter}) {claim.says} No result yet.")
             continue
         print(f"({claim.letter}) {claim.says}\n\n{claim.table(own)}")
         plots.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,99 @@
+"""recipes/evidence: figures from results, what is left to run, and the page that shows them."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ep_plugin.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def evidence(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import modules of the folder by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "evidence"))
+    return importlib.import_module
+
+
+def result(evidence: Any, variant: Any, curve: list[list[float]], seed: int = 1) -> Any:
+    size = evidence("_model").SIZES["cpu"]
+    return variant.described(size) | {
+        "seed": seed,
+        "parameters": 2_000_000,
+        "tokens": curve[-1][0],
+        "epochs": 0.5,
+        "heldout": curve,
+        "step_seconds": 0.1,
+        "beside": 1,
+        "experts": {},
+        "corpus": {"sha256": "ab" * 32, "distinct_tokens": 10, "heldout_tokens": 1},
+        "hardware": "none",
+        "date": "2026-11-29",
+        "versions": {},
+    }
+
+
+def test_a_loss_is_reached_between_two_points(evidence: Any) -> None:
+    reached = evidence("_show").reached
+    curve = [(10.0, 5.0), (20.0, 4.0), (30.0, 3.0)]
+    assert reached(curve, 3.5) == 25.0
+    assert reached(curve, 6.0) == 10.0
+    assert reached(curve, 2.0) is None
+
+
+def test_seeds_have_a_standard_error(evidence: Any) -> None:
+    runs = [{"heldout": [[1, loss]]} for loss in (4.0, 4.2, 4.4)]
+    assert evidence("_show").loss_text(runs) == "4.2000 ± 0.1155"
+    assert evidence("_show").loss_text(runs[:1]) == "4.0000"
+
+
+def test_the_table_says_how_much_sooner(evidence: Any, tmp_path: Path) -> None:
+    experts = evidence("experts")
+    variants = {variant.name: variant for variant in experts.VARIANTS}
+    kept = {
+        "dense-seed1": result(evidence, variants["dense"], [[10, 5.0], [20, 4.0], [40, 3.0]]),
+        "top1-e8-seed1": result(evidence, variants["top1-e8"], [[10, 4.0], [20, 3.0], [40, 2.0]]),
+    }
+    row = next(line for line in experts.shown(kept).splitlines() if line.startswith("| 8 experts"))
+    assert "2.0000 | 1/2.00 | 100.0 |" in row
+    experts.plot(kept, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_what_is_kept_is_not_run_again_and_must_be_the_same(evidence: Any, tmp_path: Path) -> None:
+    sweep, grown = evidence("_sweep"), evidence("grown")
+    size = evidence("_model").SIZES["cpu"]
+    variants = list(grown.VARIANTS)
+    assert len(sweep.left(variants, [1, 2], size, {}, tmp_path)) == 2 * len(variants)
+    start = variants[0]
+    kept = {f"{start.name}-seed1": result(evidence, start, [[1, 1.0]])}
+    todo = [variant.name for variant, _ in sweep.left(variants, [1], size, kept, tmp_path)]
+    assert todo[0] == start.name, "its checkpoint is not on this machine, and others need it"
+    (tmp_path / f"{start.name}-seed1" / "checkpoint").mkdir(parents=True)
+    assert start not in [v for v, _ in sweep.left(variants, [1], size, kept, tmp_path)]
+    kept[f"{start.name}-seed1"]["flags"] = "--lr 1"
+    with pytest.raises(ConfigError, match="kept with other settings"):
+        sweep.left(variants, [1], size, kept, tmp_path)
+
+
+def test_one_name_is_one_run_in_every_claim(evidence: Any) -> None:
+    found: dict[str, Any] = {}
+    for module in evidence("several").MODULES:
+        for variant in module.CLAIM.variants:
+            assert found.setdefault(variant.name, variant) == variant
+
+
+def test_the_page_shows_the_results_that_are_kept(evidence: Any) -> None:
+    assert (ROOT / "docs" / "evidence.md").read_text() == evidence("page").page()
+
+
+def test_a_gpu_is_asked_for_before_anything_runs(
+    evidence: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    sweep, experts = evidence("_sweep"), evidence("experts")
+    assert sweep.main([experts.CLAIM], "experts.py", ["--size", "gpu", "--only", "dense"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
