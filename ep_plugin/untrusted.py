@@ -171,6 +171,11 @@ def one_line(message: str) -> str:
     return cut(_LONG_WORD.sub(lambda word: cut(word[0]), message), len(message))
 
 
+def printable(text: str) -> str:
+    """Return a text in which what does not print, also a new line, is spelled out."""
+    return "".join(map(_printable, text))
+
+
 def _printable(character: str) -> str:
     return character if character.isprintable() else ascii(character)[1:-1]
 

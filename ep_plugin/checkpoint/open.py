@@ -160,9 +160,12 @@ def _open_megatron(
     if kind == "torch_dist" and output == "megatron":
         same: Origins = {name: (name,) for name in source.tensors}
         return Opened(source.folder, source, args, "stored", same, emptied=emptied)
+    # Only Megatron's layers have a place for what nothing here reads.
+    gone, empty = (source.unread, ()) if output == "hf" else ((), source.unread)
+    emptied = (*emptied, *empty)
     source = plain(source, args)
     origins: Origins = {name: (stored_name(name, args),) for name in source.tensors}
-    return Opened(source.folder, source, args, "plain", origins, emptied=emptied)
+    return Opened(source.folder, source, args, "plain", origins, left_out=gone, emptied=emptied)
 
 
 def _without_states(source: Source) -> tuple[Source, tuple[str, ...]]:

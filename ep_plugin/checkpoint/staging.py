@@ -42,8 +42,10 @@ class Staging:
 
 def _check_room(target: Path, partial: Path, num_bytes: int) -> None:
     """Raise ConfigError unless the disk of `target` has room for `num_bytes` more than is there."""
-    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     parent = _folder_above(target)
+    if not os.access(parent, os.W_OK):  # of such a disk the room does not matter
+        raise ConfigError(f"{parent} cannot be written; use another --to")
+    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     free, needed = shutil.disk_usage(parent).free, num_bytes + MARGIN_BYTES - there
     if free < needed:
         raise ConfigError(

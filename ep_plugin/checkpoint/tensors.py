@@ -47,6 +47,7 @@ class Source:
     objects: frozenset[str]
     read_tensor: Callable[[str], Tensor]
     read_object: Callable[[str], bytes]
+    unread: tuple[str, ...] = ()  # states of layers that hold something, and do not go along
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,29 @@ def test_every_cut_is_mended(spelling: str, tmp_path: Path) -> None:
     assert made.folder.name == "iter_0000009"
 
 
+@pytest.mark.parametrize("dry", [False, True])
+def test_states_that_do_not_go_along_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: bool
+) -> None:
+    root = save(tmp_path / "legacy", "stacked")
+    paths = ["--from", str(root), "--to", str(tmp_path / "out"), "--skip-parity"]
+    assert main(["convert", *paths, "--dry-run"]) == 0
+    assert "emptied" not in capsys.readouterr().out  # there are some, and none holds anything
+    held = {"linear_qkv": torch.ones(4, dtype=torch.uint8), "linear_proj": b"scales"}
+    rank = root / "iter_0000009" / "mp_rank_01_001_000" / "model_optim_rng.pt"
+    content = torch.load(rank, weights_only=False)
+    for name, value in held.items():
+        content["model1"][f"decoder.layers.0.self_attention.{name}._extra_state"] = value
+    torch.save(content, rank)
+    assert main(["convert", *paths, *(["--dry-run"] if dry else [])]) == 0
+    said = capsys.readouterr().out
+    names = [f"decoder.layers.3.self_attention.{name}._extra_state" for name in sorted(held)]
+    if dry:
+        assert all(f"{name} -> (emptied)" in said for name in names)
+    else:
+        assert f"emptied, 2 in all: {', '.join(names)}\n" in said
+
+
 def test_other_bytes_of_any_tensor_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,18 @@ def test_no_room(
     assert "has 0.00 GiB free, and the output needs 0.06 GiB" in refused(tmp_path, capsys)
 
 
+def test_a_disk_that_takes_nothing_is_not_called_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_dense(tmp_path / "dense")
+    few = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: few)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    message = refused(tmp_path, capsys)
+    assert f"{tmp_path} cannot be written; use another --to" in message
+    assert "GiB" not in message
+
+
 def test_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It names every file and tensor, and --check finds what has changed since."""
     save_dense(tmp_path / "dense")

@@ -656,6 +656,37 @@ def test_output_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert convert(tmp_path / "dense", tmp_path / "moe") == 0
 
 
+@pytest.mark.parametrize("below", ["moe", "a/b/moe"])
+def test_output_below_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], below: str
+) -> None:
+    save_dense(tmp_path / "dense")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert convert(tmp_path / "dense", tmp_path / "notes.txt" / below) == 2
+    said = capsys.readouterr().err
+    assert f"would lie below {tmp_path / 'notes.txt'}, which is a file; use a --to" in said
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(["normalization", "ep_router", "position_embedding_type"]),
+    value=st.text("\x1b\x07\n\r\u2028\u202e\x9b", min_size=1, max_size=9),
+)
+def test_nothing_that_a_terminal_obeys_is_printed_of_a_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+) -> None:
+    root = tmp_path_factory.mktemp("said")
+    save_dense(root / "dense", **{name: f"a{value}b"})
+    capsys.readouterr()
+    assert convert(root / "dense", root / "out", "--skip-parity") == 0
+    said = capsys.readouterr().out
+    assert f"a{value.encode('unicode_escape').decode()}b" in said
+    assert all(letter.isprintable() or letter == "\n" for letter in said)
+
+
 def test_unmatched_and_missing_names_are_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

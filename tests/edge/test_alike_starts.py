@@ -89,6 +89,24 @@ def test_rank_0_says_what_a_rank_left_that_ended_before_it_came() -> None:
     assert "rank 1 ended before, in this start or an earlier one: no disk" in text
 
 
+def test_a_rank_that_fails_after_it_came_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where rank 0 has said meanwhile whom it waits for, and this one was there."""
+    monkeypatch.setattr(pace, "SAY", 0.3)
+    store = dist.HashStore()
+
+    def comes_and_fails() -> Answer | None:
+        place = pace.Place(store, "start")
+        place.waited_for("start/lead", 5)
+        place.look()
+        place.put("rank/1", facts(a=1).record())
+        place.add("came", 1)
+        time.sleep(1.0)
+        return Meeting(store, 1, 3, 10.0).fail("start", "interrupted", 10.0)
+
+    found = together(2, lambda rank: comes_and_fails() if rank else come(store, 0, 3))
+    assert found == [Answer(False, "rank 1 failed at the start: interrupted", (1,))] * 2
+
+
 def test_a_refusal_counts_for_a_late_rank_while_rank_0_is_there() -> None:
     store = dist.HashStore()
     found = together(

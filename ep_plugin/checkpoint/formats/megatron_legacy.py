@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ep_plugin.checkpoint.carried import engine_reads
 from ep_plugin.checkpoint.family import gated
 from ep_plugin.checkpoint.formats import _rank_arguments
 from ep_plugin.checkpoint.formats._iteration import inside, iteration_folder
@@ -82,7 +83,7 @@ def open_checkpoint(path: Path) -> Source:
     if not isinstance(args, argparse.Namespace):
         raise ConfigError(f"{first} holds no run arguments; give a checkpoint that Megatron saved")
     _rank_arguments.check(args, folder, sum(1 for _ in folder.glob(f"mp_rank_*/{FILE}")))
-    parts = _parts(folder, args)
+    parts, unread = _parts(folder, args)
     return Source(
         folder=folder,
         common=_without_weights(common),
@@ -91,6 +92,7 @@ def open_checkpoint(path: Path) -> Source:
         objects=frozenset(),
         read_tensor=lambda name: _whole(name, parts[name], args),
         read_object=partial(_no_object, folder),
+        unread=tuple(sorted(unread)),
     )
 
 
@@ -138,8 +140,11 @@ def _damaged(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path} {explained(error, 'is truncated or damaged')}")
 
 
-def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[RankPart]]:
-    """Return for every whole tensor its pieces, tensor-parallel rank 0 first."""
+def _parts(folder: Path, args: argparse.Namespace) -> tuple[dict[str, list[RankPart]], set[str]]:
+    """Return for every whole tensor its pieces, tensor-parallel rank 0 first.
+
+    And the names of states that only Transformer Engine reads, and that hold something.
+    """
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     ep = getattr(args, "expert_model_parallel_size", 1) or 1
     etp = getattr(args, "expert_tensor_parallel_size", None) or tp
@@ -155,6 +160,7 @@ def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[RankPart]]:
     loaded = {rank: _load(path) for rank, path in ranks.items()}
     states = {rank: state for rank, (state, _) in loaded.items()}
     parts: dict[str, list[RankPart]] = {}
+    unread: set[str] = set()
     for tp_rank in range(tp):
         first_layer = 0
         for chunk in _chunks(states[0, 0, 0]):  # interleaved: chunk by chunk over all ranks
@@ -166,13 +172,25 @@ def _parts(folder: Path, args: argparse.Namespace) -> dict[str, list[RankPart]]:
                             f"{ranks[tp_rank, pp_rank, ep_rank]} has no weights under {chunk}; "
                             f"{_AGAIN}"
                         )
+                    unread |= _unread(state, first_layer)
                     check = loaded[tp_rank, pp_rank, ep_rank][1]
                     for name, part in _named(state, check, first_layer, ep_rank, ep, args):
                         is_expert = ".experts.experts." in name
                         if is_expert or ep_rank == 0:
                             parts.setdefault(name, []).append(part)
                 first_layer += _num_layers(states[tp_rank, pp_rank, 0][chunk])
-    return parts
+    return parts, unread
+
+
+def _unread(state: dict[str, Any], first_layer: int) -> set[str]:
+    """Return the layers' states that are not read, under the names of the whole model."""
+    found = set()
+    for name, value in state.items():
+        if engine_reads(name, value):
+            match = _LAYER.fullmatch(name)
+            at = f"decoder.layers.{first_layer + int(match[1])}.{match[2]}" if match else name
+            found.add(at)
+    return found
 
 
 def _path(folder: Path, rank: tuple[int, int, int], pp: int, ep: int) -> Path:

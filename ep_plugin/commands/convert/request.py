@@ -278,6 +278,12 @@ def _check_target(target: Path, source: Path) -> None:
             )
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(f"output {target} exists and is not empty; use {sibling(target)}")
+        above = next(folder for folder in target.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise ConfigError(
+                f"output {target} would lie below {above}, which is a file; "
+                "use a --to below a folder"
+            )
         if source.resolve() in target.resolve().parents:
             raise ConfigError(f"output {target} lies inside --from {source}; use {sibling(source)}")
     except (OSError, RuntimeError) as error:

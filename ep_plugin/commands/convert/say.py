@@ -24,7 +24,7 @@ from ep_plugin.megatron.arguments.spell_model import (
     run_flags,
     where_other,
 )
-from ep_plugin.untrusted import one_line
+from ep_plugin.untrusted import one_line, printable
 
 BYTES_PER_SECOND = 200e6  # of output by one process on one core: read, copied, hashed, written
 _GENERATION = "generation_config.json"
@@ -43,8 +43,13 @@ def check_manifest(folder: Path) -> int:
     for problem in problems:
         print(f"ep-plugin convert: {one_line(problem)}", file=sys.stderr)
     if not problems:
-        print(f"{folder}: every file has the bytes that were written")
+        _print(f"{folder}: every file has the bytes that were written")
     return 1 if problems else 0
+
+
+def _print(line: str) -> None:
+    """Print one line; names and flags of a checkpoint may hold what a terminal obeys."""
+    print(printable(line))
 
 
 def say_plan(request: Request, target: Target) -> int:
@@ -52,25 +57,27 @@ def say_plan(request: Request, target: Target) -> int:
     seconds = seconds_of(request, target)
     comparison = need(request, target)
     for name, value in request.asked.items():
-        print(f"{name.removeprefix('--')}: {value}")
+        _print(f"{name.removeprefix('--')}: {value}")
     for old, name in target.name_map:
-        print(f"{old or '(new)'} -> {name}")
+        _print(f"{old or '(new)'} -> {name}")
     for name in target.model.left_out:
-        print(f"{name} -> (left out)")
+        _print(f"{name} -> (left out)")
     for name in target.model.emptied:
-        print(f"{one_line(name)} -> (emptied)")
+        _print(f"{one_line(name)} -> (emptied)")
     for tensor in target.tensors:
-        print(f"{tensor.info.num_bytes:>14} bytes  {tensor.name} {list(tensor.info.shape)}")
+        _print(f"{tensor.info.num_bytes:>14} bytes  {tensor.name} {list(tensor.info.shape)}")
     for reason in target.model.deviations:
-        print(f"the model's output changes: {reason}")
+        _print(f"the model's output changes: {reason}")
     for line in _vocabulary(request, target):
-        print(line)
-    print(f"{target.num_bytes:>14} bytes in all; nothing written")
-    print(f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process")
+        _print(line)
+    _print(f"{target.num_bytes:>14} bytes in all; nothing written")
+    _print(f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process")
     if request.keep_layers is not None and request.compare:
-        print("then every tensor is read back and its bits compared with the source's")
+        _print("then every tensor is read back and its bits compared with the source's")
     else:
-        print("source and result are not compared" if comparison is None else comparison.sentence())
+        _print(
+            "source and result are not compared" if comparison is None else comparison.sentence()
+        )
     return 0
 
 
@@ -114,37 +121,37 @@ def say_summary(request: Request, target: Target, report: dict[str, Any] | None)
     """Print what was made and how to go on; returns exit code 0."""
     kind = ", ".join(filter(None, (request.format, family_of(target))))
     size = f"{len(target.tensors)} tensors, {target.num_bytes / 2**20:.1f} MiB"
-    print(f"wrote {request.target} ({kind}): {size}")
+    _print(f"wrote {request.target} ({kind}): {size}")
     settings, made = request.settings, target.model.upcycled
     if settings is not None and made is not None:
-        print(
+        _print(
             f"mode {settings.mode}, {settings.num_experts} experts, top-{settings.topk}, in "
             f"{sum(made.moe_layers)} of {target.model.args.num_layers} layers"
         )
     if (kept := target.model.kept) is not None:
-        print(
+        _print(
             f"{len(kept.layers)} of the teacher's {kept.of} layers: "
             f"{', '.join(map(str, kept.layers))}; left out: optimizer, random-number and rerun "
             f"state ({kept.dropped} entries); the optimizer starts afresh"
         )
     if target.model.left_out:
-        print(f"left out: {', '.join(target.model.left_out)}")
+        _print(f"left out: {', '.join(target.model.left_out)}")
     if emptied := target.model.emptied:
-        print(f"emptied, {len(emptied)} in all: {one_line(', '.join(emptied))}")
+        _print(f"emptied, {len(emptied)} in all: {one_line(', '.join(emptied))}")
     if names := [name for name in request.leave_out if name != EXTRA_STATE]:
-        print(f"run arguments left out: {', '.join(names)}")
+        _print(f"run arguments left out: {', '.join(names)}")
     for reason in target.model.deviations:
-        print(f"the model's output changes: {reason}")
+        _print(f"the model's output changes: {reason}")
     for line in _vocabulary(request, target):
-        print(line)
+        _print(line)
     if (beside := tokenizer(request, target)) is not None:
-        print(beside)
+        _print(beside)
     for difference in training_notes(request, target):
-        print(f"in training: {difference}")
+        _print(f"in training: {difference}")
     if report is None:
-        print("source and result were not compared (--skip-parity)")
+        _print("source and result were not compared (--skip-parity)")
     if made is not None and request.moments_go_along:
-        print(_optimizer(made.optimizer, made.dropped))
+        _print(_optimizer(made.optimizer, made.dropped))
     if request.format == "megatron":
         _print_next(request, target)
         _print_recipe(request, target)
@@ -218,29 +225,29 @@ def _optimizer(goes_on: bool, dropped: int) -> str:
 def _print_recipe(request: Request, target: Target) -> None:
     if names := unsaid(target.args):
         missing = ", ".join(names)
-        print(f"no flags.txt, so recipes/run.sh cannot run it: it cannot say {missing}")
+        _print(f"no flags.txt, so recipes/run.sh cannot run it: it cannot say {missing}")
         return
     folder = str(request.target)
     words = shlex.join([f"MODEL={folder if '/' in folder else f'./{folder}'}"])
-    print("or fine-tune its weights with a recipe, on 2 ranks:")
-    print(f"  {words} LAYOUT=ep2 ./recipes/run.sh pretrain_gpt.py")
+    _print("or fine-tune its weights with a recipe, on 2 ranks:")
+    _print(f"  {words} LAYOUT=ep2 ./recipes/run.sh pretrain_gpt.py")
 
 
 def _print_next(request: Request, target: Target) -> None:
     settings, made = request.settings, target.model.upcycled
     flags = shlex.join([*load_flags(request, target), *printed_flags(request, target)])
     if settings is None or made is None or not request.moments_go_along:
-        print("continue with your flags for data and optimizer, and:")
-        print(f"  {flags}")
+        _print("continue with your flags for data and optimizer, and:")
+        _print(f"  {flags}")
         return
-    print("continue with the dense run's flags and:")
-    print(f"  {flags} --expert-model-parallel-size {settings.ep or 'EP'}")
+    _print("continue with the dense run's flags and:")
+    _print(f"  {flags} --expert-model-parallel-size {settings.ep or 'EP'}")
     if made.optimizer:
         divisors = f"any divisor above 1 of {settings.num_experts}"
-        print(f"  EP: {'1' if settings.ep == 1 else divisors}; at another add --no-load-optim")
-        print("  for another training length or learning rate than the dense run's, add")
-        print("  --override-opt-param-scheduler")
+        _print(f"  EP: {'1' if settings.ep == 1 else divisors}; at another add --no-load-optim")
+        _print("  for another training length or learning rate than the dense run's, add")
+        _print("  --override-opt-param-scheduler")
         return
-    print("  or, to keep the iteration and the place in the data, --no-load-optim --no-load-rng")
-    print("  instead of --finetune")
-    print(f"  EP: any divisor of {settings.num_experts}")
+    _print("  or, to keep the iteration and the place in the data, --no-load-optim --no-load-rng")
+    _print("  instead of --finetune")
+    _print(f"  EP: any divisor of {settings.num_experts}")

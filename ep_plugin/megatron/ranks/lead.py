@@ -61,7 +61,7 @@ class Leader:
         while True:
             if self.place.has("failures"):
                 time.sleep(pace.GRACE)
-                return of_failures(self._failed(absent))
+                return of_failures(self._failed())
             now = self.place.add("came")
             if now >= self.size - 1:
                 absent = self._without_those_who_came(absent)
@@ -81,8 +81,9 @@ class Leader:
             time.sleep(tick)
             tick = min(2 * tick, pace.SLOWEST_TICK)
 
-    def _failed(self, ranks: Sequence[int]) -> dict[int, str]:
-        names = {rank: f"failed/{rank}" for rank in ranks}
+    def _failed(self) -> dict[int, str]:
+        """Return what ranks said; one that came before can fail too."""
+        names = {rank: f"failed/{rank}" for rank in range(1, self.size)}
         return {rank: self.place.get(n) for rank, n in names.items() if self.place.has(n)}
 
     def _without_those_who_came(self, absent: Sequence[int]) -> list[int]:
