@@ -86,6 +86,7 @@ _WORDS = [
     "ep_aux_loss_counts",
     "ep_aux_loss_layers",
     "tokenizer_model",
+    "tokenizer_type",
 ]
 _LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff")
 _OF_THEIR_OWN = ["moe_layer_freq", "ep_experts_per_layer", "params_dtype", "window_size", *_LOSSES]
