@@ -11,6 +11,8 @@ SLOW = (
     "test_audit_save",
     "test_balancing_against_megatron",
     "test_bench_overlap",
+    "test_distill",
+    "test_divergence",
     "test_benchmark_scripts::test_the_fastest_way_at_each_ep_counts_beside_one_rank",
     "test_bounds",
     "test_by_nature",

@@ -71,6 +71,14 @@ five only for a Megatron from its wheel, and over torch's Adam):
         after a fault the sentence says that a rank was in it
     optimizer:FP32Optimizer.step
         after a fault the sentence says that a rank was in it
+    training:setup_model_and_optimizer
+        the student is built and loaded: its teacher is loaded beside it; --ep-teacher
+    training:train_step
+        one call is one step: distilled until --ep-distill-stop, and logged
+    gpt_model:GPTModel.forward
+        the teacher is given what the student is given
+    language_module:LanguageModule.compute_language_model_loss
+        here the student's logits are; the divergence joins the loss
     moe_logging:MoEMetricsTracker.report
         Megatron writes the losses of MoE layers here; the routers' metrics join them
     process:BaseProcess.start

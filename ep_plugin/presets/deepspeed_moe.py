@@ -8,7 +8,8 @@ the same values there and from its own here.
 PR-MoE is a pyramid with a residual: later layers have more experts, and each token's dense
 feed-forward block is weighed against its expert by a learned softmax of two. (The paper adds the
 two; the code weighs them, as here. `--ep-shared-expert sum` is the paper's.) MoS is a student of
-PR-MoE with 21 of 24 layers; its staged distillation is not part of this plugin.
+PR-MoE with 21 of 24 layers, distilled for the first 70 % of its tokens: `--ep-teacher CKPT`, whose
+defaults are its weight, temperature and stop.
 
 With top-2 the second expert is drawn from the softmax without the first, in evaluation too, and
 weights are divided by the sum of those that were not dropped. Table 6 prints 30 and 40 layers for
@@ -38,7 +39,7 @@ TOP2 = replace(
     drop_policy="rank_position",
 )
 INFERENCE = replace(ROUTING, min_capacity=1, drop_policy="position")
-MOS = "the student's model; its staged distillation is not part of the plugin"
+MOS = "the student's model; --ep-teacher CKPT distils it, by default as published"
 
 
 def _model(layers: int, hidden: int, heads: int, counts: tuple[int, ...], residual: bool) -> Model:

@@ -118,7 +118,7 @@ def test_megatron(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         one_by_one = model_run.trace(folder, TOKENS, 1)
     assert with_memory == [[], *(part for n in range(LAYERS) for part in ([n], []))]
 
-    whole_load = model_run._load
+    whole_load = model_run.load_weights
 
     def whole(*args: Any, layers: Any) -> None:
         if not layers:
@@ -127,7 +127,7 @@ def test_megatron(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     models.clear()
     monkeypatch.setattr(model_run, "_build", lambda args: models.append(build(args)) or models[-1])
-    monkeypatch.setattr(model_run, "_load", whole)
+    monkeypatch.setattr(model_run, "load_weights", whole)
     monkeypatch.setattr(model_run, "load_when_called", lambda *_: None)
     at_once = model_run.trace(folder, TOKENS, 1)
     assert torch.equal(one_by_one.logits, at_once.logits)

@@ -244,11 +244,13 @@ def load_in_layouts(path: str) -> int:
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         common = dist_checkpointing.load_common_state_dict(str(source.folder))
-        args = model_run._plain(common["args"])
+        args = model_run.plain(common["args"])
         args.tensor_model_parallel_size, args.expert_model_parallel_size = tp, ep
         args.sequence_parallel = tp > 1
         model = model_run._build(args)
-        model_run._load(model, source.folder, common["content_metadata"], fused_norm_kept=True)
+        model_run.load_weights(
+            model, source.folder, common["content_metadata"], fused_norm_kept=True
+        )
         for layer in (1, 2):
             mlp = model.decoder.layers[layer].mlp
             for name, part in mlp.named_parameters():

@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
+import torch
 from command_line import Accepted, completed, read
 from flag_values import CASES, SAMPLES, given
 from silence import Case, observe, observe_all
@@ -21,6 +22,8 @@ from spawn import run_ranks
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.in_flags import THEIRS, in_flags
 from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE
+from ep_plugin.megatron.distill import seam as distillation
+from ep_plugin.megatron.distill.layout import layout_of
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import audit_save, check_save, watch_ranks
 from ep_plugin.megatron.settings import ranks_per_node
@@ -70,6 +73,8 @@ OBSERVERS = {  # row -> what must differ
     "audit_save": "audited",
     "check_save": "checked",
     "watch_ranks": "watched",
+    **dict.fromkeys(("teacher", "teacher_layout", "distill_temperature"), "taught"),
+    **dict.fromkeys(("distill_weight", "distill_stop"), "taught"),
     "force_expert_choice": "accepted",
     **dict.fromkeys(("router", "topk", "score_function", "normalize", "router_dtype"), "routing"),
     **dict.fromkeys(("jitter_eps", "noise", "second_expert", "second_threshold"), "routing"),
@@ -172,6 +177,8 @@ def seen_by(observer: str, found: Accepted | str, ranks: int, pairs: dict[Case, 
         return checked(found.args)
     if observer == "watched":
         return watched(found.args)
+    if observer == "taught":
+        return taught(found.args)
     case = case_of(found, ranks)
     both = pairs[case] if ranks == 2 else (on_one_rank(case),)
     return [of_rank[observer] for of_rank in both]
@@ -220,6 +227,26 @@ def watched(args: Any) -> list[int]:
         _, with_watch, _ = patches.wrap.call_args_list[0].args
         with_watch(lambda: None)
     return started
+
+
+def taught(args: Any) -> list[Any]:
+    """Return the gradient of a student's loss, whether it is taught half way, and the layout."""
+    if args.ep_teacher is None:
+        return []
+    state, given_args = distillation.Distillation(), SimpleNamespace(**vars(args))
+    given_args.train_samples, given_args.consumed_train_samples, given_args.world_size = 10, 5, 4
+    state.teacher = SimpleNamespace(logits=lambda *given, width: torch.arange(6.0).view(3, 1, 2))
+    state.plan = SimpleNamespace(vocabulary=2)
+    state.inputs = {"input_ids": None, "position_ids": None, "attention_mask": None}
+    logits = torch.arange(0.0, -6.0, -1).view(3, 1, 2).requires_grad_()
+    names = {"megatron.training": SimpleNamespace(get_args=lambda: given_args)}
+    group = SimpleNamespace(size=lambda: 1)
+    groups = SimpleNamespace(get_tensor_model_parallel_group=lambda: group)
+    with patch.object(distillation, "import_module", lambda name: names.get(name, groups)):
+        loss = state.loss(lambda model, labels, logits: logits.sum(-1).T, None, logits, logits)
+    loss.sum().backward()
+    assert logits.grad is not None
+    return [logits.grad.tolist(), distillation.is_on(given_args), layout_of(given_args)]
 
 
 @pytest.mark.parametrize(("name", "value", "beside", "on"), ACTS)

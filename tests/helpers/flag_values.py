@@ -38,6 +38,11 @@ SAMPLES: dict[str, tuple[Any, Any]] = {
     "overlap_chunks": (1, 3),
     "experts_per_layer": ("4,8", "8,8"),
     "watch_ranks": (5, 20),
+    "teacher": ("CKPT", "OTHER"),
+    "teacher_layout": ("tp=2,ep=2", "tp=1"),
+    "distill_temperature": (2.0, 1.5),
+    "distill_weight": (0.5, 2.0),
+    "distill_stop": (0.25, 1.0),
     "preset": ("mixtral-8x7b", "switch-base-8"),
 }
 # Values that say what is so anyway in the plain model, which has --swiglu and no bias.

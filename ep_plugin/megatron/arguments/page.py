@@ -38,6 +38,11 @@ _FLAG = re.compile(r"--[\w-]+(?: (?!with\b|alone\b)[\w.]+)?")  # and its value
 TYPES = {"int": "a whole number", "float": "a number"}
 VALUES = {  # of flags that are read in a way of their own
     "preset": "a name",
+    "teacher": "a folder",
+    "teacher_layout": "`tp=T,ep=E`",
+    "distill_temperature": "a number above 0",
+    "distill_weight": "a number above 0",
+    "distill_stop": "above 0, up to 1",
     "audit_save": "no value",
     "experts_per_layer": "`N*LAYERS,...`",
     "further_losses": "`SCOPE:COEFF,...`",

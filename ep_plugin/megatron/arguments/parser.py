@@ -13,7 +13,9 @@ from typing import Any, get_args
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.table import TABLE, TYPED, Argument, Group, automatic
+from ep_plugin.megatron.distill.layout import parse_layout
 from ep_plugin.registry import available
+from ep_plugin.typed import LARGEST_FLOAT
 
 
 def on_off(text: str) -> bool:
@@ -44,6 +46,36 @@ def seconds(text: str) -> int:
     return int(text)
 
 
+def layout(text: str) -> str:
+    """Read "tp=2,ep=2": parallel sizes of a teacher; kept as it is typed."""
+    try:
+        parse_layout(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be parallel sizes, as tp=2,ep=2; got {text!r}"
+        ) from error
+    return text
+
+
+def positive(text: str) -> float:
+    """Read a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < LARGEST_FLOAT:
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+    return value
+
+
+def part(text: str) -> float:
+    """Read a part of a run: above 0 and up to 1."""
+    value = positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1; got {text!r}")
+    return value
+
+
 def _scope(text: str) -> str:
     if text not in SCOPES:
         raise ValueError(text)
@@ -67,6 +99,11 @@ READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "--ep-further-losses": (further_losses, "SCOPE:COEFF,..."),
     "--ep-preset": (str, "NAME"),
     "--ep-watch-ranks": (seconds, "SECONDS"),
+    "--ep-teacher": (str, "CKPT"),
+    "--ep-teacher-layout": (layout, "tp=T,ep=E"),
+    "--ep-distill-temperature": (positive, "T"),
+    "--ep-distill-weight": (positive, "W"),
+    "--ep-distill-stop": (part, "PART"),
 }
 
 

@@ -147,6 +147,65 @@ _QUANTILES = Need(
 )
 
 
+_TEACHER = Need(
+    lambda args: args.ep_teacher is not None,
+    "is about a teacher, and there is none; use --ep-teacher CKPT",
+)
+_TAUGHT = (
+    Need(
+        lambda args: args.pipeline_model_parallel_size == 1,
+        "needs a student on one pipeline stage, whose ranks have its logits; use "
+        "--pipeline-model-parallel-size 1",
+    ),
+    Need(
+        lambda args: args.context_parallel_size == 1,
+        "needs whole sequences on each rank; use --context-parallel-size 1",
+    ),
+    Need(
+        lambda args: not getattr(args, "mtp_num_layers", None),
+        "is compared with a student's next token alone, and this one has layers of multi-token "
+        "prediction; leave --mtp-num-layers out",
+    ),
+    Need(
+        lambda args: (
+            not getattr(args, "overlap_moe_expert_parallel_comm", False)
+            and args.ep_overlap != "two_batch"
+        ),
+        "enters the student's forward, which the schedule for two micro-batches takes apart; use "
+        "--ep-overlap serial, and leave --overlap-moe-expert-parallel-comm out",
+    ),
+    Need(
+        lambda args: getattr(args, "cuda_graph_impl", None) != "full_iteration",
+        "is asked anew in each micro-batch, and a graph of the iteration would keep what was asked "
+        "first; leave --cuda-graph-impl full_iteration out",
+    ),
+    Need(
+        lambda args: (
+            not getattr(args, "cross_entropy_loss_fusion", False)
+            or getattr(args, "cross_entropy_fusion_impl", "native") in ("native", "te")
+        ),
+        "needs the student's logits, which a linear cross entropy never has; use "
+        "--cross-entropy-fusion-impl native",
+    ),
+    Need(
+        lambda args: (
+            getattr(args, "logits_load_dir", None) is None
+            and getattr(args, "export_kd_teacher_load", None) is None
+        ),
+        "and Megatron's own distillation would each add a loss of a teacher; leave "
+        "--logits-load-dir or --export-kd-teacher-load out",
+    ),
+    Need(
+        lambda args: (
+            not (
+                getattr(args, "use_megatron_fsdp", False) or getattr(args, "use_torch_fsdp2", False)
+            )
+        ),
+        "is not tested beside a student that is sharded by FSDP; use --use-distributed-optimizer",
+    ),
+)
+
+
 def expert_ranks(args: Any) -> int:
     """Return ep*etp, the ranks that hold one copy of all experts."""
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
@@ -424,6 +483,45 @@ TABLE: tuple[Argument, ...] = (
                 "reads --ckpt-format torch_dist; use --ckpt-format torch_dist",
             ),
         ),
+    ),
+    Argument(
+        "--ep-teacher",
+        "run",
+        "a checkpoint whose model teaches this one: its distillation loss joins the language loss",
+        comparable=False,
+        needs=_TAUGHT,
+    ),
+    Argument(
+        "--ep-teacher-layout",
+        "run",
+        "tensor- and expert-parallel sizes of the teacher, over the same ranks: tp=2,ep=2; those "
+        "of the student where not said",
+        comparable=False,
+        needs=(_TEACHER,),
+    ),
+    Argument(
+        "--ep-distill-temperature",
+        "run",
+        "temperature of both distributions in the distillation loss",
+        default=1.0,
+        comparable=False,
+        needs=(_TEACHER,),
+    ),
+    Argument(
+        "--ep-distill-weight",
+        "run",
+        "weight of the distillation loss beside the language loss",
+        default=1.0,
+        comparable=False,
+        needs=(_TEACHER,),
+    ),
+    Argument(
+        "--ep-distill-stop",
+        "run",
+        "part of the run's samples after which the teacher is gone, above 0 and up to 1",
+        default=0.7,
+        comparable=False,
+        needs=(_TEACHER,),
     ),
     Argument(
         "--ep-watch-ranks",

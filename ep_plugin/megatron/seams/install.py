@@ -11,6 +11,7 @@ from typing import Any
 from ep_plugin import __version__
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.distill import seam as distillation
 from ep_plugin.megatron.seams import (
     alike,
     apex,
@@ -140,6 +141,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         served.changes(patches, layer_class)
         attention.changes(patches, _print)
         watch_ranks.changes(patches)
+        distillation.changes(patches)
     for place in release.losses.WRITERS:
         if training or not place.startswith("megatron.training"):
             patches.wrap(
@@ -210,6 +212,7 @@ def _with_our_checks(
     from ep_plugin.megatron.arguments.theirs import check
     from ep_plugin.megatron.arguments.unbalanced import unbalanced
     from ep_plugin.megatron.block.graphs import check_graphs
+    from ep_plugin.megatron.distill.fits_student import check_teacher
     from ep_plugin.megatron.seams.refusal import refuse
     from ep_plugin.megatron.settings import fp8_recipe
 
@@ -225,6 +228,7 @@ def _with_our_checks(
         said = choose_format(args)
         validated = original(args, *rest, **kwargs)
         check_resumable(args)
+        check_teacher(args)
         for line in (said, at_start(args)):
             if line is not None:
                 _print(line)

@@ -52,6 +52,25 @@ COMMON = (
         "megatron.core.distributed.finalize_model_grads:_update_router_expert_bias",
         ("model", "config"),
     ),
+    # distillation
+    Touchpoint("megatron.core.transformer.module:Float16Module", ("config", "module")),
+    Touchpoint(
+        f"{GPT}.gpt_model:GPTModel.forward",
+        ("input_ids", "position_ids", "attention_mask", "labels", "packed_seq_params"),
+    ),
+    Touchpoint(
+        "megatron.core.models.common.language_module.language_module:"
+        "LanguageModule.compute_language_model_loss",
+        ("labels", "logits"),
+    ),
+    Touchpoint(
+        "megatron.core.parallel_state:initialize_model_parallel",
+        (
+            *("tensor_model_parallel_size", "expert_model_parallel_size"),
+            *("expert_tensor_parallel_size", "distributed_timeout_minutes"),
+            "create_gloo_process_groups",
+        ),
+    ),
     # arguments
     Touchpoint(f"{ARGUMENTS}:add_megatron_arguments", ("parser",)),
     Touchpoint(f"{ARGUMENTS}:validate_args", ("args", "defaults")),
@@ -95,7 +114,6 @@ COMMON = (
     # the parity check of a converted checkpoint
     Touchpoint(f"{_CHECKPOINTING}:load", ("sharded_state_dict", "checkpoint_dir")),
     Touchpoint(f"{_CHECKPOINTING}:load_common_state_dict", ("checkpoint_dir",)),
-    Touchpoint("megatron.core.parallel_state:initialize_model_parallel"),
     Touchpoint("megatron.core.parallel_state:destroy_model_parallel"),
     Touchpoint("megatron.core.parallel_state:get_data_parallel_group", ("with_context_parallel",)),
     Touchpoint(f"{_TENSOR_PARALLEL}:model_parallel_cuda_manual_seed", ("seed",)),

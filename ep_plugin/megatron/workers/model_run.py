@@ -170,11 +170,13 @@ def _trace(folder: Path, tokens: Tensor) -> Trace:
     """Build and load the model of one checkpoint and run it on `tokens` [B, S]."""
     common = dist_checkpointing.load_common_state_dict(str(folder))
     fused_norm_kept = common["args"].transformer_impl == "local"
-    args = _plain(common["args"])
+    args = plain(common["args"])
     specs.MoELayer.settings = settings_from_args(args)
     with without_memory():
         model = _build(args).eval()
-    load = partial(_load, model, folder, common.get("content_metadata") or {}, fused_norm_kept)
+    load = partial(
+        load_weights, model, folder, common.get("content_metadata") or {}, fused_norm_kept
+    )
     by_layer = _names_layers(model, common.get("content_metadata") or {})
     move(model, "cpu", but=model.decoder.layers if by_layer else None)
     load(layers=() if by_layer else None)
@@ -192,7 +194,7 @@ def _trace(folder: Path, tokens: Tensor) -> Trace:
     return trace
 
 
-def _plain(args: argparse.Namespace) -> argparse.Namespace:
+def plain(args: argparse.Namespace) -> argparse.Namespace:
     """Return the run arguments, defaults where there are none, for one plain rank."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     megatron_arguments.add_megatron_arguments(parser)  # with ours: the plugin is installed
@@ -227,7 +229,7 @@ def _build(args: argparse.Namespace) -> Any:
     )
 
 
-def _load(
+def load_weights(
     model: Any,
     folder: Path,
     metadata: dict[str, Any],

@@ -1,0 +1,112 @@
+"""What can be known of a teacher before ranks communicate: its arguments, its sizes, its layout.
+
+Its run arguments are read as data; nothing of the checkpoint is run.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ep_plugin.checkpoint.formats.megatron_dist import iteration_folder, read_common
+from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.run_args import checked
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.spell_model import UNSAID
+from ep_plugin.megatron.arguments.table import KINDS
+from ep_plugin.megatron.distill.layout import Layout, layout_of
+from ep_plugin.untrusted import shown
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A teacher that fits this run."""
+
+    folder: Path  # of its iteration
+    args: argparse.Namespace  # its run arguments
+    layout: Layout
+    vocabulary: int  # entries that both models have and that do not pad
+
+
+def check_teacher(args: Any) -> Plan | None:
+    """Return the teacher that validated arguments ask for; None without one.
+
+    Raises ConfigError for a checkpoint or a layout that cannot teach this student.
+    """
+    if getattr(args, "ep_teacher", None) is None:
+        return None
+    folder = iteration_folder(Path(args.ep_teacher))
+    found = read_common(folder).get("args")
+    if not isinstance(found, argparse.Namespace):
+        raise ConfigError(
+            f"--ep-teacher {args.ep_teacher} holds no run arguments; give a checkpoint that "
+            "Megatron saved"
+        )
+    teacher = checked(found, folder)
+    _check_kind(teacher, args)
+    layout = layout_of(args)
+    _check_sizes(teacher, layout, args)
+    return Plan(folder, teacher, layout, _vocabulary(teacher, args))
+
+
+def _check_kind(teacher: argparse.Namespace, args: Any) -> None:
+    word = f"--ep-teacher {args.ep_teacher}"
+    for name in UNSAID:
+        if value := getattr(teacher, name, None):
+            raise ConfigError(
+                f"{word} was trained with {name} = {shown(value)}, and a teacher is a plain "
+                "decoder; use one without it"
+            )
+    for kind in KINDS:
+        said = getattr(teacher, kind.dest, None)
+        if said is not None and (type(said) is not str or "." in said):
+            raise ConfigError(
+                f"{word} was trained with {kind.dest} = {shown(said)}, a module that would be "
+                "imported; use a teacher without one"
+            )
+    theirs, ours = getattr(teacher, "transformer_impl", None), args.transformer_impl
+    if theirs == "local" and ours != "local":
+        raise ConfigError(
+            f"{word} has the names of --transformer-impl local, and this run is of {ours}; use "
+            "--transformer-impl local, or a teacher that was saved with the other"
+        )
+
+
+def _check_sizes(teacher: argparse.Namespace, layout: Layout, args: Any) -> None:
+    word = f"--ep-teacher {args.ep_teacher}"
+    heads = teacher.num_attention_heads
+    if heads % layout.tp:
+        raise ConfigError(
+            f"{word} has {heads} attention heads, which tp ({layout.tp}) of --ep-teacher-layout "
+            "must divide; use --ep-teacher-layout tp=1"
+        )
+    positions = getattr(teacher, "max_position_embeddings", None)
+    learned = getattr(teacher, "position_embedding_type", None) == "learned_absolute"
+    if learned and positions is not None and positions < args.seq_length:
+        raise ConfigError(
+            f"{word} has {positions} positions, and --seq-length is {args.seq_length}; use "
+            f"--seq-length {positions}"
+        )
+    if not any(pattern(teacher)):
+        return
+    counts = getattr(teacher, "ep_experts_per_layer", None) or (teacher.num_experts,)
+    for count in counts:
+        if count % layout.ep:
+            raise ConfigError(
+                f"{word} has layers of {count} experts, which ep ({layout.ep}) of "
+                "--ep-teacher-layout must divide; use --ep-teacher-layout ep=1"
+            )
+
+
+def _vocabulary(teacher: argparse.Namespace, args: Any) -> int:
+    """Return how many entries count: all that do not pad, which both must have alike."""
+    theirs = getattr(teacher, "ep_vocab_size", None)
+    rows = int(teacher.padded_vocab_size)
+    ours = getattr(args, "ep_vocab_size", None) or getattr(args, "vocab_size", None)
+    size = ours or theirs or min(rows, args.padded_vocab_size or rows)
+    if (theirs is not None and theirs != size) or rows < size:
+        raise ConfigError(
+            f"--ep-teacher {args.ep_teacher} has a vocabulary of {theirs or rows}, and the student "
+            f"one of {size}; use a teacher that was trained with the student's tokenizer"
+        )
+    return int(size)

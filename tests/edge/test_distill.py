@@ -1,0 +1,156 @@
+"""A teacher in Megatron's loop: one loss in every layout, its stop, its resume, its own place."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from loop import MOE, OURS, launch, train
+
+from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
+from ep_plugin.cli import main
+from ep_plugin.commands.report.events import Run
+
+pytestmark = [pytest.mark.megatron, pytest.mark.newest]
+
+KL = "distillation loss"
+STOP = ("--ep-distill-stop", "0.75", "--ep-distill-temperature", "2", "--ep-distill-weight", "3")
+FOUR = ("--train-iters", "4", "--finetune", "--save-interval", "2")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers of four experts, a little trained, that says much with each."""
+    folder = tmp_path_factory.mktemp("teacher")
+    save = ("--save", str(folder / "at"), "--save-interval", "2", "--init-method-std", "0.2")
+    train(1, OURS, folder / "tb", *MOE, "--train-iters", "2", *save)
+    return folder / "at"
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Path) -> Path:
+    """Its second layer alone."""
+    target = teacher.parent / "student"
+    words = ["--from", str(teacher), "--to", str(target), "--keep-layers", "1", "--skip-parity"]
+    assert main(["convert", *words]) == 0
+    return target
+
+
+def distil(ranks: int, folder: Path, student: Path, teacher: Path, *flags: str) -> Run:
+    where = ("--load", str(student), "--ep-teacher", str(teacher))
+    one_layer = ("--num-layers", "1", "--moe-layer-freq", "[1]")
+    return train(ranks, OURS, folder, *MOE, *one_layer, *where, *STOP, *flags)
+
+
+def values(run: Run, tag: str) -> list[float]:
+    return [value for _, value in run.series(tag)]
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(student: Path, teacher: Path) -> Run:
+    folder = teacher.parent / "one"
+    return distil(1, folder / "tb", student, teacher, *FOUR, "--save", str(folder / "at"))
+
+
+def test_it_is_logged_apart_and_stops(
+    on_one_rank: Run, student: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """Three of four steps are before 0.75; `lm loss` is what it is without a teacher."""
+    assert [step for step, _ in on_one_rank.series(KL)] == [1, 2, 3]
+    assert min(values(on_one_rank, KL)) > 0.05
+    one_layer = ("--num-layers", "1", "--moe-layer-freq", "[1]", "--load", str(student))
+    alone = train(1, OURS, tmp_path, *MOE, *one_layer, *FOUR)
+    losses, theirs = values(on_one_rank, "lm loss"), values(alone, "lm loss")
+    assert losses[0] == pytest.approx(theirs[0], rel=1e-6)
+    assert losses[3] != pytest.approx(theirs[3], rel=1e-5)
+    assert values(on_one_rank, "grad-norm")[0] != pytest.approx(
+        values(alone, "grad-norm")[0], rel=1e-3
+    )
+    assert alone.series(KL) == []
+
+
+def test_the_teacher_is_not_saved(on_one_rank: Run, teacher: Path) -> None:
+    names = open_checkpoint(teacher.parent / "one" / "at").tensors
+    layers = {name.split(".")[2] for name in names if name.startswith("decoder.layers.")}
+    assert layers == {"0"}
+    assert not [name for name in names if "teacher" in name]
+
+
+def test_layouts_of_both_give_what_one_rank_gives(
+    on_one_rank: Run, student: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """Student EP=4, teacher TP=2 EP=2, over four ranks; losses, divergence and gradients."""
+    layout = ("--expert-model-parallel-size", "4", "--ep-teacher-layout", "tp=2,ep=2,etp=1")
+    four = distil(4, tmp_path, student, teacher, *FOUR, *layout)
+    for tag in ("lm loss", KL, "grad-norm", "load_balancing_loss"):
+        assert values(four, tag) == pytest.approx(values(on_one_rank, tag), rel=1e-5), tag
+
+
+def test_killed_and_resumed_ends_at_the_same_loss(
+    on_one_rank: Run, teacher: Path, tmp_path: Path
+) -> None:
+    """From the save after step 2: step 3 is distilled, step 4 is not."""
+    saved = teacher.parent / "one" / "at"
+    resumed = distil(1, tmp_path, saved, teacher, "--train-iters", "4", "--ckpt-step", "2")
+    for tag in ("lm loss", KL, "grad-norm"):
+        expected = [(s, v) for s, v in on_one_rank.series(tag) if s > 2]
+        assert resumed.series(tag) == expected, tag
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "teachers"),
+    [
+        (2, "--expert-model-parallel-size 2", "tp=2,ep=1,etp=1"),
+        (2, "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1", "tp=1,ep=2"),
+    ],
+)
+def test_a_model_is_its_own_teacher(
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    layout: str,
+    teachers: str,
+) -> None:
+    """The weights are loaded as they are, whatever the slices: the divergence is 0 at first."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    where = ("--load", str(teacher), "--finetune", "--ep-teacher", str(teacher))
+    flags = (*where, *layout.split(), "--ep-teacher-layout", teachers, "--train-iters", "2")
+    run = train(ranks, OURS, tmp_path, *MOE, *flags)
+    found = values(run, KL)
+    assert abs(found[0]) < 1e-6 < found[1]
+    assert len(found) == 2
+
+
+REFUSED: dict[str, str] = {
+    "--ep-distill-weight 2": "is about a teacher, and there is none; use --ep-teacher CKPT",
+    "--ep-teacher nowhere": "nowhere",
+    "--ep-teacher TEACHER --ep-teacher-layout pp=2": "and a teacher runs on one; use pp=1",
+    "--ep-teacher TEACHER --ep-teacher-layout tp=3": "tp (3) must divide the 1 ranks",
+    "--ep-teacher TEACHER --ep-overlap two_batch": "takes apart",
+    "--ep-teacher TEACHER --mtp-num-layers 1": "multi-token prediction",
+    "--ep-teacher TEACHER --seq-length 64 --max-position-embeddings 64 --vocab-size 64": (
+        "has a vocabulary of 128"
+    ),
+    "--ep-teacher TEACHER --ep-distill-stop 1.5": "must be above 0 and at most 1; got '1.5'",
+    "--ep-teacher TEACHER --ep-teacher-layout tp=two": "must be parallel sizes, as tp=2,ep=2",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refusals(teacher: Path, words: str) -> None:
+    """In one sentence, before any step."""
+    flags = words.replace("TEACHER", str(teacher)).split()
+    done = launch(1, OURS, *MOE, "--train-iters", "1", *flags)
+    assert done.returncode != 0
+    assert REFUSED[words] in done.stderr, done.stderr[-2000:]
+    assert "lm loss" not in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    from ep_plugin.megatron.distill.kl import divergence
+
+    logits = [torch.randn(3, 2, 5, requires_grad=True) for _ in range(2)]
+    divergence(logits[0], logits[1], 1.0, 5).sum().backward()
+    assert logits[0].grad is not None
+    assert logits[1].grad is None
