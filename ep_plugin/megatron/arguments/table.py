@@ -164,7 +164,7 @@ _TAUGHT = (
     Need(
         lambda args: not getattr(args, "mtp_num_layers", None),
         "is compared with a student's next token alone, and this one has layers of multi-token "
-        "prediction; leave --mtp-num-layers out",
+        "prediction; use a student without --mtp-num-layers",
     ),
     Need(
         lambda args: (
@@ -177,7 +177,7 @@ _TAUGHT = (
     Need(
         lambda args: getattr(args, "cuda_graph_impl", None) != "full_iteration",
         "is asked anew in each micro-batch, and a graph of the iteration would keep what was asked "
-        "first; leave --cuda-graph-impl full_iteration out",
+        "first; use --cuda-graph-impl none",
     ),
     Need(
         lambda args: (
@@ -192,8 +192,8 @@ _TAUGHT = (
             getattr(args, "logits_load_dir", None) is None
             and getattr(args, "export_kd_teacher_load", None) is None
         ),
-        "and Megatron's own distillation would each add a loss of a teacher; leave "
-        "--logits-load-dir or --export-kd-teacher-load out",
+        "and Megatron's own distillation would each add a loss of a teacher; use "
+        "--ep-teacher alone",
     ),
     Need(
         lambda args: (
