@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.distill.kl import Counted, divergence, with_gradient_of
-from ep_plugin.megatron.distill.layout import Layout, parse_layout
+from ep_plugin.megatron.distill.teacher_layout import Layout, parse_layout
 
 S, B, V = 3, 2, 8
 

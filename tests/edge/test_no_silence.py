@@ -23,7 +23,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.in_flags import THEIRS, in_flags
 from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE
 from ep_plugin.megatron.distill import seam as distillation
-from ep_plugin.megatron.distill.layout import layout_of
+from ep_plugin.megatron.distill.teacher_layout import layout_of
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.megatron.seams import audit_save, check_save, watch_ranks
 from ep_plugin.megatron.settings import ranks_per_node

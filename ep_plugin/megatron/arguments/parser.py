@@ -13,7 +13,7 @@ from typing import Any, get_args
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.table import TABLE, TYPED, Argument, Group, automatic
-from ep_plugin.megatron.distill.layout import parse_layout
+from ep_plugin.megatron.distill.teacher_layout import parse_layout
 from ep_plugin.registry import available
 from ep_plugin.typed import LARGEST_FLOAT
 

@@ -14,7 +14,7 @@ from ep_plugin.checkpoint.run_args import checked
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.spell_model import UNSAID
 from ep_plugin.megatron.arguments.table import KINDS
-from ep_plugin.megatron.distill.layout import Layout, layout_of
+from ep_plugin.megatron.distill.teacher_layout import Layout, layout_of
 from ep_plugin.untrusted import shown
 
 

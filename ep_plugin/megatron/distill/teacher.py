@@ -20,7 +20,7 @@ from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.cpu.latent_attention import use_local_latent_attention
 from ep_plugin.megatron.distill.fits_student import Plan
-from ep_plugin.megatron.distill.layout import Groups
+from ep_plugin.megatron.distill.teacher_layout import Groups
 from ep_plugin.megatron.workers import model_run
 from ep_plugin.megatron.workers.foreign import as_megatron_loads
 

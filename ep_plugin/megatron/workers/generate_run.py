@@ -116,7 +116,7 @@ def load_model(folder: Path, layout: Layout, router: str | None) -> Any:
 def _load_model(view: Path, layout: Layout) -> Any:
     common = dist_checkpointing.load_common_state_dict(str(view))
     fused_norm_kept = common["args"].transformer_impl == "local"
-    args = model_run._plain(common["args"])
+    args = model_run.plain(common["args"])
     args.tensor_model_parallel_size = layout.tp
     args.expert_model_parallel_size = layout.ep
     args.expert_tensor_parallel_size = layout.etp
@@ -126,7 +126,7 @@ def _load_model(view: Path, layout: Layout) -> Any:
     specs.MoELayer.settings = settings_from_args(args)
     model = model_run._build(args).eval()
     model = model if cpu_mode.active() else model.cuda()
-    model_run._load(model, view, common.get("content_metadata") or {}, fused_norm_kept)
+    model_run.load_weights(model, view, common.get("content_metadata") or {}, fused_norm_kept)
     return model
 
 
