@@ -31,7 +31,7 @@ from ep_plugin.megatron.arguments.table import BY_NAME
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.megatron.settings import EdgeSettings, moe_config
-from ep_plugin.megatron.workers import model_run
+from ep_plugin.megatron.workers import model_run, saved_model
 
 pytestmark = pytest.mark.megatron
 
@@ -244,11 +244,11 @@ def load_in_layouts(path: str) -> int:
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         common = dist_checkpointing.load_common_state_dict(str(source.folder))
-        args = model_run.plain(common["args"])
+        args = saved_model.plain(common["args"])
         args.tensor_model_parallel_size, args.expert_model_parallel_size = tp, ep
         args.sequence_parallel = tp > 1
         model = model_run._build(args)
-        model_run.load_weights(
+        saved_model.load_weights(
             model, source.folder, common["content_metadata"], fused_norm_kept=True
         )
         for layer in (1, 2):

@@ -21,7 +21,7 @@ from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.cpu.latent_attention import use_local_latent_attention
 from ep_plugin.megatron.distill.fits_student import Plan
 from ep_plugin.megatron.distill.teacher_layout import Groups
-from ep_plugin.megatron.workers import model_run
+from ep_plugin.megatron.workers import saved_model
 from ep_plugin.megatron.workers.foreign import as_megatron_loads
 
 # What the teacher takes from the student's run: precision and software, nothing of the model.
@@ -120,7 +120,7 @@ def _load(plan: Plan, run: Any) -> Any:
             model = _build(args)
         metadata = common.get("content_metadata") or {}
         same_names = getattr(plan.args, "transformer_impl", None) == args.transformer_impl
-        model_run.load_weights(model, view, metadata, same_names)
+        saved_model.load_weights(model, view, metadata, same_names)
     if not cpu_mode.active():
         model = model.cuda()
     if args.fp16 or args.bf16:
@@ -139,7 +139,7 @@ def _own_class(plan: Plan, saved: Any, run: Any) -> Iterator[Any]:
     """
     students: Any = specs.MoELayer
     before = {name: getattr(students, name, None) for name in ("parser", "known")}
-    args = model_run.plain(saved)
+    args = saved_model.plain(saved)
     for name, value in before.items():
         setattr(students, name, value)
     for name in _OF_THE_RUN:

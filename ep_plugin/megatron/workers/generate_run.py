@@ -29,7 +29,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
-from ep_plugin.megatron.workers import model_run
+from ep_plugin.megatron.workers import model_run, saved_model
 from ep_plugin.megatron.workers.foreign import as_megatron_loads
 from ep_plugin.megatron.workers.sampling import Sampling, choose, generators
 from ep_plugin.megatron.workers.shown_text import Growing, Shown
@@ -116,7 +116,7 @@ def load_model(folder: Path, layout: Layout, router: str | None) -> Any:
 def _load_model(view: Path, layout: Layout) -> Any:
     common = dist_checkpointing.load_common_state_dict(str(view))
     fused_norm_kept = common["args"].transformer_impl == "local"
-    args = model_run.plain(common["args"])
+    args = saved_model.plain(common["args"])
     args.tensor_model_parallel_size = layout.tp
     args.expert_model_parallel_size = layout.ep
     args.expert_tensor_parallel_size = layout.etp
@@ -126,7 +126,7 @@ def _load_model(view: Path, layout: Layout) -> Any:
     specs.MoELayer.settings = settings_from_args(args)
     model = model_run._build(args).eval()
     model = model if cpu_mode.active() else model.cuda()
-    model_run.load_weights(model, view, common.get("content_metadata") or {}, fused_norm_kept)
+    saved_model.load_weights(model, view, common.get("content_metadata") or {}, fused_norm_kept)
     return model
 
 

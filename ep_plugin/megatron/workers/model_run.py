@@ -7,7 +7,7 @@ asks for all parts of a tensor at once.
 """
 
 import argparse
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,79 +27,20 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.api import CheckpointException  # it is no Exception
 
-from ep_plugin.checkpoint.names import norms
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import settings_from_args
-from ep_plugin.megatron.arguments.table import TABLE
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.cpu.latent_attention import use_local_latent_attention
 from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.megatron.workers.foreign import as_megatron_loads
 from ep_plugin.megatron.workers.layer_by_layer import load_when_called, move, without_memory
+from ep_plugin.megatron.workers.saved_model import (
+    load_weights,
+    only_layers,
+    plain,
+    sharded_state,
+)
 from ep_plugin.untrusted import cut
-
-# One rank, float32, no fused kernel, no dropout: what every model is built with.
-_PLAIN: dict[str, Any] = {
-    "tensor_model_parallel_size": 1,
-    "tensor_parallel_num_weight_shards": None,
-    "expert_tensor_parallel_num_weight_shards": None,
-    "gtp_weight_remat_size": 1,
-    "expert_gtp_weight_remat_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "pipeline_model_parallel_layout": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": 1,
-    "sequence_parallel": False,
-    "tp_comm_overlap": False,
-    "overlap_moe_expert_parallel_comm": False,
-    "delay_wgrad_compute": False,
-    "overlap_dispatch_backward_with_experts_wgrad": False,
-    "params_dtype": torch.float32,
-    "bf16": False,
-    "fp16": False,
-    "fp8": None,
-    "fp4": None,
-    "fp32_residual_connection": False,
-    "transformer_impl": "local",
-    "use_cpu_initialization": True,
-    "perform_initialization": False,
-    "cpu_offloading": False,
-    "cuda_graph_impl": "none",
-    "recompute_granularity": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "apply_rope_fusion": False,
-    "bias_dropout_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "no_persist_layer_norm": True,
-    "moe_grouped_gemm": False,
-    "moe_permute_fusion": False,
-    "moe_router_fusion": False,
-    "moe_token_dispatcher_type": "alltoall",
-    "moe_enable_deepep": False,
-    "moe_flex_dispatcher_backend": "deepep",
-    "ep_gemm": "auto",
-    "ep_save": None,
-    # Files that Megatron would read or write.
-    "config_logger_dir": "",
-    "heterogeneous_layers_config_path": None,
-    "heterogeneous_layers_config_encoded_json": None,
-    "kitchen_config_file": None,
-    "kitchen_recipe_number": None,
-    "te_precision_config_file": None,
-    **{row.dest: row.default for row in TABLE if row.group in ("dispatch", "overlap", "fp8")},
-}
 
 
 @dataclass
@@ -194,13 +135,6 @@ def _trace(folder: Path, tokens: Tensor) -> Trace:
     return trace
 
 
-def plain(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the run arguments, defaults where there are none, for one plain rank."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    megatron_arguments.add_megatron_arguments(parser)  # with ours: the plugin is installed
-    return argparse.Namespace(**(vars(parser.parse_args([])) | vars(args) | _PLAIN))
-
-
 def _build(args: argparse.Namespace) -> Any:
     config = megatron_arguments.core_transformer_config_from_args(args)
     if args.num_experts:
@@ -229,73 +163,12 @@ def _build(args: argparse.Namespace) -> Any:
     )
 
 
-def load_weights(
-    model: Any,
-    folder: Path,
-    metadata: dict[str, Any],
-    fused_norm_kept: bool,
-    layers: Collection[int] | None = None,
-) -> None:
-    """Load the weights of some layers, with none those outside of layers; None: all.
-
-    Raises Megatron's CheckpointingException when a parameter has no tensor.
-    """
-    with _only(model.decoder, layers):
-        state = _state(model, metadata)
-    inside = tuple(f"decoder.layers.{layer}." for layer in layers or ())
-    if layers:
-        state = {name: value for name, value in state.items() if name.startswith(inside)}
-    if not fused_norm_kept:
-        _rename_norms(model, state)
-    whole = layers is None  # Megatron can check that each part of a tensor is asked for once
-    loaded = dist_checkpointing.load(
-        {"model": state}, str(folder), validate_access_integrity=whole
-    )["model"]
-    missing, unknown = model.load_state_dict(loaded, strict=whole)
-    lacking = [
-        name
-        for name in missing
-        if name.startswith(inside or ("embedding.", "output_layer.", "decoder.final_"))
-        and not name.endswith("_extra_state")
-    ]
-    assert not lacking + unknown, (lacking, unknown)
-
-
-def _state(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    state: dict[str, Any] = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
-    return state
-
-
 def _names_layers(model: Any, metadata: dict[str, Any]) -> bool:
     """Return whether each layer has tensors of its own in a checkpoint of this model."""
-    with _only(model.decoder, (0,)):
-        state = _state(model, metadata)
+    with only_layers(model.decoder, (0,)):
+        state = sharded_state(model, metadata)
     keys = [str(getattr(value, "key", "")) for value in state.values()]
     return any(key.startswith("decoder.layers.0.") for key in keys)
-
-
-@contextmanager
-def _only(decoder: Any, layers: Collection[int] | None) -> Iterator[None]:
-    """Let the decoder name the tensors of these layers alone; None: of all."""
-    every = decoder.layers
-    if layers is not None:
-        decoder.layers = torch.nn.ModuleList(every[number] for number in layers)
-    try:
-        yield
-    finally:
-        decoder.layers = every
-
-
-def _rename_norms(model: Any, state: dict[str, Any]) -> None:
-    """Name norms as Transformer Engine does, which fuses others into what follows than we do."""
-    latent = model.config.multi_latent_attention
-    for number, layer in enumerate(model.decoder.layers):
-        for norm in norms(latent, hasattr(layer.mlp, "router")):
-            for kind in ("weight", "bias"):
-                tensor = state.get(f"decoder.layers.{number}.{norm.module}{kind}")
-                if tensor is not None:
-                    tensor.key = f"decoder.layers.{number}.{norm.engine}{kind}"
 
 
 def _record_experts(trace: Trace, layer: int) -> Any:
