@@ -1,5 +1,6 @@
 """The models of the evidence: one a size, and what a variant adds to it."""
 
+import json
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ COMMON = """
 --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95
 --init-method-std 0.02 --num-workers 0 --tokenizer-type SentencePieceTokenizer
---full-validation --multiple-validation-sets --log-timers-to-tensorboard --ckpt-format torch_dist
+--log-timers-to-tensorboard --ckpt-format torch_dist
 --transformer-impl local --no-masked-softmax-fusion --no-gradient-accumulation-fusion
 --no-persist-layer-norm --no-rope-fusion --manual-gc
 """
@@ -45,6 +46,11 @@ class Size:
         """How many iterations a part of the tokens takes."""
         return max(POINTS, round(self.tokens * share / self.batch / self.sequence))
 
+    def evaluated(self, data: Path) -> int:
+        """How many batches the held-out part fills; Megatron's own count takes each for a sample."""
+        tokens = json.loads((data / "manifest.json").read_text())[self.heldout]["tokens"]
+        return max(1, tokens // self.sequence // self.batch)
+
     def flags(self, share: float, seed: int, data: Path) -> list[str]:
         """Return Megatron's flags for a run over `share` of the tokens."""
         steps = self.iterations(share)
@@ -65,6 +71,7 @@ class Size:
             "log-interval": every,
             "tensorboard-log-interval": every,
             "eval-interval": every,
+            "eval-iters": self.evaluated(data),
             "seed": seed,
             "tokenizer-model": data / "tokenizer.model",
             "train-data-path": data / "train",
@@ -76,7 +83,7 @@ class Size:
 
 SIZES = {
     "cpu": Size("cpu", 4, 64, 192, 4, 128, 32, 500_000, 4e-3, "heldout_small", False),
-    "gpu": Size("gpu", 6, 384, 1024, 6, 512, 32, 20_000_000, 2e-3, "heldout", True),
+    "gpu": Size("gpu", 6, 384, 1024, 6, 512, 32, 60_000_000, 1e-3, "heldout", True),
 }
 
 

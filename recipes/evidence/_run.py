@@ -119,7 +119,7 @@ def _result(variant: Variant, seed: int, size: Size, folder: Path, place: Place)
         "parameters": int(PARAMETERS.findall((folder / "log.txt").read_text())[0]),
         "tokens": steps * per_step,
         "epochs": round(steps * per_step / corpus["train"]["tokens"], 3),
-        "heldout": curve("lm loss validation-0"),
+        "heldout": curve("lm loss validation"),
         "train": curve("lm loss"),
         "step_seconds": round(statistics.median(t for _, t in times), 5),
         "beside": place.jobs,

@@ -69,8 +69,7 @@ def make(output: Path, megabytes: float, vocab_size: int) -> None:
     try:
         train_tokenizer(parts["train"], staging, vocab_size)
         counts = {name: write_tokens(part, staging, name) for name, part in parts.items()}
-        digest = _hash("".join(_hash(text) for part in parts.values() for text in part))
-        manifest = {"sha256": digest, "vocab_size": vocab_size, **counts}
+        manifest = {"sha256": digest(staging), "vocab_size": vocab_size, **counts}
         (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         staging.chmod(0o755)  # mkdtemp keeps folders to their owner
         staging.rename(output)
@@ -122,8 +121,12 @@ def split(found: Iterator[str], sizes: dict[str, int]) -> dict[str, list[str]]:
     return parts
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def digest(folder: Path) -> str:
+    """Return one SHA-256 of all parts, each by its name and the bytes of its tokens."""
+    found = hashlib.sha256()
+    for part in sorted(folder.glob("*.bin")):
+        found.update(f"{part.name} {hashlib.sha256(part.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def _convert(source: str, *flags: str) -> tuple[str, ...]:
 
 
 COMMANDS: dict[str, Command] = {
-    "audit": Command(("audit", "{i}/moe"), ("moe",), torch_dist("moe"), weight=3),
+    "audit": Command(
+        ("audit", "{i}/moe"), ("moe",), torch_dist("moe") | {"moe/manifest.json": "json"}, weight=3
+    ),
     "audit --json": Command(("audit", "{i}/old", "--json"), ("old",), torch_dist("old", True)),
     "convert": Command(_convert("dense", *EXPERTS, *ALONE), ("dense",), torch_dist("dense"),
     weight=3),
@@ -121,6 +123,8 @@ OTHERS: dict[str, Command] = {
     "doctor": Command(("doctor", "--json"), (), {}),
     "recipes": Command(("recipes", "--copy", "{o}/recipes"), (), {}),
 }
+# Opens what `convert, compared` opens, by the same readers, in ranks that are not watched here.
+STARTS_RANKS = ("generate",)
 RUNS_A_SCRIPT = ("parity", "run")  # that is their purpose
 
 

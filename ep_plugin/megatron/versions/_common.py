@@ -52,11 +52,14 @@ COMMON = (
         "megatron.core.distributed.finalize_model_grads:_update_router_expert_bias",
         ("model", "config"),
     ),
-    # distillation
+    # distillation and generation
     Touchpoint("megatron.core.transformer.module:Float16Module", ("config", "module")),
     Touchpoint(
         f"{GPT}.gpt_model:GPTModel.forward",
-        ("input_ids", "position_ids", "attention_mask", "labels", "packed_seq_params"),
+        (
+            *("input_ids", "position_ids", "attention_mask", "labels", "packed_seq_params"),
+            *("inference_context", "runtime_gather_output"),  # generation
+        ),
     ),
     Touchpoint(
         "megatron.core.models.common.language_module.language_module:"
@@ -70,6 +73,10 @@ COMMON = (
             *("expert_tensor_parallel_size", "distributed_timeout_minutes"),
             "create_gloo_process_groups",
         ),
+    ),
+    Touchpoint(
+        "megatron.core.inference.contexts:StaticInferenceContext.__init__",
+        ("max_batch_size", "max_sequence_length"),
     ),
     # arguments
     Touchpoint(f"{ARGUMENTS}:add_megatron_arguments", ("parser",)),
