@@ -47,7 +47,7 @@ class Size:
         return max(POINTS, round(self.tokens * share / self.batch / self.sequence))
 
     def evaluated(self, data: Path) -> int:
-        """How many batches the held-out part fills; Megatron's own count takes each for a sample."""
+        """Return how many batches the held-out part fills; Megatron would count its samples."""
         tokens = json.loads((data / "manifest.json").read_text())[self.heldout]["tokens"]
         return max(1, tokens // self.sequence // self.batch)
 
