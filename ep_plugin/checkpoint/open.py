@@ -27,7 +27,7 @@ from ep_plugin.checkpoint.carried import EXTRA_STATE, leave_out
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.names import plain, stored_name
-from ep_plugin.checkpoint.run_args import check_num_layers, checked
+from ep_plugin.checkpoint.run_args import check_counters, check_num_layers, checked
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, Source, TensorInfo, finite
 from ep_plugin.checkpoint.whole import problems
 from ep_plugin.errors import BackendUnavailable, ConfigError
@@ -150,6 +150,7 @@ def _open_megatron(
         )
     args = _with_router(leave_out(args, left_out), router, source.folder)
     _check_modules(args, source.folder)
+    check_counters(source.common, source.folder)
     args = checked(args, source.folder)
     check_num_layers(args, source.tensors, source.folder)
     source = _with_args(source, args)

@@ -5,7 +5,7 @@ An argument that is asked for and not there is a ConfigError that names it.
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,24 @@ def check_num_layers(args: argparse.Namespace, names: Iterable[str], folder: Pat
             f"the run arguments in {folder} say num_layers = {args.num_layers}, and its tensors "
             f"are of {len(found)} layers; {_AGAIN}"
         )
+
+
+def check_counters(common: Mapping[str, Any], folder: Path) -> None:
+    """Raise ConfigError where what is kept beside the run arguments is no number of its kind.
+
+    Each of them may be absent.
+    """
+    kinds: dict[str, tuple[tuple[type, ...], float, str]] = {
+        "iteration": ((int,), 2**62, "a number of iterations"),
+        "checkpoint_version": ((int, float), 100, "a version number"),
+        "num_floating_point_operations_so_far": ((int, float), 1e40, "a number of operations"),
+    }
+    for name, (types, most, wanted) in kinds.items():
+        value = common.get(name)
+        if value is not None and not (type(value) in types and 0 <= value <= most):
+            raise ConfigError(
+                f"{folder} has {name} = {shown(value)}, where {wanted} belongs; {_AGAIN}"
+            )
 
 
 def _check_losses(args: argparse.Namespace, folder: Path) -> None:

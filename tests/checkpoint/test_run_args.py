@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ep_plugin
-from ep_plugin.checkpoint.run_args import CHECKED, as_saved, checked
+from ep_plugin.checkpoint.run_args import CHECKED, as_saved, check_counters, checked
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.table import TABLE, Argument
@@ -155,3 +156,28 @@ def test_no_checked_argument_is_of_another_type(name: str, value: Any) -> None:
     setattr(args, name, value)
     with pytest.raises(ConfigError, match=f"have {name} = "):
         checked(args, Path("run"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(("iteration", "checkpoint_version", "num_floating_point_operations_so_far")),
+    st.sampled_from(({}, "3", b"x", [], True, -1, 2**4000, float("nan"), float("inf"), 1j)),
+)
+def test_a_counter_that_is_none_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^here has {name} = .*; give a checkpoint that"):
+        check_counters({name: value}, Path("here"))
+
+
+def test_audit_and_convert_refuse_the_same_counters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = save_dense(tmp_path / "dense", common_in_file=True) / "common.pt"
+    stored = torch.load(common, weights_only=False)
+    torch.save({**stored, "iteration": {}}, common)
+    capsys.readouterr()
+    assert (convert(tmp_path / "dense", tmp_path / "o"), main(["audit", f"{tmp_path}/dense"])) == (
+        2,
+        1,
+    )
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("iteration = {}, where a number of iterations belongs") == 2

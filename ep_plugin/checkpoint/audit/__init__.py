@@ -17,10 +17,9 @@ from ep_plugin.checkpoint.audit.facts import Facts, read_facts
 from ep_plugin.checkpoint.audit.verdict import Finding, Report
 from ep_plugin.checkpoint.formats.megatron_dist import open_stored
 from ep_plugin.checkpoint.manifest import MANIFEST, manifest_problems
-from ep_plugin.checkpoint.run_args import checked
+from ep_plugin.checkpoint.run_args import check_counters, checked
 from ep_plugin.checkpoint.tensors import Damaged, Stored
 from ep_plugin.errors import ConfigError
-from ep_plugin.untrusted import shown
 
 __all__ = ["Report", "audit", "damaged", "judge", "open_stored", "read_facts"]
 
@@ -60,13 +59,12 @@ def _unlike_manifest(folder: Path) -> list[Finding]:
 
 
 def _check_common(stored: Stored) -> None:
-    """Raise Damaged unless the run arguments and the iteration are such."""
-    args, iteration = stored.common.get("args"), stored.common.get("iteration")
+    """Raise Damaged unless the run arguments and the counters beside them are such."""
+    args = stored.common.get("args")
     if not isinstance(args, argparse.Namespace):
         raise Damaged(f"{stored.folder} holds no run arguments; give another checkpoint")
-    if iteration is not None and type(iteration) is not int:
-        raise Damaged(f"{stored.folder} says iteration = {shown(iteration)}; give another one")
     try:
+        check_counters(stored.common, stored.folder)
         checked(args, stored.folder)
     except ConfigError as error:
         raise Damaged(str(error)) from error
