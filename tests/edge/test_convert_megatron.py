@@ -351,7 +351,7 @@ def test_how_a_run_sent_and_multiplied_is_nothing_to_the_model_in_its_checkpoint
     built = []
     for flags in ([], *ours, *theirs):
         args = parser().parse_args([*PLAIN, *flags])
-        plain = argparse.Namespace(**(vars(args) | model_run._PLAIN))
+        plain = argparse.Namespace(**(vars(args) | saved_model._PLAIN))
         config = megatron_arguments.core_transformer_config_from_args(plain)
         built.append(moe_config(config, settings_from_args(plain), 1))
     assert len({*built}) == 1

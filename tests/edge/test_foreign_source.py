@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from ep_plugin.checkpoint.tensors import Damaged
 from ep_plugin.megatron.arguments.table import TABLE
-from ep_plugin.megatron.workers import model_run
+from ep_plugin.megatron.workers import saved_model
 from ep_plugin.megatron.workers.foreign import as_megatron_loads
 from ep_plugin.registry import HOME
 from tests.commands.test_convert import H, L, dense_tensors, save_dense
@@ -65,4 +65,4 @@ def test_no_setting_of_a_checkpoint_is_imported() -> None:
     choices = {row.dest.removeprefix("ep_") for row in TABLE} & HOME.keys()
     assert {"router", "dispatcher", "gemm", "overlap"} <= choices
     for choice in choices - {"router"}:
-        assert "." not in (model_run._PLAIN[f"ep_{choice}"] or "")
+        assert "." not in (saved_model._PLAIN[f"ep_{choice}"] or "")
