@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ep_plugin.errors import BackendUnavailable, ConfigError
-from ep_plugin.untrusted import cut, parse_json, read_text
+from ep_plugin.checkpoint.text import auto_tokenizer
+from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import parse_json, read_text
 
 MAX_SEQUENCE = 256
 MAX_PROMPTS = 4096
@@ -82,21 +82,8 @@ def _load_tokenizer(path: Path, folder: Path | None) -> Any:
             f"--prompts {path} is text, and --from is no Hugging Face folder with a tokenizer; use "
             "a .json file with lists of token ids"
         )
-    try:
-        tokenizer: Any = import_module("transformers").AutoTokenizer
-        # False, not its default: that asks on stdin whether to run the folder's own code.
-        return tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"--prompts needs transformers ({error}); install 'ep-plugin[hf]'"
-        ) from error
-    except Exception as error:  # of any kind, for a damaged file
-        own = "trust_remote_code" in str(error)
-        why = "it needs Python code of its own, which is not run" if own else cut(str(error))
-        raise ConfigError(
-            f"{folder} has no tokenizer that transformers can load ({why}); use a file of token "
-            "ids, .json"
-        ) from error
+    instead = "use a file of token ids, .json"
+    return auto_tokenizer(folder, True, "--prompts", str(folder), instead)
 
 
 def fill(prompts: Prompts, vocab_size: int, max_length: int) -> TokenBatch:

@@ -132,19 +132,28 @@ def _sentence_piece(path: Path) -> Tokenizer:
 
 
 def _hugging_face(where: str, local: bool) -> Tokenizer:
+    model = auto_tokenizer(where, local, f"--tokenizer {where}", shown(where), GIVE)
+    end = model.eos_token_id
+    return _HuggingFace(model, end if isinstance(end, int) else None, len(model))
+
+
+def auto_tokenizer(where: str | Path, local: bool, asked: str, called: str, instead: str) -> Any:
+    """Return the tokenizer of transformers at `where`, on this machine alone where it is `local`.
+
+    Raises BackendUnavailable, which says what was `asked`, without transformers; and ConfigError
+    for what it cannot load, which is `called` so, and says what to use `instead`.
+    """
     try:
         tokenizer: Any = import_module("transformers").AutoTokenizer
         # False, not its default: that asks on stdin whether to run the folder's own code.
-        model = tokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+        return tokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
     except ImportError as error:
         raise BackendUnavailable(
-            f"--tokenizer {where} needs transformers ({error}); install 'ep-plugin[hf]'"
+            f"{asked} needs transformers ({error}); install 'ep-plugin[hf]'"
         ) from error
     except Exception as error:  # of any kind, for a damaged file
         own = "trust_remote_code" in str(error)
         why = "it needs Python code of its own, which is not run" if own else cut(str(error))
         raise ConfigError(
-            f"{shown(where)} has no tokenizer that transformers can load ({why}); {GIVE}"
+            f"{called} has no tokenizer that transformers can load ({why}); {instead}"
         ) from error
-    end = model.eos_token_id
-    return _HuggingFace(model, end if isinstance(end, int) else None, len(model))

@@ -51,6 +51,12 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
+def columns(runs: list[dict[str, Any]]) -> list[str]:
+    """Return what every table has of a variant: parameters, tokens, seeds."""
+    one = runs[0]
+    return [millions(one["parameters"]), millions(one["tokens"]), str(len(runs))]
+
+
 def losses_table(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> str:
     """Return a row for each variant: size, loss, and what its routers logged in the second half."""
     rows = []
@@ -63,9 +69,7 @@ def losses_table(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> 
         rows.append(
             [
                 label,
-                millions(runs[0]["parameters"]),
-                millions(runs[0]["tokens"]),
-                str(len(runs)),
+                *columns(runs),
                 loss_text(runs),
                 _mean(logged, "max_over_mean", "{:.2f}"),
                 _mean(logged, "dropped_fraction", "{:.2%}"),
@@ -119,19 +123,32 @@ def save(made: Any, results: dict[str, dict[str, Any]], path: Path) -> None:
     made.savefig(path, dpi=110)
 
 
-def draw_losses(axis: Any, results: dict[str, dict[str, Any]], labels: dict[str, str]) -> None:
-    """Draw held-out loss against tokens of each variant that is there."""
+def draw_losses(
+    axis: Any,
+    results: dict[str, dict[str, Any]],
+    labels: dict[str, str],
+    seconds: bool = False,
+) -> None:
+    """Draw held-out loss of each variant that is there, against tokens or `seconds` of training."""
     colors = _colors(len(labels))
     for (name, label), color in zip(labels.items(), colors, strict=True):
         runs = of(results, name)
         if runs:
             curve = mean_curve(runs)
-            axis.plot([x / 1e6 for x, _ in curve], [y for _, y in curve], color=color, label=label)
-    axis.set_xlabel("training tokens (millions)")
+            one = _seconds_of_token(runs[0]) if seconds else 1e-6
+            axis.plot([x * one for x, _ in curve], [y for _, y in curve], color=color, label=label)
+    axis.set_xlabel(
+        "training time (s), evaluation left out" if seconds else "training tokens (millions)"
+    )
     axis.set_ylabel("held-out loss (nats per token)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     _close_up(axis, results, labels)
+
+
+def _seconds_of_token(run: dict[str, Any]) -> float:
+    seconds: float = run["step_seconds"] / (run["size"]["batch"] * run["size"]["sequence"])
+    return seconds
 
 
 def _close_up(axis: Any, results: dict[str, dict[str, Any]], labels: dict[str, str]) -> None:

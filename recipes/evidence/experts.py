@@ -8,12 +8,12 @@ from pathlib import Path
 
 from _model import TOP1, Variant
 from _show import (
+    columns,
     draw_losses,
     figure,
     final,
     loss_text,
     mean_curve,
-    millions,
     of,
     reached,
     save,
@@ -46,9 +46,7 @@ def shown(results: Results) -> str:
         rows.append(
             [
                 label,
-                millions(runs[0]["parameters"]),
-                millions(runs[0]["tokens"]),
-                str(len(runs)),
+                *columns(runs),
                 loss_text(runs),
                 sooner,
                 step_ms(runs),
@@ -64,21 +62,8 @@ def plot(results: Results, path: Path) -> None:
     made, axes = figure(2 if alone else 1)
     draw_losses(axes[0], results, LABELS)
     if alone:
-        draw_losses(axes[1], alone, LABELS)
-        axes[1].clear()
-        for line, name in zip(
-            axes[0].get_lines(), [n for n in LABELS if of(results, n)], strict=True
-        ):
-            runs = of(alone, name)
-            if runs:
-                per_token = runs[0]["step_seconds"] * runs[0]["heldout"][-1][0] / runs[0]["tokens"]
-                steps = runs[0]["tokens"] / (runs[0]["size"]["batch"] * runs[0]["size"]["sequence"])
-                x = [t / runs[0]["tokens"] * steps * per_token for t, _ in mean_curve(runs)]
-                y = [loss for _, loss in mean_curve(runs)]
-                axes[1].plot(x, y, color=line.get_color(), label=LABELS[name])
+        draw_losses(axes[1], alone, LABELS, seconds=True)
         axes[1].set_ylim(axes[0].get_ylim())
-        axes[1].set_xlabel("training time (s), evaluation left out")
-        axes[1].grid(alpha=0.3)
     made.suptitle("Experts, top-1, equal active FLOPs")
     save(made, results, path)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from _model import HALF, TOP2, Variant
-from _show import draw_losses, figure, loss_text, millions, of, save, table
+from _show import columns, draw_losses, figure, loss_text, of, save, table
 from _sweep import Claim, Results, main
 
 START = "dense-half"
@@ -47,9 +47,7 @@ def shown(results: Results) -> str:
         rows.append(
             [
                 label,
-                millions(runs[0]["parameters"]),
-                millions(runs[0]["tokens"]),
-                str(len(runs)),
+                *columns(runs),
                 f"{points[0][1]:.4f}",
                 f"{points[len(points) // 4 - 1][1]:.4f}",
                 loss_text(runs),

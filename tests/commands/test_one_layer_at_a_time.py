@@ -97,7 +97,7 @@ def test_megatron(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder = megatron_dist.open_checkpoint(tmp_path / "run").folder
     models: list[Any] = []
     with_memory: list[list[int]] = []
-    build, load = model_run._build, layer_by_layer.move
+    build, load = model_run.build, layer_by_layer.move
 
     def remembered(args: Any) -> Any:
         models.append(build(args))
@@ -112,7 +112,7 @@ def test_megatron(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_run, "_build", remembered)
+        patch.setattr(model_run, "build", remembered)
         patch.setattr(layer_by_layer, "move", watched)
         patch.setattr(model_run, "move", watched)
         one_by_one = model_run.trace(folder, TOKENS, 1)
@@ -126,7 +126,7 @@ def test_megatron(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             whole_load(*args)
 
     models.clear()
-    monkeypatch.setattr(model_run, "_build", lambda args: models.append(build(args)) or models[-1])
+    monkeypatch.setattr(model_run, "build", lambda args: models.append(build(args)) or models[-1])
     monkeypatch.setattr(model_run, "load_weights", whole)
     monkeypatch.setattr(model_run, "load_when_called", lambda *_: None)
     at_once = model_run.trace(folder, TOKENS, 1)

@@ -31,7 +31,7 @@ from ep_plugin.megatron.arguments.table import BY_NAME
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.megatron.settings import EdgeSettings, moe_config
-from ep_plugin.megatron.workers import model_run, saved_model
+from ep_plugin.megatron.workers import saved_model
 
 pytestmark = pytest.mark.megatron
 
@@ -247,7 +247,7 @@ def load_in_layouts(path: str) -> int:
         args = saved_model.plain(common["args"])
         args.tensor_model_parallel_size, args.expert_model_parallel_size = tp, ep
         args.sequence_parallel = tp > 1
-        model = model_run._build(args)
+        model = saved_model.build(args)
         saved_model.load_weights(
             model, source.folder, common["content_metadata"], fused_norm_kept=True
         )

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt import moe_module_specs as specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.module import Float16Module
@@ -61,9 +60,9 @@ class Teacher:
             )
         own, found = rank // self._tp, None
         for source in batches:
-            inputs = [_from(value, source, group) for value in (tokens, positions, mask)]
-            if len(batches) == 1:
-                inputs = [tokens, positions, mask]
+            inputs = [tokens, positions, mask]
+            if len(batches) > 1:
+                inputs = [_from(value, source, group) for value in inputs]
             with self._groups.inside():
                 part = self._model(*inputs, **more).transpose(0, 1)
                 whole = self._slice(part, width)
@@ -171,15 +170,4 @@ def _build(args: Any) -> Any:
     )
     if config.multi_latent_attention and not engine:
         use_local_latent_attention(spec)
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        rope_scaling=args.use_rope_scaling,
-        rope_scaling_factor=args.rope_scaling_factor,
-    )
+    return saved_model.of_layers(spec, config, args)

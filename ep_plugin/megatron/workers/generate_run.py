@@ -29,7 +29,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
-from ep_plugin.megatron.workers import model_run, saved_model
+from ep_plugin.megatron.workers import saved_model
 from ep_plugin.megatron.workers.foreign import as_megatron_loads
 from ep_plugin.megatron.workers.sampling import Sampling, choose, generators
 from ep_plugin.megatron.workers.shown_text import Growing, Shown
@@ -124,7 +124,7 @@ def _load_model(view: Path, layout: Layout) -> Any:
         args.ep_dispatcher = "alltoall"
     args.use_cpu_initialization = cpu_mode.active()
     specs.MoELayer.settings = settings_from_args(args)
-    model = model_run._build(args).eval()
+    model = saved_model.build(args).eval()
     model = model if cpu_mode.active() else model.cuda()
     saved_model.load_weights(model, view, common.get("content_metadata") or {}, fused_norm_kept)
     return model

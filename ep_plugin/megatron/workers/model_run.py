@@ -6,7 +6,6 @@ at a time. A checkpoint that has one tensor for all layers is loaded whole: on o
 asks for all parts of a tensor at once.
 """
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt import moe_module_specs as specs
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
-    get_gpt_layer_local_spec,
-)
-from megatron.training import arguments as megatron_arguments
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.api import CheckpointException  # it is no Exception
@@ -30,11 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException  # it is no Exc
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.cpu import mode as cpu_mode
-from ep_plugin.megatron.cpu.latent_attention import use_local_latent_attention
 from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.megatron.workers.foreign import as_megatron_loads
 from ep_plugin.megatron.workers.layer_by_layer import load_when_called, move, without_memory
 from ep_plugin.megatron.workers.saved_model import (
+    build,
     load_weights,
     only_layers,
     plain,
@@ -114,7 +107,7 @@ def _trace(folder: Path, tokens: Tensor) -> Trace:
     args = plain(common["args"])
     specs.MoELayer.settings = settings_from_args(args)
     with without_memory():
-        model = _build(args).eval()
+        model = build(args).eval()
     load = partial(
         load_weights, model, folder, common.get("content_metadata") or {}, fused_norm_kept
     )
@@ -133,34 +126,6 @@ def _trace(folder: Path, tokens: Tensor) -> Trace:
     positions = torch.arange(length).expand_as(tokens)
     trace.logits = model(tokens, positions, masked[None, None])
     return trace
-
-
-def _build(args: argparse.Namespace) -> Any:
-    config = megatron_arguments.core_transformer_config_from_args(args)
-    if args.num_experts:
-        spec = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization=args.normalization
-        )
-        if config.multi_latent_attention:
-            use_local_latent_attention(spec)
-    else:
-        spec = get_gpt_layer_local_spec(
-            qk_layernorm=config.qk_layernorm,
-            multi_latent_attention=config.multi_latent_attention,
-            normalization=args.normalization,
-        )
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        rope_scaling=args.use_rope_scaling,
-        rope_scaling_factor=args.rope_scaling_factor,
-    )
 
 
 def _names_layers(model: Any, metadata: dict[str, Any]) -> bool:

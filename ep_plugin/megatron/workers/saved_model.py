@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
 from megatron.training import arguments as megatron_arguments
 
 from ep_plugin.checkpoint.names import norms
 from ep_plugin.megatron.arguments.table import TABLE
+from ep_plugin.megatron.cpu.latent_attention import use_local_latent_attention
 
 # One rank, float32, no fused kernel, no dropout: what every model is built with.
 _PLAIN: dict[str, Any] = {
@@ -82,6 +88,40 @@ def plain(args: argparse.Namespace) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     megatron_arguments.add_megatron_arguments(parser)  # with ours: the plugin is installed
     return argparse.Namespace(**(vars(parser.parse_args([])) | vars(args) | _PLAIN))
+
+
+def build(args: argparse.Namespace) -> Any:
+    """Return the model of plain run arguments, of local layers, with weights that are not set."""
+    config = megatron_arguments.core_transformer_config_from_args(args)
+    if args.num_experts:
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=args.normalization
+        )
+        if config.multi_latent_attention:
+            use_local_latent_attention(spec)
+    else:
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+            normalization=args.normalization,
+        )
+    return of_layers(spec, config, args)
+
+
+def of_layers(spec: Any, config: Any, args: argparse.Namespace) -> Any:
+    """Return the model of these layers, and of run arguments for what lies outside of them."""
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+    )
 
 
 def load_weights(
