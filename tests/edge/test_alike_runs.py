@@ -111,10 +111,8 @@ AGAIN = str(ROOT / "tests" / "helpers" / "starts_again.py")
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize(("how", "counted"), [("differ", ["01", "01"]), ("fails", ["00", "01"])])
-def test_two_agents_start_again_and_may_count_that_otherwise(
-    how: str, counted: list[str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("how", ["differ", "fails"])
+def test_two_agents_start_again_and_may_count_that_otherwise(how: str, tmp_path: Path) -> None:
     environment, _ = command(["sleep"], STARTS=how, FOLDER=str(tmp_path), GLOO_SOCKET_IFNAME="lo")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -147,8 +145,14 @@ def test_two_agents_start_again_and_may_count_that_otherwise(
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert said.count("trains with seed 7: 2 ranks") == 2
     assert said.count("must be alike in args.seed") == (2 if how == "differ" else 0)
-    read = [(tmp_path / f"started_{rank}").read_text() for rank in range(2)]
-    assert ["".join(text.split()) for text in read] == counted
+    # An agent counts a restart when its own rank ended first, not when it follows the other agent.
+    # Where both ranks end it is a race which of them counts.
+    read = ["".join((tmp_path / f"started_{rank}").read_text().split()) for rank in range(2)]
+    if how == "fails":
+        assert read == ["00", "01"]
+    else:
+        assert set(read) <= {"00", "01"}
+        assert "01" in read
 
 
 @pytest.mark.newest
