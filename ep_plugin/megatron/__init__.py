@@ -75,6 +75,8 @@ five only for a Megatron from its wheel, and over torch's Adam):
         the student is built and loaded: its teacher is loaded beside it; --ep-teacher
     training:train_step
         one call is one step: distilled until --ep-distill-stop, and logged
+    training:training_log
+        a loss that was once logged would be printed as 0 after the stop
     gpt_model:GPTModel.forward
         the teacher is given what the student is given
     language_module:LanguageModule.compute_language_model_loss

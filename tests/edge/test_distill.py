@@ -1,19 +1,22 @@
 """A teacher in Megatron's loop: one loss in every layout, its stop, its resume, its own place."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from loop import MOE, OURS, launch, train
+from loop import MOE, OURS, ROOT, launch, train
 
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.cli import main
-from ep_plugin.commands.report.events import Run
+from ep_plugin.commands.report.events import Run, read_run
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
 
 KL = "distillation loss"
 STOP = ("--ep-distill-stop", "0.75", "--ep-distill-temperature", "2", "--ep-distill-weight", "3")
+ONE_LAYER = ("--num-layers", "1", "--moe-layer-freq", "[1]")
+WATCHED = (str(ROOT / "tests" / "helpers" / "taught_run.py"),)
 FOUR = ("--train-iters", "4", "--finetune", "--save-interval", "2")
 
 
@@ -35,10 +38,20 @@ def student(teacher: Path) -> Path:
     return target
 
 
-def distil(ranks: int, folder: Path, student: Path, teacher: Path, *flags: str) -> Run:
+def distil(
+    ranks: int,
+    folder: Path,
+    student: Path,
+    teacher: Path,
+    *flags: str,
+    runner: tuple[str, ...] = OURS,
+) -> tuple[Run, str]:
+    """Return what was logged, and what was printed."""
     where = ("--load", str(student), "--ep-teacher", str(teacher))
-    one_layer = ("--num-layers", "1", "--moe-layer-freq", "[1]")
-    return train(ranks, OURS, folder, *MOE, *one_layer, *where, *STOP, *flags)
+    words = (*MOE, *ONE_LAYER, *where, *STOP, *flags, "--tensorboard-dir", str(folder))
+    done = launch(ranks, runner, *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return read_run(folder), done.stdout
 
 
 def values(run: Run, tag: str) -> list[float]:
@@ -48,7 +61,7 @@ def values(run: Run, tag: str) -> list[float]:
 @pytest.fixture(scope="module")
 def on_one_rank(student: Path, teacher: Path) -> Run:
     folder = teacher.parent / "one"
-    return distil(1, folder / "tb", student, teacher, *FOUR, "--save", str(folder / "at"))
+    return distil(1, folder / "tb", student, teacher, *FOUR, "--save", str(folder / "at"))[0]
 
 
 def test_it_is_logged_apart_and_stops(
@@ -57,8 +70,7 @@ def test_it_is_logged_apart_and_stops(
     """Three of four steps are before 0.75; `lm loss` is what it is without a teacher."""
     assert [step for step, _ in on_one_rank.series(KL)] == [1, 2, 3]
     assert min(values(on_one_rank, KL)) > 0.05
-    one_layer = ("--num-layers", "1", "--moe-layer-freq", "[1]", "--load", str(student))
-    alone = train(1, OURS, tmp_path, *MOE, *one_layer, *FOUR)
+    alone = train(1, OURS, tmp_path, *MOE, *ONE_LAYER, "--load", str(student), *FOUR)
     losses, theirs = values(on_one_rank, "lm loss"), values(alone, "lm loss")
     assert losses[0] == pytest.approx(theirs[0], rel=1e-6)
     assert losses[3] != pytest.approx(theirs[3], rel=1e-5)
@@ -75,14 +87,41 @@ def test_the_teacher_is_not_saved(on_one_rank: Run, teacher: Path) -> None:
     assert not [name for name in names if "teacher" in name]
 
 
-def test_layouts_of_both_give_what_one_rank_gives(
-    on_one_rank: Run, student: Path, teacher: Path, tmp_path: Path
-) -> None:
-    """Student EP=4, teacher TP=2 EP=2, over four ranks; losses, divergence and gradients."""
+@pytest.fixture(scope="module")
+def on_four_ranks(student: Path, teacher: Path) -> tuple[Run, str]:
+    """Student EP=4, teacher TP=2 EP=2; a line is printed of two steps each."""
     layout = ("--expert-model-parallel-size", "4", "--ep-teacher-layout", "tp=2,ep=2,etp=1")
-    four = distil(4, tmp_path, student, teacher, *FOUR, *layout)
+    flags = (*FOUR, *layout, "--log-interval", "2")
+    folder = teacher.parent / "four"
+    return distil(4, folder, student, teacher, *flags, runner=WATCHED)
+
+
+def test_layouts_of_both_give_what_one_rank_gives(
+    on_one_rank: Run, on_four_ranks: tuple[Run, str]
+) -> None:
+    """Losses, divergence and gradients."""
     for tag in ("lm loss", KL, "grad-norm", "load_balancing_loss"):
-        assert values(four, tag) == pytest.approx(values(on_one_rank, tag), rel=1e-5), tag
+        expected = pytest.approx(values(on_one_rank, tag), rel=1e-5)
+        assert values(on_four_ranks[0], tag) == expected, tag
+
+
+def test_after_the_stop_its_weights_and_its_groups_are_gone(on_four_ranks: tuple[Run, str]) -> None:
+    lines = re.findall(r"teacher at (\d): (.*)", on_four_ranks[1])
+    assert sorted(rank for rank, _ in lines) == ["0", "1", "2", "3"]
+    for _, line in lines:
+        alone, *taught, after = (tuple(map(int, pair.split("/"))) for pair in line.split())
+        assert len(taught) == 3
+        assert min(groups for groups, _ in taught) > alone[0]
+        assert min(weights for _, weights in taught) > 10
+        assert after == (alone[0], 0)
+
+
+def test_an_interval_is_the_mean_of_its_distilled_steps(on_four_ranks: tuple[Run, str]) -> None:
+    """Steps 1 and 2; then 3 alone, as 4 is past the stop."""
+    run, printed = on_four_ranks
+    found = [float(value) for value in re.findall(rf"{KL}: ([0-9.E+-]+)", printed)]
+    each = values(run, KL)
+    assert found == pytest.approx([each[0], sum(each[:2]) / 2, each[2]], rel=1e-5)
 
 
 def test_killed_and_resumed_ends_at_the_same_loss(
@@ -90,7 +129,7 @@ def test_killed_and_resumed_ends_at_the_same_loss(
 ) -> None:
     """From the save after step 2: step 3 is distilled, step 4 is not."""
     saved = teacher.parent / "one" / "at"
-    resumed = distil(1, tmp_path, saved, teacher, "--train-iters", "4", "--ckpt-step", "2")
+    resumed, _ = distil(1, tmp_path, saved, teacher, "--train-iters", "4", "--ckpt-step", "2")
     for tag in ("lm loss", KL, "grad-norm"):
         expected = [(s, v) for s, v in on_one_rank.series(tag) if s > 2]
         assert resumed.series(tag) == expected, tag

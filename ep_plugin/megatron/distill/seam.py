@@ -5,6 +5,7 @@ its gradient is that of cross entropy + weight * T^2 * KL. So the script's loss 
 averages both alike, whatever it does. The divergence is logged as `distillation loss`.
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -25,6 +26,7 @@ LOSS = (
     "LanguageModule.compute_language_model_loss"
 )
 LOGGED = "distillation loss"
+ADVANCED = "advanced iterations"  # Megatron's key for the steps of an interval so far
 _FORWARD = ("input_ids", "position_ids", "attention_mask")
 _PASSED_ON = ("packed_seq_params", "padding_mask")
 
@@ -62,9 +64,9 @@ class Distillation:
             return original(*rest, **kwargs)
         args = import_module("megatron.training").get_args()
         if not is_on(args):
-            self.teacher = None
-            torch.cuda.empty_cache()
-            _say(f"{stopped(args)}; the teacher is gone, and so is its memory")
+            teacher, self.teacher = self.teacher, None
+            teacher.release()
+            _say(f"{stopped(args)}; the teacher is gone, with its memory and its communicators")
             return original(*rest, **kwargs)
         losses, *others = original(*rest, **kwargs)
         state = import_module("megatron.core.parallel_state")
@@ -73,6 +75,18 @@ class Distillation:
         if losses:
             losses = {**losses, LOGGED: mean}
         return (losses, *others)
+
+    def log(self, original: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+        """Log a step; the mean of an interval is that of its distilled steps, if it has any."""
+        given = inspect.signature(original).bind(*rest, **kwargs).arguments
+        totals = given["total_loss_dict"]
+        if LOGGED in totals and LOGGED not in given["loss_dict"]:
+            steps = totals.get(ADVANCED, 0)
+            if not steps:
+                del totals[LOGGED]
+            elif not given["skipped_iter"]:  # which Megatron is about to count
+                totals[LOGGED] = totals[LOGGED] * (steps + 1) / steps
+        return original(*rest, **kwargs)
 
     def forward(self, original: Callable[..., Any], model: Any, *rest: Any, **kwargs: Any) -> Any:
         """Note what the student is given; its loss asks the teacher."""
@@ -145,6 +159,11 @@ def changes(patches: Patches) -> None:
         f"{TRAINING}:train_step",
         state.step,
         "one call is one step: distilled until --ep-distill-stop, and logged",
+    )
+    patches.wrap(
+        f"{TRAINING}:training_log",
+        state.log,
+        "a loss that was once logged would be printed as 0 after the stop",
     )
     patches.wrap(GPT_MODEL, state.forward, "the teacher is given what the student is given")
     patches.wrap(LOSS, state.loss, "here the student's logits are; the divergence joins the loss")

@@ -1,6 +1,7 @@
 """The teacher: built and loaded once in its own layout, run without gradients, forgotten after."""
 
 import copy
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,16 @@ class Teacher:
     def parameters(self) -> Iterator[Tensor]:
         """Yield its parameters on this rank."""
         yield from self._model.parameters()
+
+    def release(self) -> None:
+        """Forget the weights and destroy the process groups; every rank must call it together.
+
+        Nothing else may be called after it.
+        """
+        del self._model
+        self._groups.destroy()
+        gc.collect()  # modules refer to each other
+        torch.cuda.empty_cache()
 
     @torch.no_grad()
     def logits(

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from ep_plugin.errors import ConfigError
 
 _KEYS = ("tp", "ep", "etp", "pp", "cp")
@@ -85,7 +88,7 @@ class Groups:
 
     Megatron's modules look their groups up in `parallel_state`, in every release. A second copy of
     that module makes the teacher's; `inside` puts them where the modules look, while the teacher is
-    built, loaded or run.
+    built, loaded or run. Every group that is made meanwhile is the teacher's too.
     """
 
     def __init__(self, layout: Layout, minutes: int) -> None:
@@ -99,13 +102,15 @@ class Groups:
         assert spec.loader is not None
         copy: Any = module_from_spec(spec)
         spec.loader.exec_module(copy)
-        copy.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.etp,
-            distributed_timeout_minutes=minutes,
-            create_gloo_process_groups=False,
-        )
+        self._made: list[Any] = []  # in the order in which they were made, alike on all ranks
+        with self._noted():
+            copy.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tp,
+                expert_model_parallel_size=layout.ep,
+                expert_tensor_parallel_size=layout.etp,
+                distributed_timeout_minutes=minutes,
+                create_gloo_process_groups=False,
+            )
         names = [name for name in vars(parallel_state) if name.startswith("_") and name.isupper()]
         self._values = {name: getattr(copy, name) for name in names}
         self.tp: Any = copy.get_tensor_model_parallel_group()
@@ -118,7 +123,34 @@ class Groups:
         before = {name: getattr(parallel_state, name) for name in self._values}
         vars(parallel_state).update(self._values)
         try:
-            yield
+            with self._noted():
+                yield
         finally:
             self._values = {name: getattr(parallel_state, name) for name in self._values}
             vars(parallel_state).update(before)
+
+    def destroy(self) -> None:
+        """Destroy every group of the teacher; every rank must call it together, and none after it.
+
+        No rank may be inside an exchange of the teacher's while another ends its communicator.
+        """
+        self._values.clear()
+        torch.cuda.synchronize()
+        dist.barrier()
+        for group in self._made:
+            dist.destroy_process_group(group)
+        self._made.clear()
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Note the groups that are made inside."""
+        known = set(_all_groups())
+        try:
+            yield
+        finally:
+            self._made += [group for group in _all_groups() if group not in known]
+
+
+def _all_groups() -> list[Any]:
+    """Return every process group of this process, in the order in which they were made."""
+    return list(dist.distributed_c10d._world.pg_map)

@@ -53,6 +53,10 @@ COMMON = (
         ("model", "config"),
     ),
     # distillation and generation
+    Touchpoint(
+        "megatron.training.training:training_log",
+        ("loss_dict", "total_loss_dict", "skipped_iter"),
+    ),
     Touchpoint("megatron.core.transformer.module:Float16Module", ("config", "module")),
     Touchpoint(
         f"{GPT}.gpt_model:GPTModel.forward",
