@@ -13,6 +13,8 @@ five only for a Megatron from its wheel, and over torch's Adam):
         here Megatron refuses the state of another number of optimizers
     finalize_model_grads:_update_router_expert_bias
         Megatron stacks all biases here, which needs layers of one size
+    distributed_data_parallel:DistributedDataParallel.finish_grad_sync
+        DDP has summed the gradients; copies of experts are summed next
     schedules:forward_step_calc_loss
         here the number of counted tokens is known, which auxiliary losses weigh by
     upcycling_utils:upcycle_state_dict

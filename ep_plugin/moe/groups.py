@@ -60,10 +60,13 @@ def dense_grid(parallel: ParallelConfig) -> RankGrid:
     return RankGrid({axis: sizes[axis] for axis in parallel.order.split("-") if axis in sizes})
 
 
-def expert_grid(parallel: ParallelConfig) -> RankGrid:
+def expert_grid(parallel: ParallelConfig, degree: int | None = None) -> RankGrid:
     """Return the grid of the experts: axes etp, ep, edp, pp.
 
-    Raises ConfigError when it would put a rank on another pipeline stage than the dense grid does.
+    With `degree`, a divisor of ep, it is that of a layer whose experts are spread over so many
+    ranks: the axis ep has that size, and the axis `copies` behind it is over the blocks of ranks
+    that each have all of the layer's experts. Raises ConfigError when it would put a rank on
+    another pipeline stage than the dense grid does.
     """
     names = {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}
     sizes = {
@@ -80,7 +83,12 @@ def expert_grid(parallel: ParallelConfig) -> RankGrid:
             f"layers at pp={parallel.pp}, ep={parallel.ep}, etp={parallel.etp}; use "
             "<order=tp-cp-ep-dp-pp>"
         )
-    return grid
+    if degree is None:
+        return grid
+    cut: dict[str, int] = {}
+    for axis, size in grid.sizes.items():
+        cut |= {"ep": degree, "copies": size // degree} if axis == "ep" else {axis: size}
+    return RankGrid(cut)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,9 @@ class ExpertGroups(Typed):
     `ep` hosts one copy of all experts; `etp` splits each expert's FFN dimension; `ep_etp` is both
     together, the ranks a token can travel to (etp fastest); `edp` holds the same shard; `tp_cp`
     shares one batch's tokens, and `tp_dp_cp` all batches of a step, for losses that count over it.
+    `copies` are the ranks within one expert-parallel group of the model that hold the same experts
+    of a layer, which has too few for all its ranks; `ep` is then a part of that group, and each of
+    `copies` has seen tokens of its own, so that expert gradients are summed over it.
     `replicas` are ranks that hold the same tokens, which then travel once for all of them; tokens
     of other ranks of `tp_cp` are other ones.
     `intra_node` and `inter_node` cut `ep_etp` as `by_node` and `rails` do; they are there when
@@ -101,6 +112,7 @@ class ExpertGroups(Typed):
     etp: dist.ProcessGroup | None = None
     ep_etp: dist.ProcessGroup | None = None
     edp: dist.ProcessGroup | None = None
+    copies: dist.ProcessGroup | None = None
     tp_cp: dist.ProcessGroup | None = None
     tp_dp_cp: dist.ProcessGroup | None = None
     replicas: dist.ProcessGroup | None = None

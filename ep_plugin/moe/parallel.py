@@ -1,6 +1,7 @@
 """How ranks are laid out: the degrees of parallelism, validated once. Imports no torch."""
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Annotated
 
 from ep_plugin.errors import ConfigError, largest_divisor
@@ -70,6 +71,14 @@ class ParallelConfig(Typed):
     @property
     def edp(self) -> int:
         return self.world_size // (self.ep * self.expert_tp * self.pp)
+
+
+def degree(ep: int, num_experts: int) -> int:
+    """Return over how many of `ep` ranks a layer's experts are spread: the most that divide both.
+
+    The ranks of an expert-parallel group are then `ep` / degree blocks, each with all the experts.
+    """
+    return gcd(ep, num_experts)
 
 
 def check_experts_over_ranks(num_experts: int, ep: int) -> None:

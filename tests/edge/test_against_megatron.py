@@ -208,13 +208,12 @@ MISTAKES = {
         ),
         "with --num-experts (4) the largest; got (4,); use --ep-experts-per-layer 4*2",
     ),
-    "a pyramid over ranks": (
+    "a pyramid of several copies, in a format without them": (
         (
-            *("--num-experts", "4", "--moe-layer-freq", "[1,1]"),
+            *("--num-experts", "4", "--moe-layer-freq", "[1,1]", "--ckpt-format", "torch"),
             *("--ep-experts-per-layer", "3,4", "--expert-model-parallel-size", "2"),
         ),
-        "--num-experts (3) must be divisible by --expert-model-parallel-size (2); use "
-        "--expert-model-parallel-size 1",
+        "several ranks hold them; use --ckpt-format torch_dist",
     ),
     "a residual of nothing": (
         ("--num-experts", "4", "--ep-shared-expert", "learned"),

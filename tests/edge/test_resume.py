@@ -45,6 +45,30 @@ def test_experts_on_two_ranks_go_on_on_one(tmp_path: Path) -> None:
         assert values == pytest.approx([v for _, v in expected], rel=1e-6)
 
 
+def test_a_degree_for_each_layer_goes_on_at_other_degrees(tmp_path: Path) -> None:
+    """Layers of 6 and 8 experts on 4, 2 and 1 ranks: two, then one copy of the first one's."""
+    saved = str(tmp_path / "saved")
+    flags = (
+        *("--train-iters", "4", *MOE, "--num-experts", "8", "--moe-layer-freq", "[1,1]"),
+        *("--ep-experts-per-layer", "6,8", "--use-distributed-optimizer", "--save-interval", "2"),
+    )
+    save, load = ("--save", saved, "--ep-audit-save"), ("--load", saved)
+    found = []
+    for ranks, further in ((4, save), (2, load), (1, load)):
+        folder = tmp_path / str(ranks)
+        ep = ("--expert-model-parallel-size", str(ranks), "--tensorboard-dir", str(folder))
+        start = ("--ckpt-step", "2") if "--load" in further else ()
+        done = launch(ranks, OURS, *flags, *ep, *further, *start)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        found.append(read_run(folder))
+    whole, *resumed = found
+    for tag in ("grad-norm", "lm loss validation"):
+        expected = [v for i, v in whole.series(tag) if i > 2]
+        assert expected
+        for run in resumed:
+            assert [v for i, v in run.series(tag) if i > 2] == pytest.approx(expected, rel=1e-5)
+
+
 def run_args(load: Path, **changes: Any) -> argparse.Namespace:
     """What a run with experts on four ranks has of its command line."""
     values = {

@@ -18,7 +18,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from core_model import LENGTH, Case, batches, build, fill, forward_step, transformer_config
+from core_model import (
+    LENGTH,
+    Case,
+    batches,
+    build,
+    fill,
+    forward_step,
+    magnitudes,
+    transformer_config,
+)
 from forked import connect, run_world
 
 LOSSES = ["load_balancing_loss", "z_loss"]
@@ -35,12 +44,13 @@ def main() -> None:
     logging.disable(logging.WARNING)
     wanted = json.loads(Path(sys.argv[1]).read_text())
     results = {name: run_world(1, CHECKS[name]) for name in wanted["checks"]}
-    cases = [Case(**case) for case in wanted["cases"]]
-    for block, group in itertools.groupby(cases, lambda case: case.block):
+    cases = [Case(**(case | {"experts": tuple(case["experts"])})) for case in wanted["cases"]]
+    kinds = itertools.groupby(cases, lambda case: (case.block, case.experts))
+    for (block, experts), group in kinds:
         if block == "stock":
             without_the_plugin()
         else:
-            install(EdgeSettings(metrics=True))
+            install(EdgeSettings(metrics=True, experts_per_layer=experts or None))
         if block == "untagged":
             adapter.set_tags = without_norm_tags(adapter.set_tags)
         for case in group:
@@ -106,7 +116,9 @@ def train(case: Case, iterations: int) -> list[dict[str, float]]:
     for model in models:
         fill(model)
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=case.distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=case.distributed_optimizer,
+        overlap_grad_reduce=case.overlap,
     )
     chunks = [DistributedDataParallel(config, ddp, model) for model in models]
     optimizer = get_megatron_optimizer(
@@ -142,10 +154,13 @@ def train(case: Case, iterations: int) -> list[dict[str, float]]:
             micro_batch_size=1,
         )
         found = {"experts' gradients": expert_norm(case, chunks)}
+        if not case.distributed_optimizer:  # with it ranks hold reduced shards alone
+            found |= magnitudes(models, "grad")
         _, found["gradient norm"], _ = optimizer.step()
         total = torch.stack([torch.zeros(2), *(part["lm loss"] for part in sums)]).sum(0)
         dist.all_reduce(total)  # of last stages; those of one TP group report the same
         found["loss"] = float(total[0] / total[1])
+        found |= magnitudes(models, "weight")
         values.append(found | report(config, iteration, case.sequences // dp))
     return values
 
@@ -158,7 +173,9 @@ def expert_norm(case: Case, chunks: list[Any]) -> float:
     if not case.distributed_optimizer:
         for name, parameter in (pair for chunk in chunks for pair in chunk.named_parameters()):
             if ".experts." in name and "fc2.bias" not in name:
-                squares += parameter.main_grad.double().pow(2).sum()
+                copies = getattr(parameter, "copies", None)
+                times = 1 if copies is None else copies.size()
+                squares += parameter.main_grad.double().pow(2).sum() / times
     dist.all_reduce(squares)
     return float((squares / parallel_state.get_expert_data_parallel_world_size()).sqrt())
 

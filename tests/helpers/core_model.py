@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 HIDDEN, VOCAB, LENGTH, EXPERTS = 32, 64, 16, 8
@@ -37,13 +38,15 @@ class Case:
     latent: str = ""  # attention: "plain" has a latent for keys and values, "queries" one for each
     sequence: bool = True  # sequence parallelism with TP
     combined: bool = False  # Megatron's combined 1F1B schedule
+    experts: tuple[int, ...] = ()  # of each MoE layer, where they differ
+    overlap: bool = False  # of gradient reduction with the backward
     block: str = "ours"  # stock: Megatron's own; untagged: ours without its tags for the norm
 
     def alone(self) -> "Case":
         """Return the same model on one rank."""
         return Case(
             f"one rank: {self.sequences}, {self.per_token}, {self.layers}, {self.dense_layers}, "
-            f"{self.bias}, {self.padded}, {self.latent}, {self.masked}",
+            f"{self.bias}, {self.padded}, {self.latent}, {self.masked}, {self.experts}",
             sequences=self.sequences,
             per_token=self.per_token,
             masked=self.masked,
@@ -52,6 +55,7 @@ class Case:
             dense_layers=self.dense_layers,
             bias=self.bias,
             latent=self.latent,
+            experts=self.experts,
         )
 
 
@@ -88,7 +92,7 @@ def transformer_config(case: Case) -> Any:
         num_attention_heads=4,
         ffn_hidden_size=48,
         moe_ffn_hidden_size=32,
-        num_moe_experts=EXPERTS,
+        num_moe_experts=max(case.experts, default=EXPERTS),
         moe_router_topk=2,
         moe_layer_freq=[int(layer >= case.dense_layers) for layer in range(case.layers)],
         moe_router_load_balancing_type="aux_loss",
@@ -162,18 +166,53 @@ def build(config: Any, stage: int | None) -> Any:
 @torch.no_grad()
 def fill(model: Any) -> None:
     """Give every parameter the values that its key and its place in the whole tensor stand for."""
+    numbers = 0
+    for piece in _pieces(model):
+        piece.data.copy_(_whole(piece.key, piece.global_shape)[_place(piece)])
+        numbers += piece.data.numel()
+    assert numbers == sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def magnitudes(models: list[Any], what: str) -> dict[str, float]:
+    """Return of each tensor of the whole model the sum of its magnitudes, weighed by their places.
+
+    `what` is `weight`, or `grad` for `main_grad`. Each number counts where it would be saved.
+    """
+    found: dict[str, float] = {}
+    for model in models:
+        values = {parameter: parameter.data.clone() for parameter in model.parameters()}
+        if what == "grad":
+            for parameter in values:
+                parameter.data.copy_(parameter.main_grad)
+        for piece in _pieces(model):
+            if all(part == 0 for part in _flat(piece.replica_id)):
+                weights = 1 + _whole(f"{what} {piece.key}", piece.global_shape)[_place(piece)].abs()
+                name = f"{what} {piece.key}"
+                share = float((piece.data.abs() * weights).double().sum())
+                found[name] = found.get(name, 0.0) + share
+        for parameter, value in values.items():
+            parameter.data.copy_(value)
+    every: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(every, found)
+    return {name: sum(part.get(name, 0.0) for part in every) for name in set().union(*every)}
+
+
+def _flat(replica_id: Any) -> tuple[int, ...]:
+    return replica_id if isinstance(replica_id, tuple) else (replica_id,)
+
+
+def _pieces(model: Any) -> Iterator[Any]:
+    """Yield the ShardedTensors of a model, those of our experts cut as they are saved."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    numbers = 0
     for entry in model.sharded_state_dict().values():
         pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
         if isinstance(pieces, dict):
             pieces = list(pieces.values())
         for piece in pieces if isinstance(pieces, list) else [pieces]:
             if isinstance(piece, ShardedTensor):
-                piece.data.copy_(_whole(piece.key, piece.global_shape)[_place(piece)])
-                numbers += piece.data.numel()
-    assert numbers == sum(parameter.numel() for parameter in model.parameters())
+                yield piece
 
 
 def _whole(key: str, shape: tuple[int, ...]) -> Tensor:
@@ -181,7 +220,7 @@ def _whole(key: str, shape: tuple[int, ...]) -> Tensor:
     if key.endswith("norm.weight"):
         return 1 + 0.1 * values
     if key.endswith("router.bias"):
-        values[..., EXPERTS // 2 :] -= 1000.0
+        values[..., values.shape[-1] // 2 :] -= 1000.0
         return values
     return values * (0.3 if ".experts." in key else 0.1)
 

@@ -55,6 +55,16 @@ NEWEST_ALONE = (
     Case("padding masks, TP 2, PP 2, EP 2, ETP 1", 4, tp=2, pp=2, ep=2, per_token=True,
          padded=True),
 )  # fmt: skip
+# Layers of 2, 4, 8 and 6 experts: two, one and again two copies of each at EP 4.
+DEGREES = (
+    Case("a degree for each layer, EP 4", 4, ep=4, experts=(2, 4, 8, 6)),
+    Case("a degree for each layer, EP 4 over DP 8, distributed optimizer, overlapped reduction", 8,
+         sequences=8, ep=4, experts=(2, 4, 8, 6), distributed_optimizer=True, overlap=True),
+    Case("a degree for each layer, TP 2, PP 2, EP 4, ETP 1, distributed optimizer, per token", 8,
+         tp=2, pp=2, ep=4, experts=(2, 4, 8, 6), distributed_optimizer=True, per_token=True),
+    Case("a degree for each layer, TP 2, EP 2, ETP 2", 4, tp=2, ep=2, etp=2,
+         experts=(4, 8, 2, 3)),
+)  # fmt: skip
 LATENT = (  # not in the support matrix: CPU mode sums what Megatron's local layers do not
     Case("latent attention, TP 2, EP 2, ETP 1", 2, tp=2, ep=2, latent="plain"),
     Case("latent attention of queries too, TP 2 without sequence parallelism", 2, tp=2, etp=2,
@@ -104,7 +114,8 @@ def layouts_of(version: str) -> tuple[Case, ...]:
     """
     older = EVERYWHERE if version in in_full() else SEAMS
     cases = (CASES + NEWEST_ALONE if version == NEWEST else older) + LATENT
-    return tuple(
+    degrees = DEGREES if version == NEWEST else DEGREES[1:2]
+    return degrees + tuple(
         case if case.vpp or case.dense_layers or case.pp > 2 else replace(case, layers=2)
         for case in cases
     )
@@ -140,7 +151,8 @@ def difference(found: dict[str, Any], case: Case) -> float:
     values, expected = found[case.name]["values"], found[case.alone().name]["values"]
     for ours, theirs in zip(values, expected, strict=True):
         for name, value in theirs.items():
-            if name == "experts' gradients" and case.distributed_optimizer:
+            of_shards = name == "experts' gradients" or name.startswith("grad ")
+            if of_shards and case.distributed_optimizer:
                 continue  # ranks hold reduced shards alone
             worst = max(worst, abs(ours[name] - value) / max(abs(value), 1e-30))
     return worst

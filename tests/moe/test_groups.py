@@ -20,6 +20,7 @@ from ep_plugin.moe.groups import (
     rails,
     relays,
 )
+from ep_plugin.moe.parallel import degree
 from ep_plugin.registry import resolve
 
 CONFIG = MoEConfig(hidden_size=4, ffn_hidden_size=8, num_experts=4)
@@ -30,6 +31,82 @@ def test_documented_example() -> None:
     assert dense_grid(parallel).groups("tp") == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert expert_grid(parallel).groups("ep") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert expert_grid(parallel).groups("edp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+# Shape, degree -> ranks of its EP, and all that hold the same experts, by hand, after the layouts
+# that DeepSpeed-MoE's groups have (arXiv:2201.05596): expert slicing is its inference layout.
+def _pairs(*starts: int, step: int) -> list[list[int]]:
+    return [[start, start + step] for start in starts]
+
+
+DEEPSPEED: dict[str, tuple[dict[str, Any], int, list[list[int]], list[list[int]]]] = {
+    "experts and data": (
+        {"world_size": 16, "ep": 2},
+        2,
+        _pairs(*range(0, 16, 2), step=1),
+        [[*range(0, 16, 2)], [*range(1, 16, 2)]],
+    ),
+    "with tensor parallel experts": (
+        {"world_size": 16, "tp": 2, "ep": 4},
+        4,
+        [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]],
+        _pairs(*range(8), step=8),
+    ),
+    "with whole experts under tensor parallelism": (
+        {"world_size": 8, "tp": 2, "ep": 4, "etp": 1},
+        4,
+        [[0, 1, 2, 3], [4, 5, 6, 7]],
+        _pairs(0, 1, 2, 3, step=4),
+    ),
+    "data before experts": (
+        {"world_size": 8, "ep": 4, "order": "tp-cp-dp-ep-pp"},
+        4,
+        [[0, 2, 4, 6], [1, 3, 5, 7]],
+        _pairs(0, 2, 4, 6, step=1),
+    ),
+    "pipeline": (
+        {"world_size": 8, "pp": 2, "ep": 2},
+        2,
+        _pairs(0, 2, 4, 6, step=1),
+        _pairs(0, 1, 4, 5, step=2),
+    ),
+    "expert slicing": (
+        {"world_size": 8, "ep": 4},
+        4,
+        [[0, 1, 2, 3], [4, 5, 6, 7]],
+        _pairs(0, 1, 2, 3, step=4),
+    ),
+    "32 of 128": (
+        {"world_size": 128, "ep": 128},
+        32,
+        [[*range(first, first + 32)] for first in (0, 32, 64, 96)],
+        [[rank, rank + 32, rank + 64, rank + 96] for rank in range(32)],
+    ),
+    "64 of 128": (
+        {"world_size": 128, "ep": 128},
+        64,
+        [[*range(64)], [*range(64, 128)]],
+        _pairs(*range(64), step=64),
+    ),
+    "128 of 128": (
+        {"world_size": 128, "ep": 128},
+        128,
+        [[*range(128)]],
+        [[rank] for rank in range(128)],
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", DEEPSPEED)
+def test_groups_of_a_degree_are_those_of_deepspeed(shape: str) -> None:
+    settings, of_layer, ep, holders = DEEPSPEED[shape]
+    grid = expert_grid(ParallelConfig(**settings), of_layer)
+    assert sorted(grid.groups("ep")) == ep
+    assert sorted(grid.groups("copies", "edp")) == holders
+
+
+def test_a_degree_is_the_most_that_divides_both() -> None:
+    assert [degree(4, experts) for experts in (2, 4, 8, 6, 3)] == [2, 4, 4, 2, 1]
 
 
 def test_several_axes_keep_the_order_of_the_grid() -> None:

@@ -31,7 +31,7 @@ from ep_plugin.megatron.settings import (
 )
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.fits import check_capturable, check_sizes
-from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
+from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks, degree
 from ep_plugin.moe.rules import own, said
 from ep_plugin.moe.schedule.chunked import check_ranks
 from ep_plugin.registry import available, resolve
@@ -177,7 +177,8 @@ def check_block(args: Any, settings: EdgeSettings) -> None:
         check_sizes(config, etp, device)
         check_capturable(config, etp, device, args.params_dtype)
         if config.overlap == "chunked":
-            tp, ranks = args.tensor_model_parallel_size, args.expert_model_parallel_size * etp
+            tp = args.tensor_model_parallel_size
+            ranks = degree(args.expert_model_parallel_size, config.num_experts) * etp
             check_ranks(config, ranks - 1, tp if tp > 1 and not args.sequence_parallel else None)
         if config.gemm != "auto":
             hidden, ffn = config.hidden_size, config.ffn_hidden_size // etp
@@ -218,8 +219,11 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
     if overlap_schedule(args, settings) == "two_batch":
         _check_combined_schedule()
     routing = routing_config(args, settings)
-    for num_experts in _experts(args, settings):
-        check_experts_over_ranks(num_experts, parallel.ep)
+    layers = _experts(args, settings)
+    check_experts_over_ranks(args.num_experts, parallel.ep)
+    if any(degree(parallel.ep, number) < parallel.ep for number in layers):
+        _check_copies(args)
+    for num_experts in layers:
         MoEConfig(
             hidden_size=1,
             ffn_hidden_size=1,
@@ -267,6 +271,42 @@ def _experts(args: Any, settings: EdgeSettings) -> tuple[int, ...]:
             f"--ep-experts-per-layer {args.num_experts}*{num_moe_layers}"
         )
     return per_layer
+
+
+def _check_copies(args: Any) -> None:
+    """Raise ConfigError for what cannot have an expert on several ranks of its group."""
+    rules = (
+        ("--log-params-norm", args.log_params_norm, "leave it out"),
+        ("--ckpt-format torch", args.ckpt_format == "torch", "use --ckpt-format torch_dist"),
+        *(
+            (flag, getattr(args, name, False), "use Megatron's own DDP, without it")
+            for flag, name in (
+                ("--use-megatron-fsdp", "use_megatron_fsdp"),
+                ("--use-torch-fsdp2", "use_torch_fsdp2"),
+            )
+        ),
+    )
+    for flag, given, use in rules:
+        if given:
+            raise ConfigError(
+                f"{flag} takes each expert to be on one rank of expert parallelism, and "
+                f"--ep-experts-per-layer has layers whose experts do not divide by "
+                f"--expert-model-parallel-size ({args.expert_model_parallel_size}), so that "
+                f"several ranks hold them; {use}"
+            )
+
+
+def spread(args: Any, settings: EdgeSettings) -> str | None:
+    """Return over how many ranks each number of experts is spread; None where it is all of them."""
+    ep, layers = args.expert_model_parallel_size, sorted(set(_experts(args, settings)))
+    degrees = {number: degree(ep, number) for number in layers}
+    if min(degrees.values()) == ep:
+        return None
+    parts = (
+        f"{number} experts on {ranks}" + (f" ({ep // ranks} copies of each)" if ranks < ep else "")
+        for number, ranks in degrees.items()
+    )
+    return f"expert parallelism of {ep} ranks, by a layer's experts: {', '.join(parts)}"
 
 
 def _check_combined_schedule() -> None:

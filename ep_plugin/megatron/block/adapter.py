@@ -32,6 +32,7 @@ from ep_plugin.megatron.block.parameters import (
     initialize_experts,
     initialize_replicated,
     set_tags,
+    share_values,
 )
 from ep_plugin.megatron.block.sharded_state import EXTRA_STATE, expert_sharded_state
 from ep_plugin.megatron.block.strength import Strength
@@ -40,6 +41,7 @@ from ep_plugin.megatron.seams.refusal import refuse
 from ep_plugin.megatron.settings import EdgeSettings, moe_config, moe_pattern, ranks_per_node
 from ep_plugin.moe.interfaces import Routing, set_up_router
 from ep_plugin.moe.layer import MoELayer
+from ep_plugin.moe.parallel import degree
 from ep_plugin.moe.rules import at_one_rank
 
 
@@ -101,13 +103,14 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
         """Make the block and its parameters; layers may differ in experts, by their number."""
         config = self.config
         check_graphs(config, self.settings)
+        row = None if self.layer_number is None else row_of(self)
+        ours = moe_config(config, self.settings, row)
         groups = adopt_groups(
             *(pg_collection, config.pipeline_model_parallel_size, self.shared),
             ranks_per_node=ranks_per_node(self.settings),
             replicated=not config.sequence_parallel,
+            degree=degree(pg_collection.ep.size(), ours.num_experts),
         )
-        row = None if self.layer_number is None else row_of(self)
-        ours = moe_config(config, self.settings, row)
         layer = MoELayer(
             at_one_rank(ours) if groups.ep_etp_size == 1 else ours,
             groups,
@@ -129,6 +132,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
                 initialize_replicated(part, config)
             grouped = are_grouped(submodules)
             initialize_experts(layer.experts, config, groups, grouped=grouped)
+            share_values(layer.experts, groups)
         set_tags(replicated, layer.experts, config, groups)
         layer.experts.totals = MainGrads(layer.experts)
         set_up_router(router, attach_loss=self._attach_loss, collect_metrics=self.settings.metrics)

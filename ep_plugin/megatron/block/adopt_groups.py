@@ -1,5 +1,10 @@
-"""Our expert groups beside Megatron's: those it built are adopted where the ranks agree."""
+"""Our expert groups beside Megatron's: those it built are adopted where the ranks agree.
 
+A layer with fewer experts than its ranks could share has groups of a smaller degree, made here once
+for each degree.
+"""
+
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -19,13 +24,15 @@ def adopt_groups(
     shared: dict[str, Any],
     ranks_per_node: int | None = None,
     replicated: bool = False,
+    degree: int | None = None,
 ) -> ExpertGroups:
     """Return the groups of a ProcessGroupCollection as ours, each checked against our own grids.
 
     `shared` is handed on to the layers: give those of one model the same. With `ranks_per_node` the
-    ranks of each expert group together create those within and between nodes; nothing else is
-    communicated. `replicated` says that tensor-parallel ranks hold the same tokens. Raises
-    ConfigError when Megatron laid the ranks out in a way we would not.
+    ranks of each expert group together create those within and between nodes. With a `degree` below
+    the size of `ep` they create groups of that degree; nothing else is communicated. `replicated`
+    says that tensor-parallel ranks hold the same tokens. Raises ConfigError when Megatron laid the
+    ranks out in a way we would not.
     """
     parallel = ParallelConfig(
         world_size=dist.get_world_size(),
@@ -35,16 +42,13 @@ def adopt_groups(
         ep=pg_collection.ep.size(),
         etp=pg_collection.expt_tp.size(),
     )
-    problems = [_mismatch(pg_collection, parallel, order) for order in ORDERS]
-    if all(problems):
+    problems = {order: _mismatch(pg_collection, parallel, order) for order in ORDERS}
+    if all(problems.values()):
         raise ConfigError(
-            f"Megatron's process groups are not the ones expected: {problems[0]}; give the groups "
-            "that megatron.core.parallel_state makes"
+            f"Megatron's process groups are not the ones expected: {problems[ORDERS[0]]}; give the "
+            "groups that megatron.core.parallel_state makes"
         )
-    intra_node = inter_node = None
-    if ranks_per_node is not None and parallel.ep * parallel.expert_tp > 1:
-        intra_node, inter_node = _node_groups(pg_collection.tp_ep, ranks_per_node, shared)
-    return ExpertGroups(
+    groups = ExpertGroups(
         ep=_several(pg_collection.ep),
         etp=_several(pg_collection.expt_tp),
         ep_etp=_several(pg_collection.tp_ep),
@@ -52,12 +56,43 @@ def adopt_groups(
         tp_cp=_several(pg_collection.cp if replicated else pg_collection.tp_cp),
         tp_dp_cp=_several(pg_collection.tp_dp_cp),
         replicas=_several(pg_collection.tp) if replicated else None,
-        intra_node=intra_node,
-        inter_node=inter_node,
         ranks_per_node=ranks_per_node,
-        ep_fastest=problems[:2].count(None) == 0,
+        ep_fastest=not any(problems[order] is None for order in ORDERS[:2]),
         shared=shared,
     )
+    if degree is not None and degree < parallel.ep:
+        order = next(order for order, problem in problems.items() if problem is None)
+        groups = _of_degree(groups, ParallelConfig(**{**vars(parallel), "order": order}), degree)
+    if ranks_per_node is None or groups.ep_etp is None:
+        return groups
+    intra_node, inter_node = _node_groups(groups.ep_etp, ranks_per_node, groups.shared)
+    return replace(groups, intra_node=intra_node, inter_node=inter_node)
+
+
+def _of_degree(groups: ExpertGroups, parallel: ParallelConfig, degree: int) -> ExpertGroups:
+    """Return `groups` of an expert-parallel group as those of layers of a smaller degree.
+
+    They are made once, by the ranks of each alone, and have a buffer of their own to share.
+    """
+    shared = groups.shared.setdefault(f"degree {degree}", {})
+    if shared.get("of") is not groups.ep:
+        grid = expert_grid(parallel, degree)
+        ep, copies = (_own_group(grid, axis) for axis in ("ep", "copies"))
+        ep_etp = ep if parallel.expert_tp == 1 else _own_group(grid, "etp", "ep")
+        made = {"ep": ep, "copies": copies, "ep_etp": ep_etp}
+        shared |= {"of": groups.ep, "groups": made}
+    return replace(groups, **shared["groups"], shared=shared)
+
+
+def _own_group(grid: RankGrid, *axes: str) -> dist.ProcessGroup | None:
+    """Create this rank's group along `axes`; None for one of itself alone."""
+    rank = dist.get_rank()
+    ranks = next(ranks for ranks in grid.groups(*axes) if rank in ranks)
+    if len(ranks) == 1:
+        return None
+    made = dist.new_group(ranks, use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
 
 
 def _node_groups(

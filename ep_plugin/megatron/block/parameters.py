@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import (
     _initialize_affine_weight_cpu,
     _initialize_affine_weight_gpu,
@@ -15,7 +16,7 @@ from megatron.core.tensor_parallel.layers import (
 from torch import Tensor, nn
 
 from ep_plugin.moe.experts.experts import Experts
-from ep_plugin.moe.groups import ExpertGroups
+from ep_plugin.moe.groups import ExpertGroups, group_rank, group_size
 
 
 def initialize_replicated(module: nn.Module, config: Any) -> None:
@@ -43,6 +44,16 @@ def initialize_experts(
     for linear in (experts.linear_fc1, experts.linear_fc2):
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
+
+
+def share_values(experts: Experts, groups: ExpertGroups) -> None:
+    """Give all ranks of `groups.copies` the values of its first; all of them must call it.
+
+    Megatron's generators differ from rank to rank of an expert-parallel group.
+    """
+    if groups.copies is not None:
+        for parameter in experts.parameters():
+            dist.broadcast(parameter.data, group=groups.copies, group_src=0)
 
 
 def are_grouped(submodules: Any) -> bool:
@@ -85,22 +96,27 @@ def set_tags(
     `tensor_model_parallel = True`: no rank holds what another does, so each counts in the norm.
     `sequence_parallel = True`: the gradient is summed over tensor-parallel ranks, which saw other
     tokens.
+    `shared = True`: another rank counts it in the norm, the first of those with copies of it.
+    `copies`: those ranks, over which seams/copies.py sums the gradient.
     `holds_matrices`: of a stack of experts, whether it is one of matrices; see seams/matrices.py.
     """
     for module in replicated:
         for parameter in module.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    own_groups = groups.ep_size > 1 or groups.etp_size != config.tensor_model_parallel_size
+    ep_size = groups.ep_size * group_size(groups.copies)
+    own_groups = ep_size > 1 or groups.etp_size != config.tensor_model_parallel_size
     for linear, dim in ((experts.linear_fc1, 1), (experts.linear_fc2, 2)):
         for name, parameter in linear.named_parameters():
             sharded = name == "weight" or dim == 1  # the bias of fc2 is whole on every etp rank
-            tags = {
+            tags: dict[str, Any] = {
                 "allreduce": not own_groups,
                 "tensor_model_parallel": sharded or groups.etp_size == 1,
                 "partition_dim": dim if sharded else -1,
                 "partition_stride": 1,
                 "holds_matrices": name == "weight",
             }
+            if groups.copies is not None:
+                tags |= {"copies": groups.copies, "shared": group_rank(groups.copies) > 0}
             for tag, value in tags.items():
                 setattr(parameter, tag, value)
 

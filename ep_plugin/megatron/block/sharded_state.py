@@ -20,7 +20,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 from ep_plugin.moe.experts.experts import Experts
-from ep_plugin.moe.groups import ExpertGroups, group_rank
+from ep_plugin.moe.groups import ExpertGroups, group_rank, group_size
 
 EXTRA_STATE = "_extra_state"
 Offset = tuple[int, int, int]  # (axis, index along it, number of pieces)
@@ -99,9 +99,14 @@ def expert_sharded_state(
             data=parameter,
             build_fn=_Build(layout),
             merge_fn=_Merge(layout.halves),
-            replica_id=(0, etp_copy, group_rank(groups.edp)),
+            replica_id=(0, etp_copy, _holder(groups)),
         )
     return state
+
+
+def _holder(groups: ExpertGroups) -> int:
+    """Return this rank's place among those that hold the same experts; the first one saves them."""
+    return group_rank(groups.edp) * group_size(groups.copies) + group_rank(groups.copies)
 
 
 def _extra_states(layout: _Layout, prefix: str, name: str) -> dict[str, ShardedObject]:
@@ -114,7 +119,7 @@ def _extra_states(layout: _Layout, prefix: str, name: str) -> dict[str, ShardedO
             offsets.append((len(offsets), expert, layout.num_experts))
         key = f"{prefix}experts.{expert}.{name}" if layout.singleton else f"{prefix}experts.{name}"
         state[f"{prefix}{name}.{expert}"] = make_sharded_object_for_checkpoint(
-            None, key, offsets, replica_id=(0, groups.etp_rank, group_rank(groups.edp))
+            None, key, offsets, replica_id=(0, groups.etp_rank, _holder(groups))
         )
     return state
 

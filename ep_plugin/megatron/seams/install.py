@@ -19,6 +19,7 @@ from ep_plugin.megatron.seams import (
     audit_save,
     chained,
     check_save,
+    copies,
     expert_bias,
     failed_save,
     served,
@@ -126,6 +127,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
     upcycling_by_hand.changes(patches)
     release.muon.changes(patches)
     expert_bias.changes(patches)
+    copies.changes(patches)
     patches.wrap(
         f"{SCHEDULES}:forward_step_calc_loss",
         layer_class.strength.around_loss,
@@ -202,6 +204,7 @@ def _with_our_checks(
         check_typed,
         idle,
         settings_from_args,
+        spread,
         take_typed,
     )
     from ep_plugin.megatron.arguments.in_flags import refusal
@@ -241,9 +244,10 @@ def _with_our_checks(
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
             _say_idle(idle(args, typed))
-            warning = unbalanced(args, layer_class.settings)
-            if warning is not None:
-                _print(warning)
+            settings = layer_class.settings
+            for line in (spread(args, settings), unbalanced(args, settings)):
+                if line is not None:
+                    _print(line)
     except ConfigError as error:
         refuse(refusal(error, typed))
     return validated

@@ -82,6 +82,10 @@ COMMON = (
         "megatron.core.inference.contexts:StaticInferenceContext.__init__",
         ("max_batch_size", "max_sequence_length"),
     ),
+    Touchpoint(
+        "megatron.core.distributed.distributed_data_parallel:"
+        "DistributedDataParallel.finish_grad_sync"
+    ),
     # arguments
     Touchpoint(f"{ARGUMENTS}:add_megatron_arguments", ("parser",)),
     Touchpoint(f"{ARGUMENTS}:validate_args", ("args", "defaults")),
