@@ -15,10 +15,20 @@ COMMON = """
 --no-persist-layer-norm --no-rope-fusion --manual-gc
 """
 POINTS = 20  # evaluations of a curve
-GATE = "--moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32"
+GATE = "--moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32 {router}"
 TOP1 = f"--moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size {{ffn}} {GATE}"
 TOP2 = f"--moe-router-topk 2 --moe-ffn-hidden-size {{ffn}} {GATE}"
 HALF = f"--moe-ffn-hidden-size {{half}} {GATE}"
+SCALE = "--moe-router-topk-scaling-factor"
+
+
+def top1(experts: int) -> str:
+    """Return the flags of top-1 of so many experts, gates times their number: 1 at the start.
+
+    A probability alone is 1 / E at the start, and the block almost silent: 8 experts end 0.16 nats
+    higher at the CPU size.
+    """
+    return f"--num-experts {experts} {SCALE} {experts} {TOP1}"
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Size:
     lr: float
     heldout: str  # part of the corpus
     on_gpu: bool
+    router: str = ""  # flags of every router at this size, after the variants' common ones
 
     @property
     def half(self) -> int:
@@ -46,15 +57,20 @@ class Size:
         """How many iterations a part of the tokens takes."""
         return max(POINTS, round(self.tokens * share / self.batch / self.sequence))
 
+    @property
+    def corpus(self) -> str:
+        """The folder of data/ that it reads, unless said."""
+        return "evidence-large" if self.on_gpu else "evidence"
+
     def evaluated(self, data: Path) -> int:
         """Return how many batches the held-out part fills; Megatron would count its samples."""
         tokens = json.loads((data / "manifest.json").read_text())[self.heldout]["tokens"]
         return max(1, tokens // self.sequence // self.batch)
 
-    def flags(self, share: float, seed: int, data: Path) -> list[str]:
-        """Return Megatron's flags for a run over `share` of the tokens."""
-        steps = self.iterations(share)
-        every = str(max(1, steps // POINTS))
+    def flags(self, variant: "Variant", seed: int, data: Path) -> list[str]:
+        """Return Megatron's flags for a run of the variant, without its own."""
+        steps = variant.iterations(self)
+        every = "1" if variant.steps else str(max(1, steps // POINTS))
         flags = {
             "num-layers": self.layers,
             "hidden-size": self.hidden,
@@ -71,7 +87,7 @@ class Size:
             "log-interval": every,
             "tensorboard-log-interval": every,
             "eval-interval": every,
-            "eval-iters": self.evaluated(data),
+            "eval-iters": 0 if variant.steps else self.evaluated(data),
             "seed": seed,
             "tokenizer-model": data / "tokenizer.model",
             "train-data-path": data / "train",
@@ -82,8 +98,8 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size("cpu", 4, 64, 192, 4, 128, 32, 500_000, 4e-3, "heldout_small", False),
-    "gpu": Size("gpu", 6, 384, 1024, 6, 512, 32, 60_000_000, 1e-3, "heldout", True),
+    "cpu": Size("cpu", 4, 64, 192, 4, 128, 8, 500_000, 4e-3, "heldout_small", False),
+    "gpu": Size("gpu", 6, 384, 1024, 6, 512, 32, 100_000_000, 1e-3, "heldout", True),
 }
 
 
@@ -103,16 +119,41 @@ class Variant:
     share: float = 1.0  # of the size's tokens
     grown_from: str = ""  # the variant whose checkpoint it starts from
     convert: str = ""  # flags of ep-plugin convert, on the way
+    teacher: str = ""  # the variant whose checkpoint teaches it
     keep: bool = False  # its checkpoint, for others to start from
+    steps: int = 0  # so many, each logged, without evaluation: for times
+
+    @property
+    def needs(self) -> set[str]:
+        """The variants that must have run before."""
+        return {self.grown_from, self.teacher} - {""}
+
+    def iterations(self, size: Size) -> int:
+        """How many iterations it runs."""
+        return self.steps or size.iterations(self.share)
+
+    def formatted(self, text: str, size: Size) -> list[str]:
+        """Return the words of a text that has numbers of the size in braces."""
+        return shlex.split(
+            text.format(
+                ffn=size.ffn,
+                half=size.half,
+                layers=size.layers // 2,
+                depth=size.layers,
+                fewer=size.layers - 1,
+                kept=f"0-{size.layers - 3},{size.layers - 1}",
+                router=size.router,
+            )
+        )
 
     def extra(self, size: Size) -> list[str]:
         """Return its own flags at a size."""
-        return shlex.split(
-            self.flags.format(
-                ffn=size.ffn, half=size.half, layers=size.layers // 2, depth=size.layers
-            )
-        )
+        return self.formatted(self.flags, size)
 
     def described(self, size: Size) -> dict[str, object]:
         """Return what a result must agree in to be this variant's at this size."""
         return {**asdict(self), "flags": " ".join(self.extra(size)), "size": asdict(size)}
+
+
+DENSE = Variant("dense")
+E8 = Variant("top1-e8", top1(8), keep=True)

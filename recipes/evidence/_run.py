@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from ep_plugin.commands.report.events import read_events
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = re.compile(r"number of parameters.*: (\d+)")
 LAYER = re.compile(r"ep/(max_over_mean|dropped_fraction|router_entropy)/layer_\d+")
+TO_SAVE = 45.0  # seconds before the deadline in which runs save their state
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton")
 
 
@@ -36,48 +38,76 @@ class RunError(Exception):
     """A run ended with another code than 0; its log says why."""
 
 
+class CutError(Exception):
+    """A run was cut at the deadline; where it saved a checkpoint it goes on from there."""
+
+
 def run(variant: Variant, seed: int, size: Size, place: Place, deadline: float) -> dict[str, Any]:
-    """Train it and return its result; raises RunError, and TimeoutExpired at the deadline."""
+    """Train it, from its last checkpoint where it was cut, and return its result.
+
+    Raises RunError, and CutError at the deadline.
+    """
     folder = place.runs / f"{variant.name}-seed{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    latest = folder / "checkpoint" / "latest_checkpointed_iteration.txt"
+    resumed = (folder / "cut").is_file() and latest.is_file()
+    if not resumed:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    command = [*size.flags(variant.share, seed, place.data), *variant.extra(size)]
+    steps = variant.iterations(size)
+    command = [*size.flags(variant, seed, place.data), *variant.extra(size)]
     command += ["--tensorboard-dir", str(folder / "tensorboard")]
     command += ["--data-cache-path", str(folder / "cache")]
-    if variant.keep:
-        command += ["--save", str(folder / "checkpoint"), "--no-save-optim"]
-        command += ["--save-interval", str(size.iterations(variant.share))]
-    if variant.grown_from:
-        source = place.runs / f"{variant.grown_from}-seed{seed}" / "checkpoint"
-        if variant.convert:
-            source = _converted(source, variant, folder, size, deadline)
-        command += ["--load", str(source), "--finetune", "--no-load-optim", "--no-load-rng"]
+    if not variant.steps:
+        command += ["--save", str(folder / "checkpoint"), "--save-interval", str(steps)]
+        command += ["--exit-signal-handler"]
+    if resumed:
+        command += ["--load", str(folder / "checkpoint")]
+    elif variant.grown_from:
+        command += ["--load", str(_source(variant, seed, folder, size, place, deadline))]
+        command += ["--finetune", "--no-load-optim", "--no-load-rng"]
+    if variant.teacher:
+        command += ["--ep-teacher", str(_checkpoint(variant.teacher, seed, place))]
     script = ["-m", "ep_plugin.run", str(ROOT / "recipes" / "pretrain_gpt.py")]
-    _call([*script, *command], folder / "log.txt", size, deadline)
+    (folder / "cut").touch()  # until it has ended
+    _call([*script, *command], folder / f"log{'-resumed' * resumed}.txt", size, deadline)
+    if not variant.steps and latest.read_text().strip() != str(steps):
+        raise CutError(f"cut at --minutes after {latest.read_text().strip()} of {steps} iterations")
+    (folder / "cut").unlink()
     result = _result(variant, seed, size, folder, place)
     result["wall_seconds"] = round(time.monotonic() - started, 1)
     if not variant.keep:
-        shutil.rmtree(folder / "converted", ignore_errors=True)
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    shutil.rmtree(folder / "converted", ignore_errors=True)
     (folder / "result.json").write_text(json.dumps(result) + "\n")
     return result
 
 
-def _converted(source: Path, variant: Variant, folder: Path, size: Size, deadline: float) -> Path:
+def _checkpoint(name: str, seed: int, place: Place) -> Path:
+    return place.runs / f"{name}-seed{seed}" / "checkpoint"
+
+
+def _source(
+    variant: Variant, seed: int, folder: Path, size: Size, place: Place, deadline: float
+) -> Path:
+    """Return the checkpoint to start from, converted where the variant says how."""
+    source = _checkpoint(variant.grown_from, seed, place)
+    if not variant.convert:
+        return source
     target = folder / "converted"
-    words = [
-        "--from",
-        str(source),
-        "--to",
-        str(target),
-        "--drop-optimizer",
-        *variant.convert.split(),
-    ]
-    _call(["-m", "ep_plugin.cli", "convert", *words], folder / "convert.txt", size, deadline)
+    flags = variant.formatted(variant.convert, size)
+    if "--keep-layers" not in flags:  # which leaves the optimizer out anyway
+        flags.append("--drop-optimizer")
+    words = ["convert", "--from", str(source), "--to", str(target), *flags]
+    _call(["-m", "ep_plugin.cli", *words], folder / "convert.txt", size, deadline)
     return target
 
 
 def _call(words: list[str], log: Path, size: Size, deadline: float) -> None:
+    """Run Python with these words; raises RunError, and CutError past the deadline.
+
+    It is asked to end before the deadline, so that a training run saves its state and ends with 0.
+    """
     threads = "1" if not size.on_gpu else "2"
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join(
@@ -85,30 +115,42 @@ def _call(words: list[str], log: Path, size: Size, deadline: float) -> None:
     )
     if not size.on_gpu:
         environment["EP_PLUGIN_DEVICE"] = "cpu"
-    left = None if deadline == float("inf") else max(1.0, deadline - time.monotonic())
-    with log.open("w") as out:
-        done = subprocess.run(
-            [sys.executable, *words],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            timeout=left,
-            check=False,
-        )
-    if done.returncode:
+    left = None if deadline == float("inf") else max(2.0, deadline - time.monotonic())
+    saving = min(TO_SAVE, left / 3) if left else 0
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            [sys.executable, *words], stdout=out, stderr=subprocess.STDOUT, env=environment
+        ) as process,
+    ):
+        try:
+            code = process.wait(left and left - saving)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                code = process.wait(saving)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise CutError("cut at --minutes, and did not end in time") from None
+            if code == -signal.SIGTERM:
+                raise CutError("cut at --minutes before its first iteration") from None
+        except BaseException:
+            process.kill()
+            raise
+    if code:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
-        raise RunError(f"exit code {done.returncode}, {log}: {' / '.join(last)[-500:]}")
+        raise RunError(f"exit code {code}, {log}: {' / '.join(last)[-500:]}")
 
 
 def _result(variant: Variant, seed: int, size: Size, folder: Path, place: Place) -> dict[str, Any]:
     """Return what is kept of a finished run, from its TensorBoard folder and its log."""
     scalars = read_events(folder / "tensorboard")
     per_step = size.batch * size.sequence
-    steps = size.iterations(variant.share)
+    steps = variant.iterations(size)
     corpus = json.loads((place.data / "manifest.json").read_text())
 
     def curve(tag: str) -> list[list[float]]:
-        return [[i * per_step, round(v, 5)] for i, v in sorted(scalars[tag].items())]
+        return [[i * per_step, round(v, 5)] for i, v in sorted(scalars.get(tag, {}).items())]
 
     times = sorted(scalars["iteration-time"].items())[1:] or sorted(
         scalars["iteration-time"].items()
@@ -116,7 +158,7 @@ def _result(variant: Variant, seed: int, size: Size, folder: Path, place: Place)
     return {
         **variant.described(size),
         "seed": seed,
-        "parameters": int(PARAMETERS.findall((folder / "log.txt").read_text())[0]),
+        "parameters": int(PARAMETERS.findall((folder / "log.txt").read_text(errors="replace"))[0]),
         "tokens": steps * per_step,
         "epochs": round(steps * per_step / corpus["train"]["tokens"], 3),
         "heldout": curve("lm loss validation"),

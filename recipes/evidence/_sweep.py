@@ -8,7 +8,6 @@ recipes/evidence/corpus.py makes with recipes/prepare_data.py.
 import argparse
 import fcntl
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from _model import SIZES, Size, Variant, shrunk
-from _run import ROOT, Place, RunError, run
+from _run import ROOT, CutError, Place, RunError, run
 from _show import draw_losses, figure, losses_table, save
 
 from ep_plugin.errors import ConfigError
@@ -31,6 +30,7 @@ EXAMPLES = """examples:
   python recipes/evidence/{script} --size gpu --shrink                the same, tiny, on the CPU
   python recipes/evidence/{script} --size gpu --show                  table and plot of what is kept
 """
+SHORTEST = 15.0  # seconds that must be left for a run to start
 Results = dict[str, dict[str, Any]]  # NAME-seedS -> result
 
 
@@ -85,7 +85,7 @@ def _parser(claims: tuple[Claim, ...], script: str) -> argparse.ArgumentParser:
     parser.add_argument("--show", action="store_true", help="run nothing: table and plot")
     parser.add_argument("--minutes", type=float, help="end before; the same command goes on")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; above 1 no times (1)")
-    parser.add_argument("--data", type=Path, default=ROOT / "data/evidence", help="the corpus")
+    parser.add_argument("--data", type=Path, help="the corpus (data/evidence, GPU: -large)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/evidence", help="logs")
     parser.add_argument("--results", type=Path, help="benchmarks/results/evidence_SIZE.json")
     parser.add_argument("--plots", type=Path, help="folder (benchmarks/evidence)")
@@ -98,6 +98,7 @@ def _main(claims: tuple[Claim, ...], args: argparse.Namespace) -> int:
     file = args.results or kept / f"evidence_{size.name.replace('-', '_')}.json"
     plots = args.plots or (kept if args.shrink else ROOT / "benchmarks" / "evidence")
     variants = _chosen(claims, args.only)
+    args.data = args.data or ROOT / "data" / size.corpus
     results = read(file)
     todo = left(variants, args.seeds, size, results, args.runs / size.name)
     if args.list:
@@ -120,8 +121,10 @@ def _chosen(claims: tuple[Claim, ...], only: list[str] | None) -> list[Variant]:
     unknown = [name for name in only or [] if name not in found]
     if unknown:
         raise ConfigError(f"--only must be of {' '.join(found)}; got {unknown[0]}")
-    parents = {found[name].grown_from for name in only or []}
-    return [v for v in found.values() if not only or v.name in only or v.name in parents]
+    wanted = set(only or found)
+    for _ in range(2):  # a student's source has its own
+        wanted |= {need for name in wanted for need in found[name].needs}
+    return [variant for variant in found.values() if variant.name in wanted]
 
 
 def _check(size: Size, args: argparse.Namespace) -> None:
@@ -155,7 +158,7 @@ def left(
     """
     todo = []
     for seed in seeds:
-        for variant in sorted(variants, key=lambda v: bool(v.grown_from)):
+        for variant in sorted(variants, key=lambda v: bool(v.needs)):
             before = results.get(f"{variant.name}-seed{seed}")
             described = json.loads(json.dumps(variant.described(size)))
             if before is None:
@@ -165,7 +168,7 @@ def left(
                     f"{variant.name} is kept with other settings than it has now; take its entry "
                     "out of the results, or use --results ANOTHER_FILE"
                 )
-        waiting = {v.grown_from for v, s in todo if s == seed}
+        waiting = {need for v, s in todo if s == seed for need in v.needs}
         missing = [
             (v, seed)
             for v in variants
@@ -183,28 +186,23 @@ def sweep(
     """Run what is to be run, keep each result as soon as it is there, and return what is left."""
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     running: dict[str, Future[bool]] = {}
-    longest = [0.0]
 
     def one(variant: Variant, seed: int) -> bool:
-        parent = running.get(f"{variant.grown_from}-seed{seed}")
-        if parent is not None and not parent.result():
+        before = [running.get(f"{need}-seed{seed}") for need in variant.needs]
+        if not all(parent is None or parent.result() for parent in before):
             return False
         key = f"{variant.name}-seed{seed}"
-        if time.monotonic() + longest[0] > deadline:
+        if time.monotonic() + SHORTEST > deadline:
             return False
         try:
             result = run(variant, seed, size, place, deadline)
-        except (RunError, subprocess.TimeoutExpired) as error:
-            said = "cut at --minutes" if isinstance(error, subprocess.TimeoutExpired) else error
-            print(f"{key}: {said}", flush=True)
+        except (RunError, CutError) as error:
+            print(f"{key}: {error}", flush=True)
             return False
-        longest[0] = max(longest[0], result["wall_seconds"] / 1.2)
         keep(file, key, result)
-        print(
-            f"{key}: held-out loss {result['heldout'][-1][1]:.4f}, "
-            f"{1000 * result['step_seconds']:.1f} ms a step, {result['wall_seconds']:.0f} s in all",
-            flush=True,
-        )
+        loss = f"held-out loss {result['heldout'][-1][1]:.4f}, " if result["heldout"] else ""
+        step = f"{1000 * result['step_seconds']:.1f} ms a step"
+        print(f"{key}: {loss}{step}, {result['wall_seconds']:.0f} s in all", flush=True)
         return True
 
     with ThreadPoolExecutor(max_workers=place.jobs) as pool:

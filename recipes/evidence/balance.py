@@ -5,17 +5,20 @@ All scripts share recipes/evidence/_sweep.py.
 
 import sys
 
-from _model import TOP1, Variant
+from _model import E8, SCALE, TOP1, Variant, top1
 from _sweep import main, of_losses
 
-SIGMOID = TOP1.replace("--moe-router-pre-softmax", "--moe-router-score-function sigmoid")
+SIGMOID = (  # a gate is a half at the start
+    f"--num-experts 8 {SCALE} 2 "
+    + TOP1.replace("--moe-router-pre-softmax", "--moe-router-score-function sigmoid")
+)
 NONE = "--moe-aux-loss-coeff 0"
 VARIANTS = (
-    Variant("sigmoid-loss", f"--num-experts 8 {SIGMOID}"),
-    Variant("sigmoid-bias", f"--num-experts 8 {SIGMOID} {NONE} --moe-router-enable-expert-bias"),
-    Variant("sigmoid-none", f"--num-experts 8 {SIGMOID} {NONE}"),
-    Variant("top1-e8", f"--num-experts 8 {TOP1}"),
-    Variant("softmax-none", f"--num-experts 8 {TOP1} {NONE}"),
+    Variant("sigmoid-loss", SIGMOID),
+    Variant("sigmoid-bias", f"{SIGMOID} {NONE} --moe-router-enable-expert-bias"),
+    Variant("sigmoid-none", f"{SIGMOID} {NONE}"),
+    E8,
+    Variant("softmax-none", f"{top1(8)} {NONE}"),
 )
 LABELS = {
     "sigmoid-loss": "sigmoid, loss 0.01",

@@ -5,14 +5,14 @@ All scripts share recipes/evidence/_sweep.py.
 
 import sys
 
-from _model import TOP1, Variant
+from _model import E8, Variant, top1
 from _sweep import main, of_losses
 
 FACTORS = (2.0, 1.25, 1.0, 0.75)
 DROP = "--ep-drop-policy position --ep-capacity-factor"
 VARIANTS = (
-    Variant("top1-e8", f"--num-experts 8 {TOP1}"),
-    *(Variant(f"capacity-{f}", f"--num-experts 8 {TOP1} {DROP} {f}") for f in FACTORS),
+    E8,
+    *(Variant(f"capacity-{f}", f"{top1(8)} {DROP} {f}") for f in FACTORS),
 )
 LABELS = {"top1-e8": "no capacity", **{f"capacity-{f}": f"factor {f}" for f in FACTORS}}
 CLAIM = of_losses("c", "capacity", __doc__.splitlines()[0][4:], VARIANTS, LABELS)

@@ -6,7 +6,7 @@ All scripts share recipes/evidence/_sweep.py.
 import sys
 from pathlib import Path
 
-from _model import TOP1, Variant
+from _model import DENSE, E8, Variant, top1
 from _show import (
     columns,
     draw_losses,
@@ -25,8 +25,8 @@ from _sweep import Claim, Results, main
 EXPERTS = (1, 2, 4, 8, 16, 32, 64)
 LABELS = {"dense": "dense", **{f"top1-e{e}": f"{e} experts" for e in EXPERTS[1:]}}
 VARIANTS = (
-    Variant("dense"),
-    *(Variant(f"top1-e{e}", f"--num-experts {e} {TOP1}") for e in EXPERTS[1:]),
+    DENSE,
+    *(E8 if e == 8 else Variant(f"top1-e{e}", top1(e)) for e in EXPERTS[1:]),
 )
 
 

@@ -5,14 +5,13 @@ All scripts share recipes/evidence/_sweep.py.
 
 import sys
 
-from _model import HALF, TOP1, Variant
+from _model import DENSE, E8, HALF, SCALE, Variant
 from _sweep import main, of_losses
 
-E8 = Variant("top1-e8", f"--num-experts 8 {TOP1}")
-ONE_OF_16 = f"--num-experts 16 --moe-router-topk 1 --moe-router-pre-softmax {HALF}"
+ONE_OF_16 = f"--num-experts 16 --moe-router-topk 1 --moe-router-pre-softmax {SCALE} 16 {HALF}"
 RESIDUAL = "--moe-shared-expert-intermediate-size {half} --ep-shared-expert learned"
 VARIANTS = (
-    Variant("dense"),
+    DENSE,
     E8,
     Variant("top2-half-e16", f"--num-experts 16 --moe-router-topk 2 {HALF}"),
     Variant("residual-half-e16", f"{ONE_OF_16} {RESIDUAL}"),

@@ -5,7 +5,6 @@ The claims are those of recipes/evidence/several.py.
 
 import sys
 
-from _model import SIZES
 from _run import ROOT
 from _sweep import Claim, Results, read
 from several import MODULES
@@ -16,20 +15,28 @@ Whether more experts pay, on real runs. This page is printed from the results th
 `python recipes/evidence/page.py > docs/evidence.md`. How to make them again is in
 [recipes/evidence](../recipes/evidence/README.md).
 
-The text is Python's standard library and the installed packages: sources, documentation, licences;
-each content once. Held-out files are others than those trained on, but sources resemble each other.
+The text of the CPU size is Python's standard library and the installed packages: sources,
+documentation, licences; each content once. The GPU size has a larger one: books, laws,
+documentation and sources of [twenty repositories](../recipes/evidence/README.md#the-larger-text).
+Held-out files are others than those trained on, but files of one source resemble each other.
 A loss is that of the held-out files at the end of the run, in nats per token, with its standard
 error where several seeds ran. One seed cannot show a difference of half a percent or less.
 """
+
+KEPT = {
+    "cpu": "CPU size",
+    "gpu": "GPU size",
+    "gpu_small_text": "GPU size, an earlier and smaller text, gates not scaled",
+}
 
 
 def page() -> str:
     """Return the page: a section for each claim, a table for each size that has results."""
     parts = [HEAD]
-    kept = {name: read(ROOT / "benchmarks" / "results" / f"evidence_{name}.json") for name in SIZES}
+    kept = {name: read(ROOT / "benchmarks" / "results" / f"evidence_{name}.json") for name in KEPT}
     for claim in (module.CLAIM for module in MODULES):
         parts.append(f"## ({claim.letter}) {claim.says}\n")
-        tables = [text for name in SIZES if (text := _table(claim, kept[name], name))]
+        tables = [text for name in KEPT if (text := _table(claim, kept[name], name))]
         parts += tables or ["Not run yet.\n"]
     return "\n".join(parts)
 
@@ -47,7 +54,7 @@ def _table(claim: Claim, results: Results, size: str) -> str:
     drawn = f"![{claim.name}](../benchmarks/evidence/{picture})\n" if shown.is_file() else ""
     corpus, epochs = first["corpus"], max(value["epochs"] for value in own.values())
     return (
-        f"{size.upper()} size: {first['hardware']}, {versions}, {' to '.join(dates)}; "
+        f"{KEPT[size]}: {first['hardware']}, {versions}, {' to '.join(dates)}; "
         f"{corpus['distinct_tokens']:,} distinct tokens (SHA-256 {corpus['sha256'][:12]}), at most "
         f"{epochs:.2f} epochs, {corpus['heldout_tokens']:,} held out.\n\n"
         f"{claim.table(own)}\n{drawn}"

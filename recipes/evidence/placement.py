@@ -5,15 +5,16 @@ All scripts share recipes/evidence/_sweep.py.
 
 import sys
 
-from _model import TOP1, Variant
+from _model import E8, SCALE, TOP1, Variant
 from _sweep import main, of_losses
 
 FEW_MANY = "--moe-layer-freq [1]*{depth} --ep-experts-per-layer 4*{layers},12*{layers}"
 MANY_FEW = "--moe-layer-freq [1]*{depth} --ep-experts-per-layer 12*{layers},4*{layers}"
+TWELVE = f"--num-experts 12 {SCALE} 8 {TOP1}"
 VARIANTS = (
-    Variant("top1-e8", f"--num-experts 8 {TOP1}"),
-    Variant("late", f"--num-experts 12 {TOP1} {FEW_MANY}"),
-    Variant("early", f"--num-experts 12 {TOP1} {MANY_FEW}"),
+    E8,
+    Variant("late", f"{TWELVE} {FEW_MANY}"),
+    Variant("early", f"{TWELVE} {MANY_FEW}"),
 )
 LABELS = {"top1-e8": "8 in each layer", "late": "4, then 12", "early": "12, then 4"}
 CLAIM = of_losses("i", "placement", __doc__.splitlines()[0][4:], VARIANTS, LABELS)

@@ -5,13 +5,13 @@ All scripts share recipes/evidence/_sweep.py.
 
 import sys
 
-from _model import TOP1, Variant
+from _model import Variant, top1
 from _sweep import main, of_losses
 
-MODEL = TOP1.replace("--moe-router-dtype fp32", "--ep-router-dtype model")
+MODEL = top1(8).replace("--moe-router-dtype fp32", "--ep-router-dtype model")
 VARIANTS = (
-    Variant("router-fp32", f"--bf16 --num-experts 8 {TOP1}"),
-    Variant("router-bf16", f"--bf16 --num-experts 8 {MODEL}"),
+    Variant("router-fp32", f"--bf16 {top1(8)}"),
+    Variant("router-bf16", f"--bf16 {MODEL}"),
 )
 LABELS = {"router-fp32": "router in fp32", "router-bf16": "router in bf16"}
 CLAIM = of_losses("f", "router_dtype", __doc__.splitlines()[0][4:], VARIANTS, LABELS)

@@ -97,3 +97,42 @@ def test_a_gpu_is_asked_for_before_anything_runs(
     sweep, experts = evidence("_sweep"), evidence("experts")
     assert sweep.main([experts.CLAIM], "experts.py", ["--size", "gpu", "--only", "dense"]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_text_of_ones_own_in_equal_shares(
+    evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = evidence("corpus")
+    for name, files, words in (("books", 40, 400), ("laws", 40, 400), ("few", 4, 100)):
+        (tmp_path / name / "below").mkdir(parents=True)
+        for place in range(files):
+            text = " ".join(f"{name}{place}x{word}" for word in range(words))
+            (tmp_path / name / "below" / f"{place}.md").write_text(text)
+    (tmp_path / "laws" / "again.md").write_bytes(
+        (tmp_path / "books" / "below" / "1.md").read_bytes()
+    )
+    monkeypatch.setattr(corpus, "HELD_OUT", {"heldout": 3000, "heldout_small": 900})
+    folders = [tmp_path / name for name in ("books", "laws", "few")]
+    sizes = {**corpus.HELD_OUT, "train": 60_000}
+    parts, sources = corpus.shared(folders, sizes)
+    held = {name: sum(len(t) for t in parts["heldout"] if t.startswith(name)) for name in sources}
+    assert held["books"] == held["laws"] == 1000
+    assert sum(len(text) for text in parts["heldout"]) == 3000, "files of few are shorter: two"
+    firsts = {text.split()[0] for text in parts["heldout"] + parts["heldout_small"]}
+    assert not firsts & {text.split()[0] for text in parts["train"]}
+    trained = {name: said["bytes"] for name, said in sources.items()}
+    few = sum(path.stat().st_size for path in (tmp_path / "few" / "below").iterdir())
+    assert trained["few"] < few, "what it has is less than a share: all but the held-out files"
+    assert sum(trained.values()) == sum(len(text.encode()) for text in parts["train"])
+    assert abs(trained["books"] - trained["laws"]) < 2 * 400 * len("books39x399 ")
+    assert 60_000 <= sum(trained.values()) < 60_000 + 3 * 400 * len("books39x399 ")
+    contents = [text for part in parts.values() for text in part]
+    assert len(set(contents)) == len(contents)
+    with pytest.raises(ConfigError, match="use --megabytes 0"):
+        corpus.shared(folders, sizes | {"train": 10_000_000})
+    with pytest.raises(ConfigError, match="stands there twice"):
+        corpus.shared([folders[0], folders[0]], sizes)
+
+
+def test_shares_are_equal_but_for_those_that_have_less(evidence: Any) -> None:
+    assert evidence("corpus").shares({"a": 100, "b": 3, "c": 20}, 60) == {"a": 37, "b": 3, "c": 20}
