@@ -33,6 +33,7 @@ SLOW = (
     "test_flags_together",
     "test_found",
     "test_generate",
+    "test_generate_tokenizers",
     "test_hostile_lines",
     "test_inside",
     "test_kernels_experts",

@@ -44,6 +44,8 @@ _COUNTS = [
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "ep_group_score_topk",
+    "vocab_size",
+    "tiktoken_num_special_tokens",
 ]
 _FLAGS = [
     "swiglu",
@@ -87,6 +89,7 @@ _WORDS = [
     "ep_aux_loss_layers",
     "tokenizer_model",
     "tokenizer_type",
+    "tiktoken_pattern",
 ]
 _LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff")
 _OF_THEIR_OWN = ["moe_layer_freq", "ep_experts_per_layer", "params_dtype", "window_size", *_LOSSES]

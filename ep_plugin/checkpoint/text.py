@@ -2,21 +2,38 @@
 
 a SentencePiece model     a file
 a Hugging Face tokenizer  a folder, or a name, which alone may be looked up in the network
+GPT-2's byte pairs        vocab.json and merges.txt (`byte_pairs.py`)
+a vocabulary of tiktoken  a file .json, which Megatron itself reads (megatron/workers/tokenizer.py)
 numbers                   token ids, separated by spaces; also Megatron's NullTokenizer
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from ep_plugin.checkpoint import byte_pairs
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.untrusted import cut, shown
 
 GIVE = "give --tokenizer, a SentencePiece model or a Hugging Face folder, or numbers for token ids"
-NUMBERS = "numbers"
+NUMBERS: Literal["numbers"] = "numbers"
+# As releases call the run argument.
+SPECIAL = ("special_tokens", "tokenizer_special_tokens", "tiktoken_special_tokens")
+MOST_TOKENS = 1 << 20  # of a vocabulary
+Kind = Literal["numbers", "gpt2", "tiktoken", "file or name"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tokenizer is, and what else it is made of. Of plain values, as JSON has them."""
+
+    kind: Kind
+    path: str = ""
+    merges: str = ""  # of gpt2
+    options: dict[str, Any] = field(default_factory=dict)  # of tiktoken: how many tokens, say
 
 
 class Tokenizer(Protocol):
@@ -34,34 +51,91 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-def choose(typed: str | None, args: argparse.Namespace, folder: Path) -> str:
-    """Return where a model's tokenizer is: a path, a name that was typed, or NUMBERS.
+def choose(typed: str | None, args: argparse.Namespace, folder: Path) -> Place:
+    """Return where a model's tokenizer is.
 
     `folder` is what the user gave. What a checkpoint says counts only where it is on this machine.
     Raises ConfigError for none.
     """
-    if typed is not None:
-        return typed
-    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        return str(folder)
     kind = getattr(args, "tokenizer_type", None)
+    if typed is not None:
+        return _typed(typed, args)
+    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+        return Place("file or name", str(folder))
     if kind == "NullTokenizer":
-        return NUMBERS
-    said = getattr(args, "tokenizer_model", None)
-    if isinstance(said, str) and said and "\0" not in said and Path(said).exists():
-        return said
-    what = "names no tokenizer" if said is None else f"names the tokenizer {shown(said)}, not here"
-    raise ConfigError(f"{folder} {what}; {GIVE}")
+        return Place(NUMBERS)
+    if kind == "GPT2BPETokenizer":
+        vocab, merges = (_here(args, name) for name in ("vocab_file", "merge_file"))
+        if vocab and merges:
+            return Place("gpt2", vocab, merges)
+    elif said := _here(args, "tokenizer_model"):
+        return _tiktoken(said, args) if kind == "TikTokenizer" else Place("file or name", said)
+    names = ("vocab_file", "merge_file") if kind == "GPT2BPETokenizer" else ("tokenizer_model",)
+    files = [value for name in names if (value := getattr(args, name, None)) is not None]
+    what = f"names the tokenizer {' with '.join(map(shown, files))}, not here"
+    raise ConfigError(f"{folder} {what if files else 'names no tokenizer'}; {GIVE}")
 
 
-def load(where: str) -> Tokenizer:
-    """Return the tokenizer at `where`, as `choose` returns it; raises ConfigError for none."""
-    if where == NUMBERS:
+def _typed(typed: str, args: argparse.Namespace) -> Place:
+    path = Path(typed)
+    if typed == NUMBERS:
+        return Place(NUMBERS)
+    if not typed or "\0" in typed:
+        raise ConfigError(f"--tokenizer must name a tokenizer; got {shown(typed)}; {GIVE}")
+    if path.is_file() and path.suffix == ".json":
+        return _tiktoken(typed, args)
+    own = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    if vocab.is_file() and merges.is_file() and not any((path / name).is_file() for name in own):
+        return Place("gpt2", str(vocab), str(merges))
+    return Place("file or name", typed)
+
+
+def _here(args: argparse.Namespace, name: str) -> str | None:
+    """Return the path that a run argument names, None where nothing is there."""
+    said = getattr(args, name, None)
+    if not isinstance(said, str) or not said or "\0" in said:
+        return None
+    return said if Path(said).exists() else None
+
+
+def _tiktoken(path: str, args: argparse.Namespace) -> Place:
+    """Return the place of a vocabulary of tiktoken; the run arguments say what stands before it."""
+    options = {
+        "pattern": getattr(args, "tiktoken_pattern", None),
+        "vocab_size": getattr(args, "vocab_size", None),
+        "num_special_tokens": getattr(args, "tiktoken_num_special_tokens", None),
+        "special_tokens": next(
+            (found for name in SPECIAL if (found := getattr(args, name, None)) is not None), None
+        ),
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    fits = (
+        given.get("pattern", "v2") in ("v1", "v2")
+        and all(
+            type(given.get(name, 1)) is int and 0 < given.get(name, 1) <= MOST_TOKENS
+            for name in ("vocab_size", "num_special_tokens")
+        )
+        and type(given.get("special_tokens", [])) is list
+        and all(type(each) is str for each in given.get("special_tokens", []))
+    )
+    if not fits:
+        raise ConfigError(
+            f"the run arguments describe no tokenizer of tiktoken ({shown(given)}); {GIVE}"
+        )
+    return Place("tiktoken", path, options=given)
+
+
+def load(place: Place) -> Tokenizer:
+    """Return a tokenizer of any kind but tiktoken; raises ConfigError for none."""
+    if place.kind == "gpt2":
+        return byte_pairs.load(Path(place.path), Path(place.merges), GIVE)
+    if place.kind == NUMBERS:
         return Numbers()
-    path = Path(where)
+    path = Path(place.path)
     if path.is_file():
         return _sentence_piece(path)
-    return _hugging_face(where, local=path.is_dir())
+    return _hugging_face(place.path, local=path.is_dir())
 
 
 @dataclass(frozen=True)

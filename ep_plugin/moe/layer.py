@@ -61,6 +61,7 @@ class MoELayer(nn.Module):
         empty = _empty(device, dtype)
         check_memory(config, groups, empty.device, empty.dtype)
         config = settled(config, groups, empty.device)
+        _check_order(config, groups)
         self.config = config
         self.groups = groups
         self.router: Router = resolve("router", config.router)(config, groups, device, dtype)
@@ -258,6 +259,20 @@ def _coefficient(
             "none; use <shared_expert=sum>"
         )
     return nn.Linear(config.hidden_size, 2, device=device, dtype=dtype)
+
+
+def _check_order(config: MoEConfig, groups: ExpertGroups) -> None:
+    """Raise ConfigError where tokens would go to ranks that are counted in another order."""
+    served = config.dispatcher == "alltoall" and not config.dispatch_dedup
+    if groups.ep_fastest and groups.etp_size > 1 and not served:
+        way = f"<dispatcher> ({config.dispatcher})"
+        if config.dispatcher == "alltoall":
+            way = f"<dispatch_dedup> ({config.dispatch_dedup})"
+        raise ConfigError(
+            f"{way} counts the ranks that share an expert as neighbours, and here they lie "
+            f"{groups.ep_size} apart (ep_fastest); use <dispatcher=alltoall> with "
+            "<dispatch_dedup=False>"
+        )
 
 
 def settled(config: MoEConfig, groups: ExpertGroups, device: torch.device) -> MoEConfig:

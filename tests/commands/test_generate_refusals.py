@@ -1,6 +1,8 @@
 """`ep-plugin generate`: layouts, prompts and stop texts, without a rank."""
 
 import argparse
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 
 from ep_plugin.checkpoint.text import Numbers
 from ep_plugin.commands.generate.layout import layout_of
+from ep_plugin.commands.generate.start import Killed
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.workers.generate_run import ORDER
+from ep_plugin.megatron.workers.generate_ranks import ORDER
 from ep_plugin.megatron.workers.shown_text import Growing, Shown
 from ep_plugin.moe.groups import expert_grid
 from ep_plugin.moe.parallel import ParallelConfig
@@ -128,3 +131,26 @@ def test_numbers_are_the_only_words_of_a_model_without_tokenizer() -> None:
     for text in ("a", "-1", "1.5", "1" * 40):
         with pytest.raises(ConfigError, match="token ids such as"):
             Numbers().encode(text)
+
+
+def test_a_rank_that_a_signal_ended_is_nobody_s_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 is killed; rank 0 fails for want of it."""
+    (tmp_path / "dies.py").write_text(
+        "import os, pathlib, sys, time\n"
+        f"flag = pathlib.Path({str(tmp_path / 'flag')!r})\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    flag.touch()\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "while not flag.exists():\n"
+        "    time.sleep(0.01)\n"
+        "sys.exit('connection closed by peer')\n"
+    )
+    module = import_module("ep_plugin.commands.generate.start")
+    monkeypatch.setattr(module, "WORKER", "dies")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(Killed, match=r"rank 1 was ended by signal 9 \(SIGKILL\)") as caught:
+        module.start({}, 2, None, tmp_path)
+    assert caught.value.code == 137
+    assert not isinstance(caught.value, ConfigError)

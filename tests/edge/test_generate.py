@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from spawn import preload, run_ranks
+from torch import Tensor
 
 from ep_plugin.commands.generate.source import opened, reading
 from ep_plugin.megatron.cpu import mode as cpu_mode
@@ -45,9 +46,23 @@ def texts(model: Any, prompts: Sequence[Sequence[int]], sampling: dict[str, Any]
     return made
 
 
+def bf16_error(folder: Path, prompt: Tensor, wanted: Tensor) -> float:
+    """Return how far the logits behind `prompt` are in bf16 from those `wanted`, of their size."""
+    from ep_plugin.megatron.workers.generate_ranks import Layout
+    from ep_plugin.megatron.workers.generate_run import Cached, load_model
+
+    model = load_model(folder, Layout(), None, "bf16")
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    assert torch.bfloat16 in dtypes
+    with torch.no_grad():
+        found = Cached(model, 1, prompt.shape[1]).read(prompt)
+    return float((found.float() - wanted).norm() / wanted.norm())
+
+
 def alone(folders: dict[str, Path]) -> dict[str, Any]:
     """Return what each model makes on one rank, in several ways."""
-    from ep_plugin.megatron.workers.generate_run import Cached, Layout, groups, load_model
+    from ep_plugin.megatron.workers.generate_ranks import Layout, groups
+    from ep_plugin.megatron.workers.generate_run import Cached, load_model
 
     cpu_mode.enable()
     install()
@@ -68,6 +83,7 @@ def alone(folders: dict[str, Path]) -> dict[str, Any]:
                 "each": [texts(model, [prompt], GREEDY)[0] for prompt in PROMPTS],
                 "drawn": texts(model, PROMPTS, DRAWN),
                 "drawn again": texts(model, PROMPTS[::-1], DRAWN)[::-1],
+                "bf16": bf16_error(folder, prompt, whole),
                 "other seed": texts(model, PROMPTS, DRAWN | {"seed": 6}),
                 "cache": float((steps[-1] - whole).abs().max() / whole.abs().max()),
             }
@@ -76,7 +92,8 @@ def alone(folders: dict[str, Path]) -> dict[str, Any]:
 
 def spread(folder: Path, layouts: list[dict[str, int]]) -> list[tuple[Texts, list[Any]]]:
     """Return the greedy texts of each layout, and each group of this rank there."""
-    from ep_plugin.megatron.workers.generate_run import Layout, groups, load_model
+    from ep_plugin.megatron.workers.generate_ranks import Layout, groups
+    from ep_plugin.megatron.workers.generate_run import load_model
 
     cpu_mode.enable()
     install()
@@ -133,24 +150,27 @@ def test_one_rank_is_what_transformers_makes_with_and_without_cache(
     assert made["greedy"] == by_transformers(folders[case][0])
     assert made["each"] == made["greedy"]
     assert made["cache"] < 1e-5
+    assert 1e-5 < made["bf16"] < 0.03
     assert made["drawn"] == made["drawn again"]
     assert made["drawn"] not in (made["other seed"], made["greedy"])
 
 
 def test_every_layout_makes_the_same(folders: Any, one_rank: dict[str, Any]) -> None:
-    layouts = [
-        {"ep": 4},
-        {"ep": 2, "tp": 2},
-        {"tp": 4},
-        {"ep": 2, "etp": 2},
-        {"ep": 1, "etp": 4},
-        {"ep": 2, "etp": 2, "tp": 2},
-    ]
+    layouts = [{"ep": 4}, {"ep": 2, "tp": 2}, {"ep": 2, "etp": 2, "tp": 2}]
     ranks = run_ranks(4, spread, folders["qwen3_moe"][1], layouts)
     for number, degrees in enumerate(layouts):
         assert ranks[0][number][0] == one_rank["qwen3_moe"]["greedy"], degrees
-    sliced = [found[3][1] for found in ranks]  # each expert on ranks that lie ep apart
-    assert sliced == [[[0, 1], [0, 2]], [[0, 1], [1, 3]], [[2, 3], [0, 2]], [[2, 3], [1, 3]]]
+
+
+def test_eight_ranks_slice_four_experts_as_deepspeed_does(
+    folders: Any, one_rank: dict[str, Any]
+) -> None:
+    ranks = run_ranks(8, spread, folders["qwen3_moe"][1], [{"ep": 4, "etp": 2}])
+    made, _ = ranks[0][0]
+    assert made == one_rank["qwen3_moe"]["greedy"]
+    for number, (found,) in enumerate(ranks):
+        experts = [0, 1, 2, 3] if number < 4 else [4, 5, 6, 7]
+        assert found[1] == [experts, [number % 4, number % 4 + 4]]
 
 
 def test_the_command_starts_ranks_and_shows_lines(folders: Any, one_rank: dict[str, Any]) -> None:
@@ -168,3 +188,17 @@ def test_the_command_starts_ranks_and_shows_lines(folders: Any, one_rank: dict[s
     assert [line["prompt"] for line in lines] == words
     assert [line["tokens"] for line in lines] == one_rank["qwen3_moe"]["greedy"]
     assert {line["reason"] for line in lines} == {"length"}
+
+
+def test_torchrun_starts_ranks_of_its_own(folders: Any, one_rank: dict[str, Any]) -> None:
+    _, megatron = folders["mixtral"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ours = ["-m", "ep_plugin.cli", "generate", str(megatron), "--ep", "2", "--greedy"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *ours, "--num-tokens", str(NEW), "--tokenizer", "numbers",
+        "--prompt", " ".join(map(str, PROMPTS[0]))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    whole = [*PROMPTS[0], *one_rank["mixtral"]["greedy"][0]]
+    assert done.stdout == " ".join(map(str, whole)) + "\n"

@@ -80,10 +80,10 @@ STOREYS = {
     "presets": Storey(SETTINGS),
     # storey 2: files of ours and of others
     "checkpoint": Storey(
-        f"{SETTINGS} presets", "torch tqdm safetensors transformers sentencepiece"
+        f"{SETTINGS} presets", "torch tqdm safetensors transformers sentencepiece tokenizers"
     ),
     # storey 3: the only part that imports Megatron
-    "megatron": Storey("moe presets checkpoint", "torch megatron transformer_engine"),
+    "megatron": Storey("moe presets checkpoint", "torch megatron transformer_engine tiktoken"),
     # storey 4
     "commands": Storey(
         "moe presets checkpoint megatron",

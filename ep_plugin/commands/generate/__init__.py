@@ -7,13 +7,16 @@ each does is in `ep_plugin/megatron/workers/generate_run.py`.
 import argparse
 import sys
 import tempfile
+from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ep_plugin.checkpoint import text
 from ep_plugin.commands.generate.layout import layout_of
 from ep_plugin.commands.generate.source import opened, reading
-from ep_plugin.commands.generate.start import ranks_started, start
+from ep_plugin.commands.generate.start import Killed, ranks_started, start
 from ep_plugin.commands.law import Need
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import read_text, shown
@@ -39,6 +42,7 @@ NEEDS = (
         "{flag} is for drawing tokens, and --greedy draws none; use one of the two",
     ),
 )
+TOKENIZERS = "ep_plugin.megatron.workers.tokenizer"
 MOST_PROMPTS = 1024
 MOST_TOKENS = 1 << 20  # of a prompt, or new ones
 
@@ -74,18 +78,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ranks that share an expert (default: those that --ep has more than experts)",
     )  # fmt: skip
     parser.add_argument("--pp", type=int, default=1, metavar="N", help="1: stages are not served")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"),
+        help="of the weights (default: fp32; on a GPU bf16 where the checkpoint has it)",
+    )  # fmt: skip
     parser.add_argument("--router", metavar="NAME", help="your own router's module")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate. Returns 0; raises ConfigError for a user's mistake, before any rank is started."""
+    """Generate. Returns 0, or 128 + N where signal N ended a rank.
+
+    Raises ConfigError for a user's mistake, before any rank is started.
+    """
     _check_numbers(args)
+    _check_megatron()
     texts = _texts(args)
     found = opened(args.checkpoint, args.router)
     layout = layout_of(args, found.args)
     where = text.choose(args.tokenizer, found.args, args.checkpoint)
-    tokenizer = text.load(where)
+    tokenizer: text.Tokenizer = import_module(TOKENIZERS).load(where)
     prompts = [tokenizer.encode(each) for each in texts]
     size = min(found.vocab_size, tokenizer.size or found.vocab_size)
     _check_prompts(args, found.args, texts, prompts, size)
@@ -102,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
                 "seed": args.seed,
             },
             "router": args.router,
-            "tokenizer": where,
+            "dtype": args.dtype,
+            "tokenizer": asdict(where),
             "texts": texts,
             "prompts": prompts,
             "stop": args.stop,
@@ -110,9 +123,27 @@ def run(args: argparse.Namespace) -> int:
             "size": size,
             "json": args.json,
         }
-        with reading(found, Path(scratch), alone=ranks is None) as folder:
-            start(job | {"folder": str(folder)}, layout.world, ranks, Path(scratch))
+        try:
+            with reading(found, Path(scratch), alone=ranks is None) as folder:
+                start(job | {"folder": str(folder)}, layout.world, ranks, Path(scratch))
+        except Killed as error:
+            print(f"ep-plugin generate: error: {error}", file=sys.stderr)
+            return error.code
     return 0
+
+
+def _check_megatron() -> None:
+    """Raise ConfigError where Megatron has no model of run arguments, before work is done for it.
+
+    That it is one that the plugin knows is seen once it is imported.
+    """
+    core = import_module("ep_plugin.megatron.seams.found").spec_of_core()
+    if core is not None and find_spec("megatron.training") is None:
+        raise ConfigError(
+            "the model is built by megatron.training, which this Megatron lacks (a wheel of "
+            "megatron-core 0.16 does); run pip install 'megatron-core[training]>=0.17', or put a "
+            "Megatron-LM checkout into PYTHONPATH"
+        )
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

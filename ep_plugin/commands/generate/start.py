@@ -8,6 +8,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from ep_plugin.errors import ConfigError
@@ -19,6 +20,18 @@ TAIL = 30  # lines of a failed rank that are shown
 
 class Died(RuntimeError):
     """A rank ended without a sentence of ours."""
+
+
+class Killed(Exception):
+    """A signal ended a rank: nobody's mistake that is known. `code` is what a shell would say."""
+
+    def __init__(self, rank: int, signal: int) -> None:
+        named = {each.value: f" ({each.name})" for each in Signals}.get(signal, "")
+        super().__init__(
+            f"rank {rank} was ended by signal {signal}{named}; where memory ran out, use more "
+            "ranks (--ep, --tp) or --dtype bf16"
+        )
+        self.code = 128 + signal
 
 
 def ranks_started(wanted: int) -> int | None:
@@ -40,7 +53,8 @@ def ranks_started(wanted: int) -> int | None:
 def start(job: dict[str, Any], world: int, started: int | None, scratch: Path) -> None:
     """Do the job on `world` ranks; raises ConfigError for what a rank refuses.
 
-    One that a launcher has `started` does its part in this process.
+    One that a launcher has `started` does its part in this process. Raises Killed where a signal
+    ended a rank, and Died for any other end.
     """
     if started is not None:
         import_module(WORKER).do(job | {"store": None})
@@ -100,11 +114,9 @@ def _raise(failed: int, ranks: list[subprocess.Popen[bytes]], said: list[Path]) 
         found = ERROR.search(text)
         if found:
             raise ConfigError(found[1])
+    for rank, process in enumerate(ranks):  # a rank that was killed takes others with it
+        if (process.poll() or 0) < 0:
+            raise Killed(rank, -process.returncode)
     code = ranks[failed].returncode
-    if code < 0:
-        raise ConfigError(
-            f"rank {failed} was ended by signal {-code}; where memory ran out, use more ranks "
-            "(--ep, --tp)"
-        )
     print("\n".join(texts[failed].splitlines()[-TAIL:]), file=sys.stderr)
     raise Died(f"rank {failed} of {len(ranks)} ended with code {code}; its last lines are above")

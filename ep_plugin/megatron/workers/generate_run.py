@@ -10,99 +10,42 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import moe_module_specs as specs
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # it is no Exception
 
-from ep_plugin.checkpoint.text import Tokenizer, load
+from ep_plugin.checkpoint.text import Place
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.cpu import mode as cpu_mode
-from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.megatron.workers import saved_model
 from ep_plugin.megatron.workers.foreign import as_megatron_loads
+from ep_plugin.megatron.workers.generate_ranks import Layout, at_layout
 from ep_plugin.megatron.workers.sampling import Sampling, choose, generators
 from ep_plugin.megatron.workers.shown_text import Growing, Shown
+from ep_plugin.megatron.workers.tokenizer import load
 from ep_plugin.untrusted import cut, one_line
 
-ORDER = "ep-tp-cp-dp-pp"  # neighbours hold other experts; their slices lie ep ranks apart
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The degrees of parallelism, and whether the ranks of the experts count ep fastest."""
+def load_model(folder: Path, layout: Layout, router: str | None, dtype: str | None = None) -> Any:
+    """Return the model of an iteration folder that is not trusted; nothing in it is run.
 
-    tp: int = 1
-    ep: int = 1
-    etp: int = 1
-
-    @property
-    def order(self) -> str:
-        return ORDER if self.etp > 1 else "tp-cp-ep-dp-pp"
-
-
-@contextmanager
-def at_layout(layout: Layout, store: str | None) -> Iterator[None]:
-    """Provide our block and Megatron's groups; then take them down.
-
-    `store` is a file that all ranks meet at; None: as torchrun says.
-    """
-    on_cpu = cpu_mode.wanted()
-    try:
-        if on_cpu:
-            cpu_mode.enable()
-        else:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        install()
-        dist.init_process_group(
-            "gloo" if on_cpu else "nccl",
-            init_method="env://" if store is None else f"file://{store}",
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-        )
-        with groups(layout):
-            yield
-        dist.barrier()
-        dist.destroy_process_group()
-    finally:
-        uninstall()
-        cpu_mode.disable()
-
-
-@contextmanager
-def groups(layout: Layout) -> Iterator[None]:
-    """Make Megatron's groups over the ranks that are there, and take them down."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        order=layout.order,
-    )
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-
-
-def load_model(folder: Path, layout: Layout, router: str | None) -> Any:
-    """Return the model of an iteration folder that is not trusted, in fp32; nothing in it is run.
-
+    `dtype`: a name of DTYPES; None: bf16 on a GPU where it was trained in bf16, else fp32.
     Raises ConfigError when Megatron makes no model of it.
     """
     with as_megatron_loads(folder, router) as view:
         try:
-            return _load_model(view, layout)
+            return _load_model(view, layout, dtype)
         except ConfigError:
             raise
         except (Exception, CheckpointException) as error:  # whatever Megatron says of wrong ones
@@ -113,10 +56,15 @@ def load_model(folder: Path, layout: Layout, router: str | None) -> Any:
             ) from error
 
 
-def _load_model(view: Path, layout: Layout) -> Any:
+def _load_model(view: Path, layout: Layout, dtype: str | None) -> Any:
     common = dist_checkpointing.load_common_state_dict(str(view))
     fused_norm_kept = common["args"].transformer_impl == "local"
+    own = "bf16" if getattr(common["args"], "bf16", False) is True else "fp32"
     args = saved_model.plain(common["args"])
+    args.params_dtype = DTYPES[dtype or ("fp32" if cpu_mode.active() else own)]
+    args.bf16 = args.params_dtype == torch.bfloat16
+    if args.ep_drop_policy == "random":  # DeepSpeed's inference draws nobody either
+        args.ep_drop_policy = "position"
     args.tensor_model_parallel_size = layout.tp
     args.expert_model_parallel_size = layout.ep
     args.expert_tensor_parallel_size = layout.etp
@@ -174,6 +122,7 @@ def generate(
     """
     first = dist.get_rank() == 0
     lengths = [len(prompt) for prompt in prompts]
+    torch.manual_seed(sampling.seed)  # a second expert may be drawn, alike on all ranks
     cached = Cached(model, len(prompts), max(lengths) + num_tokens)
     drawn, done = generators(sampling, prompts), [False] * len(prompts)
     read = min(lengths)
@@ -204,9 +153,9 @@ def generate(
 def run(job: dict[str, Any], write: Callable[[str], Any]) -> None:
     """Do a job on this rank; the first one writes what is shown."""
     layout, sampling = Layout(**job["layout"]), Sampling(**job["sampling"])
-    with at_layout(layout, job["store"]):
-        model = load_model(Path(job["folder"]), layout, job["router"])
-        tokenizer: Tokenizer = load(job["tokenizer"])
+    with at_layout(layout, job):
+        model = load_model(Path(job["folder"]), layout, job["router"], job["dtype"])
+        tokenizer = load(Place(**job["tokenizer"]))
         texts = [
             Growing(tokenizer, text, ids, job["stop"])
             for text, ids in zip(job["texts"], job["prompts"], strict=True)
