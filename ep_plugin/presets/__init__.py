@@ -7,6 +7,7 @@ from importlib import import_module
 
 from ep_plugin.errors import ConfigError, closest
 from ep_plugin.presets._model import (
+    LatentAttention,
     LayerParams,
     Model,
     Preset,
@@ -19,6 +20,7 @@ from ep_plugin.typed import typed
 from ep_plugin.untrusted import shown
 
 __all__ = [
+    "LatentAttention",
     "LayerParams",
     "Model",
     "Preset",

@@ -36,9 +36,10 @@ FLAGS = {
         "SCRIPT ARGS --device --iterations --json --layouts --output --resume --tiny --tolerance"
     ),
     "plan": (
-        "--chunks --compute-ms --cp --dispatch-dedup --ep --etp --experts --fp8-dispatch --gpu-gb "
-        "--gpus --hidden --imbalance --json --measured --micro-batch --network --plot --pp "
-        "--preset --recompute --seq-length --tokens --topk --tp"
+        "--chunks --compute-ms --cp --dispatch-dedup --ep --ep-distill-stop --ep-teacher "
+        "--ep-teacher-layout --etp --experts --fp8-dispatch --gpu-gb --gpus --hidden --imbalance "
+        "--json --measured --micro-batch --network --plot --pp --preset --recompute --seq-length "
+        "--tokens --topk --tp"
     ),
     "presets": "NAME --json",
     "recipes": "NAME --copy --json",

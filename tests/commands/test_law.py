@@ -40,7 +40,8 @@ VALUES = {
         **{"--network": "nvlink72", "--plot": "plan.png", "--measured": "measured.json"},
         **{"--preset": "mixtral-8x22b", "--gpus": "16", "--tp": "2", "--pp": "2", "--cp": "2"},
         **{"--etp": "2", "--micro-batch": "2", "--seq-length": "512", "--gpu-gb": "5000"},
-        **{"--dispatch-dedup": "off"},
+        **{"--dispatch-dedup": "off", "--ep-teacher": "mixtral-8x7b"},
+        **{"--ep-teacher-layout": "tp=4", "--ep-distill-stop": "0.5"},
     },
     "bench": {
         **{"--shapes": "tiny mixtral", "--backends": "ep_plugin", "--precision": "fp8"},
@@ -60,6 +61,7 @@ VALUES = {
 # Command lines without the flags that are put in; what a line has is not put in again.
 LINES = [
     *("plan", "plan --preset mixtral-8x7b", "plan --preset glam-137b-dense"),
+    "plan --preset mixtral-8x7b --tp 2 --ep-teacher mixtral-8x22b",
     *(f"bench {name}" for name in bench.BENCHES),
     *(f"bench {name} --backends megatron" for name in ("layer", "overlap")),
     *("apply plain.py applied.py", "doctor", "presets", "presets qwen3-nano"),

@@ -1,6 +1,7 @@
 """A teacher in Megatron's loop: one loss in every layout, its stop, its resume, its own place."""
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ from loop import MOE, OURS, ROOT, launch, train
 
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.cli import main
+from ep_plugin.commands.plan.taught import taught
+from ep_plugin.commands.plan.teachers_model import read_teacher
 from ep_plugin.commands.report.events import Run, read_run
+from ep_plugin.moe.parallel import ParallelConfig
+from ep_plugin.presets import load
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
 
@@ -106,7 +111,7 @@ def test_layouts_of_both_give_what_one_rank_gives(
 
 
 def test_after_the_stop_its_weights_and_its_groups_are_gone(on_four_ranks: tuple[Run, str]) -> None:
-    lines = re.findall(r"teacher at (\d): (.*)", on_four_ranks[1])
+    lines = re.findall(r"teacher at (\d) of \d+: (.*)", on_four_ranks[1])
     assert sorted(rank for rank, _ in lines) == ["0", "1", "2", "3"]
     for _, line in lines:
         alone, *taught, after = (tuple(map(int, pair.split("/"))) for pair in line.split())
@@ -114,6 +119,17 @@ def test_after_the_stop_its_weights_and_its_groups_are_gone(on_four_ranks: tuple
         assert min(groups for groups, _ in taught) > alone[0]
         assert min(weights for _, weights in taught) > 10
         assert after == (alone[0], 0)
+
+
+def test_its_parameters_are_those_that_plan_counts(
+    on_four_ranks: tuple[Run, str], teacher: Path
+) -> None:
+    typed = {"ep_teacher": str(teacher), "ep_teacher_layout": "tp=2,ep=2,etp=1"}
+    sizes = {"micro_batch": 2, "seq_length": 32, "recompute": False, "ep_distill_stop": 0.75}
+    args, student = Namespace(**typed, **sizes), load("mos-nano")
+    found = taught(read_teacher(args, student), student, ParallelConfig(world_size=4, ep=4), args)
+    held = re.findall(r"teacher at \d of (\d+):", on_four_ranks[1])
+    assert [int(size) for size in held] == [found.dense_params + found.expert_params] * 4
 
 
 def test_an_interval_is_the_mean_of_its_distilled_steps(on_four_ranks: tuple[Run, str]) -> None:

@@ -1,6 +1,8 @@
 """The distillation loss against a hand computation, whole and in slices of the vocabulary."""
 
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spawn import run_ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.distill.kl import Counted, divergence, with_gradient_of
+from ep_plugin.megatron.distill.kl import AT_PEAK, KEPT, Counted, divergence, with_gradient_of
 from ep_plugin.megatron.distill.teacher_layout import Layout, parse_layout
 
 S, B, V = 3, 2, 8
@@ -72,6 +75,37 @@ def slices(ranks_of_group: int) -> tuple[Tensor, Tensor]:
     (found * torch.arange(S * B).view(S, B)).sum().backward()
     assert student.grad is not None
     return found.detach(), student.grad
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside and live, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.living: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **kwargs or {})
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.living:
+                storage = tensor.untyped_storage()
+                self.living[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.living.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.living.values()))
+        return made
+
+
+def test_its_bytes_are_those_that_plan_counts() -> None:
+    """Of bf16 logits, whose inputs were there before."""
+    student, teacher = (torch.randn(4, 2, 10_000).bfloat16() for _ in range(2))
+    student.requires_grad_()
+    with Living() as seen:
+        found = divergence(student, teacher, 2.0, 9_000)
+    assert seen.peak == pytest.approx(AT_PEAK * student.numel(), rel=0.01)
+    (saved,) = found.grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert saved.nbytes == KEPT * student.numel()
+    assert sum(seen.living.values()) == pytest.approx(saved.nbytes, rel=0.01)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -2,8 +2,9 @@
 
 python taught_run.py SCRIPT [ARGS ...]
 
-One line a rank: `teacher at RANK: GROUPS/WEIGHTS ...`, process groups of the process and living
-weights of the teacher, first where the student is there alone, then after each step.
+One line a rank: `teacher at RANK of SIZE: GROUPS/WEIGHTS ...`: the parameters that it holds, then
+process groups of the process and living weights of the teacher, first where the student is there
+alone, then after each step.
 """
 
 import os
@@ -19,6 +20,7 @@ from ep_plugin.megatron.distill.seam import Distillation
 from ep_plugin.run import main
 
 weights: list["weakref.ref[torch.Tensor]"] = []
+sizes: list[int] = []
 seen: list[tuple[int, int]] = []
 
 
@@ -40,7 +42,9 @@ def watch() -> None:
             return made
 
         result = set_up(self, student, *rest, **named)
-        weights.extend(weakref.ref(weight) for weight in self.teacher.parameters())
+        for weight in self.teacher.parameters():
+            weights.append(weakref.ref(weight))
+            sizes.append(weight.numel())
         return result
 
     def watched_step(self: Distillation, *rest: Any, **named: Any) -> Any:
@@ -56,6 +60,7 @@ if __name__ == "__main__":
     watch()
     code = main(sys.argv[1:])
     found = " ".join(f"{groups}/{alive}" for groups, alive in seen)
-    sys.stdout.write(f"teacher at {os.environ['RANK']}: {found}\n")  # one write: a shared stream
+    line = f"teacher at {os.environ['RANK']} of {sum(sizes)}: {found}\n"
+    sys.stdout.write(line)  # one write: ranks share the stream
     sys.stdout.flush()
     sys.exit(code)

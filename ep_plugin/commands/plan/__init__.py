@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   ep-plugin plan --tokens 8192 --topk 8 --hidden 7168 --experts 256 --compute-ms 10
   ep-plugin plan --topk 8 --hidden 2048 --experts 128 --ep 2 4 8 --network nvlink72 --json
   ep-plugin plan --preset qwen3-30b-a3b --gpus 16 --pp 2      memory of a GPU, for each ep
+  ep-plugin plan --preset ds-350m-mos-l21 --ep-teacher ds-350m-prmoe-32-64     with a teacher
   ep-plugin plan --experts 512 --ep 8 64 512 --chunks 8 --fp8-dispatch --plot plan.png
   ep-plugin plan --topk 4 --ep 2 4 8 --measured overlap.json --plot plan.png
 

@@ -4,9 +4,15 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from math import lcm
+from typing import Any
 
 from ep_plugin.commands.law import Need
+from ep_plugin.commands.plan import teachers_model
 from ep_plugin.commands.plan.memory import Memory, split_layers, stage_memory
+from ep_plugin.commands.plan.show import fit_table
+from ep_plugin.commands.plan.taught import Taught, taught
+from ep_plugin.commands.plan.taught import table as teacher_table
+from ep_plugin.commands.plan.teachers_model import Teacher, read_teacher
 from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.moe.auto import saves_rows
 from ep_plugin.moe.parallel import ParallelConfig
@@ -20,7 +26,7 @@ USABLE = 0.9  # of a GPU's memory; the rest is what is not counted
 NEEDS = (
     Need(
         "--gpus --tp --pp --cp --etp --micro-batch --seq-length --recompute --dispatch-dedup "
-        "--gpu-gb",
+        "--gpu-gb --ep-teacher",
         lambda args: args.preset is not None,
         "{flag} is for the memory of a whole model, and no model is named; use --preset NAME with "
         "a name that `ep-plugin presets` lists",
@@ -30,6 +36,7 @@ NEEDS = (
         lambda args: args.preset is None or any(load(args.preset).model.experts),
         "{flag} is for experts, and {args.preset} has none; use --tp, --pp and --cp without {flag}",
     ),
+    *teachers_model.NEEDS,
 )
 
 
@@ -42,6 +49,7 @@ class Fit:
     memory: Memory
     total_gb: float
     fits: bool
+    teacher: Taught | None = None  # counted in the total, until it is gone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,19 +82,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpu-gb", type=float, default=80.0, help="memory of one GPU in 10^9 bytes (default: 80)"
     )
+    teachers_model.add_arguments(group)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a row for each --ep, or for each that goes; raises ConfigError."""
     preset = load(args.preset)
     _check(args, preset)
-    ranks = args.ep or [ep for ep in _powers(preset) if ep == 1 or _goes(args, preset, ep)]
-    rows = [_fit(args, preset, ep) for ep in ranks]
+    teacher = read_teacher(args, preset) if args.ep_teacher is not None else None
+    rows = _rows(args, preset, teacher)
     if args.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(json.dumps([_as_json(row) for row in rows], indent=1))
     else:
-        print(_table(rows, args.gpu_gb))
+        print(fit_table(rows, args.gpu_gb))
+        beside = [(row.ep, row.teacher) for row in rows if row.teacher is not None]
+        if beside:
+            print(teacher_table(beside, args.ep_distill_stop))
     return 0
+
+
+def _rows(args: argparse.Namespace, preset: Preset, teacher: Teacher | None) -> list[Fit]:
+    """Return a row for each --ep, or for each that goes with the model and with its teacher."""
+    if args.ep:
+        return [_fit(args, preset, ep, teacher) for ep in args.ep]
+    rows, refused = [], None
+    for ep in (ep for ep in _powers(preset) if ep == 1 or _goes(args, preset, ep)):
+        try:
+            rows.append(_fit(args, preset, ep, teacher))
+        except ConfigError as error:
+            refused = refused or error
+    if refused is not None and not rows:
+        raise refused
+    return rows
+
+
+def _as_json(row: Fit) -> dict[str, Any]:
+    found = asdict(row)
+    if row.teacher is None:
+        del found["teacher"]
+    return found
 
 
 def _check(args: argparse.Namespace, preset: Preset) -> None:
@@ -204,7 +238,7 @@ def _check_experts(args: argparse.Namespace, preset: Preset, ep: int) -> None:
     )
 
 
-def _fit(args: argparse.Namespace, preset: Preset, ep: int) -> Fit:
+def _fit(args: argparse.Namespace, preset: Preset, ep: int, teacher: Teacher | None) -> Fit:
     _check_experts(args, preset, ep)
     parallel = ParallelConfig(
         world_size=args.gpus, tp=args.tp, pp=args.pp, cp=args.cp, ep=ep, etp=args.etp
@@ -219,27 +253,12 @@ def _fit(args: argparse.Namespace, preset: Preset, ep: int) -> Fit:
         dedup=_deduplicates(args, preset, ep),
     )
     fullest = max(stages, key=lambda stage: stage.total)
-    total = fullest.total / 1e9
-    return Fit(ep, parallel.edp, fullest, total, total <= USABLE * args.gpu_gb)
+    beside = taught(teacher, preset, parallel, args) if teacher is not None else None
+    total = (fullest.total + (beside.total if beside is not None else 0)) / 1e9
+    return Fit(ep, parallel.edp, fullest, total, total <= USABLE * args.gpu_gb, beside)
 
 
 def _deduplicates(args: argparse.Namespace, preset: Preset, ep: int) -> bool:
     if args.dispatch_dedup is not None:
         return bool(args.dispatch_dedup == "on")
     return saves_rows(preset.routing.topk, ep * args.etp)
-
-
-def _table(rows: list[Fit], gpu_gb: float) -> str:
-    lines = [
-        f"{'ep':>4} {'edp':>4} {'stage':>5} {'dense':>8} {'experts':>8} {'weights GB':>11} "
-        f"{'Adam GB':>8} {'activations GB':>15} {'total GB':>9}  fits {gpu_gb:g} GB"
-    ]
-    for row in rows:
-        held = row.memory
-        lines.append(
-            f"{row.ep:4} {row.edp:4} {held.stage:5} {held.dense_params / 1e9:7.2f}B "
-            f"{held.expert_params / 1e9:7.2f}B {held.weights / 1e9:11.1f} "
-            f"{held.optimizer / 1e9:8.1f} {held.activations / 1e9:15.1f} {row.total_gb:9.1f}  "
-            f"{'yes' if row.fits else 'no'}"
-        )
-    return "\n".join(lines)

@@ -83,7 +83,7 @@ def stage_memory(
         mine = model.experts[start : start + count]
         start += count
         dense, routed = _params(model, parallel, mine, stage)
-        kept = [tokens * _kept(preset, parallel, experts, dedup) for experts in mine]
+        kept = [tokens * kept_in_layer(preset, parallel, experts, dedup) for experts in mine]
         flight = parallel.pp - stage
         if recompute:
             activations = flight * count * tokens * 2 * model.hidden + max(kept, default=0)
@@ -123,7 +123,7 @@ def _params(
     return dense, sum(layer.experts for layer in layers) // shares
 
 
-def _kept(preset: Preset, parallel: ParallelConfig, experts: int, dedup: bool) -> float:
+def kept_in_layer(preset: Preset, parallel: ParallelConfig, experts: int, dedup: bool) -> float:
     """Return the bytes a layer keeps for a token of this GPU; bf16."""
     model = preset.model
     if model.latent is not None:

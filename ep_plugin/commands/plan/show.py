@@ -9,6 +9,7 @@ from ep_plugin.written import check_picture, write_picture
 
 if TYPE_CHECKING:
     from ep_plugin.commands.plan import Measured
+    from ep_plugin.commands.plan.fit import Fit
 
 
 def table(rows: list[Forecast]) -> str:
@@ -21,6 +22,23 @@ def table(rows: list[Forecast]) -> str:
         lines.append(
             f"{row.ep:4} {row.how:13} {row.inside_mib:11.1f} {row.outside_mib:9.1f} "
             f"{row.exchange_ms:12.2f} {row.hidden_share:7.0%} {row.step_ms:8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def fit_table(rows: list["Fit"], gpu_gb: float) -> str:
+    """Return a line for each layout."""
+    lines = [
+        f"{'ep':>4} {'edp':>4} {'stage':>5} {'dense':>8} {'experts':>8} {'weights GB':>11} "
+        f"{'Adam GB':>8} {'activations GB':>15} {'total GB':>9}  fits {gpu_gb:g} GB"
+    ]
+    for row in rows:
+        held = row.memory
+        lines.append(
+            f"{row.ep:4} {row.edp:4} {held.stage:5} {held.dense_params / 1e9:7.2f}B "
+            f"{held.expert_params / 1e9:7.2f}B {held.weights / 1e9:11.1f} "
+            f"{held.optimizer / 1e9:8.1f} {held.activations / 1e9:15.1f} {row.total_gb:9.1f}  "
+            f"{'yes' if row.fits else 'no'}"
         )
     return "\n".join(lines)
 

@@ -17,6 +17,15 @@ from ep_plugin.megatron.arguments.table import KINDS
 from ep_plugin.megatron.distill.teacher_layout import Layout, layout_of
 from ep_plugin.untrusted import shown
 
+_CUT = (  # a run argument, what it counts, and which ranks share it evenly
+    ("num_attention_heads", "attention heads", "tp"),
+    ("num_query_groups", "query groups", "tp"),
+    ("ffn_hidden_size", "rows in a feed-forward block", "tp"),
+    ("moe_shared_expert_intermediate_size", "rows in a shared expert", "tp"),
+    ("padded_vocab_size", "entries in its vocabulary", "tp"),
+    ("moe_ffn_hidden_size", "rows in an expert", "etp"),
+)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,7 +45,14 @@ def check_teacher(args: Any) -> Plan | None:
     if getattr(args, "ep_teacher", None) is None:
         return None
     folder = iteration_folder(Path(args.ep_teacher))
-    found = read_common(folder).get("args")
+    teacher = checked_teacher(read_common(folder).get("args"), folder, args)
+    layout = layout_of(args)
+    check_sizes(teacher, layout, args)
+    return Plan(folder, teacher, layout, _vocabulary(teacher, args))
+
+
+def checked_teacher(found: Any, folder: Path, args: Any) -> argparse.Namespace:
+    """Return the run arguments that a teacher's checkpoint holds; raises ConfigError."""
     if not isinstance(found, argparse.Namespace):
         raise ConfigError(
             f"--ep-teacher {args.ep_teacher} holds no run arguments; give a checkpoint that "
@@ -44,9 +60,7 @@ def check_teacher(args: Any) -> Plan | None:
         )
     teacher = checked(found, folder)
     _check_kind(teacher, args)
-    layout = layout_of(args)
-    _check_sizes(teacher, layout, args)
-    return Plan(folder, teacher, layout, _vocabulary(teacher, args))
+    return teacher
 
 
 def _check_kind(teacher: argparse.Namespace, args: Any) -> None:
@@ -72,14 +86,21 @@ def _check_kind(teacher: argparse.Namespace, args: Any) -> None:
         )
 
 
-def _check_sizes(teacher: argparse.Namespace, layout: Layout, args: Any) -> None:
+def check_sizes(teacher: argparse.Namespace, layout: Layout, args: Any) -> None:
+    """Raise ConfigError for a layout that does not cut the teacher evenly.
+
+    `args`: ep_teacher, seq_length.
+    """
     word = f"--ep-teacher {args.ep_teacher}"
-    heads = teacher.num_attention_heads
-    if heads % layout.tp:
-        raise ConfigError(
-            f"{word} has {heads} attention heads, which tp ({layout.tp}) of --ep-teacher-layout "
-            "must divide; use --ep-teacher-layout tp=1"
-        )
+    for name, what, size in _CUT:
+        value = getattr(teacher, name, None)
+        ranks = getattr(layout, size)
+        few = name == "num_query_groups" and value and ranks % value == 0  # each on several ranks
+        if value and value % ranks and not few:
+            raise ConfigError(
+                f"{word} has {value} {what}, which {size} ({ranks}) of --ep-teacher-layout must "
+                f"divide; use --ep-teacher-layout {size}=1"
+            )
     positions = getattr(teacher, "max_position_embeddings", None)
     learned = getattr(teacher, "position_embedding_type", None) == "learned_absolute"
     if learned and positions is not None and positions < args.seq_length:
