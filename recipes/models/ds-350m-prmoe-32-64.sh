@@ -1,6 +1,6 @@
 # DeepSpeed-MoE 350M+PR-MoE-32/64 (arXiv:2201.05596): 4.1B parameters, 0.5B active.
 #
-# Fits 80 GB: LAYOUT=ep8 on 8 GPUs and more.
+# Fits 80 GB: LAYOUT=ep8 on 8 GPUs and more, ep64 on 64 GPUs.
 # The schedule is its own (arXiv:2201.05596, table 1, and the scripts published with it): 300B
 # tokens of length 2048, 375M of them warm-up, and its own peak.
 VOCAB=50257

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from ep_plugin.commands.parity.launch import Launcher, RunFailed
 from ep_plugin.commands.parity.layouts import ONE_RANK, Layout, parse
 from ep_plugin.commands.parity.tiny import default_layout, shrink
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.parser import experts_per_layer
 from ep_plugin.presets import presets
 
 LAYOUTS = [ONE_RANK, *map(parse, ("tp=2,ep=4", "pp=2,ep=2", "ep=3,cp=2", "tp=2,ep=2,etp=1"))]
@@ -78,7 +80,14 @@ def test_every_preset_becomes_small_and_divides(name: str) -> None:
             assert len(counts) == pattern.count("1")
             assert len(set(counts)) > 1  # a pyramid stays one
             assert max(map(int, counts)) == number("--num-experts")
-            assert all(int(n) % layout.parallel.ep == 0 for n in counts for layout in LAYOUTS)
+            assert min(map(int, counts)) >= number("--moe-router-topk", 1)
+            few = experts_per_layer(value(given, "--ep-experts-per-layer") or "")
+            assert copies(map(int, counts)) == copies(few)  # so that these are compared, too
+
+
+def copies(counts: Iterable[int]) -> bool:
+    """Whether some layout has several copies of a layer's experts."""
+    return any(count % layout.parallel.ep for count in counts for layout in LAYOUTS)
 
 
 @pytest.mark.parametrize("layouts", [["ep=2"], ["tp=2", "pp=2"], ["tp=8,ep=8,etp=1", "dp=3"]])

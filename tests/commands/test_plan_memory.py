@@ -17,7 +17,7 @@ from ep_plugin.commands.plan.memory import Memory, kept_by_experts, split_layers
 from ep_plugin.commands.plan.network import Traffic, received
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.parallel import ParallelConfig
-from ep_plugin.presets import load, total_params
+from ep_plugin.presets import layer_params, load, total_params
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "layer_h100.json"
 MIXTRAL = load("mixtral-8x7b")
@@ -67,6 +67,22 @@ def test_rows_received_are_those_of_sampled_routings(dedup: bool) -> None:
     sent = sum(len(set(chosen)) if dedup else len(chosen) for chosen in ranks)
     found = received(Traffic(tokens, topk, 1, experts), ep, dedup)
     assert found == pytest.approx(sent, rel=0.01)  # as many as a rank sends, itself among them
+
+
+def test_a_pyramid_is_spread_by_each_layer_s_experts() -> None:
+    """32 and 64 experts on 64 ranks, as published: one expert of each layer on a rank."""
+    preset = load("ds-350m-prmoe-32-64")
+    one = sum(
+        layer_params(preset.model, count).experts // count for count in (32,) * 10 + (64,) * 2
+    )
+    for world_size, edp in ((64, 1), (128, 2)):
+        parallel = ParallelConfig(world_size=world_size, ep=64)
+        (held,) = stage_memory(preset, parallel, [24])
+        assert held.expert_params == one
+        assert parallel.edp == edp
+        assert held.optimizer == 12 * held.dense_params // world_size + 12 * one // edp
+    with pytest.raises(ConfigError, match=r"num_experts \(64\) must be divisible by ep \(128\)"):
+        stage_memory(preset, ParallelConfig(world_size=128, ep=128), [24])
 
 
 def test_what_is_spread_over_whom() -> None:
@@ -126,7 +142,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert table[1].split()[0] == "8"
     assert table[1].endswith("no")
     for wrong, message in (
-        (["--ep", "3"], "--ep (3) must divide the experts of a layer of .* (128); use --ep 2\n"),
+        (
+            ["--ep", "3"],
+            "--ep (3) must divide the 128 experts of .*; use --ep 2\n",
+        ),
         (["--ep", "16"], "--ep 16 times --etp 1 must divide the 8 GPUs of .* stage; use --ep 8\n"),
         (["--etp", "3"], "--ep 1 times --etp 3 must divide the 8 GPUs .*; use --ep 1 --etp 2\n"),
         (["--tp", "3"], "--tp (3) must divide the 32 attention heads of .*; use --tp 2\n"),

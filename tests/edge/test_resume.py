@@ -51,6 +51,8 @@ def test_a_degree_for_each_layer_goes_on_at_other_degrees(tmp_path: Path) -> Non
     flags = (
         *("--train-iters", "4", *MOE, "--num-experts", "8", "--moe-layer-freq", "[1,1]"),
         *("--ep-experts-per-layer", "6,8", "--use-distributed-optimizer", "--save-interval", "2"),
+        *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
+        *("--moe-router-bias-update-rate", "1e-2"),
     )
     save, load = ("--save", saved, "--ep-audit-save"), ("--load", saved)
     found = []

@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
-from math import gcd, lcm
+from math import lcm
 
 from ep_plugin.errors import ConfigError, largest_divisor
 
@@ -16,7 +16,7 @@ class Ranks:
     tp: int
     ep: int
     etp: int
-    experts: int  # of the smallest layer
+    experts: int  # of the largest layer
 
     @property
     def world(self) -> int:
@@ -57,20 +57,18 @@ def layout_of(args: argparse.Namespace, model: argparse.Namespace) -> Ranks:
 
 
 def _with_experts(args: argparse.Namespace, model: argparse.Namespace, counts: list[int]) -> Ranks:
-    fewest, ep, etp = min(counts), args.ep, args.etp
-    if etp is None and ep > fewest:
-        if ep % fewest:
+    most, ep, etp = max(counts), args.ep, args.etp
+    if etp is None and ep > most:
+        if ep % most:
             raise ConfigError(
-                f"--ep ({ep}) is more ranks than the {fewest} experts of a layer, and its surplus "
-                f"does not slice them evenly; use --ep {ep - ep % fewest}"
+                f"--ep ({ep}) is more ranks than the {most} experts of a layer, and its surplus "
+                f"does not slice them evenly; use --ep {ep - ep % most}"
             )
-        ep, etp = fewest, ep // fewest
-    uneven = [count for count in counts if count % ep]
-    if uneven:
-        fits = gcd(*counts)
+        ep, etp = most, ep // most
+    if most % ep:
         raise ConfigError(
-            f"--ep ({ep}) must divide the number of experts of each layer ({uneven[0]}); use "
-            f"--ep {largest_divisor(fits, ep)}"
+            f"--ep ({ep}) must divide the number of experts ({most}); use "
+            f"--ep {largest_divisor(most, ep)}"
         )
     ffn = getattr(model, "moe_ffn_hidden_size", None) or model.ffn_hidden_size
     if ffn % (etp or 1):
@@ -79,7 +77,7 @@ def _with_experts(args: argparse.Namespace, model: argparse.Namespace, counts: l
             f"an expert of {ffn} channels cannot be cut into {etp} slices; use "
             + (f"--etp {fits}" if args.etp else f"--ep {ep * fits}")
         )
-    return Ranks(args.tp, ep, etp or 1, fewest)
+    return Ranks(args.tp, ep, etp or 1, most)
 
 
 def _experts(model: argparse.Namespace) -> list[int]:

@@ -71,7 +71,7 @@ def shrink(arguments: list[str], layouts: Sequence[Layout]) -> Arguments:
     words["--num-layers"] = str(len(pattern))
     if added or has_experts(arguments):
         words["--moe-layer-freq"] = _listed(pattern)
-        counts = _counts(arguments, sum(pattern), _experts(arguments, layouts))
+        counts = _counts(arguments, sum(pattern), layouts)
         words[EXPERTS] = str(max(counts))
         if value(arguments, PYRAMID) is not None:
             words[PYRAMID] = ",".join(map(str, counts))
@@ -161,28 +161,31 @@ def _frequency(arguments: list[str], name: str, depth: int) -> int | list[int]:
         ) from error
 
 
-def _counts(arguments: list[str], num_moe_layers: int, smallest: int) -> list[int]:
-    """Return the experts of each MoE layer: all `smallest`, or a pyramid of its multiples.
+def _counts(arguments: list[str], num_moe_layers: int, layouts: Sequence[Layout]) -> list[int]:
+    """Return the experts of each MoE layer: all as few as go, or a pyramid that doubles.
 
     A pyramid keeps which of its last layers have more than others; where they have equally many
-    the first takes the smallest number of all.
+    the first takes the smallest number of all. Where a layout gives a layer several copies of its
+    experts, so it does here.
     """
     from ep_plugin.megatron.arguments.parser import experts_per_layer
 
+    even = _experts(arguments, layouts)
     text = value(arguments, PYRAMID)
     if text is None:
-        return [smallest] * num_moe_layers
+        return [even] * num_moe_layers
     try:
         given = experts_per_layer(text)
     except argparse.ArgumentTypeError as error:
-        raise ConfigError(
-            f"{PYRAMID} {error}; use {PYRAMID} {smallest}*{num_moe_layers}"
-        ) from error
+        raise ConfigError(f"{PYRAMID} {error}; use {PYRAMID} {even}*{num_moe_layers}") from error
     last = _last(list(given), num_moe_layers)
     if len(set(last)) == 1:
         last[0] = min(given)
     order = sorted(set(last))
-    return [smallest * (order.index(count) + 1) for count in last]
+    copies = any(number % layout.parallel.ep for number in given for layout in layouts)
+    halves = copies and len(order) > 1 and even % 2 == 0 and _groups(arguments) == 1
+    smallest = even // 2 if halves else even
+    return [smallest * 2 ** order.index(count) for count in last]
 
 
 def _last(items: list[int], wanted: int) -> list[int]:
@@ -197,12 +200,15 @@ def _listed(pattern: list[int]) -> str:
 def _experts(arguments: list[str], layouts: Sequence[Layout]) -> int:
     """Return a number of experts, the user's at most where the layouts let it be."""
     topk = max(_number(arguments, "--moe-router-topk", 2), _number(arguments, "--ep-topk", 1))
-    groups = max(
-        _number(arguments, "--moe-router-num-groups", 1), _number(arguments, "--ep-num-groups", 1)
-    )
+    groups = _groups(arguments)
     step = lcm(groups, *(layout.parallel.ep for layout in layouts))
     least = max(2 * topk, groups * topk if groups > 1 else 1)
     return -(-least // step) * step
+
+
+def _groups(arguments: list[str]) -> int:
+    names = "--moe-router-num-groups", "--ep-num-groups"
+    return max(_number(arguments, name, 1) for name in names)
 
 
 def _number(arguments: list[str], name: str, default: int) -> int:

@@ -204,8 +204,8 @@ def _powers(preset: Preset) -> list[int]:
 
 
 def _shared(preset: Preset, ep: int) -> bool:
-    """Whether `ep` ranks can share every layer's experts evenly."""
-    return ep >= 1 and all(experts % ep == 0 for experts in preset.model.experts)
+    """Whether `ep` ranks can share the experts of the largest layer evenly."""
+    return ep >= 1 and max(preset.model.experts) % ep == 0
 
 
 def _goes(args: argparse.Namespace, preset: Preset, ep: int) -> bool:
@@ -228,9 +228,9 @@ def _check_experts(args: argparse.Namespace, preset: Preset, ep: int) -> None:
     if legal is None:
         use = f"--ep 1 --etp {largest_divisor(per_stage, args.etp)}"
     if not _shared(preset, ep):
-        counts = " and ".join(str(n) for n in sorted(set(preset.model.experts)) if n)
         raise ConfigError(
-            f"--ep ({ep}) must divide the experts of a layer of {preset.name} ({counts}); use {use}"
+            f"--ep ({ep}) must divide the {max(preset.model.experts)} experts of the largest layer "
+            f"of {preset.name}; use {use}"
         )
     raise ConfigError(
         f"--ep {ep} times --etp {args.etp} must divide the {per_stage} GPUs of a pipeline stage; "

@@ -6,6 +6,8 @@ Assumptions:
   first stage, the output's matrix and one micro-batch of logits (bf16, and fp32 twice) on the last.
 - bf16 weights, fp32 gradients, and Adam with fp32 weights and both moments (12 bytes) spread over
   the data-parallel ranks: dense ones over dp * cp, experts over edp.
+- A layer's experts are spread over the most of the ep ranks that divide them; the others hold
+  copies, with optimizer state of their own.
 - 1F1B: stage s of pp keeps the activations of pp - s micro-batches.
 - Attention and dense blocks keep their input, its norm, what their matrices make of it, and no
   matrix of scores (flash attention); sequence parallelism with tp. `recompute` keeps each layer's
@@ -21,7 +23,7 @@ from dataclasses import dataclass, replace
 from ep_plugin.commands.plan.network import Traffic, received
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import GATED
-from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks
+from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks, degree
 from ep_plugin.presets import Model, Preset, layer_params
 
 WEIGHT, GRADIENT, ADAM = 2, 4, 12  # bytes of a parameter
@@ -63,13 +65,14 @@ def stage_memory(
 ) -> list[Memory]:
     """Return what a GPU of each stage holds, of which `layers` says how many layers it has.
 
-    Raises ConfigError when the experts do not divide over the ranks, or stages and layers differ.
+    Raises ConfigError when the largest layer's experts do not divide over the ranks, or stages and
+    layers differ.
     """
     model = preset.model
     if model.positions != "learned":
         model = replace(model, positions="rope")
-    for experts in set(model.experts) - {0}:
-        check_experts_over_ranks(experts, parallel.ep)
+    if any(model.experts):
+        check_experts_over_ranks(max(model.experts), parallel.ep)
     if len(layers) != parallel.pp or sum(layers) != len(model.experts):
         raise ConfigError(
             f"layers must name the {len(model.experts)} layers of {preset.name} in {parallel.pp} "
@@ -119,8 +122,12 @@ def _params(
         dense += model.hidden * (2 if model.layer_norm else 1)  # the last norm
         if not (first and model.tied):
             dense += table
-    shares = parallel.ep * parallel.expert_tp
-    return dense, sum(layer.experts for layer in layers) // shares
+    routed = sum(
+        layer.experts // degree(parallel.ep, experts)
+        for layer, experts in zip(layers, mine, strict=True)
+        if experts
+    )
+    return dense, routed // parallel.expert_tp
 
 
 def kept_in_layer(preset: Preset, parallel: ParallelConfig, experts: int, dedup: bool) -> float:
@@ -142,7 +149,7 @@ def kept_in_layer(preset: Preset, parallel: ParallelConfig, experts: int, dedup:
         values += _ffn_values(model.shared_ffn, model.dense_activation, 1)
     topk = min(preset.routing.topk, experts)
     traffic = Traffic(1, topk, model.hidden, experts)
-    came = received(traffic, parallel.ep, dedup)
+    came = received(traffic, degree(parallel.ep, experts), dedup)
     values += round(came * model.hidden)
     routed = kept_by_experts(topk, model.expert_ffn, model.expert_activation)
     return 2.0 * values + routed + 2 * 4 * experts  # logits and scores, fp32

@@ -11,7 +11,7 @@ from typing import Any
 from ep_plugin.checkpoint.formats.megatron_dist import iteration_folder, read_common
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.run_args import checked
-from ep_plugin.errors import ConfigError
+from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.megatron.arguments.spell_model import UNSAID
 from ep_plugin.megatron.arguments.table import KINDS
 from ep_plugin.megatron.distill.teacher_layout import Layout, layout_of
@@ -110,13 +110,12 @@ def check_sizes(teacher: argparse.Namespace, layout: Layout, args: Any) -> None:
         )
     if not any(pattern(teacher)):
         return
-    counts = getattr(teacher, "ep_experts_per_layer", None) or (teacher.num_experts,)
-    for count in counts:
-        if count % layout.ep:
-            raise ConfigError(
-                f"{word} has layers of {count} experts, which ep ({layout.ep}) of "
-                "--ep-teacher-layout must divide; use --ep-teacher-layout ep=1"
-            )
+    largest = teacher.num_experts
+    if largest % layout.ep:
+        raise ConfigError(
+            f"{word} has {largest} experts, which ep ({layout.ep}) of --ep-teacher-layout must "
+            f"divide; use --ep-teacher-layout ep={largest_divisor(largest, layout.ep)}"
+        )
 
 
 def _vocabulary(teacher: argparse.Namespace, args: Any) -> int:
