@@ -180,7 +180,12 @@ class _HuggingFace:
     size: int | None
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.model(text)["input_ids"]
+        try:
+            ids: list[int] = self.model(text)["input_ids"]
+        except Exception as error:  # of any kind, where its settings are
+            raise ConfigError(
+                f"the tokenizer makes no tokens of {shown(text)} ({cut(str(error))}); {GIVE}"
+            ) from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

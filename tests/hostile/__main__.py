@@ -64,7 +64,8 @@ def warm() -> None:
         "ep_plugin.checkpoint.formats.hf_safetensors", "ep_plugin.megatron.workers.model_run",
         "matplotlib.backends.backend_agg", "transformers.models.qwen3.modeling_qwen3",
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
-        "transformers.models.auto.tokenization_auto",
+        "transformers.models.auto.tokenization_auto", "sentencepiece",
+        "ep_plugin.commands.generate", "ep_plugin.megatron.workers.generate_run",
     ):  # fmt: skip
         importlib.import_module(module)
 
@@ -94,7 +95,7 @@ def through_commands(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run cases through the real commands; returns counts per command, and the faults."""
     (folder / "sandbox").mkdir(parents=True)
     sandbox = Sandbox(folder / "sandbox", made_trees(folder))
-    sandbox.learn()
+    sandbox.learn(args.only or "")
     counts: dict[str, Counter[str]] = {}
     faults: list[dict[str, Any]] = []
     numbers = [args.number] if args.number is not None else range(10**9)

@@ -27,7 +27,9 @@ def make(root: Path) -> None:
         _as_iteration(root / "old", 10)
         _newer(root / "old", root / "dense")
         _run("--from", root / "dense", "--to", root / "moe", *trees.EXPERTS, *trees.ALONE)
+    _with_words(root / "old", root / "words")
     _per_rank(root / "ranks")
+    _one_rank(root / "old", root / "rank")
     _runs(root)
     _files(root / "files")
     _unfinished(root)
@@ -76,10 +78,45 @@ def _newer(source: Path, target: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(found))
 
 
+def _with_words(source: Path, target: Path) -> None:
+    """The same with a tokenizer of its own, which its run arguments name."""
+    import sentencepiece
+
+    shutil.copytree(source, target)
+    lines = ("experts are chosen", "are experts", "chosen experts")
+    model = target / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 20), model_prefix=str(model), vocab_size=40,
+        hard_vocab_limit=False, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    model.with_suffix(".vocab").unlink()
+    file = next(target.glob("iter_*")) / "common.pt"
+    common = torch.load(file, weights_only=False)
+    common["args"].tokenizer_type = "SentencePieceTokenizer"
+    common["args"].tokenizer_model = str(model.with_suffix(".model"))
+    torch.save(common, file)
+
+
 def _per_rank(root: Path) -> None:
     from tests.checkpoint import test_convert_legacy
 
     test_convert_legacy.save(root, "stacked")
+
+
+def _one_rank(source: Path, target: Path) -> None:
+    """The same as the file of the only rank of a run."""
+    from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
+
+    found = open_checkpoint(source)
+    state = {name: found.read_tensor(name) for name in found.tensors}
+    folder = target / found.folder.name / "mp_rank_00"
+    folder.mkdir(parents=True)
+    args = found.common["args"]
+    for kind in ("tensor", "pipeline", "expert"):
+        setattr(args, f"{kind}_model_parallel_size", 1)
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": 10}
+    torch.save({**common, "model": state}, folder / "model_optim_rng.pt")
+    shutil.copy(source / "latest_checkpointed_iteration.txt", target)
 
 
 def _log(path: Path) -> None:

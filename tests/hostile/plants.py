@@ -57,6 +57,12 @@ def _python(rng: random.Random, outside: Path, benign: bytes) -> tuple[str, byte
     return f"script: {kind}", kinds[kind].encode()
 
 
+def _sentencepiece(rng: random.Random, outside: Path, benign: bytes) -> tuple[str, bytes]:
+    from tests.hostile.words import sentencepiece_file
+
+    return sentencepiece_file(rng, outside, benign)
+
+
 MAKERS: dict[str, Maker] = {
     "metadata": _metadata,
     "archive": _archive,
@@ -66,6 +72,7 @@ MAKERS: dict[str, Maker] = {
     "text": texts.text_file,
     "events": _events,
     "python": _python,
+    "sentencepiece": _sentencepiece,
 }
 
 

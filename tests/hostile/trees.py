@@ -29,6 +29,10 @@ HF = {
     "hf/*.safetensors": "safetensors",
 }
 TOKENIZER = {"hf/tokenizer*.json": "json"}
+PER_RANK = {
+    "ranks/latest_checkpointed_iteration.txt": "text",
+    "ranks/iter_*/mp_rank_*/*.pt": "archive",
+}
 BESIDE = {"hf/generation_config.json": "json"}
 RUN = {
     "run/tensorboard/*/events*": "events",
@@ -47,6 +51,10 @@ def _convert(source: str, *flags: str) -> tuple[str, ...]:
     return ("convert", "--from", f"{{i}}/{source}", "--to", "{o}/out", *flags)
 
 
+def _generate(source: str, *words: str) -> tuple[str, ...]:
+    return ("generate", f"{{i}}/{source}", "--num-tokens", "2", "--greedy", *words)
+
+
 COMMANDS: dict[str, Command] = {
     "audit": Command(
         ("audit", "{i}/moe"), ("moe",), torch_dist("moe") | {"moe/manifest.json": "json"}, weight=3
@@ -62,9 +70,7 @@ COMMANDS: dict[str, Command] = {
         _convert("moe", "--format", "hf", "--verify"), ("moe",), torch_dist("moe"), weight=2
     ),
     "convert per-rank files": Command(
-        _convert("ranks", *ALONE), ("ranks",),
-        {"ranks/latest_checkpointed_iteration.txt": "text",
-        "ranks/iter_*/mp_rank_*/*.pt": "archive"}, weight=3,
+        _convert("ranks", *ALONE), ("ranks",), PER_RANK, weight=3,
     ),
     "convert from Hugging Face": Command(_convert("hf"), ("hf",), HF, weight=3),
     "convert, Hugging Face to the same": Command(
@@ -91,6 +97,26 @@ COMMANDS: dict[str, Command] = {
     "convert --check": Command(
         ("convert", "--check", "--to", "{i}/moe"), ("moe",),
         torch_dist("moe") | {"moe/manifest.json": "json", "moe/flags.txt": "text"}, weight=2,
+    ),
+    "generate": Command(
+        _generate("moe", "--prompt", "1 2 3", "2 1", "--tokenizer", "numbers", "--ep", "1"),
+        ("moe",), torch_dist("moe"), weight=2,
+    ),
+    "generate, its tokenizer": Command(
+        _generate("words", "--prompt", "experts are", "--stop", "x"), ("words",),
+        torch_dist("words", True) | {"words/tokenizer.model": "sentencepiece"}, weight=3,
+    ),
+    "generate from Hugging Face": Command(
+        _generate("hf", "--prompts", "{i}/files/prompts.txt", "--json"), ("hf", "files"),
+        HF | TOKENIZER | {"files/prompts.txt": "text"}, weight=3,
+    ),
+    "generate --tokenizer": Command(
+        _generate("moe", "--prompt", "experts are", "--tokenizer", "{i}/hf"), ("moe", "hf"),
+        TOKENIZER | {"hf/config.json": "json"}, weight=2,
+    ),
+    "generate per-rank files": Command(
+        _generate("rank", "--prompt", "1 2 3", "--tokenizer", "numbers"), ("rank",),
+        {pattern.replace("ranks", "rank"): kind for pattern, kind in PER_RANK.items()},
     ),
     "report": Command(("report", "--run", "{i}/run", "--to", "{o}"), ("run",), RUN, weight=3),
     "report, any run": Command(
@@ -123,8 +149,6 @@ OTHERS: dict[str, Command] = {
     "doctor": Command(("doctor", "--json"), (), {}),
     "recipes": Command(("recipes", "--copy", "{o}/recipes"), (), {}),
 }
-# Opens what `convert, compared` opens, by the same readers, in ranks that are not watched here.
-STARTS_RANKS = ("generate",)
 RUNS_A_SCRIPT = ("parity", "run")  # that is their purpose
 
 
@@ -134,6 +158,10 @@ def main(argv: list[str]) -> int:
         from ep_plugin.megatron.arguments import flags_file
 
         return flags_file.main(argv[1:])
+    if argv[0] == "generate":
+        from tests.hostile import rank
+
+        rank.here()
     from ep_plugin.cli import main
 
     return main(argv)

@@ -15,10 +15,13 @@ from typing import Any
 
 from tests.hostile import pickles
 
+STARTS = (
+    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "os.fork", "os.forkpty",
+    "pty.spawn", "subprocess.Popen",
+)  # fmt: skip
 # Acts that no reading of a file needs. Where a healthy run does one, it is allowed by its name.
 ACTS = (
-    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "os.fork", "os.forkpty",
-    "pty.spawn", "subprocess.Popen", "ctypes.dlopen", "webbrowser.open", "urllib.Request",
+    *STARTS, "ctypes.dlopen", "webbrowser.open", "urllib.Request",
     "pickle.find_class", "cpython.run_command", "cpython.run_file", "cpython.run_module",
     "code.__new__", "function.__new__", "builtins.input", "os.putenv", "os.kill",
     "signal.pthread_kill",

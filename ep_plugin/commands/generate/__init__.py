@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
                 "seed": args.seed,
             },
             "router": args.router,
+            "called": str(args.checkpoint),
             "dtype": args.dtype,
             "tokenizer": asdict(where),
             "texts": texts,

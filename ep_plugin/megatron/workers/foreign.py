@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException  # it is no Exception
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
@@ -23,15 +24,23 @@ from ep_plugin.checkpoint.carried import is_plain
 from ep_plugin.checkpoint.formats.dist_writer import write_common, write_metadata
 from ep_plugin.checkpoint.formats.megatron_dist import open_stored
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, Damaged, Stored
+from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import cut
 
 _TENSORS, _OBJECTS = "tensors", "objects"  # files that are named and not there
 
 
 @contextmanager
-def as_megatron_loads(folder: Path, router: str | None) -> Iterator[Path]:
+def as_megatron_loads(
+    folder: Path,
+    router: str | None,
+    called: Path | None = None,
+    instead: str = "use a checkpoint that it saved",
+) -> Iterator[Path]:
     """Yield a folder that Megatron loads as it would the iteration in `folder`, for as long.
 
-    `router` takes the place of the one in its run arguments. Raises Damaged.
+    `router` takes the place of the one in its run arguments. Raises Damaged, and ConfigError for
+    whatever Megatron raises meanwhile: it names the folder as `called`, and ends with `instead`.
     """
     stored = open_stored(folder)
     with TemporaryDirectory(prefix="ep_plugin_") as name:
@@ -55,8 +64,23 @@ def as_megatron_loads(folder: Path, router: str | None) -> Iterator[Path]:
         FileSystemReader.read_data = read_data  # type: ignore[method-assign]
         try:
             yield view
+        except ConfigError:
+            raise
+        except (Exception, CheckpointException) as error:  # whatever Megatron says of wrong ones
+            cause, name = _first(error), str(called or folder)
+            words = f"{type(cause).__name__}: {cause}".replace(str(view), name)
+            raise ConfigError(
+                f"Megatron makes no model of the run arguments and tensors in {name} "
+                f"({cut(words, 500)}); {instead}"
+            ) from error
         finally:
             FileSystemReader.read_data = original  # type: ignore[method-assign]
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return what went wrong on the first rank, where torch has collected that of all."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return next((cause for cause, _ in failures.values()), error)
 
 
 def _write(view: Path, stored: Stored, router: str | None) -> None:

@@ -20,7 +20,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import moe_module_specs as specs
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException  # it is no Exception
 
 from ep_plugin.checkpoint.text import Place
 from ep_plugin.errors import ConfigError
@@ -32,28 +31,25 @@ from ep_plugin.megatron.workers.generate_ranks import Layout, at_layout
 from ep_plugin.megatron.workers.sampling import Sampling, choose, generators
 from ep_plugin.megatron.workers.shown_text import Growing, Shown
 from ep_plugin.megatron.workers.tokenizer import load
-from ep_plugin.untrusted import cut, one_line
+from ep_plugin.untrusted import one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_model(folder: Path, layout: Layout, router: str | None, dtype: str | None = None) -> Any:
+def load_model(
+    folder: Path,
+    layout: Layout,
+    router: str | None,
+    dtype: str | None = None,
+    called: Path | None = None,
+) -> Any:
     """Return the model of an iteration folder that is not trusted; nothing in it is run.
 
     `dtype`: a name of DTYPES; None: bf16 on a GPU where it was trained in bf16, else fp32.
-    Raises ConfigError when Megatron makes no model of it.
+    Raises ConfigError when Megatron makes no model of it; the folder is named there as `called`.
     """
-    with as_megatron_loads(folder, router) as view:
-        try:
-            return _load_model(view, layout, dtype)
-        except ConfigError:
-            raise
-        except (Exception, CheckpointException) as error:  # whatever Megatron says of wrong ones
-            words = cut(f"{type(error).__name__}: {error}".replace(str(view), str(folder)), 500)
-            raise ConfigError(
-                f"Megatron makes no model of the run arguments and tensors in {folder} ({words}); "
-                "use a checkpoint that it saved"
-            ) from error
+    with as_megatron_loads(folder, router, called) as view:
+        return _load_model(view, layout, dtype)
 
 
 def _load_model(view: Path, layout: Layout, dtype: str | None) -> Any:
@@ -154,7 +150,9 @@ def run(job: dict[str, Any], write: Callable[[str], Any]) -> None:
     """Do a job on this rank; the first one writes what is shown."""
     layout, sampling = Layout(**job["layout"]), Sampling(**job["sampling"])
     with at_layout(layout, job):
-        model = load_model(Path(job["folder"]), layout, job["router"], job["dtype"])
+        model = load_model(
+            Path(job["folder"]), layout, job["router"], job["dtype"], Path(job["called"])
+        )
         tokenizer = load(Place(**job["tokenizer"]))
         texts = [
             Growing(tokenizer, text, ids, job["stop"])

@@ -18,9 +18,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.gpt import moe_module_specs as specs
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
-from torch.distributed.checkpoint.api import CheckpointException  # it is no Exception
 
-from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
@@ -33,7 +31,6 @@ from ep_plugin.megatron.workers.saved_model import (
     plain,
     sharded_state,
 )
-from ep_plugin.untrusted import cut
 
 
 @dataclass
@@ -60,24 +57,9 @@ def trace_foreign(folder: Path, tokens: Tensor, seed: int, router: str | None) -
     `router`: the name that takes the place of the checkpoint's own. Raises ConfigError when
     Megatron does not make a model of it.
     """
-    with as_megatron_loads(folder, router) as view:
-        try:
-            return trace(view, tokens, seed)
-        except ConfigError:
-            raise
-        except (Exception, CheckpointException) as error:  # whatever Megatron says of wrong ones
-            cause = _first(error)
-            words = cut(f"{type(cause).__name__}: {cause}".replace(str(view), str(folder)), 500)
-            raise ConfigError(
-                f"Megatron makes no model of the run arguments and tensors in {folder} ({words}); "
-                "use --skip-parity, or a checkpoint that it saved"
-            ) from error
-
-
-def _first(error: BaseException) -> BaseException:
-    """Return what went wrong on the first rank, where torch has collected that of all."""
-    failures = error.failures if isinstance(error, CheckpointException) else {}
-    return next((cause for cause, _ in failures.values()), error)
+    instead = "use --skip-parity, or a checkpoint that it saved"
+    with as_megatron_loads(folder, router, instead=instead) as view:
+        return trace(view, tokens, seed)
 
 
 @contextmanager
