@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_plugin.checkpoint.text import auto_tokenizer
+from ep_plugin.checkpoint.text import Tokenizer, hugging_face
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import parse_json, read_text
 
@@ -45,8 +45,8 @@ def read_prompts(path: Path, tokenizer: Path | None) -> list[list[int]]:
     else:
         lines = [line for line in text.splitlines() if line.strip()]
         _check_count(path, len(lines))
-        encode: Any = _load_tokenizer(path, tokenizer) if lines else None
-        prompts = [encode(line)["input_ids"] for line in lines]
+        loaded = _load_tokenizer(path, tokenizer) if lines else None
+        prompts = [] if loaded is None else [loaded.encode(line) for line in lines]
     _check_count(path, len(prompts))
     if not _are_ids(prompts):
         raise ConfigError(
@@ -76,14 +76,14 @@ def _are_ids(prompts: Any) -> bool:
     )
 
 
-def _load_tokenizer(path: Path, folder: Path | None) -> Any:
+def _load_tokenizer(path: Path, folder: Path | None) -> Tokenizer:
     if folder is None:
         raise ConfigError(
             f"--prompts {path} is text, and --from is no Hugging Face folder with a tokenizer; use "
             "a .json file with lists of token ids"
         )
     instead = "use a file of token ids, .json"
-    return auto_tokenizer(folder, True, "--prompts", str(folder), instead)
+    return hugging_face(folder, True, "--prompts", str(folder), instead)
 
 
 def fill(prompts: Prompts, vocab_size: int, max_length: int) -> TokenBatch:

@@ -135,7 +135,8 @@ def load(place: Place) -> Tokenizer:
     path = Path(place.path)
     if path.is_file():
         return _sentence_piece(path)
-    return _hugging_face(place.path, local=path.is_dir())
+    asked = f"--tokenizer {place.path}"
+    return hugging_face(path, path.is_dir(), asked, shown(place.path), GIVE)
 
 
 @dataclass(frozen=True)
@@ -176,15 +177,25 @@ class _SentencePiece:
 @dataclass(frozen=True)
 class _HuggingFace:
     model: Any
-    end: int | None
-    size: int | None
+    called: str
+    instead: str
+
+    @property
+    def end(self) -> int | None:
+        found = self.model.eos_token_id
+        return found if isinstance(found, int) else None
+
+    @property
+    def size(self) -> int | None:
+        return len(self.model)
 
     def encode(self, text: str) -> list[int]:
         try:
             ids: list[int] = self.model(text)["input_ids"]
-        except Exception as error:  # of any kind, where its settings are
+        except Exception as error:  # of any kind, where a setting of it is
             raise ConfigError(
-                f"the tokenizer makes no tokens of {shown(text)} ({cut(str(error))}); {GIVE}"
+                f"the tokenizer of {self.called} makes no tokens of {shown(text)} "
+                f"({cut(str(error))}); {self.instead}"
             ) from error
         return ids
 
@@ -210,13 +221,9 @@ def _sentence_piece(path: Path) -> Tokenizer:
         ) from error
 
 
-def _hugging_face(where: str, local: bool) -> Tokenizer:
-    model = auto_tokenizer(where, local, f"--tokenizer {where}", shown(where), GIVE)
-    end = model.eos_token_id
-    return _HuggingFace(model, end if isinstance(end, int) else None, len(model))
-
-
-def auto_tokenizer(where: str | Path, local: bool, asked: str, called: str, instead: str) -> Any:
+def hugging_face(
+    where: str | Path, local: bool, asked: str, called: str, instead: str
+) -> Tokenizer:
     """Return the tokenizer of transformers at `where`, on this machine alone where it is `local`.
 
     Raises BackendUnavailable, which says what was `asked`, without transformers; and ConfigError
@@ -225,7 +232,8 @@ def auto_tokenizer(where: str | Path, local: bool, asked: str, called: str, inst
     try:
         tokenizer: Any = import_module("transformers").AutoTokenizer
         # False, not its default: that asks on stdin whether to run the folder's own code.
-        return tokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+        model = tokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+        return _HuggingFace(model, called, instead)
     except ImportError as error:
         raise BackendUnavailable(
             f"{asked} needs transformers ({error}); install 'ep-plugin[hf]'"
