@@ -16,13 +16,14 @@ from typing import Any, Literal, Protocol
 
 from ep_plugin.checkpoint import byte_pairs
 from ep_plugin.errors import BackendUnavailable, ConfigError
-from ep_plugin.untrusted import cut, shown
+from ep_plugin.untrusted import cut, read_bytes, shown
 
 GIVE = "give --tokenizer, a SentencePiece model or a Hugging Face folder, or numbers for token ids"
 NUMBERS: Literal["numbers"] = "numbers"
 # As releases call the run argument.
 SPECIAL = ("special_tokens", "tokenizer_special_tokens", "tiktoken_special_tokens")
 MOST_TOKENS = 1 << 20  # of a vocabulary
+MOST_BYTES = 256 << 20  # of a tokenizer's file
 Kind = Literal["numbers", "gpt2", "tiktoken", "file or name"]
 
 
@@ -136,7 +137,7 @@ def load(place: Place) -> Tokenizer:
     if path.is_file():
         return _sentence_piece(path)
     asked = f"--tokenizer {place.path}"
-    return hugging_face(path, path.is_dir(), asked, shown(place.path), GIVE)
+    return hugging_face(place.path, path.is_dir(), asked, shown(place.path), GIVE)
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,9 @@ def _sentence_piece(path: Path) -> Tokenizer:
         raise BackendUnavailable(
             f"--tokenizer {path} needs sentencepiece ({error}); run pip install sentencepiece"
         ) from error
+    content = read_bytes(path, GIVE, MOST_BYTES)
     try:
-        model = package.SentencePieceProcessor(model_file=str(path))
+        model = package.SentencePieceProcessor(model_proto=content)
         end = model.eos_id()
         return _SentencePiece(model, end if end >= 0 else None, model.get_piece_size())
     except Exception as error:  # of any kind, for a damaged file

@@ -112,7 +112,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "generate --tokenizer": Command(
         _generate("moe", "--prompt", "experts are", "--tokenizer", "{i}/hf"), ("moe", "hf"),
-        TOKENIZER | {"hf/config.json": "json"}, weight=2,
+        torch_dist("moe") | TOKENIZER | {"hf/config.json": "json"}, weight=2,
     ),
     "generate per-rank files": Command(
         _generate("rank", "--prompt", "1 2 3", "--tokenizer", "numbers"), ("rank",),

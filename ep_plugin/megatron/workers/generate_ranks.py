@@ -65,7 +65,9 @@ def at_layout(layout: Layout, job: dict[str, Any]) -> Iterator[None]:
 
 def _check_alike(job: dict[str, Any], device: torch.device) -> None:
     """Raise ConfigError on all ranks unless all have the first one's job, paths apart."""
-    common = {name: job[name] for name in job if name not in ("folder", "called", "store", "tokenizer")}
+    common = {
+        name: job[name] for name in job if name not in ("folder", "called", "store", "tokenizer")
+    }
     digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).digest()
     own = torch.tensor(list(digest), dtype=torch.int64, device=device)  # [32]
     every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
