@@ -20,7 +20,7 @@ from ep_plugin.commands.plan.taught import Taught, taught
 from ep_plugin.commands.plan.teachers_model import Teacher, read_teacher
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.parallel import ParallelConfig
-from ep_plugin.presets import load, total_params
+from ep_plugin.presets import layer_params, load, total_params
 
 STUDENT = load("ds-350m-mos-l21")
 TEACHER = "ds-350m-prmoe-32-64"
@@ -31,8 +31,8 @@ def plan(teacher: str = TEACHER, **typed: Any) -> Taught:
     given = {"ep_teacher": teacher, "ep_teacher_layout": None, "ep_distill_stop": 0.7}
     given |= {"micro_batch": 1, "seq_length": None, "recompute": False}
     args = argparse.Namespace(**given | {k: v for k, v in typed.items() if k in given})
-    degrees = {"ep": 8, **{k: v for k, v in typed.items() if k not in given}}
-    parallel = ParallelConfig(world_size=32, **degrees)
+    degrees = {"world_size": 32, "ep": 8, **{k: v for k, v in typed.items() if k not in given}}
+    parallel = ParallelConfig(**degrees)
     return taught(read_teacher(args, STUDENT), STUDENT, parallel, args)
 
 
@@ -117,16 +117,23 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err, wrong
 
 
+def test_layers_have_degrees_of_their_own() -> None:
+    """At 64 ranks a layer of 32 experts is there twice: each rank has one expert of every layer."""
+    model = load(TEACHER).model
+    one = layer_params(model, 64).experts // 64
+    assert plan(ep=64, world_size=64).expert_params == one * sum(n > 0 for n in model.experts)
+
+
 def test_without_ep_only_rows_that_the_teacher_has_are_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A teacher of 32 and 64 experts has none at 64 ranks; a student of 64 and 128 has."""
-    words = ["plan", "--preset", "ds-1.3b-mos-l21", "--gpus", "64", "--ep-teacher", TEACHER]
+    """A teacher of at most 64 experts has none at 128 ranks; a student of 128 has."""
+    words = ["plan", "--preset", "ds-1.3b-moe128", "--gpus", "128", "--ep-teacher", TEACHER]
     assert main([*words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["ep"] for row in rows] == [1, 2, 4, 8, 16, 32]
-    assert main([*words, "--ep", "64"]) == 2
-    assert "has layers of 32 experts, which ep (64)" in capsys.readouterr().err
+    assert [row["ep"] for row in rows] == [1, 2, 4, 8, 16, 32, 64]
+    assert main([*words, "--ep", "128"]) == 2
+    assert "has 64 experts, which ep (128)" in capsys.readouterr().err
 
 
 class Stored:

@@ -3,6 +3,9 @@
 import re
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from ep_plugin.cli import main
 from ep_plugin.commands.plan.taught import taught
 from ep_plugin.commands.plan.teachers_model import read_teacher
 from ep_plugin.commands.report.events import Run, read_run
+from ep_plugin.megatron.distill.seam import Distillation
 from ep_plugin.moe.parallel import ParallelConfig
 from ep_plugin.presets import load
 
@@ -110,6 +114,16 @@ def test_layouts_of_both_give_what_one_rank_gives(
         assert values(on_four_ranks[0], tag) == expected, tag
 
 
+def test_chunks_change_nothing(
+    on_one_rank: Run, student: Path, teacher: Path, tmp_path: Path
+) -> None:
+    layout = ("--expert-model-parallel-size", "2", "--ep-overlap", "chunked")
+    two, _ = distil(2, tmp_path, student, teacher, *FOUR, *layout)
+    for tag in ("lm loss", KL, "grad-norm"):
+        expected = pytest.approx(values(on_one_rank, tag), rel=1e-5)
+        assert values(two, tag) == expected, tag
+
+
 def test_after_the_stop_its_weights_and_its_groups_are_gone(on_four_ranks: tuple[Run, str]) -> None:
     lines = re.findall(r"teacher at (\d) of \d+: (.*)", on_four_ranks[1])
     assert sorted(rank for rank, _ in lines) == ["0", "1", "2", "3"]
@@ -182,9 +196,9 @@ REFUSED: dict[str, str] = {
     "--ep-teacher TEACHER --ep-teacher-layout pp=2": "and a teacher runs on one; use pp=1",
     "--ep-teacher TEACHER --ep-teacher-layout tp=3": "tp (3) must divide the 1 ranks",
     "--ep-teacher TEACHER --ep-overlap two_batch": "takes apart",
-    "--ep-teacher TEACHER --mtp-num-layers 1": "multi-token prediction",
+    "--ep-teacher TEACHER --ep-teacher-layout tp=2 --sft": "--sft packs sequences, and a teacher",
     "--ep-teacher TEACHER --seq-length 64 --max-position-embeddings 64 --vocab-size 64": (
-        "has a vocabulary of 128"
+        "and the student one of 64; use a teacher"
     ),
     "--ep-teacher TEACHER --ep-distill-stop 1.5": "must be above 0 and at most 1; got '1.5'",
     "--ep-teacher TEACHER --ep-teacher-layout tp=two": "must be parallel sizes, as tp=2,ep=2",
@@ -195,11 +209,61 @@ REFUSED: dict[str, str] = {
 def test_refusals(teacher: Path, words: str) -> None:
     """In one sentence, before any step."""
     flags = words.replace("TEACHER", str(teacher)).split()
-    done = launch(1, OURS, *MOE, "--train-iters", "1", *flags)
+    done = launch(1 + ("--sft" in flags), OURS, *MOE, "--train-iters", "1", *flags)
     assert done.returncode != 0
     assert REFUSED[words] in done.stderr, done.stderr[-2000:]
     assert "lm loss" not in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_heads_of_multi_token_prediction_are_left_alone(teacher: Path, tmp_path: Path) -> None:
+    """A weight that is nearly nothing: all is as without a teacher, which is asked nevertheless."""
+    flags = (*MOE, "--mtp-num-layers", "1", "--train-iters", "2")
+    alone = train(1, OURS, tmp_path / "alone", *flags)
+    words = ("--ep-teacher", str(teacher), "--ep-distill-weight", "1e-9", "--ep-distill-stop", "1")
+    beside = train(1, OURS, tmp_path / "beside", *flags, *words)
+    tags = ("lm loss", "mtp_1 loss", "grad-norm")
+    for tag in tags:
+        assert values(beside, tag) == pytest.approx(values(alone, tag), rel=1e-5), tag
+    assert len(values(beside, tags[1])) == len(values(beside, KL)) == 2
+    assert min(values(beside, KL)) > 0
+
+
+def asked(labels: list[Any], given: Any) -> list[Any]:
+    """Return of which logits the divergence was made, in a forward that asks for these losses."""
+    state, seen = Distillation(), []
+    state.teacher = SimpleNamespace(logits=lambda *given, width, **more: torch.zeros(1, 1, width))
+    state.plan = SimpleNamespace(vocabulary=2)
+    args = SimpleNamespace(ep_distill_temperature=1.0, ep_distill_weight=1.0)
+    group = SimpleNamespace(size=lambda: 1)
+    module = SimpleNamespace(get_args=lambda: args, get_tensor_model_parallel_group=lambda: group)
+
+    def loss(model: Any, labels: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.sum(-1)
+
+    def forward(model: Any, *inputs: Any, **more: Any) -> None:
+        for label in labels:
+            logits = torch.tensor([[[1.0, 3.0]]], requires_grad=True)
+            state.loss(loss, model, label, logits).sum().backward()
+            assert logits.grad is not None
+            seen.append(bool((logits.grad != 1).any()))
+
+    with patch("ep_plugin.megatron.distill.seam.import_module", lambda name: module):
+        state.forward(forward, SimpleNamespace(training=True), *given)
+    return seen
+
+
+def test_the_main_head_alone_is_taught() -> None:
+    """Megatron asks the heads of multi-token prediction first, for labels of their own."""
+    rolled, labels = object(), object()
+    assert asked([rolled, labels], (None, None, None, None, labels)) == [False, True]
+
+
+def test_a_model_without_labels_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """A script that computes its own loss would never ask the teacher."""
+    with pytest.raises(SystemExit):
+        asked([], (None, None, None))
+    assert "this script's forward step gives the model none" in capsys.readouterr().err
 
 
 def test_no_gradient_reaches_the_teacher() -> None:

@@ -237,8 +237,9 @@ def taught(args: Any) -> list[Any]:
     given_args.train_samples, given_args.consumed_train_samples, given_args.world_size = 10, 5, 4
     state.teacher = SimpleNamespace(logits=lambda *given, width: torch.arange(6.0).view(3, 1, 2))
     state.plan = SimpleNamespace(vocabulary=2)
-    state.inputs = {"input_ids": None, "position_ids": None, "attention_mask": None}
     logits = torch.arange(0.0, -6.0, -1).view(3, 1, 2).requires_grad_()
+    state.inputs = dict.fromkeys(("input_ids", "position_ids", "attention_mask"))
+    state.inputs["labels"] = logits
     names = {"megatron.training": SimpleNamespace(get_args=lambda: given_args)}
     group = SimpleNamespace(size=lambda: 1)
     groups = SimpleNamespace(get_tensor_model_parallel_group=lambda: group)

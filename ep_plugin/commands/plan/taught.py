@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ep_plugin.commands.plan.memory import WEIGHT, kept_in_layer
 from ep_plugin.commands.plan.teachers_model import Teacher
 from ep_plugin.errors import ConfigError
-from ep_plugin.moe.parallel import ParallelConfig
+from ep_plugin.moe.parallel import ParallelConfig, degree
 from ep_plugin.presets import Preset, layer_params
 from ep_plugin.untrusted import shown
 
@@ -56,7 +56,8 @@ def taught(
     layout = _layout(teacher, parallel, length, args)
     params = teacher.params
     dense = params.tensor // layout.tp + params.replicated
-    routed = params.experts // (layout.ep * layout.etp)
+    shares = ((size, degree(layout.ep, count) * layout.etp) for count, size in teacher.experts)
+    routed = sum(size // ranks for size, ranks in shares)
     tokens = args.micro_batch * length
     forward = max(_forward(teacher.preset, parallel, layout), default=0.0) * tokens
     logits = tokens * student.model.vocab

@@ -60,7 +60,8 @@ class Teacher:
     """A teacher's model, and its parameters by the ranks that share them."""
 
     preset: Preset
-    params: LayerParams
+    params: LayerParams  # outside of experts
+    experts: tuple[tuple[int, int], ...]  # of each MoE layer: how many, and their parameters
     args: argparse.Namespace  # its sizes, under Megatron's names
 
 
@@ -118,8 +119,9 @@ def _of_preset(preset: Preset) -> Teacher:
         model.hidden * (2 if model.layer_norm else 1)
         + (model.max_positions * model.hidden if model.positions == "learned" else 0),
     )
-    for experts in model.experts:
-        total += layer_params(model, experts)
+    layers = [(experts, layer_params(model, experts)) for experts in model.experts]
+    for _, layer in layers:
+        total += replace(layer, experts=0)
     counts = [experts for experts in model.experts if experts]
     sizes = argparse.Namespace(
         num_layers=len(model.experts),
@@ -135,7 +137,8 @@ def _of_preset(preset: Preset) -> Teacher:
         max_position_embeddings=model.max_positions,
         position_embedding_type="learned_absolute" if model.positions == "learned" else "rope",
     )
-    return Teacher(replace(preset, model=model), total, sizes)
+    routed = tuple((experts, layer.experts) for experts, layer in layers if experts)
+    return Teacher(replace(preset, model=model), total, routed, sizes)
 
 
 def _of_checkpoint(path: Path, args: argparse.Namespace) -> Teacher:
@@ -161,19 +164,22 @@ def _of_checkpoint(path: Path, args: argparse.Namespace) -> Teacher:
         routing=RoutingConfig(topk=getattr(run, "moe_router_topk", None) or 1, normalize="none"),
         seq_length=getattr(run, "seq_length", None) or 1,
     )
-    return Teacher(preset, _counted(tensors), run)
+    return Teacher(preset, *_counted(tensors, counts), run)
 
 
-def _counted(tensors: Mapping[str, "TensorInfo"]) -> LayerParams:
-    total = LayerParams()
+def _counted(
+    tensors: Mapping[str, "TensorInfo"], counts: Mapping[int, int]
+) -> tuple[LayerParams, tuple[tuple[int, int], ...]]:
+    """Return the parameters outside of experts, and each layer's `counts` with its experts'."""
+    total, routed = LayerParams(), dict.fromkeys(counts, 0)
     for name, info in tensors.items():
         size = prod(info.shape)
-        if _EXPERTS.fullmatch(name):
-            total += LayerParams(experts=size)
+        if found := _EXPERTS.fullmatch(name):
+            routed[int(found[1])] += size
         else:
             cut = _CUT.fullmatch(name) is not None
             total += LayerParams(tensor=size) if cut else LayerParams(replicated=size)
-    return total
+    return total, tuple((counts[layer], size) for layer, size in sorted(routed.items()))
 
 
 def _model(run: argparse.Namespace, experts: tuple[int, ...]) -> Model:

@@ -162,11 +162,6 @@ _TAUGHT = (
         "needs whole sequences on each rank; use --context-parallel-size 1",
     ),
     Need(
-        lambda args: not getattr(args, "mtp_num_layers", None),
-        "is compared with a student's next token alone, and this one has layers of multi-token "
-        "prediction; use a student without --mtp-num-layers",
-    ),
-    Need(
         lambda args: (
             not getattr(args, "overlap_moe_expert_parallel_comm", False)
             and args.ep_overlap != "two_batch"

@@ -25,6 +25,7 @@ _CUT = (  # a run argument, what it counts, and which ranks share it evenly
     ("padded_vocab_size", "entries in its vocabulary", "tp"),
     ("moe_ffn_hidden_size", "rows in an expert", "etp"),
 )
+_PACKS = ("sft", "rl_use_sequence_packing", "hybrid_context_parallel")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def check_teacher(args: Any) -> Plan | None:
     teacher = checked_teacher(read_common(folder).get("args"), folder, args)
     layout = layout_of(args)
     check_sizes(teacher, layout, args)
+    _check_packing(layout, args)
     return Plan(folder, teacher, layout, _vocabulary(teacher, args))
 
 
@@ -118,11 +120,25 @@ def check_sizes(teacher: argparse.Namespace, layout: Layout, args: Any) -> None:
         )
 
 
+def _check_packing(layout: Layout, args: Any) -> None:
+    """Raise ConfigError where Megatron's flags pack sequences that would have to be exchanged."""
+    students = args.tensor_model_parallel_size
+    for name in _PACKS:
+        if layout.tp > students and getattr(args, name, False):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} packs sequences, and a teacher of a larger tp "
+                f"({layout.tp}) would have to exchange them; use --ep-teacher-layout tp={students}"
+            )
+
+
 def _vocabulary(teacher: argparse.Namespace, args: Any) -> int:
     """Return how many entries count: all that do not pad, which both must have alike."""
     theirs = getattr(teacher, "ep_vocab_size", None)
     rows = int(teacher.padded_vocab_size)
-    ours = getattr(args, "ep_vocab_size", None) or getattr(args, "vocab_size", None)
+    typed = getattr(args, "vocab_size", None)
+    if theirs is not None and typed == theirs - 1:
+        typed = theirs  # a tokenizer may add a word to --vocab-size; it is asked once it is there
+    ours = getattr(args, "ep_vocab_size", None) or typed
     size = ours or theirs or min(rows, args.padded_vocab_size or rows)
     if (theirs is not None and theirs != size) or rows < size:
         raise ConfigError(

@@ -28,7 +28,13 @@ LOSS = (
 LOGGED = "distillation loss"
 ADVANCED = "advanced iterations"  # Megatron's key for the steps of an interval so far
 _FORWARD = ("input_ids", "position_ids", "attention_mask")
+_ALL = (*_FORWARD, "decoder_input", "labels")  # in the order of every release
 _PASSED_ON = ("packed_seq_params", "padding_mask")
+
+_NO_LOSS = ConfigError(
+    "--ep-teacher joins the loss that Megatron's model computes of its labels, and this script's "
+    "forward step gives the model none; give it labels=..., or leave --ep-teacher out"
+)
 
 
 class Distillation:
@@ -46,6 +52,7 @@ class Distillation:
         args = import_module("megatron.training").get_args()
         if self.plan is not None or getattr(args, "ep_teacher", None) is None:
             return result  # the first model is the trained one
+        import_module("ep_plugin.megatron.arguments.resume").note_vocabulary(args)
         try:
             self.plan = import_module("ep_plugin.megatron.distill.fits_student").check_teacher(args)
             if not is_on(args):
@@ -92,22 +99,30 @@ class Distillation:
         """Note what the student is given; its loss asks the teacher."""
         if self.teacher is None or not model.training or not torch.is_grad_enabled():
             return original(model, *rest, **kwargs)
-        self.inputs = {**dict(zip(_FORWARD, rest, strict=False)), **kwargs}
+        self.inputs = {**dict(zip(_ALL, rest, strict=False)), **kwargs}
         try:
-            return original(model, *rest, **kwargs)
+            found = original(model, *rest, **kwargs)
+            if self.inputs is not None:
+                refuse(_NO_LOSS)
+            return found
         finally:
             self.inputs = None
 
     def loss(self, original: Callable[..., Any], model: Any, labels: Tensor, logits: Tensor) -> Any:
         """Return the cross entropy [B, S], with the gradient of the whole loss."""
-        inputs, self.inputs = self.inputs, None
-        if inputs is None or self.teacher is None:
-            return original(model, labels, logits)
+        inputs = self.inputs
+        if inputs is None or self.teacher is None or labels is not inputs["labels"]:
+            return original(
+                model, labels, logits
+            )  # evaluation, or a head of multi-token prediction
+        self.inputs = None
         args = import_module("megatron.training").get_args()
         more = {name: inputs[name] for name in _PASSED_ON if inputs.get(name) is not None}
-        theirs = self.teacher.logits(
-            *(inputs[name] for name in _FORWARD), width=logits.shape[-1], **more
-        )
+        given = (inputs[name] for name in _FORWARD)
+        try:
+            theirs = self.teacher.logits(*given, width=logits.shape[-1], **more)
+        except ConfigError as error:
+            refuse(error)
         state = import_module("megatron.core.parallel_state")
         tp = state.get_tensor_model_parallel_group()
         # Before the cross entropy, which overwrites logits in float32.
