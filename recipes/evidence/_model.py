@@ -122,6 +122,7 @@ class Variant:
     teacher: str = ""  # the variant whose checkpoint teaches it
     keep: bool = False  # its checkpoint, for others to start from
     steps: int = 0  # so many, each logged, without evaluation: for times
+    ranks: int = 0  # so many on the CPU, which count what they hold
 
     @property
     def needs(self) -> set[str]:
@@ -141,7 +142,8 @@ class Variant:
                 layers=size.layers // 2,
                 depth=size.layers,
                 fewer=size.layers - 1,
-                kept=f"0-{size.layers - 3},{size.layers - 1}",
+                kept=",".join(map(str, (*range(size.layers - 2), size.layers - 1))),
+                fifth=self.iterations(size) // 5,
                 router=size.router,
             )
         )

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,6 +59,8 @@ def run(variant: Variant, seed: int, size: Size, place: Place, deadline: float) 
     command = [*size.flags(variant, seed, place.data), *variant.extra(size)]
     command += ["--tensorboard-dir", str(folder / "tensorboard")]
     command += ["--data-cache-path", str(folder / "cache")]
+    if variant.ranks:
+        return _counted(variant, seed, size, folder, place, command, deadline)
     if not variant.steps:
         command += ["--save", str(folder / "checkpoint"), "--save-interval", str(steps)]
         command += ["--exit-signal-handler"]
@@ -147,31 +150,67 @@ def _result(variant: Variant, seed: int, size: Size, folder: Path, place: Place)
     scalars = read_events(folder / "tensorboard")
     per_step = size.batch * size.sequence
     steps = variant.iterations(size)
-    corpus = json.loads((place.data / "manifest.json").read_text())
 
     def curve(tag: str) -> list[list[float]]:
         return [[i * per_step, round(v, 5)] for i, v in sorted(scalars.get(tag, {}).items())]
 
-    times = sorted(scalars["iteration-time"].items())[1:] or sorted(
-        scalars["iteration-time"].items()
-    )
+    times = sorted(scalars["iteration-time"].items())
+    times = times[len(times) // 8 :][1:] or times  # the first steps compile and allocate
     return {
         **variant.described(size),
         "seed": seed,
         "parameters": int(PARAMETERS.findall((folder / "log.txt").read_text(errors="replace"))[0]),
         "tokens": steps * per_step,
-        "epochs": round(steps * per_step / corpus["train"]["tokens"], 3),
         "heldout": curve("lm loss validation"),
         "train": curve("lm loss"),
         "step_seconds": round(statistics.median(t for _, t in times), 5),
         "beside": place.jobs,
         "experts": _experts(scalars, steps),
+        **_made_of(size, place, steps * per_step),
+        **made_with(size.on_gpu),
+    }
+
+
+def _made_of(size: Size, place: Place, tokens: int) -> dict[str, Any]:
+    corpus = json.loads((place.data / "manifest.json").read_text())
+    return {
+        "epochs": round(tokens / corpus["train"]["tokens"], 3),
         "corpus": {
             "sha256": corpus["sha256"],
             "distinct_tokens": corpus["train"]["tokens"],
             "heldout_tokens": corpus[size.heldout]["tokens"],
         },
-        **made_with(size.on_gpu),
+    }
+
+
+def _counted(
+    variant: Variant,
+    seed: int,
+    size: Size,
+    folder: Path,
+    place: Place,
+    command: list[str],
+    deadline: float,
+) -> dict[str, Any]:
+    """Train on several ranks of the CPU and return what each of them holds."""
+    started = time.monotonic()
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(variant.ranks)]
+    script = str(ROOT / "recipes" / "evidence" / "_count.py")
+    batch = ["--global-batch-size", str(size.batch * variant.ranks)]
+    words = [*launch, "-m", "ep_plugin.run", script, str(folder), *command, *batch]
+    _call(words, folder / "log.txt", replace(size, on_gpu=False), deadline)
+    files = [folder / f"rank{rank}.json" for rank in range(variant.ranks)]
+    return {
+        **variant.described(size),
+        "seed": seed,
+        "ranks_hold": [json.loads(file.read_text()) for file in files],
+        "heldout": [],
+        "beside": place.jobs,
+        "experts": {},
+        "step_seconds": 0.0,
+        **_made_of(size, place, size.batch * variant.ranks * size.sequence),
+        **made_with(False),
+        "wall_seconds": round(time.monotonic() - started, 1),
     }
 
 

@@ -63,7 +63,6 @@ def losses_table(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> 
     for name, label in labels.items():
         runs = of(results, name)
         if not runs:
-            rows.append([label, *["not run"] * 6])
             continue
         logged = [run["experts"] for run in runs]
         rows.append(
@@ -154,6 +153,8 @@ def _seconds_of_token(run: dict[str, Any]) -> float:
 def _close_up(axis: Any, results: dict[str, dict[str, Any]], labels: dict[str, str]) -> None:
     """Leave out the fall of the first points, where all curves lie on each other."""
     curves = [mean_curve(of(results, name)) for name in labels if of(results, name)]
+    if not curves:
+        return
     low = min(y for curve in curves for _, y in curve)
     high = max(curve[min(2, len(curve) - 1)][1] for curve in curves)
     axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))

@@ -8,6 +8,7 @@ recipes/evidence/corpus.py makes with recipes/prepare_data.py.
 import argparse
 import fcntl
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +19,8 @@ from typing import Any
 
 from _model import SIZES, Size, Variant, shrunk
 from _run import ROOT, CutError, Place, RunError, run
-from _show import draw_losses, figure, losses_table, save
+from _show import draw_losses, figure, losses_table, of, save
+from _verdict import Check, Results, verdict
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.written import write_whole
@@ -31,7 +33,6 @@ EXAMPLES = """examples:
   python recipes/evidence/{script} --size gpu --show                  table and plot of what is kept
 """
 SHORTEST = 15.0  # seconds that must be left for a run to start
-Results = dict[str, dict[str, Any]]  # NAME-seedS -> result
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,43 @@ class Claim:
     """What is claimed, the runs that show it, and how they are shown."""
 
     letter: str
-    name: str  # of the script, the plot and the section
-    says: str
+    name: str  # of the script and the plot
+    about: str  # the section's heading
+    says: str  # what is claimed
     variants: tuple[Variant, ...]
+    labels: dict[str, str]  # of the variants' names, in the table's order
+    checks: tuple[Check, ...]  # what is compared to see whether the claim holds
     table: Callable[[Results], str]
     plot: Callable[[Results, Path], None]
 
+    def shown(self, results: Results) -> str:
+        """Return the table, what is not in it, and whether it supports the claim."""
+        absent = [label for name, label in self.labels.items() if not of(results, name)]
+        missing = f"Not run: {', '.join(absent)}.\n\n" if absent else ""
+        return f"{self.table(results)}\n{missing}{verdict(self.checks, results, self.labels)}"
+
 
 def of_losses(
-    letter: str, name: str, says: str, variants: tuple[Variant, ...], labels: dict[str, str]
+    letter: str,
+    name: str,
+    about: str,
+    says: str,
+    variants: tuple[Variant, ...],
+    labels: dict[str, str],
+    checks: tuple[Check, ...],
 ) -> Claim:
     """Return a claim about losses alone: one row and one curve for each label."""
+
+    def table(results: Results) -> str:
+        return losses_table(results, labels)
 
     def plot(results: Results, path: Path) -> None:
         made, axes = figure(1)
         draw_losses(axes[0], results, labels)
-        axes[0].set_title(says, fontsize=9)
+        axes[0].set_title(about, fontsize=9)
         save(made, results, path)
 
-    return Claim(letter, name, says, variants, lambda found: losses_table(found, labels), plot)
+    return Claim(letter, name, about, says, variants, labels, checks, table, plot)
 
 
 def main(claims: Iterable[Claim], script: str, argv: list[str] | None = None) -> int:
@@ -73,7 +92,9 @@ def main(claims: Iterable[Claim], script: str, argv: list[str] | None = None) ->
 
 def _parser(claims: tuple[Claim, ...], script: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="\n".join(f"({claim.letter}) {claim.says}" for claim in claims),
+        description="\n".join(
+            f"({claim.letter}) {claim.about}. Claim: {claim.says}" for claim in claims
+        ),
         epilog=EXAMPLES.format(script=script),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -97,7 +118,7 @@ def _main(claims: tuple[Claim, ...], args: argparse.Namespace) -> int:
     kept = args.runs / size.name if args.shrink else ROOT / "benchmarks" / "results"
     file = args.results or kept / f"evidence_{size.name.replace('-', '_')}.json"
     plots = args.plots or (kept if args.shrink else ROOT / "benchmarks" / "evidence")
-    variants = _chosen(claims, args.only)
+    variants = _chosen(claims, args.only, size)
     args.data = args.data or ROOT / "data" / size.corpus
     results = read(file)
     todo = left(variants, args.seeds, size, results, args.runs / size.name)
@@ -116,8 +137,9 @@ def _main(claims: tuple[Claim, ...], args: argparse.Namespace) -> int:
     return 1 if todo and not args.show else 0
 
 
-def _chosen(claims: tuple[Claim, ...], only: list[str] | None) -> list[Variant]:
-    found = {variant.name: variant for claim in claims for variant in claim.variants}
+def _chosen(claims: tuple[Claim, ...], only: list[str] | None, size: Size) -> list[Variant]:
+    every = [variant for claim in claims for variant in claim.variants]
+    found = {v.name: v for v in every if not (v.ranks and size.name == "gpu")}
     unknown = [name for name in only or [] if name not in found]
     if unknown:
         raise ConfigError(f"--only must be of {' '.join(found)}; got {unknown[0]}")
@@ -214,11 +236,14 @@ def sweep(
 def keep(file: Path, key: str, result: dict[str, Any]) -> None:
     """Add a result to the file, also where two sweeps write it at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with (file.parent / f".{file.name}.lock").open("w") as lock:
+    lock = os.open(file.parent, os.O_RDONLY)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = dict(sorted({**read(file), key: result}.items()))
         lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in results.items())
         write_whole(file, f"{{\n{lines}\n}}\n")
+    finally:
+        os.close(lock)
 
 
 def show(claims: tuple[Claim, ...], results: Results, size: Size, plots: Path) -> None:
@@ -227,9 +252,11 @@ def show(claims: tuple[Claim, ...], results: Results, size: Size, plots: Path) -
         names = {variant.name for variant in claim.variants}
         own = {key: value for key, value in results.items() if value["name"] in names}
         if not own:
-            print(f"({claim.letter}) {claim.says} No result yet.")
+            print(f"({claim.letter}) {claim.about}: no result yet.")
             continue
-        print(f"({claim.letter}) {claim.says}\n\n{claim.table(own)}")
+        print(f"({claim.letter}) {claim.about}\n\nClaim: {claim.says}\n\n{claim.shown(own)}")
+        if len(own) < 2:
+            continue
         plots.mkdir(parents=True, exist_ok=True)
         path = plots / f"{claim.name}_{size.name}.png"
         claim.plot(own, path)

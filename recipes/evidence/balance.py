@@ -7,6 +7,7 @@ import sys
 
 from _model import E8, SCALE, TOP1, Variant, top1
 from _sweep import main, of_losses
+from _verdict import Less
 
 SIGMOID = (  # a gate is a half at the start
     f"--num-experts 8 {SCALE} 2 "
@@ -27,7 +28,17 @@ LABELS = {
     "top1-e8": "softmax, loss 0.01",
     "softmax-none": "softmax, neither",
 }
-CLAIM = of_losses("d", "balance", __doc__.splitlines()[0][4:], VARIANTS, LABELS)
+SAYS = (
+    "A balancing loss and an expert bias each make experts more even than neither, "
+    "and a bias costs less loss than a balancing loss."
+)
+CHECKS = (
+    Less("sigmoid-loss", "sigmoid-none", "max_over_mean"),
+    Less("sigmoid-bias", "sigmoid-none", "max_over_mean"),
+    Less("top1-e8", "softmax-none", "max_over_mean"),
+    Less("sigmoid-bias", "sigmoid-loss"),
+)
+CLAIM = of_losses("d", "balance", "Balance", SAYS, VARIANTS, LABELS, CHECKS)
 
 if __name__ == "__main__":
     sys.exit(main([CLAIM], "balance.py"))

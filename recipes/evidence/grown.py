@@ -1,4 +1,4 @@
-"""(e) A dense model grown into experts is ahead of one trained from the start, at equal cost.
+"""(e) A dense model grown into experts, beside experts trained from the start, at equal cost.
 
 All scripts share recipes/evidence/_sweep.py.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from _model import HALF, TOP2, Variant
 from _show import columns, draw_losses, figure, loss_text, of, save, table
 from _sweep import Claim, Results, main
+from _verdict import Less
 
 START = "dense-half"
 TO_8 = "--num-experts 8 --topk 2"
@@ -29,6 +30,7 @@ VARIANTS = (
     *(Variant(f"grown-{m}", FLAGS[m], grown_from=START, convert=CONVERT[m]) for m in CONVERT),
 )
 LABELS = {
+    START: "the dense model",
     "dense-continued": "the dense model goes on",
     "top2-e8": "8 experts from the start",
     **{f"grown-{mode}": f"grown, {mode}" for mode in CONVERT},
@@ -38,10 +40,9 @@ LABELS = {
 def shown(results: Results) -> str:
     """Return a row for each way to spend the extra tokens."""
     rows = []
-    for name, label in {START: "the dense model", **LABELS}.items():
+    for name, label in LABELS.items():
         runs = of(results, name)
         if not runs:
-            rows.append([label, *["not run"] * 6])
             continue
         points = runs[0]["heldout"]
         rows.append(
@@ -60,7 +61,7 @@ def shown(results: Results) -> str:
 def plot(results: Results, path: Path) -> None:
     """Draw loss against extra tokens."""
     made, axes = figure(1)
-    draw_losses(axes[0], results, LABELS)
+    draw_losses(axes[0], results, {k: v for k, v in LABELS.items() if k != START})
     start = of(results, START)
     if start:
         axes[0].axhline(start[0]["heldout"][-1][1], color="gray", linestyle=":", linewidth=1)
@@ -71,7 +72,15 @@ def plot(results: Results, path: Path) -> None:
     save(made, results, path)
 
 
-CLAIM = Claim("e", "grown", __doc__.splitlines()[0][4:], VARIANTS, shown, plot)
+SAYS = (
+    "A dense model grown into experts is ahead of experts trained from the start with the same "
+    "further tokens, and of the dense model that goes on."
+)
+CHECKS = (
+    *(Less(f"grown-{mode}", "top2-e8") for mode in CONVERT),
+    *(Less(f"grown-{mode}", "dense-continued") for mode in CONVERT),
+)
+CLAIM = Claim("e", "grown", "Grown experts", SAYS, VARIANTS, LABELS, CHECKS, shown, plot)
 
 if __name__ == "__main__":
     sys.exit(main([CLAIM], "grown.py"))

@@ -20,7 +20,9 @@ documentation, licences; each content once. The GPU size has a larger one: books
 documentation and sources of [twenty repositories](../recipes/evidence/README.md#the-larger-text).
 Held-out files are others than those trained on, but files of one source resemble each other.
 A loss is that of the held-out files at the end of the run, in nats per token, with its standard
-error where several seeds ran. One seed cannot show a difference of half a percent or less.
+error where several seeds ran. Whether what was seen supports a claim is computed from the table:
+a difference below the noise says nothing, where the noise is twice the standard error of the
+difference, or half a percent (of an imbalance 5 %) where fewer than two seeds ran.
 """
 
 KEPT = {
@@ -35,7 +37,7 @@ def page() -> str:
     parts = [HEAD]
     kept = {name: read(ROOT / "benchmarks" / "results" / f"evidence_{name}.json") for name in KEPT}
     for claim in (module.CLAIM for module in MODULES):
-        parts.append(f"## ({claim.letter}) {claim.says}\n")
+        parts.append(f"## ({claim.letter}) {claim.about}\n\nClaim: {claim.says}\n")
         tables = [text for name in KEPT if (text := _table(claim, kept[name], name))]
         parts += tables or ["Not run yet.\n"]
     return "\n".join(parts)
@@ -44,7 +46,7 @@ def page() -> str:
 def _table(claim: Claim, results: Results, size: str) -> str:
     names = {variant.name for variant in claim.variants}
     own = {key: value for key, value in results.items() if value["name"] in names}
-    if not own:
+    if len(own) < 2:  # one run that several claims share says nothing alone
         return ""
     first = next(iter(own.values()))
     dates = sorted({value["date"] for value in own.values()})
@@ -57,7 +59,7 @@ def _table(claim: Claim, results: Results, size: str) -> str:
         f"{KEPT[size]}: {first['hardware']}, {versions}, {' to '.join(dates)}; "
         f"{corpus['distinct_tokens']:,} distinct tokens (SHA-256 {corpus['sha256'][:12]}), at most "
         f"{epochs:.2f} epochs, {corpus['heldout_tokens']:,} held out.\n\n"
-        f"{claim.table(own)}\n{drawn}"
+        f"{claim.shown(own)}\n{drawn}"
     )
 
 

@@ -7,6 +7,7 @@ import sys
 
 from _model import E8, SCALE, TOP1, Variant
 from _sweep import main, of_losses
+from _verdict import Less
 
 FEW_MANY = "--moe-layer-freq [1]*{depth} --ep-experts-per-layer 4*{layers},12*{layers}"
 MANY_FEW = "--moe-layer-freq [1]*{depth} --ep-experts-per-layer 12*{layers},4*{layers}"
@@ -17,7 +18,11 @@ VARIANTS = (
     Variant("early", f"{TWELVE} {MANY_FEW}"),
 )
 LABELS = {"top1-e8": "8 in each layer", "late": "4, then 12", "early": "12, then 4"}
-CLAIM = of_losses("i", "placement", __doc__.splitlines()[0][4:], VARIANTS, LABELS)
+SAYS = (
+    "Of the same number of experts, more in late layers give a lower loss than more in early ones."
+)
+CHECKS = (Less("late", "early"), Less("late", "top1-e8"))
+CLAIM = of_losses("i", "placement", "Where experts lie", SAYS, VARIANTS, LABELS, CHECKS)
 
 if __name__ == "__main__":
     sys.exit(main([CLAIM], "placement.py"))

@@ -2,7 +2,9 @@
 
 Without a letter it takes all: recipes/evidence/experts.py, recipes/evidence/gates.py,
 recipes/evidence/capacity.py, recipes/evidence/balance.py, recipes/evidence/grown.py,
-recipes/evidence/router_dtype.py and recipes/evidence/placement.py.
+recipes/evidence/router_dtype.py, recipes/evidence/rank_bytes.py, recipes/evidence/placement.py and
+recipes/evidence/students.py. Not among them: times, which need a machine to themselves
+(recipes/evidence/step_time.py), and settings, which come first (recipes/evidence/settings.py).
 """
 
 import sys
@@ -13,15 +15,31 @@ import experts
 import gates
 import grown
 import placement
+import rank_bytes
 import router_dtype
+import settings
+import step_time
+import students
 from _sweep import main
 
-MODULES = (experts, gates, capacity, balance, grown, router_dtype, placement)
-CLAIMS = {module.CLAIM.letter: module.CLAIM for module in MODULES}
+TOGETHER = (
+    experts,
+    gates,
+    capacity,
+    balance,
+    grown,
+    router_dtype,
+    rank_bytes,
+    placement,
+    students,
+)
+MODULES = (*TOGETHER[:7], step_time, *TOGETHER[7:], settings)  # in the page's order
+LETTERS = {module.CLAIM.letter for module in TOGETHER}
 
 if __name__ == "__main__":
     words = sys.argv[1:]
     letters = []
-    while words and words[0] in CLAIMS:
+    while words and words[0] in LETTERS:
         letters.append(words.pop(0))
-    sys.exit(main([CLAIMS[x] for x in letters or CLAIMS], "several.py", words))
+    chosen = [module.CLAIM for module in TOGETHER if module.CLAIM.letter in (letters or LETTERS)]
+    sys.exit(main(chosen, "several.py", words))

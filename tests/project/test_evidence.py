@@ -136,3 +136,88 @@ def test_text_of_ones_own_in_equal_shares(
 
 def test_shares_are_equal_but_for_those_that_have_less(evidence: Any) -> None:
     assert evidence("corpus").shares({"a": 100, "b": 3, "c": 20}, 60) == {"a": 37, "b": 3, "c": 20}
+
+
+def losses(evidence: Any, module: str, found: dict[str, list[float]]) -> dict[str, Any]:
+    """Return results of a claim's variants with these last losses, one a seed."""
+    variants = {variant.name: variant for variant in evidence(module).VARIANTS}
+    return {
+        f"{name}-seed{seed}": result(evidence, variants[name], [[10, 9.0], [20, loss]], seed)
+        for name, values in found.items()
+        for seed, loss in enumerate(values, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "said"),
+    [
+        ([3.0], [3.1], "supports the claim"),
+        ([3.1], [3.0], "contradicts the claim"),
+        ([3.0], [3.01], "cannot tell: differences are below the noise"),
+        ([3.0], [], "cannot tell: not run"),
+        ([3.000, 3.001], [3.010, 3.011], "supports the claim"),
+        ([3.0, 3.2], [3.1, 3.3], "cannot tell: differences are below the noise"),
+    ],
+)
+def test_what_results_say_of_a_claim(
+    evidence: Any, fp32: list[float], bf16: list[float], said: str
+) -> None:
+    claim = evidence("router_dtype").CLAIM
+    kept = losses(evidence, "router_dtype", {"router-fp32": fp32, "router-bf16": bf16})
+    assert f"What was seen **{said}**." in claim.shown(kept)
+
+
+def test_a_claim_of_several_comparisons(evidence: Any) -> None:
+    claim = evidence("experts").CLAIM
+    names = ["dense", *(f"top1-e{2**i}" for i in range(1, 7))]
+    falling = {name: [5.0 - 0.3 * place] for place, name in enumerate(names)}
+    shown = claim.shown(losses(evidence, "experts", falling))
+    assert "and in part contradicts the claim" in shown, "8 experts are not sooner by half"
+    assert "8 experts at the final loss of dense after 1/1.5 of the tokens: 1/1.10" in shown
+    shown = claim.shown(losses(evidence, "experts", {**falling, "top1-e8": [], "top1-e64": []}))
+    assert "supports the claim as far as it can tell" in shown
+    assert "Not run: 8 experts, 64 experts.\n" in shown
+    assert "- not run: 6 of 9 comparisons" in shown
+    assert "| 8 experts" not in shown
+
+
+def test_bytes_of_a_rank_are_held_against_the_rule(evidence: Any, tmp_path: Path) -> None:
+    module = evidence("rank_bytes")
+    kept = losses(evidence, "rank_bytes", {"bytes-ep1": [1.0], "bytes-ep2": [1.0]})
+    for ep in (1, 2):
+        dense = {"parameters": 10, "parameter_bytes": 20, "optimizer_bytes": 120}
+        experts = {name: 64 * number // ep for name, number in dense.items()}
+        hold = {"dense": dense, "experts": experts}
+        kept[f"bytes-ep{ep}-seed1"]["ranks_hold"] = [hold] * 4
+    shown = module.CLAIM.shown(kept)
+    assert "| 2 | 330 | 660 | 3,960 | counted on 4 ranks |" in shown
+    assert "| 64 | 20 | 40 | 240 | computed |" in shown
+    assert "supports the claim as far as it can tell" in shown, "EP 4 was not counted"
+    module.CLAIM.plot(kept, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    other = {"dense": dense, "experts": experts | {"optimizer_bytes": 1}}
+    kept["bytes-ep2-seed1"]["ranks_hold"] = [hold] * 3 + [other]
+    assert "contradicts the claim" in module.CLAIM.shown(kept)
+
+
+def test_step_times_are_ratios_of_one_round(evidence: Any, tmp_path: Path) -> None:
+    module = evidence("step_time")
+    kept = losses(evidence, "step_time", {"step-dense": [1.0] * 2, "step-e8": [1.0] * 2})
+    for key, seconds in {"dense-seed1": 0.1, "e8-seed1": 0.11, "dense-seed2": 0.2}.items():
+        kept[f"step-{key}"]["step_seconds"] = seconds
+    kept["step-e8-seed2"]["step_seconds"] = 0.3
+    assert module.ratios(kept, "step-e8") == pytest.approx([1.1, 1.5])
+    shown = module.CLAIM.shown(kept)
+    assert "| 8 experts | 2.0M | 2 | 205.0 | 1.30 | 1.10 to 1.50 |" in shown
+    assert "8 experts: at most 1.25 times dense: 1.30 in 2 rounds, cannot tell" in shown
+    module.CLAIM.plot(kept, tmp_path / "plot.png")
+    kept["step-e8-seed1"]["beside"] = 8
+    assert module.ratios(kept, "step-e8") == [0.3 / 0.2], "several at once say nothing of time"
+
+
+def test_what_must_run_before(evidence: Any) -> None:
+    sweep, students, size = evidence("_sweep"), evidence("students"), evidence("_model").SIZES
+    chosen = sweep._chosen([students.CLAIM], ["kept-taught"], size["cpu"])
+    assert [variant.name for variant in chosen] == ["top1-e8", "kept-taught"]
+    on_gpu = sweep._chosen([evidence("rank_bytes").CLAIM], None, size["gpu"])
+    assert not on_gpu, "ranks that count are the CPU's"

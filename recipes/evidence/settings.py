@@ -1,0 +1,54 @@
+"""(s) Settings of router and training, side by side on a tenth of the tokens.
+
+Run it first: what is best here is what the other claims should train with (Size.router of
+recipes/evidence/_model.py). All scripts share recipes/evidence/_sweep.py.
+"""
+
+import sys
+
+from _model import HALF, SCALE, TOP1, TOP2, Variant, top1
+from _sweep import main, of_losses
+from _verdict import Less
+
+PART = 0.1
+SIGMOID = TOP1.replace("--moe-router-pre-softmax", "--moe-router-score-function sigmoid")
+NONE = "--moe-aux-loss-coeff 0"
+TOP2_HALF = TOP2.replace("{ffn}", "{half}")
+FLAGS = {
+    "dense": "",
+    "scaled": top1(8),
+    "bare": f"--num-experts 8 {TOP1}",
+    "scaled-aux3": f"{top1(8)} --moe-aux-loss-coeff 1e-3",
+    "scaled-fast": f"{top1(8)} --lr 2e-3 --min-lr 1e-4",
+    "scaled-warm": f"{top1(8)} --lr-warmup-iters {{fifth}}",
+    "scaled-narrow": f"{top1(8)} --init-method-std 0.01",
+    "scaled-64": top1(64),
+    "sigmoid": f"--num-experts 8 {SCALE} 2 {SIGMOID}",
+    "sigmoid-64": f"--num-experts 64 {SCALE} 2 {SIGMOID}",
+    "bias": f"--num-experts 8 {SCALE} 2 {SIGMOID} {NONE} --moe-router-enable-expert-bias",
+    "top2-e8": f"--num-experts 8 {TOP2_HALF}",
+    "top2-e16": f"--num-experts 16 --moe-router-topk 2 {HALF}",
+}
+VARIANTS = tuple(Variant(f"set-{name}", flags, share=PART) for name, flags in FLAGS.items())
+SAID = {
+    "dense": "dense",
+    "scaled": "8 experts, gate times 8",
+    "bare": "bare gate",
+    "scaled-aux3": "times 8, balancing loss 0.001",
+    "scaled-fast": "times 8, twice the learning rate",
+    "scaled-warm": "times 8, warmup of a fifth",
+    "scaled-narrow": "times 8, half the initial std",
+    "scaled-64": "64 experts, gate times 64",
+    "sigmoid": "8 experts, sigmoid times 2",
+    "sigmoid-64": "64 experts, sigmoid times 2",
+    "bias": "sigmoid times 2, expert bias alone",
+    "top2-e8": "top-2 of 8 half experts",
+    "top2-e16": "top-2 of 16 half experts",
+}
+LABELS = {f"set-{name}": said for name, said in SAID.items()}
+SAYS = "A gate that is 1 at the start gives a lower loss than a bare probability."
+CHECKS = (Less("set-scaled", "set-bare"), Less("set-sigmoid", "set-bare"))
+CLAIM = of_losses("s", "settings", "Settings", SAYS, VARIANTS, LABELS, CHECKS)
+
+if __name__ == "__main__":
+    sys.exit(main([CLAIM], "settings.py"))
