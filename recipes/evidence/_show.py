@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def figure(panels: int) -> tuple[Any, Any]:
 
 def save(made: Any, results: dict[str, dict[str, Any]], path: Path) -> None:
     """Write the figure, with what it was made on below."""
-    made.supxlabel(under(results), fontsize=7, color="gray")
+    wide = 75 * len(made.axes)
+    made.supxlabel(textwrap.fill(under(results), wide), fontsize=7, color="gray")
     made.savefig(path, dpi=110)
 
 
