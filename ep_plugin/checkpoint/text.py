@@ -89,6 +89,9 @@ def _typed(typed: str, args: argparse.Namespace) -> Place:
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if vocab.is_file() and merges.is_file() and not any((path / name).is_file() for name in own):
         return Place("gpt2", str(vocab), str(merges))
+    is_name = typed.count("/") <= 1 and typed[0] not in "./~" and path.suffix != ".model"
+    if not path.exists() and not is_name:
+        raise ConfigError(f"--tokenizer {shown(typed)} is not there; {GIVE}")
     return Place("file or name", typed)
 
 
@@ -151,8 +154,8 @@ class Numbers:
         words = text.split()
         if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
             raise ConfigError(
-                "this model was trained without a tokenizer, and a prompt is token ids such as "
-                f"'1 2 3'; got {shown(text)}; {GIVE}"
+                f"without a tokenizer a prompt is token ids such as '1 2 3'; got {shown(text)}; "
+                "use numbers, or give --tokenizer, a SentencePiece model or a Hugging Face folder"
             )
         return [int(word) for word in words]
 

@@ -29,8 +29,8 @@ FLAGS = {
     ),
     "doctor": "--json --verbose",
     "generate": (
-        "CKPT --ep --etp --greedy --json --num-tokens --pp --prompt --prompts --router --seed "
-        "--stop --temperature --tokenizer --top-p --tp"
+        "CKPT --dtype --ep --etp --greedy --json --num-tokens --pp --prompt --prompts --router "
+        "--seed --stop --temperature --tokenizer --top-p --tp"
     ),
     "parity": (
         "SCRIPT ARGS --device --iterations --json --layouts --output --resume --tiny --tolerance"

@@ -1,6 +1,7 @@
 """`ep-plugin generate`: layouts, prompts and stop texts, without a rank."""
 
 import argparse
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ep_plugin.checkpoint.text import Numbers
+from ep_plugin.commands.generate import _texts
 from ep_plugin.commands.generate.layout import layout_of
 from ep_plugin.commands.generate.start import Killed
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.workers.generate_ranks import ORDER
+from ep_plugin.megatron.workers.generate_run import UNREAD, _write
 from ep_plugin.megatron.workers.shown_text import Growing, Shown
 from ep_plugin.moe.groups import expert_grid
 from ep_plugin.moe.parallel import ParallelConfig
@@ -154,3 +157,40 @@ def test_a_rank_that_a_signal_ended_is_nobody_s_mistake(
         module.start({}, 2, None, tmp_path)
     assert caught.value.code == 137
     assert not isinstance(caught.value, ConfigError)
+
+
+def test_a_reader_that_goes_away_ends_ranks_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with pytest.raises(BrokenPipeError):
+        _write(write, "text")
+    os.close(write)
+    (tmp_path / "unread.py").write_text(f"import sys; sys.exit({UNREAD})")
+    module = import_module("ep_plugin.commands.generate.start")
+    monkeypatch.setattr(module, "WORKER", "unread")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BrokenPipeError):
+        module.start({}, 1, None, tmp_path)
+
+
+def test_a_full_disk_is_one_sentence() -> None:
+    with Path("/dev/full").open("wb") as file, pytest.raises(ConfigError, match="No space left"):
+        _write(file.fileno(), "text")
+
+
+def typed(**own: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"prompt": None, "prompts": None, "stop": [], **own})
+
+
+def test_a_prompt_is_a_line_and_nothing_else_ends_one(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(" a\x0cb \r\n\n \r\nc\u2028d\n".encode())
+    assert _texts(typed(prompts=file)) == [" a\x0cb ", "c\u2028d"]
+
+
+@pytest.mark.parametrize("own", [{"prompt": ["a\udcff"]}, {"prompt": ["a"], "stop": ["\udcff"]}])
+def test_bytes_that_are_no_text_are_refused(own: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="bytes that are not UTF-8"):
+        _texts(typed(**own))

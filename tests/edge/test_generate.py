@@ -1,10 +1,13 @@
 """`ep-plugin generate`: the texts of a model, at every layout and by transformers, are the same."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -12,9 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+import warm
 from spawn import preload, run_ranks
 from torch import Tensor
 
+from ep_plugin.cli import main
 from ep_plugin.commands.generate.source import opened, reading
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install
@@ -173,18 +178,42 @@ def test_eight_ranks_slice_four_experts_as_deepspeed_does(
         assert found[1] == [experts, [number % 4, number % 4 + 4]]
 
 
-def test_the_command_starts_ranks_and_shows_lines(folders: Any, one_rank: dict[str, Any]) -> None:
+class Forked:
+    """What `start` makes of subprocess.Popen, forked from a process that has imported Megatron."""
+
+    out = ""
+
+    def __init__(self, command: list[str], stderr: Any, env: dict[str, str]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        where = (command[1:], env, self.out, stderr.name)
+        self.process = context.Process(target=warm._rank, args=where)
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def wait(self) -> None:
+        self.process.join()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def test_the_command_starts_ranks_and_shows_lines(
+    folders: Any, one_rank: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two ranks; prompts are numbers, since this model was given no tokenizer."""
     hf, _ = folders["qwen3_moe"]
     words = [" ".join(map(str, prompt)) for prompt in PROMPTS]
-    command = [sys.executable, "-m", "ep_plugin.cli", "generate", str(hf), "--prompt", *words]
-    done = subprocess.run(
-        [*command, "--greedy", "--json", "--ep", "2", "--num-tokens", str(NEW), "--stop", " 0 0 0",
-        "--tokenizer", "numbers"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    module = import_module("ep_plugin.commands.generate.start")
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=Forked))
+    monkeypatch.setattr(Forked, "out", str(tmp_path / "out"))
+    options = ["--json", "--ep", "2", "--num-tokens", str(NEW), "--tokenizer", "numbers"]
+    given = ["generate", str(hf), "--greedy", "--stop", " 0 0 0", *options, "--prompt", *words]
+    assert main(given) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == words
     assert [line["tokens"] for line in lines] == one_rank["qwen3_moe"]["greedy"]
     assert {line["reason"] for line in lines} == {"length"}

@@ -28,12 +28,13 @@ EXAMPLES = r"""examples:
   ep-plugin generate models/qwen3 --prompt "The sky is" --greedy --stop "."
   torchrun --nproc-per-node 4 --no-python ep-plugin generate runs/moe --ep 4 --prompt "def main("
 
-The ranks are started here, or are those of torchrun. Without a GPU they are on the CPU; weights are
-float32. One prompt is shown as it grows; of several each is a line, in their order. With more ranks
-than experts (--ep 8, 4 experts) each expert is cut into slices. Capacity is that of evaluation;
-where a capacity drops choices, prompts of one batch compete, and a text depends on the others.
+The ranks are started here, or are those of torchrun. Without a GPU they are on the CPU. One prompt
+is shown as it grows; of several each is a line, in their order. With more ranks than experts
+(--ep 8, 4 experts) each expert is cut into slices. Capacity is that of evaluation; where a capacity
+drops choices, prompts of one batch compete, and a text depends on the others.
 Hugging Face folders and per-rank files are converted into a temporary folder first.
-Exit code 2: a setting or the input is wrong.
+Exit codes: 1: whoever read the output went away; 2: a setting or the input is wrong; 128 + N:
+signal N ended a rank.
 """
 NEEDS = (
     Need(
@@ -53,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to go on from")
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="text, a prompt a line")
+    prompts.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="text, a prompt a line; blank lines are none"
+    )
     parser.add_argument(
         "--num-tokens", type=int, default=64, metavar="N", help="new tokens at most (default: 64)"
     )
@@ -170,15 +173,30 @@ def _texts(args: argparse.Namespace) -> list[str]:
     texts: list[str] = args.prompt or []
     if args.prompts is not None:
         remedy = "use a file of text with a prompt a line"
-        lines = read_text(args.prompts, remedy).splitlines()
-        texts = [line for line in lines if line.strip()]
+        lines = read_text(args.prompts, remedy).split("\n")  # no other sign ends a line
+        texts = [line.removesuffix("\r") for line in lines if line.strip()]
         if not texts:
             raise ConfigError(f"--prompts {args.prompts} has no line with a prompt; {remedy}")
+    for text_typed in (*texts, *args.stop):
+        if not text_typed.isascii() and not _is_utf8(text_typed):
+            raise ConfigError(
+                f"{shown(text_typed)} is no text: it has bytes that are not UTF-8; use --prompt or "
+                "--stop with a text"
+            )
     if len(texts) > MOST_PROMPTS:
         raise ConfigError(
             f"{len(texts)} prompts are more than one batch holds; use {MOST_PROMPTS} at most"
         )
     return texts
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a text of the command line can be written: bytes of another encoding cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_prompts(
@@ -193,8 +211,9 @@ def _check_prompts(
             raise ConfigError(f"the prompt {shown(written)} has no token; use one that has")
         if not all(0 <= token < size for token in ids):
             raise ConfigError(
-                f"the prompt {shown(written)} has token {max(ids)}, and the model knows {size}; "
-                f"{text.GIVE} that it was trained with"
+                f"the prompt {shown(written)} has token {max(ids)}, and the model knows tokens 0 "
+                f"to {size - 1}; use --tokenizer with the one that it was trained with, or "
+                "numbers, and ids below that"
             )
     longest, room = max(map(len, prompts)), model.max_position_embeddings
     if longest + args.num_tokens > room:
@@ -204,7 +223,7 @@ def _check_prompts(
                 f"(max_position_embeddings); use a prompt of at most {room - 1} tokens"
             )
         raise ConfigError(
-            f"a prompt of {longest} tokens and --num-tokens {args.num_tokens} are more than the "
-            f"model's {room} positions (max_position_embeddings); use "
-            f"--num-tokens {room - longest}"
+            f"a prompt of {longest} token{'s' * (longest > 1)} and --num-tokens "
+            f"{args.num_tokens} are more than the model's {room} positions "
+            f"(max_position_embeddings); use --num-tokens {room - longest}"
         )

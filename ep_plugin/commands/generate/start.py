@@ -15,6 +15,7 @@ from ep_plugin.errors import ConfigError
 
 WORKER = "ep_plugin.megatron.workers.generate_run"
 ERROR = re.compile(r"^ep_plugin(?:\.run)?: error: (.*)$", re.MULTILINE)
+UNREAD = 141  # code of a rank whose output nobody reads any more
 TAIL = 30  # lines of a failed rank that are shown
 
 
@@ -54,7 +55,7 @@ def start(job: dict[str, Any], world: int, started: int | None, scratch: Path) -
     """Do the job on `world` ranks; raises ConfigError for what a rank refuses.
 
     One that a launcher has `started` does its part in this process. Raises Killed where a signal
-    ended a rank, and Died for any other end.
+    ended a rank, BrokenPipeError where nobody reads the output, and Died for any other end.
     """
     if started is not None:
         import_module(WORKER).do(job | {"store": None})
@@ -118,5 +119,7 @@ def _raise(failed: int, ranks: list[subprocess.Popen[bytes]], said: list[Path]) 
         if (process.poll() or 0) < 0:
             raise Killed(rank, -process.returncode)
     code = ranks[failed].returncode
+    if UNREAD in [process.returncode for process in ranks]:
+        raise BrokenPipeError
     print("\n".join(texts[failed].splitlines()[-TAIL:]), file=sys.stderr)
     raise Died(f"rank {failed} of {len(ranks)} ended with code {code}; its last lines are above")

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ep_plugin.megatron.workers.shown_text import Growing, Shown
 from ep_plugin.megatron.workers.tokenizer import load
 from ep_plugin.untrusted import one_line
 
+UNREAD = 141  # as a shell says of SIGPIPE
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -172,21 +174,32 @@ def run(job: dict[str, Any], write: Callable[[str], Any]) -> None:
         generate(model, job["prompts"], job["num_tokens"], sampling, job["size"], on_token)
 
 
+def _write(out: int, text: str) -> None:
+    """Write all of `text`; raises BrokenPipeError where nobody reads, else ConfigError."""
+    content = text.encode(errors="backslashreplace")
+    while content:
+        try:
+            content = content[os.write(out, content) :]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"the output cannot be written ({error.strerror}); send it elsewhere"
+            ) from error
+
+
 def do(job: dict[str, Any]) -> None:
-    """Do a job; what Megatron prints goes to stderr. Raises ConfigError."""
+    """Do a job; what Megatron prints goes to stderr.
+
+    Raises ConfigError, and BrokenPipeError where nobody reads what is written any more.
+    """
     sys.stdout.flush()
     out = os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(os.dup(out), "w", encoding="utf-8", errors="backslashreplace") as file:
-
-            def write(text: str) -> None:
-                file.write(text)
-                file.flush()
-
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                run(job, write)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(job, partial(_write, out))
     finally:
         sys.stdout.flush()
         os.dup2(out, 1)
@@ -200,6 +213,12 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"ep_plugin: error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        words = "memory ran out; use more ranks (--ep, --tp), --dtype bf16, or fewer prompts"
+        print(f"ep_plugin: error: {words}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return UNREAD
     return 0
 
 
