@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ep_plugin.cli import main
 from ep_plugin.commands.generate.source import opened, reading
+from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install
 from ep_plugin.moe.groups import ExpertGroups
@@ -176,6 +177,25 @@ def test_eight_ranks_slice_four_experts_as_deepspeed_does(
     for number, (found,) in enumerate(ranks):
         experts = [0, 1, 2, 3] if number < 4 else [4, 5, 6, 7]
         assert found[1] == [experts, [number % 4, number % 4 + 4]]
+
+
+def differing(jobs: list[dict[str, Any]]) -> str:
+    """Return what this rank says of its job; "" where all have one."""
+    from ep_plugin.megatron.workers.generate_ranks import _check_alike
+
+    try:
+        _check_alike(jobs[dist.get_rank()], torch.device("cpu"))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_different_prompts_are_refused_on_all_alike() -> None:
+    job = {"prompts": [[1, 2]], "num_tokens": 3, "store": None, "folder": "a"}
+    assert run_ranks(2, differing, [job, job | {"folder": "b"}]) == ["", ""]
+    said = run_ranks(2, differing, [job, job | {"prompts": [[1, 3]]}])
+    assert said[0] == said[1]
+    assert "rank 1 was started with other prompts" in said[0]
 
 
 class Forked:

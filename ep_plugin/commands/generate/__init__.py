@@ -5,6 +5,7 @@ each does is in `ep_plugin/megatron/workers/generate_run.py`.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -105,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     size = min(found.vocab_size, tokenizer.size or found.vocab_size)
     _check_prompts(args, found.args, texts, prompts, size)
     ranks = ranks_started(layout.world)
-    if layout.etp > 1 and not args.json:
+    first = ranks is None or os.environ["RANK"] == "0"
+    if layout.etp > 1 and not args.json and first:
         print(f"ep-plugin generate: {layout.sentence()}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="ep-generate-") as scratch:
         job: dict[str, Any] = {
