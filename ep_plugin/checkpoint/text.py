@@ -8,6 +8,7 @@ numbers                   token ids, separated by spaces; also Megatron's NullTo
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ep_plugin.checkpoint import byte_pairs
+from ep_plugin.checkpoint.hf_tokenizer import MOST_BYTES, as_transformers_loads
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.untrusted import cut, read_bytes, shown
 
@@ -23,7 +25,6 @@ NUMBERS: Literal["numbers"] = "numbers"
 # As releases call the run argument.
 SPECIAL = ("special_tokens", "tokenizer_special_tokens", "tiktoken_special_tokens")
 MOST_TOKENS = 1 << 20  # of a vocabulary
-MOST_BYTES = 256 << 20  # of a tokenizer's file
 Kind = Literal["numbers", "gpt2", "tiktoken", "file or name"]
 
 
@@ -100,7 +101,7 @@ def _here(args: argparse.Namespace, name: str) -> str | None:
     said = getattr(args, name, None)
     if not isinstance(said, str) or not said or "\0" in said:
         return None
-    return said if Path(said).exists() else None
+    return said if os.path.isfile(said) or os.path.isdir(said) else None
 
 
 def _tiktoken(path: str, args: argparse.Namespace) -> Place:
@@ -196,7 +197,8 @@ class _HuggingFace:
     def encode(self, text: str) -> list[int]:
         try:
             ids: list[int] = self.model(text)["input_ids"]
-        except Exception as error:  # of any kind, where a setting of it is
+        except BaseException as error:  # of any kind, where a setting of it is
+            _only_of_files(error)
             raise ConfigError(
                 f"the tokenizer of {self.called} makes no tokens of {shown(text)} "
                 f"({cut(str(error))}); {self.instead}"
@@ -236,16 +238,30 @@ def hugging_face(
     """
     try:
         tokenizer: Any = import_module("transformers").AutoTokenizer
-        # False, not its default: that asks on stdin whether to run the folder's own code.
-        model = tokenizer.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+        if local:
+            with as_transformers_loads(Path(where), called, instead) as view:
+                model = tokenizer.from_pretrained(
+                    view, local_files_only=True, trust_remote_code=False
+                )
+        else:  # False, not its default: that asks on stdin whether to run the folder's own code
+            model = tokenizer.from_pretrained(where, trust_remote_code=False)
         return _HuggingFace(model, called, instead)
+    except ConfigError:
+        raise
     except ImportError as error:
         raise BackendUnavailable(
             f"{asked} needs transformers ({error}); install 'ep-plugin[hf]'"
         ) from error
-    except Exception as error:  # of any kind, for a damaged file
+    except BaseException as error:  # of any kind, for a damaged file
+        _only_of_files(error)
         own = "trust_remote_code" in str(error)
         why = "it needs Python code of its own, which is not run" if own else cut(str(error))
         raise ConfigError(
             f"{called} has no tokenizer that transformers can load ({why}); {instead}"
         ) from error
+
+
+def _only_of_files(error: BaseException) -> None:
+    """Raise it again unless it is an Exception or what a package in Rust raises, which is none."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error

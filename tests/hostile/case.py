@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -225,7 +226,7 @@ def _judge(verdict: Verdict, out: str, err: str) -> None:
         verdict.silent.append(f"{len(out) + len(err)} bytes were printed")
     if verdict.code == 2 and "error: " not in verdict.said:
         verdict.silent.append(f"exit code 2 without a sentence: {verdict.said}")
-    if "\x1b" in out + err:
+    if re.search(r"[\x1b\x80-\x9f]", out + err):
         verdict.silent.append("an escape sequence of the file's was printed")
     if verdict.code == 1 and not (lines or out.strip()):
         verdict.silent.append("exit code 1 without a word")

@@ -13,6 +13,7 @@ import torch
 
 from tests.hostile import pickles, texts
 
+TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer", "GPT2BPETokenizer")
 SIZES = (0, -1, 1, 10**9, 1 << 40, 1 << 60, 1 << 62, 3)
 
 
@@ -130,7 +131,10 @@ def arguments(rng: random.Random, outside: Path, benign: bytes) -> tuple[str, by
             (*vars(args), "ep_router", "moe_router_load_balancing_type", "num_experts")
         )
         act = rng.random()
-        if act < 0.2 and hasattr(args, name):
+        if rng.random() < 0.15 and hasattr(args, "tokenizer_model"):
+            args.tokenizer_model = rng.choice((*texts.paths(outside), str(outside)))
+            args.tokenizer_type = rng.choice(TOKENIZERS)
+        elif act < 0.2 and hasattr(args, name):
             delattr(args, name)
         elif act < 0.3:
             setattr(args, str(rng.choice(texts.paths(outside))), texts.value(rng, outside))

@@ -30,6 +30,22 @@ CODE = {
     "chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "base_model_name_or_path": f"nobody/{pickles.MARK}",
 }
+# Keys by which its tokenizers open files, packages and classes, with a path in place of each PATH.
+PATH = object()
+OPENED: dict[str, Any] = {
+    "vocab_file": PATH, "merges_file": PATH, "vocab": PATH, "merges": PATH, "gguf_file": PATH,
+    "fast_tokenizer_files": ["tokenizer.4.0.0.json"], "name_or_path": PATH, "tokenizer_file": PATH,
+    "special_tokens_map_file": PATH, "added_tokens_file": PATH, "init_inputs": [PATH],
+    "sp_model_kwargs": {"model_file": PATH}, "word_tokenizer_type": "mecab",
+    "mecab_kwargs": {"mecab_option": f"-r /dev/zero -o {pickles.MARK}"}, "trust_remote_code": True,
+    "local_files_only": False, "backend": PATH, "_commit_hash": PATH, "tokenizer_object": {},
+    "model_type": "bert-japanese",
+}  # fmt: skip
+KINDS = (
+    "BertJapaneseTokenizer", "FlaubertTokenizer", "XLMTokenizer", "Wav2Vec2PhonemeCTCTokenizer",
+    "BioGptTokenizer", "RagTokenizer", "MistralCommonBackend", "LlamaTokenizer", "os.system",
+    "LlamaTokenizerFast", f"{pickles.MODULE}.Tokenizer", "", "__class__",
+)  # fmt: skip
 
 
 def shell(outside: Path) -> list[str]:
@@ -132,13 +148,28 @@ def whole(rng: random.Random, outside: Path) -> bytes:
     )  # fmt: skip
 
 
+def _opened(rng: random.Random, outside: Path) -> dict[str, Any]:
+    """Return a few settings of a tokenizer that lead elsewhere."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [filled(inner) for inner in value]
+        return rng.choice(paths(outside)) if value is PATH else value
+
+    found = {key: filled(OPENED[key]) for key in rng.sample(list(OPENED), rng.choice((1, 2, 20)))}
+    return found | ({"tokenizer_class": rng.choice(KINDS)} if rng.random() < 0.7 else {})
+
+
 def json_file(rng: random.Random, outside: Path, benign: bytes) -> tuple[str, bytes]:
     """Return (kind, bytes) of a JSON file."""
-    kind = rng.choices(("edited", "whole", "damaged", "code"), (14, 4, 2, 1))[0]
+    kind = rng.choices(("edited", "whole", "damaged", "code"), (14, 4, 2, 4))[0]
     if kind == "code":
         named = json.loads(benign)
+        keys = dict(CODE) if rng.random() < 0.3 else _opened(rng, outside)
         return "JSON: code", json.dumps(
-            {**named, **CODE} if isinstance(named, dict) else CODE
+            {**named, **keys} if isinstance(named, dict) else keys
         ).encode()
     if kind == "whole":
         return "JSON: whole", whole(rng, outside)

@@ -20,7 +20,7 @@ from ep_plugin.commands.generate.source import opened, reading
 from ep_plugin.commands.generate.start import Killed, ranks_started, start
 from ep_plugin.commands.law import Need
 from ep_plugin.errors import ConfigError
-from ep_plugin.untrusted import read_text, shown
+from ep_plugin.untrusted import cut, read_text, shown
 
 EXAMPLES = r"""examples:
   ep-plugin generate runs/moe --prompt "def main("
@@ -101,6 +101,12 @@ def run(args: argparse.Namespace) -> int:
     found = opened(args.checkpoint, args.router)
     layout = layout_of(args, found.args)
     where = text.choose(args.tokenizer, found.args, args.checkpoint)
+    if args.tokenizer is None and where.path not in ("", str(args.checkpoint)):
+        print(
+            f"ep-plugin generate: the tokenizer is {cut(where.path)}, which the run arguments of "
+            f"{args.checkpoint} name; --tokenizer takes another",
+            file=sys.stderr,
+        )
     tokenizer: text.Tokenizer = import_module(TOKENIZERS).load(where)
     prompts = [tokenizer.encode(each) for each in texts]
     size = min(found.vocab_size, tokenizer.size or found.vocab_size)

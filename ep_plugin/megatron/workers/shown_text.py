@@ -1,11 +1,13 @@
 """Texts while they are made: where each ends, and what of it is shown."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ep_plugin.checkpoint.text import Tokenizer
 
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # by a terminal
 HALF = "\ufffd"  # how a character is decoded of which bytes are still to come
 
 
@@ -70,7 +72,7 @@ class Shown:
         """Show the prompt of a single text."""
         self.started = self.clock()
         if self.streams:
-            self.write(self.texts[0].prompt)
+            self.write(_plain(self.texts[0].prompt))
 
     def update(self) -> None:
         """Show what is new."""
@@ -79,7 +81,7 @@ class Shown:
                 self.seconds[number] = max(self.clock() - self.started, 1e-9)
         if self.streams:
             (text,) = self.texts
-            self.write(text.certain[self.length :] + "\n" * (text.reason is not None))
+            self.write(_plain(text.certain[self.length :]) + "\n" * (text.reason is not None))
             self.length = len(text.certain)
             return
         while self.lines < len(self.texts) and self.texts[self.lines].reason is not None:
@@ -89,8 +91,8 @@ class Shown:
     def _line(self, number: int) -> str:
         text = self.texts[number]
         if not self.as_json:
-            return f"{number + 1}: {json.dumps(text.prompt + text.text, ensure_ascii=False)}"
-        return json.dumps(
+            return f"{number + 1}: {_json(text.prompt + text.text)}"
+        return _json(
             {
                 "prompt": text.prompt,
                 "text": text.text,
@@ -99,3 +101,14 @@ class Shown:
                 "tokens_per_second": round(len(text.tokens) / self.seconds[number], 2),
             }
         )
+
+
+def _plain(text: str) -> str:
+    """Return a text with what a terminal would obey spelled out; lines and tabs stay."""
+    return _OBEYED.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _json(value: Any) -> str:
+    """Return JSON that no terminal obeys, and that says the same."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
