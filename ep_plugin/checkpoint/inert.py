@@ -16,6 +16,10 @@ class Unsupported(Unreadable):
     """Bytes that may well be as they were written, of a kind or size that is not read."""
 
 
+class OldOpcode(Unreadable):
+    """Bytes that are damaged, or a pickle of a kind that torch has not written for long."""
+
+
 def explained(error: BaseException, damaged: str = "is damaged") -> str:
     """Return why a checkpoint's bytes cannot be read, and what to do, as the end of a sentence.
 
@@ -25,6 +29,12 @@ def explained(error: BaseException, damaged: str = "is damaged") -> str:
         return (
             f"cannot be read ({error}); it may be whole: save the checkpoint without that, or give "
             "another one"
+        )
+    if isinstance(error, OldOpcode):
+        return (
+            f"{damaged} ({error}); copy the checkpoint again; if it was saved by Python 2 or with "
+            "pickle_protocol=0 or 1, load it with torch where you trust it, and save it anew with "
+            "torch.save, without pickle_protocol"
         )
     return f"{damaged} ({error}); copy the checkpoint again"
 

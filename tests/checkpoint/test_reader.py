@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import io
 import pickle
+import re
 import signal
 import sys
 import zipfile
@@ -36,7 +37,7 @@ from ep_plugin.checkpoint.formats._iteration import load_common, load_metadata, 
 from ep_plugin.checkpoint.formats._metadata import NAMES, to_metadata
 from ep_plugin.checkpoint.formats._pickle import read_pickle
 from ep_plugin.checkpoint.formats._write_pickle import carried_bytes
-from ep_plugin.checkpoint.inert import Made, Name, Unreadable
+from ep_plugin.checkpoint.inert import Made, Name, OldOpcode, Unreadable, explained
 from ep_plugin.checkpoint.tensors import Damaged
 from ep_plugin.errors import ConfigError
 
@@ -147,7 +148,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "a frame": (b"\x80\x04\x95" + b"\xff" * 7 + b"\x7fN.", "bytes follow"),
     "an integer": (b"\x80\x02\x8b\xff\xff\xff\x7f.", "an integer of 2147483647 bytes"),
     "a memo's number": (b"\x80\x02Nr\xff\xff\xff\xff0j\xfe\xff\xff\xff.", "takes object"),
-    "an old opcode": (b"\x80\x02(ios\nsystem\n.", "is nothing that is saved today"),
+    "an old opcode": (b"\x80\x02(ios\nsystem\n.", "opcode of pickle protocol 0 or 1"),
     "a name of 5,000": (b"\x80\x02c" + b"a" * 5000 + b"\nb\n.", "does not end"),
     "a long name": (b"\x80\x04" + text("a" * 300) + text("b") + b"\x93.", "300 characters"),
     "a call of text": (b"\x80\x02" + text("a") + b")R.", "no class"),
@@ -169,6 +170,27 @@ def test_damaged_pickles_say_what_is_wrong(name: str) -> None:
     content, words = DAMAGED[name]
     with pytest.raises(Unreadable, match=words):
         read_pickle(content)
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+@pytest.mark.parametrize("value", [7, 1 << 40, 0.5, "x", {"a": 1}, [1], (2,), True])
+def test_old_protocols_are_named_with_a_way_out(protocol: int, value: Any) -> None:
+    content = pickle.dumps([{"iteration": [value, "a"]}], protocol)
+    try:
+        read = read_pickle(content)
+    except Unreadable as error:
+        said = explained(error)
+        assert re.search("opcode of pickle protocol 0 or 1 .*save it anew", said), said
+    else:
+        assert protocol == 1
+        assert read == [{"iteration": [value, "a"]}]
+
+
+def test_text_of_python_2_is_named_with_a_way_out() -> None:
+    for content in (b"\x80\x02U\x01a.", b"\x80\x02T\x01\0\0\0a.", b"\x80\x02I1\n."):
+        with pytest.raises(OldOpcode) as caught:
+            read_pickle(content)
+        assert "Python 2" in explained(caught.value)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -1,5 +1,7 @@
 """Ranks compare, in threads over one store: what differs is refused with its ranks and values."""
 
+import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ep_plugin.megatron.ranks.answers import Answer, ranges
 from ep_plugin.megatron.ranks.compared import Compared, of_settings, subject
 from ep_plugin.megatron.ranks.meeting import Meeting
 from ep_plugin.megatron.ranks.sentence import Flags, flags_of
+from ep_plugin.megatron.ranks.store import Place
 from ep_plugin.megatron.settings import EdgeSettings
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
@@ -287,6 +290,70 @@ def test_a_second_meeting_does_not_read_the_first_and_keys_go(kind: str, tmp_pat
     assert stores[0].num_keys() == keys + 1  # the counter
     assert answer([facts(a=2), facts(a=2)], prefixed).fine
     assert not answer([facts(a=2), facts(a=3)], prefixed).fine
+
+
+class Gone:
+    """A store whose answer is removed right after it was seen, by the last rank that leaves."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def check(self, keys: list[str]) -> bool:
+        there = bool(self.store.check(keys))
+        if there and keys[0].endswith(("/answer", "/left/1")):
+            self.store.delete_key(keys[0])
+        return there
+
+    def get(self, key: str) -> bytes:
+        if not self.store.check([key]):
+            raise AssertionError(f"it would wait for {key}")
+        return bytes(self.store.get(key))
+
+
+def test_an_answer_that_goes_after_it_was_seen_is_not_waited_for() -> None:
+    store = dist.HashStore()
+    old = Place(store, "start")
+    old.open("old")
+    old.put("answer", Answer(True).as_json())
+    said: list[Answer] = []
+    part = Meeting(Gone(store), 1, 2, PATIENCE)
+
+    def rank_s(rank: int) -> None:
+        one, about = facts(a=1), subject("start", Flags())
+        if rank == 0:
+            time.sleep(0.5)
+            said.append(Meeting(store, 0, 2, PATIENCE).agree(about, one.record(), one.whole))
+        else:
+            said.append(part.agree(about, one.record(), one.whole))
+
+    together(2, rank_s)
+    assert [answer.fine for answer in said] == [True, True]
+    assert old.key in part.past
+
+
+def test_what_ranks_left_is_read_in_bounds() -> None:
+    store = dist.HashStore()
+    place = Place(store, "start")
+    for rank in range(1, 6):
+        place.leave_word(rank, "x\x1b" * 100_000)
+    said = place.words(range(1, 1000))
+    assert said.count("ended before") == 3
+    assert len(said) < 20_000
+    assert said.isprintable()
+    store.set("start/left/1", json.dumps("short"))
+    assert Place(Gone(store), "start").words([1]).endswith(": short")
+    asked: list[str] = []
+
+    class Counting(Gone):
+        def compare_set(self, key: str, *rest: str) -> bytes:
+            asked.append(key)
+            return bytes(self.store.compare_set(key, *rest))
+
+    assert Place(Counting(store), "other").words(range(5000)) == ""
+    assert len(asked) == 64
 
 
 def test_ranks_that_do_not_come_are_named() -> None:

@@ -14,7 +14,7 @@ import struct
 from typing import Any
 
 from ep_plugin.checkpoint.formats._keys import Keys
-from ep_plugin.checkpoint.inert import Made, Name, Persistent, Unreadable, Unsupported
+from ep_plugin.checkpoint.inert import Made, Name, OldOpcode, Persistent, Unreadable, Unsupported
 from ep_plugin.untrusted import cut
 
 NAME_LENGTH = 256  # of a module or a class
@@ -23,6 +23,7 @@ FREE_OBJECTS, BYTES_PER_OBJECT = 1 << 16, 6  # a file may make so many, and one 
 
 _U2, _U4, _U8 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
+_OLD = frozenset(b"FILSTUVPdlpgio")  # INT, STRING, UNICODE, PERSID, DICT, PUT and their kin
 
 
 Names = frozenset[tuple[str, str]]
@@ -274,6 +275,11 @@ def _run(data: bytes, allowed: Names | None) -> Any:
             if len(stack) != 1 or marks or at != end:
                 raise Unreadable("something is left over at its end")
             return stack[0]
+        elif op in _OLD:
+            raise OldOpcode(
+                f"byte {at - 1} of it, {op:#04x}, is an opcode of pickle protocol 0 or 1 or of "
+                "Python 2"
+            )
         else:
             raise Unreadable(f"byte {at - 1} of it, {op:#04x}, is nothing that is saved today")
         if left < 0:

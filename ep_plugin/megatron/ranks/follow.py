@@ -74,7 +74,10 @@ class Follower:
         Starts cannot be told by what they are called: agents count them otherwise. But a rank 0
         that is still there, after its answer, is of the same start as this rank.
         """
-        found = self.place.get("answer")
+        found = self.place.found("answer")
+        if found is None:  # its ranks have left meanwhile, the last one removed it
+            self.past.add(self.place.key)
+            return None
         refused = "ask" not in found and not found["fine"]
         if refused and (took_part or self._leader_is_there()):
             return of_json(found)
@@ -125,5 +128,7 @@ class Follower:
                 return None
             if time.monotonic() - since > (pace.LOST if seen else max(pace.LOST, self.patience)):
                 return left([0])
-        found: dict[str, Any] = self.place.get(name)
+        found: dict[str, Any] | None = self.place.found(name)
+        if found is None:  # of an earlier start, whose last rank removed it
+            self.past.add(key)
         return found

@@ -15,7 +15,10 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
+from itertools import islice
 from typing import Any, Protocol
+
+from ep_plugin.untrusted import cut
 
 TICK = 0.002  # seconds between two looks at the store, at first
 SLOWEST_TICK = 0.25
@@ -25,13 +28,18 @@ ALIVE = 3.0  # seconds in which a rank 0 that has answered and is still there sh
 LOST = 60.0  # seconds without a sign of rank 0 after which it has ended
 SAY = 60.0  # seconds after which is said whom one waits for
 GRACE = 1.0  # seconds in which further ranks may say that they failed too
+MOST_ASKED, MOST_SAID = 64, 3  # ranks that are asked for what they left, and that are said
+LONGEST = 2000  # characters of what one left
 LEAVE = 10.0  # seconds that rank 0 stays for those who have not read its refusal
+
+_ABSENT = "absent"  # no JSON
 
 
 class Store(Protocol):
     """What is needed of torch's stores."""
 
     def set(self, key: str, value: str, /) -> None: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
     def get(self, key: str, /) -> bytes: ...
     def add(self, key: str, value: int, /) -> int: ...
     def check(self, keys: list[str], /) -> bool: ...
@@ -49,6 +57,15 @@ class Place:
 
     def get(self, name: str) -> Any:
         return json.loads(self.store.get(f"{self.key}/{name}"))
+
+    def found(self, name: str) -> Any:
+        """Return the value, None where it is not there: it may be removed at any time."""
+        return self._found(f"{self.key}/{name}")
+
+    def _found(self, key: str) -> Any:
+        # One request: a `get` of what went after a `check` would wait for it.
+        value = self.store.compare_set(key, _ABSENT, _ABSENT)
+        return None if value == _ABSENT.encode() else json.loads(value)
 
     def has(self, name: str) -> bool:
         return bool(self.store.check([f"{self.key}/{name}"]))
@@ -108,12 +125,18 @@ class Place:
         self.delete_keys([f"{self.name}/left/{rank}"])
 
     def words(self, ranks: Iterable[int]) -> str:
-        """Say what ranks left that went; of this start or an earlier one, nobody knows."""
-        keys = {rank: f"{self.name}/left/{rank}" for rank in ranks}
-        found = [
-            f"; rank {rank} ended before, in this start or an earlier one: "
-            f"{json.loads(self.store.get(key))}"
-            for rank, key in keys.items()
-            if self.store.check([key])
-        ]
-        return "".join(found[:3])
+        """Say what ranks left that went; of this start or an earlier one, nobody knows.
+
+        Of some of them: a value is cut, and not every rank of thousands is asked for.
+        """
+        said: list[str] = []
+        for rank in islice(ranks, MOST_ASKED):
+            sentence = self._found(f"{self.name}/left/{rank}")
+            if sentence is not None:
+                said.append(
+                    f"; rank {rank} ended before, in this start or an earlier one: "
+                    f"{cut(str(sentence), LONGEST)}"
+                )
+            if len(said) == MOST_SAID:
+                break
+        return "".join(said)
