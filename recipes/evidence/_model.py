@@ -15,8 +15,10 @@ COMMON = """
 --no-persist-layer-norm --no-rope-fusion --manual-gc
 """
 POINTS = 20  # evaluations of a curve
-GATE = "--moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32 {router}"
-TOP1 = f"--moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size {{ffn}} {GATE}"
+GATE = "--moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32"
+TOP1 = (
+    f"--moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size {{ffn}} {GATE} {{router}}"
+)
 TOP2 = f"--moe-router-topk 2 --moe-ffn-hidden-size {{ffn}} {GATE}"
 HALF = f"--moe-ffn-hidden-size {{half}} {GATE}"
 SCALE = "--moe-router-topk-scaling-factor"
@@ -46,7 +48,7 @@ class Size:
     lr: float
     heldout: str  # part of the corpus
     on_gpu: bool
-    router: str = ""  # flags of every router at this size, after the variants' common ones
+    router: str = ""  # flags of every top-1 router at this size, after its common ones
 
     @property
     def half(self) -> int:
@@ -154,7 +156,8 @@ class Variant:
 
     def described(self, size: Size) -> dict[str, object]:
         """Return what a result must agree in to be this variant's at this size."""
-        return {**asdict(self), "flags": " ".join(self.extra(size)), "size": asdict(size)}
+        of_size = {name: value for name, value in asdict(size).items() if name != "router"}
+        return {**asdict(self), "flags": " ".join(self.extra(size)), "size": of_size}
 
 
 DENSE = Variant("dense")

@@ -136,7 +136,7 @@ def _call(words: list[str], log: Path, size: Size, deadline: float) -> None:
                 process.kill()
                 raise CutError("cut at --minutes, and did not end in time") from None
             if code == -signal.SIGTERM:
-                raise CutError("cut at --minutes before its first iteration") from None
+                raise CutError("cut at --minutes as it started or ended") from None
         except BaseException:
             process.kill()
             raise

@@ -1,6 +1,7 @@
 """recipes/evidence: figures from results, what is left to run, and the page that shows them."""
 
 import importlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,26 @@ def test_what_must_run_before(evidence: Any) -> None:
     assert [variant.name for variant in chosen] == ["top1-e8", "kept-taught"]
     on_gpu = sweep._chosen([evidence("rank_bytes").CLAIM], None, size["gpu"])
     assert not on_gpu, "ranks that count are the CPU's"
+
+
+@pytest.mark.parametrize(
+    ("program", "ends"),
+    [
+        ("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)", "did not end"),
+        ("import signal, sys; signal.signal(15, lambda *_: sys.exit(3)); signal.pause()", "code 3"),
+        ("import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); signal.pause()", ""),
+    ],
+)
+def test_a_run_is_asked_to_end_before_the_deadline(
+    evidence: Any, tmp_path: Path, program: str, ends: str
+) -> None:
+    running, size = evidence("_run"), evidence("_model").SIZES["cpu"]
+
+    def call() -> None:
+        running._call(["-S", "-c", program], tmp_path / "log.txt", size, time.monotonic() + 3)
+
+    if not ends:
+        call()
+        return
+    with pytest.raises((running.CutError, running.RunError), match=ends):
+        call()
