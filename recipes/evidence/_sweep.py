@@ -1,8 +1,9 @@
 """What every script of the evidence does: run what is missing, keep it, show all of it.
 
 It takes recipes/evidence/_model.py for the models, recipes/evidence/_run.py for a run, which trains
-with recipes/pretrain_gpt.py, and recipes/evidence/_show.py for figures, on what
-recipes/evidence/corpus.py makes with recipes/prepare_data.py.
+with recipes/pretrain_gpt.py or counts with recipes/evidence/_count.py, recipes/evidence/_show.py
+for figures and recipes/evidence/_verdict.py for what they say, on what recipes/evidence/corpus.py
+makes with recipes/prepare_data.py.
 """
 
 import argparse
