@@ -1,6 +1,7 @@
-"""A compact Megatron pretrain script for GPT; it knows nothing of the plugin.
+"""A compact Megatron pretrain script; it knows nothing of the plugin.
 
-It runs on Megatron 0.16 (a checkout; its wheel has no megatron.training) to 0.19.
+It trains a GPT, or with --hybrid-layer-pattern a HybridModel, which Megatron has from 0.18 on. It
+runs on Megatron 0.16 (a checkout; its wheel has no megatron.training) to 0.19.
 
 torchrun --nproc-per-node 2 recipes/pretrain_gpt.py MEGATRON_ARGS ...
 """
@@ -113,10 +114,12 @@ def model_provider(
     vp_stage: int | None = None,
     config: Any = None,
     pg_collection: Any = None,
-) -> GPTModel:
+) -> Any:
     """Return one pipeline stage of the model. 0.19 builds it itself, from the same arguments."""
     args = get_args()
     config = config or arguments.core_transformer_config_from_args(args)
+    if getattr(args, "hybrid_layer_pattern", None):
+        return hybrid_model(config, pre_process, post_process, vp_stage, pg_collection)
     te = args.transformer_impl == "transformer_engine"
     decoder = get_gpt_decoder_block_spec(
         config, te, args.normalization, qk_l2_norm=args.qk_l2_norm, vp_stage=vp_stage
@@ -145,6 +148,32 @@ def model_provider(
     )
 
 
+def hybrid_model(
+    config: Any, pre_process: bool, post_process: bool, vp_stage: int | None, pg_collection: Any
+) -> Any:
+    """Return one pipeline stage of a HybridModel."""
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    args = get_args()
+    return HybridModel(
+        config,
+        hybrid_stack_spec,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        hybrid_layer_pattern=args.hybrid_layer_pattern,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )
+
+
 def main() -> None:
     """Train, as the installed Megatron wants to be started."""
     defaults = {"tokenizer_type": "SentencePieceTokenizer"}
@@ -157,7 +186,10 @@ def main() -> None:
     args = arguments.parse_and_validate_args(args_defaults=defaults)
     container = argument_utils.pretrain_cfg_container_from_args
     if hasattr(argument_utils, "gpt_config_from_args"):  # 0.19
-        config = container(args, argument_utils.gpt_config_from_args(args))
+        hybrid = getattr(args, "hybrid_layer_pattern", None)
+        kind = "hybrid" if hybrid else "gpt"
+        model = getattr(argument_utils, f"{kind}_config_from_args")(args)
+        config = container(args, model)
         pretrain(config, datasets_provider, *steps)
     else:
         pretrain(container(args), datasets_provider, model_provider, *steps)

@@ -13,6 +13,7 @@ SLOW = (
     "test_bench_overlap",
     "test_distill",
     "test_divergence",
+    "test_hybrid",
     "test_benchmark_scripts::test_the_fastest_way_at_each_ep_counts_beside_one_rank",
     "test_bounds",
     "test_by_nature",

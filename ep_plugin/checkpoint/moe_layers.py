@@ -38,6 +38,8 @@ def pattern(args: argparse.Namespace) -> tuple[bool, ...]:
     """Return for each layer of a model with these run arguments whether it is an MoE layer."""
     if not getattr(args, "num_experts", None):
         return (False,) * int(args.num_layers)
+    if getattr(args, "hybrid_layer_pattern", None):
+        return hybrid_layers(args.hybrid_layer_pattern)
     return moe_layers(args.moe_layer_freq, args.num_layers)
 
 
@@ -46,6 +48,15 @@ def moe_layers(frequency: int | Sequence[int], num_layers: int) -> tuple[bool, .
     if isinstance(frequency, int):
         return tuple(layer % frequency == 0 for layer in range(num_layers))
     return tuple(bool(entry) for entry in frequency)
+
+
+def hybrid_layers(pattern: str) -> tuple[bool, ...]:
+    """Return for each layer of a --hybrid-layer-pattern whether it has experts.
+
+    `|` cuts pipeline stages; behind a `/` stand layers of multi-token prediction.
+    """
+    decoder = pattern.split("/")[0].replace("|", "")
+    return tuple(symbol == "E" for symbol in decoder)
 
 
 def _parse_pattern(text: str) -> list[int]:

@@ -99,6 +99,12 @@ def open_source(
         if kind == "hf"
         else _open_megatron(path, kind, output, left_out, router)
     )
+    for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
+        if pattern := getattr(opened.args, name, None):
+            raise ConfigError(
+                f"{path} holds a HybridModel ({shown(pattern)}), whose layers are named otherwise "
+                "than a GPT's, which alone is read here; give a checkpoint of a GPT"
+            )
     size = vocab_size or getattr(opened.args, "ep_vocab_size", None)
     return opened if size is None else _without_padding(opened, size)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ep_plugin.checkpoint.moe_layers import moe_layers
+from ep_plugin.checkpoint.moe_layers import hybrid_layers, moe_layers
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
 
@@ -90,6 +90,8 @@ _WORDS = [
     "tokenizer_model",
     "tokenizer_type",
     "tiktoken_pattern",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
 ]
 _LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff")
 _OF_THEIR_OWN = ["moe_layer_freq", "ep_experts_per_layer", "params_dtype", "window_size", *_LOSSES]
@@ -210,7 +212,8 @@ def _check_layers(args: argparse.Namespace, folder: Path) -> None:
         wanted = f"a number of at least 1, or {args.num_layers} of 0 and 1"
         raise _wrong(folder, "moe_layer_freq", value, wanted)
     counts = getattr(args, "ep_experts_per_layer", None)
-    layers = sum(moe_layers(value, args.num_layers))
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    layers = sum(hybrid_layers(pattern) if pattern else moe_layers(value, args.num_layers))
     if counts is not None and (
         not isinstance(counts, list | tuple)
         or len(counts) != layers

@@ -13,6 +13,12 @@ five only for a Megatron from its wheel, and over torch's Adam):
         here Megatron refuses the state of another number of optimizers
     finalize_model_grads:_update_router_expert_bias
         Megatron stacks all biases here, which needs layers of one size
+    moe_layer:MoELayer.__init__
+        a spec may hold Megatron's class since before the plugin; asked when a layer is built
+    moe_layer:BaseMoELayer.__init__
+        every MoE layer comes by here, of a class of the script's too
+    hybrid_model:HybridModel.__init__
+        layers are built here, whose numbers are those of the pattern
     distributed_data_parallel:DistributedDataParallel.finish_grad_sync
         DDP has summed the gradients; copies of experts are summed next
     schedules:forward_step_calc_loss

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 from core_model import Case
-from layouts import CASES, CHECKS, EVERYWHERE, LATENT, NEWEST_ALONE, SEAMS, layouts_of
+from layouts import (
+    CASES,
+    CHECKS,
+    DEGREES,
+    EVERYWHERE,
+    HYBRID,
+    LATENT,
+    NEWEST_ALONE,
+    SEAMS,
+    layouts_of,
+)
 from loop import MODEL, MOE
 from releases import NEWEST, OLDER_WITH_LOOP, RELEASES, ROOT, VARIABLE, choose, environment
 from support_matrix import DOCUMENT, FILE, MARKS, table
@@ -75,10 +85,10 @@ def test_what_is_tested_on_a_release_follows_the_variable(monkeypatch: pytest.Mo
     found = {version: len(layouts_of(version)) for version in RELEASES}
     assert len(SEAMS) == 2
     assert found == {
-        "0.16.1": len(SEAMS + LATENT),
-        "0.17.1": len(EVERYWHERE + LATENT),
-        "0.18.2": len(SEAMS + LATENT),
-        NEWEST: len(CASES + NEWEST_ALONE + LATENT),
+        "0.16.1": len(SEAMS + LATENT) + 1,  # one of DEGREES
+        "0.17.1": len(EVERYWHERE + LATENT) + 1,
+        "0.18.2": len(SEAMS + LATENT) + 1 + 2,  # two of HYBRID
+        NEWEST: len(CASES + NEWEST_ALONE + LATENT + DEGREES + HYBRID),
     }
     monkeypatch.delenv(VARIABLE)
-    assert len(layouts_of("0.16.1")) == len(EVERYWHERE + LATENT)
+    assert len(layouts_of("0.16.1")) == len(EVERYWHERE + LATENT) + 1

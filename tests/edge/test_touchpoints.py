@@ -136,7 +136,10 @@ def test_all_that_the_edge_uses_is_in_every_table(file: Path) -> None:
 
 def check_covered(file: Path, release: str) -> None:
     paths = [f"{touchpoint.path}." for touchpoint in table_for(release)]
+    hybrid = release_for(release).HYBRID
     for module, name in symbols_used(file.read_text()):
+        if module.startswith("megatron.core.models.hybrid") and not hybrid:
+            continue  # looked up where a release has it
         whole = f"{module}.{name}".rstrip(".")
         starts = f"{module}:{name}." if name else f"{module}:", f"{whole}:", f"{whole}."
         covered = any(path.startswith(starts) for path in paths)

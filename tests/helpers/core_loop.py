@@ -25,6 +25,7 @@ from core_model import (
     build,
     fill,
     forward_step,
+    in_gpt,
     magnitudes,
     transformer_config,
 )
@@ -205,10 +206,11 @@ def report(config: Any, iteration: int, num_microbatches: int) -> Scalars:
         writer=writer,
         force_initialize=True,
         track_names=LOSSES,
-        num_layers=config.num_layers,
+        num_layers=config.pattern.count("E") or config.num_layers,  # as Megatron's loop does
         moe_layer_freq=config.moe_layer_freq,
     )
-    return writer
+    named = {in_gpt(name, config.pattern): value for name, value in writer.items()}
+    return Scalars(named)
 
 
 if __name__ == "__main__":

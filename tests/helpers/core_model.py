@@ -1,5 +1,7 @@
 """The model, the data and the step that `core_loop.py` trains at every layout."""
 
+import itertools
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ class Case:
     combined: bool = False  # Megatron's combined 1F1B schedule
     experts: tuple[int, ...] = ()  # of each MoE layer, where they differ
     overlap: bool = False  # of gradient reduction with the backward
+    pattern: str = ""  # of a HybridModel; its twin on one rank is a GPT
     block: str = "ours"  # stock: Megatron's own; untagged: ours without its tags for the norm
 
     def alone(self) -> "Case":
@@ -86,15 +89,18 @@ def transformer_config(case: Case) -> Any:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
+    symbols = case.pattern.replace("|", "")
+    layers = case.layers, [int(layer >= case.dense_layers) for layer in range(case.layers)]
+    num_layers, frequency = (len(symbols), 1) if symbols else layers
     config = config_type(
-        num_layers=case.layers,
+        num_layers=num_layers,
         hidden_size=HIDDEN,
         num_attention_heads=4,
         ffn_hidden_size=48,
         moe_ffn_hidden_size=32,
         num_moe_experts=max(case.experts, default=EXPERTS),
         moe_router_topk=2,
-        moe_layer_freq=[int(layer >= case.dense_layers) for layer in range(case.layers)],
+        moe_layer_freq=frequency,
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=2e-2,
         moe_z_loss_coeff=1e-3,
@@ -130,6 +136,7 @@ def transformer_config(case: Case) -> Any:
     )
     # Megatron asks for bf16 with it; in fp32 it can be compared.
     config.overlap_moe_expert_parallel_comm = case.combined
+    config.pattern = case.pattern
     return config
 
 
@@ -139,6 +146,8 @@ def build(config: Any, stage: int | None) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
+    if config.pattern:
+        return _hybrid(config, stage)
     where = {"ignore_virtual": stage is None, "vp_stage": stage}
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
@@ -163,12 +172,50 @@ def build(config: Any, stage: int | None) -> Any:
     return model
 
 
+def _hybrid(config: Any, stage: int | None) -> Any:
+    """Return one pipeline stage of a HybridModel."""
+    from megatron.core import parallel_state
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    where = {"ignore_virtual": stage is None, "vp_stage": stage}
+    return HybridModel(
+        config=config,
+        hybrid_stack_spec=hybrid_stack_spec,
+        vocab_size=VOCAB,
+        max_sequence_length=LENGTH,
+        hybrid_layer_pattern=config.pattern,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        vp_stage=stage,
+    )
+
+
+def in_gpt(name: str, pattern: str) -> str:
+    """Return what a tensor of a HybridModel, or a scalar of one of its layers, is in its GPT twin.
+
+    An attention and the block behind it are one layer there. Keys count layers from 0, scalars from
+    1 ("layer_2").
+    """
+    if not pattern:
+        return name
+    attentions = list(itertools.accumulate(symbol in "*+" for symbol in pattern.replace("|", "")))
+    name = re.sub(r"\blayers\.(\d+)", lambda m: f"layers.{attentions[int(m[1])] - 1}", name)
+    name = re.sub(r"\blayer_(\d+)", lambda m: f"layer_{attentions[int(m[1]) - 1]}", name)
+    if "+" not in pattern:  # local GPT layers save this norm as a part of the map behind it
+        name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+    return name.replace("final_norm", "final_layernorm")
+
+
 @torch.no_grad()
 def fill(model: Any) -> None:
     """Give every parameter the values that its key and its place in the whole tensor stand for."""
     numbers = 0
     for piece in _pieces(model):
-        piece.data.copy_(_whole(piece.key, piece.global_shape)[_place(piece)])
+        key = in_gpt(piece.key, model.config.pattern)
+        piece.data.copy_(_whole(key, piece.global_shape)[_place(piece)])
         numbers += piece.data.numel()
     assert numbers == sum(parameter.numel() for parameter in model.parameters())
 
@@ -187,8 +234,8 @@ def magnitudes(models: list[Any], what: str) -> dict[str, float]:
                 parameter.data.copy_(parameter.main_grad)
         for piece in _pieces(model):
             if all(part == 0 for part in _flat(piece.replica_id)):
-                weights = 1 + _whole(f"{what} {piece.key}", piece.global_shape)[_place(piece)].abs()
-                name = f"{what} {piece.key}"
+                name = f"{what} {in_gpt(piece.key, model.config.pattern)}"
+                weights = 1 + _whole(name, piece.global_shape)[_place(piece)].abs()
                 share = float((piece.data.abs() * weights).double().sum())
                 found[name] = found.get(name, 0.0) + share
         for parameter, value in values.items():

@@ -65,6 +65,23 @@ DEGREES = (
     Case("a degree for each layer, TP 2, EP 2, ETP 2", 4, tp=2, ep=2, etp=2,
          experts=(4, 8, 2, 3)),
 )  # fmt: skip
+WITH_HYBRID = ("0.18.2", "0.19.2")
+# Against a GPT of the same weights on one rank; where a release has HybridModel.
+HYBRID = (
+    Case("hybrid *E*E, EP 4", 4, ep=4, layers=2, pattern="*E*E"),
+    Case("hybrid *-*E, TP 2 with sequence parallelism, EP 2, ETP 1", 2, tp=2, ep=2, layers=2,
+         dense_layers=1, pattern="*-*E"),
+    Case("hybrid *E|*E, TP 2, PP 2, EP 2, ETP 2, distributed optimizer", 8, tp=2, pp=2, ep=2,
+         etp=2, distributed_optimizer=True, layers=2, pattern="*E|*E"),
+    Case("hybrid *-|*E|*E|*E, PP 2 x 2 virtual stages, EP 2, per token", 4, pp=2, vpp=2, ep=2,
+         per_token=True, dense_layers=1, pattern="*-|*E|*E|*E"),
+    Case("hybrid, a degree for each layer, full recompute, EP 4", 4, ep=4, recompute="full",
+         layers=2, experts=(2, 8), pattern="*E*E"),
+    Case("hybrid +E+E, latent attention, TP 2, EP 2, ETP 1", 2, tp=2, ep=2, latent="plain",
+         layers=2, pattern="+E+E"),
+    Case("hybrid, biases, shared expert, ranks without tokens: TP 2, EP 4, ETP 1", 4, tp=2, ep=4,
+         bias=True, layers=2, pattern="*E*E"),
+)  # fmt: skip
 LATENT = (  # not in the support matrix: CPU mode sums what Megatron's local layers do not
     Case("latent attention, TP 2, EP 2, ETP 1", 2, tp=2, ep=2, latent="plain"),
     Case("latent attention of queries too, TP 2 without sequence parallelism", 2, tp=2, etp=2,
@@ -115,9 +132,14 @@ def layouts_of(version: str) -> tuple[Case, ...]:
     older = EVERYWHERE if version in in_full() else SEAMS
     cases = (CASES + NEWEST_ALONE if version == NEWEST else older) + LATENT
     degrees = DEGREES if version == NEWEST else DEGREES[1:2]
-    return degrees + tuple(
-        case if case.vpp or case.dense_layers or case.pp > 2 else replace(case, layers=2)
-        for case in cases
+    hybrids = HYBRID if version == NEWEST else HYBRID[3:5] if version in WITH_HYBRID else ()
+    return (
+        degrees
+        + hybrids
+        + tuple(
+            case if case.vpp or case.dense_layers or case.pp > 2 else replace(case, layers=2)
+            for case in cases
+        )
     )
 
 

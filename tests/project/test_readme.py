@@ -122,6 +122,8 @@ COMMAND_LINES = [
 def test_command_that_is_not_run(command: str, tmp_path: Path) -> None:
     """Our commands and Megatron's flags parse; files are there; recipes print commands."""
     words = [word for word in shlex.split(command) if not word.startswith("${")]
+    if words[0].startswith("PYTHONPATH="):
+        del words[0]
     if words[0].startswith("MODEL="):
         check_recipe(command, tmp_path)
     elif words[0] == "ep-plugin":
@@ -131,7 +133,7 @@ def test_command_that_is_not_run(command: str, tmp_path: Path) -> None:
         build_parser(ours[0]).parse_args(ours)
     elif words[0] == "torchrun":
         script = words[words.index("ep_plugin.run") + 1]
-        assert (ROOT / script).is_file()
+        assert (ROOT / script).is_file() or script == "pretrain_hybrid.py"  # Megatron's
         check_megatron_flags(words[words.index(script) + 1 :])
     elif words[0].startswith("./"):
         assert words[0] in (ROOT / ".ci" / "run").read_text()

@@ -7,7 +7,7 @@ from typing import Any
 from ep_plugin.checkpoint.audit.facts import MASTERS, Facts, Part, Place
 from ep_plugin.checkpoint.audit.stored_names import Name, parse, with_layer
 from ep_plugin.checkpoint.audit.verdict import AuditedLayer, Finding
-from ep_plugin.checkpoint.moe_layers import moe_layers
+from ep_plugin.checkpoint.moe_layers import hybrid_layers, moe_layers
 from ep_plugin.checkpoint.tensors import Stored, TensorInfo
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
@@ -89,13 +89,7 @@ def _expected(args: Any) -> dict[str, int]:
     """Return the MoE blocks of the decoder and their numbers of experts, by the run's arguments."""
     if not getattr(args, "num_experts", None):
         return {}
-    frequency: Any
-    depth: Any
-    frequency, depth = getattr(args, "moe_layer_freq", None), getattr(args, "num_layers", None)
-    every = type(frequency) is int and frequency > 0
-    if type(depth) is not int or depth > MAX_COUNT or not (every or type(frequency) is list):
-        raise _unusable("num_layers and moe_layer_freq", (depth, frequency))
-    layers = [layer for layer, moe in enumerate(moe_layers(frequency, depth)) if moe]
+    layers = [layer for layer, moe in enumerate(_moe_layers(args)) if moe]
     counts = getattr(args, "ep_experts_per_layer", None) or (args.num_experts,) * len(layers)
     right = isinstance(counts, tuple | list) and len(counts) == len(layers)
     if not right or not all(type(n) is int and 0 < n <= MAX_COUNT for n in counts):
@@ -103,6 +97,21 @@ def _expected(args: Any) -> dict[str, int]:
     return {
         f"decoder.layers.{layer}.mlp": count for layer, count in zip(layers, counts, strict=True)
     }
+
+
+def _moe_layers(args: Any) -> tuple[bool, ...]:
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern is not None:
+        if not isinstance(pattern, str) or len(pattern) > MAX_COUNT:
+            raise _unusable("hybrid_layer_pattern", pattern)
+        return hybrid_layers(pattern)
+    frequency: Any
+    depth: Any
+    frequency, depth = getattr(args, "moe_layer_freq", None), getattr(args, "num_layers", None)
+    every = type(frequency) is int and frequency > 0
+    if type(depth) is not int or depth > MAX_COUNT or not (every or type(frequency) is list):
+        raise _unusable("num_layers and moe_layer_freq", (depth, frequency))
+    return moe_layers(frequency, depth)
 
 
 def _unusable(names: str, values: Any) -> ConfigError:

@@ -8,6 +8,7 @@ import torch
 
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.layer_pattern import check_hybrid, pattern_of
 from ep_plugin.megatron.arguments.table import (
     KINDS,
     TABLE,
@@ -199,6 +200,7 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         etp=args.expert_tensor_parallel_size,
         order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
     )
+    check_hybrid(args, two_batch=_two_batch(args, settings))
     if args.num_experts is None:
         if parallel.ep > 1:
             raise ConfigError(
@@ -238,6 +240,10 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         )
 
 
+def _two_batch(args: Any, settings: EdgeSettings) -> bool:
+    return args.num_experts is not None and overlap_schedule(args, settings) == "two_batch"
+
+
 def _check_heads(args: Any) -> None:
     """Raise ConfigError, with a degree that goes, unless tensor parallelism divides the heads."""
     heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
@@ -258,7 +264,7 @@ def _experts(args: Any, settings: EdgeSettings) -> tuple[int, ...]:
     if per_layer is None:
         return (args.num_experts,)
     num_moe_layers = sum(moe_pattern(args))
-    if not isinstance(args.moe_layer_freq, list):
+    if pattern_of(args) is None and not isinstance(args.moe_layer_freq, list):
         raise ConfigError(
             f"--ep-experts-per-layer needs --moe-layer-freq as a list, so that Megatron saves each "
             f"layer under its own name; got {args.moe_layer_freq}; use "

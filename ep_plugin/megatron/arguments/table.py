@@ -208,7 +208,10 @@ def expert_ranks(args: Any) -> int:
 
 
 def has_dense_layer(args: Any) -> bool:
-    """Whether `--moe-layer-freq` leaves a layer without experts."""
+    """Whether a layer is left without experts, by `--moe-layer-freq` or a HybridModel's pattern."""
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern:
+        return "-" in pattern
     frequency = args.moe_layer_freq
     return frequency > 1 if isinstance(frequency, int) else not all(frequency)
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.cpu import stand_ins, words
+from ep_plugin.megatron.cpu import local_layers, stand_ins, words
 from ep_plugin.megatron.cpu.arguments import to_cpu
 from ep_plugin.megatron.cpu.zero_centered import zero_centered
 from ep_plugin.megatron.seams.patches import Patches
@@ -132,6 +132,12 @@ def megatron_changes(patches: Patches) -> None:
         _with_whole_rotary_keys,
         "its local layers sum the gradient of the keys' rotary part over no tensor-parallel rank",
     )
+    if importlib.util.find_spec("megatron.core.models.hybrid") is not None:
+        why = "its layers are Transformer Engine's; here they are Megatron's local ones"
+        patches.wrap(
+            f"{local_layers.MODEL}:HybridModel.__init__", local_layers.with_local_layers, why
+        )
+        patches.replace(f"{local_layers.BLOCK}:TENorm", local_layers.local_norm, why)
     if importlib.util.find_spec("megatron.training") is not None:
         for place in validators():
             patches.wrap(

@@ -17,11 +17,13 @@ from ep_plugin.megatron.seams import (
     apex,
     attention,
     audit_save,
+    built,
     chained,
     check_save,
     copies,
     expert_bias,
     failed_save,
+    hybrid,
     served,
     torch_adam,
     touchpoints,
@@ -128,6 +130,9 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
     release.muon.changes(patches)
     expert_bias.changes(patches)
     copies.changes(patches)
+    built.changes(patches, layer_class)
+    if release.HYBRID:
+        hybrid.changes(patches)
     patches.wrap(
         f"{SCHEDULES}:forward_step_calc_loss",
         layer_class.strength.around_loss,

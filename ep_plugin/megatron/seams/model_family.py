@@ -5,6 +5,7 @@ from typing import Any
 
 MODELS, LEGACY = "megatron.core.models", "megatron.legacy.model"
 GPT = (f"{MODELS}.gpt", "gpt_builders")
+HYBRID = (f"{MODELS}.hybrid", "hybrid_builders")
 # Unsupported family -> modules that its scripts import and that its models' classes come from.
 FAMILIES = {
     "T5": (f"{MODELS}.T5", f"{LEGACY}.t5_model"),
@@ -12,14 +13,13 @@ FAMILIES = {
     "multimodal": (f"{MODELS}.multimodal", f"{MODELS}.mimo"),
     "vision": (f"{MODELS}.vision", f"{LEGACY}.vision"),
     "retrieval": (f"{MODELS}.retro", f"{LEGACY}.biencoder_model", f"{LEGACY}.realm_model"),
-    "hybrid (Mamba)": (
-        *(f"{MODELS}.mamba", f"{MODELS}.hybrid", "mamba_builders", "hybrid_builders"),
-    ),
+    "Mamba": (f"{MODELS}.mamba", "mamba_builders"),
 }
 
 
 def family_of(modules: Iterable[Any]) -> str | None:
-    """Return the first of FAMILIES that a part of the model belongs to; None of a GPT's parts."""
+    """Return the first of FAMILIES that a part of the model belongs to; None of a GPT's parts, or a
+    HybridModel's."""
     return family_named(type(part).__module__ for part in modules)
 
 

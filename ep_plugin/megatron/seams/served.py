@@ -1,4 +1,4 @@
-"""Refuse models that the plugin does not support: all but decoder-only GPTs.
+"""Refuse models that the plugin does not support: all but decoder-only GPTs and HybridModels.
 
 The script's imports are read before it starts. What they do not show, such as a model defined in
 the script, is checked when the model is built: in a run with --num-experts its MoE layers must be
@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.seams.model_family import GPT, family_named, family_of, is_in
+from ep_plugin.megatron.seams.model_family import GPT, HYBRID, family_named, family_of, is_in
 from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.megatron.seams.refusal import refuse
 
 SETUP = "megatron.training.training:setup_model_and_optimizer"
 RECIPES = ("megatron.bridge", "nemo", "nemo_run")  # configured in Python; no flags are parsed
 PAGE = "docs/other-scripts.md"
+SERVED = "decoder-only GPTs and HybridModels"
 
 
 def check_script(tree: ast.Module) -> None:
     """Raise ConfigError if a script imports a model of another family and no GPT."""
     imported = list(imports(tree))
     family = family_named(imported)
-    if family is not None and not any(is_in(name, GPT) for name in imported):
+    if family is not None and not any(is_in(name, (*GPT, *HYBRID)) for name in imported):
         raise ConfigError(
-            f"this is a script of a {family} model, and the plugin serves decoder-only GPTs alone; "
-            "use python SCRIPT, without the plugin"
+            f"this is a script of a {family} model, and the plugin serves {SERVED} alone; use "
+            "python SCRIPT, without the plugin"
         )
 
 
@@ -105,8 +106,8 @@ def check_model(chunks: Any, layer_class: type, experts: int) -> None:
     found = _of_all_ranks((ours, names, family))
     for one in (family for *_, family in found if family is not None):
         raise ConfigError(
-            f"the script builds a {one} model, and the plugin serves decoder-only GPTs alone; use "
-            "python SCRIPT, without the plugin"
+            f"the script builds a {one} model, and the plugin serves {SERVED} alone; use python "
+            "SCRIPT, without the plugin"
         )
     if unknown := sorted({name for _, names, _ in found for name in names}):
         raise ConfigError(

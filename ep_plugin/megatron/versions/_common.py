@@ -12,6 +12,25 @@ _CONFIG = "megatron.core.transformer.transformer_config"
 _UTILS = "megatron.core.transformer.utils"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
+HYBRID_MODEL = (  # of the releases that have it
+    Touchpoint(
+        "megatron.core.models.hybrid.hybrid_model:HybridModel.__init__",
+        (
+            "config",
+            "hybrid_stack_spec",
+            "vocab_size",
+            "max_sequence_length",
+            "hybrid_layer_pattern",
+        ),
+    ),
+    Touchpoint("megatron.core.models.hybrid.hybrid_block:HybridStack"),
+    Touchpoint("megatron.core.models.hybrid.hybrid_block:TENorm"),
+    Touchpoint(
+        "megatron.core.models.hybrid.hybrid_block:HybridStackSubmodules",
+        ("attention_layer", "mlp_layer", "moe_layer"),
+    ),
+    Touchpoint("megatron.core.models.hybrid.hybrid_layer_specs:hybrid_stack_spec"),
+)
 COMMON = (
     # where the MoE layer's class is looked up, and its contract
     Touchpoint(f"{GPT}.moe_module_specs:MoELayer", base=f"{MOE}.moe_layer:MoELayer"),
@@ -195,6 +214,7 @@ COMMON = (
     # what ranks compare of the model
     Touchpoint("megatron.core.models.gpt.gpt_model:GPTModel"),
     Touchpoint("megatron.core.transformer.transformer_layer:TransformerLayer"),
+    Touchpoint("megatron.core.ssm.mlp_layer:MLPLayer"),  # of a HybridModel on the CPU
     # latent attention on the CPU
     Touchpoint(f"{_TENSOR_PARALLEL}.mappings:gather_from_tensor_model_parallel_region", ("group",)),
     Touchpoint(f"{_TENSOR_PARALLEL}.mappings:scatter_to_sequence_parallel_region", ("group",)),

@@ -5,10 +5,19 @@ from ep_plugin.megatron.versions import _losses_by_name as losses
 from ep_plugin.megatron.versions import _muon_by_freezing as muon
 from ep_plugin.megatron.versions._common import COMMON, MOE, MTP_LAYER
 
-__all__ = ["COMBINED_1F1B", "EMERGING_OPTIMIZERS", "TOUCHPOINTS", "UNMARKED_MTP", "losses", "muon"]
+__all__ = [
+    "COMBINED_1F1B",
+    "EMERGING_OPTIMIZERS",
+    "HYBRID",
+    "TOUCHPOINTS",
+    "UNMARKED_MTP",
+    "losses",
+    "muon",
+]
 
 COMBINED_1F1B = False  # its schedule for two micro-batches is not tested with our layer
 EMERGING_OPTIMIZERS = ((0, 1), None)  # from, and below
+HYBRID = False  # its MambaModel is not served
 # Its MTP layers are numbered from 1, and it tells its own block alone that it is in one.
 UNMARKED_MTP = f"{MTP_LAYER}.__init__"
 

@@ -3,12 +3,21 @@
 from ep_plugin.megatron.seams.touchpoints import Touchpoint
 from ep_plugin.megatron.versions import _losses_tracker as losses
 from ep_plugin.megatron.versions import _muon_by_key as muon
-from ep_plugin.megatron.versions._common import ARGUMENTS, COMMON, MOE
+from ep_plugin.megatron.versions._common import ARGUMENTS, COMMON, HYBRID_MODEL, MOE
 
-__all__ = ["COMBINED_1F1B", "EMERGING_OPTIMIZERS", "TOUCHPOINTS", "UNMARKED_MTP", "losses", "muon"]
+__all__ = [
+    "COMBINED_1F1B",
+    "EMERGING_OPTIMIZERS",
+    "HYBRID",
+    "TOUCHPOINTS",
+    "UNMARKED_MTP",
+    "losses",
+    "muon",
+]
 
 COMBINED_1F1B = False  # its schedule for two micro-batches is not tested with our layer
 EMERGING_OPTIMIZERS = ((0, 2), None)  # from, and below
+HYBRID = True  # models/hybrid is served
 UNMARKED_MTP = None  # it tells each block
 
 TOUCHPOINTS = (
@@ -19,5 +28,6 @@ TOUCHPOINTS = (
         f"{MOE}.moe_layer:MoELayer.__init__",
         ("config", "submodules", "layer_number", "pg_collection", "is_mtp_layer", "name"),
     ),
+    *HYBRID_MODEL,
     Touchpoint(f"{ARGUMENTS}:parse_and_validate_args", ("extra_args_provider", "args_defaults")),
 )

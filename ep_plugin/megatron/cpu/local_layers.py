@@ -1,0 +1,92 @@
+"""A HybridModel of Megatron's local layers: its own specs are of Transformer Engine's.
+
+Attention, latent attention, dense blocks and experts are those of Megatron's local GPT layers, one
+to a symbol of the pattern. Checkpoints have the names of its Transformer Engine layers, so that
+either loads the other's.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+MODEL = "megatron.core.models.hybrid.hybrid_model"
+BLOCK = "megatron.core.models.hybrid.hybrid_block"
+NORM_OF_ATTENTION = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+NORM_OF_BLOCK = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def with_local_layers(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
+    """Build a HybridModel of local layers where Megatron's own spec was asked for."""
+    specs = import_module("megatron.core.models.hybrid.hybrid_layer_specs")
+    config = kwargs["config"] if "config" in kwargs else args[0]
+    local = local_stack(config)
+
+    def replaced(value: Any) -> Any:
+        return local if value is specs.hybrid_stack_spec else value
+
+    original(model, *map(replaced, args), **{name: replaced(v) for name, v in kwargs.items()})
+
+
+def local_norm(config: Any, hidden_size: int, eps: float, **_: Any) -> Any:
+    """Make the norm behind the last layer, in place of Transformer Engine's."""
+    norm = import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    return norm(config=config, hidden_size=hidden_size, eps=eps)
+
+
+def local_stack(config: Any) -> Any:
+    """Return the spec of a HybridStack of local layers, for a TransformerConfig.
+
+    Mamba and gated delta net have no local layers: those places are left empty.
+    """
+    block = import_module(BLOCK)
+    layers = import_module("megatron.core.transformer.transformer_layer")
+    spec = import_module("megatron.core.transformer.spec_utils").ModuleSpec
+    mlp_layer = import_module("megatron.core.ssm.mlp_layer").MLPLayer
+    moe = import_module("megatron.core.models.gpt.moe_module_specs").get_moe_module_spec
+
+    def one(module: Any, **parts: Any) -> Any:
+        return spec(module=module, submodules=layers.TransformerLayerSubmodules(**parts))
+
+    def attention(latent: bool) -> Any:
+        parts = _gpt_layer(config, latent)
+        names = {} if latent else {"sharded_state_dict_keys_map": NORM_OF_ATTENTION}
+        return one(
+            layers.TransformerLayer,
+            input_layernorm=parts.input_layernorm,
+            self_attention=parts.self_attention,
+            self_attn_bda=parts.self_attn_bda,
+            **names,
+        )
+
+    parts = _gpt_layer(config, latent=False)
+    of_block = {"pre_mlp_layernorm": parts.pre_mlp_layernorm, "mlp_bda": parts.mlp_bda}
+    return spec(
+        module=block.HybridStack,
+        submodules=block.HybridStackSubmodules(
+            attention_layer=attention(latent=False),
+            **({"mla_layer": attention(latent=True)} if _has_latent(block) else {}),
+            mlp_layer=one(
+                mlp_layer, mlp=parts.mlp, sharded_state_dict_keys_map=NORM_OF_BLOCK, **of_block
+            ),
+            moe_layer=one(
+                layers.TransformerLayer,
+                mlp=moe(use_te=False, num_experts=8, moe_grouped_gemm=True),
+                **of_block,
+            ),
+        ),
+    )
+
+
+def _has_latent(block: Any) -> bool:
+    return "mla_layer" in block.HybridStackSubmodules.__dataclass_fields__
+
+
+def _gpt_layer(config: Any, latent: bool) -> Any:
+    """Return the parts of one local layer of a GPT."""
+    specs = import_module("megatron.core.models.gpt.gpt_layer_specs")
+    layer = specs.get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=latent,
+        normalization=config.normalization,
+    )
+    return layer.submodules

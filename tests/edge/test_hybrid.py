@@ -1,0 +1,172 @@
+"""HybridModels: whose block runs, what a pattern is refused for, a run that goes on elsewhere.
+
+That they compute what a GPT of the same weights does is in `test_layouts.py`.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loop import MOE, NEWEST, OURS, ROOT, SHAPE, launch_with
+
+from ep_plugin.commands.report.events import read_run
+from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
+from ep_plugin.megatron.arguments.in_flags import in_flags
+from ep_plugin.megatron.arguments.parser import add_ep_arguments
+from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.seams.install import install, uninstall
+
+pytestmark = [
+    pytest.mark.megatron,
+    pytest.mark.skipif(not NEWEST, reason="one release of two; layouts are compared on both"),
+    pytest.mark.skipif(
+        not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
+    ),
+]
+PATTERN = ("--hybrid-layer-pattern", "*E*E")
+
+
+def test_the_order_of_imports_changes_no_bit_and_our_block_runs(tmp_path: Path) -> None:
+    said = []
+    for order in ("before", "after"):
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}",
+            **{"RANK": "0", "WORLD_SIZE": "1", "STORE": str(tmp_path / order)},
+        }
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "helpers" / "hybrid_order.py"), order],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        said.append(next(line for line in done.stdout.splitlines() if line.startswith("found")))
+    assert said[0] == said[1]
+    assert said[0].split()[2:] == ["2", "EPMoELayer"]  # calls: one for each E
+
+
+def test_a_class_that_is_not_ours_is_an_error_when_it_is_built() -> None:
+    from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
+
+    class Mine(MoELayer):  # type: ignore[misc]
+        """Of a model of the user's."""
+
+    class Other(BaseMoELayer):  # type: ignore[misc]
+        """Not even Megatron's."""
+
+        def forward(self, hidden_states: Any) -> Any: ...
+
+    before = MoELayer.__init__, BaseMoELayer.__init__
+    install()
+    try:
+        for kind in (Mine, Other):
+            with pytest.raises(ConfigError, match=rf"{kind.__name__}, which is not the plugin's"):
+                kind(None, layer_number=1)
+    finally:
+        uninstall()
+    assert before == (MoELayer.__init__, BaseMoELayer.__init__)
+
+
+def parsed(*flags: str) -> Any:
+    from megatron.training import arguments
+
+    parser = add_ep_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser()))
+    shape = [*SHAPE[2:], "--micro-batch-size", "2", "--lr", "1e-3"]  # without --num-layers
+    args = parser.parse_args([*shape, *flags])
+    args.world_size = 2
+    return args
+
+
+EXPERTS = ("--num-experts", "4")
+WRONG = {
+    "no experts": ((*PATTERN,), "has layers of experts, E; use --num-experts 8"),
+    "no layer for them": (
+        ("--hybrid-layer-pattern", "*-*-", *EXPERTS),
+        "has no layer of experts, E; use --hybrid-layer-pattern '*E*-'",
+    ),
+    "a frequency beside it": (
+        (*PATTERN, *EXPERTS, "--moe-layer-freq", "2"),
+        "is for a GPT; in a HybridModel each E of --hybrid-layer-pattern (*E*E)",
+    ),
+    "two micro-batches": (
+        (*PATTERN, *EXPERTS, "--ep-overlap", "two_batch"),
+        "makes a HybridModel; use --ep-overlap auto",
+    ),
+    "experts behind a slash": (
+        ("--hybrid-layer-pattern", "*E/*E", *EXPERTS),
+        "use --hybrid-layer-pattern '*E/*-'",
+    ),
+    "prediction on the CPU": (
+        ("--hybrid-layer-pattern", "*E/*-", *EXPERTS),
+        "on the CPU use '*E'",
+    ),
+    "Mamba on the CPU": (
+        ("--hybrid-layer-pattern", "M*E", *EXPERTS),
+        "has M, and Mamba layers need the package mamba-ssm",
+    ),
+    "a delta net on the CPU": (
+        ("--hybrid-layer-pattern", "G*E", *EXPERTS),
+        "has G, and gated delta nets need",
+    ),
+    "sparse attention on the CPU": (
+        ("--hybrid-layer-pattern", "DE", *EXPERTS),
+        "has D, and DeepSeek's sparse attention needs",
+    ),
+    "a pyramid that is too short": (
+        (*PATTERN, *EXPERTS, "--ep-experts-per-layer", "4"),
+        "must have one entry per MoE layer (2)",
+    ),
+    "a teacher": (
+        (*PATTERN, *EXPERTS, "--ep-teacher", "runs/teacher"),
+        "use --hybrid-layer-pattern without --ep-teacher",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_mistakes_are_one_sentence(mistake: str) -> None:
+    flags, message = WRONG[mistake]
+    args = parsed(*flags)
+    with pytest.raises(ConfigError) as raised:
+        check_arguments(args, settings_from_args(args))
+    assert message in raised.value.spelled(in_flags(flags))
+
+
+def test_a_run_goes_on_at_another_size_and_layers_have_the_pattern_s_numbers(
+    tmp_path: Path,
+) -> None:
+    saved = str(tmp_path / "saved")
+    flags = (
+        *(*SHAPE[2:], *PATTERN, *MOE, "--num-experts", "8", "--ep-experts-per-layer", "3,8"),
+        *("--train-iters", "4", "--use-distributed-optimizer", "--save-interval", "2"),
+        *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
+    )
+    found = []
+    for ranks, more in (
+        (2, ("--save", saved, "--ep-audit-save")),
+        (1, ("--load", saved, "--ckpt-step", "2")),
+    ):
+        folder = tmp_path / str(ranks)
+        ep = ("--expert-model-parallel-size", str(ranks), "--tensorboard-dir", str(folder))
+        done = launch_with(ranks, OURS, *flags, *ep, *more)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        found.append(read_run(folder))
+        assert (
+            "by a layer's experts: 3 experts on 1 (2 copies of each)" in done.stdout or ranks == 1
+        )
+    whole, resumed = found
+    assert sorted(whole.shares()) == [2, 4]
+    for tag in ("grad-norm", "lm loss validation"):
+        expected = [value for step, value in whole.series(tag) if step > 2]
+        assert expected
+        assert [v for step, v in resumed.series(tag) if step > 2] == pytest.approx(
+            expected, rel=1e-5
+        )
