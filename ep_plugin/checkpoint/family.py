@@ -121,8 +121,15 @@ class Family:
         return wrong_kind + [
             f"{name} = {shown(found[name])}, not {value!r}"
             for name, value in self.fixed.items()
-            if (found[name] or None) != (value or None)  # False, None and 0 are one
+            if not _is_plain(found[name])
+            or (found[name] or None) != (value or None)  # False, None and 0 are one
         ]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a run argument can be compared: not so a tensor."""
+    leaves = value if isinstance(value, list | tuple) else (value,)
+    return all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in leaves)
 
 
 def _size(keys: Keys, key: str) -> int | float | None:

@@ -61,7 +61,26 @@ def as_transformers_loads(folder: Path, called: str, instead: str) -> Iterator[P
         model = (_read(folder / _MODEL, instead) or {}).get("model_type")
         if isinstance(model, str) and _class_of(model) in (*_CLASSES, "MistralCommonBackend"):
             _write(view / _MODEL, {"model_type": model})
-        yield view
+        with _without_copies():
+            yield view
+
+
+@contextmanager
+def _without_copies() -> Iterator[None]:
+    """Keep tiktoken, to which transformers gives what is no SentencePiece model, from copying it.
+
+    It would leave the copy in the folder for temporary files.
+    """
+    name = "TIKTOKEN_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _settings(found: dict[str, Any], called: str, instead: str) -> dict[str, Any]:

@@ -45,6 +45,7 @@ _COUNTS = [
     "expert_tensor_parallel_size",
     "ep_group_score_topk",
     "vocab_size",
+    "ep_vocab_size",
     "tiktoken_num_special_tokens",
 ]
 _FLAGS = [
@@ -147,6 +148,13 @@ def checked(args: argparse.Namespace, folder: Path) -> RunArgs:
     return found
 
 
+def said(args: argparse.Namespace, name: str) -> Any:
+    """Return a run argument; None for one that says nothing: missing, False, 0 or empty."""
+    value = getattr(args, name, None)
+    is_plain = type(value) in (bool, int, float, str, list, tuple, dict)  # not so a tensor
+    return None if is_plain and not value else value
+
+
 def as_saved(args: argparse.Namespace) -> argparse.Namespace:
     """Return run arguments as Megatron saves them."""
     return argparse.Namespace(**vars(args))
@@ -159,6 +167,11 @@ def check_num_layers(args: argparse.Namespace, names: Iterable[str], folder: Pat
         raise ConfigError(
             f"the run arguments in {folder} say num_layers = {args.num_layers}, and its tensors "
             f"are of {len(found)} layers; {_AGAIN}"
+        )
+    if strange := found - {str(layer) for layer in range(args.num_layers)}:
+        raise ConfigError(
+            f"the run arguments in {folder} say num_layers = {args.num_layers}, and a tensor is of "
+            f"layer {shown(min(strange))}; {_AGAIN}"
         )
 
 

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import shlex
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ep_plugin.checkpoint.adapt.keep_layers import parse_kept
+from ep_plugin.checkpoint.adapt.keep_layers import keep_layers, parse_kept
+from ep_plugin.checkpoint.formats._iteration import load_common
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
+from ep_plugin.checkpoint.open import open_source
 from ep_plugin.cli import main
 from ep_plugin.errors import ConfigError
 from tests.checkpoint import test_convert_legacy
@@ -34,7 +37,12 @@ MOE: dict[str, Any] = {
     "max_position_embeddings": 8,
 }
 # What a model cannot have, with a value that it could.
-BY_NUMBER = {"mtp_num_layers": 1, "no_rope_freq": [0, 1, 0, 1], "hybrid_layer_pattern": "M*"}
+BY_NUMBER: dict[str, Any] = {
+    "mtp_num_layers": 1,
+    "no_rope_freq": [0, 1, 0, 1],
+    "hybrid_layer_pattern": "M*",
+    "spec": torch.ones(2),
+}
 
 
 def pyramid() -> dict[str, Tensor]:
@@ -212,6 +220,41 @@ def test_layers_that_are_counted_from_the_first(
     save_dense(tmp_path / "dense", **{name: BY_NUMBER[name]})
     assert convert(tmp_path / "dense", tmp_path / "out", "1-2") == 2
     assert f"was trained with {name} = " in capsys.readouterr().err
+
+
+ODD = tuple(f"decoder.layers.{number}.x" for number in ("00", "7", "\u0661"))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_tensors_of_no_layer_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Renumbered, one of them would take another's place, or be lost without a word."""
+    args = MOE | {"num_layers": 5, "moe_layer_freq": [0, 1, 1, 1, 0]}
+    save_dense(tmp_path / "dense", pyramid() | {name: torch.ones(2)}, **args)
+    assert convert(tmp_path / "dense", tmp_path / "out", "0-3") == 2
+    assert "say num_layers = 5, and a tensor is of layer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_object_of_no_layer_is_refused(teacher: Path) -> None:
+    opened = open_source(teacher, "megatron")
+    odd = frozenset({"decoder.layers.01.x/shard_0_1"})
+    opened = replace(opened, source=replace(opened.source, objects=odd))
+    with pytest.raises(ConfigError, match=r"cannot renumber .*01.* which is of no layer"):
+        keep_layers(opened, (1,))
+
+
+@pytest.mark.parametrize("metadata", [[], "x", torch.ones(2)])
+def test_content_metadata_of_another_type(metadata: Any) -> None:
+    stream = io.BytesIO()
+    torch.save({"content_metadata": metadata}, stream)
+    with pytest.raises(ConfigError, match="its content_metadata is no dictionary"):
+        load_common(stream.getvalue(), Path("folder"))
+
+
+def test_many_layers_are_counted_at_once() -> None:
+    assert len(parse_kept("0-99999")) == 100_000
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), min_size=1, max_size=6))

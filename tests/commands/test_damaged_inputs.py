@@ -146,6 +146,25 @@ def test_a_tokenizer_that_is_damaged(tmp_path: Path) -> None:
             read_prompts(tmp_path / "prompts.txt", folder)
 
 
+def test_what_is_no_sentence_piece_model_leaves_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers gives it to tiktoken, which keeps what it reads in the temporary folder."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("tiktoken")
+    folder, temporary = tmp_path / "model", tmp_path / "tmp"
+    for each in (folder, temporary):
+        each.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    (folder / "tokenizer.model").write_text("no model\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "prompts.txt").write_text("a prompt\n")
+    with pytest.raises(ConfigError, match="has no tokenizer that transformers can load"):
+        read_prompts(tmp_path / "prompts.txt", folder)
+    assert list(temporary.iterdir()) == []
+    assert "TIKTOKEN_CACHE_DIR" not in os.environ
+
+
 DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:20]),

@@ -65,6 +65,7 @@ def warm() -> None:
         "matplotlib.backends.backend_agg", "transformers.models.qwen3.modeling_qwen3",
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
         "transformers.models.auto.tokenization_auto", "sentencepiece",
+        "tiktoken.load", "torch._subclasses.schema_check_mode",
         "ep_plugin.commands.generate", "ep_plugin.megatron.workers.generate_run",
     ):  # fmt: skip
         importlib.import_module(module)

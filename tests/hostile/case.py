@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.hostile import carried, classes, plants, trees, watch
+from tests.hostile.inside import ESCAPES
 
 SECONDS = 45  # of the clock; on a busy machine much less of the processor
 MEMORY = 3 << 30  # of address space above what is there when a case begins: files are mapped too
@@ -226,7 +226,7 @@ def _judge(verdict: Verdict, out: str, err: str) -> None:
         verdict.silent.append(f"{len(out) + len(err)} bytes were printed")
     if verdict.code == 2 and "error: " not in verdict.said:
         verdict.silent.append(f"exit code 2 without a sentence: {verdict.said}")
-    if re.search(r"[\x1b\x80-\x9f]", out + err):
+    if ESCAPES.search(out + err):
         verdict.silent.append("an escape sequence of the file's was printed")
     if verdict.code == 1 and not (lines or out.strip()):
         verdict.silent.append("exit code 1 without a word")

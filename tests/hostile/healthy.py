@@ -1,5 +1,6 @@
 """Small healthy folders of everything that a command opens."""
 
+import base64
 import contextlib
 import io
 import json
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from ep_plugin.presets import load
 from tests.hostile import pickles, trees
 
 ROOT = Path(__file__).parents[2]
+ALPHABET = ("\u0120", *map(chr, range(33, 127)))  # as GPT-2 spells bytes, a space first
 
 
 def make(root: Path) -> None:
@@ -28,6 +31,10 @@ def make(root: Path) -> None:
         _newer(root / "old", root / "dense")
         _run("--from", root / "dense", "--to", root / "moe", *trees.EXPERTS, *trees.ALONE)
     _with_words(root / "old", root / "words")
+    _with_pairs(root / "old", root / "pairs")
+    _with_ticks(root / "old", root / "ticks")
+    _large(root / "old", root / "large")
+    _pieces(root / "words" / "tokenizer.model", root / "pieces")
     _per_rank(root / "ranks")
     _one_rank(root / "old", root / "rank")
     _runs(root)
@@ -90,11 +97,58 @@ def _with_words(source: Path, target: Path) -> None:
         hard_vocab_limit=False, minloglevel=2, num_threads=1,
     )  # fmt: skip
     model.with_suffix(".vocab").unlink()
-    file = next(target.glob("iter_*")) / "common.pt"
+    _say(target, "SentencePieceTokenizer", tokenizer_model=str(model.with_suffix(".model")))
+
+
+def _say(folder: Path, kind: str | None = None, **args: Any) -> None:
+    """Change run arguments."""
+    file = next(folder.glob("iter_*")) / "common.pt"
     common = torch.load(file, weights_only=False)
-    common["args"].tokenizer_type = "SentencePieceTokenizer"
-    common["args"].tokenizer_model = str(model.with_suffix(".model"))
+    vars(common["args"]).update(args | ({"tokenizer_type": kind} if kind else {}))
     torch.save(common, file)
+
+
+def _with_pairs(source: Path, target: Path) -> None:
+    """The same with GPT-2's two files."""
+    shutil.copytree(source, target)
+    tokens = ["<|endoftext|>", "ex", "ar", "are", "en", *ALPHABET]  # the model knows 96
+    vocab, merges = target / "vocab.json", target / "merges.txt"
+    vocab.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    merges.write_text("#version: 0.2\ne x\na r\nar e\ne n\n")
+    _say(target, "GPT2BPETokenizer", vocab_file=str(vocab), merge_file=str(merges))
+
+
+def _with_ticks(source: Path, target: Path) -> None:
+    """The same with a vocabulary of tiktoken, whose sizes are run arguments."""
+    shutil.copytree(source, target)
+    tokens = [*(bytes([byte]) for byte in range(256)), b"ex"]
+    rows = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": ""}
+        for rank, token in enumerate(tokens)
+    ]
+    file = target / "words.json"
+    file.write_text(json.dumps(rows))
+    sizes = {"vocab_size": 7 + len(tokens), "tiktoken_num_special_tokens": 7}
+    _say(target, "TikTokenizer", tokenizer_model=str(file), **sizes)
+
+
+def _large(source: Path, target: Path) -> None:
+    """The same that says it has the vocabulary of a preset; `plan` reads no tensor."""
+    shutil.copytree(source, target)
+    _say(target, padded_vocab_size=load("ds-350m-mos-l21").model.vocab)
+
+
+def _pieces(model: Path, folder: Path) -> None:
+    """A Hugging Face folder whose tokenizer is a SentencePiece model."""
+    folder.mkdir()
+    shutil.copy(model, folder / "tokenizer.model")
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **special})
+    )
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 4}))
 
 
 def _per_rank(root: Path) -> None:

@@ -6,9 +6,11 @@ A reader may return, or raise ConfigError with one line. Whatever else happens i
 import contextlib
 import io
 import random
+import re
 import resource
 import shutil
 import signal
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -23,6 +25,7 @@ from tests.hostile import classes, lines, plants, readers, settings, watch
 SECONDS = 20
 MEMORY = 3 << 30
 LONGEST = 4000  # characters of a sentence
+ESCAPES = re.compile(r"[\x1b\x80-\x9f]")  # what a terminal would obey
 Case = tuple[str, Callable[[], object]]  # what was planted, and the call that meets it
 
 
@@ -47,7 +50,9 @@ class Bench:
         row = self.counts.setdefault(kind, Counter())
         row["cases"] += 1
         self.watched.seen.clear()
-        found, ended = self._call(call)
+        said = io.StringIO()
+        found, ended = self._call(call, said)
+        found += _escapes(said.getvalue())
         found += [("writes", name) for name in self._new_outside()]
         found += [("executions", text) for text in classes.changes(self.state)]
         for what, words in self.watched.seen:
@@ -61,7 +66,7 @@ class Bench:
             self.faults.append(fault)
 
     def _new_outside(self) -> list[str]:
-        """Return what a case made in the folder that hostile names lead to, and remove it."""
+        """Return what a case left where hostile names lead to, removed, and of temporary files."""
         outside = self.folder / "outside"
         new = [path for path in outside.iterdir() if path.name not in (*self.there, "moved")]
         for path in new:
@@ -69,10 +74,11 @@ class Bench:
         if (outside / "file").read_text() != plants.LEFT_ALONE:
             new.append(outside / "file")
             (outside / "file").write_text(plants.LEFT_ALONE)
-        return [str(path) for path in new]
+        return [str(path) for path in (*new, *(self.folder / "tmp").iterdir())]
 
-    def _call(self, call: Callable[[], object]) -> tuple[list[tuple[str, str]], str]:
-        said = io.StringIO()
+    def _call(
+        self, call: Callable[[], object], said: io.StringIO
+    ) -> tuple[list[tuple[str, str]], str]:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             with (
@@ -102,9 +108,16 @@ class Bench:
 
 
 def _sentence(text: str) -> list[tuple[str, str]]:
-    if "\n" in text or "\x1b" in text or len(text) > LONGEST:
+    if "\n" in text or ESCAPES.search(text) or len(text) > LONGEST:
         return [("silent", f"{len(text)} characters, or several lines: {text[:100]!r}")]
     return []
+
+
+def _escapes(text: str) -> list[tuple[str, str]]:
+    found = ESCAPES.search(text)
+    if found is None:
+        return []
+    return [("silent", f"printed an escape sequence: {text[max(0, found.start() - 50) :][:100]!r}")]
 
 
 def _late(*_: Any) -> None:
@@ -154,7 +167,11 @@ def run(
 ) -> dict[str, Any]:
     """Run as many cases of each kind, or for so long; returns the counts and the faults."""
     plants.outside_folder(folder / "outside")
-    bench = Bench(folder, there=tuple(path.name for path in (folder / "outside").iterdir()))
+    there = tuple(path.name for path in (folder / "outside").iterdir())
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    tempfile.tempdir = str(temporary)
+    bench = Bench(folder, watch.Watch(writable=(temporary,)), there=there)
     lines.learn()
     bench.watched.install()
     signal.signal(signal.SIGALRM, _late)

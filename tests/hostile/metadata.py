@@ -1,5 +1,6 @@
 """`.metadata` and run arguments that are right pickles of the right classes, with other values."""
 
+import argparse
 import contextlib
 import copy
 import io
@@ -121,9 +122,9 @@ def arguments(rng: random.Random, outside: Path, benign: bytes) -> tuple[str, by
     common = torch.load(io.BytesIO(benign), weights_only=False)
     holder = common[0] if isinstance(common, list) else common
     if not isinstance(holder, dict):  # no arguments, but some other object
-        return "arguments: other", _saved(texts.value(rng, outside))
+        return "arguments: other", _saved(_value(rng, outside))
     if "args" not in holder or rng.random() < 0.1:
-        holder[rng.choice((*holder, pickles.MARK))] = texts.value(rng, outside)
+        holder[rng.choice((*holder, pickles.MARK))] = _value(rng, outside)
         return "arguments: beside", _saved(common)
     args = holder["args"] = copy.copy(holder["args"])
     for _ in range(rng.choice((1, 1, 3))):
@@ -137,12 +138,23 @@ def arguments(rng: random.Random, outside: Path, benign: bytes) -> tuple[str, by
         elif act < 0.2 and hasattr(args, name):
             delattr(args, name)
         elif act < 0.3:
-            setattr(args, str(rng.choice(texts.paths(outside))), texts.value(rng, outside))
+            setattr(args, str(rng.choice(texts.paths(outside))), _value(rng, outside))
         elif act < 0.5 and name.startswith("ep_"):
             setattr(args, name, f"{pickles.MODULE}.anything")
         else:
-            setattr(args, name, texts.value(rng, outside))
+            setattr(args, name, _value(rng, outside))
     return "arguments: edited", _saved(common)
+
+
+def _value(rng: random.Random, outside: Path) -> Any:
+    """Return a value of any type, also of those that JSON has not."""
+    if rng.random() < 0.8:
+        return texts.value(rng, outside)
+    inner = texts.value(rng, outside)
+    return rng.choice(
+        (torch.ones(2), torch.empty(0), torch.tensor(3), torch.bfloat16, (inner,), {1, 2}, b"\xff",
+         argparse.Namespace(x=inner), bytearray(3), 1j, {1: inner}, {(): inner})
+    )  # fmt: skip
 
 
 def _saved(value: Any) -> bytes:

@@ -83,12 +83,48 @@ def _schedule(root: Path) -> None:
     flags_file.read(root / "files" / "schedule.txt", "schedule")
 
 
+def _teacher(root: Path) -> None:
+    from ep_plugin.megatron.distill.fits_student import check_teacher
+    from tests.hostile.teacher import student
+
+    check_teacher(student(str(root / "moe")))
+
+
+def _tokenizer(place: Any, prompt: str) -> None:
+    from ep_plugin.megatron.workers.tokenizer import load
+
+    found = load(place)
+    found.decode(found.encode(prompt))
+
+
+def _pieces(root: Path) -> None:
+    from ep_plugin.checkpoint.text import Place
+
+    _tokenizer(Place("file or name", str(root / "pieces")), "experts are")
+
+
+def _pairs(root: Path) -> None:
+    from ep_plugin.checkpoint.text import Place
+
+    folder = root / "pairs"
+    files = (str(folder / name) for name in ("vocab.json", "merges.txt"))
+    _tokenizer(Place("gpt2", *files), "experts are")
+
+
+def _ticks(root: Path) -> None:
+    from ep_plugin.checkpoint.text import Place
+
+    sizes = {"vocab_size": 264, "num_special_tokens": 7}
+    _tokenizer(Place("tiktoken", str(root / "ticks" / "words.json"), options=sizes), "MOE 8")
+
+
 def _pick(files: dict[str, str], *kinds: str) -> dict[str, str]:
     return {pattern: kind for pattern, kind in files.items() if kind in kinds}
 
 
 _BINARY = ("metadata", "archive", "chunks")
 _RANKS = trees.COMMANDS["convert per-rank files"].files
+_TEACHER = trees.COMMANDS["plan --ep-teacher"].argv
 _PLAN = ("plan", "--topk", "4", "--ep", "2", "4", "--measured", "{i}/files/measured.json")
 PICKLES: dict[str, Reader] = {
     reader.name: reader
@@ -100,6 +136,13 @@ PICKLES: dict[str, Reader] = {
         ),
         Reader("open per-rank files", _opened("ranks", "megatron"), _pick(_RANKS, *_BINARY)),
         Reader("audit", _command("audit", "{i}/moe"), _pick(trees.torch_dist("moe"), *_BINARY)),
+        Reader(
+            "plan a teacher",
+            _command(*_TEACHER),
+            _pick(trees.COMMANDS["plan --ep-teacher"].files, *_BINARY),
+        ),
+        Reader("check a teacher", _teacher, _pick(trees.torch_dist("moe"), *_BINARY)),
+        Reader("tokenizer", _pieces, {"pieces/tokenizer.model": "sentencepiece"}),
     )
 }
 TEXTS: dict[str, Reader] = {
@@ -121,6 +164,9 @@ TEXTS: dict[str, Reader] = {
         Reader("summary", _summary, _pick(trees.RUN, "json", "text")),
         Reader("log", _log, {"any/train.log": "text"}),
         Reader("plan", _command(*_PLAN), {"files/measured.json": "json"}),
+        Reader("tokenizer", _pieces, {"pieces/*.json": "json"}),
+        Reader("byte pairs", _pairs, {"pairs/vocab.json": "json", "pairs/merges.txt": "text"}),
+        Reader("tiktoken", _ticks, {"ticks/words.json": "json"}),
         Reader("bench", _bench, {"files/bench.json": "json"}),
         Reader("prompts", _prompts, {"files/prompts.json": "json"}),
         Reader("flags", _flags, {"moe/flags.txt": "text"}),

@@ -29,6 +29,10 @@ HF = {
     "hf/*.safetensors": "safetensors",
 }
 TOKENIZER = {"hf/tokenizer*.json": "json"}
+PIECES = {
+    "pieces/*.json": "json",
+    "pieces/tokenizer.model": "sentencepiece",
+}
 PER_RANK = {
     "ranks/latest_checkpointed_iteration.txt": "text",
     "ranks/iter_*/mp_rank_*/*.pt": "archive",
@@ -64,6 +68,12 @@ COMMANDS: dict[str, Command] = {
     weight=3),
     "convert, compared": Command(_convert("dense", *EXPERTS), ("dense",), torch_dist("dense"),
     weight=2),
+    "convert --keep-layers": Command(
+        _convert("moe", "--keep-layers", "1"), ("moe",), torch_dist("moe"), weight=2
+    ),
+    "convert --keep-layers, older": Command(
+        _convert("old", "--keep-layers", "1,0", *ALONE), ("old",), torch_dist("old", True), weight=2
+    ),
     "convert, older": Command(_convert("old", *EXPERTS, *ALONE), ("old",), torch_dist("old", True),
     weight=2),
     "convert to Hugging Face": Command(
@@ -114,6 +124,19 @@ COMMANDS: dict[str, Command] = {
         _generate("moe", "--prompt", "experts are", "--tokenizer", "{i}/hf"), ("moe", "hf"),
         torch_dist("moe") | TOKENIZER | {"hf/config.json": "json"}, weight=2,
     ),
+    "generate --tokenizer, pieces": Command(
+        _generate("moe", "--prompt", "experts are", "--tokenizer", "{i}/pieces"),
+        ("moe", "pieces"), torch_dist("moe") | PIECES, weight=3,
+    ),
+    "generate, its tiktoken": Command(
+        _generate("ticks", "--prompt", "MOE 8"), ("ticks",),
+        torch_dist("ticks", True) | {"ticks/words.json": "json"}, weight=3,
+    ),
+    "generate, its byte pairs": Command(
+        _generate("pairs", "--prompt", "experts are", "--stop", "x"), ("pairs",),
+        torch_dist("pairs", True) | {"pairs/vocab.json": "json", "pairs/merges.txt": "text"},
+        weight=3,
+    ),
     "generate per-rank files": Command(
         _generate("rank", "--prompt", "1 2 3", "--tokenizer", "numbers"), ("rank",),
         {pattern.replace("ranks", "rank"): kind for pattern, kind in PER_RANK.items()},
@@ -129,6 +152,14 @@ COMMANDS: dict[str, Command] = {
         ("plan", "--topk", "4", "--ep", "2", "4", "--measured", "{i}/files/measured.json",
         "--plot", "{o}/plan.png"),
         ("files",), {"files/measured.json": "json"}, weight=2,
+    ),
+    "plan --ep-teacher": Command(
+        ("plan", "--preset", "ds-350m-mos-l21", "--ep", "2", "4", "--ep-teacher", "{i}/large"),
+        ("large",),
+        {k: v for k, v in torch_dist("large", True).items() if v != "chunks"}, weight=2,
+    ),
+    "a run's --ep-teacher": Command(
+        ("teach", "{i}/moe"), ("moe",), torch_dist("moe"), weight=3,
     ),
     "bench": Command(
         ("bench", "kernels", "--resume", "--output", "{i}/files/bench.json", "--repeats", "1",
@@ -153,11 +184,18 @@ RUNS_A_SCRIPT = ("parity", "run")  # that is their purpose
 
 
 def main(argv: list[str]) -> int:
-    """Run a command as the shell would; `flags` is what recipes/run.sh asks of a flags.txt."""
+    """Run a command as the shell would.
+
+    `flags` is what recipes/run.sh asks of a flags.txt, `teach` what a run does with --ep-teacher.
+    """
     if argv[0] == "flags":
         from ep_plugin.megatron.arguments import flags_file
 
         return flags_file.main(argv[1:])
+    if argv[0] == "teach":
+        from tests.hostile import teacher
+
+        return teacher.main(argv[1])
     if argv[0] == "generate":
         from tests.hostile import rank
 

@@ -7,12 +7,14 @@ run that ends here and stay behind. Nothing is computed, so every value is the t
 import argparse
 import copy
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ep_plugin.checkpoint.adapt.upcycle import KEPT
 from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.run_args import said
 from ep_plugin.checkpoint.tensors import NewObject, NewTensor, one_region
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 _LEGAL = "use numbers from 0 and ranges of them, such as --keep-layers 0-19,23"
 _PART = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 _MOST = 100_000
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"decoder\.layers\.(0|[1-9]\d{0,5})\.(.+)", re.ASCII | re.DOTALL)
 _OF_THE_RUN = re.compile(r"(chained_\d+\.)?optimizer\..+|rng_state/.+|rerun_state_machine_state/.+")
 # Models whose layers differ in ways that are counted from the first layer on, or that have layers
 # beside the decoder's: renumbered, they would compute something else. None, 0 or empty elsewhere.
@@ -64,8 +66,8 @@ def parse_kept(text: str) -> tuple[int, ...]:
         layers.extend(range(first, last + 1))
         if len(layers) > _MOST:
             raise ConfigError(f"--keep-layers {text} names more than {_MOST} layers; {_LEGAL}")
-    twice = next((layer for place, layer in enumerate(layers) if layer in layers[:place]), None)
-    if twice is not None:
+    if len(set(layers)) < len(layers):
+        twice = Counter(layers).most_common(1)[0][0]
         raise ConfigError(f"--keep-layers {text} names layer {twice} twice; name each layer once")
     return tuple(layers)
 
@@ -86,6 +88,11 @@ def keep_layers(model: "Opened", kept: tuple[int, ...] | None) -> "Opened":
         if _OF_THE_RUN.fullmatch(name):
             continue
         found = _LAYER.fullmatch(name)
+        if found is None and name.startswith("decoder.layers."):
+            raise ConfigError(
+                f"--keep-layers cannot renumber {shown(name)} in {model.folder}, which is of no "
+                "layer; copy the checkpoint again"
+            )
         if found is None:
             names[name] = name
         elif int(found[1]) in new:
@@ -130,7 +137,7 @@ def _student_args(model: "Opened", kept: tuple[int, ...]) -> argparse.Namespace:
             "that are to go"
         )
     for name in _BY_NUMBER:
-        if value := getattr(teacher, name, None):
+        if (value := said(teacher, name)) is not None:
             raise ConfigError(
                 f"--keep-layers cannot renumber the layers of {model.folder}, which was trained "
                 f"with {name} = {shown(value)}; give a plain decoder without it"

@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -109,6 +110,8 @@ def load_common(content: bytes, folder: Path, listed: bool = False) -> dict[str,
             (value,) = value
         if type(value) is not dict or not all(type(key) is str for key in value):
             raise Unreadable("it is no dictionary")
+        if type(value.get("content_metadata", {})) not in (dict, NoneType):
+            raise Unreadable("its content_metadata is no dictionary")
     except (Unreadable, MemoryError) as error:
         raise Damaged(
             f"the run arguments in {folder} {explained(error, 'cannot be read')}"

@@ -1,6 +1,7 @@
 """The teacher of `ep-plugin plan`: a preset, or a checkpoint, of which no tensor is read."""
 
 import argparse
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -92,7 +93,7 @@ def read_teacher(args: argparse.Namespace, student: Preset) -> Teacher:
             f"--ep-distill-stop must be above 0 and at most 1; got {stop}; use "
             "--ep-distill-stop 0.7"
         )
-    if Path(word).exists():
+    if os.path.exists(word):  # False also for a name that no file can have
         found = _of_checkpoint(Path(word), args)
     elif word in presets():
         found = _of_preset(load(word))

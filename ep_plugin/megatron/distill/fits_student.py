@@ -10,7 +10,7 @@ from typing import Any
 
 from ep_plugin.checkpoint.formats.megatron_dist import iteration_folder, read_common
 from ep_plugin.checkpoint.moe_layers import pattern
-from ep_plugin.checkpoint.run_args import checked
+from ep_plugin.checkpoint.run_args import checked, said
 from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.megatron.arguments.spell_model import UNSAID
 from ep_plugin.megatron.arguments.table import KINDS
@@ -68,16 +68,16 @@ def checked_teacher(found: Any, folder: Path, args: Any) -> argparse.Namespace:
 def _check_kind(teacher: argparse.Namespace, args: Any) -> None:
     word = f"--ep-teacher {args.ep_teacher}"
     for name in UNSAID:
-        if value := getattr(teacher, name, None):
+        if (value := said(teacher, name)) is not None:
             raise ConfigError(
                 f"{word} was trained with {name} = {shown(value)}, and a teacher is a plain "
                 "decoder; use one without it"
             )
     for kind in KINDS:
-        said = getattr(teacher, kind.dest, None)
-        if said is not None and (type(said) is not str or "." in said):
+        value = getattr(teacher, kind.dest, None)
+        if value is not None and (type(value) is not str or "." in value):
             raise ConfigError(
-                f"{word} was trained with {kind.dest} = {shown(said)}, a module that would be "
+                f"{word} was trained with {kind.dest} = {shown(value)}, a module that would be "
                 "imported; use a teacher without one"
             )
     theirs, ours = getattr(teacher, "transformer_impl", None), args.transformer_impl
