@@ -4,6 +4,7 @@ of convert in the same words."""
 import argparse
 import ast
 from collections.abc import Sequence
+from typing import Any
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
@@ -38,9 +39,8 @@ def pattern(args: argparse.Namespace) -> tuple[bool, ...]:
     """Return for each layer of a model with these run arguments whether it is an MoE layer."""
     if not getattr(args, "num_experts", None):
         return (False,) * int(args.num_layers)
-    if getattr(args, "hybrid_layer_pattern", None):
-        return hybrid_layers(args.hybrid_layer_pattern)
-    return moe_layers(args.moe_layer_freq, args.num_layers)
+    hybrid = hybrid_pattern(args)
+    return hybrid_layers(hybrid) if hybrid else moe_layers(args.moe_layer_freq, args.num_layers)
 
 
 def moe_layers(frequency: int | Sequence[int], num_layers: int) -> tuple[bool, ...]:
@@ -48,6 +48,18 @@ def moe_layers(frequency: int | Sequence[int], num_layers: int) -> tuple[bool, .
     if isinstance(frequency, int):
         return tuple(layer % frequency == 0 for layer in range(num_layers))
     return tuple(bool(entry) for entry in frequency)
+
+
+def hybrid_pattern(args: Any) -> Any:
+    """Return the pattern of a HybridModel, also by the name of older releases; None for a GPT.
+
+    `args`: run arguments, validated or not, or a model's configuration. The value is as it was
+    found, which need not be a text.
+    """
+    for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
+        if found := getattr(args, name, None):
+            return found
+    return None
 
 
 def hybrid_layers(pattern: str) -> tuple[bool, ...]:

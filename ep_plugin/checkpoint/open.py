@@ -26,6 +26,7 @@ from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
 from ep_plugin.checkpoint.carried import EXTRA_STATE, leave_out
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
+from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.checkpoint.names import plain, stored_name
 from ep_plugin.checkpoint.run_args import check_counters, check_num_layers, checked
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, Source, TensorInfo, finite
@@ -99,12 +100,11 @@ def open_source(
         if kind == "hf"
         else _open_megatron(path, kind, output, left_out, router)
     )
-    for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
-        if pattern := getattr(opened.args, name, None):
-            raise ConfigError(
-                f"{path} holds a HybridModel ({shown(pattern)}), whose layers are named otherwise "
-                "than a GPT's, which alone is read here; give a checkpoint of a GPT"
-            )
+    if pattern := hybrid_pattern(opened.args):
+        raise ConfigError(
+            f"{path} holds a HybridModel ({shown(pattern)}), whose layers are named otherwise "
+            "than a GPT's, which alone is read here; give a checkpoint of a GPT"
+        )
     size = vocab_size or getattr(opened.args, "ep_vocab_size", None)
     return opened if size is None else _without_padding(opened, size)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ep_plugin.checkpoint.moe_layers import hybrid_layers, moe_layers
+from ep_plugin.checkpoint.moe_layers import hybrid_layers, hybrid_pattern, moe_layers
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import speed
@@ -194,9 +194,8 @@ def fp8_recipe(config: Any, settings: EdgeSettings) -> Fp8:
 
 def moe_pattern(config: Any) -> list[int]:
     """Return 1 for each MoE layer of the model and 0 for each dense one, first to last."""
-    for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
-        if pattern := getattr(config, name, None):
-            return [int(is_moe) for is_moe in hybrid_layers(pattern)]
+    if pattern := hybrid_pattern(config):
+        return [int(is_moe) for is_moe in hybrid_layers(pattern)]
     return [int(is_moe) for is_moe in moe_layers(config.moe_layer_freq, config.num_layers)]
 
 

@@ -4,10 +4,12 @@ That they compute what a GPT of the same weights does is in `test_layouts.py`.
 """
 
 import argparse
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +20,10 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
 from ep_plugin.megatron.arguments.in_flags import in_flags
 from ep_plugin.megatron.arguments.parser import add_ep_arguments
+from ep_plugin.megatron.arguments.table import has_dense_layer
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
+from ep_plugin.megatron.settings import moe_pattern
 
 pytestmark = [
     pytest.mark.megatron,
@@ -104,6 +108,13 @@ WRONG = {
         ("--hybrid-layer-pattern", "*E/*E", *EXPERTS),
         "use --hybrid-layer-pattern '*E/*-'",
     ),
+    "experts in a pattern of prediction, by older flags": (
+        (
+            *("--hybrid-override-pattern", "*E", "--mtp-hybrid-override-pattern", "*E"),
+            *("--mtp-num-layers", "1", *EXPERTS),
+        ),
+        "use --hybrid-layer-pattern '*E/*-'",
+    ),
     "prediction on the CPU": (
         ("--hybrid-layer-pattern", "*E/*-", *EXPERTS),
         "on the CPU use '*E'",
@@ -138,6 +149,26 @@ def test_mistakes_are_one_sentence(mistake: str) -> None:
     with pytest.raises(ConfigError) as raised:
         check_arguments(args, settings_from_args(args))
     assert message in raised.value.spelled(in_flags(flags))
+
+
+@pytest.mark.parametrize("flag", ["--hybrid-layer-pattern", "--hybrid-override-pattern"])
+def test_a_pattern_has_dense_layers_by_either_name(flag: str) -> None:
+    assert has_dense_layer(parsed(flag, "*-*E", *EXPERTS))
+    assert not has_dense_layer(parsed(flag, "*E*E", *EXPERTS))
+
+
+@pytest.mark.parametrize("name", ["hybrid_layer_pattern", "hybrid_override_pattern"])
+def test_a_model_s_layers_are_those_of_its_pattern_by_either_name(name: str) -> None:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from ep_plugin.megatron.seams import hybrid
+
+    def built(*args: Any, **kwargs: Any) -> None: ...
+
+    built.__signature__ = inspect.signature(HybridModel.__init__)  # type: ignore[attr-defined]
+    config = SimpleNamespace(moe_layer_freq=1, num_layers=4)
+    hybrid._with_pattern(built, None, config, None, 64, 16, **{name: "*-*E"})
+    assert moe_pattern(config) == [0, 0, 0, 1]
 
 
 def test_a_run_goes_on_at_another_size_and_layers_have_the_pattern_s_numbers(

@@ -288,6 +288,7 @@ def test_what_trips_megatron_is_refused_with_a_way_out(optimizer: str) -> None:
         ({"fp16": True, "bf16": False}, "use --bf16"),
         ({**layer_wise, "bf16": False}, "use --bf16"),
         ({**layer_wise, "add_bias_linear": True}, "use --disable-bias-linear"),
+        ({**layer_wise, "ep_experts_per_layer": (3, 4)}, f"use --optimizer {optimizer} without"),
     ):
         with pytest.raises(ConfigError, match=f"^--optimizer .{optimizer}.*; {way}"):
             check_optimizer(arguments(**{"optimizer": optimizer, **more}))
@@ -296,6 +297,8 @@ def test_what_trips_megatron_is_refused_with_a_way_out(optimizer: str) -> None:
         arguments(**layer_wise, add_bias_linear=True, use_layer_wise_param_layout=False)
     )
     check_optimizer(arguments(**layer_wise, add_bias_linear=True, expert_model_parallel_size=1))
+    check_optimizer(arguments(**layer_wise, ep_experts_per_layer=(2, 4)))  # one copy of each
+    check_optimizer(arguments(optimizer=optimizer, ep_experts_per_layer=(3, 4)))
 
 
 @pytest.mark.parametrize("version", ["0.16.1", "0.17.1", "0.18.2", "0.19.2"])

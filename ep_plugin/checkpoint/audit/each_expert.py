@@ -7,7 +7,7 @@ from typing import Any
 from ep_plugin.checkpoint.audit.facts import MASTERS, Facts, Part, Place
 from ep_plugin.checkpoint.audit.stored_names import Name, parse, with_layer
 from ep_plugin.checkpoint.audit.verdict import AuditedLayer, Finding
-from ep_plugin.checkpoint.moe_layers import hybrid_layers, moe_layers
+from ep_plugin.checkpoint.moe_layers import hybrid_layers, hybrid_pattern, moe_layers
 from ep_plugin.checkpoint.tensors import Stored, TensorInfo
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
@@ -100,7 +100,7 @@ def _expected(args: Any) -> dict[str, int]:
 
 
 def _moe_layers(args: Any) -> tuple[bool, ...]:
-    pattern = getattr(args, "hybrid_layer_pattern", None)
+    pattern = hybrid_pattern(args)
     if pattern is not None:
         if not isinstance(pattern, str) or len(pattern) > MAX_COUNT:
             raise _unusable("hybrid_layer_pattern", pattern)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ep_plugin.checkpoint.moe_layers import hybrid_layers
+from ep_plugin.checkpoint.moe_layers import hybrid_layers, hybrid_pattern
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams import touchpoints
@@ -17,12 +17,12 @@ OF_GPUS = {
 
 
 def pattern_of(args: Any) -> str | None:
-    """Return the pattern of a HybridModel, also by the name of older releases; None for a GPT."""
-    for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
-        found = getattr(args, name, None)
-        if found:
-            return str(found)
-    return None
+    """Return the pattern of a HybridModel as Megatron will join it of its flags; None for a GPT."""
+    pattern = hybrid_pattern(args)
+    behind = getattr(args, "mtp_hybrid_override_pattern", None)
+    if pattern and behind and getattr(args, "mtp_num_layers", None) and "/" not in pattern:
+        return f"{pattern}/{behind}"
+    return str(pattern) if pattern else None
 
 
 def check_hybrid(args: Any, two_batch: bool) -> None:

@@ -12,6 +12,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.resume import experts_apart, size
 from ep_plugin.megatron.seams import touchpoints
 from ep_plugin.megatron.seams.matrices import PACKAGE, package_version
+from ep_plugin.moe.parallel import degree
 
 REPOSITORY = "https://github.com/NVIDIA-NeMo/Emerging-Optimizers"
 OF_PACKAGE = ("muon", "dist_muon", "lion")
@@ -35,6 +36,8 @@ def check_optimizer(args: Any) -> None:
             f"{named} with --use-mup would give the experts' matrices Adam's learning rate in "
             f"megatron-core {core}; use pip install 'megatron-core[training]>=0.18,<0.20'"
         )
+    if layer_wise or (layer_wise is None and args.optimizer == "dist_muon"):
+        _check_copies(named, args)
     if layer_wise:
         _check_layer_wise(f"{named} with --use-distributed-optimizer", args)
     _check_state(args)
@@ -65,6 +68,24 @@ def _check_layer_wise(named: str, args: Any) -> None:
         raise ConfigError(
             f"{named} has no place for the experts' biases, which are no matrices; use "
             "--disable-bias-linear, or --no-use-layer-wise-param-layout"
+        )
+
+
+def _check_copies(named: str, args: Any) -> None:
+    """Raise ConfigError where several ranks hold an expert: each would save its state as the one.
+
+    Megatron's layer-wise optimizer gives what it saves the place of a first copy, on every rank.
+    """
+    ep, per_layer = size(args, "ep"), getattr(args, "ep_experts_per_layer", None)
+    few = [number for number in per_layer or () if degree(ep, number) < ep]
+    if few:
+        with_state = " with --use-distributed-optimizer" * (args.optimizer != "dist_muon")
+        raise ConfigError(
+            f"{named}{with_state} saves each expert from every rank that holds it, and "
+            f"--ep-experts-per-layer has layers of {few[0]} experts, which several of "
+            f"--expert-model-parallel-size ({ep}) ranks hold; use "
+            f"--optimizer {args.optimizer.removeprefix('dist_')} without "
+            "--use-distributed-optimizer"
         )
 
 

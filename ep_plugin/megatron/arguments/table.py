@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.moe.config import MoEConfig
@@ -209,8 +210,7 @@ def expert_ranks(args: Any) -> int:
 
 def has_dense_layer(args: Any) -> bool:
     """Whether a layer is left without experts, by `--moe-layer-freq` or a HybridModel's pattern."""
-    pattern = getattr(args, "hybrid_layer_pattern", None)
-    if pattern:
+    if pattern := hybrid_pattern(args):
         return "-" in pattern
     frequency = args.moe_layer_freq
     return frequency > 1 if isinstance(frequency, int) else not all(frequency)

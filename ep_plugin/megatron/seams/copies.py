@@ -13,9 +13,7 @@ the same part of the same buffer. The rest of the buffer is summed too, and read
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ep_plugin.megatron.seams.patches import Patches
 
@@ -33,15 +31,7 @@ def changes(patches: Patches) -> None:
 
 def _and_over_copies(original: Callable[..., None], ddp: Any, *args: Any, **kwargs: Any) -> None:
     original(ddp, *args, **kwargs)
-    kinds: dict[tuple[Any, torch.dtype], list[Tensor]] = {}
     for parameter in ddp.module.parameters():
         group = getattr(parameter, "copies", None)
         if group is not None and parameter.requires_grad:
-            grad: Tensor = parameter.main_grad
-            kinds.setdefault((group, grad.dtype), []).append(grad)
-    for (group, _), grads in kinds.items():
-        together = torch.cat([grad.reshape(-1) for grad in grads])
-        dist.all_reduce(together, group=group)
-        parts = torch.split(together, [grad.numel() for grad in grads])
-        for grad, summed in zip(grads, parts, strict=True):
-            grad.copy_(summed.view_as(grad))
+            dist.all_reduce(parameter.main_grad, group=group)  # in place: it is a part of a buffer

@@ -4,6 +4,7 @@ Its layers are numbered by the pattern. A block knows its number and the model's
 which layers have experts stands in neither; so the pattern is kept with the configuration.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ def changes(patches: Patches) -> None:
 
 
 def _with_pattern(original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
-    names = ("config", "hybrid_stack_spec", "vocab_size", "max_sequence_length")
-    given = dict(zip((*names, "hybrid_layer_pattern"), args, strict=False)) | kwargs
-    given["config"].hybrid_layer_pattern = given.get("hybrid_layer_pattern")
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    pattern = given.get("hybrid_layer_pattern") or given.get("hybrid_override_pattern")
+    given["config"].hybrid_layer_pattern = pattern
     original(model, *args, **kwargs)
