@@ -2,6 +2,7 @@
 
 python tests/hostile --cases 100000 --commands 500 --record benchmarks/results/hostile.json
 
+With one of the two alone, --record keeps the other's counts, and of which run they are.
 --commands: so many cases through the real commands, each in a forked child that is watched.
 --cases: so many cases in one process, through readers, settings and parsers (`inside.py`).
 """
@@ -150,6 +151,8 @@ def main() -> int:
             result["cases"] = in_one_process(args, folder / "cases")
     if args.record:
         kept = record.made(result, time.monotonic() - start)
+        if args.record.is_file():
+            kept = record.beside(kept, json.loads(args.record.read_text()))
         args.record.write_text(json.dumps(kept, indent=1) + "\n")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -37,6 +37,15 @@ def made(result: dict[str, Any], seconds: float) -> dict[str, Any]:
     }
 
 
+def beside(kept: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with the parts that were not run again, and of which run those are."""
+    gone = [part for part in ("cases", "commands") if part not in kept and part in before]
+    facts = {name: before[name] for name in ("date", "seed", "hardware", "versions", "seconds")}
+    earlier = {part: before.get("earlier", {}).get(part, facts) for part in gone}
+    parts = {part: before[part] for part in gone}
+    return {**kept, **({"earlier": earlier} if gone else {}), **parts}
+
+
 def _row(counts: dict[str, int]) -> dict[str, int]:
     return {name: counts.get(name, 0) for name in ("cases", "refused", "a result", *FAULTS)}
 
