@@ -138,11 +138,13 @@ def test_prompts(tmp_path: Path) -> None:
 def test_a_tokenizer_that_is_damaged(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "prompts.txt").write_text("a prompt\n")
-    for name, text in (("tokenizer.json", "{"), ("tokenizer_config.json", "[1]")):
+    no_tokenizer = "has no tokenizer that transformers can load"
+    cases = {"tokenizer.json": ("{", no_tokenizer), "tokenizer_config.json": ("[1]", "no JSON obj")}
+    for name, (text, said) in cases.items():
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
-        with pytest.raises(ConfigError, match="has no tokenizer that transformers can load"):
+        with pytest.raises(ConfigError, match=said):
             read_prompts(tmp_path / "prompts.txt", folder)
 
 
