@@ -41,6 +41,7 @@ SLOW = (
     "test_kernels_fit",
     "test_kernels_routing",
     "test_layouts",
+    "test_model_class_trains",
     "test_model_folder",
     "test_narrow_dispatch::test_narrow_tokens_change_nothing",
     "test_no_connection",

@@ -22,11 +22,11 @@ from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt.against_config import check_counts, check_size
 from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron, with_dtype
 from ep_plugin.checkpoint.adapt.keep_layers import Kept
+from ep_plugin.checkpoint.adapt.model_class import Reclassed
 from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
 from ep_plugin.checkpoint.carried import EXTRA_STATE, leave_out
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
-from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.checkpoint.names import plain, stored_name
 from ep_plugin.checkpoint.run_args import check_counters, check_num_layers, checked
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, Source, TensorInfo, finite
@@ -57,6 +57,7 @@ class Opened:
     deviations: tuple[str, ...] = ()  # why the function is not kept; empty: it is
     upcycled: Upcycled | None = None  # what gave it its experts
     kept: Kept | None = None  # of a student: the teacher's layers that it has
+    reclassed: Reclassed | None = None  # of a model that was of the other class
     cut_rows: int = 0  # of the vocabulary, which only padded it
 
 
@@ -85,12 +86,13 @@ def open_source(
     vocab_size: int | None = None,
     left_out: Collection[str] = (),
     router: str | None = None,
+    hybrid: bool = False,
 ) -> Opened:
     """Open a checkpoint of any format, to be written as `output`. Reads no tensor but tied ones.
 
     `vocab_size`: rows of the vocabulary that do not pad it; None: what the checkpoint says.
     `left_out`: run arguments of a Megatron checkpoint that are to be forgotten; `router`: the
-    module of the user's that it was trained with.
+    module of the user's that it was trained with; `hybrid`: whether a HybridModel is read.
     Reading a value that is NaN or infinite is a ConfigError. Raises ConfigError for a checkpoint
     that is incomplete, contradicts itself or is of no known family, or has fewer rows.
     """
@@ -100,13 +102,24 @@ def open_source(
         if kind == "hf"
         else _open_megatron(path, kind, output, left_out, router)
     )
-    if pattern := hybrid_pattern(opened.args):
-        raise ConfigError(
-            f"{path} holds a HybridModel ({shown(pattern)}), whose layers are named otherwise "
-            "than a GPT's, which alone is read here; give a checkpoint of a GPT"
-        )
+    _check_class(opened.args, path, hybrid)
     size = vocab_size or getattr(opened.args, "ep_vocab_size", None)
     return opened if size is None else _without_padding(opened, size)
+
+
+def _check_class(args: argparse.Namespace, path: Path, hybrid: bool) -> None:
+    """Raise ConfigError for a HybridModel where GPTs alone are read, and for any MambaModel."""
+    if pattern := getattr(args, "hybrid_override_pattern", None):
+        raise ConfigError(
+            f"{path} holds a MambaModel ({shown(pattern)}), which is not read here; give a "
+            "checkpoint of a GPT"
+        )
+    if not hybrid and (pattern := getattr(args, "hybrid_layer_pattern", None)):
+        raise ConfigError(
+            f"{path} holds a HybridModel ({shown(pattern)}), whose layers are named otherwise than "
+            "a GPT's, which alone is read here; make a GPT of it with ep-plugin convert --from "
+            f"{path} --to {path}-gpt --model-class gpt"
+        )
 
 
 def _without_padding(model: Opened, size: int) -> Opened:

@@ -95,7 +95,14 @@ _WORDS = [
     "hybrid_override_pattern",
 ]
 _LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff")
-_OF_THEIR_OWN = ["moe_layer_freq", "ep_experts_per_layer", "params_dtype", "window_size", *_LOSSES]
+_OF_THEIR_OWN = [
+    "moe_layer_freq",
+    "ep_experts_per_layer",
+    "params_dtype",
+    "window_size",
+    "spec",
+    *_LOSSES,
+]
 CHECKED = frozenset([*_COUNTS, *_FLAGS, *_NUMBERS, *_WORDS, *_OF_THEIR_OWN])
 _NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 _NEVER_NONE = ("init_method_std", "layernorm_epsilon", "rotary_base")
@@ -141,6 +148,9 @@ def checked(args: argparse.Namespace, folder: Path) -> RunArgs:
         raise _wrong(folder, "init_method_std", args.init_method_std, "a number of at least 0")
     if not isinstance(getattr(args, "params_dtype", torch.float32), torch.dtype):
         raise _wrong(folder, "params_dtype", args.params_dtype, "a dtype of torch")
+    spec = getattr(args, "spec", None)
+    if spec is not None and not (type(spec) is list and all(type(word) is str for word in spec)):
+        raise _wrong(folder, "spec", spec, "a list of words")
     found = RunArgs(**vars(args))
     _check_losses(found, folder)
     _check_window(found, folder)

@@ -15,6 +15,7 @@ from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt import fold_gemma
 from ep_plugin.checkpoint.adapt.hugging_face import to_hf
 from ep_plugin.checkpoint.adapt.keep_layers import Kept
+from ep_plugin.checkpoint.adapt.model_class import Reclassed
 from ep_plugin.checkpoint.adapt.silent_expert import with_silent_expert
 from ep_plugin.checkpoint.adapt.upcycle import KEPT, Upcycled
 from ep_plugin.checkpoint.carried import check_carried
@@ -86,13 +87,13 @@ def aim(model: Opened, output: Format, implementation: str | None) -> Target:
     """
     if output == "hf":
         return _hf_folder(model)
-    made = model.upcycled or model.kept
+    made = model.upcycled or model.kept or model.reclassed
     if made is not None and model.spelling == "stored":
         return _same_names(model, made)
     return _new_names(model, implementation)
 
 
-def _same_names(model: Opened, made: Upcycled | Kept) -> Target:
+def _same_names(model: Opened, made: Upcycled | Kept | Reclassed) -> Target:
     source = model.source
     check_carried(source.common, model.folder)
     write = partial(write_checkpoint, source=source, common=source.common, content=made.content)

@@ -40,8 +40,7 @@ MOE: dict[str, Any] = {
 BY_NUMBER: dict[str, Any] = {
     "mtp_num_layers": 1,
     "no_rope_freq": [0, 1, 0, 1],
-    "hybrid_layer_pattern": "M*",
-    "spec": torch.ones(2),
+    "linear_attention_freq": torch.ones(2),
 }
 
 

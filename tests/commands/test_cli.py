@@ -22,7 +22,8 @@ FLAGS = {
     ),
     "convert": (
         "--check --drop-optimizer --drop-ratio --dry-run --ep --family --format --from "
-        "--granularity --json --keep-layers --layers --leave-out --mode --noise-std --num-experts "
+        "--granularity --hybrid-layer-pattern --json --keep-layers --layers --leave-out --mode "
+        "--model-class --noise-std --num-experts "
         "--parity-tolerance --pre-softmax --preset --processes --prompts --router --router-init "
         "--scaling-factor --score-function --seed --shared-expert --skip-parity --to --topk "
         "--transformer-impl --verify --vocab-size"

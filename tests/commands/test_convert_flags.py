@@ -24,6 +24,8 @@ VALUES = (
         "--leave-out note",
         "--router my_package.my_router",
         "--keep-layers 1",
+        "--model-class hybrid",
+        "--hybrid-layer-pattern *-*-",
         "--drop-optimizer",
         "--ep 1",
         "--parity-tolerance 0.5",

@@ -9,13 +9,12 @@ import copy
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ep_plugin.checkpoint.adapt.upcycle import KEPT
+from ep_plugin.checkpoint.adapt.renamed import LAYER, OF_THE_RUN, OPTIMIZER, content, renamed
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.run_args import said
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, one_region
+from ep_plugin.checkpoint.tensors import NewObject, NewTensor
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
 
@@ -25,13 +24,11 @@ if TYPE_CHECKING:
 _LEGAL = "use numbers from 0 and ranges of them, such as --keep-layers 0-19,23"
 _PART = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 _MOST = 100_000
-_LAYER = re.compile(r"decoder\.layers\.(0|[1-9]\d{0,5})\.(.+)", re.ASCII | re.DOTALL)
-_OF_THE_RUN = re.compile(r"(chained_\d+\.)?optimizer\..+|rng_state/.+|rerun_state_machine_state/.+")
 # Models whose layers differ in ways that are counted from the first layer on, or that have layers
 # beside the decoder's: renumbered, they would compute something else. None, 0 or empty elsewhere.
-_BY_NUMBER = (
-    *("mtp_num_layers", "mtp_hybrid_override_pattern", "hybrid_override_pattern"),
-    *("hybrid_layer_pattern", "spec", "heterogeneous_layers_config_path"),
+BY_NUMBER = (
+    *("mtp_num_layers", "mtp_hybrid_override_pattern"),
+    *("spec", "heterogeneous_layers_config_path"),
     *("heterogeneous_layers_config_encoded_json", "experimental_attention_variant"),
     *("linear_attention_freq", "no_rope_freq", "window_attn_skip_freq"),
 )
@@ -85,9 +82,9 @@ def keep_layers(model: "Opened", kept: tuple[int, ...] | None) -> "Opened":
     source = model.source
     names = {}  # the teacher's -> the student's
     for name in (*source.tensors, *sorted(source.objects)):
-        if _OF_THE_RUN.fullmatch(name):
+        if _stays(name):
             continue
-        found = _LAYER.fullmatch(name)
+        found = LAYER.fullmatch(name)
         if found is None and name.startswith("decoder.layers."):
             raise ConfigError(
                 f"--keep-layers cannot renumber {shown(name)} in {model.folder}, which is of no "
@@ -97,33 +94,20 @@ def keep_layers(model: "Opened", kept: tuple[int, ...] | None) -> "Opened":
             names[name] = name
         elif int(found[1]) in new:
             names[name] = f"decoder.layers.{new[int(found[1])]}.{found[2]}"
-    old = {student: teacher for teacher, student in names.items()}
-    common = {key: source.common[key] for key in KEPT if key in source.common}
-    metadata = {"content_metadata": source.common.get("content_metadata")}
-    made = replace(
-        source,
-        common={**common, **metadata, "args": args},
-        tensors={n: source.tensors[old[n]] for n in old if old[n] in source.tensors},
-        objects=frozenset(n for n in old if old[n] in source.objects),
-        read_tensor=lambda name: source.read_tensor(old[name]),
-        read_object=lambda name: source.read_object(old[name]),
-    )
-    dropped = sum(_OF_THE_RUN.fullmatch(n) is not None for n in (*source.tensors, *source.objects))
+    made = renamed(source, names, args, {})
+    dropped = sum(map(_stays, (*source.tensors, *source.objects)))
     return replace(
         model,
         source=made,
         args=args,
-        origins={name: model.origins.get(old[name], (old[name],)) for name in made.tensors},
-        kept=Kept(kept, model.args.num_layers, _content(made), tuple(names.items()), dropped),
+        origins={new: model.origins.get(old, (old,)) for old, new in names.items()},
+        kept=Kept(kept, model.args.num_layers, content(made), tuple(names.items()), dropped),
     )
 
 
-def _content(source: Any) -> tuple[NewTensor | NewObject, ...]:
-    tensors = [
-        NewTensor(name, info, partial(one_region, info, partial(source.read_tensor, name)))
-        for name, info in source.tensors.items()
-    ]
-    return (*tensors, *(NewObject(n, source.read_object(n)) for n in sorted(source.objects)))
+def _stays(name: str) -> bool:
+    """Whether this belongs to the teacher's run."""
+    return bool(OPTIMIZER.fullmatch(name) or OF_THE_RUN.fullmatch(name))
 
 
 def _student_args(model: "Opened", kept: tuple[int, ...]) -> argparse.Namespace:
@@ -136,7 +120,7 @@ def _student_args(model: "Opened", kept: tuple[int, ...]) -> argparse.Namespace:
             f"{teacher.num_layers - 1}; use --keep-layers 0-{teacher.num_layers - 1}, less those "
             "that are to go"
         )
-    for name in _BY_NUMBER:
+    for name in BY_NUMBER:
         if (value := said(teacher, name)) is not None:
             raise ConfigError(
                 f"--keep-layers cannot renumber the layers of {model.folder}, which was trained "

@@ -25,7 +25,7 @@ from ep_plugin.errors import ConfigError
 MASTER_COPIES = ("param", "fp32_param", "master_param")
 _STATE = re.compile(r"(optimizer\.state\.(\w+)\.)(.+)")
 _INSTEAD = (
-    "save the dense run with --dist-ckpt-optim-fully-reshardable (or without "
+    "save the run with --dist-ckpt-optim-fully-reshardable (or without "
     "--use-distributed-optimizer), or leave the optimizer out with --drop-optimizer"
 )
 
@@ -41,7 +41,21 @@ class State:
 
 
 def find(source: Source, parameters: Set[str]) -> tuple[State, ...]:
-    """Return the kinds of state in `source`; none where it has no optimizer.
+    """Return the kinds of state in `source`, a dense run's; none where it has no optimizer.
+
+    Raises ConfigError for state that does not belong to a parameter each.
+    """
+    states = by_parameter(source, parameters, "experts")
+    groups = source.common.get("optimizer")
+    if states and (not isinstance(groups, dict) or any(isinstance(key, int) for key in groups)):
+        raise ConfigError(
+            f"{source.folder} holds optimizer state but not the groups of one optimizer; {_INSTEAD}"
+        )
+    return states
+
+
+def by_parameter(source: Source, parameters: Set[str], takers: str) -> tuple[State, ...]:
+    """Return the kinds of state of a run with one optimizer or two; `takers` are to get it.
 
     Raises ConfigError for state that does not belong to a parameter each.
     """
@@ -53,12 +67,7 @@ def find(source: Source, parameters: Set[str]) -> tuple[State, ...]:
     if strange:
         raise ConfigError(
             f"the optimizer state of {source.folder} is not kept by parameter ({strange[0]} and "
-            f"{len(strange) - 1} more), so it cannot be given to experts; {_INSTEAD}"
-        )
-    groups = source.common.get("optimizer")
-    if not isinstance(groups, dict) or any(isinstance(key, int) for key in groups):
-        raise ConfigError(
-            f"{source.folder} holds optimizer state but not the groups of one optimizer; {_INSTEAD}"
+            f"{len(strange) - 1} more), so it cannot be given to {takers}; {_INSTEAD}"
         )
     by_prefix: dict[str, list[str]] = {}
     for name, match in found.items():

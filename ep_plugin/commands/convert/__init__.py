@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ep_plugin.checkpoint.adapt.keep_layers import keep_layers
+from ep_plugin.checkpoint.adapt.model_class import as_class
 from ep_plugin.checkpoint.adapt.upcycle import add_experts
 from ep_plugin.checkpoint.manifest import seal
 from ep_plugin.checkpoint.open import open_source
@@ -29,6 +30,8 @@ EXAMPLES = r"""examples:
   ep-plugin convert --from runs/dense --to runs/moe --num-experts 8 --topk 2 \
       --shared-expert copy --layers '[0]*1+[1]*3' --dry-run
   ep-plugin convert --from runs/teacher --to runs/student --keep-layers 0-19,23
+  ep-plugin convert --from runs/moe --to runs/hybrid --hybrid-layer-pattern '*E*E|*E*E'
+  ep-plugin convert --from runs/hybrid --to runs/gpt --model-class gpt
   ep-plugin convert --check --to runs/moe
 
 After a kill the same command goes on where it stopped.
@@ -68,15 +71,22 @@ def run(args: argparse.Namespace) -> int:
     if request.check:
         return check_manifest(request.target)
     dense = open_source(
-        request.source, request.format, request.vocab_size, request.leave_out, request.router
+        request.source,
+        request.format,
+        request.vocab_size,
+        request.leave_out,
+        request.router,
+        hybrid=request.model_class is not None,
     )
     model = keep_layers(dense, request.keep_layers)
+    if (to := request.model_class) is not None:
+        model = as_class(model, to, request.hybrid_layer_pattern, request.keep_optimizer)
     model = add_experts(model, request.settings, request.keep_optimizer)
     model = fit_family(model, dense, request.format, request.family)
     target = aim(model, request.format, request.implementation)
     if request.dry_run:
         return (as_json.print_plan if request.json else say_plan)(request, target)
-    by_running = request.compare and request.keep_layers is None
+    by_running = request.compare and not request.renames
     comparison = load_compare(request, target) if by_running else None
     try:
         with staged(request.target, dense.folder, request.asked, target.num_bytes) as staging:
@@ -88,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
                     processes=request.processes,
                 )
             report = compare(comparison, request, target, staging.folder) if comparison else None
-            if request.compare and request.keep_layers is not None:
+            if request.compare and request.renames:
                 report = compare_kept(request, target, staging.folder)
             if request.format == "megatron":
                 from_hf = target.model.family is not None

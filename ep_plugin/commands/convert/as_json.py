@@ -45,8 +45,9 @@ def print_summary(request: Request, target: Target, report: dict[str, Any] | Non
 def _summary(request: Request, target: Target, report: dict[str, Any] | None) -> dict[str, Any]:
     """Return what was made, as one JSON object; None where a setting has no meaning."""
     num_experts = getattr(target.model.args, "num_experts", None)
-    model, settings, made = target.model, request.settings, target.model.upcycled
+    model, settings = target.model, request.settings
     kept = model.kept
+    made = model.upcycled or kept or model.reclassed
     return {
         "checkpoint": str(request.target),
         "format": request.format,
@@ -66,8 +67,10 @@ def _summary(request: Request, target: Target, report: dict[str, Any] | None) ->
         "num_bytes": target.num_bytes,
         "ep": settings.ep if settings else None,
         "optimizer": resumes(target),
-        "dropped_entries": made.dropped if made else kept.dropped if kept else 0,
+        "dropped_entries": made.dropped if made else 0,
         "kept_layers": list(kept.layers) if kept else None,
+        "model_class": model.reclassed.to if model.reclassed else None,
+        "hybrid_layer_pattern": getattr(model.args, "hybrid_layer_pattern", None),
         "seed": request.seed,
         "deviations": list(model.deviations),
         "vocab_size": getattr(model.args, "ep_vocab_size", None),

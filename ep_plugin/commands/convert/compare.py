@@ -71,7 +71,7 @@ def need(request: Request, target: Target) -> Need | None:
 
     Raises ConfigError for prompts with tokens of another vocabulary.
     """
-    if not request.compare or request.keep_layers is not None:
+    if not request.compare or request.renames:
         return None
     return _need(request, target, _tokens(request, target))
 

@@ -1,4 +1,4 @@
-"""Are the layers of a student the teacher's? Every tensor is read back, and its bits compared."""
+"""Are tensors that were only renamed the source's? Each is read back, and its bits compared."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from ep_plugin.commands.convert.request import Request
 
 
 def compare_kept(request: Request, target: Target, folder: Path) -> dict[str, Any]:
-    """Compare what was written in `folder` with the teacher, one tensor at a time; keep the report.
+    """Compare what was written in `folder` with the source, one tensor at a time; keep the report.
 
     Raises Differs for a tensor whose bits, dtype or shape are others, or that is missing.
     """
@@ -29,7 +29,7 @@ def compare_kept(request: Request, target: Target, folder: Path) -> dict[str, An
         if not _same_bits(expected.read_tensor(name), written.read_tensor(name)):
             wrong.append(name)
     report = {
-        "kept_layers": list(request.keep_layers or ()),
+        **({"kept_layers": list(request.keep_layers)} if request.keep_layers else {}),
         "tensors": len(expected.tensors),
         "differ": wrong,
         "same": not wrong,

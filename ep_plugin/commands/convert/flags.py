@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from ep_plugin.checkpoint.adapt.model_class import ModelClass
 from ep_plugin.checkpoint.adapt.upcycling import MODES, RouterInit, SharedFrom, Upcycling
 from ep_plugin.checkpoint.open import Format
 from ep_plugin.moe.routing_config import ScoreFunction
@@ -30,6 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-layers", metavar="LAYERS",
         help="make a student of these layers of a Megatron checkpoint, counted from 0, such as "
         "0-19,23, in this order; its optimizer starts afresh",
+    )  # fmt: skip
+    add(
+        "--model-class", choices=get_args(ModelClass),
+        help="make a HybridModel of a Megatron GPT, or a GPT of a HybridModel whose layers pair up "
+        "to a GPT's, bit for bit; the optimizer goes on",
+    )  # fmt: skip
+    add(
+        "--hybrid-layer-pattern", metavar="PATTERN",
+        help="make a HybridModel with this pattern, such as '*E*E|*E*E': for each layer of the GPT "
+        "its attention (* or +) and its block (- or E), and | where pipeline stages are cut "
+        "(default with --model-class hybrid: no cuts)",
     )  # fmt: skip
     add("--drop-optimizer", action="store_true", help="leave the optimizer's state out")
     add(

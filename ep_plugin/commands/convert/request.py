@@ -10,6 +10,7 @@ from typing import Any
 
 from ep_plugin import presets
 from ep_plugin.checkpoint.adapt.keep_layers import parse_kept
+from ep_plugin.checkpoint.adapt.model_class import ModelClass
 from ep_plugin.checkpoint.adapt.upcycling import GateSums, Losses, Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
@@ -30,7 +31,7 @@ _SETTINGS = (
 
 def _draws(args: argparse.Namespace) -> bool:
     """Whether anything is drawn: tokens, routers, or weights of experts."""
-    if "keep_layers" in args:
+    if args.renames:
         return False
     if "skip_parity" not in args and "prompts" not in args:
         return True
@@ -48,6 +49,23 @@ NEEDS = (
         "are; use one of the two, then convert the result with the other",
     ),
     Need(
+        "--num-experts --keep-layers",
+        lambda args: not args.to_class,
+        "{flag} and a change of the model's class ({args.to_class}) are two conversions; use one, "
+        "then convert the result with the other",
+    ),
+    Need(
+        "--model-class --hybrid-layer-pattern",
+        lambda args: args.stays,
+        "{flag} is for a torch_dist source and a Megatron output, whose tensors keep their bits; "
+        "convert the source without it first, and the result to --format hf afterwards",
+    ),
+    Need(
+        "--hybrid-layer-pattern",
+        lambda args: getattr(args, "model_class", None) != "gpt",
+        "{flag} is of a HybridModel, and --model-class is gpt; use one of the two",
+    ),
+    Need(
         "--keep-layers",
         lambda args: args.kind != "hf" and getattr(args, "format", None) != "hf",
         "{flag} makes a Megatron checkpoint of layers of another one; convert a Hugging Face "
@@ -60,10 +78,16 @@ NEEDS = (
         "teacher's run; leave {flag} out",
     ),
     Need(
+        "--ep",
+        lambda args: not args.to_class,
+        "{flag} is about an optimizer that gets experts, and a change of the model's class keeps "
+        "it as it is; leave {flag} out",
+    ),
+    Need(
         "--prompts --parity-tolerance",
-        lambda args: "keep_layers" not in args,
-        "{flag} is for models that are run, and with --keep-layers the bits of the kept layers are "
-        "compared; leave {flag} out",
+        lambda args: not args.renames,
+        "{flag} is for models that are run, and with --keep-layers, --model-class or "
+        "--hybrid-layer-pattern the bits of the kept layers are compared; leave {flag} out",
     ),
     Need(
         "--topk --layers --mode --granularity --drop-ratio --noise-std --router-init "
@@ -142,15 +166,15 @@ NEEDS = (
     Need("--seed", _draws, "{flag} is for random draws, and this makes none; leave {flag} out"),
     Need(
         "source",  # --from
-        lambda args: args.kind != "per-rank" or "skip_parity" in args or "keep_layers" in args,
+        lambda args: args.kind != "per-rank" or "skip_parity" in args or args.renames,
         "{args.source} is in per-rank files, which no program here can run to compare it with the "
         "result; use --skip-parity",
     ),
     Need(
         "source",
-        lambda args: "num_experts" in args or "keep_layers" in args or not args.stays,
+        lambda args: "num_experts" in args or args.renames or not args.stays,
         "{args.source} is a torch_dist checkpoint already; use --format hf, --num-experts and "
-        "--topk, or --keep-layers",
+        "--topk, --keep-layers, or --model-class",
     ),
 )
 
@@ -165,6 +189,9 @@ class Request:
     kind: Kind = "torch_dist"
     settings: Upcycling | None = None  # of the experts that it gets
     keep_layers: tuple[int, ...] | None = None  # None: all
+    model_class: ModelClass | None = None  # None: the source's
+    hybrid_layer_pattern: str | None = None  # None: the one without cuts
+    renames: bool = False  # whether tensors get other names and keep their bits
     format: Format = "megatron"
     family: str | None = None
     vocab_size: int | None = None  # without rows that pad it; None: what the checkpoint says
@@ -201,7 +228,9 @@ def read_request(args: argparse.Namespace) -> Request:
     kept = parse_kept(typed["keep_layers"]) if "keep_layers" in typed else None
     kind, output = kind_of(typed["source"]), typed.get("format", "megatron")
     stays = kind == "torch_dist" and output == "megatron"
+    to_class = typed.get("model_class", "hybrid" if "hybrid_layer_pattern" in typed else None)
     known = {"mode": Upcycling.mode, **typed, "kind": kind, "stays": stays}
+    known |= {"to_class": to_class, "renames": bool(kept or to_class)}
     refuse_idle(NEEDS, typed, argparse.Namespace(**known))
     prompts = None
     if "prompts" in typed:
@@ -215,6 +244,8 @@ def read_request(args: argparse.Namespace) -> Request:
         "--router": typed.get("router"),
         "--leave-out": sorted(typed.get("leave_out", ())),
         **({"--keep-layers": list(kept)} if kept else {}),
+        **({"--model-class": to_class} if to_class else {}),
+        **({"--hybrid-layer-pattern": typed.get("hybrid_layer_pattern")} if to_class else {}),
         **(asdict(settings) if settings else {}),
     }
     return Request(
@@ -223,6 +254,9 @@ def read_request(args: argparse.Namespace) -> Request:
         kind=kind,
         settings=settings,
         keep_layers=kept,
+        model_class=to_class,
+        hybrid_layer_pattern=typed.get("hybrid_layer_pattern"),
+        renames=bool(kept or to_class),
         format=output,
         family=typed.get("family"),
         vocab_size=typed.get("vocab_size"),
@@ -239,16 +273,22 @@ def read_request(args: argparse.Namespace) -> Request:
         json=typed.get("json", False),
         moments_go_along=stays,
         asked=asked,
-        manifest=_manifest(settings, kept, output, stays),
+        manifest=_manifest(settings, kept, to_class, output, stays),
     )
 
 
 def _manifest(
-    settings: Upcycling | None, kept: tuple[int, ...] | None, output: Format, stays: bool
+    settings: Upcycling | None,
+    kept: tuple[int, ...] | None,
+    to_class: ModelClass | None,
+    output: Format,
+    stays: bool,
 ) -> dict[str, Any]:
     if settings and stays:
         return asdict(settings)
-    return {"format": output, **({"keep_layers": list(kept)} if kept else {})}
+    said: dict[str, Any] = {"format": output}
+    said |= {"keep_layers": list(kept)} if kept else {}
+    return said | ({"model_class": to_class} if to_class else {})
 
 
 def _check_values(typed: Typed) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ep_plugin.checkpoint.adapt.model_class import OWN_SPEC
 from ep_plugin.checkpoint.carried import EXTRA_STATE
 from ep_plugin.checkpoint.manifest import manifest_problems, tensor_problems
 from ep_plugin.checkpoint.open import is_hf, safetensors, stored_tensors
@@ -72,7 +73,7 @@ def say_plan(request: Request, target: Target) -> int:
         _print(line)
     _print(f"{target.num_bytes:>14} bytes in all; nothing written")
     _print(f"{seconds:>14.1f} s expected, at {BYTES_PER_SECOND / 1e6:.0f} MB/s a process")
-    if request.keep_layers is not None and request.compare:
+    if request.renames and request.compare:
         _print("then every tensor is read back and its bits compared with the source's")
     else:
         _print(
@@ -100,7 +101,7 @@ def training_notes(request: Request, target: Target) -> list[str]:
 def printed_flags(request: Request, target: Target) -> list[str]:
     """Return the flags of the model; where names stay, those beside a dense run's own."""
     model = target.model
-    if model.kept is not None:
+    if model.kept is not None or model.reclassed is not None:
         return model_flags(target.args)
     names_stay = model.upcycled is not None and model.spelling == "stored"
     beside = names_stay and request.format != "hf"
@@ -114,7 +115,13 @@ def load_flags(request: Request, target: Target) -> list[str]:
 
 def resumes(target: Target) -> bool:
     """Whether the optimizer goes on."""
-    return target.model.upcycled is not None and target.model.upcycled.optimizer
+    made = target.model.upcycled or target.model.reclassed
+    return made is not None and made.optimizer
+
+
+def made_hybrid(target: Target) -> bool:
+    """Whether the result is a HybridModel that was a GPT."""
+    return target.model.reclassed is not None and target.model.reclassed.to == "hybrid"
 
 
 def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
@@ -133,6 +140,13 @@ def say_summary(request: Request, target: Target, report: dict[str, Any] | None)
             f"{len(kept.layers)} of the teacher's {kept.of} layers: "
             f"{', '.join(map(str, kept.layers))}; left out: optimizer, random-number and rerun "
             f"state ({kept.dropped} entries); the optimizer starts afresh"
+        )
+    if (changed := target.model.reclassed) is not None:
+        what = f"a HybridModel ({changed.pattern})" if changed.to == "hybrid" else "a GPT"
+        left, then = ("", "goes on") if changed.optimizer else ("optimizer, ", "starts afresh")
+        _print(
+            f"{what}; left out: {left}random-number and rerun state ({changed.dropped} entries); "
+            f"the optimizer {then}"
         )
     if target.model.left_out:
         _print(f"left out: {', '.join(target.model.left_out)}")
@@ -239,6 +253,9 @@ def _print_next(request: Request, target: Target) -> None:
     if settings is None or made is None or not request.moments_go_along:
         _print("continue with your flags for data and optimizer, and:")
         _print(f"  {flags}")
+        if made_hybrid(target):
+            _print("  with Megatron's pretrain_hybrid.py also")
+            _print(f"  --spec {' '.join(OWN_SPEC)}")
         return
     _print("continue with the dense run's flags and:")
     _print(f"  {flags} --expert-model-parallel-size {settings.ep or 'EP'}")

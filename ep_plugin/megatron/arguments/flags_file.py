@@ -6,8 +6,8 @@
 
 It is data that may come from a stranger: it is read word by word and never run. A flag must be one
 that describes a model: ours, or one of Megatron's that `convert` prints. None of these opens a
-file. A value must be a number, a name, a list of whole numbers or NAME:NUMBER pairs: no path, no
-module, no shell.
+file. A value must be a number, a name, a list of whole numbers, NAME:NUMBER pairs, or a pattern of
+layers that a GPT could have: no path, no module, no shell.
 
 python -m ep_plugin.megatron.arguments.flags_file model|schedule FILE
 
@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.spell_model import LEGAL, UNSAID, model_flags
+from ep_plugin.megatron.arguments.spell_model import LEGAL, PATTERN, UNSAID, model_flags
 from ep_plugin.megatron.arguments.table import KINDS, automatic
 from ep_plugin.registry import available
 
@@ -48,6 +48,7 @@ _NUMBER = r"-?\d+(\.\d*)?(e[+-]?\d+)?|-?\.\d+(e[+-]?\d+)?"
 _LIST = r"-?\d+(,-?\d+)+|\[\d+(,\d+)*\]|\d+(\*\d+)?(,\d+(\*\d+)?)*"
 _PAIR = rf"[a-z_]+:({_NUMBER})"
 _VALUE = re.compile(rf"{_NUMBER}|{_LIST}|{_PAIR}(,{_PAIR})*|[A-Za-z][A-Za-z0-9_-]*", re.ASCII)
+_LAYERS = re.compile(r"\|*([*+]\|*[-E]\|*)+")  # of a HybridModel
 # Each flag that a file of a kind may have -> whether a value follows it.
 FLAGS = {"model": LEGAL, "schedule": dict.fromkeys(SCHEDULE_FLAGS, True)}
 
@@ -141,10 +142,10 @@ def _check_flag(
 
 
 def _check_value(word: str, flag: str, takes_value: Mapping[str, bool], where: str) -> None:
-    if not _VALUE.fullmatch(word):
+    if not (_LAYERS if flag == PATTERN else _VALUE).fullmatch(word):
         raise ConfigError(
-            f"{where} must be one flag, number, plain name, list of whole numbers or "
-            f"NAME:NUMBER pairs; got "
+            f"{where} must be one flag, number, plain name, list of whole numbers, "
+            f"NAME:NUMBER pairs or, for {PATTERN}, pattern such as *E*E; got "
             f"{_shown(word)}; use what convert wrote there, or give it behind the script"
         )
     if not takes_value.get(flag, False):

@@ -97,6 +97,8 @@ _MORE_SWITCHES = {  # in flags.txt alone, as all below
     "--apply-query-key-layer-scaling": "apply_query_key_layer_scaling",
     "--qk-l2-norm": "qk_l2_norm",
 }
+PATTERN = "--hybrid-layer-pattern"
+_OF_A_GPT = ("--num-layers", "--moe-layer-freq")  # the pattern of a HybridModel says them
 # Megatron's default is 0.1; a checkpoint whose arguments do not say has none.
 _DROPOUTS = ("--attention-dropout", "--hidden-dropout")
 Defaults = Mapping[str, tuple[str, Any]]  # flag -> (argument, default)
@@ -142,7 +144,7 @@ BESIDE_DENSE: Defaults = {
 # What a model can have and these flags do not say; None, 0 or empty in all others.
 UNSAID = (
     *("mtp_num_layers", "mtp_hybrid_override_pattern", "hybrid_override_pattern"),
-    *("hybrid_layer_pattern", "spec", "heterogeneous_layers_config_path"),
+    *("spec", "heterogeneous_layers_config_path"),
     *("heterogeneous_layers_config_encoded_json", "moe_latent_size"),
     *("experimental_attention_variant", "attention_output_gate"),
 )
@@ -151,7 +153,7 @@ UNSAID = (
 LEGAL: Mapping[str, bool] = {
     **dict.fromkeys([*_VALUES, *(flag for more in _VALUES_WITH.values() for flag in more)], True),
     **dict.fromkeys([*_SWITCHES, *_MORE_SWITCHES, "--disable-bias-linear"], False),
-    **dict.fromkeys([*_OTHERS, *_OF_EXPERTS, *_DROPOUTS], True),
+    **dict.fromkeys([*_OTHERS, *_OF_EXPERTS, *_DROPOUTS, PATTERN], True),
     **{row.flag: row.default is not False for row in TABLE},
 }
 
@@ -183,6 +185,10 @@ def run_flags(args: argparse.Namespace) -> list[str]:
     for condition, more in _VALUES_WITH.items():
         if getattr(args, condition, None):
             values |= more
+    if getattr(args, "hybrid_layer_pattern", None):
+        for flag in _OF_A_GPT:
+            values.pop(flag, None)
+        values = {PATTERN: "hybrid_layer_pattern", **values}
     for flag, name in values.items():
         value = getattr(args, name, None)
         if value is not None:

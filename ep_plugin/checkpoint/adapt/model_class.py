@@ -1,0 +1,280 @@
+"""A GPT as a HybridModel of the same weights, and back: other names, and the same bits.
+
+    GPT                                         HybridModel
+    decoder.layers.N. input_layernorm,          decoder.layers.2N.    the same
+                      self_attention
+    decoder.layers.N. pre_mlp_layernorm, mlp    decoder.layers.2N+1.  the same
+    decoder.final_layernorm                     decoder.final_norm
+
+A HybridModel has Transformer Engine's names of norms, a GPT those of its `transformer_impl`. State
+of the optimizer goes along under its parameter's name, and counters as they are; random-number and
+rerun state belong to the run that ends here.
+"""
+
+import argparse
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from ep_plugin.checkpoint.adapt.keep_layers import BY_NUMBER
+from ep_plugin.checkpoint.adapt.optimizer_state import by_parameter
+from ep_plugin.checkpoint.adapt.renamed import LAYER, OF_THE_RUN, OPTIMIZER, content, renamed
+from ep_plugin.checkpoint.layer_pairs import Pairs, natural, pairs_of, parse
+from ep_plugin.checkpoint.names import norms
+from ep_plugin.checkpoint.run_args import said
+from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, NewObject, NewTensor
+from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
+
+if TYPE_CHECKING:
+    from ep_plugin.checkpoint.open import Opened
+
+ModelClass = Literal["gpt", "hybrid"]
+_STATE = re.compile(r"(optimizer\.state\.\w+\.)(.+)", re.DOTALL)
+_ATTENTION, _BLOCK = ("input_layernorm.", "self_attention."), ("pre_mlp_layernorm.", "mlp.")
+_LAST_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."}
+_ONLY_HYBRID = "output_layer._extra_state/shard_0_1"  # empty; a GPT leaves it out
+_COUNTERS = ("optimizer", "opt_param_scheduler")
+# Megatron's layers of a HybridModel have no such norms, and its rotary embedding no such scaling.
+_ONLY_GPT = (
+    *("qk_layernorm", "qk_l2_norm", "use_rope_scaling"),
+    "rotary_seq_len_interpolation_factor",
+)
+OWN_SPEC = ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
+# How a run divides its layers among stages, where | of a pattern does not say it.
+_STAGES = (
+    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    *("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+)
+_STAGE_FLAGS = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+
+
+@dataclass(frozen=True)
+class Reclassed:
+    """A model of the other class."""
+
+    to: ModelClass
+    pattern: str  # of the HybridModel
+    content: tuple[NewTensor | NewObject, ...]
+    name_map: tuple[tuple[str, str], ...]  # (name before, name now)
+    dropped: int
+    optimizer: bool  # whether its state goes along
+
+
+def as_class(
+    model: "Opened", to: ModelClass, pattern: str | None, keep_optimizer: bool
+) -> "Opened":
+    """Return the model as one of class `to`. Reads no tensor.
+
+    `pattern` is the HybridModel's; None: the one without cuts. Raises ConfigError for a model of
+    that class already, or with anything that has no counterpart in the other.
+    """
+    _check_counterparts(model)
+    theirs = getattr(model.args, "hybrid_layer_pattern", None)
+    if (to == "hybrid") == bool(theirs):
+        what = f"a HybridModel already ({shown(theirs)})" if theirs else "a GPT already"
+        other = "gpt" if theirs else "hybrid"
+        raise ConfigError(f"{model.folder} holds {what}; use --model-class {other}, or train it")
+    if theirs:
+        pairs, pattern = _pairs_of_hybrid(model, theirs), theirs
+        args = _gpt_args(model.args, pairs)
+    else:
+        pairs, pattern = _pairs_of_gpt(model, pattern)
+        args = _hybrid_args(model.args, pattern)
+    return _renamed(model, to, pairs, pattern, args, keep_optimizer)
+
+
+def _renamed(
+    model: "Opened",
+    to: ModelClass,
+    pairs: Pairs,
+    pattern: str,
+    args: argparse.Namespace,
+    keep_optimizer: bool,
+) -> "Opened":
+    source = model.source
+    spell = _to_hybrid(model, pairs) if to == "hybrid" else _to_gpt(model, pairs)
+    every = (*source.tensors, *sorted(source.objects))
+    parameters = {name for name in source.tensors if not OPTIMIZER.fullmatch(name)}
+    states = by_parameter(source, parameters, "the other class") if keep_optimizer else ()
+    names, dropped = {}, 0
+    for name in every:
+        if OF_THE_RUN.fullmatch(name) or (OPTIMIZER.fullmatch(name) and not states):
+            dropped += 1
+        elif name != _ONLY_HYBRID:
+            state = _STATE.fullmatch(name)
+            names[name] = state[1] + spell(state[2]) if state else spell(name)
+    args.no_save_optim, args.no_save_rng = not states, True
+    counters = {n: source.common[n] for n in _COUNTERS if states and n in source.common}
+    made = renamed(source, names, args, counters)
+    more = (NewObject(_ONLY_HYBRID, NO_EXTRA_STATE),) if to == "hybrid" else ()
+    return replace(
+        model,
+        source=made,
+        args=args,
+        origins={new: model.origins.get(old, (old,)) for old, new in names.items()},
+        reclassed=Reclassed(
+            to, pattern, (*content(made), *more), tuple(names.items()), dropped, bool(states)
+        ),
+    )
+
+
+def _check_counterparts(model: "Opened") -> None:
+    """Raise ConfigError for a setting that one of the two classes cannot have, or counts layers."""
+    for name in (*BY_NUMBER, *_ONLY_GPT):
+        value = said(model.args, name)
+        if value is not None and not _is_own_spec(name, model.args):
+            raise ConfigError(
+                f"--model-class cannot convert {model.folder}, which was trained with {name} = "
+                f"{shown(value)}: the other class has no counterpart; go on with the class it has"
+            )
+
+
+def _is_own_spec(name: str, args: argparse.Namespace) -> bool:
+    """Whether a HybridModel was made by Megatron's own spec, which its script asks for by name."""
+    is_hybrid = bool(getattr(args, "hybrid_layer_pattern", None))
+    return name == "spec" and is_hybrid and bool(args.spec == OWN_SPEC)
+
+
+def _pairs_of_gpt(model: "Opened", pattern: str | None) -> tuple[Pairs, str]:
+    """Return the layers of a GPT, and the pattern that its HybridModel gets."""
+    pairs = pairs_of(model.args)
+    expected = natural(pairs)
+    if pattern is None:
+        return pairs, expected
+    what = f"--hybrid-layer-pattern {shown(pattern)}"
+    instead = f"use --hybrid-layer-pattern '{expected}', with | where stages are cut"
+    typed = parse(pattern, what, instead)
+    if len(typed.is_moe) != len(pairs.is_moe):
+        raise ConfigError(
+            f"{what} has {len(typed.is_moe)} pairs of layers, and {model.folder} is a GPT of "
+            f"{len(pairs.is_moe)} layers; {instead}"
+        )
+    if typed != pairs:
+        raise ConfigError(
+            f"{what} has other attention or blocks than {model.folder}, whose layers are "
+            f"{expected}; {instead}"
+        )
+    return pairs, pattern
+
+
+def _pairs_of_hybrid(model: "Opened", pattern: str) -> Pairs:
+    """Return the layers of the GPT that a HybridModel is."""
+    what = f"the HybridModel in {model.folder} ({shown(pattern)})"
+    pairs = parse(pattern, what, "go on with it as a HybridModel")
+    num_layers = 2 * len(pairs.is_moe)
+    if num_layers != model.args.num_layers:
+        raise ConfigError(
+            f"{what} has a pattern of {num_layers} layers, and num_layers = "
+            f"{model.args.num_layers}; give a checkpoint that Megatron saved"
+        )
+    if any(pairs.is_moe) != bool(getattr(model.args, "num_experts", None)):
+        raise ConfigError(
+            f"{what} has num_experts = {shown(getattr(model.args, 'num_experts', None))}, which "
+            "contradicts its pattern; give a checkpoint that Megatron saved"
+        )
+    return pairs
+
+
+def _to_hybrid(model: "Opened", pairs: Pairs) -> Callable[[str], str]:
+    """Return what spells a GPT's name in its HybridModel."""
+
+    def spell(name: str) -> str:
+        found = _in_layer(name, model)
+        if found is None:
+            return _with_prefix(name, _LAST_NORM["gpt"], _LAST_NORM["hybrid"])
+        layer, below = int(found[1]), found[2]
+        is_block = _is_block(below, name, model)
+        for norm in norms(pairs.latent, _of_layer(layer, pairs, name, model)):
+            below = _with_prefix(below, norm.local, norm.engine)
+        return f"decoder.layers.{2 * layer + is_block}.{below}"
+
+    return spell
+
+
+def _to_gpt(model: "Opened", pairs: Pairs) -> Callable[[str], str]:
+    """Return what spells a HybridModel's name in its GPT."""
+    local = getattr(model.args, "transformer_impl", None) == "local"
+
+    def spell(name: str) -> str:
+        found = _in_layer(name, model)
+        if found is None:
+            return _with_prefix(name, _LAST_NORM["hybrid"], _LAST_NORM["gpt"])
+        number, below = int(found[1]), found[2]
+        layer = number // 2
+        is_moe = _of_layer(layer, pairs, name, model)
+        if number % 2 != _is_block(below, name, model):
+            raise _no_counterpart(name, model)
+        if local:
+            for norm in norms(pairs.latent, is_moe):
+                below = _with_prefix(below, norm.engine, norm.local)
+        return f"decoder.layers.{layer}.{below}"
+
+    return spell
+
+
+def _in_layer(name: str, model: "Opened") -> re.Match[str] | None:
+    """Return the layer and the rest of a name, None outside of the layers."""
+    found = LAYER.fullmatch(name)
+    if found is None and name.startswith("decoder.layers."):
+        raise _no_counterpart(name, model)
+    return found
+
+
+def _with_prefix(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def _is_block(below: str, name: str, model: "Opened") -> bool:
+    """Whether a name below a layer is of its block, and not of its attention."""
+    if below.startswith(_BLOCK):
+        return True
+    if not below.startswith(_ATTENTION):
+        raise _no_counterpart(name, model)
+    return False
+
+
+def _of_layer(layer: int, pairs: Pairs, name: str, model: "Opened") -> bool:
+    """Whether a layer of the GPT has experts."""
+    if layer >= len(pairs.is_moe):
+        raise _no_counterpart(name, model)
+    return pairs.is_moe[layer]
+
+
+def _no_counterpart(name: str, model: "Opened") -> ConfigError:
+    return ConfigError(
+        f"{shown(name)} in {model.folder} has no counterpart in a model of the other class; go on "
+        "with the class it has"
+    )
+
+
+def _hybrid_args(gpt: argparse.Namespace, pattern: str) -> argparse.Namespace:
+    """Return the run arguments of the HybridModel, as Megatron saves them."""
+    args = _of_other_class(gpt, len(pattern.replace("|", "")))
+    args.hybrid_layer_pattern, args.moe_layer_freq = pattern, 1
+    return args
+
+
+def _gpt_args(hybrid: argparse.Namespace, pairs: Pairs) -> argparse.Namespace:
+    """Return the run arguments of the GPT, as Megatron saves them."""
+    args = _of_other_class(hybrid, len(pairs.is_moe))
+    args.hybrid_layer_pattern = None
+    # A pyramid needs the list: Megatron then saves each layer under its own name.
+    listed = getattr(args, "ep_experts_per_layer", None) is not None or not all(pairs.is_moe)
+    args.moe_layer_freq = [int(m) for m in pairs.is_moe] if listed and any(pairs.is_moe) else 1
+    return args
+
+
+def _of_other_class(args: argparse.Namespace, num_layers: int) -> argparse.Namespace:
+    made = copy.copy(args)
+    fresh: dict[str, Any] = dict.fromkeys((*_STAGES, "spec")) | dict.fromkeys(_STAGE_FLAGS, False)
+    for name, value in fresh.items():
+        if hasattr(made, name):
+            setattr(made, name, value)
+    made.num_layers = num_layers
+    if getattr(made, "encoder_num_layers", None) is not None:
+        made.encoder_num_layers = num_layers
+    return made
