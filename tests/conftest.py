@@ -12,6 +12,7 @@ SLOW = (
     "test_balancing_against_megatron",
     "test_bench_overlap",
     "test_distill",
+    "test_development",
     "test_divergence",
     "test_hybrid",
     "test_benchmark_scripts::test_the_fastest_way_at_each_ep_counts_beside_one_rank",

@@ -159,7 +159,10 @@ def _megatron() -> list[Finding]:
         alone = "; ep_plugin.MoELayer needs torch alone" if missing else ""
         status: Status = "absent" if missing else "broken"
         return [Finding("megatron-core", status, f"{error}{alone}")]
-    text = f"{touchpoints.installed_version()}, all {len(table)} touch points match"
+    version = touchpoints.installed_version()
+    text = f"{version}, all {len(table)} touch points match"
+    if (about := touchpoints.experimental(version)) is not None:
+        text += f"; {about}"
     if not touchpoints.has_training():
         text += "; without megatron.training, for loops of your own: install(settings)"
     return [Finding("megatron-core", "ok", text), _helper()]

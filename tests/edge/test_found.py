@@ -10,7 +10,7 @@ from spawn import run_ranks
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.seams import found, touchpoints
 
-NEWEST = list(touchpoints.supported())[-1]
+NEWEST = touchpoints.newest()
 PIP = f"pip install 'megatron-core[training]=={NEWEST}.*'"
 
 
@@ -36,14 +36,14 @@ def write(folder: Path, files: dict[str, str]) -> None:
 
 CORE = "megatron/core/__init__.py"
 OLD = {"megatron/__init__.py": "", CORE: "__version__ = '0.15.1'"}
-NEW = {"megatron/__init__.py": "", CORE: "__version__ = '0.20.0rc1+0123abc'"}
+NEW = {"megatron/__init__.py": "", CORE: "__version__ = '0.21.0rc1+0123abc'"}
 KINDS = {
     "no core": ({"megatron/__init__.py": ""}, "is another project's (it has no megatron.core)"),
     "one file": ({"megatron.py": ""}, "is another project's (it has no megatron.core)"),
     "fails": ({"megatron/__init__.py": "1/0"}, "is another project's (it has no megatron.core)"),
     "no version": ({"megatron/__init__.py": "", CORE: ""}, "(its megatron.core has no version)"),
     "older": (OLD, "megatron-core 0.15.1 is none that the plugin knows; supported are 0.16, "),
-    "main": (NEW, "megatron-core 0.20.0rc1+0123abc is none that the plugin knows"),
+    "main": (NEW, "megatron-core 0.21.0rc1+0123abc is none that the plugin knows"),
 }
 
 

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from list_settings import to_decide
 from releases import RELEASES, environment
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.theirs import BESIDE, BY_FIELD, check
+from ep_plugin.megatron.arguments.theirs_next import NEXT
 from ep_plugin.megatron.arguments.theirs_page import page
 from ep_plugin.megatron.arguments.theirs_releases import FLAGS
 from ep_plugin.megatron.arguments.theirs_releases import RELEASES as RELEASES_OF
@@ -21,13 +23,6 @@ from ep_plugin.megatron.settings import EdgeSettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "megatron-flags.md"
 LIST = Path(__file__).parents[1] / "helpers" / "list_settings.py"
-# Flags that are no fields, and about MoE, recomputing, FP8 and FP4, CUDA graphs, overlap, offload
-# or the activation; reinforcement learning and text generation have argument groups of their own.
-NAMED = re.compile(
-    "moe|expert|upcycl|recompute|offload|fp8|fp4|precision_config|kitchen|quant|cuda_graph|overlap"
-    "|wgrad|tp_comm|swiglu|relu|gelu|geglu|checkpoint_activations"
-)
-ELSEWHERE = ("rl", "inference")  # beside our own groups
 # What makes a setting's `when` true, beside the value that is to be refused.
 ASKED: dict[str, Any] = {
     "recompute_granularity": "selective",
@@ -49,7 +44,7 @@ NEEDS = {
     "cuda_graph_scope": ("cuda_graph_impl",),
     "cuda_graph_scope_deprecated": ("cuda_graph_impl",),
 }
-REFUSED = [row for row in THEIRS if row.effect == "refused"]
+REFUSED = [row for row in (*THEIRS, *NEXT) if row.effect == "refused"]
 SOME_LEGAL = [row for row in THEIRS if row.effect == "acts" and row.legal]
 
 
@@ -90,12 +85,7 @@ def releases() -> dict[str, Any]:
 @pytest.mark.newest
 def test_every_setting_of_every_release_has_a_row(releases: dict[str, Any]) -> None:
     for version, found in releases.items():
-        flags = [
-            name
-            for name, (_, group) in found["flags"].items()
-            if NAMED.search(name) and group not in ELSEWHERE and not group.startswith("ep_plugin: ")
-        ]
-        missing = {*found["fields"], *flags} - {*BY_FIELD}
+        missing = to_decide(found) - {*BY_FIELD}
         assert not missing, f"{version}: {sorted(missing)}"
 
 
@@ -103,11 +93,13 @@ def test_every_setting_of_every_release_has_a_row(releases: dict[str, Any]) -> N
 @pytest.mark.newest
 def test_every_row_is_a_setting_of_some_release(releases: dict[str, Any]) -> None:
     known = {name for found in releases.values() for name in (*found["fields"], *found["flags"])}
-    assert not {*BY_FIELD} - known
+    assert not {row.field for row in THEIRS} - known
+    assert not {row.field for row in NEXT} & known
     flags = {
         name: names for found in releases.values() for name, (names, _) in found["flags"].items()
     }
-    for row in (*REFUSED, *SOME_LEGAL, *(BY_FIELD[field] for field, _, _ in BESIDE)):
+    refused = [row for row in REFUSED if row not in NEXT]
+    for row in (*refused, *SOME_LEGAL, *(BY_FIELD[field] for field, _, _ in BESIDE)):
         assert row.name in flags[row.field] if row.field in flags else row.flag == "", row
 
 
@@ -147,6 +139,21 @@ def test_the_page_is_what_the_table_prints() -> None:
 
 @pytest.mark.megatron
 @pytest.mark.newest
+@pytest.mark.parametrize("version", RELEASES)
+def test_every_way_to_shard_parameters_is_refused(version: str, releases: dict[str, Any]) -> None:
+    """Those of a parser; 0.16 has none in its wheel, and a configuration has no such field."""
+    ways = {"use_megatron_fsdp", "use_torch_fsdp2"}
+    found = {name for name in releases[version]["flags"] if re.match(r"use_\w*fsdp", name)}
+    assert found == (ways if releases[version]["flags"] else set())
+    assert not ways & {*releases[version]["fields"]}
+    for way in sorted(ways):
+        with pytest.raises(ConfigError, match=f"^--{way.replace('_', '-')} .*; use --use-dist"):
+            check(SimpleNamespace(num_experts=4, **{way: True}))
+        check(SimpleNamespace(num_experts=None, **{way: True}))
+
+
+@pytest.mark.megatron
+@pytest.mark.newest
 def test_a_plain_model_is_never_refused(releases: dict[str, Any]) -> None:
     assert {v: (found["config"], found["args"]) for v, found in releases.items()} == dict.fromkeys(
         RELEASES, (None, None)
@@ -154,7 +161,7 @@ def test_a_plain_model_is_never_refused(releases: dict[str, Any]) -> None:
 
 
 def test_no_setting_has_two_rows() -> None:
-    assert len(BY_FIELD) == len(THEIRS)
+    assert len(BY_FIELD) == len(THEIRS) + len(NEXT)
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.field)

@@ -7,12 +7,31 @@ and the sentence of a refusal, or null, for a plain configuration and for plain 
 import argparse
 import dataclasses
 import json
+import re
 from typing import Any
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.theirs import check
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams import touchpoints
+
+# Flags that are no fields, and about MoE, recomputing, FP8 and FP4, CUDA graphs, overlap, offload
+# or the activation; reinforcement learning and text generation have argument groups of their own.
+NAMED = re.compile(
+    "moe|expert|upcycl|recompute|offload|fp8|fp4|precision_config|kitchen|quant|cuda_graph|overlap"
+    "|wgrad|tp_comm|swiglu|relu|gelu|geglu|checkpoint_activations"
+)
+ELSEWHERE = ("rl", "inference")  # beside our own groups
+
+
+def to_decide(found: dict[str, Any]) -> set[str]:
+    """Return the settings of a release, as printed here, that a row must say something about."""
+    flags = {
+        name
+        for name, (_, group) in found["flags"].items()
+        if NAMED.search(name) and group not in ELSEWHERE and not group.startswith("ep_plugin: ")
+    }
+    return {*found["fields"], *flags}
 
 
 def refusal(settings: Any) -> str | None:

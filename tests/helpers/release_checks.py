@@ -168,9 +168,48 @@ def a_pyramid_s_biases_move_by_their_own_counts() -> None:
         assert torch.equal(router.expert_bias, expected), (router.expert_bias, load)
 
 
+def sharded_parameters_are_refused() -> None:
+    """Whichever wrapper a loop chooses is refused for a model with experts, and called without."""
+    from core_model import Case, build, transformer_config
+    from forked import one_rank
+
+    asked: list[str] = []
+
+    class Asked(Exception):
+        """A wrapper went on."""
+
+    def stands_in(path: str) -> Callable[..., None]:
+        def init(
+            self: Any, config: Any = None, ddp_config: Any = None, module: Any = None, **_: Any
+        ) -> None:
+            asked.append(path)
+            raise Asked
+
+        return init
+
+    wrappers = touchpoints.release_for(touchpoints.installed_version()).SHARDERS
+    for path in wrappers:  # a wrapper itself needs a GPU
+        owner, name = touchpoints.find_owner(path)
+        setattr(owner, name, stands_in(path))
+    hooks.install()
+    one_rank()
+    config = transformer_config(Case("one layer"))
+    model = build(config, None)
+    for path in wrappers:
+        owner = touchpoints.find_owner(path)[0]
+        for given in ((config, None, model), ()):
+            more = {} if given else {"module": model}
+            with pytest.raises(ConfigError, match=f"^{owner.__name__} s.*; use Megatron's Distrib"):
+                owner(*given, **more)
+        with pytest.raises(Asked):
+            owner(module=model.embedding)
+    assert asked == list(wrappers)
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     "a pyramid with expert bias": a_pyramid_s_biases_move_by_their_own_counts,
     "doctor": doctor_is_content,
+    "sharded parameters": sharded_parameters_are_refused,
     "a symbol that is gone": a_missing_symbol_is_named,
     "install and uninstall": install_leaves_no_trace,
     "helpers of the wheel": the_wheel_s_helpers_are_not_made_again,

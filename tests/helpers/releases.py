@@ -20,6 +20,8 @@ RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 NEWEST = RELEASES[-1]
 OLDER_WITH_LOOP = ("0.17.1", "0.18.2")  # a wheel of 0.16 has no megatron.training
 VARIABLE = "EP_RELEASES"
+CHECKOUT = "EP_MEGATRON_CHECKOUT"  # a folder with Megatron-LM of the commit in core_0_20.py
+DEVELOPMENT = "main"
 
 
 def choose(words: str) -> tuple[str, ...]:
@@ -44,10 +46,14 @@ def in_full() -> tuple[str, ...]:
 
 
 def installed(version: str) -> Path:
-    """Return a folder to put on Python's path for this release; raises CalledProcessError.
+    """Return a folder to put on Python's path for this release, or for `DEVELOPMENT`.
+
+    Raises CalledProcessError where it cannot be installed, KeyError where no checkout is given.
 
     Dependencies are those of the environment, and so is the release that it already has.
     """
+    if version == DEVELOPMENT:
+        return Path(os.environ[CHECKOUT])
     own = distribution("megatron-core")
     if own.version == version:
         return Path(str(own.locate_file("")))

@@ -284,13 +284,6 @@ def _check_copies(args: Any) -> None:
     rules = (
         ("--log-params-norm", args.log_params_norm, "leave it out"),
         ("--ckpt-format torch", args.ckpt_format == "torch", "use --ckpt-format torch_dist"),
-        *(
-            (flag, getattr(args, name, False), "use Megatron's own DDP, without it")
-            for flag, name in (
-                ("--use-megatron-fsdp", "use_megatron_fsdp"),
-                ("--use-torch-fsdp2", "use_torch_fsdp2"),
-            )
-        ),
     )
     for flag, given, use in rules:
         if given:
@@ -320,6 +313,6 @@ def _check_combined_schedule() -> None:
     version = touchpoints.installed_version()
     if not touchpoints.release_for(version).COMBINED_1F1B:
         raise ConfigError(
-            "--overlap-moe-expert-parallel-comm is tested with megatron-core 0.19 alone; got "
+            "--overlap-moe-expert-parallel-comm is tested from megatron-core 0.19 on; got "
             f"{version}; use --ep-overlap chunked"
         )

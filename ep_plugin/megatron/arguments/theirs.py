@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.theirs_next import NEXT
 from ep_plugin.megatron.arguments.theirs_table import THEIRS, Theirs
 
-BY_FIELD = {row.field: row for row in THEIRS}
+BY_FIELD = {row.field: row for row in (*THEIRS, *NEXT)}
 
 
 def check(theirs: Any, ours: Any = None) -> None:
@@ -23,7 +24,7 @@ def check(theirs: Any, ours: Any = None) -> None:
     given = Given(theirs, ours)
     if not (given.num_experts or given.num_moe_experts):
         return
-    for row in THEIRS:
+    for row in BY_FIELD.values():
         if hasattr(theirs, row.field):
             _check_row(row, given)
     for field, is_refused, sentence in BESIDE:

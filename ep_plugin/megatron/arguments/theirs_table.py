@@ -42,7 +42,8 @@ def _some(field: str, legal: tuple[str, ...], why: str, **more: Any) -> Theirs:
     return Theirs(field, "acts", legal=legal, why=why, **more)
 
 
-def _refused(field: str, why: str, **more: Any) -> Theirs:
+def refused(field: str, why: str, **more: Any) -> Theirs:
+    """Return the row of a setting that nobody would honour; `why` ends with what to write."""
     return Theirs(field, "refused", why=why, **more)
 
 
@@ -259,6 +260,14 @@ NO_EFFECT = {  # why -> settings
 _LOADS = "; use --tensorboard-dir FOLDER, which gets each expert's share"
 _SHARDS = "spreads weights over groups of ranks that our block does not know; use "
 _OFFLOAD = f"moves what Transformer Engine's layers keep, not what our experts keep{_KEPT}"
+MEGATRON_FSDP = (  # Megatron's wrapper of a loop of one's own is refused with the same words
+    "saves each expert under a name with its number, and ours are stacks of experts, which it "
+    "could not save; use --use-distributed-optimizer with --ckpt-format torch_dist"
+)
+TORCH_FSDP = (
+    "shards every weight over the same ranks, those that hold other experts too, and is not tested "
+    "with our experts; use --use-distributed-optimizer"
+)
 _FP8_WEIGHTS = "keeps weights in FP8, and our experts' stay in bf16; leave it out, or use "
 _NAMED = (
     "chooses recipes by names of modules, and our experts' are not asked; use --ep-fp8 rowwise, "
@@ -266,121 +275,123 @@ _NAMED = (
 )
 
 REFUSED = (
-    _refused(
+    refused(
         "moe_router_force_biased",
         "adds random numbers to logits, and our router adds none; leave it out",
     ),
-    _refused("moe_enable_routing_replay", "needs Megatron's own router; leave it out"),
-    _refused("moe_routing_trace_path", f"needs Megatron's own router{_LOADS}"),
-    _refused("save_tokens_per_expert_interval", f"needs Megatron's own experts{_LOADS}"),
-    _refused(
+    refused("use_megatron_fsdp", MEGATRON_FSDP),
+    refused("use_torch_fsdp2", TORCH_FSDP),
+    refused("moe_enable_routing_replay", "needs Megatron's own router; leave it out"),
+    refused("moe_routing_trace_path", f"needs Megatron's own router{_LOADS}"),
+    refused("save_tokens_per_expert_interval", f"needs Megatron's own experts{_LOADS}"),
+    refused(
         "moe_expert_rank_capacity_factor",
         "limits the tokens of a rank, and ours have a limit each; use --ep-capacity-factor 1.25",
     ),
-    _refused(
+    refused(
         "moe_token_dropping",
         "is not read by Megatron; use moe_expert_capacity_factor=1.25",
         flag="",
     ),
-    _refused(
+    refused(
         "moe_pad_experts_for_cuda_graph_inference",
         "pads Megatron's own experts; use --ep-dispatcher symm_mem",
     ),
-    _refused("moe_paged_stash", "is for Megatron's own experts; use --ep-save fp8 or recompute"),
-    _refused("squared_relu", _ACTIVATION, when=_no_own_activation),
-    _refused("quick_geglu", _ACTIVATION, when=_no_own_activation),
-    _refused(
+    refused("moe_paged_stash", "is for Megatron's own experts; use --ep-save fp8 or recompute"),
+    refused("squared_relu", _ACTIVATION, when=_no_own_activation),
+    refused("quick_geglu", _ACTIVATION, when=_no_own_activation),
+    refused(
         "glu_linear_offset",
         "is added to the linear half by Megatron, and by our experts not; leave it out",
     ),
-    _refused(
+    refused(
         "activation_func_clamp_value",
         "bounds the activation's input, and our experts do not; leave it out",
     ),
-    _refused(
+    refused(
         "activation_func_fp8_input_store",
         "is not read by our experts; use --ep-save fp8",
         flag="",
         when=lambda given: given.own("save") != "fp8",
     ),
-    _refused(
+    refused(
         "moe_mlp_glu_interleave_size",
         "mixes rows of gate and linear half, and our experts keep them apart; leave it out",
     ),
-    _refused(
+    refused(
         "moe_apply_probs_on_input",
         "weighs what experts read, and ours weigh the activation; leave it out",
     ),
-    _refused("moe_latent_size", "shrinks tokens for the experts, and ours read all; leave it out"),
-    _refused(
+    refused("moe_latent_size", "shrinks tokens for the experts, and ours read all; leave it out"),
+    refused(
         "moe_use_upcycling",
         "makes Megatron's own block; use ep-plugin convert --from DENSE --to EXPERTS "
         "--num-experts 8 --topk 2, then --load EXPERTS",
     ),
-    _refused(
+    refused(
         "init_model_with_meta_device",
         "makes parameters without storage, and our experts' have it at once; leave it out",
     ),
-    _refused(
+    refused(
         "batch_invariant_mode",
         "wants bits of a token that no other token changes, and our experts do not promise that; "
         "leave it out",
     ),
-    _refused(
+    refused(
         "moe_extended_tp", "is not read by Megatron; use expert_tensor_parallel_size=2", flag=""
     ),
-    _refused(
+    refused(
         "tensor_parallel_num_weight_shards",
         f"{_SHARDS}--tensor-model-parallel-size 2",
         when=_more_shards,
     ),
-    _refused(
+    refused(
         "expert_tensor_parallel_num_weight_shards",
         f"{_SHARDS}--expert-tensor-parallel-size 2",
         when=_more_expert_shards,
     ),
-    _refused(
+    refused(
         "gtp_weight_remat_size", f"{_SHARDS}tensor_model_parallel_size=2", flag="", off=(None, 1)
     ),
-    _refused(
+    refused(
         "expert_gtp_weight_remat_size",
         f"{_SHARDS}expert_tensor_parallel_size=2",
         flag="",
         off=(None, 1),
     ),
-    _refused(
+    refused(
         "delay_wgrad_compute",
         "delays weight gradients, and our block computes them in the backward; leave it out",
     ),
-    _refused(
+    refused(
         "overlap_dispatch_backward_with_experts_wgrad",
         "is Megatron's; use --ep-overlap chunked",
     ),
-    _refused("cpu_offloading_num_layers", _OFFLOAD),
-    _refused("cpu_offloading", _OFFLOAD, flag=""),
-    _refused(
+    refused("cpu_offloading_num_layers", _OFFLOAD),
+    refused("cpu_offloading", _OFFLOAD, flag=""),
+    refused(
         "fp8_wgrad",
         "is not read for the experts; use --ep-fp8-wgrad bf16 beside it",
         flag="--no-fp8-wgrad",
         off=(None, True),
         when=lambda given: _fp8_experts(given) and given.own("fp8_wgrad") is None,
     ),
-    _refused("fp8_param", f"{_FP8_WEIGHTS}--ep-fp8 off", flag="", when=_fp8_experts),
-    _refused("fp8_param_gather", f"{_FP8_WEIGHTS}--ep-fp8 off", when=_fp8_experts),
-    _refused(
+    refused("fp8_param", f"{_FP8_WEIGHTS}--ep-fp8 off", flag="", when=_fp8_experts),
+    refused("fp8_param_gather", f"{_FP8_WEIGHTS}--ep-fp8 off", when=_fp8_experts),
+    refused(
         "first_last_layers_bf16",
         "keeps whole layers in bf16, and their experts would run in FP8; leave it out, or use "
         "--ep-fp8 off",
         when=_fp8_experts,
     ),
-    _refused(
+    refused(
         "fp4",
         "has no counterpart for the experts; use --fp8-format e4m3, or --ep-fp8 rowwise",
         flag="--fp4-format",
     ),
-    _refused("te_precision_config_file", _NAMED, when=_no_own_fp8),
-    _refused("quant_recipe", _NAMED, flag="", when=_no_own_fp8),
-    _refused("use_kitchen", _NAMED, flag="", when=_no_own_fp8),
+    refused("te_precision_config_file", _NAMED, when=_no_own_fp8),
+    refused("quant_recipe", _NAMED, flag="", when=_no_own_fp8),
+    refused("use_kitchen", _NAMED, flag="", when=_no_own_fp8),
 )
 
 OUTSIDE = {  # what they are about -> settings

@@ -29,6 +29,7 @@ from ep_plugin.megatron.cpu.zero_centered import zero_centered
 from ep_plugin.megatron.seams.patches import Patches
 
 _LEGAL = ("cpu", "cuda")
+_IS_INFERENCE = "is_inference_column_parallel_linear"
 
 
 _patches = Patches()  # the one piece of state: what CPU mode changed in this process
@@ -132,6 +133,10 @@ def megatron_changes(patches: Patches) -> None:
         _with_whole_rotary_keys,
         "its local layers sum the gradient of the keys' rotary part over no tensor-parallel rank",
     )
+    prediction = "megatron.core.transformer.multi_token_prediction"
+    if hasattr(importlib.import_module(prediction), _IS_INFERENCE):  # from 0.20 on
+        why = "it asks for classes that are functions where Transformer Engine is not there"
+        patches.replace(f"{prediction}:{_IS_INFERENCE}", _is_none, why)
     if importlib.util.find_spec("megatron.core.models.hybrid") is not None:
         why = "its layers are Transformer Engine's; here they are Megatron's local ones"
         patches.wrap(
@@ -169,6 +174,11 @@ def _end_groups() -> None:
     """
     if dist.is_initialized() and not hasattr(sys, "last_exc"):
         dist.destroy_process_group()
+
+
+def _is_none(module: Any) -> bool:
+    """Stand in for is_inference_column_parallel_linear: on the CPU no layer is for inference."""
+    return False
 
 
 def _no_warm_up(tp_size: int | None = None) -> None:

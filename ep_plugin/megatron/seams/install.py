@@ -25,6 +25,7 @@ from ep_plugin.megatron.seams import (
     failed_save,
     hybrid,
     served,
+    sharded,
     torch_adam,
     touchpoints,
     upcycling_by_hand,
@@ -73,7 +74,10 @@ def install(settings: Any = None) -> None:
             cpu_mode.disable()
         raise
     _patches = patches
-    _say(f"{len(checked)} touch points checked in megatron-core {touchpoints.installed_version()}")
+    version = touchpoints.installed_version()
+    _say(f"{len(checked)} touch points checked in megatron-core {version}")
+    if (about := touchpoints.experimental(version)) is not None:
+        _print(about)
 
 
 def uninstall() -> None:
@@ -131,6 +135,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
     expert_bias.changes(patches)
     copies.changes(patches)
     built.changes(patches, layer_class)
+    sharded.changes(patches, layer_class, release.SHARDERS)
     if release.HYBRID:
         hybrid.changes(patches)
     patches.wrap(

@@ -26,22 +26,22 @@ class Touchpoint:
 
 def installed_version() -> str:
     """Return megatron.core's version, such as 0.19.2; raises ConfigError when there is none."""
-    newest = list(supported())[-1]
+    to_install = newest()
     spec = found.spec_of_core()
     if spec is None:
-        raise found.absent(newest)
+        raise found.absent(to_install)
     folder = found.folder_of(spec)
     try:
         version = getattr(importlib.import_module("megatron.core"), "__version__", None)
     except _UNUSABLE as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         theirs = missing is not None and missing.partition(".")[0] != "megatron"
-        remedy = f"run pip install {missing}" if theirs else found.get(newest, force=True)
+        remedy = f"run pip install {missing}" if theirs else found.get(to_install, force=True)
         raise ConfigError(
             f"the Megatron in {folder} cannot be imported ({error}); {remedy}"
         ) from error
     if not isinstance(version, str):
-        raise found.namesake(folder, "its megatron.core has no version", newest)
+        raise found.namesake(folder, "its megatron.core has no version", to_install)
     return version
 
 
@@ -56,6 +56,23 @@ def supported() -> dict[str, str]:
     }
 
 
+def newest() -> str:
+    """Return the newest release to install, such as 0.19: the last that is not in development."""
+    tables = reversed(supported().items())
+    return next(name for name, at in tables if importlib.import_module(at).EXPERIMENTAL is None)
+
+
+def experimental(version: str) -> str | None:
+    """Return a sentence for a Megatron in development; None for a release."""
+    commit = release_for(version).EXPERIMENTAL
+    if commit is None:
+        return None
+    return (
+        f"megatron-core {version} is in development and experimental here: tested at commit "
+        f"{commit} of Megatron-LM, on the CPU; the newest release is {newest()}"
+    )
+
+
 def release_for(version: str) -> Any:
     """Return the module of a release in `versions/`; raises ConfigError when there is none."""
     release = re.match(r"\d+\.\d+", version)
@@ -63,7 +80,7 @@ def release_for(version: str) -> Any:
     if release is None or release.group() not in tables:
         raise ConfigError(
             f"megatron-core {version} is none that the plugin knows; supported are "
-            f"{', '.join(tables)}; {found.get(list(tables)[-1])}"
+            f"{', '.join(tables)}; {found.get(newest())}"
         )
     return importlib.import_module(tables[release.group()])
 
@@ -132,7 +149,13 @@ def verify() -> tuple[Touchpoint, ...]:
         _check_one_megatron(version)
     else:
         table = tuple(touchpoint for touchpoint in table if _TRAINING not in touchpoint.path)
-    if off := problems(table):
+    off = problems(table)
+    if off and (about := experimental(version)) is not None:
+        raise ConfigError(
+            f"{about}; this one is another: {'; '.join(off)}; check out that commit, or "
+            f"{found.get(newest())}"
+        )
+    if off:
         release = ".".join(version.split(".")[:2])
         raise ConfigError(
             f"megatron-core {version} is not as it was released: {'; '.join(off)}; for an "

@@ -31,7 +31,15 @@ HYBRID_MODEL = (  # of the releases that have it
     ),
     Touchpoint("megatron.core.models.hybrid.hybrid_layer_specs:hybrid_stack_spec"),
 )
+_DISTRIBUTED = "megatron.core.distributed"
+_TORCH_FSDP = f"{_DISTRIBUTED}.torch_fully_sharded_data_parallel:TorchFullyShardedDataParallel"
+MEGATRON_FSDP = f"{_DISTRIBUTED}.fsdp.mcore_fsdp_adapter:FullyShardedDataParallel"
+WRAPPERS = (  # that shard a model's parameters, in whatever way a release calls Megatron-FSDP's
+    f"{_DISTRIBUTED}.fsdp.src.megatron_fsdp.megatron_fsdp:MegatronFSDP.__init__",
+    f"{_TORCH_FSDP}.__init__",
+)
 COMMON = (
+    *(Touchpoint(path, ("module",)) for path in WRAPPERS),
     # where the MoE layer's class is looked up, and its contract
     Touchpoint(f"{GPT}.moe_module_specs:MoELayer", base=f"{MOE}.moe_layer:MoELayer"),
     Touchpoint(
@@ -214,6 +222,7 @@ COMMON = (
     # what ranks compare of the model
     Touchpoint("megatron.core.models.gpt.gpt_model:GPTModel"),
     Touchpoint("megatron.core.transformer.transformer_layer:TransformerLayer"),
+    Touchpoint(MTP_LAYER),
     Touchpoint("megatron.core.ssm.mlp_layer:MLPLayer"),  # of a HybridModel on the CPU
     # latent attention on the CPU
     Touchpoint(f"{_TENSOR_PARALLEL}.mappings:gather_from_tensor_model_parallel_region", ("group",)),

@@ -3,12 +3,20 @@
 from ep_plugin.megatron.seams.touchpoints import Touchpoint
 from ep_plugin.megatron.versions import _losses_by_name as losses
 from ep_plugin.megatron.versions import _muon_by_freezing as muon
-from ep_plugin.megatron.versions._common import COMMON, MOE, MTP_LAYER
+from ep_plugin.megatron.versions._common import (
+    COMMON,
+    MEGATRON_FSDP,
+    MOE,
+    MTP_LAYER,
+    WRAPPERS,
+)
 
 __all__ = [
     "COMBINED_1F1B",
     "EMERGING_OPTIMIZERS",
+    "EXPERIMENTAL",
     "HYBRID",
+    "SHARDERS",
     "TOUCHPOINTS",
     "UNMARKED_MTP",
     "losses",
@@ -17,12 +25,15 @@ __all__ = [
 
 COMBINED_1F1B = False  # its schedule for two micro-batches is not tested with our layer
 EMERGING_OPTIMIZERS = ((0, 1), None)  # from, and below
+EXPERIMENTAL = None  # a release
 HYBRID = False  # its MambaModel is not served
+SHARDERS = (*WRAPPERS, f"{MEGATRON_FSDP}.__init__")
 # Its MTP layers are numbered from 1, and it tells its own block alone that it is in one.
 UNMARKED_MTP = f"{MTP_LAYER}.__init__"
 
 TOUCHPOINTS = (
     *COMMON,
+    Touchpoint(SHARDERS[-1], ("module",)),
     *losses.TOUCHPOINTS,
     *muon.TOUCHPOINTS,
     Touchpoint(

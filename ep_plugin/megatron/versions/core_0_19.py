@@ -3,12 +3,22 @@
 from ep_plugin.megatron.seams.touchpoints import Touchpoint
 from ep_plugin.megatron.versions import _losses_tracker as losses
 from ep_plugin.megatron.versions import _muon_by_key as muon
-from ep_plugin.megatron.versions._common import ARGUMENTS, COMMON, GPT, HYBRID_MODEL, MOE
+from ep_plugin.megatron.versions._common import (
+    ARGUMENTS,
+    COMMON,
+    GPT,
+    HYBRID_MODEL,
+    MEGATRON_FSDP,
+    MOE,
+    WRAPPERS,
+)
 
 __all__ = [
     "COMBINED_1F1B",
     "EMERGING_OPTIMIZERS",
+    "EXPERIMENTAL",
     "HYBRID",
+    "SHARDERS",
     "TOUCHPOINTS",
     "UNMARKED_MTP",
     "losses",
@@ -17,11 +27,14 @@ __all__ = [
 
 COMBINED_1F1B = True  # its own schedule for two micro-batches drives our layer
 EMERGING_OPTIMIZERS = ((0, 2), None)  # from, and below
+EXPERIMENTAL = None  # a release
 HYBRID = True  # models/hybrid is served
+SHARDERS = (*WRAPPERS, f"{MEGATRON_FSDP}.__init__")
 UNMARKED_MTP = None  # it tells each block
 
 TOUCHPOINTS = (
     *COMMON,
+    Touchpoint(SHARDERS[-1], ("module",)),
     *losses.TOUCHPOINTS,
     *muon.TOUCHPOINTS,
     Touchpoint(
