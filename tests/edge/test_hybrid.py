@@ -201,3 +201,17 @@ def test_a_run_goes_on_at_another_size_and_layers_have_the_pattern_s_numbers(
         assert [v for step, v in resumed.series(tag) if step > 2] == pytest.approx(
             expected, rel=1e-5
         )
+
+
+def test_a_pipeline_stage_without_experts_takes_its_part_in_what_is_logged(tmp_path: Path) -> None:
+    """Megatron alone waits for ever: its table of losses has another length there."""
+    flags = (
+        *(*SHAPE[2:], "--hybrid-layer-pattern", "**|*E", *MOE, "--train-iters", "2"),
+        *("--pipeline-model-parallel-size", "2", "--tensorboard-dir", str(tmp_path)),
+    )
+    done = launch_with(2, OURS, *flags)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run = read_run(tmp_path)
+    assert len(run.series("load_balancing_loss")) == 2
+    assert sorted(run.shares()) == [4]
+    assert 0.9 < run.series("load_balancing_loss")[0][1] < 1.5  # of one layer, not spread over four

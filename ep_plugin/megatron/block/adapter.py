@@ -54,6 +54,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
 
     settings = EdgeSettings()
     typed: Collection[str] | None = None  # flags of the command line, where one was parsed
+    pattern: str | None = None  # --hybrid-layer-pattern of that command line
     tracker: RoutingTracker | None = None
     log_interval = 1  # iterations between two writes of the tracker
     inside_mtp = False  # whether what is built now belongs to a layer of multi-token prediction

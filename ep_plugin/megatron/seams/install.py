@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from ep_plugin import __version__
+from ep_plugin.checkpoint.moe_layers import hybrid_layers
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.distill import seam as distillation
@@ -218,6 +219,7 @@ def _with_our_checks(
         take_typed,
     )
     from ep_plugin.megatron.arguments.in_flags import refusal
+    from ep_plugin.megatron.arguments.layer_pattern import pattern_of
     from ep_plugin.megatron.arguments.not_saved import at_start
     from ep_plugin.megatron.arguments.optimizers import check_optimizer
     from ep_plugin.megatron.arguments.resume import check_resumable, choose_format
@@ -236,6 +238,7 @@ def _with_our_checks(
         attention.check_installed(args)
         about_speed = take_speed(args, typed)
         layer_class.settings = settings_from_args(args)
+        layer_class.pattern = pattern_of(args)
         layer_class.log_interval = args.tensorboard_log_interval
         check_arguments(args, layer_class.settings)
         said = choose_format(args)
@@ -300,9 +303,17 @@ def _with_our_weights(original: Callable[..., Any], module: Any) -> None:
 def _with_our_metrics(
     layer_class: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Write what our tracker has when and where Megatron writes its losses."""
-    given = inspect.signature(original).bind(*args, **kwargs).arguments
-    text = original(*args, **kwargs)
+    """Write what our tracker has when and where Megatron writes its losses.
+
+    Of a HybridModel Megatron's loop gives the number of `E`s for that of all layers. A pipeline
+    stage without an `E` then has a table of another length than the others, and all wait.
+    """
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    given = bound.arguments
+    if layer_class.pattern is not None and given.get("num_layers") is not None:
+        layers = hybrid_layers(layer_class.pattern)
+        given |= {"num_layers": len(layers), "moe_layer_freq": [int(moe) for moe in layers]}
+    text = original(*bound.args, **bound.kwargs)
     iteration, num_layers = given["iteration"], given.get("num_layers")
     if num_layers is not None and iteration % layer_class.log_interval == 0:
         writers = given.get("writer"), given.get("wandb_writer")
