@@ -23,6 +23,7 @@ from ep_plugin.megatron.arguments.parser import add_ep_arguments
 from ep_plugin.megatron.arguments.table import has_dense_layer
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
+from ep_plugin.megatron.seams.served import check_pattern
 from ep_plugin.megatron.settings import moe_pattern
 
 pytestmark = [
@@ -77,6 +78,24 @@ def test_a_class_that_is_not_ours_is_an_error_when_it_is_built() -> None:
     finally:
         uninstall()
     assert before == (MoELayer.__init__, BaseMoELayer.__init__)
+
+
+def test_a_pattern_that_the_script_s_model_does_not_read_is_refused() -> None:
+    from megatron.core.models.hybrid.hybrid_block import HybridStack
+
+    class Part:
+        """A part of a model, of the class `kind`."""
+
+        def __init__(self, kind: type) -> None:
+            self.kind = kind
+
+        def modules(self) -> list[Any]:
+            return [object.__new__(self.kind)]
+
+    check_pattern([Part(HybridStack)], "*E")
+    check_pattern([Part(Part)], None)
+    with pytest.raises(ConfigError, match=r"\(\*E\) is for a HybridModel, and the script builds"):
+        check_pattern([Part(Part)], "*E")
 
 
 def parsed(*flags: str) -> Any:

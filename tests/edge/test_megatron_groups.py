@@ -1,11 +1,16 @@
 """Our rank grids equal Megatron's RankGenerator on mixed layouts."""
 
 import itertools
+from datetime import timedelta
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch.distributed as dist
 from megatron.core.parallel_state import RankGenerator
 
 from ep_plugin import ParallelConfig
+from ep_plugin.megatron.block.adopt_groups import adopt_groups
 from ep_plugin.moe.groups import dense_grid, expert_grid
 
 pytestmark = pytest.mark.megatron
@@ -53,3 +58,30 @@ def test_grids_equal_megatron() -> None:
             assert expert_grid(parallel).groups(*axes) == theirs, (parallel, axes)
         checked += 1
     assert checked >= 30
+
+
+def test_groups_of_a_degree_wait_as_long_as_the_run_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of a layer, those with the same experts, and those of a host and between hosts."""
+    made: list[tuple[list[int], Any]] = []
+
+    def group(ranks: list[int]) -> Any:
+        found = Mock(spec=dist.ProcessGroup, ranks=ranks)
+        found.size.return_value = len(ranks)
+        return found
+
+    def new_group(ranks: list[int], timeout: Any = None, **_: Any) -> Any:
+        made.append((ranks, timeout))
+        return group(ranks)
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda found: found.ranks)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    every, alone = group([0, 1, 2, 3]), group([1])
+    collection = Mock(
+        **dict.fromkeys(("ep", "tp_ep", "tp_dp_cp"), every),
+        **dict.fromkeys(("tp", "cp", "expt_tp", "expt_dp", "tp_cp"), alone),
+    )
+    adopt_groups(collection, 1, {}, ranks_per_node=1, degree=2, minutes=7)
+    assert [ranks for ranks, _ in made] == [[0, 1], [1, 3], [1], [0, 1]]
+    assert {timeout for _, timeout in made} == {timedelta(minutes=7)}

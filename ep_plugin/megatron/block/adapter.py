@@ -55,6 +55,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
     settings = EdgeSettings()
     typed: Collection[str] | None = None  # flags of the command line, where one was parsed
     pattern: str | None = None  # --hybrid-layer-pattern of that command line
+    minutes: int | None = None  # its --distributed-timeout-minutes
     tracker: RoutingTracker | None = None
     log_interval = 1  # iterations between two writes of the tracker
     inside_mtp = False  # whether what is built now belongs to a layer of multi-token prediction
@@ -111,6 +112,7 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
             ranks_per_node=ranks_per_node(self.settings),
             replicated=not config.sequence_parallel,
             degree=degree(pg_collection.ep.size(), ours.num_experts),
+            minutes=self.minutes,
         )
         layer = MoELayer(
             at_one_rank(ours) if groups.ep_etp_size == 1 else ours,

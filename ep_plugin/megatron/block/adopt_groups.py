@@ -5,6 +5,7 @@ for each degree.
 """
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -25,14 +26,16 @@ def adopt_groups(
     ranks_per_node: int | None = None,
     replicated: bool = False,
     degree: int | None = None,
+    minutes: int | None = None,
 ) -> ExpertGroups:
     """Return the groups of a ProcessGroupCollection as ours, each checked against our own grids.
 
     `shared` is handed on to the layers: give those of one model the same. With `ranks_per_node` the
     ranks of each expert group together create those within and between nodes. With a `degree` below
-    the size of `ep` they create groups of that degree; nothing else is communicated. `replicated`
-    says that tensor-parallel ranks hold the same tokens. Raises ConfigError when Megatron laid the
-    ranks out in a way we would not.
+    the size of `ep` they create groups of that degree; nothing else is communicated. What is made
+    here waits `minutes`, or as long as torch's groups do by default. `replicated` says that
+    tensor-parallel ranks hold the same tokens. Raises ConfigError when Megatron laid the ranks out
+    in a way we would not.
     """
     parallel = ParallelConfig(
         world_size=dist.get_world_size(),
@@ -60,16 +63,20 @@ def adopt_groups(
         ep_fastest=not any(problems[order] is None for order in ORDERS[:2]),
         shared=shared,
     )
+    timeout = None if minutes is None else timedelta(minutes=minutes)
     if degree is not None and degree < parallel.ep:
         order = next(order for order, problem in problems.items() if problem is None)
-        groups = _of_degree(groups, ParallelConfig(**{**vars(parallel), "order": order}), degree)
+        laid_out = ParallelConfig(**{**vars(parallel), "order": order})
+        groups = _of_degree(groups, laid_out, degree, timeout)
     if ranks_per_node is None or groups.ep_etp is None:
         return groups
-    intra_node, inter_node = _node_groups(groups.ep_etp, ranks_per_node, groups.shared)
+    intra_node, inter_node = _node_groups(groups.ep_etp, ranks_per_node, groups.shared, timeout)
     return replace(groups, intra_node=intra_node, inter_node=inter_node)
 
 
-def _of_degree(groups: ExpertGroups, parallel: ParallelConfig, degree: int) -> ExpertGroups:
+def _of_degree(
+    groups: ExpertGroups, parallel: ParallelConfig, degree: int, timeout: timedelta | None
+) -> ExpertGroups:
     """Return `groups` of an expert-parallel group as those of layers of a smaller degree.
 
     They are made once, by the ranks of each alone, and have a buffer of their own to share.
@@ -77,26 +84,29 @@ def _of_degree(groups: ExpertGroups, parallel: ParallelConfig, degree: int) -> E
     shared = groups.shared.setdefault(f"degree {degree}", {})
     if shared.get("of") is not groups.ep:
         grid = expert_grid(parallel, degree)
-        ep, copies = (_own_group(grid, axis) for axis in ("ep", "copies"))
-        ep_etp = ep if parallel.expert_tp == 1 else _own_group(grid, "etp", "ep")
+        ep, copies = (_own_group(grid, timeout, axis) for axis in ("ep", "copies"))
+        ep_etp = ep if parallel.expert_tp == 1 else _own_group(grid, timeout, "etp", "ep")
         made = {"ep": ep, "copies": copies, "ep_etp": ep_etp}
         shared |= {"of": groups.ep, "groups": made}
     return replace(groups, **shared["groups"], shared=shared)
 
 
-def _own_group(grid: RankGrid, *axes: str) -> dist.ProcessGroup | None:
+def _own_group(grid: RankGrid, timeout: timedelta | None, *axes: str) -> dist.ProcessGroup | None:
     """Create this rank's group along `axes`; None for one of itself alone."""
     rank = dist.get_rank()
     ranks = next(ranks for ranks in grid.groups(*axes) if rank in ranks)
     if len(ranks) == 1:
         return None
-    made = dist.new_group(ranks, use_local_synchronization=True)
+    made = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made
 
 
 def _node_groups(
-    group: dist.ProcessGroup, ranks_per_node: int, shared: dict[str, Any]
+    group: dist.ProcessGroup,
+    ranks_per_node: int,
+    shared: dict[str, Any],
+    timeout: timedelta | None,
 ) -> list[dist.ProcessGroup]:
     """Return the parts of `group` this rank is in, within its node and between nodes; once made.
 
@@ -106,7 +116,7 @@ def _node_groups(
         rank, nodes = dist.get_rank(), by_node(dist.get_process_group_ranks(group), ranks_per_node)
         parts = [next(p for p in cut if rank in p) for cut in (nodes, rails(nodes))]
         shared["node_groups"] = [
-            dist.new_group(part, use_local_synchronization=True) for part in parts
+            dist.new_group(part, timeout=timeout, use_local_synchronization=True) for part in parts
         ]
     made: list[dist.ProcessGroup] = shared["node_groups"]
     return made

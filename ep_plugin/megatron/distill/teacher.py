@@ -48,8 +48,8 @@ class Teacher:
         Nothing else may be called after it.
         """
         del self._model
+        gc.collect()  # modules refer to each other; buffers go before the groups that they are of
         self._groups.destroy()
-        gc.collect()  # modules refer to each other
         torch.cuda.empty_cache()
 
     @torch.no_grad()

@@ -239,6 +239,7 @@ def _with_our_checks(
         about_speed = take_speed(args, typed)
         layer_class.settings = settings_from_args(args)
         layer_class.pattern = pattern_of(args)
+        layer_class.minutes = args.distributed_timeout_minutes
         layer_class.log_interval = args.tensorboard_log_interval
         check_arguments(args, layer_class.settings)
         said = choose_format(args)

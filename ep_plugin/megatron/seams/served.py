@@ -68,7 +68,7 @@ def imports(tree: ast.Module) -> Iterable[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def changes(patches: Patches, layer_class: type) -> None:
+def changes(patches: Patches, layer_class: Any) -> None:
     """Patch Megatron to check the model of a run with experts as soon as it is built."""
     checked: list[bool] = []
 
@@ -79,6 +79,7 @@ def changes(patches: Patches, layer_class: type) -> None:
             checked.append(True)
             try:
                 check_model(result[0], layer_class, experts)
+                check_pattern(result[0], layer_class.pattern)
             except ConfigError as error:
                 refuse(error)
         return result
@@ -118,6 +119,18 @@ def check_model(chunks: Any, layer_class: type, experts: int) -> None:
         raise ConfigError(
             f"--num-experts ({experts}) is given, and the model that the script builds has no MoE "
             "layer; use Megatron's GPT layer specs in it, as pretrain_gpt.py does"
+        )
+
+
+def check_pattern(chunks: Any, pattern: str | None) -> None:
+    """Raise ConfigError where a pattern of a HybridModel was typed and the model is another."""
+    if pattern is None:
+        return
+    parts = (type(part).__module__ for chunk in chunks for part in chunk.modules())
+    if not any(is_in(name, HYBRID) for name in parts):
+        raise ConfigError(
+            f"--hybrid-layer-pattern ({pattern}) is for a HybridModel, and the script builds a "
+            "GPT, which does not read it; use pretrain_hybrid.py, or leave it out"
         )
 
 

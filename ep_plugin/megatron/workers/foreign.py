@@ -64,7 +64,7 @@ def as_megatron_loads(
         FileSystemReader.read_data = read_data  # type: ignore[method-assign]
         try:
             yield view
-        except ConfigError:
+        except (ConfigError, MemoryError, torch.OutOfMemoryError):
             raise
         except (Exception, CheckpointException) as error:  # whatever Megatron says of wrong ones
             cause, name = _first(error), str(called or folder)
