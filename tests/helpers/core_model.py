@@ -146,7 +146,7 @@ def build(config: Any, stage: int | None) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    if config.pattern:
+    if _pattern(config):
         return _hybrid(config, stage)
     where = {"ignore_virtual": stage is None, "vp_stage": stage}
     spec = get_gpt_decoder_block_spec(
@@ -193,6 +193,10 @@ def _hybrid(config: Any, stage: int | None) -> Any:
     )
 
 
+def _pattern(config: Any) -> str:
+    return getattr(config, "pattern", "")  # a script's own configuration has none
+
+
 def in_gpt(name: str, pattern: str) -> str:
     """Return what a tensor of a HybridModel, or a scalar of one of its layers, is in its GPT twin.
 
@@ -214,7 +218,7 @@ def fill(model: Any) -> None:
     """Give every parameter the values that its key and its place in the whole tensor stand for."""
     numbers = 0
     for piece in _pieces(model):
-        key = in_gpt(piece.key, model.config.pattern)
+        key = in_gpt(piece.key, _pattern(model.config))
         piece.data.copy_(_whole(key, piece.global_shape)[_place(piece)])
         numbers += piece.data.numel()
     assert numbers == sum(parameter.numel() for parameter in model.parameters())
@@ -234,7 +238,7 @@ def magnitudes(models: list[Any], what: str) -> dict[str, float]:
                 parameter.data.copy_(parameter.main_grad)
         for piece in _pieces(model):
             if all(part == 0 for part in _flat(piece.replica_id)):
-                name = f"{what} {in_gpt(piece.key, model.config.pattern)}"
+                name = f"{what} {in_gpt(piece.key, _pattern(model.config))}"
                 weights = 1 + _whole(name, piece.global_shape)[_place(piece)].abs()
                 share = float((piece.data.abs() * weights).double().sum())
                 found[name] = found.get(name, 0.0) + share
