@@ -19,6 +19,12 @@ five only for a Megatron from its wheel, and over torch's Adam):
         every MoE layer comes by here, of a class of the script's too
     hybrid_model:HybridModel.__init__
         layers are built here, whose numbers are those of the pattern
+    torch_fully_sharded_data_parallel:TorchFullyShardedDataParallel.__init__
+        a loop of one's own may shard a model's parameters, which our experts do not bear
+    megatron_fsdp:MegatronFSDP.__init__
+        a loop of one's own may shard a model's parameters, which our experts do not bear
+    mcore_fsdp_adapter:FullyShardedDataParallel.__init__
+        a loop of one's own may shard a model's parameters, which our experts do not bear
     distributed_data_parallel:DistributedDataParallel.finish_grad_sync
         DDP has summed the gradients; copies of experts are summed next
     schedules:forward_step_calc_loss

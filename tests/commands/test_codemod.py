@@ -321,6 +321,10 @@ def test_patch_equals_one_made_from_a_checkout() -> None:
 
 def test_every_supported_release_has_its_patches() -> None:
     tables = PATCHES.parent / "ep_plugin" / "megatron" / "versions"
-    assert releases() == sorted(path.stem for path in tables.glob("core_*.py"))
+    known = sorted(path.stem for path in tables.glob("core_*.py"))
+    experimental = {
+        "core_0_20"
+    }  # Megatron's main, which moves: `apply` makes one where it is asked
+    assert releases() == [name for name in known if name not in experimental]
     for release in releases():
         assert f"`{release}/pretrain_gpt.patch`" in (PATCHES / "README.md").read_text()

@@ -70,7 +70,7 @@ def test_every_file_that_a_command_opens_is_planted_in_and_no_other(ran: Ran) ->
 
 def test_every_command_is_among_them() -> None:
     listed = {command.argv[0] for command in (*trees.COMMANDS.values(), *trees.OTHERS.values())}
-    assert {*listed, *trees.RUNS_A_SCRIPT} - {"flags"} == set(COMMANDS)
+    assert {*listed, *trees.RUNS_A_SCRIPT} - {"flags", "teach"} == set(COMMANDS)
 
 
 def test_commands_connect_to_nothing(ran: Ran) -> None:
