@@ -167,7 +167,8 @@ def test_starts_over_one_store_never_mix_their_answers(
         for one in found:
             assert one is None or one.fine == (how == "fine")
             if how == "fails":
-                assert one.text == f"rank {who} failed at the start: sentence {number}"
+                # A rank that comes when rank 0 has gone cannot know of which start that was.
+                assert one.text.endswith(f"rank {who} failed at the start: sentence {number}")
     assert together(3, lambda rank: start(9, "last", 0, rank)) == [Answer(True)] * 3
 
 
