@@ -39,6 +39,14 @@ def pattern(args: argparse.Namespace) -> tuple[bool, ...]:
     """Return for each layer of a model with these run arguments whether it is an MoE layer."""
     if not getattr(args, "num_experts", None):
         return (False,) * int(args.num_layers)
+    return layers_of(args)
+
+
+def layers_of(args: Any) -> tuple[bool, ...]:
+    """Return for each layer of a model that has experts whether they are in it.
+
+    `args`: run arguments of the right types, or a model's configuration.
+    """
     hybrid = hybrid_pattern(args)
     return hybrid_layers(hybrid) if hybrid else moe_layers(args.moe_layer_freq, args.num_layers)
 

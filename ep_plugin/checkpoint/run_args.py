@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ep_plugin.checkpoint.moe_layers import hybrid_layers, hybrid_pattern, moe_layers
+from ep_plugin.checkpoint.moe_layers import layers_of
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
 
@@ -235,8 +235,7 @@ def _check_layers(args: argparse.Namespace, folder: Path) -> None:
         wanted = f"a number of at least 1, or {args.num_layers} of 0 and 1"
         raise _wrong(folder, "moe_layer_freq", value, wanted)
     counts = getattr(args, "ep_experts_per_layer", None)
-    pattern = hybrid_pattern(args)
-    layers = sum(hybrid_layers(pattern) if pattern else moe_layers(value, args.num_layers))
+    layers = sum(layers_of(args))
     if counts is not None and (
         not isinstance(counts, list | tuple)
         or len(counts) != layers

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ep_plugin.checkpoint.moe_layers import hybrid_layers, hybrid_pattern, moe_layers
+from ep_plugin.checkpoint.moe_layers import layers_of
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import speed
@@ -194,9 +194,7 @@ def fp8_recipe(config: Any, settings: EdgeSettings) -> Fp8:
 
 def moe_pattern(config: Any) -> list[int]:
     """Return 1 for each MoE layer of the model and 0 for each dense one, first to last."""
-    if pattern := hybrid_pattern(config):
-        return [int(is_moe) for is_moe in hybrid_layers(pattern)]
-    return [int(is_moe) for is_moe in moe_layers(config.moe_layer_freq, config.num_layers)]
+    return [int(is_moe) for is_moe in layers_of(config)]
 
 
 def _activation(config: Any, settings: EdgeSettings) -> Activation:
