@@ -13,12 +13,14 @@ from _verdict import Less
 PART = 0.1
 SIGMOID = TOP1.replace("--moe-router-pre-softmax", "--moe-router-score-function sigmoid")
 NONE = "--moe-aux-loss-coeff 0"
+LITTLE = "--moe-aux-loss-coeff 1e-3"
+SLOW = "--lr 5e-4 --min-lr 2.5e-5"
 TOP2_HALF = TOP2.replace("{ffn}", "{half}")
 FLAGS = {
     "dense": "",
     "scaled": top1(8),
     "bare": f"--num-experts 8 {TOP1}",
-    "scaled-aux3": f"{top1(8)} --moe-aux-loss-coeff 1e-3",
+    "scaled-aux3": f"{top1(8)} {LITTLE}",
     "scaled-fast": f"{top1(8)} --lr 2e-3 --min-lr 1e-4",
     "scaled-warm": f"{top1(8)} --lr-warmup-iters {{fifth}}",
     "scaled-narrow": f"{top1(8)} --init-method-std 0.01",
@@ -26,8 +28,13 @@ FLAGS = {
     "sigmoid": f"--num-experts 8 {SCALE} 2 {SIGMOID}",
     "sigmoid-64": f"--num-experts 64 {SCALE} 2 {SIGMOID}",
     "bias": f"--num-experts 8 {SCALE} 2 {SIGMOID} {NONE} --moe-router-enable-expert-bias",
+    "dense-slow": SLOW,
+    "slow-aux3": f"{top1(8)} {LITTLE} {SLOW}",
+    "sigmoid-aux3": f"--num-experts 8 {SCALE} 2 {SIGMOID} {LITTLE}",
     "top2-e8": f"--num-experts 8 {TOP2_HALF}",
     "top2-e16": f"--num-experts 16 --moe-router-topk 2 {HALF}",
+    "top2-e16-slow": f"--num-experts 16 --moe-router-topk 2 {HALF} {SLOW}",
+    "top2-e64": f"--num-experts 64 --moe-router-topk 2 {HALF}",
 }
 VARIANTS = tuple(  # not with what was chosen by them
     Variant(f"set-{name}", flags.replace("{router}", ""), share=PART)
@@ -45,8 +52,13 @@ SAID = {
     "sigmoid": "8 experts, sigmoid times 2",
     "sigmoid-64": "64 experts, sigmoid times 2",
     "bias": "sigmoid times 2, expert bias alone",
+    "dense-slow": "dense, half the learning rate",
+    "slow-aux3": "times 8, balancing loss 0.001, half the learning rate",
+    "sigmoid-aux3": "sigmoid times 2, balancing loss 0.001",
     "top2-e8": "top-2 of 8 half experts",
     "top2-e16": "top-2 of 16 half experts",
+    "top2-e16-slow": "top-2 of 16 half experts, half the learning rate",
+    "top2-e64": "top-2 of 64 half experts",
 }
 LABELS = {f"set-{name}": said for name, said in SAID.items()}
 SAYS = "A gate that is 1 at the start gives a lower loss than a bare probability."
