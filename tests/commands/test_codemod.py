@@ -1,5 +1,6 @@
 """`ep-plugin apply`: pairs in golden/apply, encodings and line endings, refusals, patches."""
 
+import encodings.aliases
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ PAIRS = {
     )
     for path in sorted((Path(__file__).parents[1] / "golden" / "apply").glob("*.before.txt"))
 }
+CODECS = sorted({*encodings.aliases.aliases.values(), "idna", "punycode", "undefined", "zz" * 99})
 LATIN = "# -*- coding: latin-1 -*-\n# caf\u00e9\n"
 VARIATIONS: dict[str, Callable[[str], bytes]] = {
     "lf": lambda text: text.encode(),
@@ -44,6 +46,19 @@ def test_pair_in_every_variation(pair: str, variation: str) -> None:
     assert rewrite(after, apply) == after
     assert rewrite(after, revert) == before
     assert rewrite(before, revert) == before
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_script_in_any_codec_is_edited_or_refused(codec: str) -> None:
+    source = f"# -*- coding: {codec} -*-\n{SCRIPT}{'# long ' * 100}\n".encode()
+    try:
+        applied = rewrite(source, apply)
+    except ConfigError as error:
+        refused = str(error)
+    else:
+        refused = ""
+        assert rewrite(applied, revert) == source
+    assert "\n" not in refused
 
 
 @pytest.mark.parametrize("header_ending", ["\n", "\r\n"])

@@ -1,6 +1,7 @@
 """One file of a folder replaced by a hostile one, by its kind."""
 
 import contextlib
+import encodings.aliases
 import os
 import pickle
 import random
@@ -12,6 +13,7 @@ from typing import Any
 
 from tests.hostile import archives, metadata, pickles, texts
 
+CODECS = sorted({*encodings.aliases.aliases.values(), "idna", "punycode", "undefined"})
 Maker = Callable[[random.Random, Path, bytes], tuple[str, bytes]]
 
 
@@ -41,7 +43,7 @@ def _archive(rng: random.Random, outside: Path, benign: bytes) -> tuple[str, byt
 def _python(rng: random.Random, outside: Path, benign: bytes) -> tuple[str, bytes]:
     deep = rng.choice((100, 5_000, 100_000))
     made = str(outside / pickles.MARK)
-    text, codec = benign.decode(), rng.choice(("rot13", "idna", pickles.MODULE, "x" * 5000))
+    text, codec = benign.decode(), rng.choice((*CODECS, pickles.MODULE, "x" * 5000))
     kinds = {
         "code": f"open({made!r}, 'w')\n{text}",
         "import": f"import {pickles.MODULE}\n{text}",

@@ -5,6 +5,7 @@ or switched on and off by `Watch`.
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 MANY = 2000  # acts that are kept of one case
 HARMLESS = ("/dev/null", "/dev/tty")
+# how a text is spelled: what the codecs of encodings import
+CODECS = re.compile(r"(encodings|stringprep|unicodedata|_multibytecodec|_codecs_\w+)(\.|$)")
 
 
 @dataclass
@@ -127,7 +130,7 @@ class Watch:
             self._note(f"write by {event}", str(real))
 
     def _import(self, name: str) -> None:
-        if name.split(".")[0] in ("ep_plugin", "encodings"):  # ours, and how a text is spelled
+        if name.split(".")[0] == "ep_plugin" or CODECS.match(name):
             return
         self._note("import", name)
 

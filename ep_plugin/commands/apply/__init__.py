@@ -31,7 +31,7 @@ from ep_plugin.commands.apply.script import (
     split_lines,
 )
 from ep_plugin.errors import ConfigError
-from ep_plugin.untrusted import read_bytes
+from ep_plugin.untrusted import one_line, read_bytes
 from ep_plugin.written import write_whole
 
 MOST_BYTES = 1 << 20  # of a script, which Python reads into a tree much larger
@@ -92,13 +92,24 @@ def rewrite(source: bytes, edit: Callable[[str], str]) -> bytes:
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
         text = source.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not Python source ({error}); give a script that Python runs") from error
-    if text.encode(encoding) != source:
+    except (SyntaxError, LookupError, UnicodeError) as error:
+        raise ConfigError(
+            f"not Python source ({one_line(str(error))}); give a script that Python runs"
+        ) from error
+    if _encoded(text, encoding) != source:
         raise ConfigError(
             f"the encoding {encoding} cannot restore every byte; save the script in utf-8"
         )
-    return edit(text).encode(encoding)
+    return _encoded(edit(text), encoding)
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    try:
+        return text.encode(encoding)
+    except UnicodeError as error:  # idna, for one, reads more than it writes
+        raise ConfigError(
+            f"the encoding {encoding} cannot write the script ({error}); save it in utf-8"
+        ) from error
 
 
 def diff(name: str, old: bytes, new: bytes) -> bytes:
