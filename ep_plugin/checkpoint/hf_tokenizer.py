@@ -32,6 +32,10 @@ _CLASSES = (
     "XGLMTokenizer",
 )  # fmt: skip
 _TOKENS = re.compile(r"[a-z_]+_tokens?|added_tokens_decoder")
+# Of one token. tokenizers prints other names as they are; numbers are those of a table of tokens.
+_OF_TOKEN = re.compile(
+    r"content|single_word|lstrip|rstrip|normalized|special|__type|\d{1,19}|[a-z_]{1,40}_token"
+)
 _NUMBERS = re.compile(
     r"add_[a-z]+_token|add_prefix_space|add_dummy_prefix|do_lower_case|legacy|strip_accents|"
     r"tokenize_chinese_chars|split_special_tokens|clean_up_tokenization_spaces|"
@@ -57,7 +61,7 @@ def as_transformers_loads(folder: Path, called: str, instead: str) -> Iterator[P
             _write(view / _CONFIG, _settings(settings, called, instead))
         special = _read(folder / _SPECIAL, instead)
         if special is not None:
-            _write(view / _SPECIAL, {k: v for k, v in special.items() if _TOKENS.fullmatch(k)})
+            _write(view / _SPECIAL, _tokens(special))
         model = (_read(folder / _MODEL, instead) or {}).get("model_type")
         if isinstance(model, str) and _class_of(model) in (*_CLASSES, "MistralCommonBackend"):
             _write(view / _MODEL, {"model_type": model})
@@ -85,6 +89,7 @@ def _without_copies() -> Iterator[None]:
 
 def _settings(found: dict[str, Any], called: str, instead: str) -> dict[str, Any]:
     kept = {name: value for name, value in found.items() if _stays(name, value)}
+    kept |= _tokens(found)
     kind = found.get("tokenizer_class")
     if isinstance(kind, str) and kind.removesuffix("Fast") in _CLASSES:
         return kept | {"tokenizer_class": kind}
@@ -104,7 +109,18 @@ def _settings(found: dict[str, Any], called: str, instead: str) -> dict[str, Any
 def _stays(name: str, value: Any) -> bool:
     if _NUMBERS.fullmatch(name):
         return isinstance(value, bool | int | float | None)
-    return bool(_TOKENS.fullmatch(name)) or value in _WORDS.get(name, ())
+    return value in _WORDS.get(name, ())
+
+
+def _tokens(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: _token(value) for name, value in settings.items() if _TOKENS.fullmatch(name)}
+
+
+def _token(value: Any) -> Any:
+    """Return a token, or a list or a table of tokens, with the names that tokens have."""
+    if isinstance(value, dict):
+        return {name: _token(of) for name, of in value.items() if _OF_TOKEN.fullmatch(name)}
+    return [_token(each) for each in value] if isinstance(value, list) else value
 
 
 def _class_of(model_type: str) -> str:

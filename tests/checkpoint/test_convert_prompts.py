@@ -104,6 +104,25 @@ def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
         read_prompts(text, bare)
 
 
+def test_names_that_no_token_has_are_set_aside(
+    llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The package tokenizers prints them as they are, on stdout."""
+    text = tmp_path / "text.txt"
+    text.write_text("a router\n")
+    before = read_prompts(text, llama)
+    odd = {"content": "<odd>", "special": False, "__type": "AddedToken", "line\nPLANTED": 1}
+    whole = {**odd, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    settings = json.loads((llama / "tokenizer_config.json").read_text())
+    settings |= {"added_tokens_decoder": {"90": whole}, "additional_special_tokens": [odd]}
+    (llama / "tokenizer_config.json").write_text(json.dumps(settings))
+    (llama / "special_tokens_map.json").write_text(json.dumps({"mask_token": odd}))
+    assert read_prompts(text, llama) == before
+    text.write_text("a<odd>\n")
+    assert len(read_prompts(text, llama)[0]) < len("a<odd>")
+    assert "PLANTED" not in "".join(capfd.readouterr())
+
+
 def test_a_tokenizer_s_own_code_is_not_run(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
