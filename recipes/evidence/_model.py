@@ -101,7 +101,20 @@ class Size:
 
 SIZES = {
     "cpu": Size("cpu", 4, 64, 192, 4, 128, 8, 500_000, 4e-3, "heldout_small", False),
-    "gpu": Size("gpu", 6, 384, 1024, 6, 512, 32, 100_000_000, 1e-3, "heldout", True, "--moe-aux-loss-coeff 1e-3"),
+    "gpu": Size(
+        "gpu",
+        6,
+        384,
+        1024,
+        6,
+        512,
+        32,
+        100_000_000,
+        1e-3,
+        "heldout",
+        True,
+        "--moe-aux-loss-coeff 1e-3",
+    ),
 }
 
 

@@ -1,10 +1,11 @@
 """Runs of several claims side by side: several.py a e --size gpu --jobs 7.
 
-Without a letter it takes all: recipes/evidence/experts.py, recipes/evidence/gates.py,
-recipes/evidence/capacity.py, recipes/evidence/balance.py, recipes/evidence/grown.py,
-recipes/evidence/router_dtype.py, recipes/evidence/rank_bytes.py, recipes/evidence/placement.py and
-recipes/evidence/students.py. Not among them: times, which need a machine to themselves
-(recipes/evidence/step_time.py), and settings, which come first (recipes/evidence/settings.py).
+Without a letter it takes all: recipes/evidence/experts.py, recipes/evidence/halves.py,
+recipes/evidence/gates.py, recipes/evidence/capacity.py, recipes/evidence/balance.py,
+recipes/evidence/grown.py, recipes/evidence/router_dtype.py, recipes/evidence/rank_bytes.py,
+recipes/evidence/placement.py and recipes/evidence/students.py. Not among them: times, which need a
+machine to themselves (recipes/evidence/step_time.py), and settings, which come first
+(recipes/evidence/settings.py).
 """
 
 import sys
@@ -14,6 +15,7 @@ import capacity
 import experts
 import gates
 import grown
+import halves
 import placement
 import rank_bytes
 import router_dtype
@@ -24,6 +26,7 @@ from _sweep import main
 
 TOGETHER = (
     experts,
+    halves,
     gates,
     capacity,
     balance,
@@ -33,7 +36,7 @@ TOGETHER = (
     placement,
     students,
 )
-MODULES = (*TOGETHER[:7], step_time, *TOGETHER[7:], settings)  # in the page's order
+MODULES = (*TOGETHER[:8], step_time, *TOGETHER[8:], settings)  # in the page's order
 LETTERS = {module.CLAIM.letter for module in TOGETHER}
 
 if __name__ == "__main__":

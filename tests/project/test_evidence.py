@@ -58,9 +58,11 @@ def test_the_table_says_how_much_sooner(evidence: Any, tmp_path: Path) -> None:
         "dense-seed1": result(evidence, variants["dense"], [[10, 5.0], [20, 4.0], [40, 3.0]]),
         "top1-e8-seed1": result(evidence, variants["top1-e8"], [[10, 4.0], [20, 3.0], [40, 2.0]]),
     }
-    row = next(line for line in experts.shown(kept).splitlines() if line.startswith("| 8 experts"))
+    row = next(
+        line for line in experts.CLAIM.table(kept).splitlines() if line.startswith("| 8 experts")
+    )
     assert "2.0000 | 1/2.00 | 100.0 |" in row
-    experts.plot(kept, tmp_path / "plot.png")
+    experts.CLAIM.plot(kept, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
