@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -177,6 +178,30 @@ def test_eight_ranks_slice_four_experts_as_deepspeed_does(
     for number, (found,) in enumerate(ranks):
         experts = [0, 1, 2, 3] if number < 4 else [4, 5, 6, 7]
         assert found[1] == [experts, [number % 4, number % 4 + 4]]
+
+
+def each(folders: list[Path], degrees: dict[str, int]) -> list[Texts]:
+    """Return the greedy texts of each folder's model in one layout."""
+    return [spread(folder, [degrees])[0][0] for folder in folders]
+
+
+def test_capacity_is_that_of_evaluation(
+    folders: Any, one_rank: dict[str, Any], tmp_path: Path
+) -> None:
+    """One place an expert: in training it changes no text, in evaluation the same at any EP."""
+    small = {"ep_capacity_factor": 0.01, "ep_min_capacity": 1}
+    cases = [small, small | {"ep_eval_capacity_factor": 0.01}]
+    copies = [tmp_path / str(number) for number in range(len(cases))]
+    for copy, args in zip(copies, cases, strict=True):
+        shutil.copytree(folders["qwen3_moe"][1], copy)
+        common = torch.load(copy / "common.pt", weights_only=False)
+        vars(common["args"]).update(args)
+        torch.save(common, copy / "common.pt")
+    (alone,) = run_ranks(1, each, copies, {})
+    together = run_ranks(2, each, copies, {"ep": 2})[0]
+    assert alone == together
+    assert alone[0] == one_rank["qwen3_moe"]["greedy"]
+    assert alone[1] != alone[0]
 
 
 def differing(jobs: list[dict[str, Any]]) -> str:
