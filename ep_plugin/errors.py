@@ -13,6 +13,7 @@ class ConfigError(ValueError):
 
     Names of settings may stand in angle brackets, `<topk>`, or `<topk=4>` for what to use. As text
     they read as in Python, `topk=4`; `spelled` puts other words, such as the flags that were typed.
+    What nobody would read to its end, such as a value of 5,000 characters, is cut.
     """
 
     def __str__(self) -> str:
@@ -21,9 +22,24 @@ class ConfigError(ValueError):
     def spelled(self, word: Callable[[str, str | None], str]) -> str:
         """Return the message with `word(name, value)` for each setting; value None: the name."""
         text = _SETTING.sub(lambda found: word(found[1], found[2]), super().__str__())
-        return text.replace(BRACKET, "<")
+        return _middle_cut(long_words_cut(text.replace(BRACKET, "<")))
 
 
+def long_words_cut(text: str) -> str:
+    """Return the text with words of 600 characters and more cut to 200, and their length."""
+    return _LONG_WORD.sub(lambda word: f"{word[0][:200]}... ({len(word[0])} characters)", text)
+
+
+def _middle_cut(text: str) -> str:
+    over = len(text) - _LONGEST
+    if over <= 0:
+        return text
+    half = _LONGEST // 2
+    return f"{text[:half]} ... ({over} characters) ... {text[-half:]}"
+
+
+_LONGEST = 3500
+_LONG_WORD = re.compile(r"\S{600,}")
 BRACKET = "\ue000"  # for "<" in what somebody typed, which is no setting
 _SETTING = re.compile(r"<([a-z]\w*)(?:=([^<>]*))?>")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ep_plugin.errors import BRACKET, ConfigError
+from ep_plugin.errors import BRACKET, ConfigError, long_words_cut
 
 MAX_BYTES = 8 << 20  # of a JSON or text file, unless its reader says more
 MAX_DEPTH = 64
@@ -35,7 +35,6 @@ _LONGEST = 200  # characters of a name or another text in a message
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?')
 _NO_BRACKET = re.compile(r"[^\[\]{}]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_LONG_WORD = re.compile(r"\S{600,}")
 _ONE_KIND = str.maketrans("{}", "[]")
 
 
@@ -168,7 +167,7 @@ _SHORT = _Short(maxlevel=3, maxstring=SHOWN, maxother=SHOWN, maxlong=SHOWN)
 
 def one_line(message: str) -> str:
     """Return a message on one line, its longest words cut."""
-    return cut(_LONG_WORD.sub(lambda word: cut(word[0]), message), len(message))
+    return cut(long_words_cut(message), len(message))
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,7 @@
 """Generators under hypothesis, and the short form of the many cases in one process."""
 
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -50,6 +51,21 @@ def test_the_short_form_finds_nothing(tmp_path: Path) -> None:
     found = json.loads(result.read_text())["cases"]
     assert {row["cases"] for row in found["counts"].values()} == {CASES // 5}
     assert found["faults"] == []
+
+
+@pytest.mark.parametrize("long", ["x" * 5000, "a/" * 2500, "x " * 2500])
+def test_a_long_value_leaves_a_short_sentence(long: str) -> None:
+    """Of any flag, in pairs whose rules compare them, and of the settings they stand for."""
+    said: list[str] = []
+    for row, other in itertools.product(lines._rows(), ([], ["--ep-dispatch-dedup", "on"])):
+        if row.default is False:
+            continue
+        try:
+            lines._train([row.flag, long, *other])
+        except (ConfigError, SystemExit) as error:
+            said.append(str(error))
+    assert len(said) > 50
+    assert max(map(len, said)) < 4000
 
 
 @plain
