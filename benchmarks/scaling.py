@@ -27,6 +27,8 @@ def series(rows: list[Row]) -> dict[tuple[str, ...], Series]:
     for row in ({**EMPTY, **row} for row in rows):
         if row["bench"] in ("layer", "overlap") and row["routing"] == "balanced":
             launched = "graph" if row["graph"] else "no graph"
+            if row["gradients"] == "added":
+                launched += ", added"
             name = row["device"], row["shape"], row["backend"], row["precision"], launched
             by_ep = found.setdefault(name, {})
             fastest = by_ep.get(row["ep"], row)

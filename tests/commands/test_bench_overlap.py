@@ -25,7 +25,7 @@ def test_two_ranks_measure_every_dispatcher_and_schedule(tmp_path: Path) -> None
             *(*RANKS, "-m", "ep_plugin.cli", "bench", "overlap", "--shapes", "tiny"),
             *("--repeats", "2", "--warm", "1", "--precision", "bf16", "--backends", "ep_plugin"),
             *("--output", str(rows_file), "--trace", str(trace_file)),
-            *("--trace-plot", str(tmp_path / "trace.png")),
+            *("--trace-plot", str(tmp_path / "trace.png"), "--gradients", "added"),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -129,7 +129,7 @@ def test_what_is_asked_for_is_measured_and_the_rest_resumed(tmp_path: Path) -> N
         command = [
             *("-m", "ep_plugin.cli", "bench", "overlap", "--shapes", "tiny", "--resume"),
             *("--repeats", "1", "--warm", "0", "--output", str(rows_file)),
-            *("--recipes", *recipes, "--dispatchers", *dispatchers),
+            *("--recipes", *recipes, "--dispatchers", *dispatchers, "--gradients", "anew"),
         ]
         done = run_script(2, command, {**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]

@@ -13,11 +13,12 @@ from typing import Any
 import torch.distributed as dist
 
 from ep_plugin.commands.bench import over_ranks, products_alone, steps_alone, whole_layer
+from ep_plugin.commands.bench.best import both_figures
 from ep_plugin.commands.bench.case import ROUTINGS, require_cuda
 from ep_plugin.commands.bench.contest import OURS, Contest
 from ep_plugin.commands.bench.figures import Row, merge, read, table, write
-from ep_plugin.commands.bench.floors import PRECISIONS
-from ep_plugin.commands.bench.measure import Protocol, default_device
+from ep_plugin.commands.bench.floors import GRADIENTS, PRECISIONS, Work, explain, told
+from ep_plugin.commands.bench.measure import Protocol, default_device, rates
 from ep_plugin.commands.bench.shapes import MODELS, TINY, Shape, pick
 from ep_plugin.commands.bench.which_flags import BACKENDS, NEEDS
 from ep_plugin.errors import BackendUnavailable, ConfigError, closest
@@ -29,6 +30,7 @@ EXAMPLES = """examples:
   ep-plugin bench layer --output benchmarks/results/layer_h100.json --plot layer_h100.png
   ep-plugin bench layer --shapes q3-30b --routing balanced zipf one_empty half
   ep-plugin bench layer --shapes mixtral --backends ep_plugin torch --cuda-graph
+  ep-plugin bench layer --shapes q3-30b gpt-oss-120b --explain        the floors, term by term
   ep-plugin bench gemm --precision fp8 --output benchmarks/results/gemm_h100.json --resume
   ep-plugin bench kernels --shapes tiny --repeats 5 --warm 1 --json
   torchrun --nproc-per-node 2 -m ep_plugin.cli bench overlap --shapes dsv3 --trace trace.json
@@ -41,9 +43,12 @@ overlap  the layer over ranks: exchanges alone, computation alone, together, and
 
 Random data in three sets taken in turn; all backends in turn in one process; medians. Weights,
 tokens and gradients are the same for every backend, and tokens are made such that each backend's
-own router sends them to the same experts. Floors are those of one H100. Peers that cannot run are
-named with the reason. Without a GPU, tiny is the default shape, and ratios to torch are printed in
-place of times.
+own router sends them to the same experts. Weight gradients are made anew in bf16, or added to fp32
+totals as training does: a row each. A floor counts what its row does, at the rates of this GPU,
+measured in the same run; --explain prints its terms. Of Megatron two figures are printed, as its
+users get it and its best, with the switches; NVTE_USE_CUTLASS_GROUPED_GEMM=1 in the environment
+adds `+cutlass` to names. Peers that cannot run are named with the reason. Without a GPU, tiny is
+the default shape, ratios to torch are printed in place of times, and rates are assumed.
 
 Shapes are what one rank computes of a published model:
   dsv3         DeepSeek-V3
@@ -51,6 +56,9 @@ Shapes are what one rank computes of a published model:
   q3-30b-ep8   Qwen3-30B-A3B at ep = 8
   q3-30b       Qwen3-30B-A3B, all of its experts
   mixtral      Mixtral 8x7B
+and, where they are named, all experts of
+  gpt-oss-120b, qwen3-next, glm-4.5-air, olmoe, deepseek-v2-lite
+  mixtral-1024, mixtral-256       Mixtral 8x7B, fewer tokens
   tiny         for a quick look, on any machine
 """
 MOST_ROUNDS = 1_000_000
@@ -66,10 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("bench", metavar="BENCH", help=", ".join(BENCHES))
     for name, summary in (
-        ("shapes", "sizes, listed below (default: all models; without a GPU tiny)"),
+        ("shapes", "sizes, listed below (default: the first five; without a GPU tiny)"),
         ("backends", "ep_plugin or peers; one asked for by name runs, or the command fails"),
         ("precision", f"{', '.join(PRECISIONS)} (default: both)"),
         ("routing", f"{', '.join(ROUTINGS)} (default: balanced)"),
+        ("gradients", f"{', '.join(GRADIENTS)} (default: both)"),
         ("recipes", f"overlap: {', '.join(over_ranks.RECIPES)} (default: all)"),
         ("dispatchers", f"overlap: {', '.join(over_ranks.DISPATCHERS)} (default: all)"),
     ):
@@ -85,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("cuda-graph", "layer, overlap: steps as CUDA graphs where a backend allows it"),
         ("resume", "keep the rows that are in --output, and measure only the others"),
         ("json", "print the rows on stdout"),
+        ("explain", "layer: print the terms of the floors, and measure no more than the rates"),
     ):
         parser.add_argument(f"--{name}", action="store_true", help=summary)
     for name, summary in (
@@ -97,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; 2 where nothing could be measured.
+    """Measure, print, write; 2 where nothing could be measured. With --explain print alone.
 
     Raises ConfigError for unknown names and unreadable files.
     """
@@ -112,19 +122,25 @@ def run(args: argparse.Namespace) -> int:
     if args.bench == "overlap":
         over_ranks.join_ranks(device)
     shapes = pick(args.shapes) or list(MODELS if device.type == "cuda" else [TINY])
+    if args.explain:
+        print(_explained(args, shapes, Protocol(device, args.warm, args.repeats)))
+        return 0
     kept = read(args.output) if args.output is not None else []
+    protocol = Protocol(
+        *(device, args.warm, args.repeats),
+        hide_launch=args.bench in ("gemm", "kernels"),
+        align=dist.barrier if args.bench == "overlap" else None,
+    )
     contest = Contest(
-        Protocol(
-            *(device, args.warm, args.repeats),
-            hide_launch=args.bench in ("gemm", "kernels"),
-            align=dist.barrier if args.bench == "overlap" else None,
-        ),
+        protocol,
         tuple(args.precision) or PRECISIONS,
         tuple(args.backends),
         args.cuda_graph,
         [row for row in kept if row.get("bench") == args.bench] if args.resume else [],
         tuple(args.recipes),
         tuple(args.dispatchers),
+        tuple(args.gradients) or GRADIENTS,
+        rates(protocol),
     )
     rows, kept = _measure(args, contest, shapes, kept)
     code = 0 if rows else 2
@@ -139,7 +155,8 @@ def run(args: argparse.Namespace) -> int:
     for line in contest.absentees():
         print(f"not measured: {line}", file=sys.stderr if args.json else sys.stdout)
     # Before any file: a disk that is full loses no figures.
-    print(json.dumps(rows) if args.json else table(rows), flush=True)
+    lines = [table(rows), *both_figures(rows)]
+    print(json.dumps(rows) if args.json else "\n".join(lines), flush=True)
     if args.output is not None:
         write(args.output, kept)
     if args.trace is not None:
@@ -149,6 +166,18 @@ def run(args: argparse.Namespace) -> int:
     if plot is not None:
         write_picture(args.plot, plot.draw(rows), dpi=144)
     return code
+
+
+def _explained(args: argparse.Namespace, shapes: list[Shape], protocol: Protocol) -> str:
+    """Return the terms of each shape's floors, and the rates they stand on."""
+    found = rates(protocol)
+    works = [
+        Work(shape, precision, gradients)
+        for shape in shapes
+        for precision in args.precision or PRECISIONS
+        for gradients in args.gradients or GRADIENTS
+    ]
+    return "\n".join([told(found.facts()), *(explain(work, found) for work in works)])
 
 
 def _check_places(args: argparse.Namespace) -> None:
@@ -164,7 +193,7 @@ def _check_places(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     _check_choice("BENCH", args.bench, tuple(BENCHES))
     for name, legal in (
-        *(("precision", PRECISIONS), ("routing", ROUTINGS)),
+        *(("precision", PRECISIONS), ("routing", ROUTINGS), ("gradients", GRADIENTS)),
         *(("recipes", over_ranks.RECIPES), ("dispatchers", tuple(over_ranks.DISPATCHERS))),
     ):
         for value in getattr(args, name):

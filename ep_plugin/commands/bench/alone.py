@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ep_plugin.commands.bench.accumulate import WeightGradients
 from ep_plugin.commands.bench.case import SETS, Case
 from ep_plugin.commands.bench.covered import spans_of
 from ep_plugin.commands.bench.measure import Protocol
@@ -30,8 +31,8 @@ def goes_by_swaps(layer: MoELayer) -> bool:
 class Alone:
     """Exchange and computation of `layer`, each a step of its own, forward and backward."""
 
-    def __init__(self, layer: MoELayer, case: Case) -> None:
-        self.layer, self.case = layer, case
+    def __init__(self, layer: MoELayer, case: Case, weights: WeightGradients) -> None:
+        self.layer, self.case, self.weights = layer, case, weights
         self.by_swaps = goes_by_swaps(layer)  # then that way is measured
         self.routings = [self._routing(tokens) for tokens in case.tokens]
         self.inboxes = [self._received(index) for index in range(SETS)]
@@ -58,11 +59,12 @@ class Alone:
     def compute(self, index: int) -> None:
         """Router and experts, on tokens that were received before."""
         tokens, inbox = self.case.tokens[index], self.inboxes[index]
+        self.weights.start()
         probs = self.layer.router(tokens).probs
         outbox = self.layer.experts(inbox)
         grads = self.grads[index], torch.ones_like(probs)
         torch.autograd.backward((outbox, probs), grads)
-        self._forget(tokens, inbox.tokens, inbox.probs)
+        self.weights.finish(tokens, inbox.tokens, inbox.probs)
 
     def wire(self, protocol: Protocol) -> Wire | None:
         """Return the mean over the sets of buffers; None on the CPU. All ranks must call it."""

@@ -6,8 +6,10 @@ token shall go to have logits in [2, 3), the others in [0, 1). Rounding to bf16 
 less than 0.02, so each backend's own router, whatever its precision, chooses the same experts.
 """
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,9 @@ from ep_plugin.commands.bench.floors import Precision
 from ep_plugin.commands.bench.shapes import Shape
 from ep_plugin.errors import BackendUnavailable
 
-ROUTINGS = ("balanced", "zipf", "one_empty", "half")
+ROUTINGS = ("balanced", "zipf", "zipf1.2", "recorded", "one_empty", "half")
+EXPONENTS = {"zipf": 1.0, "zipf1.2": 1.2}
+RECORDED = Path(__file__).parent / "recorded_routing.json"  # by benchmarks/record_routing.py
 SETS = 3  # of tokens and gradients, taken in turn, so that none stays in a cache
 
 
@@ -32,6 +36,8 @@ class Case:
     choices: tuple[Tensor, ...]  # [T, K] int64 each, one of each set
     tokens: tuple[Tensor, ...]  # [T, H] each, they want gradients
     grads: tuple[Tensor, ...]  # [T, H] each, of the output
+    # fp32 sums of weight gradients; all contenders add to the same
+    totals: dict[tuple[torch.Size, int], Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -63,6 +69,10 @@ class Contender:
     quantize: Callable[[], object] | None = None  # the weights, as a new optimizer step needs
     renew: Callable[[], object] | None = None  # where that cannot be called: next step does it
     capturable: bool = False  # into a CUDA graph: no host sync
+    # Have products add gradients to `main_grad` of their weights, or no longer; returns whose.
+    fuse: Callable[[bool], list[nn.Parameter]] | None = None
+    dispatcher: str = "alltoall"  # where experts are on several ranks
+    switches: str = ""  # what is not as the backend's users get it, for a reader
 
 
 # What a backend has for a case: the name of each of its recipes, and what makes it.
@@ -78,15 +88,18 @@ def require_cuda(name: str, device: torch.device, legal: str = "--backends ep_pl
 def draw_choices(shape: Shape, routing: str, generator: torch.Generator) -> Tensor:
     """Return distinct experts for each token [T, K].
 
-    balanced: uniform. zipf: expert i as popular as 1/(i+1). one_empty: uniform over all but the
-    last. half: expert 0 has half of all rows where K <= 2; a token chooses an expert once, so for
-    larger K every token chooses it, 1/K of all rows.
+    balanced: uniform. zipf: expert i as popular as 1/(i+1); zipf1.2: as that to the power of 1.2.
+    recorded: as popular as the experts of a real run, see `recorded_shares`. one_empty: uniform
+    over all but the last. half: expert 0 has half of all rows where K <= 2; a token chooses an
+    expert once, so for larger K every token chooses it, 1/K of all rows.
     """
     device = generator.device
     uniform = torch.rand(shape.tokens, shape.experts, generator=generator, device=device)
     scores = -torch.log(-torch.log(uniform.clamp(1e-7, 1 - 1e-7)))  # Gumbel: top-k samples
-    if routing == "zipf":
-        scores -= torch.arange(1, shape.experts + 1, device=device).log()
+    if routing in EXPONENTS:
+        scores -= EXPONENTS[routing] * torch.arange(1, shape.experts + 1, device=device).log()
+    elif routing == "recorded":
+        scores += recorded_shares(shape.experts).to(device).log()
     elif routing == "one_empty":
         scores[:, -1] = -torch.inf
     elif routing == "half":
@@ -95,6 +108,22 @@ def draw_choices(shape: Shape, routing: str, generator: torch.Generator) -> Tens
             scores[::2, 0] = -torch.inf
     choices: Tensor = scores.topk(shape.topk, dim=1).indices
     return choices
+
+
+def recorded_shares(num_experts: int) -> Tensor:
+    """Return the share of all rows that each expert had in a real run, largest first: [e].
+
+    The run had its own number of experts. Each layer's shares are sorted and the layers' mean is
+    taken; another number of experts gets points of the same curve, from the most popular expert to
+    the least.
+    """
+    counts = torch.tensor(json.loads(RECORDED.read_text())["counts"], dtype=torch.float32)
+    curve = counts.sort(dim=1, descending=True).values.mean(dim=0)
+    points = nn.functional.interpolate(
+        curve.clamp(min=1.0)[None, None], size=num_experts, mode="linear", align_corners=True
+    )
+    shares: Tensor = points[0, 0] / points.sum()
+    return shares
 
 
 def plant(choices: Tensor, router: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from ep_plugin.commands.bench.figures import EMPTY, Row, device_name, identity
-from ep_plugin.commands.bench.floors import Precision
+from ep_plugin.commands.bench.floors import GRADIENTS, H100, Gradients, Precision, Rates
 from ep_plugin.commands.bench.measure import Protocol
 from ep_plugin.errors import BackendUnavailable, ConfigError
 
@@ -17,6 +17,7 @@ INSTALL = {  # what a peer's file imports
     "sonicmoe": "pip install sonic-moe",
     "liger": "pip install liger-kernel",
     "deepgemm": "pip install sgl-deep-gemm",
+    "transformer_engine": "pip install 'ep-plugin[te]'",
 }
 # What a peer's code may raise: it is not ours, and one that breaks must not end the others' run.
 FAILURES = (
@@ -46,6 +47,8 @@ class Contest:
     kept: list[Row] = field(default_factory=list)  # measured before
     recipes: tuple[str, ...] = ()  # of bench overlap, as are these; none: all there are
     dispatchers: tuple[str, ...] = ()
+    gradients: tuple[Gradients, ...] = GRADIENTS
+    rates: Rates = H100  # of the device, for floors
     absent: dict[tuple[str, str], list[Precision]] = field(default_factory=dict)  # with reason
 
     def entries(self, names: Iterable[str]) -> list[tuple[str, Precision]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ep_plugin.commands.bench.floors import told
 from ep_plugin.commands.bench.measure import Timing
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import read_json, shown
@@ -18,7 +19,7 @@ from ep_plugin.written import write_whole
 Row = dict[str, Any]
 IDENTITY = (
     *("bench", "shape", "op", "backend", "precision", "routing", "ep", "graph", "device"),
-    *("dispatcher", "schedule"),
+    *("dispatcher", "schedule", "gradients"),
 )
 EMPTY: Row = {
     **dict.fromkeys(("bench", "shape", "op", "backend", "precision", "routing")),
@@ -26,11 +27,20 @@ EMPTY: Row = {
     **dict.fromkeys(("ms", "p10_ms", "p90_ms", "fwd_ms", "weight_quant_ms", "floor_ms")),
     **dict.fromkeys(("saved_mib", "tflops", "gbps", "error", "grad_error", "gpu")),
     **dict.fromkeys(("dispatcher", "schedule", "exchange_ms", "compute_ms", "wire_ms")),
-    **dict.fromkeys(("hidden_share", "covered_share")),
+    **dict.fromkeys(("hidden_share", "covered_share", "rates")),
+    "gradients": "anew",  # weight gradients; of rows that do not say so
 }
-OF_SOME = {"largest_share", "dims", "tokens_per_second", "first_losses", "losses"}  # benches
+OF_SOME = {
+    "switches",
+    "attention",
+    "largest_share",
+    "dims",
+    "tokens_per_second",
+    "first_losses",
+    "losses",
+}  # benches
 # What a row must have to be printed and drawn: the types of each name, and which are never None.
-TEXTS = "bench shape op backend precision routing device dispatcher schedule"
+TEXTS = "bench shape op backend precision routing device dispatcher schedule gradients"
 NUMBERS = (
     "ms p10_ms p90_ms fwd_ms weight_quant_ms floor_ms saved_mib tflops gbps exchange_ms "
     "compute_ms hidden_share covered_share"
@@ -38,11 +48,15 @@ NUMBERS = (
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(TEXTS.split(), (str,)),
     **dict.fromkeys(NUMBERS.split(), (int, float)),
-    **{"ep": (int,), "graph": (bool,)},
+    **{"ep": (int,), "graph": (bool,), "rates": (dict,)},
 }
 ALWAYS = {
     *("bench", "shape", "backend", "precision", "routing", "device", "ep", "graph"),
-    *("ms", "p10_ms", "p90_ms"),
+    *("ms", "p10_ms", "p90_ms", "gradients"),
+}
+RATES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("copy_tbps", "bf16_tflops", "fp8_tflops"), (int, float)),
+    "source": (str,),
 }
 WITH_FLOOR = ("layer", "gemm", "kernels", "overlap")
 PACKAGES = (
@@ -97,7 +111,12 @@ def read(path: Path) -> list[Row]:
             raise ConfigError(
                 f"{path} is no file of bench: in row {number} {wrong}; use another --output"
             )
-    return [{**EMPTY, **row} for row in rows]
+    return [_whole(row) for row in rows]
+
+
+def _whole(row: Row) -> Row:
+    """Return a row with every key; files of before `gradients` have training's, which are added."""
+    return {**EMPTY, **({"gradients": "added"} if row.get("bench") == "train" else {}), **row}
 
 
 def _wrong(row: Row) -> str:
@@ -110,6 +129,9 @@ def _wrong(row: Row) -> str:
         return "exchange_ms stands alone"
     if row["floor_ms"] is None and row["bench"] in WITH_FLOOR:
         return "floor_ms is None"
+    rates = row["rates"]
+    if rates is not None and not all(type(rates.get(n)) in kind for n, kind in RATES.items()):
+        return f"rates is {shown(rates)}"
     positive = all(row[name] is None or row[name] > 0 for name in ("ep", "ms", "floor_ms"))
     return "" if positive else "ep, ms or floor_ms is not positive"
 
@@ -133,7 +155,7 @@ def table(rows: list[Row]) -> str:
     base = {_group(row): row["ms"] for row in rows if _is_base(row)}
     serial = {_pair(row): row["ms"] for row in rows if row["schedule"] == "serial"}
     for row in sorted(rows, key=lambda row: str(_group(row))):
-        floor = "copy here" if row["bench"] == "kernels" else "one H100"
+        floor = _rates_of(row)
         title = f"{row['bench']} {case_of(row)}, {row['device']}; floor: {floor}"
         if title != heading:
             lines += ["", title]
@@ -145,14 +167,30 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines[1:])
 
 
+def _rates_of(row: Row) -> str:
+    """Return the rates that a row's floor stands on; for rows that keep none, the older count."""
+    if row["bench"] == "kernels":
+        return "copy here"
+    return told(row["rates"]) if row["rates"] else "one H100, gradients added in fp32, no routing"
+
+
 def case_of(row: Row) -> str:
     """Return shape, ranks where there are several, and routing, for a reader."""
     ranks = f", ep={row['ep']}" if row["ep"] > 1 else ""
-    return f"{row['shape']}{ranks}, {row['routing']}"
+    added = ", gradients added" if row["gradients"] == "added" else ""
+    return f"{row['shape']}{ranks}, {row['routing']}{added}"
 
 
 def _group(row: Row) -> tuple[Any, ...]:
-    return (row["bench"], row["shape"], row["ep"], row["routing"], row["device"], row["op"])
+    return (
+        row["bench"],
+        row["shape"],
+        row["ep"],
+        row["routing"],
+        row["device"],
+        row["gradients"],
+        row["op"],
+    )
 
 
 def _pair(row: Row) -> tuple[Any, ...]:

@@ -11,16 +11,18 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ep_plugin.commands.bench.case import SETS
+from ep_plugin.commands.bench.floors import H100, Rates
 
 Step = Callable[[int], object]  # is given the index of its set of buffers
 BUSY_CYCLES = 2_000_000  # about a millisecond
+LARGE = 8192  # each side of a product that tells a rate
 STATE = {"sm_mhz": "clocks.sm", "watt": "power.draw", "celsius": "temperature.gpu"}
 
 
@@ -124,6 +126,31 @@ def copy_bandwidth(protocol: Protocol) -> float:
     target = torch.empty_like(source)
     times, _ = protocol.interleave({"copy": lambda _: target.copy_(source)}, "copy")
     return 2e3 * size / times["copy"].median
+
+
+def rates(protocol: Protocol) -> Rates:
+    """Return what this GPU reaches: a copy, and large products of random numbers in turn.
+
+    Without a GPU, what is assumed of one H100: a CPU's rates say nothing about a layer's floor.
+    """
+    if protocol.device.type != "cuda":
+        return H100
+    kernels = replace(protocol, hide_launch=True, align=None)
+    left, right = (
+        torch.randn(LARGE, LARGE, dtype=torch.bfloat16, device=protocol.device) for _ in range(2)
+    )
+    steps: dict[str, Step] = {"bf16": lambda _: left @ right.T}
+    if torch.cuda.get_device_capability(protocol.device) >= (8, 9):
+        narrow = [matrix.to(torch.float8_e4m3fn) for matrix in (left, right)]
+        one = torch.ones((), device=protocol.device)
+        options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        steps["fp8"] = lambda _: torch._scaled_mm(narrow[0], narrow[1].T, one, one, **options)
+    times, _ = kernels.interleave(steps, "rates")
+    found = {name: 2e3 * LARGE**3 / time.median for name, time in times.items()}
+    name = torch.cuda.get_device_name(protocol.device)
+    # A GPU without e4m3 products has none of its rows in FP8 either.
+    fp8 = found.get("fp8", found["bf16"])
+    return Rates(copy_bandwidth(kernels), found["bf16"], fp8, f"measured on {name}")
 
 
 def gpu_state(device: torch.device) -> dict[str, float]:

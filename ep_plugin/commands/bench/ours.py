@@ -4,9 +4,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
+from torch import nn
+
+from ep_plugin.commands.bench.accumulate import total_of
 from ep_plugin.commands.bench.case import Case, Contender, Makers
 from ep_plugin.commands.bench.floors import Precision
 from ep_plugin.moe.config import Fp8, MoEConfig, Save
+from ep_plugin.moe.experts.fused import Into
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.layer import MoELayer
 from ep_plugin.moe.routing_config import RoutingConfig
@@ -63,6 +67,11 @@ def make_layer(case: Case, groups: ExpertGroups, **options: Any) -> MoELayer:
 def as_contender(layer: MoELayer, backend: str, precision: Precision) -> Contender:
     """Return a layer that `make_layer` made as what takes part in a run."""
     experts = layer.experts
+    weights = [experts.linear_fc1.weight, experts.linear_fc2.weight]
+
+    def fuse(added: bool) -> list[nn.Parameter]:
+        experts.totals = _MainGrads(*weights) if added else None
+        return weights
 
     def quantize() -> object:
         experts.is_first_microbatch = True
@@ -74,4 +83,16 @@ def as_contender(layer: MoELayer, backend: str, precision: Precision) -> Contend
         layer,
         list(layer.parameters()),
         quantize=quantize if experts.fp8 else None,
+        fuse=fuse,
     )
+
+
+class _MainGrads:
+    """`Totals` of the experts: the `main_grad` of both weights."""
+
+    def __init__(self, fc1: nn.Parameter, fc2: nn.Parameter) -> None:
+        self.weights = fc1, fc2
+
+    def take(self) -> Into:
+        first, second = map(total_of, self.weights)
+        return first, second

@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 
 from ep_plugin.commands.bench import timeline
+from ep_plugin.commands.bench.accumulate import WeightGradients
 from ep_plugin.commands.bench.alone import Alone, goes_by_swaps
 from ep_plugin.commands.bench.case import Case, Contender, make_case
 from ep_plugin.commands.bench.contest import OURS, Contest, peer
 from ep_plugin.commands.bench.covered import covered_share, spans_of
 from ep_plugin.commands.bench.figures import Row, make_row
-from ep_plugin.commands.bench.floors import Precision, layer_floor
+from ep_plugin.commands.bench.floors import Gradients, Precision, Work, floor_ms
 from ep_plugin.commands.bench.measure import Protocol, Step, Timing, captured
 from ep_plugin.commands.bench.ours import as_contender, make_layer
 from ep_plugin.commands.bench.shapes import Shape
@@ -97,17 +98,19 @@ class _Entry:
     contender: Contender
     dispatcher: str
     schedule: str
+    gradients: Gradients
     layer: MoELayer | None = None
 
     def identity(self, **where: Any) -> dict[str, Any]:
         name = self.contender.backend, self.contender.precision
-        return _identity(*name, self.dispatcher, self.schedule, **where)
+        how = {"gradients": self.gradients, **where}
+        return _identity(*name, self.dispatcher, self.schedule, **how)
 
     @property
     def way(self) -> str:
         """What exchange and computation alone depend on."""
         swaps = self.layer is not None and goes_by_swaps(self.layer)
-        way = f"{self.contender.backend}/{self.dispatcher}"
+        way = f"{self.contender.backend}/{self.dispatcher}/{self.gradients}"
         return f"{way} by swaps" if swaps else way
 
     @property
@@ -126,11 +129,15 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
         for entry in _take_part(contest, case, groups, where)
         if not contest.has(**entry.identity(**where))
     ]
-    alone = {e.way: Alone(e.layer, case) for e in entries if e.layer is not None}
+    alone = {
+        e.way: Alone(e.layer, case, WeightGradients(case, e.contender, e.gradients))
+        for e in entries
+        if e.layer is not None
+    }
     steps: dict[str, Step] = {}
     pool = torch.cuda.graph_pool_handle() if contest.cuda_graph else None
     for entry in entries:
-        train = train_step(case, entry.contender)
+        train = train_step(case, entry.contender, entry.gradients)
         step = captured(train, pool) if contest.cuda_graph else train
         made = {"step": step, **weight_step(entry.contender, train)}
         steps |= {f"{entry.name}/{part}": step for part, step in made.items()}
@@ -157,7 +164,11 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
                 covered_share=covered[entry.name],
                 weight_quant_ms=weights,
                 dims={"tokens": shape.tokens, "topk": shape.topk, "hidden": shape.hidden},
-                floor_ms=layer_floor(shape, entry.contender.precision),
+                floor_ms=floor_ms(
+                    Work(shape, entry.contender.precision, entry.gradients, ranks), contest.rates
+                ),
+                rates=contest.rates.facts(),
+                switches=entry.contender.switches,
                 saved_mib=saved_mib(case, entry.contender),
                 gpu=gpu,
             )
@@ -184,18 +195,24 @@ def _take_part(
             with contest.attempt(name, precision):
                 makers = peer(name)(case, precision)
                 peers = ready(contest, case, precision, makers)
-                found += [_Entry(contender, "alltoall", "serial") for contender in peers]
+                found += [
+                    _Entry(contender, contender.dispatcher, "serial", gradients)
+                    for contender in peers
+                    for gradients in contest.gradients
+                ]
             continue
         for recipe, dispatcher, schedule in our_ways(contest, precision):
             backend = OURS if recipe == "off" else f"{OURS}+{recipe}"
-            if contest.has(**_identity(backend, precision, dispatcher, schedule, **where)):
+            known = _identity(backend, precision, dispatcher, schedule, **where)
+            kinds = [g for g in contest.gradients if not contest.has(**known, gradients=g)]
+            if not kinds:
                 continue
             options = {"fp8": recipe, "overlap": schedule, **DISPATCHERS[dispatcher]}
             with contest.attempt(backend, precision, one_of_several=True):
                 layer = make_layer(case, groups, **options)
                 contender = as_contender(layer, backend, precision)
                 train_step(case, contender)(0)
-                found.append(_Entry(contender, dispatcher, schedule, layer))
+                found += [_Entry(contender, dispatcher, schedule, g, layer) for g in kinds]
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.commands.bench.case import SETS, Case
-from ep_plugin.commands.bench.floors import Direction, Precision
+from ep_plugin.commands.bench.floors import Direction, Gradients, Precision
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.moe.e4m3 import BLOCK
 from ep_plugin.moe.kernels import select
@@ -30,12 +30,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Product:
-    """One of the three products, its operands ready."""
+    """One of the three products, its operands ready; a weight gradient may be added to `total`."""
 
     backend: str
     precision: Precision
     direction: Direction
     run: Callable[[int], Tensor]  # index of a set -> [R, b], [R, a] or [e, b, a]
+    total: Tensor | None = None  # [e, b, a] fp32, which `run` adds to and returns
+    switches: str = ""  # what is not as the backend's users get it
+
+    @property
+    def gradients(self) -> Gradients:
+        return "anew" if self.total is None else "added"
 
 
 def make_problem(case: Case, linear: str) -> Problem:
@@ -65,7 +71,10 @@ def makers(precision: Precision) -> dict[str, Maker]:
     A maker raises BackendUnavailable where the option's package is missing.
     """
     if precision == "bf16":
-        return {name: partial(_backend, name) for name in available("gemm")}
+        return {
+            **{name: partial(_backend, name) for name in available("gemm")},
+            "add_wgrad": _add_wgrad,
+        }
     return {name: RECIPES.get(name, partial(_unknown, name)) for name in available("fp8")}
 
 
@@ -83,6 +92,27 @@ def _backend(name: str, problem: Problem) -> list[Product]:
         "wgrad": lambda i: gemm.wgrad(grads[i], rows[i], ends[i]),
     }
     return [Product(f"ep_plugin+{name}", "bf16", d, run) for d, run in runs.items()]
+
+
+def _add_wgrad(problem: Problem) -> list[Product]:
+    """Return the weight gradient of a layer that adds to `main_grad`, whatever its other products.
+
+    Raises ConfigError where it has no kernel: then a layer makes the gradient and adds it.
+    """
+    _, outputs, inputs = problem.weight.shape
+    if inputs % 8 or outputs % 8:
+        raise ConfigError(f"add_wgrad needs multiples of 8, not {inputs}, {outputs}")
+    ops, total = select(problem.weight), _new_total(problem)
+
+    def run(index: int) -> Tensor:
+        ops.add_wgrad(total, problem.grads[index], problem.rows[index], problem.ends[index])
+        return total
+
+    return [Product("ep_plugin+add_wgrad", "bf16", "wgrad", run, total)]
+
+
+def _new_total(problem: Problem) -> Tensor:
+    return torch.zeros_like(problem.weight, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -135,12 +165,13 @@ def by_blocks(problem: Problem) -> Operands8:
 
 def _rowwise(problem: Problem) -> list[Product]:
     ops = select(problem.weight)
-    return _recipe("rowwise", problem, by_rows(problem), ops.multiply, ops.multiply_columns)
+    kernels = ops.multiply, ops.multiply_columns, ops.add_wgrad8
+    return _recipe("rowwise", problem, by_rows(problem), *kernels)
 
 
 def _blockwise(problem: Problem) -> list[Product]:
     ops = select(problem.weight)
-    products = ops.multiply_blocks, ops.multiply_column_blocks
+    products = ops.multiply_blocks, ops.multiply_column_blocks, ops.add_wgrad_blocks
     return _recipe("blockwise", problem, by_blocks(problem), *products)
 
 
@@ -150,14 +181,22 @@ def _recipe(
     of: Operands8,
     multiply: Callable[..., Tensor],
     multiply_columns: Callable[..., Tensor],
+    add_columns: Callable[..., None],
 ) -> list[Product]:
-    ends, tiles = problem.ends, of.tiles
+    ends, tiles, total = problem.ends, of.tiles, _new_total(problem)
+
+    def add(index: int) -> Tensor:
+        add_columns(total, of.left[index], of.right[index], tiles[index])
+        return total
+
     runs: dict[Direction, Callable[[int], Tensor]] = {
         "forward": lambda i: multiply(of.rows[i], of.straight, ends[i], tiles[i]),
         "dgrad": lambda i: multiply(of.grads[i], of.turned, ends[i], tiles[i]),
         "wgrad": lambda i: multiply_columns(of.left[i], of.right[i], tiles[i]),
     }
-    return [Product(f"ep_plugin+{name}", "fp8", d, run) for d, run in runs.items()]
+    backend = f"ep_plugin+{name}"
+    made = [Product(backend, "fp8", d, run) for d, run in runs.items()]
+    return [*made, Product(backend, "fp8", "wgrad", add, total)]
 
 
 RECIPES: dict[str, Maker] = {"rowwise": _rowwise, "blockwise": _blockwise}

@@ -8,12 +8,12 @@ from ep_plugin.commands.bench import products
 from ep_plugin.commands.bench.case import make_case, relative_error
 from ep_plugin.commands.bench.contest import OURS, Contest, peer
 from ep_plugin.commands.bench.figures import Row, make_row
-from ep_plugin.commands.bench.floors import Precision, product_floor
+from ep_plugin.commands.bench.floors import Precision, Work, product_term
 from ep_plugin.commands.bench.measure import Timing
 from ep_plugin.commands.bench.products import Problem, Product
 from ep_plugin.commands.bench.shapes import Shape
 
-PEERS = ("grouped_mm", "deepgemm")
+PEERS = ("grouped_mm", "deepgemm", "transformer_engine")
 CHECKED = 64  # rows of the first expert whose product is compared with fp32
 
 
@@ -23,15 +23,17 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
     for linear in shape.linears:
         problem = products.make_problem(case, linear)
         found = {
-            f"{p.backend}/{p.precision}/{p.direction}": p
+            f"{p.backend}/{p.precision}/{p.direction}/{p.gradients}": p
             for p in _products(contest, problem)
-            if not contest.has(
+            if (p.direction != "wgrad" or p.gradients in contest.gradients)
+            and not contest.has(
                 bench="gemm",
                 shape=shape.name,
                 op=f"{linear} {p.direction}",
                 routing=routing,
                 backend=p.backend,
                 precision=p.precision,
+                gradients=p.gradients,
             )
         }
         if not found:
@@ -42,7 +44,7 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
             f"gemm {shape.name} {linear} {routing}",
         )
         for name, product in found.items():
-            row = _row(shape, problem, product, times[name], errors[name])
+            row = _row(contest, shape, problem, product, times[name], errors[name])
             rows.append(row | {"routing": routing, "gpu": gpu})
     return rows
 
@@ -70,8 +72,17 @@ def _of_peer(name: str, precision: Precision, problem: Problem) -> list[Product]
     return made
 
 
-def _row(shape: Shape, problem: Problem, product: Product, time: Timing, error: float) -> Row:
+def _row(
+    contest: Contest,
+    shape: Shape,
+    problem: Problem,
+    product: Product,
+    time: Timing,
+    error: float,
+) -> Row:
     inputs, outputs = shape.linears[problem.linear]
+    work = Work(shape, product.precision, product.gradients)
+    term = product_term(work, problem.linear, product.direction)
     return make_row(
         problem.weight.device,
         time,
@@ -80,7 +91,10 @@ def _row(shape: Shape, problem: Problem, product: Product, time: Timing, error: 
         op=f"{problem.linear} {product.direction}",
         backend=product.backend,
         precision=product.precision,
-        floor_ms=product_floor(shape, problem.linear, product.precision, product.direction),
+        gradients=product.gradients,
+        switches=product.switches,
+        floor_ms=term.bound(contest.rates)[0],
+        rates=contest.rates.facts(),
         tflops=2 * shape.rows * inputs * outputs / time.median / 1e9,
         error=error,
     )
@@ -96,6 +110,8 @@ def _error(problem: Problem, product: Product) -> float:
         "dgrad": grads[:CHECKED] @ weight,
         "wgrad": grads[:, :CHECKED].T @ rows,
     }
+    if product.total is not None:
+        product.total.zero_()
     value = product.run(0)
     part = value[0] if product.direction == "wgrad" else value
     return relative_error(part[: len(wanted[product.direction])], wanted[product.direction])

@@ -35,7 +35,16 @@ MODELS = (
     Shape("q3-30b", 8192, 8, 2048, 768, 128),  # all of its experts
     Shape("mixtral", 8192, 2, 4096, 14336, 8),  # Mixtral 8x7B
 )
-SHAPES = {shape.name: shape for shape in (*MODELS, TINY)}
+FURTHER = (  # measured where they are named; all experts of a model
+    Shape("gpt-oss-120b", 8192, 4, 2880, 2880, 128),
+    Shape("qwen3-next", 8192, 10, 2048, 512, 512),  # Qwen3-Next-80B-A3B
+    Shape("glm-4.5-air", 8192, 8, 4096, 1408, 128),
+    Shape("olmoe", 8192, 8, 2048, 1024, 64),  # OLMoE-1B-7B
+    Shape("deepseek-v2-lite", 8192, 6, 2048, 1408, 64),
+    Shape("mixtral-1024", 1024, 2, 4096, 14336, 8),  # fewer tokens
+    Shape("mixtral-256", 256, 2, 4096, 14336, 8),
+)
+SHAPES = {shape.name: shape for shape in (*MODELS, *FURTHER, TINY)}
 
 
 def pick(names: list[str]) -> list[Shape]:

@@ -23,6 +23,23 @@ BACKENDS = {  # that take part
 }
 NEEDS = (
     Need(
+        "--explain",
+        lambda args: args.bench == "layer",
+        "--explain is for layer; got {args.bench}; use bench layer --explain",
+    ),
+    Need(
+        "--backends --routing --resume --output --plot --json --cuda-graph",
+        lambda args: not args.explain,
+        "{flag} is for a run that measures, and --explain prints the floors alone; use {flag} "
+        "without --explain",
+    ),
+    Need(
+        "--gradients",
+        lambda args: args.bench != "kernels",
+        "--gradients has no choice in bench kernels, which has no weight gradients; use bench "
+        "kernels without --gradients",
+    ),
+    Need(
         "--recipes --dispatchers --trace --trace-plot",
         lambda args: args.bench == "overlap",
         "{flag} is for overlap; got {args.bench}; use bench overlap",

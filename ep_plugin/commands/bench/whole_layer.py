@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.commands.bench import ours
+from ep_plugin.commands.bench.accumulate import WeightGradients
 from ep_plugin.commands.bench.case import (
     Case,
     Contender,
@@ -20,47 +21,64 @@ from ep_plugin.commands.bench.case import (
 )
 from ep_plugin.commands.bench.contest import OURS, Contest, peer
 from ep_plugin.commands.bench.figures import Row, make_row
-from ep_plugin.commands.bench.floors import Precision, layer_floor, layer_flops
+from ep_plugin.commands.bench.floors import (
+    STEPS_PER_WEIGHT,
+    Gradients,
+    Precision,
+    Work,
+    floor_ms,
+    layer_flops,
+)
 from ep_plugin.commands.bench.measure import Step, Timing, captured
 from ep_plugin.commands.bench.shapes import Shape
 
 PEERS = ("torch", "megatron", "sonicmoe", "liger")
 CAPTURABLE = (OURS, "torch")  # no host sync in their steps
-STEPS_PER_WEIGHT = 8  # micro-batches of an optimizer step
 
 
 def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
-    """Return a row for each contender that is not measured yet."""
+    """Return a row for each contender, and each kind of gradients, that is not measured yet."""
     case = make_case(shape, routing, contest.protocol.device)
-    found = [
-        contender
-        for contender in _contenders(contest, case)
-        if not contest.has(
-            bench="layer",
-            shape=shape.name,
-            routing=routing,
-            backend=contender.backend,
-            precision=contender.precision,
-            graph=contest.cuda_graph and contender.capturable,
-        )
-    ]
-    if not found:
-        return []
+    found = _contenders(contest, case)
+    missing = {c.backend: _missing(contest, case, c) for c in found}
     pool = torch.cuda.graph_pool_handle() if contest.cuda_graph else None
-    steps = {
-        f"{contender.backend}/{part}": step
-        for contender in found
-        for part, step in _steps(case, contender, pool).items()
-    }
+    steps: dict[str, Step] = {}
+    for contender in found:
+        with contest.attempt(contender.backend, contender.precision):
+            made = _steps(case, contender, missing[contender.backend], pool)
+            steps |= {f"{contender.backend}/{part}": step for part, step in made.items()}
+    if not steps:
+        return []
     times, gpu = contest.protocol.interleave(steps, f"layer {shape.name} {routing}")
     rows, wanted = [], reference(case)
     for contender in found:
         prefix = f"{contender.backend}/"
         own = {n.removeprefix(prefix): t for n, t in times.items() if n.startswith(prefix)}
+        if not own:
+            continue
         graph = contest.cuda_graph and contender.capturable
         errors = _errors(case, contender, wanted)
-        rows.append(_row(case, contender, own, graph, gpu=gpu, **errors))
+        for gradients in missing[contender.backend]:
+            row = _row(contest, case, contender, own, gradients)
+            rows.append(row | {"graph": graph, "gpu": gpu} | errors)
     return rows
+
+
+def _missing(contest: Contest, case: Case, contender: Contender) -> list[Gradients]:
+    """Return the kinds of gradients of which a contender has no row yet."""
+    return [
+        gradients
+        for gradients in contest.gradients
+        if not contest.has(
+            bench="layer",
+            shape=case.shape.name,
+            routing=case.routing,
+            backend=contender.backend,
+            precision=contender.precision,
+            graph=contest.cuda_graph and contender.capturable,
+            gradients=gradients,
+        )
+    ]
 
 
 def _contenders(contest: Contest, case: Case) -> list[Contender]:
@@ -87,14 +105,15 @@ def ready(contest: Contest, case: Case, precision: Precision, makers: Makers) ->
     return found
 
 
-def train_step(case: Case, contender: Contender) -> Step:
-    """Return one step, forward and backward; gradients are made anew, not added."""
+def train_step(case: Case, contender: Contender, gradients: Gradients = "anew") -> Step:
+    """Return one step, forward and backward."""
+    weights = WeightGradients(case, contender, gradients)
 
     def step(index: int) -> None:
         tokens = case.tokens[index]
+        weights.start()
         torch.autograd.backward(contender.forward(tokens), case.grads[index])
-        for tensor in (tokens, *contender.parameters):
-            tensor.grad = None
+        weights.finish(tokens)
 
     return step
 
@@ -107,10 +126,15 @@ def _forward(case: Case, contender: Contender) -> Step:
     return step
 
 
-def _steps(case: Case, contender: Contender, pool: Any) -> dict[str, Step]:
-    """Return what is timed of one contender."""
-    train, forward = train_step(case, contender), _forward(case, contender)
-    steps, weights = {"step": train, "forward": forward}, weight_step(contender, train)
+def _steps(case: Case, contender: Contender, kinds: list[Gradients], pool: Any) -> dict[str, Step]:
+    """Return what is timed of one contender: a step for each kind of gradients, and its parts."""
+    if not kinds:
+        return {}
+    train = {f"step {kind}": train_step(case, contender, kind) for kind in kinds}
+    for step in train.values():
+        step(0)
+    steps = {**train, "forward": _forward(case, contender)}
+    weights = weight_step(contender, train[f"step {kinds[0]}"])
     if pool is not None and contender.capturable:
         if contender.quantize is not None:
             weights = {"weights": captured(weights["weights"], pool)}
@@ -135,11 +159,15 @@ def weight_step(contender: Contender, train: Step) -> dict[str, Step]:
 
 
 def weight_ms(times: dict[str, Timing]) -> float:
-    """Return the milliseconds of quantising the weights, of times by name with "step" in them."""
+    """Return the milliseconds of quantising the weights, of times by name.
+
+    Those of "renewed" are over the first of the names that begin with "step".
+    """
     if "weights" in times:
         return times["weights"].median
     if "renewed" in times:
-        return max(0.0, times["renewed"].median - times["step"].median)
+        step = next(time for name, time in times.items() if name.startswith("step"))
+        return max(0.0, times["renewed"].median - step.median)
     return 0.0
 
 
@@ -150,10 +178,14 @@ def with_weights(step: Timing, weights: float) -> Timing:
 
 
 def _row(
-    case: Case, contender: Contender, times: dict[str, Timing], graph: bool, **measured: Any
+    contest: Contest,
+    case: Case,
+    contender: Contender,
+    times: dict[str, Timing],
+    gradients: Gradients,
 ) -> Row:
     shape, weights = case.shape, weight_ms(times)
-    whole = with_weights(times["step"], weights)
+    whole = with_weights(times[f"step {gradients}"], weights)
     return make_row(
         case.device,
         whole,
@@ -163,13 +195,14 @@ def _row(
         largest_share=case.largest_share(),
         backend=contender.backend,
         precision=contender.precision,
-        graph=graph,
+        gradients=gradients,
+        switches=contender.switches,
         fwd_ms=times["forward"].median,
         weight_quant_ms=weights,
-        floor_ms=layer_floor(shape, contender.precision),
+        floor_ms=floor_ms(Work(shape, contender.precision, gradients), contest.rates),
+        rates=contest.rates.facts(),
         tflops=layer_flops(shape) / whole.median / 1e9,
         saved_mib=saved_mib(case, contender),
-        **measured,
     )
 
 
@@ -186,6 +219,7 @@ def saved_mib(case: Case, contender: Contender) -> float | None:
 def _errors(case: Case, contender: Contender, wanted: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Return the relative errors of output and input gradient against fp32, on some tokens."""
     tokens = case.tokens[0]
+    WeightGradients(case, contender, "anew").start()
     output = contender.forward(tokens)
     (grad,) = torch.autograd.grad(output, tokens, case.grads[0])
     return {

@@ -26,9 +26,9 @@ def build(problem: Problem, precision: Precision) -> list[Product]:
     runs: dict[Direction, Callable[[int], Tensor]] = {
         "forward": _by_rows(problem, problem.rows, problem.weight),
         "dgrad": _by_rows(problem, problem.grads, problem.weight.transpose(1, 2)),
-        "wgrad": _by_columns(problem),
     }
-    return [Product("deepgemm", precision, d, run) for d, run in runs.items()]
+    made = [Product("deepgemm", precision, d, run) for d, run in runs.items()]
+    return [*made, _by_columns(problem)]
 
 
 def _padded(matrix: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -70,7 +70,7 @@ def _by_rows(
     return run
 
 
-def _by_columns(problem: Problem) -> Callable[[int], Tensor]:
+def _by_columns(problem: Problem) -> Product:
     """Gradients [R, b] transposed times rows [R, a], added to fp32 [e, b, a]."""
     operands = [
         (*(_columns(m[i], problem.ends[i]) for m in (problem.grads, problem.rows)),)
@@ -87,7 +87,7 @@ def _by_columns(problem: Problem) -> Callable[[int], Tensor]:
         )
         return out
 
-    return run
+    return Product("deepgemm", "fp8", "wgrad", run, total=out)
 
 
 def _columns(matrix: Tensor, ends: Tensor) -> Scaled:

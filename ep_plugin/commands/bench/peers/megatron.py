@@ -1,6 +1,7 @@
 """Megatron's own MoE layer over Transformer Engine's grouped products, its experts on all ranks.
 
-Its fastest documented options: alltoall dispatcher, fused permutation and router.
+As its users get it (`+defaults`), and with each switch that its documents name as faster: see
+`WAYS`. What Transformer Engine reads from the environment is in the name too, as `+cutlass`.
 """
 
 from contextlib import AbstractContextManager
@@ -20,22 +21,21 @@ from torch import Tensor
 
 from ep_plugin.commands.bench.case import Case, Contender, Makers, require_cuda
 from ep_plugin.commands.bench.floors import Precision
-
-RECIPES = {"bf16": (None,), "fp8": ("tensorwise", "blockwise")}
-FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
+from ep_plugin.commands.bench.peers import _te_switches
+from ep_plugin.commands.bench.peers._megatron_ways import Way, ways
 
 
 def build(case: Case, precision: Precision) -> Makers:
-    """Return what makes the layer for each of Megatron's recipes of `precision`."""
+    """Return what makes the layer for each of Megatron's ways of `precision`."""
     require_cuda("megatron", case.device)
     _start()
     return {
-        _name(recipe): partial(_contender, case, precision, recipe) for recipe in RECIPES[precision]
+        _name(way): partial(_contender, case, way) for way in ways(precision, dist.get_world_size())
     }
 
 
-def _name(recipe: str | None) -> str:
-    return "megatron" if recipe is None else f"megatron+{recipe}"
+def _name(way: Way) -> str:
+    return _te_switches.named("+".join(filter(None, ("megatron", way.name))))
 
 
 def _start() -> None:
@@ -47,9 +47,8 @@ def _start() -> None:
         model_parallel_cuda_manual_seed(1)
 
 
-def _config(case: Case, recipe: str | None) -> TransformerConfig:
+def _config(case: Case, way: Way) -> TransformerConfig:
     shape = case.shape
-    fp8 = {} if recipe is None else {"fp8": FORMATS[recipe], "fp8_recipe": recipe}
     return TransformerConfig(
         num_layers=1,
         hidden_size=shape.hidden,
@@ -62,9 +61,6 @@ def _config(case: Case, recipe: str | None) -> TransformerConfig:
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=0.01,
         moe_grouped_gemm=True,
-        moe_token_dispatcher_type="alltoall",
-        moe_permute_fusion=True,
-        moe_router_fusion=True,
         gated_linear_unit=True,
         activation_func=F.silu,
         bias_activation_fusion=True,
@@ -72,12 +68,12 @@ def _config(case: Case, recipe: str | None) -> TransformerConfig:
         expert_model_parallel_size=dist.get_world_size(),
         bf16=True,
         params_dtype=torch.bfloat16,
-        **fp8,
+        **{"moe_token_dispatcher_type": "alltoall", **way.settings},
     )
 
 
-def _contender(case: Case, precision: Precision, recipe: str | None) -> Contender:
-    config = _config(case, recipe)
+def _contender(case: Case, way: Way) -> Contender:
+    config = _config(case, way)
     spec = get_moe_module_spec(use_te=True, num_experts=case.shape.experts, moe_grouped_gemm=True)
     layer: Any = spec(config=config, layer_number=1)
     layer.cuda().train()
@@ -90,12 +86,23 @@ def _contender(case: Case, precision: Precision, recipe: str | None) -> Contende
             output: Tensor = layer(tokens.unsqueeze(1))[0]
         return output.squeeze(1)
 
+    linears = layer.experts.linear_fc1, layer.experts.linear_fc2
+
+    def fuse(added: bool) -> list[Any]:
+        for linear in linears:
+            linear.fuse_wgrad_accumulation = added
+        return [weight for linear in linears for weight in linear.parameters()]
+
     return Contender(
-        _name(recipe),
-        precision,
+        _name(way),
+        way.precision,
         forward,
         list(layer.parameters()),
-        renew=None if recipe is None else layer.set_is_first_microbatch,
+        renew=layer.set_is_first_microbatch if way.precision == "fp8" else None,
+        capturable=way.drops,
+        fuse=fuse,
+        dispatcher=way.dispatcher,
+        switches=", ".join(filter(None, (way.switches, _te_switches.told()))),
     )
 
 

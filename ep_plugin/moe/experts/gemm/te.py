@@ -24,17 +24,13 @@ class TransformerEngineGemm:
     waits_for_host = True
 
     def forward(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        return _by_rows(rows, weight, ends, weight.shape[1], "TN")
+        return by_rows(rows, weight, counts_of(ends), weight.shape[1], "TN")
 
     def dgrad(self, grads: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        return _by_rows(grads, weight, ends, weight.shape[2], "NN")
+        return by_rows(grads, weight, counts_of(ends), weight.shape[2], "NN")
 
     def wgrad(self, grads: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-        counts = _counts(ends)
-        weight = rows.new_empty(len(counts), grads.shape[1], rows.shape[1])
-        blocks = _blocks(rows, counts), _blocks(grads, counts)
-        _multiply(*blocks, list(weight.unbind()), counts, layout="NT", grad=True)
-        return weight
+        return by_columns(grads, rows, counts_of(ends))
 
 
 def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGemm:
@@ -46,13 +42,26 @@ def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGem
     return TransformerEngineGemm()
 
 
-def _by_rows(rows: Tensor, weight: Tensor, ends: Tensor, features: int, layout: str) -> Tensor:
+def by_rows(rows: Tensor, weight: Tensor, counts: list[int], features: int, layout: str) -> Tensor:
     """Multiply each expert's block of `rows` [R, ...] by its weight: [R, features]."""
-    counts = _counts(ends)
     product = rows.new_empty(len(rows), features)
     options = {"layout": layout, "grad": layout == "NN", "single_output": True}
     _multiply(list(weight.unbind()), _blocks(rows, counts), [product], counts, **options)
     return product
+
+
+def by_columns(
+    grads: Tensor, rows: Tensor, counts: list[int], total: Tensor | None = None
+) -> Tensor:
+    """Return the weight gradient [e, b, a] of `grads` [R, b] and `rows` [R, a].
+
+    With `total` [e, b, a] fp32 it is added there, and `total` returned.
+    """
+    added = total is not None
+    weight = rows.new_empty(len(counts), grads.shape[1], rows.shape[1]) if total is None else total
+    a, b = _blocks(rows, counts), _blocks(grads, counts)
+    _multiply(a, b, list(weight.unbind()), counts, layout="NT", grad=True, accumulate=added)
+    return weight
 
 
 def _multiply(
@@ -63,7 +72,8 @@ def _multiply(
     general_grouped_gemm(a, b, out, no_quantizers, out[0].dtype, m_splits=counts, **options)
 
 
-def _counts(ends: Tensor) -> list[int]:
+def counts_of(ends: Tensor) -> list[int]:
+    """Return each expert's number of rows, of `ends` [e]; the host waits for the device."""
     return [end - start for start, end in pairwise([0, *ends.tolist()])]
 
 
