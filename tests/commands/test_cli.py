@@ -17,8 +17,8 @@ FLAGS = {
     "apply": "SCRIPT --check --diff --revert",
     "audit": "CKPT --json",
     "bench": (
-        "BENCH --backends --cuda-graph --dispatchers --json --output --plot --precision --recipes "
-        "--repeats --resume --routing --shapes --trace --trace-plot --warm"
+        "BENCH --backends --cuda-graph --dispatchers --explain --gradients --json --output --plot "
+        "--precision --recipes --repeats --resume --routing --shapes --trace --trace-plot --warm"
     ),
     "convert": (
         "--check --drop-optimizer --drop-ratio --dry-run --ep --family --format --from "

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ep_plugin import cli
 from ep_plugin.commands import bench, doctor, plan, report
-from ep_plugin.commands.bench import over_ranks
+from ep_plugin.commands.bench import over_ranks, whole_layer
 from ep_plugin.commands.bench.contest import OURS, Contest
 from ep_plugin.commands.bench.figures import Row, make_row
 from ep_plugin.commands.bench.measure import Timing
@@ -47,7 +47,7 @@ VALUES = {
         **{"--shapes": "tiny mixtral", "--backends": "ep_plugin", "--precision": "fp8"},
         **{"--routing": "half", "--recipes": "rowwise", "--dispatchers": "deepep"},
         **{"--repeats": "2", "--warm": "1", "--output": "rows.json", "--plot": "rows.png"},
-        **{"--trace": "trace.json", "--trace-plot": "trace.png"},
+        **{"--trace": "trace.json", "--trace-plot": "trace.png", "--gradients": "added"},
     },
     "parity": {
         **{"--iterations": "2", "--tolerance": "0.5", "--device": "cuda", "--output": "out.json"},
@@ -177,7 +177,9 @@ def stub_bench(monkeypatch: pytest.MonkeyPatch, here: Here) -> None:
                     ways += over_ranks.our_ways(contest, precision)
             protocol = contest.protocol.warm, contest.protocol.repeats
             here.asked.append((shape, routing, entries, ways, protocol, contest.kept))
-            graph = contest.cuda_graph and not {OURS, "torch"}.isdisjoint(b for b, _ in entries)
+            here.asked.append(contest.gradients)
+            captured = set(whole_layer.CAPTURABLE)
+            graph = contest.cuda_graph and not captured.isdisjoint(b for b, _ in entries)
             here.asked.append(graph)
             return [fake_row(name, backend) for backend, _ in entries]
 

@@ -1,21 +1,28 @@
 """What benchmarks/*.py make of rows; the runs themselves are started by hand."""
 
+import argparse
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ep_plugin.commands.bench.figures import make_row
+from ep_plugin.commands.bench.best import both_figures
+from ep_plugin.commands.bench.figures import make_row, merge, read, table
+from ep_plugin.commands.bench.floors import PRECISIONS, Precision
 from ep_plugin.commands.bench.measure import Timing
+from ep_plugin.commands.bench.peers._megatron_ways import ways
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling  # noqa: E402
 import train_ep  # noqa: E402
+import train_run  # noqa: E402
+import train_sides  # noqa: E402
 
 
 def row(ep: int, ms: float, **fields: Any) -> dict[str, Any]:
@@ -61,6 +68,193 @@ def test_losses_are_compared_seed_by_seed() -> None:
 
 
 def test_layouts_are_megatron_s_flags() -> None:
-    assert train_ep.layout_flags(train_ep.parallel_of("tp=2,ep=4", 8))[-1] == "--sequence-parallel"
+    layout = train_run.parallel_of("tp=2,ep=4", 8)
+    assert train_run.layout_flags(layout)[-1] == "--sequence-parallel"
     with pytest.raises(ValueError, match="--layouts takes tp, pp, ep, etp"):
-        train_ep.parallel_of("xp=2", 8)
+        train_run.parallel_of("xp=2", 8)
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["train_ep.py", "--ranks", "2", *words])
+    return train_ep.parse()
+
+
+@pytest.mark.parametrize("recipe", [None, *train_sides.FORMATS])
+@pytest.mark.parametrize("side", train_sides.SIDES)
+def test_megatron_has_the_flags_of_every_side(
+    side: str, recipe: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = pytest.importorskip("megatron.training.arguments")
+    from ep_plugin.megatron.arguments.parser import add_ep_arguments
+
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    add_ep_arguments(parser)
+    monkeypatch.setattr(train_run, "has_engine", lambda: True)
+    words = [*("--fp8-recipe", recipe or "tensorwise"), "--force-balance"]
+    args = parsed(monkeypatch, *words)
+    case = train_run.Case("ep=2", None, 4)
+    command = train_run.command_of(side, recipe is not None, 7, args, case)
+    known = parser.parse_args(command[command.index(train_run.SCRIPT) + 1 :])
+    assert known.moe_router_force_load_balancing
+    assert (known.cross_entropy_loss_fusion, known.cross_entropy_fusion_impl) == (True, "native")
+    assert (known.manual_gc, known.check_for_nan_in_loss_and_grad) == (True, False)
+    assert (known.overlap_grad_reduce, known.overlap_param_gather) == (True, True)
+    theirs = side.startswith("megatron")
+    assert known.fp8_recipe == (recipe if theirs and recipe else "delayed")  # Megatron's default
+    assert known.moe_router_padding_for_quantization == (theirs and recipe is not None)
+    assert known.moe_router_fusion == (theirs and side != "megatron-defaults")
+    everything = side == "megatron-all"
+    assert known.delay_wgrad_compute == (everything or side == "megatron-overlap")
+    graphs = [module.name for module in known.cuda_graph_modules]
+    wanted = ["attn", "moe_router", "moe_preprocess"]
+    assert graphs == (wanted if everything or "graphs" in side else [])
+
+
+def test_sides_differ_by_what_their_rows_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads a row can start it: all sides alike but for its switches."""
+    monkeypatch.setattr(train_run, "has_engine", lambda: True)
+    args, case = parsed(monkeypatch), train_run.Case("ep=2", None, 4)
+    shared = set()
+    for name, side in train_sides.SIDES.items():
+        command = train_run.command_of(name, True, 7, args, case)
+        own = train_run.own(name, True, args, case)
+        words = command[command.index(train_run.SCRIPT) :]
+        assert words[-len(own.split()) :] == own.split()
+        shared.add(" ".join(words[: -len(own.split())]))
+        told = train_sides.switches(side, own)
+        assert own in told
+        assert ("NVTE_USE_CUTLASS_GROUPED_GEMM=1" in told) == (
+            name in ("megatron-cutlass", "megatron-graphs-cutlass", "megatron-all")
+        )
+    assert len(shared) == 1
+    names = [train_sides.backend(name, None, True) for name in train_sides.SIDES]
+    assert len(set(names)) == len(names) - 1  # ours have one name, and a graph is a field
+    assert train_sides.backend("megatron", "tensorwise", True) == "megatron (te)"
+    delayed = train_sides.backend("megatron-graphs-cutlass", "delayed", True)
+    assert delayed == "megatron+graphs+cutlass+delayed (te)"
+
+
+def test_a_row_says_its_switches_and_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both figures of Megatron are printed; a side that fails is named, the others have rows."""
+    log = "[INFO] Selected backend = FusedAttention (sub-backend 1)\n"
+    steps = [(1, 200.0), (2, 100.0), (3, 100.0)]
+    log += "".join(f"elapsed time per iteration (ms): {ms} | lm loss: 9.{i}\n" for i, ms in steps)
+
+    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        graphs = "--cuda-graph-modules" in command
+        slow = 2 if "--moe-router-fusion" not in command and "stock_run" in str(command) else 1
+        said = log.replace("100.0", f"{100.0 * slow}")
+        options["stdout"].write("RuntimeError: no capture\n" if graphs else said)
+        cutlass = options["env"].get("NVTE_USE_CUTLASS_GROUPED_GEMM")
+        seen.append((cutlass, options["env"]["NCCL_GRAPH_REGISTER"]))
+        return subprocess.CompletedProcess(command, int(graphs))
+
+    seen: list[tuple[str | None, str]] = []
+    for module in (train_ep, train_run):
+        monkeypatch.setattr(module, "has_engine", lambda: True)
+    monkeypatch.setattr(train_run.subprocess, "run", start)
+    output = tmp_path / "rows.json"
+    sides = ["ep_plugin", "megatron-defaults", "megatron-cutlass", "megatron-graphs"]
+    words = ["--sides", *sides, "--logs", str(tmp_path / "logs"), "--output", str(output)]
+    monkeypatch.setattr(train_ep, "make_row", on_a_gpu)
+    monkeypatch.setattr(sys, "argv", ["train_ep.py", "--ranks", "2", "--minutes", "1", *words])
+    train_ep.main()
+    out = capsys.readouterr().out
+    assert "megatron-graphs bf16 not measured: it ended with 1: RuntimeError: no capture" in out
+    assert "Megatron bf16 as its users get it: 81920 tokens/s (no switch)" in out
+    best = "--moe-permute-fusion --moe-router-fusion NVTE_USE_CUTLASS_GROUPED_GEMM=1"
+    assert f"Megatron bf16 best: 163840 tokens/s ({best})" in out
+    rows = {row["backend"]: row for row in json.loads(output.read_text())}
+    assert set(rows) == {"ep_plugin", "megatron+defaults (te)", "megatron+cutlass (te)"}
+    row = rows["megatron+cutlass (te)"]
+    assert (row["attention"], row["switches"]) == ("FusedAttention", best)
+    assert (row["gradients"], row["shape"], row["routing"]) == ("added", "gpt-20m", "natural")
+    assert seen == [(None, "0"), (None, "0"), ("1", "0"), (None, "0")]
+
+
+@pytest.mark.parametrize("name", ["eight_gpus", "two_gpus", "layer_h100", "gemm_h100"])
+def test_files_of_before_can_be_read_and_added_to(name: str) -> None:
+    rows = read(ROOT / "benchmarks" / "results" / f"{name}.json")
+    assert {row["gradients"] for row in rows if row["bench"] == "train"} <= {"added"}
+    assert {row["gradients"] for row in rows if row["bench"] != "train"} <= {"anew"}
+    assert len(merge(rows, rows)) == len(rows)
+    assert all(table([row]) for row in rows if row["bench"] != "train")
+
+
+def on_a_gpu(device: torch.device, *rest: Any, **fields: Any) -> dict[str, Any]:
+    return {**make_row(torch.device("cpu"), *rest, **fields), "device": "a GPU"}
+
+
+def test_sides_that_cannot_run_here_are_named() -> None:
+    why = {
+        name: train_sides.why_not(side, False, False, None)
+        for name, side in train_sides.SIDES.items()
+    }
+    able = {name for name, reason in why.items() if not reason}
+    assert able == {"ep_plugin", "graph", "megatron-defaults", "megatron"}
+    alone = train_sides.why_not(train_sides.SIDES["megatron-all"], False, True, None)
+    assert alone == "its overlap needs experts on more than one rank"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--layouts", "xp=2"], "--layouts takes tp, pp, ep, etp"),
+        (["--precision", "fp8", "--sides", "megatron"], "--precision fp8 of side megatron needs"),
+        (["--micro-batch", "3"], "--batch (32) must be a multiple of --micro-batch (3) times"),
+        (["--micro-batch", "0"], "--batch (32) must be a multiple of --micro-batch (0) times"),
+        (["--num-layers", "1", "2", "3"], "--num-layers takes one depth or two; got 3"),
+    ],
+)
+def test_bad_flags_of_train_ep_are_refused(
+    words: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_ep.py", "--ranks", "2", *words])
+    with pytest.raises(SystemExit) as ended:
+        train_ep.main()
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_layer_costs_what_two_depths_differ_by() -> None:
+    cost = train_ep.layer_cost({"ms": 100.0}, {"ms": 180.0}, 8, tokens=16_000, ranks=2)
+    assert cost == pytest.approx(1.25)  # 10 ms a layer over 8000 tokens of a GPU
+
+
+@pytest.mark.parametrize("shape", ["dsv3", "q3-30b"])
+def test_both_figures_of_megatron_s_layer(shape: str) -> None:
+    rows = [
+        row(1, 9.0, shape=shape, backend="megatron+defaults"),
+        row(1, 7.0, shape=shape, backend="megatron+cutlass", switches="A=1"),
+        row(1, 1.0, shape=shape, backend="megatron+drop_and_pad"),
+        row(1, 2.0, shape=shape, backend="ep_plugin"),
+        row(1, 6.0, shape=shape, backend="megatron+delayed", precision="fp8"),
+    ]
+    assert both_figures(rows) == [
+        f"layer {shape}, balanced, a GPU: Megatron bf16 as its users get it 9.00 ms "
+        "(megatron+defaults); at its best 7.00 ms (A=1)",
+        f"layer {shape}, balanced, a GPU: Megatron fp8 as its users get it not measured; at its "
+        "best 6.00 ms (megatron+delayed)",
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_megatron_s_config_has_the_settings_of_every_way(precision: Precision, ranks: int) -> None:
+    config = pytest.importorskip("megatron.core.transformer.transformer_config").TransformerConfig
+    known = {f.name: f for f in fields(config)}
+    found = ways(precision, ranks)
+    assert len({way.name for way in found}) == len(found)
+    assert sum("defaults" in way.name for way in found) == 1
+    for way in found:
+        assert set(way.settings) <= set(known)
+        assert way.drops == ("moe_expert_capacity_factor" in way.settings)
+        flags = {word for word in way.switches.split() if word.startswith("--")}
+        assert flags == {f"--{n.replace('_', '-')}" for n in way.settings if n != "fp8"} | (
+            {"--fp8-format"} if precision == "fp8" else set()
+        )

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         over_ranks.join_ranks(device)
     shapes = pick(args.shapes) or list(MODELS if device.type == "cuda" else [TINY])
     if args.explain:
-        print(_explained(args, shapes, Protocol(device, args.warm, args.repeats)))
+        print(_explained(args, shapes, Protocol(device, warm=5, repeats=20)))
         return 0
     kept = read(args.output) if args.output is not None else []
     protocol = Protocol(

@@ -107,7 +107,7 @@ def read(path: Path) -> list[Row]:
         return []
     rows: list[Row] = read_json(path, "use another --output", list)
     for number, row in enumerate(rows, start=1):
-        if wrong := "there are no names" if type(row) is not dict else _wrong({**EMPTY, **row}):
+        if wrong := "there are no names" if type(row) is not dict else _wrong(_whole(row)):
             raise ConfigError(
                 f"{path} is no file of bench: in row {number} {wrong}; use another --output"
             )
@@ -115,8 +115,12 @@ def read(path: Path) -> list[Row]:
 
 
 def _whole(row: Row) -> Row:
-    """Return a row with every key; files of before `gradients` have training's, which are added."""
-    return {**EMPTY, **({"gradients": "added"} if row.get("bench") == "train" else {}), **row}
+    """Return a row with every key; older rows of training do not say what all of them did."""
+    whole = {**EMPTY, **row}
+    if row.get("bench") == "train":
+        whole |= {"gradients": row.get("gradients", "added")}
+        whole |= {"routing": row.get("routing") or "natural"}
+    return whole
 
 
 def _wrong(row: Row) -> str:

@@ -28,7 +28,7 @@ NEEDS = (
         "--explain is for layer; got {args.bench}; use bench layer --explain",
     ),
     Need(
-        "--backends --routing --resume --output --plot --json --cuda-graph",
+        "--backends --routing --repeats --warm --resume --output --plot --json --cuda-graph",
         lambda args: not args.explain,
         "{flag} is for a run that measures, and --explain prints the floors alone; use {flag} "
         "without --explain",
