@@ -25,6 +25,7 @@ from ep_plugin.checkpoint.adapt.keep_layers import Kept
 from ep_plugin.checkpoint.adapt.model_class import Reclassed
 from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
 from ep_plugin.checkpoint.carried import EXTRA_STATE, leave_out
+from ep_plugin.checkpoint.complete import incomplete
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.names import plain, stored_name
@@ -172,6 +173,8 @@ def _open_megatron(
     check_counters(source.common, source.folder)
     args = checked(args, source.folder)
     check_num_layers(args, source.tensors, source.folder)
+    for name, wrong in incomplete(source.tensors, args):
+        raise ConfigError(f"{name} {wrong}, in {source.folder}; copy the checkpoint again")
     source = _with_args(source, args)
     if EXTRA_STATE in left_out:
         source, emptied = _without_states(source)

@@ -93,6 +93,7 @@ _WORDS = [
     "tiktoken_pattern",
     "hybrid_layer_pattern",
     "hybrid_override_pattern",
+    "heterogeneous_layers_config_path",
 ]
 _LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff")
 _OF_THEIR_OWN = [

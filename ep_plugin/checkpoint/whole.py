@@ -1,6 +1,7 @@
 """Is what lies in the files what `.metadata` says? `audit`, `convert` and `convert --check` ask it.
 
     overlapping     two tensors or objects lie on each other in a file
+    misnamed        an object is named as a tensor is, or the other way round
     misplaced       elements of a tensor are in no chunk, in two, or outside of its shape
     other_kind      an object holds what belongs to one of another kind
 
@@ -9,7 +10,8 @@ Whether bytes are those that were written, their archives' own checksums say (`f
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -21,6 +23,8 @@ from ep_plugin.untrusted import cut
 
 MAX_CELLS = 100_000_000  # of the grid that the chunks of one tensor make
 MAX_LEAD = 100_000  # layers or experts along an axis
+STACKED = re.compile(r"((?:optimizer\.state\.\w+\.)?decoder\.layers\.)(?!\d)(.+)")
+SHARD = re.compile(r"(.+)/shard_([\d.]+)_([\d.]+)")
 Place = tuple[int | None, int | None]  # layer, expert
 
 
@@ -85,6 +89,21 @@ def misplaced(
             places[place_of(begins)] = places.get(place_of(begins), 0) + size
         if places:
             yield message, places
+
+
+def misnamed(tensors: Mapping[str, Sequence[int]], objects: Iterable[str]) -> Iterator[str]:
+    """Yield what is wrong with names as they are stored; `tensors` has the shape of each.
+
+    Objects have their place in the name, and no tensor has; a stack of layers has an axis of them.
+    """
+    for name, shape in tensors.items():
+        if SHARD.fullmatch(name):
+            yield f"{cut(name)} is a tensor, named as an object is"
+        elif STACKED.fullmatch(name) and not shape:
+            yield f"{cut(name)} is of all layers, and has no axis of them"
+    for name in objects:
+        if not SHARD.fullmatch(name):
+            yield f"{cut(name)} is an object, named as a tensor is"
 
 
 def other_kind(name: str, value: Any) -> str | None:

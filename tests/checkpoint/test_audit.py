@@ -3,12 +3,28 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from stored import FC1, FC2, ITERATION, NORM, ROUTER, STATES, Content, E, F, H, L, healthy, write
+from stored import (
+    FC1,
+    FC2,
+    ITERATION,
+    NORM,
+    ROUTER,
+    SHAPES,
+    STATES,
+    Content,
+    E,
+    F,
+    H,
+    L,
+    healthy,
+    write,
+)
 
 from ep_plugin.checkpoint.formats.megatron_dist import open_stored
 from ep_plugin.checkpoint.tensors import Region, Stored
@@ -303,7 +319,7 @@ def test_buckets_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     content = healthy()
     for key in [key for key in content.regions if key.startswith("optimizer")]:
         content.drop(key)
-    size = L * E * (3 * F * H + H) + H
+    size = sum(map(prod, SHAPES.values()))
     bucket = "chained_0.optimizer.distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0"
     for state in ("param", "exp_avg", "exp_avg_sq"):
         content.add(f"{bucket}.{state}", torch.full((size,), torch.nan))

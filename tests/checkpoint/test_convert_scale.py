@@ -218,6 +218,7 @@ def save_large(root: Path) -> None:
         yield Region((0,) * len(shape), torch.empty(shape).uniform_(-1, 1))
 
     content = [draw("embedding.word_embeddings.weight", 64, HIDDEN)]
+    content += [draw("decoder.final_layernorm.weight", HIDDEN)]
     for layer in range(LAYERS):
         mlp = f"decoder.layers.{layer}.mlp."
         content += [draw(f"{mlp}linear_fc1.weight", 2 * WIDTH, HIDDEN)]

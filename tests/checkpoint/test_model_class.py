@@ -189,6 +189,7 @@ def test_hybrid_models_without_a_counterpart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str
 ) -> None:
     tensors = {f"decoder.layers.{n}.mlp.router.weight": torch.ones(2, H) for n in range(8)}
+    tensors |= {name: whole for name, whole in pyramid().items() if ".layers." not in name}
     changes = {"num_layers": 8, "moe_layer_freq": 1, "ep_experts_per_layer": None}
     made = {**MOE, **changes, "hybrid_layer_pattern": pattern}
     save_dense(tmp_path / "hybrid", tensors, **made)

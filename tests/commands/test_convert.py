@@ -614,7 +614,7 @@ def test_bad_settings(
     [
         (
             {"untie_embeddings_and_output_weights": True},
-            r"say that embedding and output are untied, but it lacks output_layer.weight",
+            r"output_layer.weight is missing, and embedding and output are untied",
         ),
         (
             {"padded_vocab_size": V + 128},

@@ -22,7 +22,8 @@ FC1 = "decoder.layers.mlp.experts.experts.linear_fc1.weight"  # [L, E, 2F, H], h
 FC2 = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
 ROUTER = "decoder.layers.mlp.router.weight"
 NORM = "decoder.final_layernorm.weight"
-SHAPES = {FC1: (L, E, 2 * F, H), FC2: (L, E, H, F), ROUTER: (L, E, H), NORM: (H,)}
+TABLE = "embedding.word_embeddings.weight"
+SHAPES = {FC1: (L, E, 2 * F, H), FC2: (L, E, H, F), ROUTER: (L, E, H), NORM: (H,), TABLE: (4, H)}
 STATES = ("", *(f"optimizer.state.{state}." for state in ("param", "exp_avg", "exp_avg_sq")))
 
 

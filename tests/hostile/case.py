@@ -125,7 +125,9 @@ class Sandbox:
     def _run(
         self, name: str, command: trees.Command, allowed: frozenset[tuple[str, str]]
     ) -> tuple[Verdict, list[tuple[str, str]], list[str]]:
-        writable = (*map(Path, self.words(command.writes)), self.root / "home", self.root / "tmp")
+        # Where the path of an output leads is where the user wants it, also through a link.
+        named = [Path(os.path.realpath(word)) for word in self.words(command.writes)]
+        writable = (*named, self.root / "home", self.root / "tmp")
         before = watch.listing(self.root, writable)
         verdict = Verdict(name)
         report = self.root.parent / "report.json"

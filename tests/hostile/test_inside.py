@@ -28,6 +28,7 @@ from tests.hostile import (
     script_module,
     settings,
     texts,
+    watch,
 )
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
@@ -158,3 +159,19 @@ def test_a_changed_class_is_seen_and_put_back() -> None:
         "_rebuild_tensor_v2.__defaults__ was changed",
     ]
     assert classes.changes(before) == []
+
+
+def test_what_is_written_is_told_from_what_cannot_be(tmp_path: Path) -> None:
+    """A folder that is there is not made, and to open one for writing makes no file."""
+    watched = watch.Watch(writable=(tmp_path / "mine",))
+    acts = {
+        ("os.mkdir", (str(tmp_path), 0o777, -1)): False,
+        ("open", (str(tmp_path), "w+b", os.O_RDWR | os.O_CREAT)): False,
+        ("open", (str(tmp_path / "mine" / "file"), "w", os.O_WRONLY | os.O_CREAT)): False,
+        ("os.mkdir", (str(tmp_path / "new"), 0o777, -1)): True,
+        ("open", (str(tmp_path / "file"), "w", os.O_WRONLY | os.O_CREAT)): True,
+    }
+    for (event, arguments), is_write in acts.items():
+        watched.seen.clear()
+        watched._look(event, arguments)
+        assert bool(watched.seen) == is_write

@@ -87,6 +87,8 @@ class Watch:
     def _look(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
             self._open(*args)
+        elif event == "os.mkdir" and os.path.isdir(args[0]):
+            return  # which fails
         elif event in CHANGES:
             for path, folder in CHANGES[event]:
                 inside = args[folder] if folder is not None and folder < len(args) else -1
@@ -110,9 +112,11 @@ class Watch:
     def _open(self, path: Any, mode: Any, flags: Any) -> None:
         if isinstance(path, int):
             return
+        if os.path.isdir(path):
+            return  # to write it fails, or makes a file without a name, gone when it is closed
         if isinstance(flags, int) and flags & WRITING:
             self._change("open", path)
-        elif not os.path.isdir(path):
+        else:
             self.opened.add(os.path.abspath(os.fsdecode(path)))
 
     def _change(self, event: str, path: Any, folder: Any = -1) -> None:

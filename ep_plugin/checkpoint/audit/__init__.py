@@ -19,6 +19,7 @@ from ep_plugin.checkpoint.formats.megatron_dist import open_stored
 from ep_plugin.checkpoint.manifest import MANIFEST, manifest_problems
 from ep_plugin.checkpoint.run_args import check_counters, checked
 from ep_plugin.checkpoint.tensors import Damaged, Stored
+from ep_plugin.checkpoint.whole import misnamed
 from ep_plugin.errors import ConfigError
 
 __all__ = ["Report", "audit", "damaged", "judge", "open_stored", "read_facts"]
@@ -68,6 +69,9 @@ def _check_common(stored: Stored) -> None:
         checked(args, stored.folder)
     except ConfigError as error:
         raise Damaged(str(error)) from error
+    shapes = {name: info.shape for name, info in stored.tensors.items()}
+    for wrong in misnamed(shapes, stored.objects):
+        raise Damaged(f"{wrong}, in {stored.folder}; give another checkpoint")
 
 
 def judge(

@@ -8,7 +8,8 @@ from typing import Any
 from ep_plugin.checkpoint.audit.facts import Facts, Place
 from ep_plugin.checkpoint.audit.stored_names import label, parse
 from ep_plugin.checkpoint.audit.verdict import Finding
-from ep_plugin.checkpoint.tensors import Stored
+from ep_plugin.checkpoint.complete import incomplete
+from ep_plugin.checkpoint.tensors import Stored, TensorInfo
 from ep_plugin.checkpoint.whole import misplaced, problems
 
 
@@ -37,7 +38,24 @@ def check(
         for dtype in sorted(facts[key].dtypes - {str(info.dtype)}):
             message = f"a part of it is {dtype}, where .metadata says {info.dtype}"
             findings.append(Finding("error", "dtype", key, message))
-    return broken, findings + _unlike_other_layers(stored)
+    return broken, [*findings, *_unlike_other_layers(stored), *_missing(stored)]
+
+
+def _missing(stored: Stored) -> list[Finding]:
+    """Return which parameters are missing, or have another shape than belongs to the others."""
+    tensors: dict[str, TensorInfo] = {}
+    found: list[tuple[str, str]] = []
+    for key, info in stored.tensors.items():
+        name = parse(key)
+        if name.state is None and name.bucket is None:
+            for layer in range(info.shape[0]) if name.stacked else (None,):
+                one = label(key, layer, None)
+                if one in tensors:
+                    found.append((one, "is there twice, on its own and with that of all layers"))
+                shape = info.shape if layer is None else info.shape[1:]
+                tensors[one] = TensorInfo(shape, info.dtype)
+    found += incomplete(tensors, stored.common["args"])
+    return [Finding("error", "coverage", name, text) for name, text in found]
 
 
 def _unlike_other_layers(stored: Stored) -> list[Finding]:

@@ -212,7 +212,8 @@ def _routers(stored: Stored, expected: dict[str, int]) -> list[Finding]:
         if name.state is None and name.parameter.endswith(".mlp.router.weight"):
             block = name.parameter.removesuffix(".router.weight")
             for layer in range(info.shape[0]) if name.stacked else (None,):
-                rows[with_layer(block, layer)] = info.shape[name.lead]
+                whole = len(info.shape) > name.lead
+                rows[with_layer(block, layer)] = info.shape[name.lead] if whole else 0
     findings = []
     for block, count in expected.items():
         if block not in rows:

@@ -1,7 +1,7 @@
 """Read a `torch.distributed.checkpoint` folder one tensor at a time, whatever ranks wrote it."""
 
 import mmap
-import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,12 +16,17 @@ from ep_plugin.checkpoint.formats._iteration import MAX_OBJECT, inside, load_obj
 from ep_plugin.checkpoint.formats._mapped import check_sums, map_tensor
 from ep_plugin.checkpoint.inert import Unreadable, explained
 from ep_plugin.checkpoint.tensors import Chunk, Damaged, Range, TensorInfo
-from ep_plugin.checkpoint.whole import misplaced, other_kind, overlapping
+from ep_plugin.checkpoint.whole import (
+    SHARD,
+    STACKED,
+    misnamed,
+    misplaced,
+    other_kind,
+    overlapping,
+)
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import cut
 
-_STACKED = re.compile(r"((?:optimizer\.state\.\w+\.)?decoder\.layers\.)(?!\d)(.+)")
-_SHARD = re.compile(r"(.+)/shard_([\d.]+)_([\d.]+)")
 _SUMMED, _UNSUMMED = 1, 2
 _AGAIN = "copy the checkpoint again"
 
@@ -143,10 +148,11 @@ class Reader:
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self._files = Files(folder, metadata)
-        _check_files(folder, self._files.metadata)
-        self._places = _places(self._files.entries)
+        _check_names(self._files)
+        _check_files(folder, metadata)
+        self._places = _one_each(folder, _places(self._files.entries))
         self.tensors = {name: self._info(place) for name, place in self._places.items()}
-        self.objects = _objects(self._files.metadata)
+        self.objects = _one_each(folder, _objects(metadata))
 
     def read_object(self, name: str) -> bytes:
         """Return an object's bytes; raises Damaged when they are of another kind than its name."""
@@ -185,6 +191,13 @@ class Reader:
     def _info(self, place: _Place) -> TensorInfo:
         info = self._files.info(place.key)
         return info if place.layer is None else TensorInfo(info.shape[1:], info.dtype)
+
+
+def _check_names(files: Files) -> None:
+    """Raise ConfigError for an object that is named as a tensor is, or the other way round."""
+    shapes = {key: entry.size for key, entry in files.entries.items()}
+    for wrong in misnamed(shapes, set(files.metadata.state_dict_metadata) - set(shapes)):
+        raise ConfigError(f"{wrong}, in {files.folder}; {_AGAIN}")
 
 
 def _check_files(folder: Path, metadata: Metadata) -> None:
@@ -238,29 +251,38 @@ def _tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     return {k: entry for k, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def _places(entries: dict[str, TensorStorageMetadata]) -> dict[str, _Place]:
-    places = {}
+def _places(entries: dict[str, TensorStorageMetadata]) -> Iterator[tuple[str, _Place]]:
     for key, entry in entries.items():
-        stacked = _STACKED.fullmatch(key)
+        stacked = STACKED.fullmatch(key)
         if stacked is None:
-            places[key] = _Place(key, None)
+            yield key, _Place(key, None)
             continue
         for layer in range(entry.size[0]):
-            places[f"{stacked[1]}{layer}.{stacked[2]}"] = _Place(key, layer)
-    return places
+            yield f"{stacked[1]}{layer}.{stacked[2]}", _Place(key, layer)
 
 
-def _objects(metadata: Metadata) -> dict[str, str]:
-    names = {}
+def _objects(metadata: Metadata) -> Iterator[tuple[str, str]]:
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             continue
-        shard = _SHARD.fullmatch(key)
-        stacked = _STACKED.fullmatch(shard[1]) if shard else None
+        shard = SHARD.fullmatch(key)
+        stacked = STACKED.fullmatch(shard[1]) if shard else None
         if shard is None or stacked is None:
-            names[key] = key
+            yield key, key
             continue
         offsets, shape = shard[2].split("."), shard[3].split(".")
         rest = f"{'.'.join(offsets[1:]) or 0}_{'.'.join(shape[1:]) or 1}"
-        names[f"{stacked[1]}{offsets[0]}.{stacked[2]}/shard_{rest}"] = key
-    return names
+        yield f"{stacked[1]}{offsets[0]}.{stacked[2]}/shard_{rest}", key
+
+
+def _one_each[T](folder: Path, named: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Return what is named; raises ConfigError for a layer's on its own and in a stack as well."""
+    found: dict[str, T] = {}
+    for name, what in named:
+        if name in found:
+            raise ConfigError(
+                f"{cut(name)} is in {folder} twice, on its own and with that of all layers; "
+                f"{_AGAIN}"
+            )
+        found[name] = what
+    return found

@@ -64,7 +64,8 @@ def is_size(value: Any) -> TypeGuard[int]:
 def sizes(value: Any) -> tuple[int, ...]:
     """Return a shape; raises Unreadable when it is none."""
     fits = isinstance(value, (tuple, list)) and len(value) <= 64 and all(map(is_size, value))
-    need(fits, "a shape", value)
+    # Of no elements at all, torch multiplies the other sizes too.
+    need(fits and is_size(prod(size or 1 for size in value)), "a shape", value)
     return tuple(value)
 
 

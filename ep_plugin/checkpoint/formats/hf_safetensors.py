@@ -90,7 +90,14 @@ def write_folder(
     """Write a model into the existing `folder`; `on_bytes` is called with each tensor's bytes.
 
     What `journal` has is not written again. Returns {num_bytes, sha256} of the files with tensors.
+    Raises ConfigError for a dtype that such a folder has no word for.
     """
+    for tensor in content:
+        if tensor.info.dtype not in _WORDS:
+            raise ConfigError(
+                f"{cut(tensor.name)} is {tensor.info.dtype}, which is not written as safetensors; "
+                "give a checkpoint of bfloat16 or float32 weights"
+            )
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     shards = _shards(content, max_shard_bytes)
     names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]

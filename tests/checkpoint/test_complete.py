@@ -1,0 +1,187 @@
+"""A parameter that is missing, or has another shape than belongs to the others, is found."""
+
+import argparse
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import stored
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ep_plugin.checkpoint.complete import incomplete
+from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
+from ep_plugin.checkpoint.tensors import TensorInfo
+from ep_plugin.errors import ConfigError
+from tests.checkpoint.test_whole import audit
+
+MANY = settings(max_examples=100, deadline=None, database=None)
+H, F = 8, 6
+Shapes = dict[str, tuple[int, ...]]
+ATTENTION = {
+    "self_attention.linear_qkv.layer_norm_weight": (H,),
+    "self_attention.linear_qkv.weight": (12, H),
+    "self_attention.linear_proj.weight": (H, 4),
+    "self_attention.q_layernorm.weight": (2,),
+}
+LATENT = {"input_layernorm.weight": (H,), "self_attention.linear_proj.weight": (H, 4)}
+LATENT |= {"self_attention.linear_kv_down_proj.weight": (3, H)}
+DENSE = {
+    "mlp.linear_fc1.layer_norm_weight": (H,),
+    "mlp.linear_fc1.weight": (2 * F, H),
+    "mlp.linear_fc2.weight": (H, F),
+}
+
+
+def experts(count: int) -> Shapes:
+    return {
+        "pre_mlp_layernorm.weight": (H,),
+        "mlp.router.weight": (count, H),
+        "mlp.experts.experts.linear_fc1.weight": (count, 2 * F, H),
+        "mlp.experts.experts.linear_fc2.weight": (count, H, F),
+    }
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Shapes:
+    """A model of two layers of each kind and more, in any order."""
+    counts = st.integers(1, 4)
+    kinds = [DENSE, DENSE, experts(draw(counts)), experts(draw(counts))]
+    kinds += [DENSE] * draw(st.integers(0, 3)) + [experts(2)] * draw(st.integers(0, 3))
+    attention = draw(st.sampled_from((ATTENTION, LATENT)))
+    found = {"embedding.word_embeddings.weight": (4, H), "output_layer.weight": (4, H)}
+    found["decoder.final_layernorm.weight"] = (H,)
+    for layer, kind in enumerate(draw(st.permutations(kinds))):
+        below = {**attention, **kind}
+        found |= {f"decoder.layers.{layer}.{name}": shape for name, shape in below.items()}
+    return found
+
+
+def wrong(shapes: Shapes) -> set[str]:
+    args = argparse.Namespace(hidden_size=H, untie_embeddings_and_output_weights=True)
+    tensors = {name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}
+    return {name for name, _ in incomplete(tensors, args)}
+
+
+@MANY
+@given(models(), st.data())
+def test_what_is_missing_or_of_another_shape_is_named(model: Shapes, data: st.DataObject) -> None:
+    assert wrong(model) == set()
+    name = data.draw(st.sampled_from(sorted(model)))
+    without = {other: shape for other, shape in model.items() if other != name}
+    assert name in wrong(without)
+    if not re.search(r"\.experts\.", name):  # audit holds experts against one another
+        shape = (*model[name][:-1], model[name][-1] + 1)
+        shape = data.draw(st.sampled_from((shape, (), (1, *model[name]), (0, *model[name][1:]))))
+        if not (name.endswith(("router.weight", *("embeddings.weight", "output_layer.weight")))
+                and shape[1:] == (H,) and len(shape) == 2):  # fmt: skip
+            found = wrong(model | {name: shape})
+            same = {other for other in model if other.split(".")[3:] == name.split(".")[3:]}
+            assert found
+            assert found <= same
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint16, torch.int8, torch.complex64])
+@pytest.mark.parametrize("name", [stored.TABLE, *(f"decoder.layers.0.{n}" for n in ATTENTION)])
+def test_weights_are_floating_point(name: str, dtype: torch.dtype) -> None:
+    args = argparse.Namespace(hidden_size=H)
+    model = {name: (H,), "decoder.layers.0.mlp.linear_fc1.weight": (12, H)}
+    tensors = {key: TensorInfo(shape, dtype) for key, shape in model.items()}
+    assert (name, f"is {dtype}, which no weight is") in incomplete(tensors, args)
+
+
+def test_a_model_of_no_layers_that_are_known_is_left_alone() -> None:
+    assert wrong({"encoder.layers.0.self_attention.linear_qkv.weight": (3, 3)}) == set()
+
+
+@pytest.mark.parametrize("key", [stored.NORM, stored.TABLE])
+@pytest.mark.parametrize("spoil", ["drop", "shape"])
+def test_audit_names_what_is_missing(
+    key: str, spoil: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = stored.healthy()
+    content.common["args"].hidden_size = stored.H
+    for state in stored.STATES:
+        content.drop(state + key)
+    if spoil == "shape":
+        content.add(key, torch.zeros(*stored.SHAPES[key], 2))
+    code, said = audit(stored.write(content, tmp_path / "moe"), capsys)
+    assert code == 1
+    assert key in said
+    assert ("missing" if spoil == "drop" else "hidden size") in said
+
+
+def _entry(size: tuple[int, ...]) -> TensorStorageMetadata:
+    shape = torch.Size(size)
+    chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), shape)
+    return TensorStorageMetadata(TensorProperties(dtype=torch.float32), shape, [chunk])
+
+
+def _renamed(metadata: Metadata, old: str, new: str) -> None:
+    metadata.state_dict_metadata[new] = metadata.state_dict_metadata.pop(old)
+    for index in [one for one in metadata.storage_data if one.fqn == old]:
+        moved = MetadataIndex(new, index.offset, index.index)
+        metadata.storage_data[moved] = metadata.storage_data.pop(index)
+
+
+def _object(metadata: Metadata) -> None:
+    metadata.state_dict_metadata[stored.NORM] = BytesStorageMetadata()
+
+
+def _no_axis(metadata: Metadata) -> None:
+    metadata.state_dict_metadata["decoder.layers.mlp.x"] = _entry(())
+
+
+def _huge(metadata: Metadata) -> None:
+    metadata.state_dict_metadata[stored.NORM] = _entry((0, 1 << 61, 1 << 61))
+
+
+def _twice(metadata: Metadata) -> None:
+    alone = stored.ROUTER.replace("layers.", "layers.1.")
+    metadata.state_dict_metadata[alone] = _entry((0, 3))
+
+
+STRANGE: dict[Callable[[Metadata], None], str] = {
+    _object: "is an object, named as a tensor is",
+    _no_axis: "is of all layers, and has no axis of them",
+    lambda found: _renamed(found, stored.NORM, "x/shard_0_1"): "named as an object is",
+    _huge: "a shape in it is none",
+    _twice: "twice, on its own and with that of all layers",
+}
+
+
+@pytest.mark.parametrize("spoil", STRANGE)
+def test_names_that_do_not_belong_to_what_they_name(
+    spoil: Callable[[Metadata], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = stored.write(stored.healthy(), tmp_path / "moe")
+    (file,) = root.glob("iter_*/.metadata")
+    metadata = pickle.loads(file.read_bytes())
+    spoil(metadata)
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ConfigError, match=STRANGE[spoil]):
+        open_checkpoint(root)
+    assert audit(root, capsys)[0] == 1
+
+
+def test_a_router_without_an_axis_is_for_no_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = stored.healthy()
+    for state in stored.STATES:
+        content.drop(state + stored.ROUTER)
+    content.add(stored.ROUTER, torch.zeros(stored.L))
+    code, said = audit(stored.write(content, tmp_path / "moe"), capsys)
+    assert code == 1
+    assert "router.weight is for 0 experts" in said
