@@ -20,6 +20,10 @@ _ONE_EXPERT = re.compile(r"\.experts\.experts\.\d+\.")
 _BY_EXPERTS = re.compile(
     r"mlp\.(experts|router)\..+"
 )  # their number can differ from layer to layer
+_TOGETHER = (
+    ("linear_fc1.weight", "linear_fc2.weight"),
+    ("linear_fc1.weight_w", "linear_fc2.weight"),
+)
 _TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 _LAST_NORMS = ("decoder.final_layernorm.weight", "decoder.final_norm.weight")
 # Weights by how many axes they have, and which of these is the hidden one.
@@ -94,12 +98,18 @@ def _lacking(layers: Mapping[str, Mapping[str, object]]) -> Iterator[tuple[str, 
     for layer, names in layers.items():
         for rest in names:
             modules[rest.partition(".")[0]][layer].add(rest)
-    found: dict[str, None] = {}
+    found = {
+        f"decoder.layers.{layer}.{rest.removesuffix(one)}{other}": None
+        for layer, names in layers.items()
+        for one, other in _TOGETHER
+        for rest in names
+        if rest.endswith("." + one) and rest.removesuffix(one) + other not in names
+    }
     for one in ({layer: set(names) for layer, names in layers.items()}, *modules.values()):
         for layer, missing in _subsets(one):
             found.update({f"decoder.layers.{layer}.{rest}": None for rest in sorted(missing)})
     for name in found:
-        yield name, "is missing, and other layers of that kind have it"
+        yield name, "is missing, and what belongs to it is there"
 
 
 def _subsets(layers: Mapping[str, Set[str]]) -> Iterator[tuple[str, Set[str]]]:

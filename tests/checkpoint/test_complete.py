@@ -92,6 +92,16 @@ def test_what_is_missing_or_of_another_shape_is_named(model: Shapes, data: st.Da
             assert found <= same
 
 
+def test_the_only_layer_of_a_kind_is_held_against_itself() -> None:
+    name = "mlp.linear_fc2.weight"
+    layer = {f"decoder.layers.0.{n}": shape for n, shape in {**ATTENTION, **DENSE}.items()}
+    outside = {"embedding.word_embeddings.weight": (4, H), "output_layer.weight": (4, H)}
+    model = {**layer, **outside, "decoder.final_layernorm.weight": (H,)}
+    assert wrong(model) == set()
+    del model[f"decoder.layers.0.{name}"]
+    assert wrong(model) == {f"decoder.layers.0.{name}"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint16, torch.int8, torch.complex64])
 @pytest.mark.parametrize("name", [stored.TABLE, *(f"decoder.layers.0.{n}" for n in ATTENTION)])
 def test_weights_are_floating_point(name: str, dtype: torch.dtype) -> None:

@@ -243,3 +243,18 @@ def test_a_tensor_without_elements_is_no_number_of_experts(
     to = ["--to", str(tmp_path / "out"), "--format", "megatron", "--skip-parity"]
     assert main(["convert", "--from", str(root), *to]) == 2
     assert f"holds {1 << 59} experts, and the run arguments say" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["decoder.layers.{}.mlp.linear_fc2.weight", "x{}", "x\x1b[31m"])
+def test_names_that_no_tensor_has(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "ranks", "stacked")
+    file = min((tmp_path / "ranks").glob("iter_*/mp_rank_*/model_optim_rng.pt"))
+    content = torch.load(file, weights_only=False)
+    state = next(state for key, state in content.items() if key.startswith("model"))
+    state[name.format("9" * 5000)] = torch.ones(2)
+    torch.save(content, file)
+    words = ("--from", str(tmp_path / "ranks"), "--to", str(tmp_path / "out"), "--skip-parity")
+    assert main(["convert", *words]) == 2
+    assert "which none has" in capsys.readouterr().err

@@ -32,9 +32,11 @@ from ep_plugin.checkpoint.family import gated
 from ep_plugin.checkpoint.formats import _rank_arguments
 from ep_plugin.checkpoint.formats._iteration import inside, iteration_folder
 from ep_plugin.checkpoint.formats._mapped import map_state
+from ep_plugin.checkpoint.formats._metadata import MAX_NAME
 from ep_plugin.checkpoint.inert import Unreadable, explained
 from ep_plugin.checkpoint.tensors import Source, TensorInfo
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import cut
 
 FILE = "model_optim_rng.pt"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -172,6 +174,12 @@ def _parts(folder: Path, args: argparse.Namespace) -> tuple[dict[str, list[RankP
                             f"{ranks[tp_rank, pp_rank, ep_rank]} has no weights under {chunk}; "
                             f"{_AGAIN}"
                         )
+                    for name in state:
+                        if len(name) > MAX_NAME or not name.isprintable():
+                            raise ConfigError(
+                                f"{ranks[tp_rank, pp_rank, ep_rank]} has a tensor of the name "
+                                f"{cut(name)}, which none has; {_AGAIN}"
+                            )
                     unread |= _unread(state, first_layer)
                     check = loaded[tp_rank, pp_rank, ep_rank][1]
                     for name, part in _named(state, check, first_layer, ep_rank, ep, args):
