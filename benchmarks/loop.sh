@@ -30,11 +30,11 @@ theirs=(megatron-defaults megatron megatron-cutlass megatron-graphs megatron-ove
 
 train() { # FLAG ...
     timeout "$LIMIT" "$PYTHON" benchmarks/train_ep.py --ranks "$RANKS" "${model[@]}" \
-        --iterations "$ITERATIONS" --batch "$BATCH" --minutes "${MINUTES:-2}" --output "$rows" "$@" &&
+        --iterations "$ITERATIONS" --batch "$BATCH" --minutes "${MINUTES:-2}" --resume --output "$rows" "$@" &&
         return
     local code=$?
     ((code != 124)) && return "$code"
-    echo "cut at LIMIT=$LIMIT seconds; what is measured is in $rows" >&2
+    echo "cut at LIMIT=$LIMIT seconds; what is measured is in $rows: start the step again" >&2
     return 1
 }
 

@@ -35,9 +35,18 @@ from train_run import (
     parallel_of,
     run,
 )
-from train_sides import FORMATS, SIDES, backend, switches, why_not
+from train_sides import FORMATS, SIDES, SWITCHES, backend, switches, why_not
 
-from ep_plugin.commands.bench.figures import Row, make_row, merge, read, write
+from ep_plugin.commands.bench.figures import (
+    EMPTY,
+    Row,
+    device_name,
+    identity,
+    make_row,
+    merge,
+    read,
+    write,
+)
 from ep_plugin.commands.bench.measure import Timing
 from ep_plugin.errors import ConfigError
 
@@ -60,24 +69,32 @@ def train(name: str, precision: str, args: argparse.Namespace, case: Case) -> Ro
     reason = why_not(SIDES[name], over_ranks(case, args), has_engine(), recipe)
     if reason:
         raise RunError(reason)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    what = {
+        "bench": "train",
+        "shape": case.title(args),
+        "op": case.layout,
+        "backend": backend(name, recipe, has_engine()),
+        "graph": name == "graph",
+        "precision": precision,
+        "routing": "forced balance" if args.force_balance else "natural",
+        "gradients": "added",
+        "ep": args.ranks,
+    }
+    known = identity({**EMPTY, **what, "device": device_name(device)})
+    kept = [row for row in read(args.output) if identity(row) == known] if args.resume else []
+    if kept:
+        return kept[0]
     bars = tqdm(args.seeds, f"{case.layout} {name} {precision}", disable=None, leave=False)
     runs = [run(name, fp8, seed, args, case) for seed in bars]
     steady = sorted(ms for each in runs for ms in each.steady)
     median = statistics.median(steady)
     return make_row(
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device,
         Timing(median, steady[len(steady) // 10], steady[-1 - len(steady) // 10]),
-        bench="train",
-        shape=case.title(args),
-        op=case.layout,
-        backend=backend(name, recipe, has_engine()),
-        graph=name == "graph",
-        precision=precision,
-        routing="forced balance" if args.force_balance else "natural",
-        gradients="added",
-        switches=switches(SIDES[name], own(name, fp8, args, case)),
+        **what,
+        switches=switches(SIDES[name], own(name, fp8, args, case), args.without),
         attention=runs[0].attention,
-        ep=args.ranks,
         tokens_per_second=runs[0].tokens / median * 1000,
         first_losses=[round(each.first, 6) for each in runs],
         losses=[round(each.loss, 6) for each in runs],
@@ -103,11 +120,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch", nargs="+", type=int, default=[DEFAULT_MICRO_BATCH])
     parser.add_argument("--force-balance", action="store_true", help="on all sides")
     parser.add_argument("--fp8-recipe", default="tensorwise", choices=FORMATS, help="Megatron's")
+    parser.add_argument(
+        *("--without",), nargs="+", default=[], choices=SWITCHES, type=lambda name: f"--{name}",
+        metavar="SWITCH", help="leave flags of all sides out, such as overlap-param-gather",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, help="of one run: one that takes longer is ended")
     parser.add_argument("--batch", type=int, default=32, help="sequences of an iteration")
     parser.add_argument("--data", type=Path, help="what prepare_data.py wrote (default: mock data)")
     parser.add_argument("--logs", type=Path, default=Path("runs/train_ep"))
     parser.add_argument("--output", type=Path, help="JSON; equal rows are replaced")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --output")
     args = parser.parse_args()
     args.layouts = args.layouts or [f"ep={args.ranks}"]
     return args
@@ -126,7 +148,7 @@ def compare(case: Case, args: argparse.Namespace) -> dict[tuple[str, str], Row]:
         speed = "" if row["device"] == "cpu" else f" {row['tokens_per_second']:9.0f} tokens/s"
         both = zip(row["first_losses"], row["losses"], strict=True)
         losses = " ".join(f"{first:.4f} to {last:.4f}" for first, last in both)
-        said = f"attention {row['attention']}; {row['switches']}"
+        said = f"attention {row.get('attention', 'not said')}; {row.get('switches') or 'no switch'}"
         print(f"{at} {side:10} {precision} loss {losses}{speed} ({said})", flush=True)
         if args.output is not None:
             write(args.output, merge(read(args.output), [row]))
@@ -146,7 +168,7 @@ def print_peer(at: str, precision: str, rows: dict[str, Row]) -> None:
     best = max(theirs.values(), key=lambda row: float(row["tokens_per_second"]))
     for told, row in (("as its users get it", theirs.get("megatron-defaults")), ("best", best)):
         figure = "not measured" if row is None else f"{row['tokens_per_second']:.0f} tokens/s"
-        which = "" if row is None else f" ({row['switches'] or 'no switch'})"
+        which = "" if row is None else f" ({row.get('switches') or 'no switch'})"
         print(f"{at} Megatron {precision} {told}: {figure}{which}", flush=True)
 
 
@@ -200,6 +222,8 @@ def main() -> None:
                 "--sides ep_plugin"
             )
         check_batches(args)
+        if args.resume and args.output is None:
+            raise ConfigError("--resume needs --output, whose rows it keeps; use --output FILE")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from train_sides import (
@@ -141,7 +141,7 @@ def command_of(name: str, fp8: bool, seed: int, args: argparse.Namespace, case: 
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(args.ranks), *side.runner, SCRIPT, *model, *shlex.split(RUN)),
-        *shlex.split(FUSED if engine else PLAIN),
+        *(word for word in shlex.split(FUSED if engine else PLAIN) if word not in args.without),
         *([] if find_spec("fused_weight_gradient_mlp_cuda") else [UNFUSED_TOTALS]),
         *([BALANCED] if args.force_balance else []),
         *layout_flags(parallel_of(case.layout, args.ranks)),
@@ -169,19 +169,12 @@ def run(name: str, fp8: bool, seed: int, args: argparse.Namespace, case: Case) -
     log = args.logs / f"{case.stem(args)}_{name}_{precision}_seed{seed}.log"
     command = command_of(name, fp8, seed, args, case) + data_flags(args.data, log)
     variables = {**VARIABLES, **dict(SIDES[name].variables)} if has_engine() else {}
-    limit = args.minutes * 60 if args.minutes is not None else None
+    if variables and parallel_of(case.layout, args.ranks).tp > 1:
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it on Hopper
     with log.open("w") as out:
-        try:
-            code = subprocess.run(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                check=False,
-                timeout=limit,
-                env={**os.environ, **variables},
-            ).returncode
-        except subprocess.TimeoutExpired as error:
-            raise RunError(f"it ran past --minutes {args.minutes:g}; see {log}") from error
+        code = start(command, out, {**os.environ, **variables}, args.minutes)
+    if code is None:
+        raise RunError(f"it ran past --minutes {args.minutes:g}; see {log}")
     text = log.read_text(errors="replace")
     found = [(float(ms), float(loss)) for ms, loss in ITERATION.findall(text)]
     if code != 0 or not found:
@@ -192,6 +185,25 @@ def run(name: str, fp8: bool, seed: int, args: argparse.Namespace, case: Case) -
     sequence = int(command[command.index("--seq-length") + 1])
     last = statistics.mean(loss for _, loss in found[-tenth:])
     return Run(steady, found[0][1], last, args.batch * sequence, attention_in(text))
+
+
+def start(
+    command: list[str], out: IO[str], variables: dict[str, str], minutes: float | None
+) -> int | None:
+    """Return the exit code of a run; None for one that took longer and was ended, its ranks too."""
+    limit = None if minutes is None else 60 * minutes
+    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its ranks then; killed, it would leave them
+            try:
+                process.wait(45)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def reason_in(log: str) -> str:

@@ -3,6 +3,7 @@
 What is good for both sides is given to both: `RUN`, and on GPUs with Transformer Engine `FUSED`.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,12 @@ FUSED = """
 --cross-entropy-fusion-impl native --no-check-for-nan-in-loss-and-grad --manual-gc
 --manual-gc-interval 100 --overlap-grad-reduce --overlap-param-gather --attention-backend auto
 """
+SWITCHES = tuple(  # of all sides, that take no value
+    word
+    for word in FUSED.split()
+    if word.startswith(("--no-check", "--overlap", "--manual-gc"))
+    and word != "--manual-gc-interval"
+)
 UNFUSED_TOTALS = "--no-gradient-accumulation-fusion"  # Megatron's output layer has it from apex
 BALANCED = "--moe-router-force-load-balancing"
 PADDED = "--moe-router-padding-for-quantization"
@@ -119,10 +126,11 @@ def why_not(side: Side, over_ranks: bool, engine: bool, recipe: str | None) -> s
     return ""
 
 
-def switches(side: Side, flags: str) -> str:
-    """Return what a row says of its side: its own flags and variables."""
+def switches(side: Side, flags: str, without: Iterable[str] = ()) -> str:
+    """Return what a row says of its side: its own flags and variables, and what all lack."""
     variables = (f"{name}={value}" for name, value in side.variables)
-    return " ".join(filter(None, (flags, *variables)))
+    lacking = (f"without {name}" for name in without)
+    return " ".join(filter(None, (flags, *variables, *lacking)))
 
 
 def backend(name: str, recipe: str | None, engine: bool) -> str:

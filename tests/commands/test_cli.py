@@ -38,9 +38,9 @@ FLAGS = {
     ),
     "plan": (
         "--chunks --compute-ms --cp --dispatch-dedup --ep --ep-distill-stop --ep-teacher "
-        "--ep-teacher-layout --etp --experts --fp8-dispatch --gpu-gb --gpus --hidden --imbalance "
-        "--json --measured --micro-batch --network --plot --pp --preset --recompute --seq-length "
-        "--tokens --topk --tp"
+        "--ep-teacher-layout --etp --experts --ffn --fp8-dispatch --gpu-gb --gpus --hidden "
+        "--imbalance --json --measured --micro-batch --network --plot --pp --preset --recompute "
+        "--seq-length --tokens --topk --tp"
     ),
     "presets": "NAME --json",
     "recipes": "NAME --copy --json",

@@ -41,7 +41,7 @@ VALUES = {
         **{"--preset": "mixtral-8x22b", "--gpus": "16", "--tp": "2", "--pp": "2", "--cp": "2"},
         **{"--etp": "2", "--micro-batch": "2", "--seq-length": "512", "--gpu-gb": "5000"},
         **{"--dispatch-dedup": "off", "--ep-teacher": "mixtral-8x7b"},
-        **{"--ep-teacher-layout": "tp=4", "--ep-distill-stop": "0.5"},
+        **{"--ffn": "2048", "--ep-teacher-layout": "tp=4", "--ep-distill-stop": "0.5"},
     },
     "bench": {
         **{"--shapes": "tiny mixtral", "--backends": "ep_plugin", "--precision": "fp8"},

@@ -144,6 +144,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "exchange ms" in capsys.readouterr().out
 
 
+def test_compute_may_be_the_floor_of_the_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = ["--topk", "8", "--hidden", "2048", "--ffn", "768", "--experts", "128"]
+    assert main(["plan", *layer, "--ep", "1", "8", "--json"]) == 0
+    found = {row["ep"]: row["compute_ms"] for row in json.loads(capsys.readouterr().out)}
+    assert round(found[1], 2) == 4.21  # of docs/benchmarks.md
+    assert 3.05 < found[8] < 3.2  # fewer weights on a rank, as many rows
+    assert main(["plan", *layer, "--compute-ms", "3"]) == 2
+    assert "use --compute-ms without --ffn" in capsys.readouterr().err
+    assert main(["plan", *layer[:4], "--ffn", "0"]) == 2
+    assert "--ffn must be positive; got 0; use --ffn 1" in capsys.readouterr().err
+
+
 def test_measured_rows_stand_beside_what_is_foreseen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

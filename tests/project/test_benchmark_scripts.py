@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -142,29 +144,44 @@ def test_a_row_says_its_switches_and_attention(
     steps = [(1, 200.0), (2, 100.0), (3, 100.0)]
     log += "".join(f"elapsed time per iteration (ms): {ms} | lm loss: 9.{i}\n" for i, ms in steps)
 
-    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    def start(command: list[str], out: Any, variables: dict[str, str], minutes: float) -> int:
         graphs = "--cuda-graph-modules" in command
         slow = 2 if "--moe-router-fusion" not in command and "stock_run" in str(command) else 1
         said = log.replace("100.0", f"{100.0 * slow}")
-        options["stdout"].write("RuntimeError: no capture\n" if graphs else said)
-        cutlass = options["env"].get("NVTE_USE_CUTLASS_GROUPED_GEMM")
-        seen.append((cutlass, options["env"]["NCCL_GRAPH_REGISTER"]))
-        return subprocess.CompletedProcess(command, int(graphs))
+        out.write("RuntimeError: no capture\n" if graphs else said)
+        assert "--overlap-param-gather" not in command
+        assert "--overlap-grad-reduce" in command
+        seen.append(
+            (variables.get("NVTE_USE_CUTLASS_GROUPED_GEMM"), variables["NCCL_GRAPH_REGISTER"])
+        )
+        return int(graphs)
 
     seen: list[tuple[str | None, str]] = []
     for module in (train_ep, train_run):
         monkeypatch.setattr(module, "has_engine", lambda: True)
-    monkeypatch.setattr(train_run.subprocess, "run", start)
+    monkeypatch.setattr(train_run, "start", start)
     output = tmp_path / "rows.json"
     sides = ["ep_plugin", "megatron-defaults", "megatron-cutlass", "megatron-graphs"]
-    words = ["--sides", *sides, "--logs", str(tmp_path / "logs"), "--output", str(output)]
+    words = [
+        "--without",
+        "overlap-param-gather",
+        "--sides",
+        *sides,
+        "--logs",
+        str(tmp_path / "logs"),
+        "--output",
+        str(output),
+    ]
     monkeypatch.setattr(train_ep, "make_row", on_a_gpu)
     monkeypatch.setattr(sys, "argv", ["train_ep.py", "--ranks", "2", "--minutes", "1", *words])
     train_ep.main()
     out = capsys.readouterr().out
     assert "megatron-graphs bf16 not measured: it ended with 1: RuntimeError: no capture" in out
-    assert "Megatron bf16 as its users get it: 81920 tokens/s (no switch)" in out
+    assert (
+        "Megatron bf16 as its users get it: 81920 tokens/s (without --overlap-param-gather)" in out
+    )
     best = "--moe-permute-fusion --moe-router-fusion NVTE_USE_CUTLASS_GROUPED_GEMM=1"
+    best += " without --overlap-param-gather"
     assert f"Megatron bf16 best: 163840 tokens/s ({best})" in out
     rows = {row["backend"]: row for row in json.loads(output.read_text())}
     assert set(rows) == {"ep_plugin", "megatron+defaults (te)", "megatron+cutlass (te)"}
@@ -172,6 +189,20 @@ def test_a_row_says_its_switches_and_attention(
     assert (row["attention"], row["switches"]) == ("FusedAttention", best)
     assert (row["gradients"], row["shape"], row["routing"]) == ("added", "gpt-20m", "natural")
     assert seen == [(None, "0"), (None, "0"), ("1", "0"), (None, "0")]
+    monkeypatch.setattr(train_ep, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
+    train_ep.main()  # only what has no row is run again
+    assert seen[4:] == [(None, "0")]
+
+
+def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "import time; print('on', flush=True); time.sleep(60)"]
+    with (tmp_path / "log").open("w") as out:
+        began = time.monotonic()
+        assert train_run.start(words, out, dict(os.environ), 0.02) is None
+    assert time.monotonic() - began < 30
+    with (tmp_path / "log").open("w") as out:
+        assert train_run.start([sys.executable, "-c", "raise SystemExit(3)"], out, {}, None) == 3
 
 
 @pytest.mark.parametrize("name", ["eight_gpus", "two_gpus", "layer_h100", "gemm_h100"])
@@ -203,6 +234,7 @@ def test_sides_that_cannot_run_here_are_named() -> None:
     [
         (["--layouts", "xp=2"], "--layouts takes tp, pp, ep, etp"),
         (["--precision", "fp8", "--sides", "megatron"], "--precision fp8 of side megatron needs"),
+        (["--without", "bf16"], "invalid choice: '--bf16'"),
         (["--micro-batch", "3"], "--batch (32) must be a multiple of --micro-batch (3) times"),
         (["--micro-batch", "0"], "--batch (32) must be a multiple of --micro-batch (0) times"),
         (["--num-layers", "1", "2", "3"], "--num-layers takes one depth or two; got 3"),

@@ -29,12 +29,14 @@ SENT_IN_A_GRAPH = {"serial": "symm_mem", "chunked": "swaps"}  # through symm_mem
 EXAMPLES = """examples:
   ep-plugin plan --tokens 8192 --topk 8 --hidden 7168 --experts 256 --compute-ms 10
   ep-plugin plan --topk 8 --hidden 2048 --experts 128 --ep 2 4 8 --network nvlink72 --json
+  ep-plugin plan --topk 8 --hidden 2048 --ffn 768 --experts 128    compute by its floor
   ep-plugin plan --preset qwen3-30b-a3b --gpus 16 --pp 2      memory of a GPU, for each ep
   ep-plugin plan --preset ds-350m-mos-l21 --ep-teacher ds-350m-prmoe-32-64     with a teacher
   ep-plugin plan --experts 512 --ep 8 64 512 --chunks 8 --fp8-dispatch --plot plan.png
   ep-plugin plan --topk 4 --ep 2 4 8 --measured overlap.json --plot plan.png
 
---compute-ms is the time of the layer without communication, ms of `ep-plugin bench layer`.
+--compute-ms is the time of the layer without communication, ms of `ep-plugin bench layer`. With
+--ffn it is the floor of such a layer, as `bench layer --explain` counts it: no layer is faster.
 The assumptions are listed in ep_plugin/commands/plan/network.py and, of memory, in memory.py."""
 
 SPELLING = {  # a setting in a refusal -> the flag that it has here
@@ -50,11 +52,17 @@ NEEDS = (
         "memory; use --micro-batch N and --seq-length N",
     ),
     Need(
-        "--topk --hidden --experts --chunks --compute-ms --imbalance --network --fp8-dispatch "
-        "--measured --plot",
+        "--topk --hidden --ffn --experts --chunks --compute-ms --imbalance --network "
+        "--fp8-dispatch --measured --plot",
         lambda args: args.preset is None,
         "{flag} is for the exchanges of a layer, and --preset {args.preset} asks for a model's "
         "memory; use {flag} without --preset, or leave {flag} out",
+    ),
+    Need(
+        "--compute-ms",
+        lambda args: args.ffn is None,
+        "--compute-ms is the time of a step, which --ffn {args.ffn} would count; use --compute-ms "
+        "without --ffn",
     ),
     Need(
         "--measured",
@@ -103,6 +111,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time of a step without communication (default: 10)",
     )
     parser.add_argument(
+        "--ffn",
+        type=int,
+        help="FFN of an expert: in place of --compute-ms, the floor of the layer on one H100, in "
+        "bf16, gradients added in fp32",
+    )
+    parser.add_argument(
         "--imbalance",
         type=float,
         default=1.0,
@@ -142,8 +156,9 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.preset is not None:
         return fit.run(args)
-    for name in ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance"):
-        if getattr(args, name) <= 0:
+    names = ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance", "ffn")
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             flag = name.replace("_", "-")
             least = _least_experts(args) if name == "experts" else 1
             raise ConfigError(
@@ -172,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     powers = [2**n for n in range(1, 9)]
     args.ep = args.ep or [ep for ep in powers if goes(args.experts, ep, network.domain)] or [1]
     rows = [
-        forecast(traffic, network, ep, how, args.compute_ms, args.chunks)
+        forecast(traffic, network, ep, how, _compute_ms(args, ep), args.chunks)
         for ep in args.ep
         for how in (*HOWS, *(ONE_DOMAIN if ep <= network.domain else ()))
     ]
@@ -183,6 +198,20 @@ def run(args: argparse.Namespace) -> int:
     if measured and not args.json:
         print(_beside(measured, traffic, network))
     return 0
+
+
+def _compute_ms(args: argparse.Namespace, ep: int) -> float:
+    """Return the milliseconds of a step without communication where `ep` ranks share the experts.
+
+    Raises ConfigError where they do not divide them, as `forecast` does.
+    """
+    if args.ffn is None or ep < 1 or args.experts % ep:
+        return float(args.compute_ms)
+    from ep_plugin.commands.bench.floors import H100, Work, floor_ms
+    from ep_plugin.commands.bench.shapes import Shape
+
+    sizes = args.tokens, args.topk, args.hidden, args.ffn, args.experts // ep
+    return floor_ms(Work(Shape("of plan", *sizes), "bf16", "added", ranks=ep), H100)
 
 
 def _least_experts(args: argparse.Namespace) -> int:

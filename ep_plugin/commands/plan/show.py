@@ -64,7 +64,9 @@ def draw(rows: list[Forecast], measured: list["Measured"], args: argparse.Namesp
             crosses = {"color": color, "marker": "x", "s": 60, "label": f"{how}, measured"}
             top.scatter(places, [row.exchange_ms for row in seen], **crosses)
             bottom.scatter(places, [100 * row.hidden_share for row in seen], **crosses)
-    top.axhline(args.compute_ms, color="black", linewidth=0.8, linestyle="--", label="compute")
+    flat = [row for row in rows if row.how == HOWS[0]]
+    style = {"color": "black", "linewidth": 0.8, "linestyle": "--", "label": "compute"}
+    top.plot([str(row.ep) for row in flat], [row.compute_ms for row in flat], **style)
     top.set_ylabel("exchange of a step (ms)")
     bottom.set_ylabel(f"hidden in {args.chunks} chunks (%)")
     bottom.set_xlabel("expert-parallel ranks")
