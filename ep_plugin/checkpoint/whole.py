@@ -76,7 +76,7 @@ def misplaced(
             "of a grid; save it in another layout"
         )
     index = [{line: number for number, line in enumerate(axis)} for axis in lines]
-    times = torch.zeros([max(len(axis) - 1, 0) for axis in lines], dtype=torch.int16)
+    times = torch.zeros([max(len(axis) - 1, 0) for axis in lines], dtype=torch.int32)
     for chunk in inside:
         extents = zip(index, chunk.offsets, chunk.sizes, strict=True)
         times[tuple(slice(axis[first], axis[first + n]) for axis, first, n in extents)] += 1

@@ -204,6 +204,43 @@ def test_capacity_is_that_of_evaluation(
     assert alone[1] != alone[0]
 
 
+class Broken:
+    """A model whose logits are not finite from the second new token on."""
+
+    vocab_size = 8
+
+    def __init__(self, value: float) -> None:
+        self.value, self.read = value, 0
+
+    def read_tokens(self, tokens: Tensor) -> Tensor:
+        self.read += tokens.shape[1]
+        logits = torch.zeros(len(tokens), self.vocab_size)
+        logits[-1, 3] = self.value if self.read > 6 else 1.0
+        return logits
+
+
+def ended(values: list[float]) -> list[str]:
+    """Return what this rank says of each broken model."""
+    run = import_module("ep_plugin.megatron.workers.generate_run")
+    said = []
+    for value in values:
+        model = Broken(value)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "Cached", lambda *_, m=model: SimpleNamespace(read=m.read_tokens))
+            with pytest.raises(ConfigError) as refused:
+                texts(model, PROMPTS[:1], DRAWN)
+            said.append(str(refused.value))
+    return said
+
+
+def test_logits_that_are_not_finite_end_all_ranks_alike() -> None:
+    one, other = run_ranks(2, ended, [float("nan"), float("inf")])
+    assert one == other
+    assert [sentence.partition(" have ")[0] for sentence in one] == [
+        "the logits behind 7 tokens"
+    ] * 2
+
+
 def differing(jobs: list[dict[str, Any]]) -> str:
     """Return what this rank says of its job; "" where all have one."""
     from ep_plugin.megatron.workers.generate_ranks import _check_alike

@@ -76,6 +76,9 @@ def _load_model(view: Path, layout: Layout, dtype: str | None) -> Any:
     return model
 
 
+NOT_FINITE = -1  # in the place of a token
+
+
 class Cached:
     """A model that remembers what it has read. Every rank must call it with the same tokens."""
 
@@ -117,6 +120,7 @@ def generate(
     """Let the model go on with each of `prompts`; `on_token(row, token)` says whether it is done.
 
     It is called on the first rank alone, for each new token. `size`: tokens from here on are none.
+    Raises ConfigError on all ranks alike where a logit is nan or infinite.
     """
     first = dist.get_rank() == 0
     lengths = [len(prompt) for prompt in prompts]
@@ -130,7 +134,9 @@ def generate(
         device = logits.device
         going = [row for row, end in enumerate(lengths) if end <= read and not done[row]]
         news = torch.zeros(len(prompts), 2, dtype=torch.int64)  # token, and whether it is the last
-        if first:
+        if first and not logits[going].isfinite().all():
+            news[:, 0] = NOT_FINITE
+        elif first:
             made = choose(logits[going], sampling, [drawn[row] for row in going])
             for row, token in zip(going, made, strict=True):
                 last = on_token(row, token) or read + 1 == lengths[row] + num_tokens
@@ -138,6 +144,12 @@ def generate(
         news = news.to(device)
         dist.broadcast(news, 0)
         news = news.cpu()
+        if int(news[0, 0]) == NOT_FINITE:
+            raise ConfigError(
+                f"the logits behind {read} tokens have nan or inf, so no token follows; look for "
+                "them in the weights with ep-plugin audit CKPT, or use --dtype fp32 where a larger "
+                "dtype could help"
+            )
         for row in going:
             done[row] = bool(news[row, 1])
         if all(done):
