@@ -96,11 +96,13 @@ def test_measured_rows_of_plan(tmp_path: Path) -> None:
 def test_rows_of_bench_that_are_read_back(tmp_path: Path) -> None:
     """What is accepted can be merged, printed and drawn."""
     from ep_plugin.commands.bench import plot
+    from ep_plugin.commands.bench.best import both_figures
+    from ep_plugin.commands.bench.floors import H100
 
     path = tmp_path / "rows.json"
     good = figures.make_row(torch.device("cpu"), Timing(1.0, 1.0, 1.0), bench="gemm", shape="tiny")
     good |= {"op": "fc1", "backend": "torch", "precision": "bf16", "routing": "balanced"}
-    good |= {"floor_ms": 1.0}
+    good |= {"floor_ms": 1.0, "rates": H100.facts(), "switches": "--a"}
 
     @drawn(150)
     @given(damaged(good))
@@ -111,6 +113,7 @@ def test_rows_of_bench_that_are_read_back(tmp_path: Path) -> None:
         except ConfigError:
             return
         figures.table(figures.merge(rows, rows))
+        both_figures(rows)
         plot.draw(rows)
 
     check()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,21 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
     return train_ep.parse()
 
 
+@cache
+def megatron_parser() -> argparse.ArgumentParser:
+    arguments = pytest.importorskip("megatron.training.arguments")
+    from ep_plugin.megatron.arguments.parser import add_ep_arguments
+
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return add_ep_arguments(parser)
+
+
 @pytest.mark.parametrize("recipe", [None, *train_sides.FORMATS])
 @pytest.mark.parametrize("side", train_sides.SIDES)
 def test_megatron_has_the_flags_of_every_side(
     side: str, recipe: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = pytest.importorskip("megatron.training.arguments")
-    from ep_plugin.megatron.arguments.parser import add_ep_arguments
-
-    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    add_ep_arguments(parser)
+    parser = megatron_parser()
     monkeypatch.setattr(train_run, "has_engine", lambda: True)
     words = [*("--fp8-recipe", recipe or "tensorwise"), "--force-balance"]
     args = parsed(monkeypatch, *words)

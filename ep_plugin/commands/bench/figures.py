@@ -40,7 +40,7 @@ OF_SOME = {
     "losses",
 }  # benches
 # What a row must have to be printed and drawn: the types of each name, and which are never None.
-TEXTS = "bench shape op backend precision routing device dispatcher schedule gradients"
+TEXTS = "bench shape op backend precision routing device dispatcher schedule gradients switches"
 NUMBERS = (
     "ms p10_ms p90_ms fwd_ms weight_quant_ms floor_ms saved_mib tflops gbps exchange_ms "
     "compute_ms hidden_share covered_share"
