@@ -100,10 +100,14 @@ SIDES = {
 
 
 def fp8_flags(side: Side, recipe: str) -> str:
-    """Return a side's flags for FP8; `recipe` is Megatron's, and padding is by its router."""
+    """Return a side's flags for FP8; `recipe` is Megatron's.
+
+    Padding is by its router, but for the side as its users get it.
+    """
     if not side.is_peer:
         return side.fp8
-    return f"--fp8-format {FORMATS[recipe]} --fp8-recipe {recipe} {PADDED}"
+    flags = f"--fp8-format {FORMATS[recipe]} --fp8-recipe {recipe}"
+    return f"{flags} {PADDED}" if side.fused else flags
 
 
 def own_flags(side: Side, over_ranks: bool, engine: bool, recipe: str | None) -> str:

@@ -109,8 +109,9 @@ def test_megatron_has_the_flags_of_every_side(
     assert (known.overlap_grad_reduce, known.overlap_param_gather) == (True, True)
     theirs = side.startswith("megatron")
     assert known.fp8_recipe == (recipe if theirs and recipe else "delayed")  # Megatron's default
-    assert known.moe_router_padding_for_quantization == (theirs and recipe is not None)
-    assert known.moe_router_fusion == (theirs and side != "megatron-defaults")
+    fused = theirs and side != "megatron-defaults"
+    assert known.moe_router_padding_for_quantization == (fused and recipe is not None)
+    assert known.moe_router_fusion == fused
     everything = side == "megatron-all"
     assert known.delay_wgrad_compute == (everything or side == "megatron-overlap")
     graphs = [module.name for module in known.cuda_graph_modules]
