@@ -15,6 +15,7 @@ SLOW = (
     "test_development",
     "test_divergence",
     "test_hybrid",
+    "test_hybrid_plan",
     "test_benchmark_scripts::test_the_fastest_way_at_each_ep_counts_beside_one_rank",
     "test_bounds",
     "test_by_nature",

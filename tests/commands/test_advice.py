@@ -23,7 +23,8 @@ Line = dict[str, Any]  # flag -> value
 
 def plan(line: Line, capsys: pytest.CaptureFixture[str]) -> str | None:
     """Return the refusal of `ep-plugin plan` with these flags; None where it is taken."""
-    code = main(["plan", *(word for pair in line.items() for word in map(str, pair))])
+    switches = ["--disable-bias-linear"] if "--hybrid-layer-pattern" in line else []
+    code = main(["plan", *(word for pair in line.items() for word in map(str, pair)), *switches])
     said = capsys.readouterr().err
     assert (code == 2) == bool(said)
     return said or None
@@ -45,7 +46,15 @@ def model(draw: random.Random) -> Line:
     return {"--preset": draw.choice(names), "--gpus": draw.choice(SIZES) * 8, **degrees}
 
 
-@pytest.mark.parametrize("kind", [layer, model])
+def hybrid(draw: random.Random) -> Line:
+    pattern = draw.choice(("*E*E", "M*ME|G*-E/*-", "*E|*E|*E|M-", "+EG-"))
+    degrees = {f"--{name}": draw.choice(SIZES[:5]) for name in ("tp", "pp", "ep", "etp", "cp")}
+    model = {"--hybrid-layer-pattern": pattern, "--hidden-size": 2048, "--vocab-size": 32000}
+    model |= {"--num-attention-heads": 16, "--num-experts": 64, "--position-embedding-type": "none"}
+    return model | {"--seq-length": 4096, "--gpus": draw.choice(SIZES) * 8, **degrees}
+
+
+@pytest.mark.parametrize("kind", [layer, model, hybrid])
 def test_plan_takes_what_it_says_to_use(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a line with one mistake at once; of any, after one sentence for each mistake."""
     draw, refused, mended = random.Random(5), 0, 0
@@ -58,7 +67,8 @@ def test_plan_takes_what_it_says_to_use(kind: Any, capsys: pytest.CaptureFixture
             refused += 1
             line = followed(line, said)
         assert said is None, said
-        flag = draw.choice([name for name in line if name != "--preset"])
+        layout = ("--tp", "--pp", "--ep", "--etp", "--cp", "--gpus", "--experts", "--topk")
+        flag = draw.choice([name for name in line if name in layout])
         wrong = line | {flag: draw.choice((0, 7, *SIZES))}
         said = plan(wrong, capsys)
         if said is not None:

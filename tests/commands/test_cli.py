@@ -37,10 +37,20 @@ FLAGS = {
         "SCRIPT ARGS --device --iterations --json --layouts --output --resume --tiny --tolerance"
     ),
     "plan": (
-        "--chunks --compute-ms --cp --dispatch-dedup --ep --ep-distill-stop --ep-teacher "
-        "--ep-teacher-layout --etp --experts --ffn --fp8-dispatch --gpu-gb --gpus --hidden "
-        "--imbalance --json --measured --micro-batch --network --plot --pp --preset --recompute "
-        "--seq-length --tokens --topk --tp"
+        "--add-qkv-bias --attention-output-gate --chunks --compute-ms --cp --disable-bias-linear "
+        "--dispatch-dedup --ep --ep-distill-stop --ep-experts-per-layer --ep-teacher "
+        "--ep-teacher-layout --etp --experts --ffn --ffn-hidden-size --fp8-dispatch --gpu-gb --gpus "
+        "--group-query-attention --hidden --hidden-size --hybrid-layer-pattern --imbalance --json "
+        "--kv-channels --kv-lora-rank --linear-conv-kernel-dim --linear-key-head-dim "
+        "--linear-num-key-heads --linear-num-value-heads --linear-value-head-dim "
+        "--make-vocab-size-divisible-by --mamba-head-dim --mamba-num-groups --mamba-num-heads "
+        "--mamba-state-dim --max-position-embeddings --measured --micro-batch "
+        "--moe-ffn-hidden-size --moe-router-topk --moe-shared-expert-gate "
+        "--moe-shared-expert-intermediate-size "
+        "--network --normalization --num-attention-heads --num-experts --num-query-groups --plot "
+        "--position-embedding-type --pp --preset --q-lora-rank --qk-head-dim --qk-pos-emb-head-dim "
+        "--recompute --seq-length --swiglu --tokens --topk --tp "
+        "--untie-embeddings-and-output-weights --v-head-dim --vocab-size"
     ),
     "presets": "NAME --json",
     "recipes": "NAME --copy --json",

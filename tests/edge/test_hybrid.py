@@ -8,13 +8,18 @@ import inspect
 import os
 import subprocess
 import sys
+from itertools import pairwise
+from math import prod
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from loop import MOE, NEWEST, OURS, ROOT, SHAPE, launch_with
 
+from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
+from ep_plugin.commands import plan
+from ep_plugin.commands.plan.hybrid import HybridModel, kinds
+from ep_plugin.commands.plan.hybrid_flags import read_sizes
 from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
@@ -115,6 +120,10 @@ WRONG = {
         ("--hybrid-layer-pattern", "*-*-", *EXPERTS),
         "has no layer of experts, E; use --hybrid-layer-pattern '*E*-'",
     ),
+    "no layer for them, beside prediction": (
+        ("--hybrid-layer-pattern", "*-/*E/*E", *EXPERTS),
+        "use --hybrid-layer-pattern '*E/*-/*-'",
+    ),
     "a frequency beside it": (
         (*PATTERN, *EXPERTS, "--moe-layer-freq", "2"),
         "is for a GPT; in a HybridModel each E of --hybrid-layer-pattern (*E*E)",
@@ -185,9 +194,32 @@ def test_a_model_s_layers_are_those_of_its_pattern_by_either_name(name: str) -> 
     def built(*args: Any, **kwargs: Any) -> None: ...
 
     built.__signature__ = inspect.signature(HybridModel.__init__)  # type: ignore[attr-defined]
-    config = SimpleNamespace(moe_layer_freq=1, num_layers=4)
-    hybrid._with_pattern(built, None, config, None, 64, 16, **{name: "*-*E"})
-    assert moe_pattern(config) == [0, 0, 0, 1]
+    config = argparse.Namespace(moe_layer_freq=1, num_layers=4)
+    before, patterns = dict(vars(config)), hybrid.KeptPatterns()
+    with patterns:
+        for pattern in ("*E*-", "*-*E"):  # two models of one configuration
+            patterns.with_pattern(built, None, config, None, 64, 16, **{name: pattern})
+        assert moe_pattern(config) == [0, 0, 0, 1]
+    assert vars(config) == before
+    config.hybrid_layer_pattern = "*E"  # the user's
+    with patterns:
+        patterns.with_pattern(built, None, config, None, 64, 16, **{name: "*-*E"})
+    assert config.hybrid_layer_pattern == "*E"
+
+
+def test_uninstall_takes_the_pattern_from_a_configuration() -> None:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=2)
+    install()
+    try:
+        with pytest.raises(AssertionError, match="is not initialized"):  # no ranks met
+            HybridModel(config, None, 64, 16, hybrid_layer_pattern="*E")
+        assert config.hybrid_layer_pattern == "*E"
+    finally:
+        uninstall()
+    assert not hasattr(config, "hybrid_layer_pattern")
 
 
 def test_a_run_goes_on_at_another_size_and_layers_have_the_pattern_s_numbers(
@@ -214,12 +246,38 @@ def test_a_run_goes_on_at_another_size_and_layers_have_the_pattern_s_numbers(
         )
     whole, resumed = found
     assert sorted(whole.shares()) == [2, 4]
+    assert planned_params(flags) == stored_params(saved)
     for tag in ("grad-norm", "lm loss validation"):
         expected = [value for step, value in whole.series(tag) if step > 2]
         assert expected
         assert [v for step, v in resumed.series(tag) if step > 2] == pytest.approx(
             expected, rel=1e-5
         )
+
+
+PLANNED = (  # flags of a run that are about sizes
+    *("--hybrid-layer-pattern", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads"),
+    *("--seq-length", "--position-embedding-type", "--num-experts", "--moe-router-topk"),
+    *("--moe-ffn-hidden-size", "--ep-experts-per-layer"),
+)
+
+
+def planned_params(flags: tuple[str, ...]) -> int:
+    """Return what `plan` says of a run's flags, whose vocabulary Megatron pads to 256."""
+    words = dict(pairwise(flags))
+    sizes = [f"{name}={words[name]}" for name in PLANNED]
+    line = [*sizes, "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"]
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    pattern, counted, experts = read_sizes(parser.parse_args([*line, "--vocab-size", "256"]))
+    return sum(kind.params for kind in kinds(HybridModel(pattern, counted, experts, 32)))
+
+
+def stored_params(saved: str) -> int:
+    """Return the values of a checkpoint's parameters."""
+    tensors = open_checkpoint(Path(saved)).tensors
+    names = [name for name in tensors if name.startswith(("decoder.", "embedding.", "output_"))]
+    return sum(prod(tensors[name].shape) for name in names if not name.endswith("expert_bias"))
 
 
 def test_a_pipeline_stage_without_experts_takes_its_part_in_what_is_logged(tmp_path: Path) -> None:

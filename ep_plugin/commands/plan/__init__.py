@@ -1,4 +1,7 @@
-"""`ep-plugin plan`: the communication time of a layer, or with --preset the memory of a model."""
+"""`ep-plugin plan`: the communication time of a layer, or the memory of a model.
+
+The model is a --preset, or a HybridModel by its --hybrid-layer-pattern.
+"""
 
 import argparse
 import json
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ep_plugin.commands.law import Need
-from ep_plugin.commands.plan import fit
+from ep_plugin.commands.plan import fit, hybrid, hybrid_flags
 from ep_plugin.commands.plan.network import (
     HOWS,
     NETWORKS,
@@ -32,6 +35,8 @@ EXAMPLES = """examples:
   ep-plugin plan --topk 8 --hidden 2048 --ffn 768 --experts 128    compute by its floor
   ep-plugin plan --preset qwen3-30b-a3b --gpus 16 --pp 2      memory of a GPU, for each ep
   ep-plugin plan --preset ds-350m-mos-l21 --ep-teacher ds-350m-prmoe-32-64     with a teacher
+  ep-plugin plan --hybrid-layer-pattern 'M*ME|M*ME' --hidden-size 2048 --num-attention-heads 16 \\
+      --num-experts 64 --vocab-size 131072 --seq-length 4096 --position-embedding-type none
   ep-plugin plan --experts 512 --ep 8 64 512 --chunks 8 --fp8-dispatch --plot plan.png
   ep-plugin plan --topk 4 --ep 2 4 8 --measured overlap.json --plot plan.png
 
@@ -47,16 +52,16 @@ SPELLING = {  # a setting in a refusal -> the flag that it has here
 NEEDS = (
     Need(
         "--tokens",
-        lambda args: args.preset is None,
-        "--tokens is for the exchanges of a layer, and --preset {args.preset} asks for a model's "
-        "memory; use --micro-batch N and --seq-length N",
+        fit.no_model,
+        "--tokens is for the exchanges of a layer, and a model's memory is asked for; use "
+        "--micro-batch N and --seq-length N",
     ),
     Need(
         "--topk --hidden --ffn --experts --chunks --compute-ms --imbalance --network "
         "--fp8-dispatch --measured --plot",
-        lambda args: args.preset is None,
-        "{flag} is for the exchanges of a layer, and --preset {args.preset} asks for a model's "
-        "memory; use {flag} without --preset, or leave {flag} out",
+        fit.no_model,
+        "{flag} is for the exchanges of a layer, and --preset or --hybrid-layer-pattern asks for a "
+        "model's memory; use {flag} without them, or leave {flag} out",
     ),
     Need(
         "--compute-ms",
@@ -71,6 +76,7 @@ NEEDS = (
         "FILE, or --measured without --json",
     ),
     *fit.NEEDS,
+    *hybrid_flags.NEEDS,
 )
 
 
@@ -147,13 +153,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON of `bench overlap`; its rows of this layer are shown beside the estimate",
     )
     fit.add_arguments(parser)
+    hybrid_flags.add_arguments(
+        parser.add_argument_group(
+            "a HybridModel", "its layers by Megatron's flags; memory as above, and work"
+        )
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a row for each number of ranks and each way to send; raises ConfigError.
 
-    With --preset, a row for each number of ranks and what a GPU holds.
+    With a model, a row for each number of ranks and what a GPU holds.
     """
+    if args.hybrid_layer_pattern is not None:
+        return hybrid.run(args)
     if args.preset is not None:
         return fit.run(args)
     names = ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance", "ffn")

@@ -23,13 +23,26 @@ MOST = {  # what is refused looks for a layout that goes
     "micro_batch": 1 << 20,
 }
 USABLE = 0.9  # of a GPU's memory; the rest is what is not counted
+
+
+def no_model(args: argparse.Namespace) -> bool:
+    """Whether neither a preset nor a pattern of layers is named."""
+    return args.preset is None and args.hybrid_layer_pattern is None
+
+
 NEEDS = (
     Need(
         "--gpus --tp --pp --cp --etp --micro-batch --seq-length --recompute --dispatch-dedup "
-        "--gpu-gb --ep-teacher",
-        lambda args: args.preset is not None,
+        "--gpu-gb",
+        lambda args: not no_model(args),
         "{flag} is for the memory of a whole model, and no model is named; use --preset NAME with "
-        "a name that `ep-plugin presets` lists",
+        "a name that `ep-plugin presets` lists, or --hybrid-layer-pattern PATTERN",
+    ),
+    Need(
+        "--ep-teacher",
+        lambda args: args.preset is not None,
+        "{flag} teaches a published GPT, and no --preset is named; use --preset NAME with a name "
+        "that `ep-plugin presets` lists",
     ),
     Need(
         "--ep --etp --dispatch-dedup",
@@ -59,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     numbers = {
         "gpus": (8, "GPUs in all"),
         "tp": (1, "tensor-parallel ranks, with sequence parallelism"),
-        "pp": (1, "pipeline stages; layers are split evenly"),
         "cp": (1, "context-parallel ranks"),
         "etp": (1, "expert tensor-parallel ranks"),
         "micro-batch": (1, "sequences of a micro-batch"),
@@ -68,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{name}", type=int, default=default, help=f"{summary} (default: {default})"
         )
+    group.add_argument(
+        "--pp",
+        type=int,
+        help="pipeline stages; a preset's layers are split evenly (default: 1, or as many as "
+        "| cuts a pattern into)",
+    )
     group.add_argument(
         "--seq-length", type=int, help="tokens of a sequence (default: the preset's)"
     )
@@ -88,6 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a row for each --ep, or for each that goes; raises ConfigError."""
     preset = load(args.preset)
+    args.pp = 1 if args.pp is None else args.pp
     _check(args, preset)
     teacher = read_teacher(args, preset) if args.ep_teacher is not None else None
     rows = _rows(args, preset, teacher)

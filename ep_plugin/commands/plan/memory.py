@@ -144,9 +144,9 @@ def kept_in_layer(preset: Preset, parallel: ParallelConfig, experts: int, dedup:
         attention = 2 * wide + 2 * keys + (wide + keys if model.qk_norm else 0)
     values = 2 * model.hidden + attention + 2 * model.hidden  # inputs and norms of both blocks
     if not experts:
-        return 2.0 * (values + _ffn_values(model.dense_ffn, model.dense_activation, 1))
+        return 2.0 * (values + ffn_values(model.dense_ffn, model.dense_activation, 1))
     if model.shared_ffn:
-        values += _ffn_values(model.shared_ffn, model.dense_activation, 1)
+        values += ffn_values(model.shared_ffn, model.dense_activation, 1)
     topk = min(preset.routing.topk, experts)
     traffic = Traffic(1, topk, model.hidden, experts)
     came = received(traffic, degree(parallel.ep, experts), dedup)
@@ -157,9 +157,9 @@ def kept_in_layer(preset: Preset, parallel: ParallelConfig, experts: int, dedup:
 
 def kept_by_experts(rows: int, ffn: int, activation: str) -> int:
     """Return the bytes of the pre-activations of `rows` rows, in bf16."""
-    return 2 * rows * _ffn_values(ffn, activation, 0)
+    return 2 * rows * ffn_values(ffn, activation, 0)
 
 
-def _ffn_values(size: int, activation: str, kept_output: int) -> int:
+def ffn_values(size: int, activation: str, kept_output: int) -> int:
     """Return the pre-activations of a block of `size`, and its activation where that is kept."""
     return size * ((2 if activation in GATED else 1) + kept_output)

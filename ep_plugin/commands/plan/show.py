@@ -1,6 +1,7 @@
 """The rows of `ep-plugin plan`, as a table and as a picture."""
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ep_plugin.commands.plan.network import HOWS, ONE_DOMAIN, Forecast
@@ -8,7 +9,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.written import check_picture, write_picture
 
 if TYPE_CHECKING:
-    from ep_plugin.commands.plan import Measured
+    from ep_plugin.commands.plan import Measured, hybrid
     from ep_plugin.commands.plan.fit import Fit
 
 
@@ -41,6 +42,46 @@ def fit_table(rows: list["Fit"], gpu_gb: float) -> str:
             f"{'yes' if row.fits else 'no'}"
         )
     return "\n".join(lines)
+
+
+def hybrid_tables(
+    kinds: list["hybrid.Kind"], rows: list["hybrid.Fit"], args: argparse.Namespace
+) -> str:
+    """Return a line for each kind of layer, for each layout, and for each kind on its GPU."""
+    lines = [f"{'':18} {'layers':>6} {'parameters':>15} {'MFLOP of a token, forward':>27}"]
+    for kind in kinds:
+        of = f"{kind.symbol} {kind.name}" if kind.name != kind.symbol else kind.name
+        lines.append(f"{of:18.18} {kind.layers:6} {kind.params:15,} {kind.flops / 1e6:27,.1f}")
+    work = sum(kind.flops for kind in kinds)
+    whole, params = "the whole model", sum(kind.params for kind in kinds)
+    layers = sum(kind.layers for kind in kinds if kind.name != kind.symbol)
+    lines += [f"{whole:18} {layers:6} {params:15,} {work / 1e6:27,.1f}", ""]
+    trained = sum(kind.trained_flops for kind in kinds)
+    lines += [f"a token's step, forward and backward: {trained / 1e6:,.1f} MFLOP", ""]
+    lines.append(
+        f"{'ep':>4} {'edp':>4} {'stage':>5} {'weights GB':>11} {'gradients GB':>13} "
+        f"{'Adam GB':>8} {'activations GB':>15} {'total GB':>9}  fits {args.gpu_gb:g} GB"
+    )
+    for row in rows:
+        lines.append(
+            f"{row.ep:4} {row.edp:4} {row.stage:5} {_bytes(row.kinds)} {row.total_gb:9.1f}  "
+            f"{'yes' if row.fits else 'no'}"
+        )
+    shown = next((row for row in rows if row.fits), rows[-1])
+    lines += ["", f"one GPU of stage {shown.stage} at ep {shown.ep}:"]
+    lines.append(
+        f"{'':10} {'parameters':>14} {'weights GB':>11} {'gradients GB':>13} {'Adam GB':>8} "
+        f"{'activations GB':>15}"
+    )
+    lines += [f"{held.symbol:10} {held.params:14,} {_bytes([held])}" for held in shown.kinds]
+    return "\n".join(lines)
+
+
+def _bytes(kinds: Iterable["hybrid.Held"]) -> str:
+    widths = {"weights": "11.2f", "gradients": "13.2f", "optimizer": "8.2f", "activations": "15.2f"}
+    every = list(kinds)
+    sums = {name: sum(getattr(held, name) for held in every) / 1e9 for name in widths}
+    return " ".join(f"{sums[name]:{width}}" for name, width in widths.items())
 
 
 def draw(rows: list[Forecast], measured: list["Measured"], args: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ NEEDS = (
     ),
     Need(
         "--ep-teacher",
-        lambda args: args.pp == 1,
+        lambda args: args.pp in (None, 1),
         "--ep-teacher needs a student on one pipeline stage, whose ranks have its logits; use "
         "--pp 1",
     ),

@@ -47,6 +47,7 @@ def check_hybrid(args: Any, two_batch: bool) -> None:
         )
     if not any(hybrid_layers(pattern)):
         place = decoder.replace("-", "E", 1) if "-" in decoder else f"{decoder}E"
+        place = "/".join([place, predicting.replace("E", "-")] if predicting else [place])
         raise ConfigError(
             f"--num-experts ({args.num_experts}) is given, and {FLAG} ({pattern}) has no layer of "
             f"experts, E; use {FLAG} '{place}'"

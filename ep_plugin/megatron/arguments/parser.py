@@ -17,6 +17,8 @@ from ep_plugin.megatron.distill.teacher_layout import parse_layout
 from ep_plugin.registry import available
 from ep_plugin.typed import LARGEST_FLOAT
 
+MOST_LAYERS = 1 << 16  # of a pyramid, each of which is an entry of a list
+
 
 def on_off(text: str) -> bool:
     """Read `on` or `off`."""
@@ -29,6 +31,8 @@ def experts_per_layer(text: str) -> tuple[int, ...]:
     """Read "32*10,64*2": one number of experts for each MoE layer, first to last."""
     try:
         runs = [part.partition("*") for part in text.split(",")]
+        if sum(int(times) for _, star, times in runs if star) > MOST_LAYERS:
+            raise ValueError
         counts = tuple(int(n) for n, star, times in runs for _ in range(int(times) if star else 1))
     except ValueError as error:
         raise argparse.ArgumentTypeError(
