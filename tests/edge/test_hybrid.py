@@ -263,13 +263,13 @@ PLANNED = (  # flags of a run that are about sizes
 
 
 def planned_params(flags: tuple[str, ...]) -> int:
-    """Return what `plan` says of a run's flags, whose vocabulary Megatron pads to 256."""
+    """Return what `plan` says of a run's flags."""
     words = dict(pairwise(flags))
     sizes = [f"{name}={words[name]}" for name in PLANNED]
     line = [*sizes, "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"]
     parser = argparse.ArgumentParser()
     plan.add_arguments(parser)
-    pattern, counted, experts = read_sizes(parser.parse_args([*line, "--vocab-size", "256"]))
+    pattern, counted, experts = read_sizes(parser.parse_args([*line, "--vocab-size", "128"]))
     return sum(kind.params for kind in kinds(HybridModel(pattern, counted, experts, 32)))
 
 
