@@ -79,6 +79,11 @@ def hybrid_layers(pattern: str) -> tuple[bool, ...]:
     return tuple(symbol == "E" for symbol in decoder)
 
 
+def hybrid_symbol(pattern: str, layer: int) -> str:
+    """Return the symbol of a layer, counted from 0 as in a checkpoint; "" beyond the last."""
+    return pattern.split("/")[0].replace("|", "")[layer : layer + 1]
+
+
 def _parse_pattern(text: str) -> list[int]:
     try:
         value = _evaluate(ast.parse(text, mode="eval").body)

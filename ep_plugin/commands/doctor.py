@@ -27,6 +27,8 @@ PACKAGES = (  # package, the module that has to import, what it is for
         "--transformer-impl transformer_engine, Megatron's default on GPUs: pip install "
         "--no-build-isolation 'transformer-engine[pytorch]'; without it --transformer-impl local",
     ),
+    ("mamba-ssm", "mamba_ssm", "M, Mamba layers, of --hybrid-layer-pattern, on GPUs"),
+    ("flash-linear-attention", "fla", "G, gated delta nets, of --hybrid-layer-pattern, on GPUs"),
     ("sentencepiece", "sentencepiece", "the recipes' tokenizer"),
     ("tensorboard", "tensorboard", "--tensorboard-dir and ep-plugin report"),
     ("matplotlib", "matplotlib", "ep-plugin report"),
@@ -97,7 +99,12 @@ def examine() -> list[Finding]:
         if torch.status == "ok":
             findings += [_device(), *_megatron(), _apex(), *_options()]
     packages = [_package(row) for row in PACKAGES]
-    return [*findings, *packages, *_attention(findings, packages[0])]
+    return [
+        *findings,
+        *packages,
+        *_hybrid(findings, packages),
+        *_attention(findings, packages[0]),
+    ]
 
 
 @contextlib.contextmanager
@@ -205,6 +212,31 @@ def _apex() -> Finding:
     if find_spec("apex") is None:
         return Finding("apex", "absent", "not installed; Megatron uses NVIDIA's where it is")
     return Finding("apex", "ok", "NVIDIA's")
+
+
+def _hybrid(findings: list[Finding], packages: list[Finding]) -> list[Finding]:
+    """Say which symbols of --hybrid-layer-pattern have layers here; nothing without a Megatron."""
+    status = {finding.name: finding.status for finding in (*findings, *packages)}
+    if status.get("megatron-core") != "ok" or status["device"] != "ok":
+        return []
+    from ep_plugin.megatron.arguments.layer_pattern import OF_GPUS
+    from ep_plugin.megatron.cpu import mode as cpu_mode
+    from ep_plugin.megatron.seams import touchpoints
+
+    name, version = "HybridModel", touchpoints.installed_version()
+    if not touchpoints.release_for(version).HYBRID:
+        return [Finding(name, "absent", f"megatron-core {version} has none; it is there from 0.18")]
+    if cpu_mode.wanted():
+        missing = "; ".join(f"{symbol}: {needs}" for symbol, needs in OF_GPUS.items())
+        return [Finding(name, "ok", f"layers *, +, - and E on the CPU; {missing}, for GPUs")]
+    if status["transformer-engine"] != "ok":
+        text = "Megatron's layers of one are Transformer Engine's, which is not usable here"
+        return [Finding(name, "absent", text)]
+    further = {"M": "mamba-ssm", "G": "flash-linear-attention"}
+    there = [symbol for symbol, package in further.items() if status[package] == "ok"]
+    lacks = [f"{symbol} needs {further[symbol]}" for symbol in further if symbol not in there]
+    text = f"layers {', '.join(['*', '+', 'D', '-', 'E', *there])}"
+    return [Finding(name, "ok", "; ".join([text, *lacks]))]
 
 
 def _attention(findings: list[Finding], engine: Finding) -> list[Finding]:

@@ -136,3 +136,28 @@ def test_an_apex_of_one_file_is_another_apex(
 def test_no_apex_is_no_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert foreign_apex() is None
+
+
+@pytest.mark.megatron
+def test_which_layers_of_a_hybrid_model_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ep_plugin.megatron.cpu import mode as cpu_mode
+
+    def said(**packages: str) -> doctor.Finding:
+        status = dict.fromkeys(("megatron-core", "device"), "ok")
+        names = ("transformer-engine", "mamba-ssm", "flash-linear-attention")
+        status |= {name: packages.get(name.partition("-")[0], "absent") for name in names}
+        found = [doctor.Finding(name, state, "") for name, state in status.items()]  # type: ignore[arg-type]
+        (finding,) = doctor._hybrid(found[:2], found[2:])
+        return finding
+
+    monkeypatch.setattr(touchpoints, "installed_version", lambda: "0.19.2")
+    monkeypatch.setattr(cpu_mode, "wanted", lambda: True)
+    assert said().text.startswith("layers *, +, - and E on the CPU; M: Mamba layers need the")
+    monkeypatch.setattr(cpu_mode, "wanted", lambda: False)
+    assert said().status == "absent"
+    assert said(transformer="ok", mamba="ok").text == (
+        "layers *, +, D, -, E, M; G needs flash-linear-attention"
+    )
+    monkeypatch.setattr(touchpoints, "installed_version", lambda: "0.17.1")
+    assert said().text == "megatron-core 0.17.1 has none; it is there from 0.18"
+    assert doctor._hybrid([], []) == []

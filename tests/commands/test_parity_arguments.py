@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 from ep_plugin import cli
 from ep_plugin.commands.parity.by_nature import set_aside
@@ -216,3 +217,26 @@ def test_a_layout_that_does_not_finish_leaves_the_others(
     layouts = json.loads(report.read_text())["layouts"]
     assert [layout["passed"] for layout in layouts] == [False, True]
     assert [layout["failure"] for layout in layouts] == ["ep=2: out of memory", None]
+
+
+def test_a_vocabulary_that_is_padded_otherwise_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 entries become 256 rows at TP 2; at a layout alike, all is compared."""
+    from ep_plugin.commands.parity import differences
+
+    class Saved:
+        tensors = ("embedding.word_embeddings.weight",)
+
+        def __init__(self, rows: int) -> None:
+            self.rows = rows
+
+        def read_tensor(self, name: str) -> torch.Tensor:
+            return torch.ones(self.rows, 4)
+
+    rows = iter((128, 128, 128, 256))
+    monkeypatch.setattr(differences, "open_checkpoint", lambda path: Saved(next(rows)))
+    (same,) = differences.compare_gradients(Path("one"), Path("two"))
+    assert same.relative == 0
+    with pytest.raises(
+        ConfigError, match=r"128 rows on one rank and 256 .* --padded-vocab-size 256"
+    ):
+        differences.compare_gradients(Path("one"), Path("two"))

@@ -102,7 +102,8 @@ def test_parts_of_megatron_s_moe_layer_are_refused() -> None:
         config = config_of(cuda_graph_impl="local", cuda_graph_modules=modules)
         with pytest.raises(ConfigError, match=f"of {said} would capture parts of an MoE layer"):
             check_graphs(config, EdgeSettings())
-    check_graphs(config_of(cuda_graph_impl="local", cuda_graph_scope=["attn"]), EdgeSettings())
+    for others in (["attn"], ["attn", "mlp", "mamba"]):
+        check_graphs(config_of(cuda_graph_impl="local", cuda_graph_scope=others), EdgeSettings())
 
 
 @pytest.mark.skipif(not NEWEST, reason="the flags of 0.19")

@@ -17,6 +17,7 @@ import pytest
 from loop import MOE, NEWEST, OURS, ROOT, SHAPE, launch_with
 
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
+from ep_plugin.cli import main
 from ep_plugin.commands import plan
 from ep_plugin.commands.plan.hybrid import HybridModel, kinds
 from ep_plugin.commands.plan.hybrid_flags import read_sizes
@@ -58,6 +59,8 @@ def test_the_order_of_imports_changes_no_bit_and_our_block_runs(tmp_path: Path) 
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
+        # Of attn, mlp and mamba: attention and a dense block, and nothing of ours.
+        assert "graphed True False True" in done.stdout.splitlines()
         said.append(next(line for line in done.stdout.splitlines() if line.startswith("found")))
     assert said[0] == said[1]
     assert said[0].split()[2:] == ["2", "EPMoELayer"]  # calls: one for each E
@@ -223,7 +226,7 @@ def test_uninstall_takes_the_pattern_from_a_configuration() -> None:
 
 
 def test_a_run_goes_on_at_another_size_and_layers_have_the_pattern_s_numbers(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = str(tmp_path / "saved")
     flags = (
@@ -247,6 +250,12 @@ def test_a_run_goes_on_at_another_size_and_layers_have_the_pattern_s_numbers(
     whole, resumed = found
     assert sorted(whole.shares()) == [2, 4]
     assert planned_params(flags) == stored_params(saved)
+    assert main(["audit", saved]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("  ")[2] for line in table[:3]] == [
+        *("symbol of the pattern", "2: E", "4: E")
+    ]
+    assert "2 MoE layers of '*E*E', optimizer" in table[-1]
     for tag in ("grad-norm", "lm loss validation"):
         expected = [value for step, value in whole.series(tag) if step > 2]
         assert expected

@@ -34,7 +34,7 @@ pytestmark = [
         not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
     ),
 ]
-CASES = 16
+CASES = 14
 RUN = (
     *("--micro-batch-size", "1", "--lr", "1e-3", "--tokenizer-type", "NullTokenizer"),
     *("--moe-aux-loss-coeff", "1e-2", "--transformer-impl", "local"),
@@ -142,9 +142,23 @@ PLAIN = (
     *("--hidden-size", "128", "--num-attention-heads", "4", "--vocab-size", "500"),
     *("--seq-length", "64", "--position-embedding-type", "rope"),
 )
+GROUPS = ("--mamba-num-groups", "2")
 BY_HAND = (
     Case(("--hybrid-layer-pattern", "*-*-", *PLAIN), 1, 2, 1, 1),
-    Case(("--hybrid-layer-pattern", "+M|-G", *PLAIN, "--mamba-num-groups", "2"), 2, 2, 1, 1),
+    *(
+        Case(
+            ("--hybrid-layer-pattern", pattern, *PLAIN, *GROUPS, "--num-experts", "4", *more),
+            tp,
+            2,
+            2,
+            1,
+        )
+        for pattern, more, tp in (
+            ("*MG-E|*MGE-", ("--swiglu", "--moe-ffn-hidden-size", "48"), 1),
+            ("*MGE|*-EMG-/*-", ("--disable-bias-linear",), 2),
+        )
+    ),
+    Case(("--hybrid-layer-pattern", "+M|-G", *PLAIN, *GROUPS), 2, 2, 1, 1),
 )
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from loop import SCRIPT
+from loop import MOE, RUN, SCRIPT, SHAPE
 from warm import torchrun
 
 from ep_plugin.cli import main
@@ -121,6 +121,22 @@ def test_tiny_needs_no_flag_beside_it_and_what_differs_by_nature_is_named(
     assert [line.partition("nature: ")[2].partition(":")[0] for line in lines] == aside
     assert said.splitlines()[-1].startswith("ep=2 ")
     assert said.splitlines()[-1].endswith("passed")
+
+
+def test_a_hybrid_model_is_compared_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(run=torchrun))
+    flags = (*SHAPE[2:], *RUN, *MOE, "--hybrid-layer-pattern", "*E*E", "--vocab-size", "256")
+    line = [*flags, "--layouts", SEQUENCE_PARALLEL, "--iterations", "1", "--json"]
+    assert main(["parity", SCRIPT, *line]) == 0
+    (layout,) = json.loads(capsys.readouterr().out)["layouts"]
+    assert largest(layout, "scalars") < 1e-6
+    assert 0 < largest(layout, "gradients") < 1e-5
+    experts = {
+        d["name"].partition(".mlp")[0] for d in layout["gradients"] if "experts" in d["name"]
+    }
+    assert experts == {"decoder.layers.1", "decoder.layers.3"}
 
 
 def test_a_run_that_fails_or_refuses_is_shown_in_its_own_words(

@@ -17,6 +17,7 @@ from ep_plugin.checkpoint.audit.facts import Facts, read_facts
 from ep_plugin.checkpoint.audit.verdict import Finding, Report
 from ep_plugin.checkpoint.formats.megatron_dist import open_stored
 from ep_plugin.checkpoint.manifest import MANIFEST, manifest_problems
+from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.checkpoint.run_args import check_counters, checked
 from ep_plugin.checkpoint.tensors import Damaged, Stored
 from ep_plugin.checkpoint.whole import misnamed
@@ -86,6 +87,7 @@ def judge(
     broken, about_tensors = coverage.check(stored, facts, look)
     layers, about_experts = each_expert.check(stored, facts, broken)
     state, about_optimizer = moments.check(stored, facts)
+    pattern = hybrid_pattern(stored.common.get("args"))
     return Report(
         checkpoint=str(stored.folder),
         iteration=stored.common.get("iteration"),
@@ -95,6 +97,7 @@ def judge(
         optimizer=state,
         findings=[*about_tensors, *about_experts, *about_optimizer],
         without_checksums=len(stored.unsummed()),
+        pattern=pattern if isinstance(pattern, str) else None,
     )
 
 

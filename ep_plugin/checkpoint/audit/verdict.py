@@ -1,7 +1,11 @@
 """What an audit found, for people and for scripts."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from ep_plugin.checkpoint.moe_layers import hybrid_symbol
+from ep_plugin.untrusted import shown
 
 Check = Literal["files", "coverage", "values", "dtype", "shape", "experts", "optimizer"]
 
@@ -41,6 +45,7 @@ class Report:
     optimizer: str
     findings: list[Finding]
     without_checksums: int = 0  # tensors and objects
+    pattern: str | None = None  # of a HybridModel
 
     @property
     def errors(self) -> list[Finding]:
@@ -62,20 +67,27 @@ class Report:
                 f"; {self.without_checksums} tensors and objects were saved without checksums, so "
                 "bytes that were altered since are not noticed in them"
             )
+        layers = f"{len(self.layers)} MoE layers"
+        if self.pattern is not None:
+            layers += f" of {shown(self.pattern)}"
         return (
             f"{self.checkpoint}: {self.num_tensors} tensors, {self.num_bytes / 2**20:.1f} MiB, "
-            f"{len(self.layers)} MoE layers, optimizer {self.optimizer}: {verdict}"
+            f"{layers}, optimizer {self.optimizer}: {verdict}"
         )
 
     def table(self) -> str:
         """Return the audit as a table of layers, then one line for each finding."""
-        head = ("block", "experts", "distinct", "dtype", "fc1, fc2", "moments")
-        rows = [head]
+        head = ["block", "experts", "distinct", "dtype", "fc1, fc2", "moments"]
+        if self.pattern is not None:
+            head.append("symbol of the pattern")
+        rows: list[Sequence[str]] = [head]
         for layer in self.layers:
             found = f"{layer.experts} of {layer.expected}"
             rows.append(
                 (layer.block, found, str(layer.distinct), layer.dtype, layer.shapes, layer.moments)
             )
+            if self.pattern is not None:
+                rows[-1] = (*rows[-1], _symbol(layer.block, self.pattern))
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -85,3 +97,11 @@ class Report:
             f"{f.level}: {f.where}{': ' if f.where else ''}{f.message}" for f in self.findings
         ]
         return "\n".join([*lines, self.summary()])
+
+
+def _symbol(block: str, pattern: str) -> str:
+    """Return a block's number in the pattern, from 1 as in metrics, and its symbol there."""
+    number = block.removeprefix("decoder.layers.").partition(".")[0]
+    if not number.isdecimal():
+        return "-"
+    return f"{int(number) + 1}: {hybrid_symbol(pattern, int(number)) or 'none'}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ep_plugin.checkpoint.formats.megatron_dist import FIRST_ITERATION, open_checkpoint
+from ep_plugin.errors import ConfigError
 
 Scalars = dict[int, dict[str, float]]  # iteration -> name -> value
 
@@ -81,12 +82,22 @@ def compare_scalars(one: Scalars, other: Scalars) -> list[Difference]:
 
 
 def compare_gradients(one: Path, other: Path) -> list[Difference]:
-    """Return the difference of every parameter's gradient, and every expert's, forward order."""
+    """Return the difference of every parameter's gradient, and every expert's, forward order.
+
+    Raises ConfigError where a vocabulary is padded otherwise.
+    """
     old, new = (open_checkpoint(run / "gradients" / FIRST_ITERATION) for run in (one, other))
     found = []
     for name in sorted(old.tensors, key=_forward_order):
         expected = old.read_tensor(name).double()
         value = new.read_tensor(name).double() if name in new.tensors else expected * torch.nan
+        if value.shape != expected.shape:
+            raise ConfigError(
+                f"{name} has {len(expected)} rows on one rank and {len(value)} at this layout: "
+                "Megatron pads a vocabulary to a multiple of --make-vocab-size-divisible-by times "
+                "TP, and losses of different vocabularies differ; use --padded-vocab-size "
+                f"{max(len(value), len(expected))}"
+            )
         for label, a, b in _by_expert(name, expected, value):
             scale = max(float(a.norm()), 1e-12)
             ratio = float((a * b).sum()) / scale**2

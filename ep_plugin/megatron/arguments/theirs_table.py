@@ -108,8 +108,8 @@ _ACTIVATION = (
     "geglu_tanh, gelu or relu"
 )
 _SOME_GRAPHS = (
-    "would capture parts of an MoE layer that ep_plugin's does not have; use attn and mlp alone, "
-    "or --cuda-graph-impl full_iteration"
+    "would capture parts of an MoE layer that ep_plugin's does not have; use attn, mlp and "
+    "mamba alone, or --cuda-graph-impl full_iteration"
 )
 _KEPT = "; use --ep-save fp8 or recompute, or --recompute-modules moe"
 
@@ -207,7 +207,9 @@ SOME_VALUES = (
         "--optimizer muon, or adam, sgd or lion",
     ),
     *(
-        _some(field, ("attn", "mlp", "full_iteration"), _SOME_GRAPHS, flag=flag, when=_graphs)
+        _some(
+            field, ("attn", "mlp", "mamba", "full_iteration"), _SOME_GRAPHS, flag=flag, when=_graphs
+        )
         for field, flag in (
             ("cuda_graph_modules", None),
             ("cuda_graph_scope", None),

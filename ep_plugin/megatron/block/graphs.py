@@ -15,7 +15,7 @@ from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.moe.config import GRAPH_RANKS
 from ep_plugin.moe.rules import own
 
-OUTSIDE = ("attn", "mlp")  # modules of Megatron's layers that are not ours
+OUTSIDE = ("attn", "mlp", "mamba")  # modules of Megatron's layers that are not ours
 
 
 def check_graphs(config: Any, settings: EdgeSettings) -> None:
@@ -31,7 +31,7 @@ def check_graphs(config: Any, settings: EdgeSettings) -> None:
     elif not modules or not set(modules) <= set(OUTSIDE):
         raise ConfigError(
             f"--cuda-graph-impl ({impl}) of {', '.join(modules) or 'whole layers'} would capture "
-            f"parts of an MoE layer that ep_plugin's does not have; name {' and '.join(OUTSIDE)} "
+            f"parts of an MoE layer that ep_plugin's does not have; name attn, mlp and mamba "
             "alone, or use --cuda-graph-impl full_iteration"
         )
 
