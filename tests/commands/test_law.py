@@ -7,6 +7,7 @@ that names a flag that was typed and says what to use.
 
 import argparse
 import json
+import random
 from collections.abc import Callable
 from io import BytesIO
 from itertools import combinations
@@ -28,10 +29,23 @@ from ep_plugin.commands.bench.which_flags import BACKENDS
 from ep_plugin.commands.parity import runs as parity_runs
 from ep_plugin.commands.parity.launch import Launcher
 from ep_plugin.commands.parity.layouts import Layout
+from ep_plugin.commands.plan.hybrid_flags import SIZES, SWITCHES
 from ep_plugin.written import write_picture
 
 CPU = torch.device("cpu")
 PLAIN = 'from megatron.training import pretrain\n\nif __name__ == "__main__":\n    pretrain()\n'
+SIZE_OF_ANOTHER = {  # of a HybridModel; the others are 16
+    **{"--hidden-size": "1024", "--vocab-size": "9000", "--make-vocab-size-divisible-by": "7"},
+    **{"--num-attention-heads": "8", "--num-query-groups": "2", "--num-experts": "4"},
+    **{"--moe-router-topk": "1", "--linear-num-value-heads": "48", "--linear-num-key-heads": "8"},
+    **{"--mamba-num-groups": "4", "--max-position-embeddings": "64"},
+}
+OF_A_HYBRID = {row.flag for row in (*SIZES, *SWITCHES)}
+HYBRID = (
+    "--hidden-size 512 --vocab-size 500 --seq-length 64 --num-attention-heads 4 --num-experts 4 "
+    "--disable-bias-linear"
+)
+SAMPLED = 60  # pairs of flags of a HybridModel, which has too many
 # What is typed behind a flag; a flag that is not here takes no value.
 VALUES = {
     "plan": {
@@ -42,6 +56,9 @@ VALUES = {
         **{"--etp": "2", "--micro-batch": "2", "--seq-length": "512", "--gpu-gb": "5000"},
         **{"--dispatch-dedup": "off", "--ep-teacher": "mixtral-8x7b"},
         **{"--ffn": "2048", "--ep-teacher-layout": "tp=4", "--ep-distill-stop": "0.5"},
+        **{"--hybrid-layer-pattern": "*E", "--normalization": "RMSNorm"},
+        **{"--position-embedding-type": "none", "--ep-experts-per-layer": "2,4"},
+        **{row.flag: SIZE_OF_ANOTHER.get(row.flag, "16") for row in SIZES},
     },
     "bench": {
         **{"--shapes": "tiny mixtral", "--backends": "ep_plugin", "--precision": "fp8"},
@@ -62,6 +79,11 @@ VALUES = {
 LINES = [
     *("plan", "plan --preset mixtral-8x7b", "plan --preset glam-137b-dense"),
     "plan --preset mixtral-8x7b --tp 2 --ep-teacher mixtral-8x22b",
+    f"plan --hybrid-layer-pattern *MGE-E {HYBRID} --position-embedding-type rope "
+    "--moe-shared-expert-intermediate-size 64",
+    f"plan --hybrid-layer-pattern +EE {HYBRID} --max-position-embeddings 64",
+    f"plan --hybrid-layer-pattern *- {HYBRID.replace('--num-experts 4 ', '')} "
+    "--max-position-embeddings 64 --group-query-attention",
     *(f"bench {name}" for name in bench.BENCHES),
     *(f"bench {name} --backends megatron" for name in ("layer", "overlap")),
     *("apply plain.py applied.py", "doctor", "presets", "presets qwen3-nano"),
@@ -225,7 +247,12 @@ def test_every_flag_acts_or_is_refused(line: str, here: Here) -> None:
     values = VALUES.get(command, {})
     flags = [flag for flag in flags_of(command) if flag not in given]
     acting: set[str] = set()
-    for chosen in [*combinations(flags, 1), *combinations(flags, 2)]:
+    pairs = [*combinations(flags, 2)]
+    if "--hybrid-layer-pattern" in line:
+        pairs = random.Random(5).sample(pairs, SAMPLED)
+    elif command == "plan":
+        pairs = [pair for pair in pairs if OF_A_HYBRID.isdisjoint(pair)]
+    for chosen in [*combinations(flags, 1), *pairs]:
 
         def typed(*names: str) -> list[str]:
             return [w for name in names for w in (name, *values.get(name, "").split())]

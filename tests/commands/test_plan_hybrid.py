@@ -129,7 +129,7 @@ def test_patterns_that_are_refused(mistake: str) -> None:
         ("*-", "--num-experts is for E, which --hybrid-layer-pattern *- does not have"),
         ("*- --mamba-num-heads 8", "--mamba-num-heads is for M, which"),
         ("*- --num-query-groups 2", "beside --group-query-attention alone"),
-        ("*- --ep 2", "--ep is for experts, and --hybrid-layer-pattern has no E"),
+        ("*- --ep 2", "--ep is for experts, and --hybrid-layer-pattern *- has no E"),
         ("*- --tokens 64", "use --micro-batch N and --seq-length N"),
         ("*- --ep-teacher mixtral-8x7b", "teaches a published GPT, and no --preset is named"),
         ("*-- --pp 2", "must divide the 3 layers of --hybrid-layer-pattern"),

@@ -129,7 +129,7 @@ NEEDS = (
             row.flag,
             _acts(row.symbols),
             f"{{flag}} is for {' and '.join(row.symbols)}, which --hybrid-layer-pattern "
-            "{args.hybrid_layer_pattern} does not have; leave {flag} out",
+            "{args.hybrid_layer_pattern} does not have; use it without {flag}",
         )
         for row in (*SIZES, *SWITCHES, Size("--ep-experts-per-layer", "", OF_EXPERTS))
         if row.symbols
@@ -137,19 +137,39 @@ NEEDS = (
     Need(
         "--num-query-groups",
         lambda args: args.group_query_attention,
-        "{flag} is read by Megatron beside --group-query-attention alone; use both, or leave "
-        "{flag} out",
+        "{flag} is read by Megatron beside --group-query-attention alone; use both",
     ),
     Need(
         "--max-position-embeddings",
         lambda args: args.position_embedding_type == "learned_absolute",
         "{flag} is for learned positions, and --position-embedding-type is "
-        "{args.position_embedding_type}; leave {flag} out",
+        "{args.position_embedding_type}; use it without {flag}",
     ),
     Need(
         "--moe-shared-expert-gate",
         lambda args: args.moe_shared_expert_intermediate_size is not None,
         "{flag} needs a shared expert; use --moe-shared-expert-intermediate-size N with it",
+    ),
+    Need(
+        "--add-qkv-bias",
+        lambda args: args.disable_bias_linear,
+        "{flag} adds biases that linear layers have already; use --disable-bias-linear with it",
+    ),
+    Need(
+        "--ffn-hidden-size",
+        lambda args: (
+            args.moe_ffn_hidden_size is None
+            or args.hybrid_layer_pattern is None
+            or "-" in args.hybrid_layer_pattern
+        ),
+        "{flag} is for dense blocks, and --moe-ffn-hidden-size says what experts have; use one of "
+        "the two",
+    ),
+    Need(
+        "--ep --etp --dispatch-dedup",
+        lambda args: args.hybrid_layer_pattern is None or "E" in args.hybrid_layer_pattern,
+        "{flag} is for experts, and --hybrid-layer-pattern {args.hybrid_layer_pattern} has no E; "
+        "use --tp, --pp and --cp without {flag}",
     ),
     Need(
         "--moe-shared-expert-gate",

@@ -32,9 +32,6 @@ def check_layout(
         args.pp = len(pattern.segments)
     rules = _rules(pattern, sizes)
     _check_numbers(args, rules, experts)
-    if not experts and (args.ep or args.etp != 1):
-        flag = "--ep" if args.ep else "--etp"
-        raise ConfigError(f"{flag} is for experts, and {FLAG} has no E; leave {flag} out")
     for rule in rules:
         if not rule.goes(args):
             use = _use(args, rule, rules, experts)
