@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ep_plugin.cli import main
-from ep_plugin.commands.plan.hybrid import in_flight
+from ep_plugin.commands.plan.hybrid_plan import in_flight
 from ep_plugin.commands.plan.pattern import Pattern, parse
 from ep_plugin.errors import ConfigError
 

@@ -19,8 +19,8 @@ from loop import MOE, NEWEST, OURS, ROOT, SHAPE, launch_with
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.cli import main
 from ep_plugin.commands import plan
-from ep_plugin.commands.plan.hybrid import HybridModel, kinds
 from ep_plugin.commands.plan.hybrid_flags import read_sizes
+from ep_plugin.commands.plan.hybrid_plan import HybridModel, kinds
 from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args

@@ -20,9 +20,9 @@ import pytest
 from loop import NEWEST
 
 from ep_plugin.commands import plan
-from ep_plugin.commands.plan.hybrid import HybridModel, kinds, stage_held
 from ep_plugin.commands.plan.hybrid_flags import SIZES, read_sizes
 from ep_plugin.commands.plan.hybrid_layout import check_layout
+from ep_plugin.commands.plan.hybrid_plan import HybridModel, kinds, stage_held
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.moe.parallel import ParallelConfig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ep_plugin.commands.law import Need
-from ep_plugin.commands.plan import fit, hybrid, hybrid_flags
+from ep_plugin.commands.plan import fit, hybrid_flags, hybrid_plan
 from ep_plugin.commands.plan.network import (
     HOWS,
     NETWORKS,
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     With a model, a row for each number of ranks and what a GPU holds.
     """
     if args.hybrid_layer_pattern is not None:
-        return hybrid.run(args)
+        return hybrid_plan.run(args)
     if args.preset is not None:
         return fit.run(args)
     names = ("tokens", "topk", "hidden", "experts", "chunks", "compute_ms", "imbalance", "ffn")

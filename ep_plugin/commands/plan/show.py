@@ -9,7 +9,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.written import check_picture, write_picture
 
 if TYPE_CHECKING:
-    from ep_plugin.commands.plan import Measured, hybrid
+    from ep_plugin.commands.plan import Measured, hybrid_plan
     from ep_plugin.commands.plan.fit import Fit
 
 
@@ -45,7 +45,7 @@ def fit_table(rows: list["Fit"], gpu_gb: float) -> str:
 
 
 def hybrid_tables(
-    kinds: list["hybrid.Kind"], rows: list["hybrid.Fit"], args: argparse.Namespace
+    kinds: list["hybrid_plan.Kind"], rows: list["hybrid_plan.Fit"], args: argparse.Namespace
 ) -> str:
     """Return a line for each kind of layer, for each layout, and for each kind on its GPU."""
     lines = [f"{'':18} {'layers':>6} {'parameters':>15} {'MFLOP of a token, forward':>27}"]
@@ -77,7 +77,7 @@ def hybrid_tables(
     return "\n".join(lines)
 
 
-def _bytes(kinds: Iterable["hybrid.Held"]) -> str:
+def _bytes(kinds: Iterable["hybrid_plan.Held"]) -> str:
     widths = {"weights": "11.2f", "gradients": "13.2f", "optimizer": "8.2f", "activations": "15.2f"}
     every = list(kinds)
     sums = {name: sum(getattr(held, name) for held in every) / 1e9 for name in widths}
