@@ -39,8 +39,9 @@ FLAGS = {
     "plan": (
         "--add-qkv-bias --attention-output-gate --chunks --compute-ms --cp --disable-bias-linear "
         "--dispatch-dedup --ep --ep-distill-stop --ep-experts-per-layer --ep-teacher "
-        "--ep-teacher-layout --etp --experts --ffn --ffn-hidden-size --fp8-dispatch --gpu-gb --gpus "
-        "--group-query-attention --hidden --hidden-size --hybrid-layer-pattern --imbalance --json "
+        "--ep-teacher-layout --etp --experts --ffn --ffn-hidden-size --fp8-dispatch --gpu-gb "
+        "--gpus --group-query-attention --hidden --hidden-size --hybrid-layer-pattern --imbalance "
+        "--json "
         "--kv-channels --kv-lora-rank --linear-conv-kernel-dim --linear-key-head-dim "
         "--linear-num-key-heads --linear-num-value-heads --linear-value-head-dim "
         "--make-vocab-size-divisible-by --mamba-head-dim --mamba-num-groups --mamba-num-heads "

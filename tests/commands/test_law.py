@@ -35,14 +35,15 @@ from ep_plugin.written import write_picture
 CPU = torch.device("cpu")
 PLAIN = 'from megatron.training import pretrain\n\nif __name__ == "__main__":\n    pretrain()\n'
 SIZE_OF_ANOTHER = {  # of a HybridModel; the others are 16
-    **{"--hidden-size": "1024", "--vocab-size": "9000", "--make-vocab-size-divisible-by": "7"},
+    **{"--hidden-size": "2048", "--vocab-size": "90000", "--make-vocab-size-divisible-by": "7"},
     **{"--num-attention-heads": "8", "--num-query-groups": "2", "--num-experts": "4"},
     **{"--moe-router-topk": "1", "--linear-num-value-heads": "48", "--linear-num-key-heads": "8"},
     **{"--mamba-num-groups": "4", "--max-position-embeddings": "64"},
 }
 OF_A_HYBRID = {row.flag for row in (*SIZES, *SWITCHES)}
 HYBRID = (
-    "--hidden-size 512 --vocab-size 500 --seq-length 64 --num-attention-heads 4 --num-experts 4 "
+    "--hidden-size 4096 --vocab-size 256000 --seq-length 65536 --num-attention-heads 32 "
+    "--num-experts 4 "
     "--disable-bias-linear"
 )
 SAMPLED = 60  # pairs of flags of a HybridModel, which has too many
@@ -80,10 +81,10 @@ LINES = [
     *("plan", "plan --preset mixtral-8x7b", "plan --preset glam-137b-dense"),
     "plan --preset mixtral-8x7b --tp 2 --ep-teacher mixtral-8x22b",
     f"plan --hybrid-layer-pattern *MGE-E {HYBRID} --position-embedding-type rope "
-    "--moe-shared-expert-intermediate-size 64",
-    f"plan --hybrid-layer-pattern +EE {HYBRID} --max-position-embeddings 64",
+    "--moe-shared-expert-intermediate-size 4096",
+    f"plan --hybrid-layer-pattern +EE {HYBRID} --max-position-embeddings 65536",
     f"plan --hybrid-layer-pattern *- {HYBRID.replace('--num-experts 4 ', '')} "
-    "--max-position-embeddings 64 --group-query-attention",
+    "--max-position-embeddings 65536 --group-query-attention",
     *(f"bench {name}" for name in bench.BENCHES),
     *(f"bench {name} --backends megatron" for name in ("layer", "overlap")),
     *("apply plain.py applied.py", "doctor", "presets", "presets qwen3-nano"),
