@@ -1,5 +1,6 @@
 """Is what was planted still in what a command wrote? Pickles are walked, never loaded."""
 
+import contextlib
 import io
 import pickletools
 import re
@@ -48,10 +49,24 @@ def _pickles(data: bytes) -> Iterator[bytes]:
         match.start()
         for match in re.finditer(rb"PK\x03\x04.{26}[^/]{1,40}/data\.pkl", data, re.DOTALL)
     ]
-    for begin, end in zip(starts, [*starts[1:], len(data)], strict=True):
-        part = data[begin:end]
-        with zipfile.ZipFile(io.BytesIO(part)) as archive:
+    place = 0
+    for begin in starts:
+        if begin < place:  # in a tensor's bytes, which nobody opens as an archive
+            continue
+        place, archive = _whole(data, begin, [*starts, len(data)])
+        with archive:
             yield archive.read(next(n for n in archive.namelist() if n.endswith("/data.pkl")))
+
+
+def _whole(data: bytes, begin: int, ends: list[int]) -> tuple[int, zipfile.ZipFile]:
+    """Return the archive that begins there, and where what follows it begins."""
+    for end in ends:
+        if end > begin:
+            with contextlib.suppress(zipfile.BadZipFile):
+                archive = zipfile.ZipFile(io.BytesIO(data[begin:end]))
+                if min(info.header_offset for info in archive.infolist()) == 0:
+                    return end, archive
+    raise zipfile.BadZipFile(f"the archive at byte {begin} has no end")
 
 
 def names(data: bytes) -> Iterator[str]:
