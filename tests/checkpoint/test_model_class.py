@@ -201,7 +201,9 @@ def test_a_tensor_that_no_other_class_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors: dict[str, Tensor] = pyramid()
-    tensors["decoder.layers.2.cross_attention.linear_q.weight"] = torch.ones(H, H)
+    layers = {name.split(".")[2] for name in tensors if name.startswith("decoder.layers.")}
+    for layer in layers:
+        tensors[f"decoder.layers.{layer}.cross_attention.linear_q.weight"] = torch.ones(H, H)
     save_dense(tmp_path / "gpt", tensors, **MOE)
     assert convert(tmp_path / "gpt", tmp_path / "out", "--model-class", "hybrid") == 2
     assert "decoder.layers.2.cross_attention.linear_q.weight" in capsys.readouterr().err

@@ -699,8 +699,7 @@ def test_unmatched_and_missing_names_are_listed(
     del tensors["decoder.layers.mlp.linear_fc2.weight"]
     save_dense(tmp_path / "two" / "dense", tensors)
     message = refused(tmp_path / "two", capsys, "--layers", "[0,0,1,1]")
-    lacking = "lacks decoder.layers.2.mlp.linear_fc2.weight, decoder.layers.3.mlp.linear_fc2.weight"
-    assert lacking in message
+    assert "decoder.layers.0.mlp.linear_fc2.weight is missing" in message
 
 
 def test_moe_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
