@@ -129,13 +129,18 @@ def _subsets(layers: Mapping[str, Set[str]]) -> Iterator[tuple[str, Set[str]]]:
 def _other_shapes(
     layers: Mapping[str, Mapping[str, tuple[int, ...]]],
 ) -> Iterator[tuple[str, str]]:
-    """Yield what has another shape than the same of most other layers."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    """Yield what has another shape than the same of most other layers of its kind."""
+    # By name and what else the module has: `*` and `+` both have a linear_proj.
+    shapes: dict[tuple[str, frozenset[str]], dict[str, tuple[int, ...]]] = defaultdict(dict)
     for layer, names in layers.items():
+        modules: dict[str, set[str]] = defaultdict(set)
+        for rest in names:
+            modules[rest.partition(".")[0]].add(rest)
         for rest, shape in names.items():
             if not _BY_EXPERTS.fullmatch(rest):
-                shapes[rest][layer] = shape
-    for rest, found in shapes.items():
+                kind = rest, frozenset(modules[rest.partition(".")[0]])
+                shapes[kind][layer] = shape
+    for (rest, _), found in shapes.items():
         usual = Counter(found.values()).most_common(1)[0][0]
         for layer, shape in found.items():
             if shape != usual:

@@ -74,6 +74,17 @@ def wrong(shapes: Shapes) -> set[str]:
     return {name for name, _ in incomplete(tensors, args)}
 
 
+def test_kinds_of_attention_in_one_model_have_shapes_of_their_own() -> None:
+    wide = LATENT | {"self_attention.linear_proj.weight": (H, 6)}
+    model = {"embedding.word_embeddings.weight": (4, H), "output_layer.weight": (4, H)}
+    model["decoder.final_layernorm.weight"] = (H,)
+    for layer, kind in enumerate((ATTENTION, wide, ATTENTION, wide, wide)):
+        model |= {f"decoder.layers.{layer}.{name}": shape for name, shape in kind.items()}
+    assert wrong(model) == set()
+    name = "decoder.layers.3.self_attention.linear_proj.weight"
+    assert wrong(model | {name: (H, 4)}) == {name}
+
+
 @MANY
 @given(models(), st.data())
 def test_what_is_missing_or_of_another_shape_is_named(model: Shapes, data: st.DataObject) -> None:
