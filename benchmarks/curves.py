@@ -11,6 +11,7 @@ that an interrupted call wrote to `--output` are kept.
 
 import argparse
 import json
+import os
 import platform
 import re
 import shlex
@@ -57,7 +58,8 @@ def train(extra: str, seed: int, data: Path, iterations: int, log: Path) -> dict
     ]
     command = [sys.executable, "-m", "ep_plugin.run", str(ROOT / "recipes/pretrain_gpt.py"), *flags]
     with log.open("w") as out:
-        subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=True)
+        gpt = {**os.environ, "MODEL_CLASS": "gpt"}  # as in every figure
+        subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=gpt, check=True)
     text = log.read_text()
     return {
         "parameters": int(PARAMETERS.findall(text)[0]),

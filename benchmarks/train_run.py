@@ -172,7 +172,7 @@ def run(name: str, fp8: bool, seed: int, args: argparse.Namespace, case: Case) -
     if variables and parallel_of(case.layout, args.ranks).tp > 1:
         variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it on Hopper
     with log.open("w") as out:
-        code = start(command, out, {**os.environ, **variables}, args.minutes)
+        code = start(command, out, {**os.environ, "MODEL_CLASS": "gpt", **variables}, args.minutes)
     if code is None:
         raise RunError(f"it ran past --minutes {args.minutes:g}; see {log}")
     text = log.read_text(errors="replace")

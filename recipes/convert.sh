@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The commonest conversions, on a small dense GPT that is trained here first:
+# The commonest conversions, on a small dense model that is trained here first:
 #
 #   ./recipes/convert.sh
 #   ITERS=50 RUN_DIR=runs/longer ./recipes/convert.sh
@@ -21,17 +21,19 @@ ITERS="${ITERS:-20}"                        # iterations of dense pretraining
 MORE="${MORE:-5}"                           # iterations with experts
 RANKS="${RANKS:-2}"                         # and expert-parallel ranks
 PROCESSES="${PROCESSES:-1}"                 # that write at once
+MODEL_CLASS="${MODEL_CLASS:-}"              # gpt or hybrid; empty: hybrid, or what is in RUN_DIR
 EP_PYTHON="${EP_PYTHON:-}"                  # interpreter to use instead of searching for one
 
 whole 1 ITERS MORE RANKS PROCESSES
 [[ "$RANKS" =~ ^[124]$ ]] || refuse "RANKS must be 1, 2 or 4, which divide the 8 experts and the" \
     "batch of 16; got RANKS=$RANKS; use RANKS=2"
 not_a_file RUN_DIR
+if [[ -n "$MODEL_CLASS" ]]; then one_of MODEL_CLASS hybrid gpt; fi
 
 source recipes/_setup.sh
 setup_project || exit $?
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONWARNINGS=ignore
-export EP_PLUGIN_DEVICE="${EP_PLUGIN_DEVICE:-cpu}"
+export EP_PLUGIN_DEVICE="${EP_PLUGIN_DEVICE:-cpu}" MODEL_CLASS
 mkdir -p "$RUN_DIR/logs"
 dense="$RUN_DIR/dense"
 

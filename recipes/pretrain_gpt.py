@@ -1,6 +1,8 @@
-"""A compact Megatron pretrain script; it knows nothing of the plugin.
+"""A compact Megatron pretrain script; of the plugin it asks which class a new run's model has.
 
-It trains a GPT, or with --hybrid-layer-pattern a HybridModel, which Megatron has from 0.18 on. It
+A new run trains a HybridModel of the layers that the flags describe, where Megatron has one (from
+0.18 on) and it can have them; a checkpoint goes on as what it is. MODEL_CLASS=gpt or hybrid, in the
+environment, chooses; so does --hybrid-layer-pattern. Without ep_plugin the flags alone decide. It
 runs on Megatron 0.16 (a checkout; its wheel has no megatron.training) to 0.19.
 
 torchrun --nproc-per-node 2 recipes/pretrain_gpt.py MEGATRON_ARGS ...
@@ -9,6 +11,7 @@ torchrun --nproc-per-node 2 recipes/pretrain_gpt.py MEGATRON_ARGS ...
 import inspect
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import arguments, get_args, pretrain
+from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
@@ -174,6 +178,19 @@ def hybrid_model(
     )
 
 
+def read_arguments(defaults: dict[str, Any]) -> Any:
+    """Return Megatron's arguments, of a HybridModel where one is to be trained; from 0.18 on."""
+    args = arguments.parse_args()
+    if find_spec("ep_plugin") is None or args.use_checkpoint_args or args.yaml_cfg:
+        return arguments.parse_and_validate_args(args_defaults=defaults)
+    from ep_plugin.model_class import choose_model_class
+
+    choose_model_class(args)
+    arguments.validate_args(args, defaults)
+    set_global_variables(args)
+    return args
+
+
 def main() -> None:
     """Train, as the installed Megatron wants to be started."""
     defaults = {"tokenizer_type": "SentencePieceTokenizer"}
@@ -183,7 +200,7 @@ def main() -> None:
         return
     from megatron.training import argument_utils
 
-    args = arguments.parse_and_validate_args(args_defaults=defaults)
+    args = read_arguments(defaults)
     container = argument_utils.pretrain_cfg_container_from_args
     if hasattr(argument_utils, "gpt_config_from_args"):  # 0.19
         hybrid = getattr(args, "hybrid_layer_pattern", None)

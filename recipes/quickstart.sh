@@ -34,12 +34,14 @@ MOE_ITERS="${MOE_ITERS:-160}"               # iterations after the conversion
 EVAL_INTERVAL="${EVAL_INTERVAL:-40}"
 EVAL_ITERS="${EVAL_ITERS:-8}"               # batches in each validation
 SPLIT="${SPLIT:-98,1,1}"                    # training, validation, test
+MODEL_CLASS="${MODEL_CLASS:-}"              # gpt or hybrid; empty: hybrid, or what is in RUN_DIR
 EP_PYTHON="${EP_PYTHON:-}"                  # interpreter to use instead of searching for one
 
 source recipes/_setup.sh
 started=$SECONDS
 setup_project || exit $?
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONWARNINGS=ignore
+export MODEL_CLASS
 
 settle_sizes() {
     # Sets EP and GLOBAL_BATCH where they are empty; refuses sizes that only a later step would.
@@ -47,6 +49,7 @@ settle_sizes() {
     whole 1 RANKS EXPERTS TOPK MICRO_BATCH ${EP:+EP} ${GLOBAL_BATCH:+GLOBAL_BATCH} VOCAB LAYERS \
         HIDDEN FFN HEADS SEQ DENSE_ITERS MOE_ITERS EVAL_INTERVAL EVAL_ITERS
     number LR
+    if [[ -n "$MODEL_CLASS" ]]; then one_of MODEL_CLASS hybrid gpt; fi
     ((HIDDEN % HEADS == 0)) || refuse "HEADS must divide HIDDEN; got HIDDEN=$HIDDEN," \
         "HEADS=$HEADS; use HIDDEN=$(((HIDDEN + HEADS - 1) / HEADS * HEADS))"
     [[ "$SPLIT" =~ ^[0-9.]+,[0-9.]+,[0-9.]+$ ]] || refuse "SPLIT must be three numbers, for" \

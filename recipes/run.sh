@@ -45,6 +45,9 @@ from the environment:
   SCHEDULE         published: the system's own. finetune: 1000 iterations at a small learning
                    rate, see recipes/schedules. own: batch, learning rate and length are left to
                    your flags. (finetune with LOAD or where MODEL is a folder, else published)
+  MODEL_CLASS      gpt or hybrid: what recipes/pretrain_gpt.py trains. Without it a new run trains a
+                   HybridModel where Megatron has one that can be this model, a checkpoint goes on
+                   as what it is, and the first lines of the log say which
   RECOMPUTE        full or none: compute each layer again in the backward (the model's choice)
   WANDB_PROJECT    log to Weights & Biases too
   NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR, MASTER_PORT
@@ -185,6 +188,16 @@ one_of RECOMPUTE full none
 if [[ "$RECOMPUTE" == full ]]; then
     MODEL_ARGS+=(--recompute-granularity full --recompute-method uniform)
     MODEL_ARGS+=(--recompute-num-layers 1)
+fi
+
+MODEL_CLASS="${MODEL_CLASS:-}"
+if [[ -n "$MODEL_CLASS" ]]; then
+    one_of MODEL_CLASS hybrid gpt
+    if [[ -f "$pretrain" ]] && ! grep -q choose_model_class "$pretrain"; then
+        refuse "MODEL_CLASS=$MODEL_CLASS is for recipes/pretrain_gpt.py, and $pretrain trains what" \
+            "it builds; leave MODEL_CLASS out, or use recipes/pretrain_gpt.py"
+    fi
+    ENVIRONMENT+=("MODEL_CLASS=$MODEL_CLASS")
 fi
 
 NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"

@@ -16,6 +16,7 @@ SLOW = (
     "test_divergence",
     "test_hybrid",
     "test_hybrid_plan",
+    "test_model_class_chosen::test_a_new_run_is_a_hybrid_with_the_losses_of_the_gpt_and_goes_on",
     "test_benchmark_scripts::test_the_fastest_way_at_each_ep_counts_beside_one_rank",
     "test_bounds",
     "test_by_nature",

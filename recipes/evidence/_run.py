@@ -113,6 +113,7 @@ def _call(words: list[str], log: Path, size: Size, deadline: float) -> None:
     """
     threads = "1" if not size.on_gpu else "2"
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
+    environment["MODEL_CLASS"] = "gpt"  # as in every figure; teachers and tables are of GPTs
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     )

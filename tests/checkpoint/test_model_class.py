@@ -219,7 +219,7 @@ def test_what_is_of_that_class_already_and_two_conversions_at_once(
         ("--model-class gpt", f"{source}/iter_{ITERATION:07d} holds a GPT already"),
         ("--model-class gpt --hybrid-layer-pattern *-*E*E*E", "--model-class is gpt"),
         ("--model-class hybrid --keep-layers 1", "are two conversions"),
-        ("--model-class hybrid --num-experts 4 --topk 2", "are two conversions"),
+        ("--model-class hybrid --num-experts 4 --topk 2", "is a Mixture-of-Experts already"),
         ("--model-class hybrid --ep 2", "--ep is about an optimizer that gets experts"),
         ("--model-class hybrid --format hf", "--model-class is for a torch_dist source"),
         ("--model-class hybrid --seed 3", "this makes none"),
@@ -231,7 +231,7 @@ def test_what_is_of_that_class_already_and_two_conversions_at_once(
     assert f"holds a HybridModel already ({PATTERN!r}); use --model-class gpt" in (
         capsys.readouterr().err
     )
-    for flags in ("--format hf", "--keep-layers 1", "--num-experts 4 --topk 2"):
+    for flags in ("--format hf", "--keep-layers 1", "--format hf --num-experts 4 --topk 2"):
         assert convert(hybrid, tmp_path / "out", *flags.split()) == 2, flags
         assert f"--to {hybrid}-gpt --model-class gpt" in capsys.readouterr().err
 
@@ -269,3 +269,31 @@ def test_any_text_is_pairs_or_refused(text: str) -> None:
     else:
         with pytest.raises(ConfigError):
             check(line, "model", Path("flags.txt"))
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_experts_and_the_class_come_in_either_order(tmp_path: Path, impl: str) -> None:
+    """A dense model of either class gets experts in either: the same bits."""
+    save_dense(tmp_path / "gpt", stacked=False, transformer_impl=impl)
+    hybrid = ("--model-class", "hybrid")
+    assert convert(tmp_path / "gpt", tmp_path / "hybrid", *hybrid, "--drop-optimizer") == 0
+    experts = (*("--num-experts", "4", "--topk", "2", "--layers", "[0,1,0,1]"), "--skip-parity")
+    more = (*experts, "--drop-optimizer", "--seed", "5")
+    for name, source, flags in (
+        ("a", "gpt", (*more, *hybrid)),
+        ("b", "hybrid", more),
+        ("c", "hybrid", (*more, "--model-class", "gpt")),
+        ("d", "gpt", more),
+        ("e", "hybrid", (*more, "--hybrid-layer-pattern", "*-*E|*-*E")),
+    ):
+        assert convert(tmp_path / source, tmp_path / name, *flags) == 0, name
+    assert convert(tmp_path / "d", tmp_path / "d2", *hybrid) == 0
+    as_hybrid = bits(tmp_path / "d2")
+    assert bits(tmp_path / "a") == bits(tmp_path / "b") == bits(tmp_path / "e") == as_hybrid
+    assert bits(tmp_path / "c") == bits(tmp_path / "d")
+    for name, pattern in (("a", "*-*E*-*E"), ("e", "*-*E|*-*E"), ("c", None)):
+        written = open_checkpoint(tmp_path / name)
+        assert written.common["args"].hybrid_layer_pattern == pattern
+        ours = "output_layer._extra_state/shard_0_1" in written.objects
+        assert ours is (pattern is not None)
+    assert main(["convert", "--check", "--to", str(tmp_path / "b")]) == 0

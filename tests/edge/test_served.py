@@ -139,7 +139,8 @@ def test_a_model_is_judged_by_all_its_parts_alike_on_every_rank(
 
 
 def start(script: Path, *flags: str) -> Done:
-    return run_script(1, [*OURS, str(script), *flags], dict(os.environ))
+    gpt = {**os.environ, "MODEL_CLASS": "gpt"}
+    return run_script(1, [*OURS, str(script), *flags], gpt)
 
 
 HIDES = """

@@ -21,6 +21,7 @@ NAMES = {
     "ep_plugin.registry": ("available", "resolve"),
     "ep_plugin.cli": ("main",),
     "ep_plugin.run": ("main",),
+    "ep_plugin.model_class": ("choose_model_class",),
     "ep_plugin.megatron": ("install", "uninstall"),
     "ep_plugin.megatron.settings": ("EdgeSettings",),
 }

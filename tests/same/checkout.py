@@ -64,6 +64,7 @@ class Checkout:
         paths = [str(self.root), *([str(release)] if release else [])]
         self.environment = {
             **os.environ,
+            "MODEL_CLASS": "gpt",  # what older checkouts train
             "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": "1",
             "EP_PLUGIN_DEVICE": "cpu",

@@ -9,9 +9,11 @@
 A HybridModel has Transformer Engine's names of norms, a GPT those of its `transformer_impl`.
 """
 
+import argparse
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 from ep_plugin.checkpoint.adapt.renamed import LAYER
 from ep_plugin.checkpoint.layer_pairs import Pairs
@@ -19,14 +21,22 @@ from ep_plugin.checkpoint.names import norms
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
 
-if TYPE_CHECKING:
-    from ep_plugin.checkpoint.open import Opened
-
 _ATTENTION, _BLOCK = ("input_layernorm.", "self_attention."), ("pre_mlp_layernorm.", "mlp.")
 _LAST_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."}
+ONLY_HYBRID = "output_layer._extra_state/shard_0_1"  # empty; a GPT leaves it out
 
 
-def to_hybrid(model: "Opened", pairs: Pairs) -> Callable[[str], str]:
+class Model(Protocol):
+    """A checkpoint, opened one way or another."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def args(self) -> argparse.Namespace: ...
+
+
+def to_hybrid(model: Model, pairs: Pairs) -> Callable[[str], str]:
     """Return what spells a GPT's name in its HybridModel."""
 
     def spell(name: str) -> str:
@@ -42,7 +52,7 @@ def to_hybrid(model: "Opened", pairs: Pairs) -> Callable[[str], str]:
     return spell
 
 
-def to_gpt(model: "Opened", pairs: Pairs) -> Callable[[str], str]:
+def to_gpt(model: Model, pairs: Pairs) -> Callable[[str], str]:
     """Return what spells a HybridModel's name in its GPT."""
     local = getattr(model.args, "transformer_impl", None) == "local"
 
@@ -63,7 +73,7 @@ def to_gpt(model: "Opened", pairs: Pairs) -> Callable[[str], str]:
     return spell
 
 
-def _in_layer(name: str, model: "Opened") -> re.Match[str] | None:
+def _in_layer(name: str, model: Model) -> re.Match[str] | None:
     """Return the layer and the rest of a name, None outside of the layers."""
     found = LAYER.fullmatch(name)
     if found is None and name.startswith("decoder.layers."):
@@ -75,7 +85,7 @@ def _with_prefix(name: str, old: str, new: str) -> str:
     return new + name.removeprefix(old) if name.startswith(old) else name
 
 
-def _is_block(below: str, name: str, model: "Opened") -> bool:
+def _is_block(below: str, name: str, model: Model) -> bool:
     """Whether a name below a layer is of its block, and not of its attention."""
     if below.startswith(_BLOCK):
         return True
@@ -84,14 +94,14 @@ def _is_block(below: str, name: str, model: "Opened") -> bool:
     return False
 
 
-def _of_layer(layer: int, pairs: Pairs, name: str, model: "Opened") -> bool:
+def _of_layer(layer: int, pairs: Pairs, name: str, model: Model) -> bool:
     """Whether a layer of the GPT has experts."""
     if layer >= len(pairs.is_moe):
         raise _no_counterpart(name, model)
     return pairs.is_moe[layer]
 
 
-def _no_counterpart(name: str, model: "Opened") -> ConfigError:
+def _no_counterpart(name: str, model: Model) -> ConfigError:
     return ConfigError(
         f"{shown(name)} in {model.folder} has no counterpart in a model of the other class; go on "
         "with the class it has"

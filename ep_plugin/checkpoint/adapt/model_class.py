@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ep_plugin.checkpoint.adapt.class_names import to_gpt, to_hybrid
+from ep_plugin.checkpoint.adapt.class_names import ONLY_HYBRID, Model, to_gpt, to_hybrid
 from ep_plugin.checkpoint.adapt.keep_layers import BY_NUMBER
 from ep_plugin.checkpoint.adapt.optimizer_state import by_parameter
 from ep_plugin.checkpoint.adapt.renamed import OF_THE_RUN, OPTIMIZER, content, renamed
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from ep_plugin.checkpoint.open import Opened
 
 ModelClass = Literal["gpt", "hybrid"]
-_STATE = re.compile(r"(optimizer\.state\.\w+\.)(.+)", re.DOTALL)
-_ONLY_HYBRID = "output_layer._extra_state/shard_0_1"  # empty; a GPT leaves it out
+STATE = re.compile(r"(optimizer\.state\.\w+\.)(.+)", re.DOTALL)
 _COUNTERS = ("optimizer", "opt_param_scheduler")
 # Megatron's layers of a HybridModel have no such norms, and its rotary embedding no such scaling.
 _ONLY_GPT = (
@@ -69,11 +68,11 @@ def as_class(
         other = "gpt" if theirs else "hybrid"
         raise ConfigError(f"{model.folder} holds {what}; use --model-class {other}, or train it")
     if theirs:
-        pairs, pattern = _pairs_of_hybrid(model, theirs), theirs
-        args = _gpt_args(model.args, pairs)
+        pairs, pattern = pairs_of_hybrid(model, theirs), theirs
+        args = gpt_args(model.args, pairs)
     else:
-        pairs, pattern = _pairs_of_gpt(model, pattern)
-        args = _hybrid_args(model.args, pattern)
+        pairs, pattern = pairs_of_gpt(model, pattern)
+        args = hybrid_args(model.args, pattern)
     return _renamed(model, to, pairs, pattern, args, keep_optimizer)
 
 
@@ -94,13 +93,13 @@ def _renamed(
     for name in every:
         if OF_THE_RUN.fullmatch(name) or (OPTIMIZER.fullmatch(name) and not states):
             dropped += 1
-        elif name != _ONLY_HYBRID:
-            state = _STATE.fullmatch(name)
+        elif name != ONLY_HYBRID:
+            state = STATE.fullmatch(name)
             names[name] = state[1] + spell(state[2]) if state else spell(name)
     args.no_save_optim, args.no_save_rng = not states, True
     counters = {n: source.common[n] for n in _COUNTERS if states and n in source.common}
     made = renamed(source, names, args, counters)
-    more = (NewObject(_ONLY_HYBRID, NO_EXTRA_STATE),) if to == "hybrid" else ()
+    more = (NewObject(ONLY_HYBRID, NO_EXTRA_STATE),) if to == "hybrid" else ()
     return replace(
         model,
         source=made,
@@ -129,7 +128,7 @@ def _is_own_spec(name: str, args: argparse.Namespace) -> bool:
     return name == "spec" and is_hybrid and bool(args.spec == OWN_SPEC)
 
 
-def _pairs_of_gpt(model: "Opened", pattern: str | None) -> tuple[Pairs, str]:
+def pairs_of_gpt(model: Model, pattern: str | None) -> tuple[Pairs, str]:
     """Return the layers of a GPT, and the pattern that its HybridModel gets."""
     pairs = pairs_of(model.args)
     expected = natural(pairs)
@@ -151,7 +150,7 @@ def _pairs_of_gpt(model: "Opened", pattern: str | None) -> tuple[Pairs, str]:
     return pairs, pattern
 
 
-def _pairs_of_hybrid(model: "Opened", pattern: str) -> Pairs:
+def pairs_of_hybrid(model: Model, pattern: str) -> Pairs:
     """Return the layers of the GPT that a HybridModel is."""
     what = f"the HybridModel in {model.folder} ({shown(pattern)})"
     pairs = parse(pattern, what, "go on with it as a HybridModel")
@@ -169,14 +168,14 @@ def _pairs_of_hybrid(model: "Opened", pattern: str) -> Pairs:
     return pairs
 
 
-def _hybrid_args(gpt: argparse.Namespace, pattern: str) -> argparse.Namespace:
+def hybrid_args(gpt: argparse.Namespace, pattern: str) -> argparse.Namespace:
     """Return the run arguments of the HybridModel, as Megatron saves them."""
     args = _of_other_class(gpt, len(pattern.replace("|", "")))
     args.hybrid_layer_pattern, args.moe_layer_freq = pattern, 1
     return args
 
 
-def _gpt_args(hybrid: argparse.Namespace, pairs: Pairs) -> argparse.Namespace:
+def gpt_args(hybrid: argparse.Namespace, pairs: Pairs) -> argparse.Namespace:
     """Return the run arguments of the GPT, as Megatron saves them."""
     args = _of_other_class(hybrid, len(pairs.is_moe))
     args.hybrid_layer_pattern = None

@@ -9,15 +9,17 @@ from tqdm import tqdm
 from ep_plugin.checkpoint.adapt.keep_layers import keep_layers
 from ep_plugin.checkpoint.adapt.model_class import as_class
 from ep_plugin.checkpoint.adapt.upcycle import add_experts
+from ep_plugin.checkpoint.adapt.upcycled_class import with_experts_as_hybrid
 from ep_plugin.checkpoint.manifest import seal
-from ep_plugin.checkpoint.open import open_source
+from ep_plugin.checkpoint.moe_layers import hybrid_pattern
+from ep_plugin.checkpoint.open import Opened, open_source
 from ep_plugin.checkpoint.staging import staged
 from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.commands.convert import as_json
 from ep_plugin.commands.convert.compare import Differs, compare, load_compare
 from ep_plugin.commands.convert.compare_kept import compare_kept
 from ep_plugin.commands.convert.flags import add_arguments as add_arguments
-from ep_plugin.commands.convert.request import read_request
+from ep_plugin.commands.convert.request import Request, read_request
 from ep_plugin.commands.convert.say import check_manifest, say_plan, say_summary
 from ep_plugin.megatron.arguments.flags_file import write_flags
 
@@ -32,6 +34,7 @@ EXAMPLES = r"""examples:
   ep-plugin convert --from runs/teacher --to runs/student --keep-layers 0-19,23
   ep-plugin convert --from runs/moe --to runs/hybrid --hybrid-layer-pattern '*E*E|*E*E'
   ep-plugin convert --from runs/hybrid --to runs/gpt --model-class gpt
+  ep-plugin convert --from runs/dense --to runs/hybrid --num-experts 8 --topk 2 --model-class hybrid
   ep-plugin convert --check --to runs/moe
 
 After a kill the same command goes on where it stopped.
@@ -62,6 +65,16 @@ between formats:
 BYTES: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}  # of a bar
 
 
+def _with_experts(dense: Opened, request: Request) -> Opened:
+    """Return the model with experts, of the class that is asked for, else of the dense one's."""
+    is_hybrid = bool(hybrid_pattern(dense.args))
+    model = as_class(dense, "gpt", None, request.keep_optimizer) if is_hybrid else dense
+    model = add_experts(model, request.settings, request.keep_optimizer)
+    if (request.model_class or ("hybrid" if is_hybrid else "gpt")) == "gpt":
+        return model
+    return with_experts_as_hybrid(model, request.hybrid_layer_pattern)
+
+
 def run(args: argparse.Namespace) -> int:
     """Convert. Returns 0, or 1 when the result does not compute what the source computes.
 
@@ -76,12 +89,13 @@ def run(args: argparse.Namespace) -> int:
         request.vocab_size,
         request.leave_out,
         request.router,
-        hybrid=request.model_class is not None,
+        hybrid=request.reads_hybrids,
     )
     model = keep_layers(dense, request.keep_layers)
-    if (to := request.model_class) is not None:
+    if request.settings is not None:
+        model = _with_experts(model, request)
+    elif (to := request.model_class) is not None:
         model = as_class(model, to, request.hybrid_layer_pattern, request.keep_optimizer)
-    model = add_experts(model, request.settings, request.keep_optimizer)
     model = fit_family(model, dense, request.format, request.family)
     target = aim(model, request.format, request.implementation)
     if request.dry_run:

@@ -69,7 +69,7 @@ def _summary(request: Request, target: Target, report: dict[str, Any] | None) ->
         "optimizer": resumes(target),
         "dropped_entries": made.dropped if made else 0,
         "kept_layers": list(kept.layers) if kept else None,
-        "model_class": model.reclassed.to if model.reclassed else None,
+        "model_class": request.model_class,
         "hybrid_layer_pattern": getattr(model.args, "hybrid_layer_pattern", None),
         "seed": request.seed,
         "deviations": list(model.deviations),

@@ -191,7 +191,8 @@ def _report(
     batch, seed = comparison.batch, request.seed
     old = run_source(target.model.folder, batch.tokens, seed, request.router)
     new = run_model(written, batch.tokens, seed)
-    is_moe = pattern(target.model.args)
+    made = target.model.upcycled
+    is_moe = pattern(target.model.args) if made is None else made.moe_layers
     layers = []
     for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=True)):
         row = {

@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model-class", choices=get_args(ModelClass),
         help="make a HybridModel of a Megatron GPT, or a GPT of a HybridModel whose layers pair up "
-        "to a GPT's, bit for bit; the optimizer goes on",
+        "to a GPT's, bit for bit; the optimizer goes on. With --num-experts it says what gets them "
+        "(default: the source's class)",
     )  # fmt: skip
     add(
         "--hybrid-layer-pattern", metavar="PATTERN",

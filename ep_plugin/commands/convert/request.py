@@ -49,7 +49,7 @@ NEEDS = (
         "are; use one of the two, then convert the result with the other",
     ),
     Need(
-        "--num-experts --keep-layers",
+        "--keep-layers",
         lambda args: not args.to_class,
         "{flag} and a change of the model's class ({args.to_class}) are two conversions; use one, "
         "then convert the result with the other",
@@ -79,7 +79,7 @@ NEEDS = (
     ),
     Need(
         "--ep",
-        lambda args: not args.to_class,
+        lambda args: not args.to_class or "num_experts" in args,
         "{flag} is about an optimizer that gets experts, and a change of the model's class keeps "
         "it as it is; leave {flag} out",
     ),
@@ -210,6 +210,12 @@ class Request:
     asked: dict[str, Any] = field(default_factory=dict)  # what the bytes of the result depend on
     manifest: dict[str, Any] = field(default_factory=dict)  # settings that manifest.json keeps
 
+    @property
+    def reads_hybrids(self) -> bool:
+        """Whether the source may be a HybridModel."""
+        adds_experts = self.settings is not None and self.moments_go_along
+        return self.model_class is not None or adds_experts
+
 
 def read_request(args: argparse.Namespace) -> Request:
     """Return what was asked. Opens no file but that of --prompts, after all other checks.
@@ -230,7 +236,8 @@ def read_request(args: argparse.Namespace) -> Request:
     stays = kind == "torch_dist" and output == "megatron"
     to_class = typed.get("model_class", "hybrid" if "hybrid_layer_pattern" in typed else None)
     known = {"mode": Upcycling.mode, **typed, "kind": kind, "stays": stays}
-    known |= {"to_class": to_class, "renames": bool(kept or to_class)}
+    renames = bool(kept or (to_class and not settings))
+    known |= {"to_class": to_class, "renames": renames}
     refuse_idle(NEEDS, typed, argparse.Namespace(**known))
     prompts = None
     if "prompts" in typed:
@@ -256,7 +263,7 @@ def read_request(args: argparse.Namespace) -> Request:
         keep_layers=kept,
         model_class=to_class,
         hybrid_layer_pattern=typed.get("hybrid_layer_pattern"),
-        renames=bool(kept or to_class),
+        renames=renames,
         format=output,
         family=typed.get("family"),
         vocab_size=typed.get("vocab_size"),
@@ -285,7 +292,7 @@ def _manifest(
     stays: bool,
 ) -> dict[str, Any]:
     if settings and stays:
-        return asdict(settings)
+        return asdict(settings) | ({"model_class": to_class} if to_class else {})
     said: dict[str, Any] = {"format": output}
     said |= {"keep_layers": list(kept)} if kept else {}
     return said | ({"model_class": to_class} if to_class else {})

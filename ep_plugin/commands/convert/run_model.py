@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ep_plugin.checkpoint.formats.megatron_dist import read_common
+from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.checkpoint.open import is_hf
 
 
@@ -28,8 +30,10 @@ class Outputs:
 def run_model(folder: Path, tokens: Tensor, seed: int) -> Outputs:
     """Return what the model in a Hugging Face or an iteration folder makes of `tokens` [B, S]."""
     if not is_hf(folder):
-        trace = import_module("ep_plugin.megatron.workers.model_run").trace(folder, tokens, seed)
-        return _outputs(trace)
+        worker = import_module("ep_plugin.megatron.workers.model_run")
+        if hybrid_pattern(read_common(folder).get("args")):  # read as the GPT that it is
+            return _outputs(worker.trace_foreign(folder, tokens, seed, None))
+        return _outputs(worker.trace(folder, tokens, seed))
     return Outputs(*import_module("ep_plugin.commands.convert.run_hf").trace(folder, tokens))
 
 

@@ -20,6 +20,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.flags_file import unsaid
 from ep_plugin.megatron.arguments.spell_model import (
     BESIDE_DENSE,
+    PATTERN,
     model_flags,
     padded_vocabulary,
     run_flags,
@@ -101,11 +102,13 @@ def training_notes(request: Request, target: Target) -> list[str]:
 def printed_flags(request: Request, target: Target) -> list[str]:
     """Return the flags of the model; where names stay, those beside a dense run's own."""
     model = target.model
-    if model.kept is not None or model.reclassed is not None:
-        return model_flags(target.args)
     names_stay = model.upcycled is not None and model.spelling == "stored"
-    beside = names_stay and request.format != "hf"
-    return where_other(target.args, BESIDE_DENSE) if beside else run_flags(target.args)
+    if not names_stay and (model.kept is not None or model.reclassed is not None):
+        return model_flags(target.args)
+    if not names_stay or request.format == "hf":
+        return run_flags(target.args)
+    pattern = getattr(target.args, "hybrid_layer_pattern", None)
+    return [*([PATTERN, pattern] if pattern else []), *where_other(target.args, BESIDE_DENSE)]
 
 
 def load_flags(request: Request, target: Target) -> list[str]:
@@ -120,8 +123,9 @@ def resumes(target: Target) -> bool:
 
 
 def made_hybrid(target: Target) -> bool:
-    """Whether the result is a HybridModel that was a GPT."""
-    return target.model.reclassed is not None and target.model.reclassed.to == "hybrid"
+    """Whether the result is a HybridModel, of another class or dense before."""
+    changed = target.model.reclassed is not None or target.model.upcycled is not None
+    return changed and bool(getattr(target.args, "hybrid_layer_pattern", None))
 
 
 def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
@@ -141,7 +145,7 @@ def say_summary(request: Request, target: Target, report: dict[str, Any] | None)
             f"{', '.join(map(str, kept.layers))}; left out: optimizer, random-number and rerun "
             f"state ({kept.dropped} entries); the optimizer starts afresh"
         )
-    if (changed := target.model.reclassed) is not None:
+    if (changed := target.model.reclassed) is not None and made is None:
         what = f"a HybridModel ({changed.pattern})" if changed.to == "hybrid" else "a GPT"
         left, then = ("", "goes on") if changed.optimizer else ("optimizer, ", "starts afresh")
         _print(
@@ -244,7 +248,8 @@ def _print_recipe(request: Request, target: Target) -> None:
     folder = str(request.target)
     words = shlex.join([f"MODEL={folder if '/' in folder else f'./{folder}'}"])
     _print("or fine-tune its weights with a recipe, on 2 ranks:")
-    _print(f"  {words} LAYOUT=ep2 ./recipes/run.sh pretrain_gpt.py")
+    script = "recipes/pretrain_gpt.py" if made_hybrid(target) else "pretrain_gpt.py"
+    _print(f"  {words} LAYOUT=ep2 ./recipes/run.sh {script}")
 
 
 def _print_next(request: Request, target: Target) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ep_plugin.checkpoint.adapt.model_class import as_class
+from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.checkpoint.open import Opened, kind_of, open_source
 from ep_plugin.checkpoint.staging import staged
 from ep_plugin.checkpoint.target import aim
@@ -38,7 +40,9 @@ def opened(path: Path, router: str | None) -> Source:
     Raises ConfigError for one that cannot be opened, and for a router that looks ahead.
     """
     kind = kind_of(path)
-    model = open_source(path, "megatron", router=router)
+    model = open_source(path, "megatron", router=router, hybrid=kind == "torch_dist")
+    if hybrid_pattern(model.args):
+        model = as_class(model, "gpt", None, keep_optimizer=False)  # as which it is loaded
     if getattr(model.args, "ep_router", None) == "expert_choice":
         raise ConfigError(
             f"{path} was trained with --ep-router expert_choice, by which later tokens decide "

@@ -15,6 +15,7 @@ from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.formats.megatron_dist import TRACKER
 from ep_plugin.checkpoint.open import is_hf
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.other_class import check_class
 
 BY_PARAMETER, BY_BUCKET = "fully_reshardable", "dp_reshardable"
 SHARDING = "param_state_sharding_type"  # in the state of a distributed optimizer alone
@@ -77,11 +78,25 @@ def check_resumable(args: Any) -> None:
     if getattr(saved, "ep_vocab_size", None) is not None:
         args.ep_vocab_size = saved.ep_vocab_size
     _check_experts(args, folder, saved)
+    optimizer = not (args.no_load_optim or getattr(saved, "no_save_optim", False))
+    check_class(args, folder, saved, common.get("content_metadata"), optimizer)
     trains = (args.train_iters or args.train_samples) and not args.skip_train
     if trains and goes_on and is_dist and not args.finetune and not args.no_load_optim:
         _check_optimizer(args, folder, saved, common)
         _check_buckets(args, folder, saved, common)
         _check_schedule(args, folder, common)
+
+
+def loaded_model(args: Any) -> tuple[Path | None, argparse.Namespace | None]:
+    """Return the folder that is loaded, and the run arguments in it; None where there are none.
+
+    Raises ConfigError for a folder that Megatron does not read, and would begin without.
+    """
+    folder, _ = _loaded(args)
+    if folder is None:
+        return None, None
+    saved = _beside_the_weights(folder)[0].get("args")
+    return folder, saved if isinstance(saved, argparse.Namespace) else None
 
 
 def _loaded(args: Any) -> tuple[Path | None, bool]:

@@ -7,10 +7,16 @@ either loads the other's.
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
+
+from ep_plugin.megatron.seams.patches import Patches
 
 MODEL = "megatron.core.models.hybrid.hybrid_model"
 BLOCK = "megatron.core.models.hybrid.hybrid_block"
+TRANSLATION = "megatron.core.dist_checkpointing.gpt_checkpoint_interop"
+NORM_BEFORE_EXPERTS = "decoder.layers.pre_mlp_layernorm."
+NORM_IN_FC1 = "decoder.layers.mlp.linear_fc1.layer_norm_"
 NORM_OF_ATTENTION = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 NORM_OF_BLOCK = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
@@ -90,3 +96,38 @@ def _gpt_layer(config: Any, latent: bool) -> Any:
         normalization=config.normalization,
     )
     return layer.submodules
+
+
+def changes(patches: Patches) -> None:
+    """Let Megatron load a GPT of local layers into a HybridModel, where it can (from 0.19 on).
+
+    Both name the norm before experts otherwise; a GPT of Transformer Engine's layers does not.
+    """
+    if find_spec(TRANSLATION) is None:
+        return
+    local: list[bool] = []  # of the checkpoint that is being loaded
+
+    def set_up(
+        original: Callable[..., Any], args: Any, saved: Any, *rest: Any, **named: Any
+    ) -> Any:
+        local[:] = [getattr(saved, "transformer_impl", None) == "local"]
+        return original(args, saved, *rest, **named)
+
+    def retarget(original: Callable[..., None], state: Any, *rest: Any, **named: Any) -> None:
+        original(state, *rest, **named)
+        if local == [True]:
+            import_module("megatron.core.dist_checkpointing.dict_utils").dict_list_map_inplace(
+                _as_local_gpt, state
+            )
+
+    why = "a GPT of local layers names the norm before experts as if fc1 had it"
+    patches.wrap("megatron.training.checkpointing:_maybe_setup_gpt_to_hybrid_load", set_up, why)
+    patches.wrap(f"{TRANSLATION}:retarget_sharded_state_dict_to_gpt_checkpoint", retarget, why)
+
+
+def _as_local_gpt(entry: Any) -> Any:
+    """Name a GPT's norm before its experts as its local layers save it, in place."""
+    key = getattr(entry, "key", None)
+    if isinstance(key, str):
+        entry.key = key.replace(NORM_BEFORE_EXPERTS, NORM_IN_FC1)
+    return entry

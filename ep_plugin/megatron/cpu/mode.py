@@ -143,6 +143,8 @@ def megatron_changes(patches: Patches) -> None:
             f"{local_layers.MODEL}:HybridModel.__init__", local_layers.with_local_layers, why
         )
         patches.replace(f"{local_layers.BLOCK}:TENorm", local_layers.local_norm, why)
+        if importlib.util.find_spec("megatron.training") is not None:
+            local_layers.changes(patches)
     if importlib.util.find_spec("megatron.training") is not None:
         for place in validators():
             patches.wrap(

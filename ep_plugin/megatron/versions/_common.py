@@ -120,6 +120,11 @@ COMMON = (
     Touchpoint("megatron.training.initialize:initialize_megatron", ("allow_no_cuda",)),
     Touchpoint("megatron.training.global_vars:get_tensorboard_writer"),
     Touchpoint(f"{_CONFIG}:TransformerConfig.__post_init__"),
+    Touchpoint(
+        "megatron.core.transformer.pipeline_parallel_layer_layout:"
+        "PipelineParallelLayerLayout.__init__",
+        ("layout", "pipeline_model_parallel_size"),
+    ),
     Touchpoint("megatron.core.transformer.module:MegatronModule.set_is_first_microbatch"),
     # initial values and recomputation
     Touchpoint(

@@ -3,7 +3,8 @@
 Megatron plans which parts of which tensors a model takes; what it would unpickle for that is
 written anew, from what our reader found: `.metadata`, and run arguments of plain values. The parts
 themselves come from our reader too. Objects beside the tensors (the state of Transformer Engine's
-layers) are empty ones: the layers that are built here have none.
+layers) are empty ones: the layers that are built here have none. A HybridModel whose layers pair
+up is loaded as the GPT that it is.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
+from ep_plugin.checkpoint.adapt.gpt_view import gpt_view
 from ep_plugin.checkpoint.carried import is_plain
 from ep_plugin.checkpoint.formats.dist_writer import write_common, write_metadata
 from ep_plugin.checkpoint.formats.megatron_dist import open_stored
@@ -42,7 +44,7 @@ def as_megatron_loads(
     `router` takes the place of the one in its run arguments. Raises Damaged, and ConfigError for
     whatever Megatron raises meanwhile: it names the folder as `called`, and ends with `instead`.
     """
-    stored = open_stored(folder)
+    stored = gpt_view(open_stored(folder))
     with TemporaryDirectory(prefix="ep_plugin_") as name:
         view = Path(name)
         _write(view, stored, router)
