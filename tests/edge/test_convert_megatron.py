@@ -57,7 +57,8 @@ RUN = (
 
 def pretrain(ranks: int, launcher: list[str], *flags: str) -> dict[int, float]:
     """Run Megatron's loop; returns the loss of each iteration."""
-    environment = os.environ | {"EP_PLUGIN_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    device = {"EP_PLUGIN_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | device | {"MODEL_CLASS": "gpt"}  # whose names are held below
     done = run_script(ranks, [*launcher, SCRIPT, *f"{MODEL} {RUN}".split(), *flags], environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)

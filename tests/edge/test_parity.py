@@ -81,6 +81,7 @@ def test_layouts_train_and_resume_as_one_rank_does_and_lost_moments_are_found(
 def test_each_planted_bug_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("MODEL_CLASS", "gpt")  # whose layers are named below
     bugs = "run1:scale,run2:norm,run3:router,run4:swap"
     layouts = ("ep=2", "ep=2,tp=1", SEQUENCE_PARALLEL, "tp=1,ep=2")
     flags = ("--iterations", "1", "--layouts", *layouts)

@@ -47,7 +47,7 @@ def launch(ranks: int, runner: tuple[str, ...], *flags: str) -> Done:
 def launch_with(ranks: int, runner: tuple[str, ...], *flags: str) -> Done:
     """Run the loop with a model of the caller's: a GPT, unless it has a pattern of layers."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if not any("hybrid" in flag for flag in flags):
+    if "--hybrid-layer-pattern" not in flags:
         environment.setdefault("MODEL_CLASS", "gpt")
     return run_script(ranks, [*runner, SCRIPT, *RUN, *flags], environment)
 
