@@ -1,6 +1,7 @@
 """A model of a checkpoint's own run arguments: what it is built with, and its weights."""
 
 import argparse
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,18 +111,31 @@ def build(args: argparse.Namespace) -> Any:
 
 def of_layers(spec: Any, config: Any, args: argparse.Namespace) -> Any:
     """Return the model of these layers, and of run arguments for what lies outside of them."""
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        rope_scaling=args.use_rope_scaling,
-        rope_scaling_factor=args.rope_scaling_factor,
-    )
+    with _without_warning():
+        return GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=args.padded_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type=args.position_embedding_type,
+            rotary_percent=args.rotary_percent,
+            rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            rope_scaling_factor=args.rope_scaling_factor,
+        )
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """Megatron warns of the class GPTModel, which is our choice here and not the user's."""
+    logger = logging.getLogger(GPTModel.__module__)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def load_weights(
