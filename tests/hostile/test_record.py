@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.hostile import called, record
+from tests.hostile import called, record, trees
 from tests.hostile.opcodes import MARK
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,7 @@ def test_every_kind_was_run_as_often() -> None:
     assert set(cases) == set(KINDS)
     assert set(cases.values()) == {20000}
     assert sum(row["cases"] for row in KEPT["commands"].values()) >= 500
+    assert set(KEPT["commands"]) == set(trees.COMMANDS)
 
 
 def test_a_part_that_was_not_run_again_says_of_which_run_it_is() -> None:
