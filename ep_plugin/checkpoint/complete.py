@@ -8,7 +8,7 @@ others: one that has all but a few of another's tensors lacks these. Layers of d
 import argparse
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 from ep_plugin.checkpoint.tensors import TensorInfo
 from ep_plugin.untrusted import cut
@@ -94,10 +94,10 @@ def _wrong_hidden(
 
 def _lacking(layers: Mapping[str, Mapping[str, object]]) -> Iterator[tuple[str, str]]:
     """Yield what a whole layer, or a module of one, lacks that others like it have."""
-    modules: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    modules: dict[str, dict[str, set[str]]] = defaultdict(dict)
     for layer, names in layers.items():
-        for rest in names:
-            modules[rest.partition(".")[0]][layer].add(rest)
+        for module, its in _by_module(names).items():
+            modules[module][layer] = its
     found = {
         f"decoder.layers.{layer}.{rest.removesuffix(one)}{other}": None
         for layer, names in layers.items()
@@ -110,6 +110,14 @@ def _lacking(layers: Mapping[str, Mapping[str, object]]) -> Iterator[tuple[str, 
             found.update({f"decoder.layers.{layer}.{rest}": None for rest in sorted(missing)})
     for name in found:
         yield name, "is missing, and what belongs to it is there"
+
+
+def _by_module(names: Iterable[str]) -> dict[str, set[str]]:
+    """Return the names of each module of a layer."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for rest in names:
+        found[rest.partition(".")[0]].add(rest)
+    return found
 
 
 def _subsets(layers: Mapping[str, Set[str]]) -> Iterator[tuple[str, Set[str]]]:
@@ -133,13 +141,10 @@ def _other_shapes(
     # By name and what else the module has: `*` and `+` both have a linear_proj.
     shapes: dict[tuple[str, frozenset[str]], dict[str, tuple[int, ...]]] = defaultdict(dict)
     for layer, names in layers.items():
-        modules: dict[str, set[str]] = defaultdict(set)
-        for rest in names:
-            modules[rest.partition(".")[0]].add(rest)
-        for rest, shape in names.items():
-            if not _BY_EXPERTS.fullmatch(rest):
-                kind = rest, frozenset(modules[rest.partition(".")[0]])
-                shapes[kind][layer] = shape
+        for its in map(frozenset, _by_module(names).values()):
+            for rest in its:
+                if not _BY_EXPERTS.fullmatch(rest):
+                    shapes[rest, its][layer] = names[rest]
     for (rest, _), found in shapes.items():
         usual = Counter(found.values()).most_common(1)[0][0]
         for layer, shape in found.items():

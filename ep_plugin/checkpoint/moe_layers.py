@@ -71,17 +71,21 @@ def hybrid_pattern(args: Any) -> Any:
 
 
 def hybrid_layers(pattern: str) -> tuple[bool, ...]:
-    """Return for each layer of a --hybrid-layer-pattern whether it has experts.
-
-    `|` cuts pipeline stages; behind a `/` stand layers of multi-token prediction.
-    """
-    decoder = pattern.split("/")[0].replace("|", "")
-    return tuple(symbol == "E" for symbol in decoder)
+    """Return for each layer of a --hybrid-layer-pattern whether it has experts."""
+    return tuple(symbol == "E" for symbol in _decoder(pattern))
 
 
 def hybrid_symbol(pattern: str, layer: int) -> str:
     """Return the symbol of a layer, counted from 0 as in a checkpoint; "" beyond the last."""
-    return pattern.split("/")[0].replace("|", "")[layer : layer + 1]
+    return _decoder(pattern)[layer : layer + 1]
+
+
+def _decoder(pattern: str) -> str:
+    """Return a symbol for each layer of the decoder.
+
+    `|` cuts pipeline stages; behind a `/` stand layers of multi-token prediction.
+    """
+    return pattern.split("/")[0].replace("|", "")
 
 
 def _parse_pattern(text: str) -> list[int]:

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop import MOE, NEWEST, OURS, SHAPE, launch_with
 
+from ep_plugin.checkpoint.adapt.model_class import SPLITS
 from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.chosen_class import ONLY_GPT, become_hybrid, choose, translated
 from ep_plugin.megatron.arguments.other_class import check_class
 from ep_plugin.megatron.arguments.parser import add_ep_arguments
-from ep_plugin.megatron.arguments.stages import SPLITS, segments
+from ep_plugin.megatron.arguments.stages import segments
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.presets import load, presets
 

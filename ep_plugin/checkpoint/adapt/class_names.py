@@ -21,6 +21,7 @@ from ep_plugin.checkpoint.names import norms
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
 
+_STATE = re.compile(r"(optimizer\.state\.\w+\.)(.+)", re.DOTALL)
 _ATTENTION, _BLOCK = ("input_layernorm.", "self_attention."), ("pre_mlp_layernorm.", "mlp.")
 _LAST_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."}
 ONLY_HYBRID = "output_layer._extra_state/shard_0_1"  # empty; a GPT leaves it out
@@ -37,7 +38,7 @@ class Model(Protocol):
 
 
 def to_hybrid(model: Model, pairs: Pairs) -> Callable[[str], str]:
-    """Return what spells a GPT's name in its HybridModel."""
+    """Return what spells a GPT's name in its HybridModel, of a parameter or its state."""
 
     def spell(name: str) -> str:
         found = _in_layer(name, model)
@@ -49,11 +50,11 @@ def to_hybrid(model: Model, pairs: Pairs) -> Callable[[str], str]:
             below = _with_prefix(below, norm.local, norm.engine)
         return f"decoder.layers.{2 * layer + is_block}.{below}"
 
-    return spell
+    return _of_states_too(spell)
 
 
 def to_gpt(model: Model, pairs: Pairs) -> Callable[[str], str]:
-    """Return what spells a HybridModel's name in its GPT."""
+    """Return what spells a HybridModel's name in its GPT, of a parameter or its state."""
     local = getattr(model.args, "transformer_impl", None) == "local"
 
     def spell(name: str) -> str:
@@ -70,7 +71,17 @@ def to_gpt(model: Model, pairs: Pairs) -> Callable[[str], str]:
                 below = _with_prefix(below, norm.engine, norm.local)
         return f"decoder.layers.{layer}.{below}"
 
-    return spell
+    return _of_states_too(spell)
+
+
+def _of_states_too(spell: Callable[[str], str]) -> Callable[[str], str]:
+    """Return what spells a parameter's state of the optimizer by the parameter's name."""
+
+    def spelled(name: str) -> str:
+        state = _STATE.fullmatch(name)
+        return state[1] + spell(state[2]) if state else spell(name)
+
+    return spelled
 
 
 def _in_layer(name: str, model: Model) -> re.Match[str] | None:

@@ -6,7 +6,6 @@ random-number and rerun state belong to the run that ends here.
 
 import argparse
 import copy
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from ep_plugin.checkpoint.open import Opened
 
 ModelClass = Literal["gpt", "hybrid"]
-STATE = re.compile(r"(optimizer\.state\.\w+\.)(.+)", re.DOTALL)
 _COUNTERS = ("optimizer", "opt_param_scheduler")
 # Megatron's layers of a HybridModel have no such norms, and its rotary embedding no such scaling.
 _ONLY_GPT = (
@@ -32,13 +30,18 @@ _ONLY_GPT = (
     "rotary_seq_len_interpolation_factor",
 )
 OWN_SPEC = ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
-# How a run divides its layers among stages, where | of a pattern does not say it.
-_STAGES = (
-    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
-    *("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"),
-    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
-)
-_STAGE_FLAGS = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+# How a run divides its layers among stages, where | of a pattern does not say it -> the value that
+# leaves it to Megatron.
+SPLITS: dict[str, Any] = {
+    "num_layers_per_virtual_pipeline_stage": None,
+    "num_virtual_stages_per_pipeline_rank": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+}
+_UNSAID = {"virtual_pipeline_model_parallel_size": None, "spec": None}  # Megatron works them out
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,7 @@ def _renamed(
         if OF_THE_RUN.fullmatch(name) or (OPTIMIZER.fullmatch(name) and not states):
             dropped += 1
         elif name != ONLY_HYBRID:
-            state = STATE.fullmatch(name)
-            names[name] = state[1] + spell(state[2]) if state else spell(name)
+            names[name] = spell(name)
     args.no_save_optim, args.no_save_rng = not states, True
     counters = {n: source.common[n] for n in _COUNTERS if states and n in source.common}
     made = renamed(source, names, args, counters)
@@ -187,8 +189,7 @@ def gpt_args(hybrid: argparse.Namespace, pairs: Pairs) -> argparse.Namespace:
 
 def _of_other_class(args: argparse.Namespace, num_layers: int) -> argparse.Namespace:
     made = copy.copy(args)
-    fresh: dict[str, Any] = dict.fromkeys((*_STAGES, "spec")) | dict.fromkeys(_STAGE_FLAGS, False)
-    for name, value in fresh.items():
+    for name, value in {**SPLITS, **_UNSAID}.items():
         if hasattr(made, name):
             setattr(made, name, value)
     made.num_layers = num_layers

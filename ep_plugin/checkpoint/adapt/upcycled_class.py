@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ep_plugin.checkpoint.adapt.class_names import ONLY_HYBRID, to_hybrid
-from ep_plugin.checkpoint.adapt.model_class import STATE, hybrid_args, pairs_of_gpt
+from ep_plugin.checkpoint.adapt.model_class import hybrid_args, pairs_of_gpt
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, NewObject
 
 if TYPE_CHECKING:
@@ -20,12 +20,7 @@ def with_experts_as_hybrid(model: "Opened", pattern: str | None) -> "Opened":
     made = model.upcycled
     assert made is not None, "it has got experts"
     pairs, pattern = pairs_of_gpt(model, pattern)
-    spell = to_hybrid(model, pairs)
-
-    def spelled(name: str) -> str:
-        state = STATE.fullmatch(name)
-        return state[1] + spell(state[2]) if state else spell(name)
-
+    spelled = to_hybrid(model, pairs)
     # Where the dense model was a HybridModel, its own names are the older ones.
     first = {new: old for old, new in (model.reclassed.name_map if model.reclassed else ())}
     args = hybrid_args(model.args, pattern)

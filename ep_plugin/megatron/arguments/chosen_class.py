@@ -12,12 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ep_plugin.checkpoint.adapt.model_class import SPLITS
 from ep_plugin.checkpoint.layer_pairs import natural, pairs_of
 from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.other_class import to_gpt
 from ep_plugin.megatron.arguments.resume import loaded_model
-from ep_plugin.megatron.arguments.stages import SPLITS, segments
+from ep_plugin.megatron.arguments.stages import segments
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.untrusted import shown
 

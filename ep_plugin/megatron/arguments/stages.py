@@ -4,16 +4,6 @@ from importlib import import_module
 from typing import Any
 
 LAYOUT = "megatron.core.transformer.pipeline_parallel_layer_layout"
-# Arguments that divide a GPT's layers among stages -> the value that leaves it to Megatron.
-SPLITS: dict[str, Any] = {
-    "num_layers_per_virtual_pipeline_stage": None,
-    "num_virtual_stages_per_pipeline_rank": None,
-    "pipeline_model_parallel_layout": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
-}
 
 
 def segments(args: Any) -> list[int] | None:
