@@ -99,23 +99,22 @@ class Size:
         return [*shlex.split(COMMON), *pairs, *(["--bf16"] if self.on_gpu else [])]
 
 
-SIZES = {
-    "cpu": Size("cpu", 4, 64, 192, 4, 128, 8, 500_000, 4e-3, "heldout_small", False),
-    "gpu": Size(
-        "gpu",
-        6,
-        384,
-        1024,
-        6,
-        512,
-        32,
-        100_000_000,
-        1e-3,
-        "heldout",
-        True,
-        "--moe-aux-loss-coeff 1e-3",
-    ),
-}
+CPU = Size("cpu", 4, 64, 192, 4, 128, 8, 500_000, 4e-3, "heldout_small", False)
+GPU = Size(
+    "gpu",
+    6,
+    384,
+    1024,
+    6,
+    512,
+    32,
+    100_000_000,
+    1e-3,
+    "heldout",
+    True,
+    "--moe-aux-loss-coeff 1e-3",
+)
+SIZES = {size.name: size for size in (CPU, GPU, replace(GPU, name="gpu-20m", tokens=20_000_000))}
 
 
 def shrunk(size: Size) -> Size:

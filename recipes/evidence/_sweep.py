@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   python recipes/evidence/{script} --list
   python recipes/evidence/{script}                                    CPU size, minutes
   python recipes/evidence/{script} --size gpu --jobs 7 --minutes 9    on one GPU, resumable
+  python recipes/evidence/{script} --size gpu-20m --jobs 7            a fifth of the tokens
   python recipes/evidence/{script} --size gpu --shrink                the same, tiny, on the CPU
   python recipes/evidence/{script} --size gpu --show                  table and plot of what is kept
 """
@@ -140,7 +141,7 @@ def _main(claims: tuple[Claim, ...], args: argparse.Namespace) -> int:
 
 def _chosen(claims: tuple[Claim, ...], only: list[str] | None, size: Size) -> list[Variant]:
     every = [variant for claim in claims for variant in claim.variants]
-    found = {v.name: v for v in every if not (v.ranks and size.name == "gpu")}
+    found = {v.name: v for v in every if not (v.ranks and size.on_gpu)}
     unknown = [name for name in only or [] if name not in found]
     if unknown:
         raise ConfigError(f"--only must be of {' '.join(found)}; got {unknown[0]}")
@@ -259,6 +260,6 @@ def show(claims: tuple[Claim, ...], results: Results, size: Size, plots: Path) -
         if len(own) < 2:
             continue
         plots.mkdir(parents=True, exist_ok=True)
-        path = plots / f"{claim.name}_{size.name}.png"
+        path = plots / f"{claim.name}_{size.name.replace('-', '_')}.png"
         claim.plot(own, path)
         print(f"plot: {path}")

@@ -22,10 +22,10 @@ VARIANTS = (
     Variant("softmax-none", f"{top1(8)} {NONE}"),
 )
 LABELS = {
-    "sigmoid-loss": "sigmoid, loss 0.01",
+    "sigmoid-loss": "sigmoid, balancing loss",
     "sigmoid-bias": "sigmoid, expert bias",
     "sigmoid-none": "sigmoid, neither",
-    "top1-e8": "softmax, loss 0.01",
+    "top1-e8": "softmax, balancing loss",
     "softmax-none": "softmax, neither",
 }
 SAYS = (

@@ -28,6 +28,7 @@ difference, or half a percent (of an imbalance 5 %) where fewer than two seeds r
 KEPT = {
     "cpu": "CPU size",
     "gpu": "GPU size",
+    "gpu_20m": "GPU size, 20M tokens",
     "gpu_small_text": "GPU size, an earlier and smaller text, gates not scaled",
 }
 

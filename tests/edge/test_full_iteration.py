@@ -30,6 +30,7 @@ CAPTURE = (
     *("--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad"),
     *("--cuda-graph-warmup-steps", "3"),
 )
+PER_LAYER = ("--ep-experts-per-layer", "4,3")  # of two ranks one holds three experts whole
 PLAIN = "--transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm"
 
 
@@ -132,12 +133,12 @@ def test_graphs_are_freed_before_nccl_s_groups_wait_for_them(
     assert FullCudaGraphWrapper.cuda_graph == {"training": None, "validation": None}
 
 
-def train_on_gpus(folder: Path, *flags: str) -> Run:
+def train_on_gpus(folder: Path, *flags: str, ep: int = 2) -> Run:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *(*OURS, SCRIPT, *SHAPE, *RUN, *MOE, *PLAIN.split(), "--no-rope-fusion", "--bf16"),
         *("--no-gradient-accumulation-fusion", "--use-distributed-optimizer"),
-        *("--expert-model-parallel-size", "2"),
+        *("--expert-model-parallel-size", str(ep)),
         *("--train-iters", str(ITERATIONS), "--tensorboard-dir", str(folder), *flags),
     ]
     done = subprocess.run(
@@ -148,23 +149,44 @@ def train_on_gpus(folder: Path, *flags: str) -> Run:
         timeout=240,  # a graph that is not freed keeps a rank from ending
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("auto takes --ep-dispatcher symm_mem") == 1
+    assert done.stdout.count("auto takes --ep-dispatcher symm_mem") == (ep > 1)
     return read_run(folder)
+
+
+def equal(run: Run, other: Run, tag: str, bound: float) -> None:
+    pairs = zip(run.series(tag), other.series(tag), strict=True)
+    seen = [
+        (iteration, value == pytest.approx(expected, rel=bound))
+        for (iteration, value), (_, expected) in pairs
+    ]
+    assert seen == [(iteration, True) for iteration in range(1, ITERATIONS + 1)], tag
+
+
+ON_GPUS: list[tuple[str, ...]] = [
+    (),
+    ("--ep-overlap", "serial"),
+    ("--ep-fp8", "rowwise"),
+    PER_LAYER,
+]
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-@pytest.mark.parametrize("flags", [(), ("--ep-overlap", "serial"), ("--ep-fp8", "rowwise")])
+def test_layers_of_other_degrees_train_as_without_expert_parallelism(tmp_path: Path) -> None:
+    spread = train_on_gpus(tmp_path / "spread", *PER_LAYER)
+    whole = train_on_gpus(tmp_path / "whole", *PER_LAYER, ep=1)
+    for tag, bound in (("lm loss", 2e-3), ("load_balancing_loss", 1e-2), ("grad-norm", 5e-2)):
+        equal(spread, whole, tag, bound)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("flags", ON_GPUS)
 def test_captured_iterations_train_as_launched_ones(tmp_path: Path, flags: tuple[str, ...]) -> None:
     launched = train_on_gpus(tmp_path / "launched", *flags)
     captured = train_on_gpus(tmp_path / "captured", *flags, *CAPTURE)
     for tag, bound in (("lm loss", 2e-3), ("load_balancing_loss", 1e-2), ("grad-norm", 5e-2)):
-        pairs = zip(captured.series(tag), launched.series(tag), strict=True)
-        seen = [
-            (iteration, value == pytest.approx(expected, rel=bound))
-            for (iteration, value), (_, expected) in pairs
-        ]
-        assert seen == [(iteration, True) for iteration in range(1, ITERATIONS + 1)], tag
+        equal(captured, launched, tag, bound)
     loads = [captured.series(f"ep/tokens_per_expert/layer_1/expert_{e}") for e in range(4)]
     for values in zip(*loads, strict=True):
         assert sum(value for _, value in values) == pytest.approx(1)
