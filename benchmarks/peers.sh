@@ -16,6 +16,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}" GPU="${GPU:-h200}" OUT="${OUT:-benchmarks/results}"
 REPEATS="${REPEATS:-20}" LIMIT="${LIMIT:-520}"
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD" # also where the package is not installed
 layers="$OUT/peers_$GPU.json" products="$OUT/gemm_peers_$GPU.json"
 mkdir -p "$OUT"
 

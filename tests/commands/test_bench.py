@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,23 @@ from torch import Tensor
 
 from ep_plugin.cli import main
 from ep_plugin.commands import bench as command
-from ep_plugin.commands.bench import contest, ours
-from ep_plugin.commands.bench.case import ROUTINGS, make_case, reference, relative_error
-from ep_plugin.commands.bench.figures import EMPTY
-from ep_plugin.commands.bench.floors import H100
+from ep_plugin.commands.bench import contest, ours, rounds, whole_layer
+from ep_plugin.commands.bench.case import (
+    ROUTINGS,
+    Case,
+    Contender,
+    Makers,
+    make_case,
+    reference,
+    relative_error,
+)
+from ep_plugin.commands.bench.contest import Contest
+from ep_plugin.commands.bench.figures import EMPTY, Row
+from ep_plugin.commands.bench.floors import H100, Precision
 from ep_plugin.commands.bench.measure import timing
 from ep_plugin.commands.bench.peers import torch as torch_peer
+from ep_plugin.commands.bench.rounds import errors
 from ep_plugin.commands.bench.shapes import SHAPES, Shape
-from ep_plugin.commands.bench.whole_layer import _errors
 
 PACKAGES = {
     "megatron": "transformer_engine",
@@ -111,6 +121,62 @@ def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     moved = (shape.tokens + shape.rows) * shape.hidden * 2  # and the places, int64 on the CPU
     counted = spread["gbps"] * spread["ms"] * 1e6
     assert moved < counted < 1.1 * moved
+
+
+def test_what_fits_into_no_round_with_others_has_one_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["layer", "--gradients", "added"]
+
+    def names(rows: list[dict[str, object]]) -> list[tuple[object, ...]]:
+        return [(row["backend"], row["precision"], row["gradients"]) for row in rows]
+
+    together = names(bench(capsys, *arguments))
+    held: list[int] = []
+    made = whole_layer._measure_round
+
+    def note(contest: Contest, case: Case, contenders: list[Contender]) -> list[Row]:
+        held.append(len(contenders))
+        return made(contest, case, contenders)
+
+    monkeypatch.setattr(whole_layer, "_measure_round", note)
+    monkeypatch.setattr(rounds, "_crowded", lambda _: True)
+    assert names(bench(capsys, *arguments)) == together
+    assert len(held) > 3
+    assert set(held) == {1}
+
+
+def test_a_shape_that_is_measured_is_not_made_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["layer", "--resume", "--output", str(tmp_path / "rows.json")]
+    first = bench(capsys, *arguments)
+
+    def not_again(*_: object) -> None:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(rounds, "ready", not_again)
+    assert bench(capsys, *arguments) == first
+
+
+def test_a_peer_that_computes_another_layer_is_named_and_not_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = torch_peer.build
+
+    def doubled(case: Case, precision: Precision) -> Makers:
+        def make() -> Contender:
+            contender = right(case, precision)["torch"]()
+            forward = contender.forward
+            return replace(contender, forward=lambda tokens: 2 * forward(tokens))
+
+        return {"torch": make}
+
+    monkeypatch.setattr(torch_peer, "build", doubled)
+    assert main(["bench", "layer", "--precision", "bf16", *FAST]) == 0
+    told = capsys.readouterr().out
+    assert "not measured: torch (bf16): ValueError: it computes another layer" in told
+    assert not re.search(r"^  torch ", told, re.MULTILINE)
 
 
 def test_resume_keeps_what_is_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -285,8 +351,8 @@ def test_the_fp8_peer_in_torch_computes_the_layer(
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     case = make_case(SHAPES["tiny"], routing, CPU)
     contender = torch_peer.build(case, "fp8")["torch+rowwise"]()
-    errors = _errors(case, contender, reference(case))
-    assert max(errors.values()) < 0.09
+    found = errors(case, contender, reference(case))
+    assert max(found.values()) < 0.09
     plain = torch_peer.build(case, "bf16")["torch"]()
     grads = []
     for layer in (contender, plain):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ep_plugin.commands.bench import floors
-from ep_plugin.commands.bench.accumulate import total_of
+from ep_plugin.commands.bench.accumulate import total_of, train_step
 from ep_plugin.commands.bench.case import Case, make_case
 from ep_plugin.commands.bench.floors import (
     BYTES,
@@ -30,7 +30,6 @@ from ep_plugin.commands.bench.floors import (
 )
 from ep_plugin.commands.bench.ours import as_contender, make_layer
 from ep_plugin.commands.bench.shapes import SHAPES, Shape
-from ep_plugin.commands.bench.whole_layer import train_step
 from ep_plugin.moe.experts.fp8.rowwise import Rowwise, prepare
 from ep_plugin.moe.experts.fused import Bf16, FusedExperts
 from ep_plugin.moe.experts.gemm.torch_grouped import TorchGroupedGemm

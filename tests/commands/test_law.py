@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ep_plugin import cli
 from ep_plugin.commands import bench, doctor, plan, report
-from ep_plugin.commands.bench import over_ranks, whole_layer
+from ep_plugin.commands.bench import over_ranks, rounds
 from ep_plugin.commands.bench.contest import OURS, Contest
 from ep_plugin.commands.bench.figures import Row, make_row
 from ep_plugin.commands.bench.measure import Timing
@@ -201,7 +201,7 @@ def stub_bench(monkeypatch: pytest.MonkeyPatch, here: Here) -> None:
             protocol = contest.protocol.warm, contest.protocol.repeats
             here.asked.append((shape, routing, entries, ways, protocol, contest.kept))
             here.asked.append(contest.gradients)
-            captured = set(whole_layer.CAPTURABLE)
+            captured = set(rounds.CAPTURABLE)
             graph = contest.cuda_graph and not captured.isdisjoint(b for b, _ in entries)
             here.asked.append(graph)
             return [fake_row(name, backend) for backend, _ in entries]

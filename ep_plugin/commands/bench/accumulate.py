@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ep_plugin.commands.bench.case import Case, Contender
 from ep_plugin.commands.bench.floors import Gradients
+from ep_plugin.commands.bench.measure import Step
 
 
 class WeightGradients:
@@ -37,6 +38,19 @@ class WeightGradients:
 
     def _fuse(self) -> list[nn.Parameter]:
         return [] if self.contender.fuse is None else self.contender.fuse(self.added)
+
+
+def train_step(case: Case, contender: Contender, gradients: Gradients = "anew") -> Step:
+    """Return one step, forward and backward."""
+    weights = WeightGradients(case, contender, gradients)
+
+    def step(index: int) -> None:
+        tokens = case.tokens[index]
+        weights.start()
+        torch.autograd.backward(contender.forward(tokens), case.grads[index])
+        weights.finish(tokens)
+
+    return step
 
 
 def give_totals(case: Case, parameters: list[nn.Parameter]) -> None:

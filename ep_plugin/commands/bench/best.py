@@ -5,7 +5,7 @@ from itertools import groupby
 
 from ep_plugin.commands.bench.figures import Row, case_of
 
-PEER, AS_IS, DROPPING = "megatron", "defaults", "drop_and_pad"
+PEER, AS_IS, DROPPING, SWITCHED = "megatron", "defaults", "drop_and_pad", "cutlass"
 
 
 def both_figures(rows: Iterable[Row]) -> list[str]:
@@ -34,11 +34,15 @@ def _is_peer(row: Row) -> bool:
 
 
 def _line(rows: list[Row], precision: str) -> str:
-    as_is = [row for row in rows if AS_IS in row["backend"].split("+")]
+    as_is = [row for row in rows if _is_as_is(row["backend"].split("+"))]
     best = min(rows, key=lambda row: float(row["ms"]))
     plain = min(as_is, key=lambda row: float(row["ms"]), default=None)
     told = "not measured" if plain is None else _figure(plain)
     return f"Megatron {precision} as its users get it {told}; at its best {_figure(best)}"
+
+
+def _is_as_is(ways: list[str]) -> bool:
+    return AS_IS in ways and SWITCHED not in ways
 
 
 def _figure(row: Row) -> str:

@@ -68,7 +68,6 @@ class Contender:
     parameters: list[nn.Parameter]
     quantize: Callable[[], object] | None = None  # the weights, as a new optimizer step needs
     renew: Callable[[], object] | None = None  # where that cannot be called: next step does it
-    capturable: bool = False  # into a CUDA graph: no host sync
     # Have products add gradients to `main_grad` of their weights, or no longer; returns whose.
     fuse: Callable[[bool], list[nn.Parameter]] | None = None
     dispatcher: str = "alltoall"  # where experts are on several ranks

@@ -1,6 +1,5 @@
 """The layer of this package as a contender, in each recipe and each way of keeping."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -39,7 +38,7 @@ def _name(recipe: Fp8, save: Save) -> str:
 
 def _contender(case: Case, precision: Precision, recipe: Fp8, save: Save) -> Contender:
     layer = make_layer(case, ExpertGroups(), fp8=recipe, save=save)
-    return replace(as_contender(layer, _name(recipe, save), precision), capturable=True)
+    return as_contender(layer, _name(recipe, save), precision)
 
 
 def make_layer(case: Case, groups: ExpertGroups, **options: Any) -> MoELayer:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ep_plugin.commands.bench import timeline
-from ep_plugin.commands.bench.accumulate import WeightGradients
+from ep_plugin.commands.bench.accumulate import WeightGradients, train_step
 from ep_plugin.commands.bench.alone import Alone, goes_by_swaps
 from ep_plugin.commands.bench.case import Case, Contender, make_case
 from ep_plugin.commands.bench.contest import OURS, Contest, peer
@@ -31,11 +31,10 @@ from ep_plugin.commands.bench.figures import Row, make_row
 from ep_plugin.commands.bench.floors import Gradients, Precision, Work, floor_ms
 from ep_plugin.commands.bench.measure import Protocol, Step, Timing, captured
 from ep_plugin.commands.bench.ours import as_contender, make_layer
+from ep_plugin.commands.bench.rounds import ready
 from ep_plugin.commands.bench.shapes import Shape
 from ep_plugin.commands.bench.whole_layer import (
-    ready,
     saved_mib,
-    train_step,
     weight_ms,
     weight_step,
     with_weights,

@@ -1,6 +1,6 @@
 """Which flags of `ep-plugin bench` act in which bench, and beside which others."""
 
-from ep_plugin.commands.bench import over_ranks, products_alone, whole_layer
+from ep_plugin.commands.bench import over_ranks, products_alone, rounds, whole_layer
 from ep_plugin.commands.bench.contest import OURS
 from ep_plugin.commands.bench.floors import PRECISIONS
 from ep_plugin.commands.law import Need
@@ -51,7 +51,7 @@ NEEDS = (
     ),
     Need(
         "--cuda-graph",
-        lambda args: args.bench != "layer" or _any_of(args.backends, whole_layer.CAPTURABLE),
+        lambda args: args.bench != "layer" or _any_of(args.backends, rounds.CAPTURABLE),
         "--cuda-graph cannot capture the layers of --backends {args.backends[0]}; use --backends "
         "ep_plugin",
     ),

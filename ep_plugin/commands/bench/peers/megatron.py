@@ -99,7 +99,6 @@ def _contender(case: Case, way: Way) -> Contender:
         forward,
         list(layer.parameters()),
         renew=layer.set_is_first_microbatch if way.precision == "fp8" else None,
-        capturable=way.drops,
         fuse=fuse,
         dispatcher=way.dispatcher,
         switches=", ".join(filter(None, (way.switches, _te_switches.told()))),

@@ -137,7 +137,7 @@ def build(case: Case, precision: Precision) -> Makers:
 
 def _bf16(case: Case) -> Contender:
     layer = TorchMoE(case, _grouped, _grouped)
-    return Contender("torch", "bf16", layer, list(layer.parameters()), capturable=True)
+    return Contender("torch", "bf16", layer, list(layer.parameters()))
 
 
 def _rowwise(case: Case) -> Contender:
@@ -162,5 +162,4 @@ def _rowwise(case: Case) -> Contender:
         layer,
         list(layer.parameters()),
         quantize=quantize,
-        capturable=True,
     )
