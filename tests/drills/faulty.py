@@ -134,7 +134,8 @@ def with_measure(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 done: list[bool] = []
-os.setsid()  # what this rank starts is found by its session
+if os.getsid(0) != os.getpid():  # some releases of torch start each rank in its own
+    os.setsid()  # what this rank starts is found by its session
 note("sessions", str(os.getsid(0)))
 if rank == drill["rank"]:
     Place.enter = with_fault(Place.enter)  # type: ignore[method-assign]

@@ -19,17 +19,22 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
 ]
 FAR = 20  # the iteration of the fault
+PLAIN = (
+    *("--transformer-impl", "local", "--no-masked-softmax-fusion", "--no-persist-layer-norm"),
+    *("--no-rope-fusion", "--no-gradient-accumulation-fusion"),
+)
 
 
 @pytest.mark.parametrize("watch", [(), ("--ep-watch-ranks", "10")])
 def test_the_sentence_comes_before_the_watchdog(watch: tuple[str, ...], tmp_path: Path) -> None:
     fault = Fault("stop_for_good", COMBINE, FAR)
     flags = ("--train-iters", "40", "--expert-model-parallel-size", "2", "--eval-iters", "0")
-    flags += ("--bf16", "--distributed-timeout-minutes", "1", "--transformer-impl", "local")
+    flags += ("--bf16", "--distributed-timeout-minutes", "1", *PLAIN)
     script = [str(HERE / "faulty.py"), SCRIPT, *RUN, *SHAPE, *MOE, *flags, *watch]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     drill = {"DRILL": json.dumps(asdict(fault)), "DRILL_FOLDER": str(tmp_path)}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **drill}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, **drill}
     environment |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
     process = subprocess.Popen(
         [sys.executable, *launcher, "-m", "ep_plugin.run", *script],
@@ -40,8 +45,10 @@ def test_the_sentence_comes_before_the_watchdog(watch: tuple[str, ...], tmp_path
     )
     try:
         text, _ = process.communicate(timeout=300)
+        assert (tmp_path / "sessions").is_file(), text[-6000:]
     finally:
-        for line in (tmp_path / "sessions").read_text().split():
+        sessions = tmp_path / "sessions"
+        for line in sessions.read_text().split() if sessions.is_file() else ():
             try:
                 os.killpg(int(line), signal.SIGKILL)
             except ProcessLookupError:

@@ -30,7 +30,7 @@ CAPTURE = (
     *("--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad"),
     *("--cuda-graph-warmup-steps", "3"),
 )
-PER_LAYER = ("--ep-experts-per-layer", "4,3")  # of two ranks one holds three experts whole
+PER_LAYER = ("--ep-experts-per-layer", "4,3", "--moe-layer-freq", "[1]*2")  # 3: whole on a rank
 PLAIN = "--transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm"
 
 
