@@ -1,8 +1,8 @@
 """A checkpoint of the other class than the run's model: what Megatron translates, and what not.
 
-From 0.19 on Megatron loads the weights of a GPT into a HybridModel of `*`, `M` and one of `-` and
-`E`. All else is refused here, with the conversion to type, before anybody communicates. So is the
-optimizer's state: a run on the CPU that loaded it went on otherwise than the GPT did.
+From 0.19 on Megatron loads a GPT into a HybridModel of `*`, `M` and one of `-` and `E`, with its
+optimizer's state where that is kept by parameter. All else is refused here, with the conversion to
+type, before anybody communicates.
 """
 
 import argparse
@@ -15,20 +15,22 @@ from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
 
+BY_PARAMETER = ("fully_reshardable", "fully_sharded_model_space")
 TRANSLATION = "megatron.core.dist_checkpointing.gpt_checkpoint_interop"
 PATTERN = "--hybrid-layer-pattern"
 
 
 def check_class(
     args: Any, folder: Path, saved: argparse.Namespace, metadata: Any, optimizer: bool
-) -> None:
+) -> bool:
     """Raise ConfigError for a checkpoint of the other class that Megatron does not translate.
 
-    `metadata`: what the checkpoint says of how it is kept; `optimizer`: is its state loaded?
+    Returns whether the checkpoint is of the other class. `metadata`: what it says of how it is
+    kept; `optimizer`: is its state loaded?
     """
     theirs, ours = hybrid_pattern(saved), hybrid_pattern(args)
     if bool(theirs) == bool(ours):
-        return
+        return False
     if theirs:
         raise ConfigError(
             f"{folder} holds a HybridModel ({shown(theirs)}), and this run trains a GPT; use "
@@ -42,12 +44,15 @@ def check_class(
             f"Megatron does not load it: {why}; use {_convert(folder, saved)}, then --load "
             f"{folder}-hybrid"
         )
-    if optimizer:
+    kind = said.get("distrib_optim_sharding_type")
+    if optimizer and args.use_distributed_optimizer and kind not in BY_PARAMETER:
+        found = "no such state" if kind is None else f"it as {shown(kind)}"
         raise ConfigError(
-            f"{folder} holds a GPT with its optimizer's state, of which Megatron's way into a "
-            f"HybridModel takes the weights alone here; use {_convert(folder, saved)}, then --load "
-            f"{folder}-hybrid, or --no-load-optim"
+            f"{folder} holds a GPT, and Megatron's way into a HybridModel takes the state of a "
+            f"distributed optimizer by parameter ({BY_PARAMETER[0]}); the folder has {found}; use "
+            f"{_convert(folder, saved)}, then --load {folder}-hybrid, or --no-load-optim"
         )
+    return True
 
 
 def to_gpt(folder: Path) -> str:

@@ -79,11 +79,14 @@ def check_resumable(args: Any) -> None:
         args.ep_vocab_size = saved.ep_vocab_size
     _check_experts(args, folder, saved)
     optimizer = not (args.no_load_optim or getattr(saved, "no_save_optim", False))
-    check_class(args, folder, saved, common.get("content_metadata"), optimizer)
+    other = check_class(args, folder, saved, common.get("content_metadata"), optimizer)
     trains = (args.train_iters or args.train_samples) and not args.skip_train
-    if trains and goes_on and is_dist and not args.finetune and not args.no_load_optim:
+    if not (trains and goes_on and is_dist) or args.no_load_optim:
+        return
+    if other or not args.finetune:  # of the other class Megatron loads the state all the same
         _check_optimizer(args, folder, saved, common)
         _check_buckets(args, folder, saved, common)
+    if not args.finetune:
         _check_schedule(args, folder, common)
 
 
