@@ -4,6 +4,7 @@
 #     ./benchmarks/peers.sh rates             what this GPU reaches, and the terms of all floors
 #     ./benchmarks/peers.sh layer cutlass     every way of Megatron, then those by CUTLASS
 #     ./benchmarks/peers.sh graph             in a CUDA graph; Megatron's with drop-and-pad alone
+#     ./benchmarks/peers.sh titan             torchtitan's minimal_async_ep, each shape in its own process
 #     ./benchmarks/peers.sh many wide         gpt-oss-120b and Qwen3-Next; GLM, OLMoE, DeepSeek, Mixtral
 #     ./benchmarks/peers.sh skew              balanced beside zipf1.2 and recorded routing
 #     ./benchmarks/peers.sh gemm gemm_cutlass the products alone, gradients added to fp32 too
@@ -44,7 +45,14 @@ run_layer() { bench layer "$layers" "$five"; }
 run_cutlass() {
     with_cutlass bench layer "$layers" "$five $many" --backends megatron --precision bf16
 }
-run_graph() { bench layer "$layers" "$five" --cuda-graph --backends ep_plugin torch megatron; }
+run_graph() { bench layer "$layers" "$five" --cuda-graph --backends ep_plugin torch megatron torchtitan; }
+run_titan() {
+    local shapes shape
+    read -ra shapes <<<"${SHAPES:-$five}"
+    for shape in "${shapes[@]}"; do
+        SHAPES="$shape" bench layer "$layers" "$shape" --backends torchtitan --precision bf16
+    done
+}
 run_many() { bench layer "$layers" "$many"; }
 run_wide() { bench layer "$layers" "$wide"; }
 run_skew() {
@@ -61,9 +69,9 @@ if (($# == 0)); then
 fi
 for step in "$@"; do
     case "$step" in
-    rates | layer | cutlass | graph | many | wide | skew | gemm | gemm_cutlass) "run_$step" ;;
+    rates | layer | cutlass | graph | titan | many | wide | skew | gemm | gemm_cutlass) "run_$step" ;;
     *)
-        echo "error: steps are rates, layer, cutlass, graph, many, wide, skew, gemm, gemm_cutlass; got '$step'" >&2
+        echo "error: steps are rates, layer, cutlass, graph, titan, many, wide, skew, gemm, gemm_cutlass; got '$step'" >&2
         exit 2
         ;;
     esac

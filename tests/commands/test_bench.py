@@ -15,6 +15,7 @@ from torch import Tensor
 from ep_plugin.cli import main
 from ep_plugin.commands import bench as command
 from ep_plugin.commands.bench import contest, ours, rounds, whole_layer
+from ep_plugin.commands.bench.accumulate import train_step
 from ep_plugin.commands.bench.case import (
     ROUTINGS,
     Case,
@@ -36,6 +37,9 @@ PACKAGES = {
     "megatron": "transformer_engine",
     "sonicmoe": "sonicmoe",
     "liger": "liger_kernel",
+    "veomni": "veomni",
+    "torchtitan": "torchtitan",
+    "deepspeed": "deepspeed",
     "deepgemm": "deep_gemm",
     "transformer_engine": "transformer_engine",
 }
@@ -207,6 +211,31 @@ def test_absent_peers_are_named(
     assert line.endswith("run " + contest.INSTALL[name])
     assert main([*words, "--backends", name]) == 2
     assert line.partition(": ")[2].partition(": ")[2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["torchtitan", "deepspeed"])
+def test_a_peer_that_runs_on_the_cpu_computes_the_layer(name: str) -> None:
+    pytest.importorskip(PACKAGES[name])
+    case = make_case(SHAPES["tiny"], "balanced", CPU)
+    for make in contest.peer(name)(case, "bf16").values():
+        contender = make()
+        train_step(case, contender, "added")(0)
+        assert max(errors(case, contender, reference(case)).values()) < 0.01
+    assert contest.peer(name)(case, "fp8") == {}
+
+
+def test_torch_whole_in_one_graph_computes_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+
+    def as_it_is(function: object, **options: object) -> object:
+        asked.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", as_it_is)
+    case = make_case(SHAPES["tiny"], "balanced", CPU)
+    contender = torch_peer._bf16(case, whole=True)
+    assert asked == [{"fullgraph": True, "dynamic": False}]
+    assert max(errors(case, contender, reference(case)).values()) < 0.01
 
 
 @pytest.mark.parametrize(("bench", "name"), [("layer", "torch"), ("gemm", "grouped_mm")])

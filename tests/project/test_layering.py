@@ -89,7 +89,8 @@ STOREYS = {
         "moe presets checkpoint megatron",
         # the last ones are peers, and what draws
         "torch tqdm transformers safetensors tensorboard matplotlib "
-        "megatron transformer_engine sonicmoe liger_kernel deep_gemm",
+        "megatron transformer_engine sonicmoe liger_kernel deep_gemm deep_ep torchtitan deepspeed "
+        "veomni",
     ),
     # the doors
     "run": Storey("megatron"),

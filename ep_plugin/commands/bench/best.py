@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from itertools import groupby
 
+from ep_plugin.commands.bench.contest import DROPPING
 from ep_plugin.commands.bench.figures import Row, case_of
 
-PEER, AS_IS, DROPPING, SWITCHED = "megatron", "defaults", "drop_and_pad", "cutlass"
+PEER, AS_IS, SWITCHED = "megatron", "defaults", "cutlass"
 
 
 def both_figures(rows: Iterable[Row]) -> list[str]:

@@ -12,10 +12,14 @@ from ep_plugin.commands.bench.measure import Protocol
 from ep_plugin.errors import BackendUnavailable, ConfigError
 
 OURS = "ep_plugin"
+DROPPING = "drop_and_pad"  # in the name of a way of Megatron that drops rows: another layer
 INSTALL = {  # what a peer's file imports
     "megatron": "pip install 'ep-plugin[megatron,te]'",
     "sonicmoe": "pip install sonic-moe",
     "liger": "pip install liger-kernel",
+    "veomni": "pip install veomni",
+    "torchtitan": "pip install torchtitan",
+    "deepspeed": "pip install deepspeed",
     "deepgemm": "pip install sgl-deep-gemm",
     "transformer_engine": "pip install 'ep-plugin[te]'",
 }

@@ -62,6 +62,7 @@ WITH_FLOOR = ("layer", "gemm", "kernels", "overlap")
 PACKAGES = (
     *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),
     *("sonic-moe", "quack-kernels", "liger-kernel", "sgl-deep-gemm", "deep-gemm"),
+    *("torchtitan", "deepspeed", "veomni"),
 )
 
 

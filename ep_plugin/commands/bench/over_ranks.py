@@ -58,7 +58,7 @@ DISPATCHERS: dict[str, dict[str, Any]] = {
 RECIPES: tuple[str, ...] = get_args(Fp8)
 SCHEDULES = ("serial", "chunked")
 CAPTURABLE = ("symm_mem",)  # without a host sync while a graph is captured
-PEER = "megatron"  # the one that has experts on several ranks
+PEERS = ("megatron", "torchtitan")  # that have experts on several ranks
 TIMEOUT = timedelta(minutes=2)  # of a rank that waits for one that failed
 
 
@@ -189,8 +189,8 @@ def _take_part(
 ) -> list[_Entry]:
     """Return what can run, after a step each; why another cannot is noted."""
     found = []
-    for name, precision in contest.entries((OURS,) if contest.cuda_graph else (OURS, PEER)):
-        if name == PEER:
+    for name, precision in contest.entries((OURS,) if contest.cuda_graph else (OURS, *PEERS)):
+        if name in PEERS:
             with contest.attempt(name, precision):
                 makers = peer(name)(case, precision)
                 peers = ready(contest, case, precision, makers)

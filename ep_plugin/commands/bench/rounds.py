@@ -9,11 +9,11 @@ from torch import Tensor
 from ep_plugin.commands.bench import ours
 from ep_plugin.commands.bench.accumulate import WeightGradients, train_step
 from ep_plugin.commands.bench.case import Case, Contender, Makers, reference, relative_error
-from ep_plugin.commands.bench.contest import OURS, Contest, peer
+from ep_plugin.commands.bench.contest import DROPPING, OURS, Contest, peer
 from ep_plugin.commands.bench.floors import Gradients, Precision
-from ep_plugin.commands.bench.peers._megatron_ways import DROPPING
 
-CAPTURABLE = (OURS, "torch", "megatron")  # no host sync in steps, of Megatron with drop-and-pad
+# No host sync in steps; of Megatron with drop-and-pad alone.
+CAPTURABLE = (OURS, "torch", "megatron", "torchtitan")
 CROWDED = 0.45  # of the memory; as much again is left for gradients, their sums and a step
 WRONG = 0.2  # relative error of another layer than the wanted one; e4m3 stays below 0.1
 

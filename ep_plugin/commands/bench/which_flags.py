@@ -19,7 +19,7 @@ BACKENDS = {  # that take part
     "layer": (OURS, *whole_layer.PEERS),
     "gemm": (OURS, *products_alone.PEERS),
     "kernels": (OURS,),
-    "overlap": (OURS, over_ranks.PEER),
+    "overlap": (OURS, *over_ranks.PEERS),
 }
 NEEDS = (
     Need(

@@ -23,7 +23,7 @@ from ep_plugin.commands.bench.measure import Step, Timing, captured
 from ep_plugin.commands.bench.rounds import can_capture, errors, missing, rounds
 from ep_plugin.commands.bench.shapes import Shape
 
-PEERS = ("torch", "megatron", "sonicmoe", "liger")
+PEERS = ("torch", "megatron", "sonicmoe", "liger", "veomni", "torchtitan", "deepspeed")
 
 
 def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:

@@ -6,6 +6,7 @@ A switch is written as the flag of Megatron's arguments that sets it.
 from dataclasses import dataclass, field
 from typing import Any
 
+from ep_plugin.commands.bench.contest import DROPPING
 from ep_plugin.commands.bench.floors import Precision
 
 FUSED = {"moe_permute_fusion": True, "moe_router_fusion": True}
@@ -16,7 +17,6 @@ DROPPED = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity"
 RECIPES = {  # fp8_recipe -> format: hybrid is e4m3 forward and e5m2 for gradients
     **{"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3"},
 }
-DROPPING = "drop_and_pad"
 
 
 @dataclass(frozen=True)

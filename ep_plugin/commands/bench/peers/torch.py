@@ -1,5 +1,6 @@
 """What a user would write today with torch alone: sort, index, grouped products, index_add.
 
+`torch+compiled` is the same, whole in one graph of torch.compile.
 fp8 has a scale for each row (for each feature in weight gradients), quantised by plain compiled
 torch in both layouts, and torch's scaled grouped product in all three directions; weights are
 quantised when told to.
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ep_plugin.commands.bench.case import Case, Contender, Makers, require_cuda
 from ep_plugin.commands.bench.floors import Precision
+from ep_plugin.commands.bench.peers._compiled import SWITCHES, compiled
 from ep_plugin.commands.bench.peers._scaled import scaled_product
 
 E4M3, LARGEST, MULTIPLE = torch.float8_e4m3fn, 448.0, 16
@@ -36,7 +38,7 @@ class TorchMoE(nn.Module):
             nn.Parameter(weight) for weight in (case.router, case.fc1, case.fc2)
         )
         self.products = fc1, fc2
-        self.swiglu = torch.compile(_swiglu) if case.device.type == "cuda" else _swiglu
+        self.swiglu = compiled(_swiglu) if case.device.type == "cuda" else _swiglu
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return [T, H] for `tokens` [T, H]."""
@@ -130,14 +132,18 @@ def _padded(ends: Tensor, num_rows: int) -> tuple[int, Tensor]:
 def build(case: Case, precision: Precision) -> Makers:
     """Return what makes the layer; raises BackendUnavailable for fp8 without a GPU."""
     if precision == "bf16":
-        return {"torch": partial(_bf16, case)}
+        whole = {"torch+compiled": partial(_bf16, case, whole=True)}
+        return {"torch": partial(_bf16, case)} | (whole if case.device.type == "cuda" else {})
     require_cuda("torch fp8", case.device)
     return {"torch+rowwise": partial(_rowwise, case)}
 
 
-def _bf16(case: Case) -> Contender:
+def _bf16(case: Case, whole: bool = False) -> Contender:
     layer = TorchMoE(case, _grouped, _grouped)
-    return Contender("torch", "bf16", layer, list(layer.parameters()))
+    parameters = list(layer.parameters())
+    if not whole:
+        return Contender("torch", "bf16", layer, parameters)
+    return Contender("torch+compiled", "bf16", compiled(layer), parameters, switches=SWITCHES)
 
 
 def _rowwise(case: Case) -> Contender:
