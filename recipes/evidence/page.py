@@ -6,7 +6,9 @@ The claims are those of recipes/evidence/several.py.
 import sys
 
 from _run import ROOT
+from _show import table
 from _sweep import Claim, Results, read
+from _verdict import whole
 from several import MODULES
 
 HEAD = """# Evidence
@@ -23,6 +25,8 @@ A loss is that of the held-out files at the end of the run, in nats per token, w
 error where several seeds ran. Whether what was seen supports a claim is computed from the table:
 a difference below the noise says nothing, where the noise is twice the standard error of the
 difference, or half a percent (of an imbalance 5 %) where fewer than two seeds ran.
+"After 1/1.5 of the tokens" is read off one curve, whose learning rate falls to its end only with
+the last token: a run planned for fewer tokens would be lower there, so these figures are cautious.
 """
 
 KEPT = {
@@ -31,17 +35,31 @@ KEPT = {
     "gpu_20m": "GPU size, 20M tokens",
     "gpu_small_text": "GPU size, an earlier and smaller text, gates not scaled",
 }
+SUMMARY = ("cpu", "gpu_20m", "gpu")  # of them, in the first table
 
 
 def page() -> str:
     """Return the page: a section for each claim, a table for each size that has results."""
-    parts = [HEAD]
     kept = {name: read(ROOT / "benchmarks" / "results" / f"evidence_{name}.json") for name in KEPT}
+    parts = [HEAD, _summary(kept)]
     for claim in (module.CLAIM for module in MODULES):
         parts.append(f"## ({claim.letter}) {claim.about}\n\nClaim: {claim.says}\n")
         tables = [text for name in KEPT if (text := _table(claim, kept[name], name))]
         parts += tables or ["Not run yet.\n"]
     return "\n".join(parts)
+
+
+def _summary(kept: dict[str, Results]) -> str:
+    """Return what each size says of each claim: a row for each claim."""
+    rows = []
+    for claim in (module.CLAIM for module in MODULES):
+        said = [whole(check.judge(kept[size]).answer for check in claim.checks) for size in SUMMARY]
+        short = [
+            "-" if text.endswith("not run") else text.replace(" the claim", "") for text in said
+        ]
+        rows.append([f"({claim.letter}) {claim.about}", *short])
+    text = table(("claim", *(KEPT[size] for size in SUMMARY)), rows)
+    return f"What each size says of each claim:\n\n{text}"
 
 
 def _table(claim: Claim, results: Results, size: str) -> str:
