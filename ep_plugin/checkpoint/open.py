@@ -22,12 +22,13 @@ from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt.against_config import check_counts, check_size
 from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron, with_dtype
 from ep_plugin.checkpoint.adapt.keep_layers import Kept
-from ep_plugin.checkpoint.adapt.model_class import Reclassed
+from ep_plugin.checkpoint.adapt.model_class import Reclassed, as_class
 from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
 from ep_plugin.checkpoint.carried import EXTRA_STATE, leave_out
 from ep_plugin.checkpoint.complete import incomplete
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
+from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.checkpoint.names import plain, stored_name
 from ep_plugin.checkpoint.run_args import check_counters, check_num_layers, checked
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, Source, TensorInfo, finite
@@ -93,7 +94,8 @@ def open_source(
 
     `vocab_size`: rows of the vocabulary that do not pad it; None: what the checkpoint says.
     `left_out`: run arguments of a Megatron checkpoint that are to be forgotten; `router`: the
-    module of the user's that it was trained with; `hybrid`: whether a HybridModel is read.
+    module of the user's that it was trained with; `hybrid`: whether a HybridModel is read; it is
+    opened as the GPT that it is where the output is Hugging Face's.
     Reading a value that is NaN or infinite is a ConfigError. Raises ConfigError for a checkpoint
     that is incomplete, contradicts itself or is of no known family, or has fewer rows.
     """
@@ -180,15 +182,25 @@ def _open_megatron(
         source, emptied = _without_states(source)
     else:
         emptied = ()
+    same: Origins = {name: (name,) for name in source.tensors}
+    opened = Opened(source.folder, source, args, "stored", same, emptied=emptied)
     if kind == "torch_dist" and output == "megatron":
-        same: Origins = {name: (name,) for name in source.tensors}
-        return Opened(source.folder, source, args, "stored", same, emptied=emptied)
+        return opened
+    if kind == "torch_dist" and hybrid_pattern(args):  # a family is of GPTs
+        opened = replace(as_class(opened, "gpt", None, keep_optimizer=False), reclassed=None)
+    return _in_plain(opened, output)
+
+
+def _in_plain(model: Opened, output: Format) -> Opened:
+    """Return a GPT under plain names."""
+    source, args = model.source, model.args
     # Only Megatron's layers have a place for what nothing here reads.
     gone, empty = (source.unread, ()) if output == "hf" else ((), source.unread)
-    emptied = (*emptied, *empty)
+    emptied = (*model.emptied, *empty)
     source = plain(source, args)
-    origins: Origins = {name: (stored_name(name, args),) for name in source.tensors}
-    return Opened(source.folder, source, args, "plain", origins, left_out=gone, emptied=emptied)
+    names = {name: stored_name(name, args) for name in source.tensors}
+    origins = {name: model.origins.get(stored, (stored,)) for name, stored in names.items()}
+    return Opened(model.folder, source, args, "plain", origins, left_out=gone, emptied=emptied)
 
 
 def _without_states(source: Source) -> tuple[Source, tuple[str, ...]]:

@@ -82,6 +82,7 @@ _NUMBERS = [
 _WORDS = [
     "transformer_impl",
     "rope_type",
+    "position_embedding_type",
     "moe_router_score_function",
     "ep_dense_activation",
     "ep_expert_activation",

@@ -13,16 +13,17 @@ from typing import Any, Protocol
 
 from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt import fold_gemma
+from ep_plugin.checkpoint.adapt.class_names import ONLY_HYBRID
 from ep_plugin.checkpoint.adapt.hugging_face import to_hf
 from ep_plugin.checkpoint.adapt.keep_layers import Kept
-from ep_plugin.checkpoint.adapt.model_class import Reclassed
+from ep_plugin.checkpoint.adapt.model_class import ModelClass, Reclassed, as_hybrid
 from ep_plugin.checkpoint.adapt.silent_expert import with_silent_expert
 from ep_plugin.checkpoint.adapt.upcycle import KEPT, Upcycled
 from ep_plugin.checkpoint.carried import check_carried
 from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
 from ep_plugin.checkpoint.names import stored, stored_name
 from ep_plugin.checkpoint.open import Format, Opened, is_hf, safetensors
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor, one_region
+from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, NewObject, NewTensor, one_region
 from ep_plugin.checkpoint.writer import Journal, OnBytes
 from ep_plugin.untrusted import read_json
 
@@ -80,17 +81,26 @@ def fit_family(model: Opened, dense: Opened, output: Format, model_type: str | N
     return replace(model, family=chosen or families.recognise(model.args))
 
 
-def aim(model: Opened, output: Format, implementation: str | None) -> Target:
+def aim(
+    model: Opened,
+    output: Format,
+    implementation: str | None,
+    to_class: ModelClass | None = None,
+    pattern: str | None = None,
+) -> Target:
     """Return what a folder of format `output` holds; reads no tensor.
 
     `implementation`: whose names a torch_dist checkpoint gets; None: those of the model.
+    `to_class`, `pattern`: what a model under plain names, a GPT, is written as; None: a GPT, and
+    the pattern without cuts. Raises ConfigError for what has no counterpart in a HybridModel.
     """
     if output == "hf":
         return _hf_folder(model)
     made = model.upcycled or model.kept or model.reclassed
     if made is not None and model.spelling == "stored":
         return _same_names(model, made)
-    return _new_names(model, implementation)
+    target = _new_names(model, implementation)
+    return _as_hybrid(target, pattern) if to_class == "hybrid" else target
 
 
 def _same_names(model: Opened, made: Upcycled | Kept | Reclassed) -> Target:
@@ -104,18 +114,37 @@ def _new_names(model: Opened, implementation: str | None) -> Target:
     args = copy.copy(model.args)
     if implementation is not None:
         args.transformer_impl = implementation
+    content = stored(model.source, args)
+    targets = {name: (stored_name(name, args),) for name in model.source.tensors}
+    return _named(model, args, content, _name_map(model, targets))
+
+
+def _named(
+    model: Opened,
+    args: argparse.Namespace,
+    content: Sequence[NewTensor | NewObject],
+    name_map: Sequence[tuple[str, str]],
+) -> Target:
     style = replace(
         model.source,
         common={"content_metadata": {"singleton_local_shards": False}},
         common_in_file=True,
     )
     kept = {key: model.source.common[key] for key in KEPT if key in model.source.common}
-    content = stored(model.source, args)
-    targets = {name: (stored_name(name, args),) for name in model.source.tensors}
     common = {"args": args, **kept}
     check_carried(common, model.folder)
     write = partial(write_checkpoint, source=style, common=common, content=content)
-    return Target(model, content, write, _name_map(model, targets), args, style.folder.name)
+    return Target(model, content, write, name_map, args, style.folder.name)
+
+
+def _as_hybrid(gpt: Target, pattern: str | None) -> Target:
+    """Return a GPT's content under the names of the HybridModel that it is."""
+    model = replace(gpt.model, args=gpt.args)
+    spelled, args = as_hybrid(model, pattern)
+    content = [replace(entry, name=spelled(entry.name)) for entry in gpt.content]
+    names = [(old, spelled(name)) for old, name in gpt.name_map]
+    content = [*content, NewObject(ONLY_HYBRID, NO_EXTRA_STATE)]
+    return _named(gpt.model, args, content, names)
 
 
 def _hf_folder(model: Opened) -> Target:

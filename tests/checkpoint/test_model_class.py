@@ -163,6 +163,8 @@ SETTINGS = {
     "experimental_attention_variant": "gated_delta_net",
     "qk_layernorm": True,
     "use_rope_scaling": True,
+    "use_mup": True,
+    "position_embedding_type": "yarn",
 }
 
 
@@ -222,7 +224,7 @@ def test_what_is_of_that_class_already_and_two_conversions_at_once(
         ("--model-class hybrid --keep-layers 1", "are two conversions"),
         ("--model-class hybrid --num-experts 4 --topk 2", "is a Mixture-of-Experts already"),
         ("--model-class hybrid --ep 2", "--ep is about an optimizer that gets experts"),
-        ("--model-class hybrid --format hf", "--model-class is for a torch_dist source"),
+        ("--model-class hybrid --format hf", "a Hugging Face model has no such class"),
         ("--model-class hybrid --seed 3", "this makes none"),
         ("--model-class hybrid --parity-tolerance 1", "the bits of the kept layers are compared"),
     ):
@@ -232,7 +234,7 @@ def test_what_is_of_that_class_already_and_two_conversions_at_once(
     assert f"holds a HybridModel already ({PATTERN!r}); use --model-class gpt" in (
         capsys.readouterr().err
     )
-    for flags in ("--format hf", "--keep-layers 1", "--format hf --num-experts 4 --topk 2"):
+    for flags in ("--keep-layers 1",):
         assert convert(hybrid, tmp_path / "out", *flags.split()) == 2, flags
         assert f"--to {hybrid}-gpt --model-class gpt" in capsys.readouterr().err
 

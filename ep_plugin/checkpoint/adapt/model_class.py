@@ -6,6 +6,7 @@ random-number and rerun state belong to the run that ends here.
 
 import argparse
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 
 ModelClass = Literal["gpt", "hybrid"]
 _COUNTERS = ("optimizer", "opt_param_scheduler")
-# Megatron's layers of a HybridModel have no such norms, and its rotary embedding no such scaling.
-_ONLY_GPT = (
+# Megatron's layers of a HybridModel have no such norms, its rotary embedding no such scaling, and
+# its embedding no such factor.
+ONLY_GPT = (
     *("qk_layernorm", "qk_l2_norm", "use_rope_scaling"),
-    "rotary_seq_len_interpolation_factor",
+    *("rotary_seq_len_interpolation_factor", "use_mup"),
 )
+POSITIONS = ("learned_absolute", "rope", "none")
 OWN_SPEC = ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
 # How a run divides its layers among stages, where | of a pattern does not say it -> the value that
 # leaves it to Megatron.
@@ -79,6 +82,16 @@ def as_class(
     return _renamed(model, to, pairs, pattern, args, keep_optimizer)
 
 
+def as_hybrid(model: Model, pattern: str | None) -> tuple[Callable[[str], str], argparse.Namespace]:
+    """Return what spells a GPT's stored names in its HybridModel, and that model's run arguments.
+
+    `pattern` and what is raised are as of `as_class`.
+    """
+    _check_counterparts(model)
+    pairs, pattern = pairs_of_gpt(model, pattern)
+    return to_hybrid(model, pairs), hybrid_args(model.args, pattern)
+
+
 def _renamed(
     model: "Opened",
     to: ModelClass,
@@ -113,15 +126,22 @@ def _renamed(
     )
 
 
-def _check_counterparts(model: "Opened") -> None:
+def _check_counterparts(model: Model) -> None:
     """Raise ConfigError for a setting that one of the two classes cannot have, or counts layers."""
-    for name in (*BY_NUMBER, *_ONLY_GPT):
+    for name in (*BY_NUMBER, *ONLY_GPT):
         value = said(model.args, name)
         if value is not None and not _is_own_spec(name, model.args):
             raise ConfigError(
                 f"--model-class cannot convert {model.folder}, which was trained with {name} = "
                 f"{shown(value)}: the other class has no counterpart; go on with the class it has"
             )
+    kind = getattr(model.args, "position_embedding_type", None)
+    if kind is not None and kind not in POSITIONS:
+        raise ConfigError(
+            f"--model-class cannot convert {model.folder}, which was trained with "
+            f"position_embedding_type = {shown(kind)}: the other class has no counterpart; go on "
+            "with the class it has"
+        )
 
 
 def _is_own_spec(name: str, args: argparse.Namespace) -> bool:

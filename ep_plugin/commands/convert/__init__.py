@@ -57,6 +57,7 @@ wrong. Neither leaves anything in --to.
 
 between formats:
   ep-plugin convert --from models/qwen3 --to runs/qwen3
+  ep-plugin convert --from models/mixtral --to runs/mixtral --model-class hybrid
   ep-plugin convert --from runs/moe --to models/moe --format hf --verify
   ep-plugin convert --from models/llama --to models/mixtral --format hf --num-experts 8 --topk 2
 """
@@ -70,7 +71,8 @@ def _with_experts(dense: Opened, request: Request) -> Opened:
     is_hybrid = bool(hybrid_pattern(dense.args))
     model = as_class(dense, "gpt", None, request.keep_optimizer) if is_hybrid else dense
     model = add_experts(model, request.settings, request.keep_optimizer)
-    if (request.model_class or ("hybrid" if is_hybrid else "gpt")) == "gpt":
+    to = request.model_class or ("hybrid" if is_hybrid else "gpt")
+    if to == "gpt" or model.spelling == "plain":  # which gets its names when all is done
         return model
     return with_experts_as_hybrid(model, request.hybrid_layer_pattern)
 
@@ -94,10 +96,11 @@ def run(args: argparse.Namespace) -> int:
     model = keep_layers(dense, request.keep_layers)
     if request.settings is not None:
         model = _with_experts(model, request)
-    elif (to := request.model_class) is not None:
+    elif (to := request.model_class) is not None and model.spelling == "stored":
         model = as_class(model, to, request.hybrid_layer_pattern, request.keep_optimizer)
     model = fit_family(model, dense, request.format, request.family)
-    target = aim(model, request.format, request.implementation)
+    to_class, pattern = request.model_class, request.hybrid_layer_pattern
+    target = aim(model, request.format, request.implementation, to_class, pattern)
     if request.dry_run:
         return (as_json.print_plan if request.json else say_plan)(request, target)
     by_running = request.compare and not request.renames

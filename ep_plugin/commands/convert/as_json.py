@@ -70,7 +70,7 @@ def _summary(request: Request, target: Target, report: dict[str, Any] | None) ->
         "dropped_entries": made.dropped if made else 0,
         "kept_layers": list(kept.layers) if kept else None,
         "model_class": request.model_class,
-        "hybrid_layer_pattern": getattr(model.args, "hybrid_layer_pattern", None),
+        "hybrid_layer_pattern": getattr(target.args, "hybrid_layer_pattern", None),
         "seed": request.seed,
         "deviations": list(model.deviations),
         "vocab_size": getattr(model.args, "ep_vocab_size", None),

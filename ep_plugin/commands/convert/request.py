@@ -56,9 +56,14 @@ NEEDS = (
     ),
     Need(
         "--model-class --hybrid-layer-pattern",
-        lambda args: args.stays,
-        "{flag} is for a torch_dist source and a Megatron output, whose tensors keep their bits; "
-        "convert the source without it first, and the result to --format hf afterwards",
+        lambda args: getattr(args, "format", None) != "hf",
+        "{flag} is of a Megatron checkpoint, and a Hugging Face model has no such class; leave "
+        "{flag} out",
+    ),
+    Need(
+        "--model-class",
+        lambda args: args.stays or args.model_class != "gpt",
+        "{flag} gpt is for a HybridModel in torch_dist, and this source is a GPT; leave {flag} out",
     ),
     Need(
         "--hybrid-layer-pattern",
@@ -213,8 +218,10 @@ class Request:
     @property
     def reads_hybrids(self) -> bool:
         """Whether the source may be a HybridModel."""
-        adds_experts = self.settings is not None and self.moments_go_along
-        return self.model_class is not None or adds_experts
+        if self.format == "hf":
+            return self.kind == "torch_dist" and self.keep_layers is None
+        changes = self.model_class is not None or self.settings is not None
+        return changes and self.moments_go_along
 
 
 def read_request(args: argparse.Namespace) -> Request:
@@ -236,7 +243,7 @@ def read_request(args: argparse.Namespace) -> Request:
     stays = kind == "torch_dist" and output == "megatron"
     to_class = typed.get("model_class", "hybrid" if "hybrid_layer_pattern" in typed else None)
     known = {"mode": Upcycling.mode, **typed, "kind": kind, "stays": stays}
-    renames = bool(kept or (to_class and not settings))
+    renames = bool(kept or (to_class and not settings and stays))
     known |= {"to_class": to_class, "renames": renames}
     refuse_idle(NEEDS, typed, argparse.Namespace(**known))
     prompts = None

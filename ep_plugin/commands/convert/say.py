@@ -123,9 +123,8 @@ def resumes(target: Target) -> bool:
 
 
 def made_hybrid(target: Target) -> bool:
-    """Whether the result is a HybridModel, of another class or dense before."""
-    changed = target.model.reclassed is not None or target.model.upcycled is not None
-    return changed and bool(getattr(target.args, "hybrid_layer_pattern", None))
+    """Whether the result is a HybridModel."""
+    return bool(getattr(target.args, "hybrid_layer_pattern", None))
 
 
 def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ep_plugin.checkpoint.adapt.model_class import SPLITS
+from ep_plugin.checkpoint.adapt import model_class
+from ep_plugin.checkpoint.adapt.model_class import POSITIONS, SPLITS
 from ep_plugin.checkpoint.layer_pairs import natural, pairs_of
 from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.errors import ConfigError
@@ -26,25 +27,14 @@ VARIABLE = "MODEL_CLASS"
 PATTERN = "--hybrid-layer-pattern"
 MODEL = "megatron.core.models.hybrid"
 # What a GPT alone has. Latent attention's norms are among --qk-layernorm's.
-ONLY_GPT = {
-    "qk_layernorm": "--qk-layernorm",
-    "qk_l2_norm": "--qk-l2-norm",
-    "use_rope_scaling": "--use-rope-scaling",
-    "rotary_seq_len_interpolation_factor": "--rotary-seq-len-interpolation-factor",
-    "use_mup": "--use-mup",
-    "spec": "--spec",
-    "mtp_num_layers": "--mtp-num-layers",
-    "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
-    "heterogeneous_layers_config_encoded_json": "--heterogeneous-layers-config-encoded-json",
-    "experimental_attention_variant": "--experimental-attention-variant",
-    "linear_attention_freq": "--linear-attention-freq",
-    "no_rope_freq": "--no-rope-freq",
-    "window_attn_skip_freq": "--window-attn-skip-freq",
-    "first_last_layers_bf16": "--first-last-layers-bf16",
-    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
-    "ep_teacher": "--ep-teacher",
-}
-POSITIONS = ("learned_absolute", "rope", "none")
+ONLY_GPT = (
+    *model_class.ONLY_GPT,
+    *("spec", "mtp_num_layers"),
+    *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+    *("experimental_attention_variant", "linear_attention_freq", "no_rope_freq"),
+    *("window_attn_skip_freq", "first_last_layers_bf16", "overlap_moe_expert_parallel_comm"),
+    "ep_teacher",
+)
 
 
 def choose_or_refuse(args: Any) -> None:
@@ -138,9 +128,9 @@ def translated(args: Any) -> tuple[str | None, str | None]:
 
     Both are None where the flags describe no model.
     """
-    for name, flag in ONLY_GPT.items():
+    for name in ONLY_GPT:
         if getattr(args, name, None):
-            return f"{flag} has no counterpart in a HybridModel", None
+            return f"--{name.replace('_', '-')} has no counterpart in a HybridModel", None
     if getattr(args, "ep_overlap", None) == "two_batch":
         return "--ep-overlap two_batch runs GPTs alone", None
     if args.position_embedding_type not in POSITIONS:
