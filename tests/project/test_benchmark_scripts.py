@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from ep_plugin.cli import build_parser
+from ep_plugin.commands import bench, law
 from ep_plugin.commands.bench.best import both_figures
 from ep_plugin.commands.bench.figures import make_row, merge, read, table
 from ep_plugin.commands.bench.floors import PRECISIONS, Precision
@@ -22,6 +25,8 @@ from ep_plugin.commands.bench.peers._megatron_ways import ways
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_rows  # noqa: E402
+import forecast_errors  # noqa: E402
 import scaling  # noqa: E402
 import train_ep  # noqa: E402
 import train_run  # noqa: E402
@@ -297,3 +302,50 @@ def test_megatron_s_config_has_the_settings_of_every_way(precision: Precision, r
         assert flags == {f"--{n.replace('_', '-')}" for n in way.settings if n != "fp8"} | (
             {"--fp8-format"} if precision == "fp8" else set()
         )
+
+
+def test_the_pages_of_benchmarks_are_those_of_the_rows() -> None:
+    script = str(ROOT / "benchmarks" / "bench_page.py")
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_row_says_how_it_is_repeated() -> None:
+    seen = set()
+    for each in bench_rows.load():
+        words = shlex.split(bench_rows.repeat(each.row))
+        words = [word for word in words if not word.startswith("NVTE_")]
+        seen.add(each.row["bench"])
+        if each.row["bench"] == "train":
+            assert words[1] == "benchmarks/train_ep.py"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", words[1:])
+                args = train_ep.parse()
+            case = train_run.Case(args.layouts[0], args.depths[0], args.micro_batch[0])
+            assert case.title(args) == each.row["shape"]
+            assert (args.ranks, args.precision) == (each.row["ep"], [each.row["precision"]])
+            continue
+        args = build_parser("bench").parse_args(words[words.index("bench") :])
+        assert (args.bench, args.shapes) == (each.row["bench"], [each.row["shape"]])
+        assert (args.precision, args.cuda_graph) == ([each.row["precision"]], each.row["graph"])
+        bench._check(args)
+        law.check(bench, args, words[words.index("bench") :])
+    assert seen == set(bench_rows.BENCHES)
+
+
+def test_the_newest_file_of_a_card_counts_and_a_floor_is_of_its_own_card() -> None:
+    old, new = row(1, 8.0), row(1, 9.0) | {"date": "9999-01-01"}
+    found = [bench_rows.Found(old, "b.json"), bench_rows.Found(new, "a.json")]
+    assert bench_rows.newest(found) == found[1:]
+    assert found[0].floor() is None
+    h100 = bench_rows.Found(old | {"device": "NVIDIA H100 80GB HBM3"}, "b.json")
+    assert h100.floor() == pytest.approx(12.30, abs=0.005)
+
+
+def test_what_is_foreseen_stands_beside_what_was_measured() -> None:
+    where = {"dispatcher": "symm_mem", "schedule": "serial", "graph": True}
+    dims = {"tokens": 8192, "topk": 4, "hidden": 7168}
+    measured = row(2, 16.0, **where, exchange_ms=2.0, compute_ms=13.0, hidden_share=0.0, dims=dims)
+    assert (found := forecast_errors.ratios(measured)) is not None
+    assert 2.0 / found[0] == pytest.approx(16.0 / found[1] - 13.0)  # the foreseen exchange
+    assert forecast_errors.ratios(measured | {"exchange_ms": None}) is None

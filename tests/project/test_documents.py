@@ -35,6 +35,10 @@ FOREIGN = {
     "--number": "tests/hostile/__main__.py",
     "--verbose": "tests/hostile/__main__.py",
     "--releases": "tests/run.sh",
+    **dict.fromkeys(
+        ("--ranks", "--model", "--layouts", "--sides", "--force-balance"),
+        "benchmarks/train_ep.py",
+    ),
 }
 
 

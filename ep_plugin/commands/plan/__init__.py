@@ -260,7 +260,7 @@ def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
             and row["precision"] == "bf16"
             and row["exchange_ms"] is not None
             and row["dims"] == dims
-            and (how := _sent_as(row)) is not None
+            and (how := sent_as(row)) is not None
         ]
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
@@ -275,7 +275,7 @@ def read_measured(path: Path, traffic: Traffic) -> list[Measured]:
     return found
 
 
-def _sent_as(row: dict[str, Any]) -> str | None:
+def sent_as(row: dict[str, Any]) -> str | None:
     """Return how a row's tokens went, in the model's words; None for one that it does not have."""
     if row["dispatcher"] == "symm_mem" and row["graph"]:
         return SENT_IN_A_GRAPH.get(row["schedule"])

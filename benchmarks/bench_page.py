@@ -1,0 +1,300 @@
+"""Make the tables and pictures of docs/benchmarks.md from the rows of benchmarks/results.
+
+python benchmarks/bench_page.py            writes them, and docs/benchmark-rows.md
+python benchmarks/bench_page.py --check    says whether they are the rows'; pictures are not read
+
+Tables stand between `<!-- rows: NAME -->` and `<!-- end of rows -->`; what is around them is
+written by hand. New files of results are taken in: of a card, a shape and a way the fastest row
+counts, of the newest file. docs/benchmark-rows.md names each row that a table shows, and the
+command that repeats it.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import bench_pictures
+import forecast_errors
+from bench_rows import (
+    RESULTS,
+    Found,
+    best,
+    load,
+    megatron,
+    newest,
+    others,
+    ours,
+    peers,
+    repeat,
+    versions,
+)
+
+from ep_plugin.commands.bench.figures import identity
+from ep_plugin.commands.bench.floors import H100, PRECISIONS, Gradients, Work, floor_ms
+from ep_plugin.commands.bench.shapes import SHAPES
+from ep_plugin.written import write_whole
+
+ROOT = Path(__file__).parents[1]
+PAGE, ROWS, NETWORK = (
+    ROOT / "docs" / name for name in ("benchmarks.md", "benchmark-rows.md", "communication.md")
+)
+BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
+Column = tuple[str, Callable[[list[Found]], Found | None]]
+GRADIENTS: dict[Gradients, str] = {
+    "anew": "weight gradients made anew",
+    "added": "weight gradients added to fp32 totals",
+}
+
+
+class Page:
+    """Tables as they are made, and the rows that stand behind them."""
+
+    def __init__(self, found: list[Found]) -> None:
+        self.all, self.found = found, newest(found)
+        self.used: dict[str, Found] = {}
+
+    def cell(self, each: Found | None, digits: int = 1) -> str:
+        """Return a row's milliseconds, and remember the row."""
+        if each is None:
+            return "-"
+        self.remember(each)
+        return f"{each.ms:.{digits if each.ms >= 10 else 2}f}"
+
+    def remember(self, each: Found) -> None:
+        self.used[json.dumps([*identity(each.row), each.file])] = each
+
+    def layer(self) -> str:
+        """One layer on one GPU: a table for each card and kind of gradients."""
+        columns: list[Column] = [
+            ("ours bf16", lambda f: best(f, ours("bf16", False))),
+            ("in a graph", lambda f: best(f, ours("bf16", True))),
+            ("ours FP8", lambda f: best(f, ours("fp8", False))),
+            ("in a graph", lambda f: best(f, ours("fp8", True))),
+            ("torch bf16", lambda f: best(f, peers("bf16", ("torch",)))),
+            ("Megatron bf16, as it comes", lambda f: best(f, megatron("bf16", True))),
+            ("Megatron bf16, fastest", lambda f: best(f, megatron("bf16"))),
+            ("Megatron FP8, fastest", lambda f: best(f, megatron("fp8"))),
+            ("best other, bf16", lambda f: best(f, others)),
+        ]
+        rows = [f for f in self.found if _balanced(f, "layer") and f.row["ep"] == 1]
+        return self._tables(rows, columns, _floors)
+
+    def two_gpus(self) -> str:
+        """The layer over ranks: a table for each card, number of ranks and kind of gradients."""
+        graph = {"dispatcher": "symm_mem"}
+        columns: list[Column] = [
+            ("ours bf16, graph", lambda f: best(f, ours("bf16", True, **graph))),
+            ("ours FP8, graph", lambda f: best(f, ours("fp8", True, **graph))),
+            ("ours bf16, the host launches", lambda f: best(f, ours("bf16", False))),
+            ("ours FP8, the host launches", lambda f: best(f, ours("fp8", False))),
+            ("Megatron bf16, as it comes", lambda f: best(f, megatron("bf16", True))),
+            ("Megatron bf16, fastest", lambda f: best(f, megatron("bf16"))),
+            ("Megatron FP8, fastest", lambda f: best(f, megatron("fp8"))),
+            ("best other, bf16", lambda f: best(f, others)),
+        ]
+        rows = [f for f in self.found if _balanced(f, "overlap")]
+        return self._tables(rows, columns, partial(_left, self.all))
+
+    def _tables(
+        self,
+        rows: list[Found],
+        columns: list[Column],
+        last: Callable[[list[Found]], tuple[str, str]],
+    ) -> str:
+        """Return a table for each group of rows; columns without a figure are left out."""
+        groups: dict[tuple[str, int, str, str], list[Found]] = {}
+        for each in rows:
+            key = each.row["device"], each.row["ep"], each.row["gradients"], each.file
+            groups.setdefault(key, []).append(each)
+        out = []
+        for (device, ep, gradients, file), members in sorted(groups.items()):
+            shapes = [name for name in SHAPES if any(m.row["shape"] == name for m in members)]
+            table, titles = [], [title for title, _ in columns]
+            for shape in shapes:
+                own = [m for m in members if m.row["shape"] == shape]
+                picked = [pick(own) for _, pick in columns]
+                if sum(each is not None for each in picked) > 1:
+                    title, value = last(own)
+                    table.append([shape, *map(self.cell, picked), value])
+            if not table:
+                continue
+            kept = [i for i, _ in enumerate(titles) if any(r[i + 1] != "-" for r in table)]
+            head = ["shape", *(titles[i] for i in kept), title]
+            body = [[r[0], *(r[i + 1] for i in kept), r[-1]] for r in table]
+            ranks = f", EP {ep}" if ep > 1 else ""
+            link = f"[{file}](../benchmarks/results/{file})"
+            title = f"{device}{ranks}, {GRADIENTS[gradients]}, ms ({link}):"
+            out.append(f"{title}\n\n{_markdown(head, body)}")
+        return "\n\n".join(out)
+
+    def loop(self) -> str:
+        """Megatron's loop: tokens per second of all GPUs."""
+        rows = [f for f in self.found if f.row["bench"] == "train"]
+        head = ["model, layout, card", "ours", "in a graph", "ours FP8", "in a graph"]
+        head += ["Megatron bf16, as it comes", "Megatron bf16, fastest", "Megatron FP8, fastest"]
+        head += ["ours over it, bf16"]
+        body = []
+        for key in dict.fromkeys(_case(f) for f in rows):
+            own = [f for f in rows if _case(f) == key]
+            picked = [
+                best(own, partial(_is, **_ours_in_the_loop(precision), graph=graph))
+                for precision in ("bf16", "fp8")
+                for graph in (False, True)
+            ]
+            theirs = [best(own, megatron("bf16", True)), best(own, megatron("bf16"))]
+            picked += [*theirs, best(own, megatron("fp8"))]
+            for each in filter(None, picked):
+                self.remember(each)
+            speeds = [f"{_speed(each):,.0f}" if each else "-" for each in picked]
+            mine = best(own, partial(_is, **_ours_in_the_loop("bf16")))
+            ratio = f"{_speed(mine) / _speed(theirs[1]):.2f}" if mine and theirs[1] else "-"
+            body.append([key, *speeds, ratio])
+        return _markdown(head, body)
+
+    def fp8(self) -> str:
+        """What FP8 brings: times in bf16 over those in FP8, of each side's best."""
+        head = ["shape, card", "ours, in a graph", "ours, launched by the host", "Megatron"]
+        head += ["by the floors"]
+        body = []
+        rows = [
+            f
+            for f in self.found
+            if _balanced(f, "layer") and f.row["ep"] == 1 and f.row["gradients"] == "anew"
+        ]
+        for device in sorted({f.row["device"] for f in rows}):
+            for shape in SHAPES:
+                own = [f for f in rows if f.row["shape"] == shape and f.row["device"] == device]
+                pairs = [
+                    [best(own, ours(p, graph)) for p in ("bf16", "fp8")] for graph in (True, False)
+                ]
+                pairs.append([best(own, megatron(p)) for p in ("bf16", "fp8")])
+                gains = [f"{a.ms / b.ms:.2f}" if a and b else "-" for a, b in pairs]
+                if set(gains) != {"-"}:
+                    floors = [_floor(own, p) for p in ("bf16", "fp8")]
+                    by = f"{floors[0] / floors[1]:.2f}" if floors[0] and floors[1] else "-"
+                    body.append([f"{shape}, {device}", *gains, by])
+        return _markdown(head, body)
+
+    def floors(self) -> str:
+        """The floor of each shape at the rates assumed of one H100."""
+        head = ["shape", *(f"{GRADIENTS[kind]}, bf16 / FP8" for kind in ("anew", "added"))]
+        body = [
+            [name]
+            + [
+                " / ".join(f"{floor_ms(Work(shape, p, kind), H100):.2f}" for p in PRECISIONS)
+                for kind in GRADIENTS
+            ]
+            for name, shape in SHAPES.items()
+            if name != "tiny"
+        ]
+        return _markdown(head, body)
+
+    def absent(self) -> str:
+        """Peers without a row, their own figures, and why."""
+        rows = json.loads((RESULTS / "published.json").read_text())
+        names = ("peer", "figure", "shape", "source", "why")
+        head = ["peer", "its own figure", "of", "source", "why it has no row here"]
+        return _markdown(head, [[row[name] for name in names] for row in rows])
+
+    def rows(self) -> str:
+        """Return docs/benchmark-rows.md."""
+        head = ["row", "figure", "card", "file", "date", "versions", "switches", "again by"]
+        body = []
+        for each in sorted(self.used.values(), key=lambda e: (e.row["bench"], repeat(e.row))):
+            row = each.row
+            way = [row["backend"], row["dispatcher"], row["schedule"], "graph" * row["graph"]]
+            name = " ".join(filter(None, (row["bench"], row["shape"], row["op"], *way)))
+            figure = f"{each.ms:.2f} ms"
+            if row["bench"] == "train":
+                figure = f"{_speed(each):,.0f} tokens/s, attention {row.get('attention') or '-'}"
+            told = [versions(row), each.switches(), f"`{repeat(row)}`"]
+            body.append([name, figure, row["device"], each.file, row["date"], *told])
+        title = "# Rows behind the tables\n\nBy `python benchmarks/bench_page.py`; see "
+        return f"{title}[benchmarks.md](benchmarks.md).\n\n{_markdown(head, body)}\n"
+
+
+def _ours_in_the_loop(precision: str) -> dict[str, object]:
+    return {"backend": "ep_plugin", "precision": precision}
+
+
+def _is(row: dict[str, object], **wanted: object) -> bool:
+    return all(row[name] == value for name, value in wanted.items())
+
+
+def _balanced(each: Found, bench: str) -> bool:
+    return _is(each.row, bench=bench, routing="balanced")
+
+
+def _speed(each: Found) -> float:
+    return float(each.row["tokens_per_second"])
+
+
+def _case(each: Found) -> str:
+    row = each.row
+    forced = ", forced balance" if row["routing"] == "forced balance" else ""
+    return f"{row['shape']}, {row['op']}{forced}, {row['ep']} x {row['device']}"
+
+
+def _floor(own: list[Found], precision: str) -> float | None:
+    """Return the floor of a shape, where any of its rows has one."""
+    return next((f.floor() for f in own if f.row["precision"] == precision), None)
+
+
+def _floors(own: list[Found]) -> tuple[str, str]:
+    """Return the floors of a shape in bf16 and FP8."""
+    floors = [_floor(own, precision) for precision in ("bf16", "fp8")]
+    return "floor bf16 / FP8", " / ".join(f"{ms:.1f}" if ms else "-" for ms in floors)
+
+
+def _left(found: list[Found], own: list[Found]) -> tuple[str, str]:
+    """Return what is left of one rank's speed, of ours in a graph in bf16 and FP8."""
+    shown, like = [], own[0].row
+    same = {name: like[name] for name in ("shape", "device", "gradients", "routing")}
+    found = [each for each in found if each.file == own[0].file]  # another card is no measure
+    for precision in ("bf16", "fp8"):
+        alone = [f for f in found if _is(f.row, **same, ep=1, bench="layer")]
+        one = best(alone, ours(precision, True))
+        many = best(own, ours(precision, True))
+        shown.append(f"{one.ms / many.ms:.2f}" if one and many else "-")
+    return "of one rank's speed, bf16 / FP8", " / ".join(shown)
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def made(text: str, tables: dict[str, str]) -> str:
+    """Return a document with its tables made anew."""
+    return BLOCK.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n\n{m[3]}", text)
+
+
+def main() -> int:
+    """Write all, or compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    page = Page(load())
+    names = ("floors", "layer", "two_gpus", "loop", "fp8", "absent")
+    tables = {name: getattr(page, name)() for name in names}
+    tables["forecast"] = forecast_errors.table()
+    texts = {path: made(path.read_text(), tables) for path in (PAGE, NETWORK)}
+    texts[ROWS] = page.rows()
+    stale = [p.name for p, text in texts.items() if not p.exists() or p.read_text() != text]
+    if args.check:
+        print(f"not those of the rows: {', '.join(stale)}" if stale else "as the rows are")
+        return 1 if stale else 0
+    for path, text in texts.items():
+        write_whole(path, text)
+    bench_pictures.write(page.found, ROOT / "docs" / "pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The four pictures of docs/benchmarks.md, one for each question."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from bench_rows import Found, best, megatron, ours, peers
+from matplotlib import pyplot as plt
+
+from ep_plugin.commands.bench.plot import draw
+from ep_plugin.commands.bench.shapes import SHAPES
+from ep_plugin.written import write_picture
+
+OURS, THEIRS = ("#5fa8a0", "#0f766e"), ("#d1d5db", "#6b7280")  # bf16, FP8
+Bars = dict[str, list[float | None]]
+
+
+def write(found: list[Found], folder: Path) -> None:
+    """Draw all: bench_layer.png, bench_ranks.png, bench_loop.png and bench_fp8.png."""
+    for name, figure in (
+        ("layer", draw(_layer(found, "layer", 1))),
+        ("ranks", draw(_layer(found, "overlap", 2))),
+        ("loop", _loop(found)),
+        ("fp8", _fp8(found)),
+    ):
+        write_picture(folder / f"bench_{name}.png", figure, dpi=110)
+
+
+def _newest(found: Iterable[Found]) -> list[Found]:
+    """Return the rows of the card that was measured last."""
+    found = list(found)
+    last = max(found, key=lambda f: (f.row["date"], f.row["device"]))
+    return [f for f in found if f.row["device"] == last.row["device"]]
+
+
+def _layer(found: list[Found], bench: str, ranks: int) -> list[Any]:
+    """Return the rows of a picture: each side's fastest, gradients anew."""
+    shown = [
+        f
+        for f in found
+        if (f.row["bench"], f.row["ep"], f.row["routing"]) == (bench, ranks, "balanced")
+        and f.row["gradients"] == "anew"
+    ]
+    with_peers = [f for f in shown if megatron("bf16")(f.row) and f.floor() is not None]
+    shown = [f for f in shown if f.row["device"] in {m.row["device"] for m in _newest(with_peers)}]
+    ways = [ours(p, g) for p in ("bf16", "fp8") for g in (False, True)]
+    ways += [megatron("bf16"), megatron("fp8"), peers("bf16", ("torch",))]
+    picked = []
+    for shape in SHAPES:
+        own = [f for f in shown if f.row["shape"] == shape]
+        picked += [each for way in ways if (each := best(own, way)) is not None]
+    return [{**each.row, "floor_ms": each.floor()} for each in picked]
+
+
+def _bars(title: str, labels: list[str], bars: Bars, colors: list[str], unit: str) -> Any:
+    figure, axes = plt.subplots(figsize=(9, 0.32 * len(labels) * len(bars) + 1.4))
+    height = 0.8 / len(bars)
+    for number, (name, values) in enumerate(bars.items()):
+        places = [i + number * height for i in range(len(labels))]
+        drawn = axes.barh(
+            places, [v or 0 for v in values], height, label=name, color=colors[number]
+        )
+        axes.bar_label(drawn, [f"{v:,.4g}" if v else "" for v in values], padding=3, fontsize=8)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(labels))], labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def _loop(found: list[Found]) -> Any:
+    rows = [f for f in found if f.row["bench"] == "train"]
+    cases = list(dict.fromkeys((f.row["shape"], f.row["op"], f.row["device"]) for f in rows))
+    ways = {
+        "ours bf16": lambda r: r["backend"] == "ep_plugin" and r["precision"] == "bf16",
+        "ours FP8": lambda r: r["backend"] == "ep_plugin" and r["precision"] == "fp8",
+        "Megatron bf16": megatron("bf16"),
+        "Megatron FP8": megatron("fp8"),
+    }
+    bars: Bars = {name: [] for name in ways}
+    for case in cases:
+        own = [f for f in rows if (f.row["shape"], f.row["op"], f.row["device"]) == case]
+        for name, way in ways.items():
+            each = best(own, way)
+            bars[name].append(float(each.row["tokens_per_second"]) / 1e3 if each else None)
+    labels = [f"{shape}\n{op}, {device}" for shape, op, device in cases]
+    title = "Megatron's loop: the fastest way of each side that was measured"
+    return _bars(title, labels, bars, [*OURS, *THEIRS], "thousand tokens per second, all GPUs")
+
+
+def _fp8(found: list[Found]) -> Any:
+    rows = [
+        f
+        for f in found
+        if (f.row["bench"], f.row["ep"], f.row["routing"]) == ("layer", 1, "balanced")
+        and f.row["gradients"] == "anew"
+    ]
+    last = _newest(f for f in rows if megatron("fp8")(f.row) and f.floor() is not None)
+    rows = [f for f in rows if f.row["device"] == last[0].row["device"]]
+    labels: list[str] = []
+    bars: Bars = {"ours, in a graph": [], "Megatron": [], "by the floors": []}
+    for shape in SHAPES:
+        own = [f for f in rows if f.row["shape"] == shape]
+        pair = [best(own, ours(p, True)) for p in ("bf16", "fp8")]
+        theirs = [best(own, megatron(p)) for p in ("bf16", "fp8")]
+        if not (pair[0] and pair[1]):
+            continue
+        labels.append(shape)
+        bars["ours, in a graph"].append(pair[0].ms / pair[1].ms)
+        two = theirs[0], theirs[1]
+        bars["Megatron"].append(two[0].ms / two[1].ms if two[0] and two[1] else None)
+        floors = pair[0].floor(), pair[1].floor()
+        bars["by the floors"].append(floors[0] / floors[1] if floors[0] and floors[1] else None)
+    device = rows[0].row["device"]
+    title = f"A layer in bf16 over the same in FP8, {device}: above 1 FP8 is faster"
+    return _bars(title, labels, bars, [OURS[1], THEIRS[1], "#b91c1c"], "times")

@@ -1,0 +1,178 @@
+"""Rows for bench_page.py: which are shown, what made them, and how to repeat them."""
+
+import json
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ep_plugin.commands.bench.contest import DROPPING, OURS
+from ep_plugin.commands.bench.figures import Row, read
+from ep_plugin.commands.bench.floors import H100, Work, floor_ms
+from ep_plugin.commands.bench.shapes import SHAPES
+
+RESULTS = Path(__file__).parent / "results"
+# Files of rows that are measured again elsewhere: other cards, other starts, losses alone.
+AGAIN = ("other_cards", "starts", "repeats", "losses")
+BENCHES = ("layer", "overlap", "train")
+THEIRS = ("megatron", "torch")  # peers with columns of their own
+
+
+class Found(NamedTuple):
+    """A row and its file."""
+
+    row: Row
+    file: str
+
+    @property
+    def ms(self) -> float:
+        return float(self.row["ms"])
+
+    def floor(self) -> float | None:
+        """Return the floor; None where it is not known.
+
+        Rows that keep no rates have it counted anew, as of one H100, if they are of one.
+        """
+        row = self.row
+        if row["rates"]:
+            return float(row["floor_ms"])
+        if "H100" not in row["device"]:
+            return None
+        shape = SHAPES[row["shape"]]
+        return floor_ms(Work(shape, row["precision"], row["gradients"], row["ep"]), H100)
+
+    def switches(self) -> str:
+        """Return what the row says; rows of before it was kept say nothing."""
+        return str(self.row.get("switches") or "-")
+
+    @property
+    def ours(self) -> bool:
+        return str(self.row["backend"]).startswith(OURS)
+
+
+def load(folder: Path = RESULTS) -> list[Found]:
+    """Return the rows of GPUs with times, of all files."""
+    return [
+        Found(row, path.name)
+        for path in sorted(folder.glob("*.json"))
+        if not any(word in path.stem for word in AGAIN) and _has_rows(path)
+        for row in read(path)
+        if row["bench"] in BENCHES and row["ms"] is not None and row["device"] != "cpu"
+    ]
+
+
+def newest(found: list[Found]) -> list[Found]:
+    """Return the rows of one file for each bench, card, number of ranks and kind of gradients.
+
+    All variants of a file ran in turn on one card: of several files the newest counts, then the one
+    with more rows.
+    """
+    groups: dict[tuple[object, ...], dict[str, list[Found]]] = {}
+    for each in found:
+        row = each.row
+        model = row["shape"] if row["bench"] == "train" else ""
+        key = row["bench"], row["device"], row["ep"], row["gradients"], model
+        groups.setdefault(key, {}).setdefault(each.file, []).append(each)
+    return [each for files in groups.values() for each in max(files.values(), key=_freshness)]
+
+
+def _freshness(members: list[Found]) -> tuple[str, int]:
+    return max(str(each.row["date"]) for each in members), len(members)
+
+
+def _has_rows(path: Path) -> bool:
+    rows = json.loads(path.read_text())
+    return isinstance(rows, list) and any(row.get("bench") in BENCHES for row in rows)
+
+
+Wanted = Callable[[Row], bool]
+
+
+def best(found: Iterable[Found], wanted: Wanted) -> Found | None:
+    """Return the fastest row that is wanted."""
+    return min((each for each in found if wanted(each.row)), key=lambda e: e.ms, default=None)
+
+
+def ours(precision: str, graph: bool, **more: object) -> Wanted:
+    """Return what finds our rows: bf16, or FP8 by rows."""
+    backend = OURS if precision == "bf16" else f"{OURS}+rowwise"
+    whole = {"backend": backend, "precision": precision, "graph": graph, **more}
+    return lambda row: all(row[key] == value for key, value in whole.items())
+
+
+def megatron(precision: str, as_it_is: bool = False) -> Wanted:
+    """Return what finds Megatron's rows that drop nothing."""
+
+    def wanted(row: Row) -> bool:
+        name, *ways = row["backend"].replace(" (te)", "").split("+")
+        plain = "defaults" in ways and "cutlass" not in ways
+        return (
+            name == "megatron"
+            and row["precision"] == precision
+            and DROPPING not in ways
+            and (plain or not as_it_is)
+        )
+
+    return wanted
+
+
+def peers(precision: str, names: tuple[str, ...]) -> Wanted:
+    """Return what finds rows of these peers, launched by the host."""
+
+    def wanted(row: Row) -> bool:
+        name = row["backend"].split("+")[0]
+        return name in names and row["precision"] == precision and not row["graph"]
+
+    return wanted
+
+
+def others(row: Row) -> bool:
+    """Whether a row is of a peer without a column of its own, in bf16."""
+    name = row["backend"].split("+")[0]
+    return name not in (*THEIRS, OURS) and row["precision"] == "bf16"
+
+
+def repeat(row: Row) -> str:
+    """Return the command that measures a row again."""
+    name, *ways = str(row["backend"]).replace(" (te)", "").split("+")
+    cutlass = "NVTE_USE_CUTLASS_GROUPED_GEMM=1 " if "cutlass" in ways else ""
+    graph = ["--cuda-graph"] if row["graph"] else []
+    if row["bench"] == "train":
+        return _train(row, name, ways)
+    words = ["--shapes", row["shape"], "--precision", row["precision"]]
+    words += ["--routing", row["routing"], "--gradients", row["gradients"]]
+    if row["bench"] == "layer":
+        words = ["ep-plugin", "bench", "layer", *words, "--backends", name, *graph]
+        return cutlass + shlex.join(words)
+    start = ["torchrun", "--nproc-per-node", str(row["ep"]), "-m", "ep_plugin.cli", "bench"]
+    words = [*start, "overlap", *words]
+    if name == OURS:
+        recipe = [*ways, "off"][0]
+        return shlex.join([*words, "--recipes", recipe, "--dispatchers", row["dispatcher"], *graph])
+    return cutlass + shlex.join([*words, "--backends", name])
+
+
+def _train(row: Row, name: str, ways: list[str]) -> str:
+    """Return the command of benchmarks/train_ep.py; Megatron's sides are named as its ways are."""
+    recipes = [way for way in ways if way in ("delayed", "blockwise")]
+    side = "-".join([name, *(way for way in ways if way not in recipes)])
+    side = "graph" if row["graph"] else side
+    model, *rest = str(row["shape"]).split(", ")
+    words = ["--ranks", str(row["ep"]), "--model", model, "--layouts", str(row["op"])]
+    for part in rest:
+        number = next(word for word in part.split() if word.isdigit())
+        words += ["--num-layers" if "layers" in part else "--micro-batch", number]
+    words += ["--precision", row["precision"], "--sides", side]
+    words += ["--fp8-recipe", recipes[0]] if recipes else []
+    words += ["--force-balance"] if row["routing"] == "forced balance" else []
+    return shlex.join(["python", "benchmarks/train_ep.py", *words])
+
+
+def versions(row: Row) -> str:
+    """Return the versions that matter to a row."""
+    kept = row["versions"]
+    names = ["torch", "triton"]
+    if str(row["backend"]).startswith("megatron") or row["bench"] == "train":
+        names += ["megatron-core", "transformer-engine"]
+    names += [n for n in ("torchtitan", "deepspeed", "liger-kernel") if row["backend"][:5] == n[:5]]
+    return ", ".join(f"{name} {kept[name]}" for name in names if name in kept)
