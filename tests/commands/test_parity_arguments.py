@@ -19,6 +19,7 @@ from ep_plugin.commands.parity.comparable import (
 )
 from ep_plugin.commands.parity.launch import Launcher, RunFailed
 from ep_plugin.commands.parity.layouts import ONE_RANK, Layout, parse
+from ep_plugin.commands.parity.sizes import check_resumes
 from ep_plugin.commands.parity.tiny import default_layout, shrink
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.parser import experts_per_layer
@@ -240,3 +241,29 @@ def test_a_vocabulary_that_is_padded_otherwise_is_named(monkeypatch: pytest.Monk
         ConfigError, match=r"128 rows on one rank and 256 .* --padded-vocab-size 256"
     ):
         differences.compare_gradients(Path("one"), Path("two"))
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"),
+    [
+        ("ep=2", "ep=2 cannot resume the optimizer's state of one rank"),
+        ("tp=2,ep=1 ep=2", "ep=2 cannot resume the optimizer's state of tp=2,ep=1"),
+        ("tp=2,ep=1,etp=1", "tp=2,ep=1,etp=1 cannot resume the optimizer's state of one rank"),
+        ("tp=2,ep=1 pp=2,ep=1", None),
+    ],
+)
+def test_layouts_that_cannot_resume_one_another_are_named_before_any_run(
+    names: str, wrong: str | None
+) -> None:
+    layouts = [parse(name) for name in names.split()]
+    flags = ["--num-experts", "4"]
+    check_resumes([*flags, "--use-distributed-optimizer"], layouts)
+    check_resumes([*flags, "--optimizer", "muon"], layouts)
+    check_resumes(["--num-layers", "4"], layouts)
+    if wrong is None:
+        check_resumes(flags, layouts)
+        return
+    with pytest.raises(ConfigError) as raised:
+        check_resumes([*flags, "--optimizer", "adam"], layouts)
+    assert wrong in str(raised.value)
+    assert "use --use-distributed-optimizer before --resume" in str(raised.value)

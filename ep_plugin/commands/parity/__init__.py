@@ -20,7 +20,7 @@ from ep_plugin.commands.parity.launch import RunFailed
 from ep_plugin.commands.parity.layouts import ONE_RANK, Layout, parse
 from ep_plugin.commands.parity.runs import compare
 from ep_plugin.commands.parity.shown import table
-from ep_plugin.commands.parity.sizes import check_sizes
+from ep_plugin.commands.parity.sizes import check_resumes, check_sizes
 from ep_plugin.commands.parity.tiny import default_layout, shrink
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     if args.tiny:
         edits.append(shrink(edits[0].all, [ONE_RANK, *layouts]))
     check_sizes(edits[-1].all, layouts)
+    if args.resume:
+        check_resumes(edits[-1].all, layouts)
     arguments, aside = set_aside(edits[-1].all, layouts)
     if not args.json:
         _print_edits(args, edits, aside)

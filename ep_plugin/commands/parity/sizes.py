@@ -1,9 +1,10 @@
-"""Whether a model's sizes can be divided as a layout wants, before minutes of runs."""
+"""Whether layouts can divide a model and resume one another, before minutes of runs."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ep_plugin.commands.parity.comparable import is_number, value
-from ep_plugin.commands.parity.layouts import Layout, parse, spell
+from ep_plugin.commands.parity.layouts import ONE_RANK, Layout, parse, spell
 from ep_plugin.errors import ConfigError, largest_divisor
 
 DIVIDED = {  # degree -> flags whose sizes it must divide
@@ -31,6 +32,30 @@ def check_sizes(arguments: list[str], layouts: Sequence[Layout]) -> None:
                 f"--layouts {layout.name} spreads experts, and ARGS have none; use --num-experts "
                 f"{2 * layout.parallel.ep} before --layouts"
             )
+
+
+def check_resumes(arguments: list[str], layouts: Sequence[Layout]) -> None:
+    """Raise ConfigError where a layout cannot resume what the one before it saved.
+
+    Without the distributed optimizer Megatron has a second one for experts that are averaged over
+    other ranks than the rest, and loads the state of as many as there are.
+    """
+    one = value(arguments, "--optimizer") in (None, "adam", "sgd")  # others are several by nature
+    if not one or "--use-distributed-optimizer" in arguments:
+        return
+    if value(arguments, "--num-experts") is None:
+        return
+    for before, layout in pairwise([ONE_RANK, *layouts]):
+        if _experts_apart(before) != _experts_apart(layout):
+            raise ConfigError(
+                f"--resume: {layout.name} cannot resume the optimizer's state of {before.name}, "
+                "which Megatron keeps otherwise without the distributed optimizer; use "
+                "--use-distributed-optimizer before --resume"
+            )
+
+
+def _experts_apart(layout: Layout) -> bool:
+    return layout.parallel.ep > 1 or layout.parallel.expert_tp != layout.parallel.tp
 
 
 def that_goes(arguments: list[str], layout: Layout) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ep_plugin.commands.law import Need
 from ep_plugin.commands.plan import teachers_model
-from ep_plugin.commands.plan.memory import Memory, split_layers, stage_memory
+from ep_plugin.commands.plan.memory import USABLE, Memory, split_layers, stage_memory
 from ep_plugin.commands.plan.show import fit_table
 from ep_plugin.commands.plan.taught import Taught, taught
 from ep_plugin.commands.plan.taught import table as teacher_table
@@ -22,7 +22,6 @@ MOST = {  # what is refused looks for a layout that goes
     **dict.fromkeys(("gpus", "tp", "pp", "cp", "etp"), 1 << 18),
     "micro_batch": 1 << 20,
 }
-USABLE = 0.9  # of a GPU's memory; the rest is what is not counted
 
 
 def no_model(args: argparse.Namespace) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from ep_plugin.commands.plan.hybrid_flags import read_sizes
 from ep_plugin.commands.plan.hybrid_layout import check_layout
 from ep_plugin.commands.plan.layers import (
+    BACKWARD,
     Layer,
     Sizes,
     embedding,
@@ -21,14 +22,12 @@ from ep_plugin.commands.plan.layers import (
     output,
     prediction,
 )
-from ep_plugin.commands.plan.memory import ADAM, GRADIENT, LOGIT, WEIGHT
+from ep_plugin.commands.plan.memory import ADAM, GRADIENT, LOGIT, USABLE, WEIGHT
 from ep_plugin.commands.plan.pattern import NAMES, Pattern
 from ep_plugin.moe.auto import saves_rows
 from ep_plugin.moe.parallel import ParallelConfig, degree
 
-USABLE = 0.9  # of a GPU's memory; the rest is what is not counted
 EMBEDDING, HEAD, PREDICTION = "embedding", "output", "prediction"
-BACKWARD = 2  # times the forward's work
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ep_plugin.moe.parallel import degree
 
 CHUNK = 64  # tokens of a chunk of the delta rule
 SCAN, DELTA = 7, 8  # operations for each value of a state
+BACKWARD = 2  # times the forward's work
 
 
 @dataclass(frozen=True, kw_only=True)

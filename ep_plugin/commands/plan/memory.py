@@ -27,6 +27,7 @@ from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks, deg
 from ep_plugin.presets import Model, Preset, layer_params
 
 WEIGHT, GRADIENT, ADAM = 2, 4, 12  # bytes of a parameter
+USABLE = 0.9  # of a GPU's memory; the rest is what is not counted
 LOGIT = 2 + 4 + 4
 
 

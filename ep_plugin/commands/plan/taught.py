@@ -15,6 +15,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ep_plugin.commands.plan.layers import BACKWARD
 from ep_plugin.commands.plan.memory import WEIGHT, kept_in_layer
 from ep_plugin.commands.plan.teachers_model import Teacher
 from ep_plugin.errors import ConfigError
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from ep_plugin.megatron.distill.teacher_layout import Layout
 
 SOFTMAX = 8  # bytes for each logit that the student's cross entropy takes later: fp32, twice
-BACKWARD = 2  # times the forward's work
 
 
 @dataclass(frozen=True)
