@@ -63,13 +63,13 @@ def _bars(title: str, labels: list[str], bars: Bars, colors: list[str], unit: st
         drawn = axes.barh(
             places, [v or 0 for v in values], height, label=name, color=colors[number]
         )
-        axes.bar_label(drawn, [f"{v:,.4g}" if v else "" for v in values], padding=3, fontsize=8)
+        axes.bar_label(drawn, [f"{v:,.3g}" if v else "" for v in values], padding=3, fontsize=8)
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(labels))], labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=len(bars))
     figure.set_layout_engine("constrained")
     return figure
 

@@ -165,6 +165,7 @@ def _train(row: Row, name: str, ways: list[str]) -> str:
     words += ["--precision", row["precision"], "--sides", side]
     words += ["--fp8-recipe", recipes[0]] if recipes else []
     words += ["--force-balance"] if row["routing"] == "forced balance" else []
+    words += shlex.split(row.get("run") or "")  # rows of before it was kept do not say
     return shlex.join(["python", "benchmarks/train_ep.py", *words])
 
 

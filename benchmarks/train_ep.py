@@ -17,6 +17,7 @@ cannot run is named with the reason. Rows are as `ep-plugin bench` writes them, 
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 from itertools import product
@@ -95,10 +96,19 @@ def train(name: str, precision: str, args: argparse.Namespace, case: Case) -> Ro
         **what,
         switches=switches(SIDES[name], own(name, fp8, args, case), args.without),
         attention=runs[0].attention,
+        run=size_flags(args),
         tokens_per_second=runs[0].tokens / median * 1000,
         first_losses=[round(each.first, 6) for each in runs],
         losses=[round(each.loss, 6) for each in runs],
     )
+
+
+def size_flags(args: argparse.Namespace) -> str:
+    """Return the flags of a row's size that are not in its names."""
+    sequence = [] if args.sequence is None else ["--sequence", str(args.sequence)]
+    data = [] if args.data is None else ["--data", str(args.data)]
+    words = [*sequence, *data, "--batch", str(args.batch), "--iterations", str(args.iterations)]
+    return shlex.join([*words, "--seeds", *map(str, args.seeds)])
 
 
 def parse() -> argparse.Namespace:

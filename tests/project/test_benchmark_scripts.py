@@ -333,6 +333,20 @@ def test_every_row_says_how_it_is_repeated() -> None:
     assert seen == set(bench_rows.BENCHES)
 
 
+def test_a_row_of_the_loop_is_repeated_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parsed(monkeypatch, "--sequence", "4096", "--batch", "16", "--seeds", "7", "8")
+    made = row(2, 1.0, shape="qwen3-30b-a3b, 4 layers, micro-batch 1", op="ep=2")
+    made |= {"bench": "train", "backend": "megatron+graphs+cutlass+delayed (te)"}
+    made |= {"precision": "fp8", "routing": "forced balance"}
+    made |= {"run": train_ep.size_flags(args)}
+    again = parsed(monkeypatch, *shlex.split(bench_rows.repeat(made))[4:])
+    assert again.sides == ["megatron-graphs-cutlass"]
+    for name in ("sequence", "batch", "iterations", "seeds"):
+        assert getattr(again, name) == getattr(args, name)
+    told = again.depths, again.micro_batch, again.fp8_recipe, again.force_balance
+    assert told == ([4], [1], "delayed", True)
+
+
 def test_the_newest_file_of_a_card_counts_and_a_floor_is_of_its_own_card() -> None:
     old, new = row(1, 8.0), row(1, 9.0) | {"date": "9999-01-01"}
     found = [bench_rows.Found(old, "b.json"), bench_rows.Found(new, "a.json")]

@@ -36,7 +36,17 @@ FOREIGN = {
     "--verbose": "tests/hostile/__main__.py",
     "--releases": "tests/run.sh",
     **dict.fromkeys(
-        ("--ranks", "--model", "--layouts", "--sides", "--force-balance"),
+        [
+            "--ranks",
+            "--model",
+            "--layouts",
+            "--sides",
+            "--force-balance",
+            "--sequence",
+            "--batch",
+            "--iterations",
+            "--seeds",
+        ],
         "benchmarks/train_ep.py",
     ),
 }

@@ -33,6 +33,7 @@ EMPTY: Row = {
 OF_SOME = {
     "switches",
     "attention",
+    "run",
     "largest_share",
     "dims",
     "tokens_per_second",
@@ -40,7 +41,7 @@ OF_SOME = {
     "losses",
 }  # benches
 # What a row must have to be printed and drawn: the types of each name, and which are never None.
-TEXTS = "bench shape op backend precision routing device dispatcher schedule gradients switches"
+TEXTS = "bench shape op backend precision routing device dispatcher schedule gradients switches run"
 NUMBERS = (
     "ms p10_ms p90_ms fwd_ms weight_quant_ms floor_ms saved_mib tflops gbps exchange_ms "
     "compute_ms hidden_share covered_share"
