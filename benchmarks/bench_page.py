@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import bench_pictures
 import forecast_errors
 from bench_rows import (
     RESULTS,
@@ -290,6 +289,8 @@ def main() -> int:
     if args.check:
         print(f"not those of the rows: {', '.join(stale)}" if stale else "as the rows are")
         return 1 if stale else 0
+    import bench_pictures  # matplotlib is needed to draw alone
+
     for path, text in texts.items():
         write_whole(path, text)
     bench_pictures.write(page.found, ROOT / "docs" / "pictures")
