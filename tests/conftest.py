@@ -39,6 +39,7 @@ SLOW = (
     "test_found",
     "test_generate",
     "test_generate_tokenizers",
+    "test_gpu_packages",
     "test_hostile_lines",
     "test_inside",
     "test_kernels_experts",

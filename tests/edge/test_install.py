@@ -222,9 +222,13 @@ def test_a_foreign_apex_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="is not NVIDIA's"):
-        install()
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(cpu_mode, "wanted", lambda: False)
+        with pytest.raises(ConfigError, match="is not NVIDIA's"):
+            install()
     assert not cpu_mode.active()
+    install()  # on the CPU Megatron does not see it
+    uninstall()
 
 
 def test_importing_the_package_hooks_nothing() -> None:

@@ -144,7 +144,7 @@ def load_compare(request: Request, target: Target) -> Comparison | None:
             if hf:
                 import_module("transformers")
             if megatron:
-                import_module("ep_plugin.megatron.workers.model_run")
+                import_module("ep_plugin.megatron.workers.load").load("model_run", on_cpu=True)
     except ImportError as error:
         extras = ",".join(["hf"] * hf + ["megatron"] * megatron)
         raise BackendUnavailable(

@@ -13,7 +13,8 @@ from typing import Any
 
 from ep_plugin.errors import ConfigError
 
-WORKER = "ep_plugin.megatron.workers.generate_run"
+LOADER = "ep_plugin.megatron.workers.load"
+WORKER = "generate_run"
 ERROR = re.compile(r"^ep_plugin(?:\.run)?: error: (.*)$", re.MULTILINE)
 UNREAD = 141  # code of a rank whose output nobody reads any more
 TAIL = 30  # lines of a failed rank that are shown
@@ -58,7 +59,7 @@ def start(job: dict[str, Any], world: int, started: int | None, scratch: Path) -
     ended a rank, BrokenPipeError where nobody reads the output, and Died for any other end.
     """
     if started is not None:
-        import_module(WORKER).do(job | {"store": None})
+        import_module(LOADER).load(WORKER).do(job | {"store": None})
         return
     path = scratch / "job.json"
     path.write_text(json.dumps(job | {"store": str(scratch / "store")}))
@@ -66,7 +67,7 @@ def start(job: dict[str, Any], world: int, started: int | None, scratch: Path) -
     said = [scratch / f"rank{rank}" for rank in range(world)]
     try:
         for rank in range(world):
-            command = [sys.executable, "-m", WORKER, str(path)]
+            command = [sys.executable, "-m", LOADER, WORKER, str(path)]
             with said[rank].open("wb") as file:
                 own = _environment(rank, world)
                 ranks.append(subprocess.Popen(command, stderr=file, env=own))

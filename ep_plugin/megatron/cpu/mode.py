@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.cpu import local_layers, stand_ins, words
+from ep_plugin.megatron.cpu import gpu_packages, local_layers, stand_ins, words
 from ep_plugin.megatron.cpu.arguments import to_cpu
 from ep_plugin.megatron.cpu.zero_centered import zero_centered
 from ep_plugin.megatron.seams.patches import Patches
@@ -61,20 +61,23 @@ def active() -> bool:
 def enable() -> None:
     """Switch CPU mode on; a second call does nothing. Megatron may be imported before or after.
 
-    On an error nothing is changed.
+    On an error nothing is changed. Raises ConfigError where Megatron was imported before with
+    packages that only a GPU can run.
     """
     global _patches
     if active():
         return
     patches = Patches()
-    torch_changes(patches)
-    patches.apply()  # Megatron is imported below, and has to find torch like this
+    gpu_packages.hide()
     try:
+        torch_changes(patches)
+        patches.apply()  # Megatron is imported below, and has to find torch like this
         megatron_changes(patches)
+        patches.apply()
     except BaseException:
         patches.undo()
+        gpu_packages.show_again()
         raise
-    patches.apply()
     _patches = patches
 
 
@@ -83,7 +86,7 @@ def disable() -> list[str]:
 
     What somebody replaced after us is left, with one sentence for each in what is returned.
     """
-    return _patches.undo()
+    return [*_patches.undo(), *gpu_packages.show_again()]
 
 
 class EagerStance:

@@ -11,6 +11,7 @@ from typing import Any
 from ep_plugin import __version__
 from ep_plugin.checkpoint.moe_layers import hybrid_layers
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.cpu import gpu_packages
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.distill import seam as distillation
 from ep_plugin.megatron.seams import (
@@ -58,15 +59,17 @@ def install(settings: Any = None) -> None:
     global _patches
     if _patches.active:
         return
-    foreign = apex.foreign_apex()
-    if foreign is not None:
-        raise ConfigError(foreign)
-    release = touchpoints.release_for(touchpoints.installed_version())
     had_cpu_mode = cpu_mode.active()
-    if cpu_mode.wanted():
-        cpu_mode.enable()
-    patches = Patches()
     try:
+        if cpu_mode.wanted():
+            gpu_packages.hide()  # before the first import of Megatron, which its version takes
+        foreign = apex.foreign_apex()
+        if foreign is not None:
+            raise ConfigError(foreign)
+        release = touchpoints.release_for(touchpoints.installed_version())
+        if cpu_mode.wanted():
+            cpu_mode.enable()
+        patches = Patches()
         checked = touchpoints.verify()
         changes(patches, release, settings)
         patches.apply()
@@ -105,6 +108,7 @@ def seams() -> list[tuple[str, str]]:
     """Return (place, why there) of all that `install` would change here; changes nothing."""
     patches = Patches()
     if cpu_mode.wanted():
+        gpu_packages.changes(patches)
         cpu_mode.torch_changes(patches)
         cpu_mode.megatron_changes(patches)
     changes(patches, touchpoints.release_for(touchpoints.installed_version()))

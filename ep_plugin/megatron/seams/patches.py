@@ -1,13 +1,14 @@
 """The one patcher: changes in other people's objects, all or nothing, undone newest first.
 
-Changes are noted first (`replace`, `wrap`, `environment`, `enter`, `at_exit`), each with the reason
-why it sits where it sits, and made by `apply`. A place is `module:attribute.attribute`.
+Changes are noted first (`replace`, `wrap`, `environment`, `hide`, `enter`, `at_exit`), each with
+the reason why it sits where it sits, and made by `apply`. A place is `module:attribute.attribute`.
 """
 
 import atexit
 import functools
 import inspect
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -48,6 +49,12 @@ class Patches:
     def environment(self, name: str, value: str, why: str) -> None:
         """Set an environment variable where it is unset."""
         self._noted.append(_Variable(name, why, value))
+
+    def hide(self, package: str, why: str) -> None:
+        """Let importing a package fail as if it was not installed."""
+        loaded = [name for name in sys.modules if name.startswith(f"{package}.")]
+        for name in (package, *loaded):
+            self._noted.append(_Hidden(name, why))
 
     def enter(self, context: AbstractContextManager[Any], why: str) -> None:
         """Be inside a context from `apply` to `undo`."""
@@ -210,6 +217,22 @@ class _Variable(_Change):
     def undo(self) -> None:
         if not self.was_set and self.lost() is None:
             del os.environ[self.place]
+
+
+class _Hidden(_Change):
+    """A module that cannot be imported."""
+
+    def make(self) -> None:
+        self.before = sys.modules.get(self.place, _NOT_OWN)
+        sys.modules[self.place] = None  # type: ignore[assignment]
+
+    def undo(self) -> None:
+        if sys.modules.get(self.place, _NOT_OWN) is not None:
+            return
+        if self.before is _NOT_OWN:
+            del sys.modules[self.place]
+        else:
+            sys.modules[self.place] = self.before  # type: ignore[assignment]
 
 
 class _Entered(_Change):

@@ -232,7 +232,3 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         return UNREAD
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
