@@ -9,6 +9,7 @@ torchrun --nproc-per-node 2 recipes/pretrain_gpt.py MEGATRON_ARGS ...
 """
 
 import inspect
+import os
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -196,6 +197,8 @@ def main() -> None:
     defaults = {"tokenizer_type": "SentencePieceTokenizer"}
     steps = (ModelType.encoder_or_decoder, forward_step)
     if "cfg_container" not in inspect.signature(pretrain).parameters:  # 0.16 and 0.17
+        if os.environ.get("MODEL_CLASS") == "hybrid":
+            raise SystemExit("MODEL_CLASS=hybrid needs megatron-core 0.18 or newer; use gpt")
         pretrain(datasets_provider, model_provider, *steps, args_defaults=defaults)
         return
     from megatron.training import argument_utils

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop import MOE, NEWEST, OURS, SHAPE, launch_with
+from pretrain_older import load_recipe
 
 from ep_plugin.checkpoint.adapt.model_class import SPLITS
 from ep_plugin.commands.report.events import read_run
@@ -140,6 +141,21 @@ def test_variables_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MODEL_CLASS", value)
         with pytest.raises(ConfigError, match=said):
             choose(parsed(*flags))
+
+
+def test_a_hybrid_that_an_older_loop_cannot_train_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, started = load_recipe(), list[str]()
+    # As 0.17's, which has no containers of settings.
+    monkeypatch.setattr(recipe, "pretrain", lambda *steps, args_defaults: started.append("gpt"))
+    monkeypatch.setenv("MODEL_CLASS", "hybrid")
+    with pytest.raises(SystemExit, match="MODEL_CLASS=hybrid needs megatron-core 0.18"):
+        recipe.main()
+    assert not started
+    monkeypatch.delenv("MODEL_CLASS")
+    recipe.main()
+    assert started == ["gpt"]
 
 
 WARNING = "GPTModel IS DEPRECATED"
