@@ -150,7 +150,7 @@ def test_a_hybrid_that_an_older_loop_cannot_train_is_refused(
     # As 0.17's, which has no containers of settings.
     monkeypatch.setattr(recipe, "pretrain", lambda *steps, args_defaults: started.append("gpt"))
     monkeypatch.setenv("MODEL_CLASS", "hybrid")
-    with pytest.raises(SystemExit, match="MODEL_CLASS=hybrid needs megatron-core 0.18"):
+    with pytest.raises(SystemExit, match="MODEL_CLASS=hybrid needs megatron-core"):
         recipe.main()
     assert not started
     monkeypatch.delenv("MODEL_CLASS")
