@@ -1,12 +1,16 @@
 """Ranks compare, in threads over one store: what differs is refused with its ranks and values."""
 
 import json
+import os
+import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from flag_values import parser
 from hypothesis import given, settings
@@ -158,6 +162,35 @@ def test_variables_that_change_numbers_or_collectives_are_refused(
     assert f"{name} (rank 0 has" in found.text
 
 
+TORCH: dict[str, Callable[[], object]] = {
+    "default_dtype": lambda: torch.set_default_dtype(torch.float64),
+    "deterministic": lambda: torch.use_deterministic_algorithms(True),
+    "fp32_precision": lambda: torch.set_float32_matmul_precision("medium"),
+    "cuda.matmul.fp32_precision": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "mkldnn.enabled": lambda: setattr(torch.backends.mkldnn, "enabled", False),
+    "bf16_reduced": lambda: setattr(
+        torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False
+    ),
+    "flash_sdp": lambda: torch.backends.cuda.enable_flash_sdp(False),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_what_a_script_sets_of_torch_on_one_rank_is_refused(name: str) -> None:
+    """In a child: nothing of torch's is left set here."""
+    one, (read, write) = of(BASE), os.pipe()
+    if (pid := os.fork()) == 0:
+        TORCH[name]()
+        os.write(write, answer([one, of(BASE)]).text.encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    assert re.search(rf"alike in torch\.[^;]*{name}", said), said
+    assert "let every rank's script set torch alike" in said
+
+
 @pytest.mark.parametrize(
     ("name", "warned"),
     [
@@ -179,7 +212,8 @@ def test_other_variables_are_warned_of_or_a_host_s_own(
 
 def test_versions_and_sources_are_compared() -> None:
     one = of(BASE)
-    for kind in ("version:torch", "version:ep_plugin", "version:megatron-core", "version:Python"):
+    for name in ("torch", "ep_plugin", "megatron-core", "Python", "NumPy"):
+        kind = f"version:{name}"
         changed = replace(one, must=one.must | {kind: "9.9"})
         text = answer([one, changed]).text
         assert f"the version of {kind[8:]} (" in text

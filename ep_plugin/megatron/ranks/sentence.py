@@ -18,6 +18,7 @@ REMEDIES = {
     "group": "call initialize_model_parallel with the same sizes on every rank",
     "version": "install the same versions on every host",
     "files": "use the same files on every host",
+    "switch": "let every rank's script set torch alike",
     "variable": "export the same environment variables on every host",
     "content": "let every host read the same files",
     "together": "name the same folder on all ranks of a host",

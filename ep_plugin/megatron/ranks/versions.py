@@ -13,10 +13,12 @@ import torch
 
 from ep_plugin import __version__
 
-# Packages whose kernels a run may call; those that are not installed must be so everywhere.
+# Packages whose kernels a run may call, and what draws its samples. Those that are not installed
+# must be so everywhere.
 PACKAGES = {
     "Transformer Engine": ("transformer-engine", "transformer-engine-torch", "transformer_engine"),
     "Triton": ("triton",),
+    "NumPy": ("numpy",),
     "flash-attn": ("flash-attn",),
     "DeepEP": ("deep-ep",),
     "DeepGEMM": ("deep-gemm",),
