@@ -1,8 +1,9 @@
 """Are all tensors of a model there, in the shapes that belong together? `audit`, `convert` ask it.
 
-What each family and release names its tensors is not known here. So a layer is held against the
-others: one that has all but a few of another's tensors lacks these. Layers of different kinds
-(dense and experts, attention and Mamba) each have something that the other kind has not.
+What run arguments ask for must be there (`required.py`). What else a family or release has is not
+known here. So a layer is held against the others: one that has all but a few of another's tensors
+lacks these. Layers of different kinds (dense and experts, attention and Mamba) each have something
+that the other kind has not.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Set
 
+from ep_plugin.checkpoint.required import absent
 from ep_plugin.checkpoint.tensors import TensorInfo
 from ep_plugin.untrusted import cut
 
@@ -62,6 +64,16 @@ def incomplete(
         return
     yield from _lacking(layers)
     yield from _other_shapes(layers)
+
+
+def not_there(tensors: Iterable[str], args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Yield a parameter that is missing in all layers alike, though run arguments ask for it."""
+    layers: dict[str, set[str]] = defaultdict(set)
+    for name in tensors:
+        if (match := _LAYER.fullmatch(name)) is not None:
+            layers[match[1]].add(match[2])
+    for name in absent(layers, set(tensors), args) if layers else ():
+        yield name, "is missing, and by the run arguments it must be there"
 
 
 def _no_weights(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:

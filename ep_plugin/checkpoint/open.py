@@ -25,7 +25,7 @@ from ep_plugin.checkpoint.adapt.keep_layers import Kept
 from ep_plugin.checkpoint.adapt.model_class import Reclassed, as_class
 from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
 from ep_plugin.checkpoint.carried import EXTRA_STATE, leave_out
-from ep_plugin.checkpoint.complete import incomplete
+from ep_plugin.checkpoint.complete import incomplete, not_there
 from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.moe_layers import hybrid_pattern
@@ -153,6 +153,12 @@ def _without_padding(model: Opened, size: int) -> Opened:
 
     source = replace(_with_args(whole, args), tensors=tensors, read_tensor=read_tensor)
     return replace(model, args=args, source=source, cut_rows=rows - size)
+
+
+def check_required(model: Opened) -> None:
+    """Raise ConfigError where a parameter is missing that the model's run arguments ask for."""
+    for name, wrong in not_there(model.source.tensors, model.args):
+        raise ConfigError(f"{name} {wrong}, in {model.folder}; copy the checkpoint again")
 
 
 def _with_args(source: Source, args: argparse.Namespace) -> Source:

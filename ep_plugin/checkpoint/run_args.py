@@ -81,6 +81,8 @@ _NUMBERS = [
 ]
 _WORDS = [
     "transformer_impl",
+    "normalization",
+    "position_embedding_type",
     "rope_type",
     "position_embedding_type",
     "moe_router_score_function",

@@ -1,6 +1,7 @@
 """A parameter that is missing, or has another shape than belongs to the others, is found."""
 
 import argparse
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ep_plugin.checkpoint.complete import incomplete
+from ep_plugin.checkpoint.complete import incomplete, not_there
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.checkpoint.tensors import TensorInfo
 from ep_plugin.errors import ConfigError
@@ -101,6 +102,78 @@ def test_what_is_missing_or_of_another_shape_is_named(model: Shapes, data: st.Da
             same = {other for other in model if other.split(".")[3:] == name.split(".")[3:]}
             assert found
             assert found <= same
+
+
+QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
+Q, KV = "self_attention.linear_q", "self_attention.linear_kv"
+# Run arguments, and what they alone add to each layer: as Megatron 0.19 saves it.
+ASKED: list[tuple[dict[str, object], tuple[str, ...]]] = [
+    ({"add_bias_linear": True}, (f"{PROJ}.bias", f"{QKV}.bias", "mlp.linear_fc2.bias")),
+    ({"add_qkv_bias": True}, (f"{QKV}.bias",)),
+    ({"qk_layernorm": True},
+     ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")),
+    ({"normalization": "LayerNorm"}, (f"{QKV}.layer_norm_bias", "mlp.linear_fc1.layer_norm_bias")),
+    ({"num_experts": 4, "moe_layer_freq": 1, "moe_router_enable_expert_bias": True},
+     ("mlp.router.expert_bias",)),
+    ({"num_experts": 4, "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": 8,
+      "moe_shared_expert_gate": True},
+     ("mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.gate_weight")),
+    ({"multi_latent_attention": True, "qk_layernorm": True},
+     (f"{Q}_proj.weight", f"{KV}_down_proj.weight", f"{KV}_up_proj.layer_norm_weight")),
+    ({"multi_latent_attention": True, "q_lora_rank": 8},
+     (f"{Q}_down_proj.weight", f"{Q}_up_proj.weight", f"{KV}_up_proj.weight")),
+    ({"hybrid_layer_pattern": "*-*-"}, (f"{PROJ}.weight",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "added"), ASKED)
+def test_what_all_layers_lack_and_run_arguments_ask_for(
+    more: dict[str, object], added: tuple[str, ...]
+) -> None:
+    args = argparse.Namespace(**{
+        "hidden_size": H, "ffn_hidden_size": F, "num_layers": 4, "num_attention_heads": 2,
+        "normalization": "RMSNorm", **more,
+    })  # fmt: skip
+    asked = dict(not_there({"decoder.layers.0.x", "decoder.layers.1.x"}, args))
+    outside = {name for name in asked if ".layers." not in name}
+    model = {name.replace(".1.", f".{layer}.") for layer in range(4) for name in asked} | outside
+    if "hybrid_layer_pattern" in more:  # layers 0 and 2 have attention, 1 and 3 an FFN
+        model |= {name.replace(".0.", ".2.") for name in asked}
+    assert not list(not_there(model, args))
+    for name in added:
+        without = {one for one in model if not one.endswith(name)}
+        assert len(without) < len(model), name
+        lacking = [found for found, _ in not_there(without, args)]
+        assert {found.partition(".layers.")[2].partition(".")[2] for found in lacking} == {name}
+
+
+def test_positions_that_are_learned_are_there() -> None:
+    args = argparse.Namespace(position_embedding_type="learned_absolute", num_layers=1)
+    names = {"decoder.layers.0.x", "embedding.position_embeddings.weight"}
+    assert not list(not_there(names, args))
+    missing = list(not_there({"decoder.layers.0.x"}, args))
+    assert [name for name, _ in missing] == ["embedding.position_embeddings.weight"]
+
+
+@pytest.mark.parametrize("name", ["attention", "router"])
+def test_audit_names_what_all_layers_lack(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = stored.healthy()
+    vars(content.common["args"]).update(hidden_size=stored.H, num_attention_heads=2)
+    if name == "router":
+        content.common["args"].moe_router_enable_expert_bias = True
+    for part in ("qkv.weight", "proj.weight") if name == "router" else ("qkv.weight",):
+        key = f"decoder.layers.self_attention.linear_{part}"
+        for state in stored.STATES:
+            content.add(state + key, torch.ones(stored.L, 3, stored.H))
+    code, said = audit(stored.write(content, tmp_path / "moe"), capsys)
+    assert code == 1
+    lacks = {"attention": "self_attention.linear_proj.weight", "router": "mlp.router.expert_bias"}
+    found = {one["where"]: one["message"] for one in json.loads(said)}
+    for layer in range(stored.L):
+        said = found[f"decoder.layers.{layer}.{lacks[name]}"]
+        assert said == "is missing, and by the run arguments it must be there"
 
 
 def test_the_only_layer_of_a_kind_is_held_against_itself() -> None:

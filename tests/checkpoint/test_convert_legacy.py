@@ -121,7 +121,8 @@ def save(root: Path, spelling: str, **changes: Any) -> Path:
             for ep in range(EP):
                 folder = root / "iter_0000009" / f"mp_rank_{tp:02d}_{pp:03d}_{ep:03d}"
                 folder.mkdir(parents=True)
-                common = {"args": run_args(**changes), "checkpoint_version": 3.0, "iteration": 9}
+                args = run_args(**{"add_bias_linear": False, "add_qkv_bias": True, **changes})
+                common = {"args": args, "checkpoint_version": 3.0, "iteration": 9}
                 state = {**common, **rank_state(tp, pp, ep, spelling), "optimizer": {"x": 1}}
                 torch.save(state, folder / "model_optim_rng.pt")
     (root / "latest_checkpointed_iteration.txt").write_text("9")

@@ -220,7 +220,9 @@ def save_large(root: Path) -> None:
     content = [draw("embedding.word_embeddings.weight", 64, HIDDEN)]
     content += [draw("decoder.final_layernorm.weight", HIDDEN)]
     for layer in range(LAYERS):
-        mlp = f"decoder.layers.{layer}.mlp."
+        mlp, attention = (f"decoder.layers.{layer}.{name}" for name in ("mlp.", "self_attention."))
+        content += [draw(f"{attention}linear_qkv.weight", 3, HIDDEN)]
+        content += [draw(f"{attention}linear_proj.weight", HIDDEN, 1)]
         content += [draw(f"{mlp}linear_fc1.weight", 2 * WIDTH, HIDDEN)]
         content += [draw(f"{mlp}linear_fc2.weight", HIDDEN, WIDTH)]
     changes = {"num_layers": LAYERS, "hidden_size": HIDDEN, "ffn_hidden_size": WIDTH}

@@ -54,6 +54,7 @@ def pyramid() -> dict[str, Tensor]:
     for layer, experts in enumerate((0, *COUNTS)):
         below = f"decoder.layers.{layer}."
         shapes[below + "self_attention.linear_qkv.weight"] = (3 * H, H)
+        shapes[below + "self_attention.linear_proj.weight"] = (H, H)
         mlp = below + ("mlp.experts.experts." if experts else "mlp.")
         lead = (experts,) if experts else ()
         shapes[mlp + "linear_fc1.weight"] = (*lead, 2 * F, H)

@@ -77,6 +77,8 @@ def dense_tensors() -> dict[str, Tensor]:
         "decoder.layers.mlp.linear_fc2.bias": (L, H),
         "decoder.final_layernorm.weight": (H,),
         "optimizer.state.exp_avg.decoder.final_layernorm.weight": (H,),
+        "decoder.layers.self_attention.linear_qkv.bias": (L, 3 * H),
+        "decoder.layers.self_attention.linear_proj.bias": (L, H),
     }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 

@@ -8,7 +8,7 @@ from typing import Any
 from ep_plugin.checkpoint.audit.facts import Facts, Place
 from ep_plugin.checkpoint.audit.stored_names import label, parse
 from ep_plugin.checkpoint.audit.verdict import Finding
-from ep_plugin.checkpoint.complete import incomplete
+from ep_plugin.checkpoint.complete import incomplete, not_there
 from ep_plugin.checkpoint.tensors import Stored, TensorInfo
 from ep_plugin.checkpoint.whole import misplaced, problems
 
@@ -55,6 +55,8 @@ def _missing(stored: Stored) -> list[Finding]:
                 shape = info.shape if layer is None else info.shape[1:]
                 tensors[one] = TensorInfo(shape, info.dtype)
     found += incomplete(tensors, stored.common["args"])
+    named = {name for name, _ in found}
+    found += [one for one in not_there(tensors, stored.common["args"]) if one[0] not in named]
     return [Finding("error", "coverage", name, text) for name, text in found]
 
 

@@ -62,7 +62,8 @@ def check(
         {"linear_fc2.weight"} if blocks else set()
     )
     for block, maps in sorted(blocks.items(), key=lambda item: _order(item[0])):
-        count = expected.setdefault(block, 1 + max(i for one in maps.values() for i in one.ids))
+        ids = [i for one in maps.values() for i in one.ids]  # none where only moments are there
+        count = expected.setdefault(block, 1 + max(ids, default=0))
         for name in sorted(every_map):
             findings += _missing(block, name, maps.get(name, _Map()).ids, count)
         for name, one in maps.items():
@@ -196,7 +197,7 @@ def _unequal(blocks: Blocks) -> list[Finding]:
     for name in sorted({name for maps in blocks.values() for name in maps}):
         found = {block: maps[name].shapes for block, maps in blocks.items() if name in maps}
         shapes = [shape for seen in found.values() for shape in sorted(seen)]
-        usual = max(dict.fromkeys(shapes), key=shapes.count)
+        usual = max(dict.fromkeys(shapes), key=shapes.count, default=())
         for block, seen in found.items():
             for shape in sorted(seen - {usual}):
                 text = f"{name} has shape {list(shape)}, where other experts' is {list(usual)}"

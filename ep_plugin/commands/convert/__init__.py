@@ -12,7 +12,7 @@ from ep_plugin.checkpoint.adapt.upcycle import add_experts
 from ep_plugin.checkpoint.adapt.upcycled_class import with_experts_as_hybrid
 from ep_plugin.checkpoint.manifest import seal
 from ep_plugin.checkpoint.moe_layers import hybrid_pattern
-from ep_plugin.checkpoint.open import Opened, open_source
+from ep_plugin.checkpoint.open import Opened, check_required, open_source
 from ep_plugin.checkpoint.staging import staged
 from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.commands.convert import as_json
@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         model = _with_experts(model, request)
     elif (to := request.model_class) is not None and model.spelling == "stored":
         model = as_class(model, to, request.hybrid_layer_pattern, request.keep_optimizer)
+    check_required(dense)
     model = fit_family(model, dense, request.format, request.family)
     to_class, pattern = request.model_class, request.hybrid_layer_pattern
     target = aim(model, request.format, request.implementation, to_class, pattern)
