@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stored
 import torch
 import torch.distributed as dist
 from flag_values import parser
@@ -126,6 +127,19 @@ def test_folders_to_load_must_hold_one_iteration(tmp_path: Path) -> None:
     (tmp_path / "a" / "iter_0000004" / "common.pt").write_bytes(b"one run")
     (tmp_path / "b" / "iter_0000004" / "common.pt").write_bytes(b"another")
     assert not answer([loads("a", "4"), loads("b", "4")]).fine
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_folders_of_newer_releases_hold_one_run(same: bool, tmp_path: Path) -> None:
+    """One iteration of the same sizes, of another run: nothing but values differs."""
+    found = []
+    for name in "ab":
+        content = stored.healthy()
+        if name == "b" and not same:
+            content.add(stored.NORM, torch.full((stored.H,), 2.0))
+        folder = stored.write(content, tmp_path / name)
+        found.append(of(parse("--load", str(folder))))
+    assert answer(found).fine == same
 
 
 @pytest.mark.parametrize("flag", ["--vocab-file", "--merge-file", "--tokenizer-model"])

@@ -54,7 +54,8 @@ def _content(args: Any, name: str, value: Any) -> str:
 def checkpoint_in(folder: str, step: int | None) -> str:
     """Return which iteration a run that loads `folder` begins with; `step` is what was asked for.
 
-    With it a hash of what the checkpoint keeps beside its weights: two runs have equal iterations.
+    With it a hash of what the checkpoint keeps beside its weights, or of the ends of its first
+    file: two runs have equal iterations.
     """
     if "://" in folder:
         return UNKNOWN
@@ -70,6 +71,9 @@ def checkpoint_in(folder: str, step: int | None) -> str:
     common = inside / "common.pt"
     if common.is_file():
         return f"iteration {iteration}, {fingerprint(str(common))} beside the weights"
+    # Newer releases keep it among the weights: the end of a file lists checksums of what is in it.
+    if first := min(inside.glob("*.distcp"), default=None):
+        return f"iteration {iteration}, its {first.name} of {fingerprint(str(first))}"
     return f"iteration {iteration}" if inside.is_dir() else f"iteration {iteration}, not there"
 
 
