@@ -159,6 +159,14 @@ def check_required(model: Opened) -> None:
     """Raise ConfigError where a parameter is missing that the model's run arguments ask for."""
     for name, wrong in not_there(model.source.tensors, model.args):
         raise ConfigError(f"{name} {wrong}, in {model.folder}; copy the checkpoint again")
+    for name, info in model.source.tensors.items():
+        router, at, _ = name.partition(".experts.experts.linear_")
+        rows = model.source.tensors.get(f"{router}.router.weight") if at else None
+        if rows is not None and info.shape[:1] != rows.shape[:1]:
+            raise ConfigError(
+                f"{name} in {model.folder} has shape {list(info.shape)}, and its router "
+                f"{list(rows.shape)}; copy the checkpoint again"
+            )
 
 
 def _with_args(source: Source, args: argparse.Namespace) -> Source:

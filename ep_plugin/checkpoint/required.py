@@ -6,6 +6,7 @@ spell it in different ways, and one of them is enough.
 """
 
 import argparse
+import re
 from collections.abc import Collection, Iterator, Mapping
 
 from ep_plugin.checkpoint.moe_layers import hybrid_pattern, hybrid_symbol, pattern
@@ -22,6 +23,9 @@ _ATTENTION, _LATENT, _DENSE, _EXPERTS = "*", "+", "-", "E"  # as a pattern names
 _QKV, _PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 _FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 _SHARED = "mlp.shared_experts"
+# Stacked, or an expert's each; a router of one's own may have other parameters than these.
+_EACH = re.compile(r"(?<=\.experts\.)(experts|local_experts)\.(\d+\.)?|(_w|\d+)$")
+_OF_EXPERTS = ("mlp.experts.linear_fc1.weight", "mlp.experts.linear_fc2.weight")
 _NORMS: dict[object, Names] = {"RMSNorm": ("weight",), "LayerNorm": ("weight", "bias")}
 
 
@@ -43,6 +47,9 @@ def absent(
             for names in _of(kind, args):
                 if not any(name in there for name in names):
                     yield f"decoder.layers.{layer}.{names[0]}"
+            for name in _OF_EXPERTS if kind == _EXPERTS else ():
+                if not any(_EACH.sub("", one) == name for one in there):
+                    yield f"decoder.layers.{layer}.{name}"
 
 
 def _kinds(args: argparse.Namespace) -> list[str]:
@@ -94,6 +101,8 @@ def _of(kind: str, args: argparse.Namespace) -> Iterator[Names]:
         if biases:
             yield from ((f"{_FC1}.bias", f"{_FC1}.bias_w"), (f"{_FC2}.bias",))
     if kind == _EXPERTS:
+        if not has("ep_router"):
+            yield ("mlp.router.weight",)
         if has("moe_router_enable_expert_bias"):
             yield ("mlp.router.expert_bias",)
         if has("moe_shared_expert_intermediate_size"):

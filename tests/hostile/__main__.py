@@ -1,8 +1,8 @@
 """Plant hostile content in every file that a command opens, and count what happens.
 
-python tests/hostile --cases 100000 --commands 500 --record benchmarks/results/hostile.json
+python tests/hostile --cases 120000 --commands 500 --record benchmarks/results/hostile.json
 
-With one of the two alone, --record keeps the other's counts, and of which run they are.
+With one of the two alone, or --only, --record keeps the other counts, and of which run they are.
 --commands: so many cases through the real commands, each in a forked child that is watched.
 --cases: so many cases in one process, through readers, settings and parsers (`inside.py`).
 """
@@ -35,7 +35,9 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=1e9, metavar="S", help="then end --cases")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", metavar="WORDS", help="commands whose name has these words")
+    parser.add_argument(
+        "--only", metavar="WORDS", help="kinds or commands whose name has these words"
+    )
     parser.add_argument("--number", type=int, help="that case of --commands alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here")
     parser.add_argument("--record", type=Path, metavar="FILE", help="and what docs/ shows of them")

@@ -35,6 +35,7 @@ def make(root: Path) -> None:
     _with_ticks(root / "old", root / "ticks")
     _large(root / "old", root / "large")
     _pieces(root / "words" / "tokenizer.model", root / "pieces")
+    _saved(root / "saved")
     _per_rank(root / "ranks")
     _one_rank(root / "old", root / "rank")
     _runs(root)
@@ -149,6 +150,18 @@ def _pieces(model: Path, folder: Path) -> None:
     )
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 4}))
+
+
+def _saved(root: Path) -> None:
+    """What a run saved: weights and moments, layers stacked, each layer a part."""
+    import stored
+
+    content = stored.healthy()
+    for key, shape in content.shapes.items():
+        values = torch.stack([region.values.reshape(-1) for region in content.regions[key]])
+        content.add(key, values.reshape(shape), 1 if len(shape) > 2 else 0)
+    content.common["args"].hidden_size = stored.H
+    stored.write(content, root)
 
 
 def _per_rank(root: Path) -> None:

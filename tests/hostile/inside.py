@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin.errors import ConfigError
-from tests.hostile import classes, lines, plants, readers, settings, watch
+from tests.hostile import classes, lines, not_whole, plants, readers, settings, watch
 
 SECONDS = 20
 MEMORY = 3 << 30
@@ -86,7 +86,9 @@ class Bench:
                 contextlib.redirect_stderr(said),
                 self.watched.on(),
             ):
-                call()
+                code = call()
+        except readers.Fault as fault:
+            return [fault.args], "a result"
         except ConfigError as error:
             return _sentence(str(error)), "refused"
         except SystemExit as end:
@@ -104,7 +106,7 @@ class Bench:
             ], "refused"
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        return [], "a result"
+        return [], "refused" if type(code) is int and code else "a result"
 
 
 def _sentence(text: str) -> list[tuple[str, str]]:
@@ -134,20 +136,44 @@ def file_cases(
     sites = readers.sites(folder / "in", kinds)
 
     def make(rng: random.Random) -> Case:
-        while changed:
-            spoiled, healthy = changed.pop()
-            readers.mend(spoiled, healthy)
-        outside = folder / "outside"
-        if (outside / "moved").exists():
-            shutil.rmtree(outside / "moved")
         reader, path, kind = rng.choice(sites)
-        top = folder / "in" / path.relative_to(folder / "in").parts[0]
-        changed.append((top, folder / "store" / top.name))
-        label = plants.plant(rng, path, kind, outside)
-        name = path.relative_to(folder / "in")
+        name = laid(folder, path, changed)
+        label = plants.plant(rng, path, kind, folder / "outside")
         return f"{reader.name} of {name}: {label}", lambda: reader.read(folder / "in")
 
     return make
+
+
+def model_cases(folder: Path, changed: Changed) -> Callable[[random.Random], Case]:
+    """Return what makes a case: another `.metadata`, by which a model may not be whole."""
+    sites = readers.sites(folder / "in", readers.METADATA)
+
+    def make(rng: random.Random) -> Case:
+        reader, path, _ = rng.choice(sites)
+        name = laid(folder, path, changed)
+        label, data, whole = not_whole.edited(rng, folder / "outside", path.read_bytes())
+        path.write_bytes(data)
+
+        def call() -> object:
+            code = reader.read(folder / "in")
+            if code == 0 and not whole:
+                raise readers.Fault("silent", "a model that is not whole is called fine")
+            return code
+
+        return f"{reader.name} of {name}: {label}", call
+
+    return make
+
+
+def laid(folder: Path, path: Path, changed: Changed) -> Path:
+    """Mend what the case before spoiled, for one that spoils `path`; returns its short name."""
+    while changed:
+        readers.mend(*changed.pop())
+    if (folder / "outside" / "moved").exists():
+        shutil.rmtree(folder / "outside" / "moved")
+    name = path.relative_to(folder / "in")
+    changed.append((folder / "in" / name.parts[0], folder / "store" / name.parts[0]))
+    return name
 
 
 def kinds(folder: Path) -> dict[str, Callable[[random.Random], Case]]:
@@ -157,6 +183,7 @@ def kinds(folder: Path) -> dict[str, Callable[[random.Random], Case]]:
         "pickles and archives": file_cases(folder, readers.PICKLES, changed),
         "JSON and text": file_cases(folder, readers.TEXTS, changed),
         "safetensors headers": file_cases(folder, readers.HEADERS, changed),
+        "metadata of models": model_cases(folder, changed),
         "settings": settings.case,
         "command lines": lines.case,
     }

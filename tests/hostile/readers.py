@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -11,7 +12,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.hostile import trees, watch
+from ep_plugin.errors import ConfigError
+from tests.hostile import carried, trees, watch
+
+
+class Fault(Exception):
+    """What a reader did and may not do: (kind of fault, words)."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,32 @@ def _opened(folder: str, output: Any, tensors: bool = True) -> Callable[[Path], 
 
 
 def _command(*words: str) -> Callable[[Path], object]:
-    def read(root: Path) -> None:
+    def read(root: Path) -> object:
+        """Return the exit code."""
         from ep_plugin.cli import build_parser
 
         argv = [word.format(i=root) for word in words]
         args = build_parser(argv[0]).parse_args(argv)
-        import_module(f"ep_plugin.commands.{argv[0]}").run(args)
+        return import_module(f"ep_plugin.commands.{argv[0]}").run(args)
+
+    return read
+
+
+def _converted(*words: str) -> Callable[[Path], object]:
+    """Convert, and look at what was written, which goes again."""
+
+    def read(root: Path) -> object:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            try:
+                code = _command("convert", "--to", f"{folder}/out", *words)(root)
+            except ConfigError:
+                if left := [path.name for path in folder.iterdir()]:
+                    raise Fault("writes", f"left by a refused conversion: {left}") from None
+                raise
+            if names := carried.found(folder):
+                raise Fault("executions", f"in what was written: {names}")
+            return code
 
     return read
 
@@ -176,6 +202,26 @@ TEXTS: dict[str, Reader] = {
 HEADERS: dict[str, Reader] = {
     "open": Reader("open", _opened("hf", "megatron"), _pick(trees.HF, "safetensors"))
 }
+# What calls a model fine, or not: each returns an exit code.
+METADATA: dict[str, Reader] = {
+    reader.name: reader
+    for reader in (
+        Reader("audit", _command("audit", "{i}/moe"), {"moe/iter_*/.metadata": "metadata"}),
+        Reader(
+            "audit a run", _command("audit", "{i}/saved"), {"saved/iter_*/.metadata": "metadata"}
+        ),
+        Reader(
+            "convert",
+            _converted("--from", "{i}/dense", *trees.EXPERTS, *trees.ALONE),
+            {"dense/iter_*/.metadata": "metadata"},
+        ),
+        Reader(
+            "keep layers",
+            _converted("--from", "{i}/moe", "--keep-layers", "0,1", *trees.ALONE),
+            {"moe/iter_*/.metadata": "metadata"},
+        ),
+    )
+}
 
 
 def sites(root: Path, kinds: dict[str, Reader]) -> list[tuple[Reader, Path, str]]:
@@ -210,7 +256,8 @@ def _state(path: Path) -> tuple[int, ...]:
 
 def learn(root: Path, watched: watch.Watch) -> None:
     """Let every reader read what is healthy; what it does then, and imports, is allowed."""
-    for readers in (PICKLES, TEXTS, HEADERS):
+    carried.learn(root / "moe")  # which `convert` wrote
+    for readers in (PICKLES, TEXTS, HEADERS, METADATA):
         for reader in readers.values():
             quiet = io.StringIO()
             with redirect_stdout(quiet), redirect_stderr(quiet), watched.on():

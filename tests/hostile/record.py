@@ -38,12 +38,26 @@ def made(result: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def beside(kept: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """Return a record with the parts that were not run again, and of which run those are."""
-    gone = [part for part in ("cases", "commands") if part not in kept and part in before]
+    """Return a record with what was not run again, and of which run that is.
+
+    `earlier` names those runs: of a part, or of one kind of a part as `PART: KIND`.
+    """
     facts = {name: before[name] for name in ("date", "seed", "hardware", "versions", "seconds")}
-    earlier = {part: before.get("earlier", {}).get(part, facts) for part in gone}
-    parts = {part: before[part] for part in gone}
-    return {**kept, **({"earlier": earlier} if gone else {}), **parts}
+    known = before.get("earlier", {})
+    earlier: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
+    for part in ("cases", "commands"):
+        rows, new = before.get(part, {}), kept.get(part)
+        gone = [name for name in rows if name not in (new or {})]
+        parts |= (
+            {part: {**{name: rows[name] for name in gone}, **(new or {})}} if rows or new else {}
+        )
+        whole = known.get(part, facts)
+        if gone and not new:
+            earlier[part] = whole
+        names = {f"{part}: {name}": known.get(f"{part}: {name}", whole) for name in gone}
+        earlier |= {name: run for name, run in names.items() if new or run != whole}
+    return {**kept, **({"earlier": earlier} if earlier else {}), **parts}
 
 
 def _row(counts: dict[str, int]) -> dict[str, int]:

@@ -6,12 +6,14 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import stored
 import torch
 from hypothesis import given
 from hypothesis import settings as how
@@ -21,10 +23,13 @@ from ep_plugin.errors import ConfigError
 from tests.hostile import (
     archives,
     called,
+    carried,
     classes,
+    inside,
     lines,
     pickles,
     plants,
+    readers,
     script_module,
     settings,
     texts,
@@ -50,7 +55,7 @@ def test_the_short_form_finds_nothing(tmp_path: Path) -> None:
     )
     assert result.is_file(), done.stdout + done.stderr
     found = json.loads(result.read_text())["cases"]
-    assert {row["cases"] for row in found["counts"].values()} == {CASES // 5}
+    assert {row["cases"] for row in found["counts"].values()} == {CASES // 6}
     assert found["faults"] == []
 
 
@@ -125,6 +130,38 @@ def test_no_shell_runs_what_is_planted_in_flags_txt(seed: int, tmp_path: Path) -
 
 def outside(folder: Path) -> Path:
     return plants.outside_folder(folder / "outside")
+
+
+def test_the_name_of_a_dtype_is_no_execution_and_any_other_is(tmp_path: Path) -> None:
+    for name, value in {"a": torch.bool, "b": torch.complex64, "c": os.system}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".metadata").write_bytes(pickle.dumps([value, torch.uint16]))
+        assert [fault.split()[-1] for fault in carried.found(tmp_path / name)] == (
+            ["system'"] if name == "c" else []
+        )
+
+
+def test_a_model_that_is_not_whole_and_called_fine_is_a_fault(tmp_path: Path) -> None:
+    """Where nothing looks for what is missing, cases of a dropped parameter are called fine."""
+    stored.write(stored.healthy(), tmp_path / "in" / "saved")
+    shutil.copytree(tmp_path / "in", tmp_path / "store")
+    deaf = readers.Reader("deaf", lambda root: 0, readers.METADATA["audit a run"].files)
+    audits = readers.Reader("audit", readers.METADATA["audit a run"].read, deaf.files)
+    outside(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    for reader, faults in ((deaf, True), (audits, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(readers, "METADATA", {reader.name: reader})
+            make = inside.model_cases(tmp_path, [])
+            bench = inside.Bench(tmp_path, watch.Watch(), there=inside_of(tmp_path / "outside"))
+            for number in range(40):
+                bench.run("metadata of models", number, make(random.Random(number)))
+        assert bench.counts["metadata of models"]["cases"] == 40
+        assert any(fault["faults"][0][0] == "silent" for fault in bench.faults) == faults
+
+
+def inside_of(folder: Path) -> tuple[str, ...]:
+    return tuple(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("way", [way for way in pickles.WAYS if way in ("REDUCE", "OBJ")])

@@ -36,9 +36,24 @@ def test_a_part_that_was_not_run_again_says_of_which_run_it_is() -> None:
     old = {name: value for name, value in KEPT.items() if name != "earlier"} | {"date": "then"}
     new = {name: old[name] for name in old if name != "cases"} | {"date": "now", "commands": {}}
     kept = record.beside(new, old)
-    assert (kept["date"], kept["commands"], kept["cases"]) == ("now", {}, KEPT["cases"])
+    assert (kept["date"], kept["cases"]) == ("now", KEPT["cases"])
     assert kept["earlier"]["cases"]["date"] == "then"
     assert record.beside(new, kept)["earlier"] == kept["earlier"]
+
+
+def test_a_kind_that_was_not_run_again_says_of_which_run_it_is() -> None:
+    rows = {name: {"cases": 1} for name in "abc"}
+    facts = {name: 0 for name in ("seed", "hardware", "versions", "seconds")}
+    old = {**facts, "date": "then", "cases": rows, "commands": rows}
+    one = record.beside({**facts, "date": "now", "cases": {"b": {"cases": 2}}}, old)
+    assert one["cases"] == rows | {"b": {"cases": 2}}
+    runs = {name: run["date"] for name, run in one["earlier"].items()}
+    assert runs == {"cases: a": "then", "cases: c": "then", "commands": "then"}
+    two = record.beside({**facts, "date": "later", "cases": {"c": {"cases": 3}}}, one)
+    runs = {name: run["date"] for name, run in two["earlier"].items()}
+    assert runs == {"cases: a": "then", "cases: b": "now", "commands": "then"}
+    all_new = record.beside({**facts, "date": "last", "cases": rows, "commands": rows}, two)
+    assert "earlier" not in all_new
 
 
 def test_nothing_ran_and_nothing_was_written() -> None:

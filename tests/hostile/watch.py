@@ -93,7 +93,7 @@ class Watch:
             for path, folder in CHANGES[event]:
                 inside = args[folder] if folder is not None and folder < len(args) else -1
                 self._change(event, args[path], inside)
-        elif event == "pickle.find_class" and _is_dtype(*args):
+        elif event == "pickle.find_class" and is_dtype(*args):
             return  # in `.metadata` that we wrote anew
         elif event in ACTS or event in SOCKETS:
             self._note(event, _words(event, args))
@@ -149,7 +149,8 @@ def _words(event: str, args: tuple[Any, ...]) -> str:
     return repr(args[0] if args and not event.startswith("socket") else args)
 
 
-def _is_dtype(module: str, name: str) -> bool:
+def is_dtype(module: str, name: str) -> bool:
+    """Whether a name is that of a dtype, which runs nothing."""
     return module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
 
 

@@ -42,7 +42,8 @@ class _Map:
         self.dtypes.add(str(info.dtype).removeprefix("torch."))
         self.shapes.add(info.shape[name.lead :])
         axis = name.expert_axis
-        self.ids |= {name.expert or 0} if axis is None else set(range(info.shape[axis]))
+        count = info.shape[axis] if axis is not None and axis < len(info.shape) else 0
+        self.ids |= {name.expert or 0} if axis is None else set(range(count))
 
 
 Blocks = dict[str, dict[str, _Map]]
