@@ -25,6 +25,9 @@ A loss is that of the held-out files at the end of the run, in nats per token, w
 error where several seeds ran. Whether what was seen supports a claim is computed from the table:
 a difference below the noise says nothing, where the noise is twice the standard error of the
 difference, or half a percent (of an imbalance 5 %) where fewer than two seeds ran.
+An evaluation reads as many tokens as the held-out files have, from where the one before it ended in
+files that are shuffled anew each time: bumps that all curves of a plot share are of that reading,
+which is the same in every run of a seed.
 "After 1/1.5 of the tokens" is read off one curve, whose learning rate falls to its end only with
 the last token: a run planned for fewer tokens would be lower there, so these figures are cautious.
 """
