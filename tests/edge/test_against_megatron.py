@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from loop import MODEL, MOE, NEWEST, OURS, STOCK, launch, train
+from loop import MODEL, MOE, NEWEST, OURS, SHAPE, STOCK, launch, launch_with, train
 
-from ep_plugin.commands.report.events import Run
+from ep_plugin.commands.report.events import Run, read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import check_arguments, check_block, settings_from_args
 from ep_plugin.megatron.arguments.in_flags import in_flags, refusal
@@ -76,6 +76,21 @@ def test_twenty_iterations_agree(
     assert_agree(ours, theirs, list(range(1, 21)), tags)
     losses = [value for _, value in ours.series("lm loss")]
     assert losses[-1] < losses[0] - 0.1  # it trains
+
+
+@pytest.mark.newest
+def test_a_hybrid_model_agrees_with_megatron_s_own_experts(tmp_path: Path) -> None:
+    flags = ("--hybrid-layer-pattern", "*E*E", "--expert-model-parallel-size", "2")
+    found = []
+    for side in (OURS, STOCK):
+        folder = tmp_path / str(len(found))
+        run = ("--train-iters", "20", "--tensorboard-dir", str(folder), *SHAPE[2:], *MOE, *flags)
+        done = launch_with(2, side, *run)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert ("hosts Megatron's MoE layers" in done.stdout) == (side is OURS)
+        found.append(read_run(folder))
+    assert_agree(*found, list(range(1, 21)))
+    assert found[0].series("lm loss") != found[1].series("lm loss")  # or one block ran twice
 
 
 GATES = {  # ranks, the name of the balancing loss, flags
