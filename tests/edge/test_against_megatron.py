@@ -89,8 +89,9 @@ def test_a_hybrid_model_agrees_with_megatron_s_own_experts(tmp_path: Path) -> No
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert ("hosts Megatron's MoE layers" in done.stdout) == (side is OURS)
         found.append(read_run(folder))
-    assert_agree(*found, list(range(1, 21)))
-    assert found[0].series("lm loss") != found[1].series("lm loss")  # or one block ran twice
+    ours, theirs = found
+    assert_agree(ours, theirs, list(range(1, 21)))
+    assert ours.series("lm loss") != theirs.series("lm loss")  # or one block ran twice
 
 
 GATES = {  # ranks, the name of the balancing loss, flags
