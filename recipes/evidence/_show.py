@@ -38,11 +38,23 @@ def loss_text(runs: list[dict[str, Any]]) -> str:
 
 
 def reached(curve: Curve, loss: float) -> float | None:
-    """Return the tokens at which a curve is at `loss`, between points; None if it never is."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        if y1 <= loss < y0:
-            return x0 + (x1 - x0) * (y0 - loss) / (y0 - y1)
-    return curve[0][0] if curve and curve[0][1] <= loss else None
+    """Return the tokens from which on a curve stays at `loss` or below; None if it ends above."""
+    if not curve or curve[-1][1] > loss:
+        return None
+    for (x0, y0), (x1, y1) in itertools.pairwise(reversed(curve)):
+        if y0 <= loss < y1:
+            return x1 + (x0 - x1) * (y1 - loss) / (y1 - y0)
+    return curve[0][0]
+
+
+def sooner(fast: list[dict[str, Any]], slow: list[dict[str, Any]]) -> float | None:
+    """Return in how many times fewer tokens `fast` stays at `slow`'s final loss than `slow` does.
+
+    Each evaluation reads other samples, so a curve is at its own final loss before its end: both
+    are read off in one way, and a model is 1 times as soon as itself.
+    """
+    at, own = (reached(mean_curve(runs), final(slow)) for runs in (fast, slow))
+    return None if at is None or own is None else own / at
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from _show import final, mean_curve, of, reached
+from _show import of, sooner
 
 Results = dict[str, dict[str, Any]]
 ONE_SEED = {"loss": 0.005}  # of a value: what one seed of each cannot show
@@ -58,21 +58,20 @@ class Less:
 
 @dataclass(frozen=True)
 class Sooner:
-    """A variant has another's final loss after at most 1 / times of the tokens."""
+    """A variant stays at another's final loss after at most 1 / times of its tokens."""
 
     fast: str
     slow: str
     times: float
 
     def judge(self, results: Results) -> Judged:
-        """Read the fast one's mean curve, between its points."""
+        """Read both mean curves, between their points."""
         fast, slow = of(results, self.fast), of(results, self.slow)
         if not fast or not slow:
             return Judged(ABSENT, "")
-        at = reached(mean_curve(fast), final(slow))
-        if at is None:
+        seen = sooner(fast, slow)
+        if seen is None:
             return Judged(CONTRADICTS, "never")
-        seen = slow[0]["tokens"] / at
         return Judged(SUPPORTS if seen >= self.times else CONTRADICTS, f"1/{seen:.2f}")
 
     def said(self, labels: dict[str, str]) -> str:

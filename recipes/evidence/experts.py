@@ -13,12 +13,10 @@ from _show import (
     columns,
     draw_losses,
     figure,
-    final,
     loss_text,
-    mean_curve,
     of,
-    reached,
     save,
+    sooner,
     step_ms,
     table,
 )
@@ -41,16 +39,16 @@ def shown(labels: dict[str, str], kind: str, results: Results) -> str:
         runs = of(results, name)
         if not runs:
             continue
-        sooner = "-"
+        part = "-"
         if dense and name != "dense":
-            at = reached(mean_curve(runs), final(dense))
-            sooner = "never" if at is None else f"1/{runs[0]['tokens'] / at:.2f}"
+            times = sooner(runs, dense)
+            part = "never" if times is None else f"1/{times:.2f}"
         rows.append(
             [
                 label,
                 *columns(runs),
                 loss_text(runs),
-                sooner,
+                part,
                 step_ms(runs),
             ]
         )

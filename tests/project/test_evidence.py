@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ep_plugin.errors import ConfigError
 
@@ -43,6 +45,24 @@ def test_a_loss_is_reached_between_two_points(evidence: Any) -> None:
     assert reached(curve, 3.5) == 25.0
     assert reached(curve, 6.0) == 10.0
     assert reached(curve, 2.0) is None
+    assert reached([], 2.0) is None
+
+
+CURVES = st.lists(st.floats(1.0, 9.0), min_size=2, max_size=8)
+
+
+@given(fast=CURVES, slow=CURVES)
+def test_sooner_is_of_curves_that_stay_below(fast: list[float], slow: list[float]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "recipes" / "evidence"))
+        show = importlib.import_module("_show")
+    runs = [[{"heldout": [[i + 1, y] for i, y in enumerate(curve)]}] for curve in (fast, slow)]
+    assert show.sooner(runs[1], runs[1]) == 1.0
+    times = show.sooner(*runs)
+    assert (times is None) == (fast[-1] > slow[-1]), "a curve that ends above is never there"
+    if times is not None:
+        start = show.reached(show.mean_curve(runs[0]), slow[-1])
+        assert all(y <= slow[-1] for i, y in enumerate(fast) if i + 1 > start)
 
 
 def test_seeds_have_a_standard_error(evidence: Any) -> None:
