@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 
 from ep_plugin.checkpoint.moe_layers import hybrid_pattern, hybrid_symbol, pattern
+from ep_plugin.checkpoint.run_args import said
 from ep_plugin.errors import ConfigError
 
 MAX_LAYERS = 16384
@@ -39,7 +40,7 @@ def absent(
     for names in _outside(args):
         if not any(name in outside for name in names):
             yield names[0]
-    if any(getattr(args, name, None) for name in _OTHER_LAYERS):
+    if any(said(args, name) is not None for name in _OTHER_LAYERS):
         return
     kinds = _kinds(args)
     for layer, there in layers.items():
@@ -57,9 +58,9 @@ def _kinds(args: argparse.Namespace) -> list[str]:
     symbols, number = hybrid_pattern(args), getattr(args, "num_layers", None)
     if isinstance(symbols, str):
         return [hybrid_symbol(symbols, layer) for layer in range(min(len(symbols), MAX_LAYERS))]
-    if getattr(args, "spec", None) or type(number) is not int or not 0 < number <= MAX_LAYERS:
+    if said(args, "spec") is not None or type(number) is not int or not 0 < number <= MAX_LAYERS:
         return []
-    attention = _LATENT if getattr(args, "multi_latent_attention", None) else _ATTENTION
+    attention = _ATTENTION if said(args, "multi_latent_attention") is None else _LATENT
     try:
         experts = pattern(args)
     except (ConfigError, AttributeError, TypeError, ValueError, ArithmeticError):
@@ -68,7 +69,7 @@ def _kinds(args: argparse.Namespace) -> list[str]:
 
 
 def _outside(args: argparse.Namespace) -> Iterator[Names]:
-    if hybrid_pattern(args):
+    if hybrid_pattern(args) or said(args, "spec") is not None:
         return
     if getattr(args, "position_embedding_type", None) == "learned_absolute":
         yield ("embedding.position_embeddings.weight",)
@@ -78,7 +79,10 @@ def _outside(args: argparse.Namespace) -> Iterator[Names]:
 
 def _of(kind: str, args: argparse.Namespace) -> Iterator[Names]:
     """Yield the parameters of one part of a layer."""
-    has = {name: bool(getattr(args, name, None)) for name in vars(args)}.get
+
+    def has(name: str) -> bool:
+        return said(args, name) is not None
+
     biases = has("add_bias_linear")
     norms = _NORMS.get(getattr(args, "normalization", None), ())
     if kind in (_ATTENTION, _LATENT) and not has("num_attention_heads"):
@@ -101,7 +105,7 @@ def _of(kind: str, args: argparse.Namespace) -> Iterator[Names]:
         if biases:
             yield from ((f"{_FC1}.bias", f"{_FC1}.bias_w"), (f"{_FC2}.bias",))
     if kind == _EXPERTS:
-        if not has("ep_router"):
+        if not _is_own_router(getattr(args, "ep_router", None)):
             yield ("mlp.router.weight",)
         if has("moe_router_enable_expert_bias"):
             yield ("mlp.router.expert_bias",)
@@ -112,13 +116,18 @@ def _of(kind: str, args: argparse.Namespace) -> Iterator[Names]:
                 yield (f"{_SHARED}.gate_weight",)
 
 
+def _is_own_router(router: object) -> bool:
+    """Whether a router is a module of the user's: it may have other parameters than a gate."""
+    return router is not None and not (type(router) is str and "." not in router)
+
+
 def _latent(args: argparse.Namespace) -> Iterator[Names]:
-    parts = ["kv", "q"] if getattr(args, "q_lora_rank", None) else ["kv"]
+    parts = ["kv"] if said(args, "q_lora_rank") is None else ["kv", "q"]
     for part in parts:
         up = f"self_attention.linear_{part}_up_proj"
         down = (f"self_attention.linear_{one}_down_proj.weight" for one in (part, "qkv"))
         yield from (tuple(down), (f"{up}.weight",))
-        if getattr(args, "qk_layernorm", None):
+        if said(args, "qk_layernorm") is not None:
             yield (f"{up}.layer_norm_weight", f"self_attention.{part}_layernorm.weight")
     if len(parts) == 1:
         yield ("self_attention.linear_q_proj.weight",)

@@ -84,7 +84,6 @@ _WORDS = [
     "normalization",
     "position_embedding_type",
     "rope_type",
-    "position_embedding_type",
     "moe_router_score_function",
     "ep_dense_activation",
     "ep_expert_activation",

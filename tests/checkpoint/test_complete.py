@@ -176,6 +176,30 @@ def test_audit_names_what_all_layers_lack(
         assert said == "is missing, and by the run arguments it must be there"
 
 
+@pytest.mark.parametrize("name", ["of_another_plugin", "qk_l2_norm", "linear_attention_freq"])
+def test_run_arguments_that_are_tensors_are_read(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = stored.healthy()
+    vars(content.common["args"]).update(hidden_size=stored.H, num_attention_heads=2)
+    setattr(content.common["args"], name, torch.ones(3))
+    code, said = audit(stored.write(content, tmp_path / "moe"), capsys)
+    found = [one["where"] for one in json.loads(said)]
+    if name == "linear_attention_freq":  # layers that are no GPT's
+        assert (code, found) == (0, [])
+    else:
+        assert (code, len(found)) == (1, 2 * stored.L)
+
+
+@pytest.mark.parametrize(
+    ("router", "asked"), [(None, True), ("expert_choice", True), ("mine.router", False)]
+)
+def test_a_router_of_one_s_own_may_have_other_parameters(router: str | None, asked: bool) -> None:
+    args = argparse.Namespace(num_layers=1, num_experts=4, moe_layer_freq=1, ep_router=router)
+    missing = [name for name, _ in not_there({"decoder.layers.0.x"}, args)]
+    assert ("decoder.layers.0.mlp.router.weight" in missing) is asked
+
+
 def test_the_only_layer_of_a_kind_is_held_against_itself() -> None:
     name = "mlp.linear_fc2.weight"
     layer = {f"decoder.layers.0.{n}": shape for n, shape in {**ATTENTION, **DENSE}.items()}
