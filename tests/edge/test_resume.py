@@ -3,6 +3,7 @@
 import argparse
 import re
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from stored import E, healthy, write
 
 from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.other_class import TRANSLATION
 from ep_plugin.megatron.arguments.resume import check_resumable
 from ep_plugin.megatron.seams import upcycling_by_hand
 from ep_plugin.megatron.seams.chained import dealt
@@ -212,6 +214,25 @@ def test_what_can_be_resumed_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "0" / "iter_0000030").rename(tmp_path / "0" / "release")
     (tmp_path / "0" / "latest_checkpointed_iteration.txt").write_text("release")
     check_resumable(run_args(tmp_path / "0", **PLAIN))
+
+
+@pytest.mark.skipif(find_spec(TRANSLATION) is None, reason="from megatron-core 0.19 on")
+def test_a_gpt_s_state_into_a_hybrid_model_is_looked_at_where_megatron_loads_it(
+    tmp_path: Path,
+) -> None:
+    """Under --finetune it does, unless the checkpoint says that it has none."""
+    hybrid = PLAIN | EP1 | {"hybrid_layer_pattern": "*E*E", "finetune": True}
+    content = healthy()
+    del content.common["optimizer"]
+    folder = write(content, tmp_path / "said")
+    with pytest.raises(ConfigError, match="no optimizer state; use --no-load-optim"):
+        check_resumable(run_args(folder, **hybrid))
+    check_resumable(run_args(folder, **hybrid, no_load_optim=True))
+    content.common["args"].no_save_optim = True
+    folder = write(content, tmp_path / "none")
+    check_resumable(run_args(folder, **hybrid))
+    with pytest.raises(ConfigError, match="no optimizer state; use --finetune"):
+        check_resumable(run_args(folder, **hybrid | {"finetune": False}))
 
 
 def test_per_rank_files_without_experts(tmp_path: Path) -> None:

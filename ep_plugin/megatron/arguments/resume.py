@@ -83,8 +83,9 @@ def check_resumable(args: Any) -> None:
     trains = (args.train_iters or args.train_samples) and not args.skip_train
     if not (trains and goes_on and is_dist) or args.no_load_optim:
         return
-    if other or not args.finetune:  # of the other class Megatron loads the state all the same
-        _check_optimizer(args, folder, saved, common)
+    translated = other and optimizer  # which Megatron does under --finetune, too
+    if translated or not args.finetune:
+        _check_optimizer(args, folder, saved, common, translated)
         _check_buckets(args, folder, saved, common)
     if not args.finetune:
         _check_schedule(args, folder, common)
@@ -184,17 +185,21 @@ _WIDTHS: dict[str, Callable[[Any], int | None]] = {
 }
 
 
-def _check_optimizer(args: Any, folder: Path, saved: Any, common: dict[str, Any]) -> None:
+def _check_optimizer(
+    args: Any, folder: Path, saved: Any, common: dict[str, Any], translated: bool
+) -> None:
     """Raise ConfigError where the optimizer's state is not there, or not as this run keeps it.
 
+    `translated`: it is loaded into the other class of models, whatever --finetune says.
     Without the distributed optimizer, a run with expert parallelism has a second optimizer for its
     experts, and Megatron loads the state of as many as there are.
     """
     state = common.get("optimizer")
     if not isinstance(state, dict):
+        way = "" if translated else "--finetune to begin anew with its weights, or "
         raise ConfigError(
-            f"{folder} holds no optimizer state; use --finetune to begin anew with its weights, or "
-            "--no-load-optim --no-load-rng to keep its iteration"
+            f"{folder} holds no optimizer state; use {way}--no-load-optim --no-load-rng to keep "
+            "its iteration"
         )
     if {getattr(a, "optimizer", "adam") for a in (saved, args)} - {"adam", "sgd"}:
         return  # the others are several optimizers by nature
