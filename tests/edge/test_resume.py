@@ -228,6 +228,13 @@ def test_a_gpt_s_state_into_a_hybrid_model_is_looked_at_where_megatron_loads_it(
     with pytest.raises(ConfigError, match="no optimizer state; use --no-load-optim"):
         check_resumable(run_args(folder, **hybrid))
     check_resumable(run_args(folder, **hybrid, no_load_optim=True))
+    anew = hybrid | {"finetune": False, "pretrained_checkpoint": str(folder)}
+    with pytest.raises(ConfigError, match="no optimizer state; use --no-load-optim"):
+        check_resumable(run_args(tmp_path / "nothing", **anew))
+    (folder / "iter_0000030").rename(folder / "release")
+    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    for distributed in (False, True):  # weights alone: Megatron looks for no state
+        check_resumable(run_args(folder, **hybrid | {"use_distributed_optimizer": distributed}))
     content.common["args"].no_save_optim = True
     folder = write(content, tmp_path / "none")
     check_resumable(run_args(folder, **hybrid))

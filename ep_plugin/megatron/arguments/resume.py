@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.formats.megatron_dist import TRACKER
@@ -68,7 +68,7 @@ def check_resumable(args: Any) -> None:
     Asks what --load names, or --pretrained-checkpoint where that has none. The size of the
     vocabulary in it goes along, as `args.ep_vocab_size`.
     """
-    folder, goes_on = _loaded(args)
+    folder, goes_on, release = _loaded(args)
     if folder is None:
         return  # Megatron starts afresh
     common, is_dist = _beside_the_weights(folder)
@@ -78,16 +78,17 @@ def check_resumable(args: Any) -> None:
     if getattr(saved, "ep_vocab_size", None) is not None:
         args.ep_vocab_size = saved.ep_vocab_size
     _check_experts(args, folder, saved)
-    optimizer = not (args.no_load_optim or getattr(saved, "no_save_optim", False))
+    optimizer = not (release or args.no_load_optim or getattr(saved, "no_save_optim", False))
     other = check_class(args, folder, saved, common.get("content_metadata"), optimizer)
     trains = (args.train_iters or args.train_samples) and not args.skip_train
-    if not (trains and goes_on and is_dist) or args.no_load_optim:
+    if not (trains and is_dist) or args.no_load_optim:
         return
-    translated = other and optimizer  # which Megatron does under --finetune, too
-    if translated or not args.finetune:
+    goes_on = goes_on and not args.finetune
+    translated = other and optimizer  # which Megatron does to begin anew, too
+    if translated or goes_on:
         _check_optimizer(args, folder, saved, common, translated)
         _check_buckets(args, folder, saved, common)
-    if not args.finetune:
+    if goes_on:
         _check_schedule(args, folder, common)
 
 
@@ -96,15 +97,23 @@ def loaded_model(args: Any) -> tuple[Path | None, argparse.Namespace | None]:
 
     Raises ConfigError for a folder that Megatron does not read, and would begin without.
     """
-    folder, _ = _loaded(args)
+    folder = _loaded(args).folder
     if folder is None:
         return None, None
     saved = _beside_the_weights(folder)[0].get("args")
     return folder, saved if isinstance(saved, argparse.Namespace) else None
 
 
-def _loaded(args: Any) -> tuple[Path | None, bool]:
-    """Return the folder that is loaded and whether the run in it goes on.
+class _Loaded(NamedTuple):
+    """What a run begins with."""
+
+    folder: Path | None
+    goes_on: bool = False  # the run that saved it
+    release: bool = False  # weights alone: of others or converted
+
+
+def _loaded(args: Any) -> _Loaded:
+    """Return the folder that is loaded.
 
     Raises ConfigError for a folder that Megatron does not read, and would begin without.
     """
@@ -113,15 +122,16 @@ def _loaded(args: Any) -> tuple[Path | None, bool]:
         tracker = folder / TRACKER
         _check_tracker(tracker)
         if args.ckpt_step is not None:
-            return folder / f"iter_{args.ckpt_step:07d}", goes_on
+            return _Loaded(folder / f"iter_{args.ckpt_step:07d}", goes_on)
         if tracker.is_file():
-            return folder, goes_on and tracker.read_text().strip() != "release"
+            release = tracker.read_text().strip() == "release"
+            return _Loaded(folder, goes_on and not release, release)
         if is_hf(folder):
             raise ConfigError(
                 f"{folder} is a Hugging Face model, which Megatron does not read; use ep-plugin "
                 f"convert --from {folder} --to {folder}-megatron, then --load {folder}-megatron"
             )
-    return None, False
+    return _Loaded(None)
 
 
 def _check_tracker(tracker: Path) -> None:
@@ -190,7 +200,7 @@ def _check_optimizer(
 ) -> None:
     """Raise ConfigError where the optimizer's state is not there, or not as this run keeps it.
 
-    `translated`: it is loaded into the other class of models, whatever --finetune says.
+    `translated`: it is loaded into the other class of models, also where a run begins anew.
     Without the distributed optimizer, a run with expert parallelism has a second optimizer for its
     experts, and Megatron loads the state of as many as there are.
     """
