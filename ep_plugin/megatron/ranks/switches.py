@@ -6,7 +6,7 @@ import torch
 from torch.backends import cuda, cudnn, mkldnn
 
 _SWITCHES: dict[str, Callable[[], object]] = {
-    "torch.get_default_dtype()": torch.get_default_dtype,
+    "torch.set_default_dtype": torch.get_default_dtype,
     "torch.use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled,
     # What torch.set_float32_matmul_precision and allow_tf32 set too; these cannot always be read.
     "torch.backends.fp32_precision": lambda: torch.backends.fp32_precision,  # type: ignore[attr-defined]
