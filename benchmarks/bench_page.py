@@ -22,13 +22,18 @@ from bench_rows import (
     RESULTS,
     Found,
     best,
+    floor,
+    gains,
+    is_like,
     load,
     megatron,
     newest,
+    one_layer,
     others,
     ours,
     peers,
     repeat,
+    tokens_per_second,
     versions,
 )
 
@@ -79,7 +84,7 @@ class Page:
             ("Megatron FP8, fastest", lambda f: best(f, megatron("fp8"))),
             ("best other, bf16", lambda f: best(f, others)),
         ]
-        rows = [f for f in self.found if _balanced(f, "layer") and f.row["ep"] == 1]
+        rows = [f for f in self.found if one_layer(f)]
         return self._tables(rows, columns, _floors)
 
     def two_gpus(self) -> str:
@@ -95,7 +100,7 @@ class Page:
             ("Megatron FP8, fastest", lambda f: best(f, megatron("fp8"))),
             ("best other, bf16", lambda f: best(f, others)),
         ]
-        rows = [f for f in self.found if _balanced(f, "overlap")]
+        rows = [f for f in self.found if is_like(f.row, bench="overlap", routing="balanced")]
         return self._tables(rows, columns, partial(_left, self.all))
 
     def _tables(
@@ -140,7 +145,7 @@ class Page:
         for key in dict.fromkeys(_case(f) for f in rows):
             own = [f for f in rows if _case(f) == key]
             picked = [
-                best(own, partial(_is, **_ours_in_the_loop(precision), graph=graph))
+                best(own, partial(is_like, **_ours_in_the_loop(precision), graph=graph))
                 for precision in ("bf16", "fp8")
                 for graph in (False, True)
             ]
@@ -148,34 +153,28 @@ class Page:
             picked += [*theirs, best(own, megatron("fp8"))]
             for each in filter(None, picked):
                 self.remember(each)
-            speeds = [f"{_speed(each):,.0f}" if each else "-" for each in picked]
-            mine = best(own, partial(_is, **_ours_in_the_loop("bf16")))
-            ratio = f"{_speed(mine) / _speed(theirs[1]):.2f}" if mine and theirs[1] else "-"
+            speeds = [f"{tokens_per_second(each):,.0f}" if each else "-" for each in picked]
+            mine = best(own, partial(is_like, **_ours_in_the_loop("bf16")))
+            ratio = (
+                f"{tokens_per_second(mine) / tokens_per_second(theirs[1]):.2f}"
+                if mine and theirs[1]
+                else "-"
+            )
             body.append([key, *speeds, ratio])
         return _markdown(head, body)
 
     def fp8(self) -> str:
         """What FP8 brings: times in bf16 over those in FP8, of each side's best."""
-        head = ["shape, card", "ours, in a graph", "ours, launched by the host", "Megatron"]
-        head += ["by the floors"]
-        body = []
-        rows = [
-            f
-            for f in self.found
-            if _balanced(f, "layer") and f.row["ep"] == 1 and f.row["gradients"] == "anew"
-        ]
+        rows = [f for f in self.found if one_layer(f) and f.row["gradients"] == "anew"]
+        head, body = list[str](), []
         for device in sorted({f.row["device"] for f in rows}):
             for shape in SHAPES:
-                own = [f for f in rows if f.row["shape"] == shape and f.row["device"] == device]
-                pairs = [
-                    [best(own, ours(p, graph)) for p in ("bf16", "fp8")] for graph in (True, False)
-                ]
-                pairs.append([best(own, megatron(p)) for p in ("bf16", "fp8")])
-                gains = [f"{a.ms / b.ms:.2f}" if a and b else "-" for a, b in pairs]
-                if set(gains) != {"-"}:
-                    floors = [_floor(own, p) for p in ("bf16", "fp8")]
-                    by = f"{floors[0] / floors[1]:.2f}" if floors[0] and floors[1] else "-"
-                    body.append([f"{shape}, {device}", *gains, by])
+                own = [f for f in rows if is_like(f.row, shape=shape, device=device)]
+                found = gains(own)
+                head = ["shape, card", *found]
+                if any(gain for name, gain in found.items() if name != "by the floors"):
+                    shown = [f"{gain:.2f}" if gain else "-" for gain in found.values()]
+                    body.append([f"{shape}, {device}", *shown])
         return _markdown(head, body)
 
     def floors(self) -> str:
@@ -209,7 +208,8 @@ class Page:
             name = " ".join(filter(None, (row["bench"], row["shape"], row["op"], *way)))
             figure = f"{each.ms:.2f} ms"
             if row["bench"] == "train":
-                figure = f"{_speed(each):,.0f} tokens/s, attention {row.get('attention') or '-'}"
+                speed, attention = tokens_per_second(each), row.get("attention") or "-"
+                figure = f"{speed:,.0f} tokens/s, attention {attention}"
             told = [versions(row), each.switches(), f"`{repeat(row)}`"]
             body.append([name, figure, row["device"], each.file, row["date"], *told])
         title = "# Rows behind the tables\n\nBy `python benchmarks/bench_page.py`; see "
@@ -220,32 +220,15 @@ def _ours_in_the_loop(precision: str) -> dict[str, object]:
     return {"backend": "ep_plugin", "precision": precision}
 
 
-def _is(row: dict[str, object], **wanted: object) -> bool:
-    return all(row[name] == value for name, value in wanted.items())
-
-
-def _balanced(each: Found, bench: str) -> bool:
-    return _is(each.row, bench=bench, routing="balanced")
-
-
-def _speed(each: Found) -> float:
-    return float(each.row["tokens_per_second"])
-
-
 def _case(each: Found) -> str:
     row = each.row
     forced = ", forced balance" if row["routing"] == "forced balance" else ""
     return f"{row['shape']}, {row['op']}{forced}, {row['ep']} x {row['device']}"
 
 
-def _floor(own: list[Found], precision: str) -> float | None:
-    """Return the floor of a shape, where any of its rows has one."""
-    return next((f.floor() for f in own if f.row["precision"] == precision), None)
-
-
 def _floors(own: list[Found]) -> tuple[str, str]:
     """Return the floors of a shape in bf16 and FP8."""
-    floors = [_floor(own, precision) for precision in ("bf16", "fp8")]
+    floors = [floor(own, precision) for precision in ("bf16", "fp8")]
     return "floor bf16 / FP8", " / ".join(f"{ms:.1f}" if ms else "-" for ms in floors)
 
 
@@ -255,7 +238,7 @@ def _left(found: list[Found], own: list[Found]) -> tuple[str, str]:
     same = {name: like[name] for name in ("shape", "device", "gradients", "routing")}
     found = [each for each in found if each.file == own[0].file]  # another card is no measure
     for precision in ("bf16", "fp8"):
-        alone = [f for f in found if _is(f.row, **same, ep=1, bench="layer")]
+        alone = [f for f in found if is_like(f.row, **same, ep=1, bench="layer")]
         one = best(alone, ours(precision, True))
         many = best(own, ours(precision, True))
         shown.append(f"{one.ms / many.ms:.2f}" if one and many else "-")

@@ -7,7 +7,17 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from bench_rows import Found, best, megatron, ours, peers
+from bench_rows import (
+    Found,
+    best,
+    gains,
+    is_like,
+    megatron,
+    one_layer,
+    ours,
+    peers,
+    tokens_per_second,
+)
 from matplotlib import pyplot as plt
 
 from ep_plugin.commands.bench.plot import draw
@@ -41,8 +51,7 @@ def _layer(found: list[Found], bench: str, ranks: int) -> list[Any]:
     shown = [
         f
         for f in found
-        if (f.row["bench"], f.row["ep"], f.row["routing"]) == (bench, ranks, "balanced")
-        and f.row["gradients"] == "anew"
+        if is_like(f.row, bench=bench, ep=ranks, routing="balanced", gradients="anew")
     ]
     with_peers = [f for f in shown if megatron("bf16")(f.row) and f.floor() is not None]
     shown = [f for f in shown if f.row["device"] in {m.row["device"] for m in _newest(with_peers)}]
@@ -88,35 +97,20 @@ def _loop(found: list[Found]) -> Any:
         own = [f for f in rows if (f.row["shape"], f.row["op"], f.row["device"]) == case]
         for name, way in ways.items():
             each = best(own, way)
-            bars[name].append(float(each.row["tokens_per_second"]) / 1e3 if each else None)
+            bars[name].append(tokens_per_second(each) / 1e3 if each else None)
     labels = [f"{shape}\n{op}, {device}" for shape, op, device in cases]
     title = "Megatron's loop: the fastest way of each side that was measured"
     return _bars(title, labels, bars, [*OURS, *THEIRS], "thousand tokens per second, all GPUs")
 
 
 def _fp8(found: list[Found]) -> Any:
-    rows = [
-        f
-        for f in found
-        if (f.row["bench"], f.row["ep"], f.row["routing"]) == ("layer", 1, "balanced")
-        and f.row["gradients"] == "anew"
-    ]
+    rows = [f for f in found if one_layer(f) and f.row["gradients"] == "anew"]
     last = _newest(f for f in rows if megatron("fp8")(f.row) and f.floor() is not None)
     rows = [f for f in rows if f.row["device"] == last[0].row["device"]]
-    labels: list[str] = []
-    bars: Bars = {"ours, in a graph": [], "Megatron": [], "by the floors": []}
-    for shape in SHAPES:
-        own = [f for f in rows if f.row["shape"] == shape]
-        pair = [best(own, ours(p, True)) for p in ("bf16", "fp8")]
-        theirs = [best(own, megatron(p)) for p in ("bf16", "fp8")]
-        if not (pair[0] and pair[1]):
-            continue
-        labels.append(shape)
-        bars["ours, in a graph"].append(pair[0].ms / pair[1].ms)
-        two = theirs[0], theirs[1]
-        bars["Megatron"].append(two[0].ms / two[1].ms if two[0] and two[1] else None)
-        floors = pair[0].floor(), pair[1].floor()
-        bars["by the floors"].append(floors[0] / floors[1] if floors[0] and floors[1] else None)
+    all_gains = {shape: gains([f for f in rows if f.row["shape"] == shape]) for shape in SHAPES}
+    kept = {shape: found for shape, found in all_gains.items() if found["ours, in a graph"]}
+    names = ("ours, in a graph", "Megatron", "by the floors")
+    bars = {name: [found[name] for found in kept.values()] for name in names}
     device = rows[0].row["device"]
     title = f"A layer in bf16 over the same in FP8, {device}: above 1 FP8 is faster"
-    return _bars(title, labels, bars, [OURS[1], THEIRS[1], "#b91c1c"], "times")
+    return _bars(title, list(kept), bars, [OURS[1], THEIRS[1], "#b91c1c"], "times")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ep_plugin.commands.bench.contest import DROPPING, OURS
 from ep_plugin.commands.bench.figures import Row, read
-from ep_plugin.commands.bench.floors import H100, Work, floor_ms
+from ep_plugin.commands.bench.floors import H100, PRECISIONS, Work, floor_ms
 from ep_plugin.commands.bench.shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
@@ -16,6 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 AGAIN = ("other_cards", "starts", "repeats", "losses")
 BENCHES = ("layer", "overlap", "train")
 THEIRS = ("megatron", "torch")  # peers with columns of their own
+PACKAGES = {"liger": "liger-kernel", "sonicmoe": "sonic-moe"}  # of peers by other names
 
 
 class Found(NamedTuple):
@@ -44,10 +45,6 @@ class Found(NamedTuple):
     def switches(self) -> str:
         """Return what the row says; rows of before it was kept say nothing."""
         return str(self.row.get("switches") or "-")
-
-    @property
-    def ours(self) -> bool:
-        return str(self.row["backend"]).startswith(OURS)
 
 
 def load(folder: Path = RESULTS) -> list[Found]:
@@ -85,6 +82,39 @@ def _has_rows(path: Path) -> bool:
     return isinstance(rows, list) and any(row.get("bench") in BENCHES for row in rows)
 
 
+def is_like(row: Row, **wanted: object) -> bool:
+    """Whether a row has these values."""
+    return all(row[name] == value for name, value in wanted.items())
+
+
+def one_layer(each: Found) -> bool:
+    """Whether a row is of one layer on one GPU with balanced routing."""
+    return is_like(each.row, bench="layer", ep=1, routing="balanced")
+
+
+def tokens_per_second(each: Found) -> float:
+    """Return the speed of a row of the loop."""
+    return float(each.row["tokens_per_second"])
+
+
+def floor(found: Iterable[Found], precision: str) -> float | None:
+    """Return the floor of a shape, where any of its rows has one."""
+    return next((f.floor() for f in found if f.row["precision"] == precision), None)
+
+
+def gains(found: list[Found]) -> dict[str, float | None]:
+    """Return a shape's times in bf16 over those in FP8, of each side's best, and of the floors."""
+    sides: dict[str, Callable[[str], Wanted]] = {
+        "ours, in a graph": lambda precision: ours(precision, True),
+        "ours, launched by the host": lambda precision: ours(precision, False),
+        "Megatron": megatron,
+    }
+    pairs = {name: [best(found, side(p)) for p in PRECISIONS] for name, side in sides.items()}
+    times = {name: [each.ms if each else None for each in pair] for name, pair in pairs.items()}
+    times["by the floors"] = [floor(found, precision) for precision in PRECISIONS]
+    return {name: a / b if a and b else None for name, (a, b) in times.items()}
+
+
 Wanted = Callable[[Row], bool]
 
 
@@ -97,7 +127,7 @@ def ours(precision: str, graph: bool, **more: object) -> Wanted:
     """Return what finds our rows: bf16, or FP8 by rows."""
     backend = OURS if precision == "bf16" else f"{OURS}+rowwise"
     whole = {"backend": backend, "precision": precision, "graph": graph, **more}
-    return lambda row: all(row[key] == value for key, value in whole.items())
+    return lambda row: is_like(row, **whole)
 
 
 def megatron(precision: str, as_it_is: bool = False) -> Wanted:
@@ -172,8 +202,10 @@ def _train(row: Row, name: str, ways: list[str]) -> str:
 def versions(row: Row) -> str:
     """Return the versions that matter to a row."""
     kept = row["versions"]
+    peer = str(row["backend"]).replace(" (te)", "").split("+")[0]
     names = ["torch", "triton"]
-    if str(row["backend"]).startswith("megatron") or row["bench"] == "train":
+    if peer == "megatron" or row["bench"] == "train":
         names += ["megatron-core", "transformer-engine"]
-    names += [n for n in ("torchtitan", "deepspeed", "liger-kernel") if row["backend"][:5] == n[:5]]
+    elif peer not in ("torch", OURS):
+        names.append(PACKAGES.get(peer, peer))
     return ", ".join(f"{name} {kept[name]}" for name in names if name in kept)
