@@ -142,6 +142,7 @@ def _torch() -> Finding:
 
 
 def _device() -> Finding:
+    from ep_plugin.megatron.cpu import gpu_packages
     from ep_plugin.megatron.cpu import mode as cpu_mode
 
     cuda = import_module("torch").cuda
@@ -151,7 +152,9 @@ def _device() -> Finding:
         return Finding("device", "broken", str(error))
     if wanted:
         asked = " as EP_PLUGIN_DEVICE asks" if "EP_PLUGIN_DEVICE" in os.environ else ", no GPU here"
-        return Finding("device", "ok", f"CPU mode with gloo{asked}")
+        hidden = ", ".join(gpu_packages.installed())
+        kept = f"; Megatron does not see {hidden}, for GPUs" if hidden else ""
+        return Finding("device", "ok", f"CPU mode with gloo{asked}{kept}")
     names = [cuda.get_device_name(device) for device in range(cuda.device_count())]
     return Finding("device", "ok", f"{len(names)} x {', '.join(sorted(set(names)))} with NCCL")
 

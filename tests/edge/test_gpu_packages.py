@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
 from loop import RUN, SCRIPT, SHAPE
 
+from ep_plugin.commands import doctor
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.cpu import gpu_packages
+from ep_plugin.megatron.seams.patches import Patches
 
 CLI = ("-m", "ep_plugin.cli")
 TRAP = """
@@ -47,7 +50,8 @@ def test_no_package_of_gpus_is_imported(tmp_path: Path) -> None:
         (traps / name).mkdir(parents=True)
         (traps / name / "__init__.py").write_text(TRAP)
     save = ("--train-iters", "1", "--save", str(dense), "--save-interval", "1")
-    run(traps, "-m", "ep_plugin.run", SCRIPT, *SHAPE, *RUN, *save)
+    said = run(traps, "-m", "ep_plugin.run", SCRIPT, *SHAPE, *RUN, *save)
+    assert f"CPU mode (gloo, without {', '.join(gpu_packages.NAMES)})" in said
     upcycled = ("--to", str(experts), "--num-experts", "4", "--topk", "2", "--drop-optimizer")
     assert "logits" in run(traps, *CLI, "convert", "--from", str(dense), *upcycled)
     text = ("--prompt", "1 2", "--num-tokens", "2", "--greedy", "--tokenizer", "numbers")
@@ -71,9 +75,54 @@ def test_what_is_hidden_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "transformer_engine" not in sys.modules
 
 
-def test_a_megatron_that_took_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
-    monkeypatch.setitem(sys.modules, "megatron.core", ModuleType("megatron.core"))
-    with pytest.raises(ConfigError, match=r"together with apex.* python -m ep_plugin\.run SCRIPT"):
+def took(package: ModuleType) -> Iterator[tuple[str, object]]:
+    """Yield what a module of Megatron can have of a package."""
+    yield "itself", package
+    yield "a class", type("FusedAdam", (), {"__module__": f"{package.__name__}.optimizers"})
+    function = FunctionType(took.__code__, {"__name__": f"{package.__name__}.ops"})
+    yield "a function", function
+
+
+@pytest.mark.parametrize("name", gpu_packages.NAMES)
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_a_megatron_that_took_one_is_refused(
+    name: str, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("megatron.core.taken")
+    vars(module).update([list(took(ModuleType(name)))[kind]])
+    monkeypatch.setitem(sys.modules, "megatron.core.taken", module)
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    with pytest.raises(ConfigError, match=rf"together with {name},.* -m ep_plugin\.run SCRIPT"):
         gpu_packages.hide()
-    assert sys.modules["apex"] is not None
+    assert sys.modules[name] is not None
+
+
+def test_a_package_that_megatron_did_not_take_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script may import it itself, after Megatron was imported without it."""
+    monkeypatch.setitem(sys.modules, "megatron.core", ModuleType("megatron.core"))
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    gpu_packages.hide()
+    assert sys.modules["apex"] is None
+
+
+def test_a_hidden_package_is_one_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("apex", "apex.optimizers", "apex.contrib"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    patches = Patches()
+    gpu_packages.changes(patches)
+    assert [place for place, _ in patches.table()] == list(gpu_packages.NAMES)
+
+
+def test_doctor_names_what_the_cpu_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EP_PLUGIN_DEVICE", "cpu")
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    (tmp_path / "amp_C.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert {"apex", "amp_C"} <= set(gpu_packages.installed())
+    gpu_packages.hide()
+    there = gpu_packages.installed()
+    assert {"apex", "amp_C"} <= set(there)
+    assert f"Megatron does not see {', '.join(there)}" in doctor._device().text

@@ -354,7 +354,10 @@ def _say_idle(flags: list[str]) -> None:
 
 
 def _say(what: str) -> None:
-    device = "CPU mode (gloo)" if cpu_mode.wanted() else "GPU"
+    device = "GPU"
+    if cpu_mode.wanted():
+        hidden = ", ".join(gpu_packages.installed())
+        device = f"CPU mode (gloo{', without ' + hidden if hidden else ''})"
     _print(f"hosts Megatron's MoE layers; {what}; {device}")
 
 

@@ -51,10 +51,8 @@ class Patches:
         self._noted.append(_Variable(name, why, value))
 
     def hide(self, package: str, why: str) -> None:
-        """Let importing a package fail as if it was not installed."""
-        loaded = [name for name in sys.modules if name.startswith(f"{package}.")]
-        for name in (package, *loaded):
-            self._noted.append(_Hidden(name, why))
+        """Let importing a package, and all below it, fail as if it was not installed."""
+        self._noted.append(_Hidden(package, why))
 
     def enter(self, context: AbstractContextManager[Any], why: str) -> None:
         """Be inside a context from `apply` to `undo`."""
@@ -220,19 +218,24 @@ class _Variable(_Change):
 
 
 class _Hidden(_Change):
-    """A module that cannot be imported."""
+    """A package that cannot be imported, with what was loaded of it before."""
 
     def make(self) -> None:
-        self.before = sys.modules.get(self.place, _NOT_OWN)
-        sys.modules[self.place] = None  # type: ignore[assignment]
+        below = f"{self.place}."
+        self.before = {
+            name: module
+            for name, module in sys.modules.items()
+            if name == self.place or name.startswith(below)
+        }
+        for name in (self.place, *self.before):
+            sys.modules[name] = None  # type: ignore[assignment]
 
     def undo(self) -> None:
-        if sys.modules.get(self.place, _NOT_OWN) is not None:
-            return
-        if self.before is _NOT_OWN:
-            del sys.modules[self.place]
-        else:
-            sys.modules[self.place] = self.before  # type: ignore[assignment]
+        for name in (self.place, *self.before):
+            if sys.modules.get(name, _NOT_OWN) is None:
+                del sys.modules[name]
+                if name in self.before:
+                    sys.modules[name] = self.before[name]
 
 
 class _Entered(_Change):
