@@ -6,6 +6,7 @@ import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,19 @@ def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str,
         assert (row["device"], row["ep"]) == ("cpu", 1)
         assert row["versions"]["torch"] == torch.__version__
     return rows
+
+
+def test_what_peers_print_is_no_row(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = command._measure
+
+    def noisy(*arguments: Any) -> Any:
+        print("a package says what device it found")
+        return measure(*arguments)
+
+    monkeypatch.setattr(command, "_measure", noisy)
+    bench(capsys, "gemm", "--backends", "ep_plugin", "--precision", "bf16")
 
 
 def test_layer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
