@@ -25,7 +25,9 @@ raise ModuleNotFoundError("of no use to a process that writes files")
 
 
 @pytest.fixture(autouse=True)
-def shown_again() -> None:
+def shown_again() -> Iterator[None]:
+    gpu_packages.show_again()
+    yield
     gpu_packages.show_again()
 
 
