@@ -143,13 +143,16 @@ def draw_losses(
     seconds: bool = False,
 ) -> None:
     """Draw held-out loss of each variant that is there, against tokens or `seconds` of training."""
-    colors = _colors(len(labels))
-    for (name, label), color in zip(labels.items(), colors, strict=True):
+    there = [name for name in labels if of(results, name)]
+    styles = dict(zip(there, _styles(len(there)), strict=True))
+    for name, label in labels.items():
         runs = of(results, name)
         if runs:
             curve = mean_curve(runs)
             one = _seconds_of_token(runs[0]) if seconds else 1e-6
-            axis.plot([x * one for x, _ in curve], [y for _, y in curve], color=color, label=label)
+            axis.plot(
+                [x * one for x, _ in curve], [y for _, y in curve], label=label, **styles[name]
+            )
     axis.set_xlabel(
         "training time (s), evaluation left out" if seconds else "training tokens (millions)"
     )
@@ -174,7 +177,10 @@ def _close_up(axis: Any, results: dict[str, dict[str, Any]], labels: dict[str, s
     axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
-def _colors(number: int) -> list[Any]:
+def _styles(number: int) -> list[dict[str, Any]]:
+    """Return how to draw so many curves: colours in their order, and of many every third alike."""
     from matplotlib import colormaps
 
-    return [colormaps["viridis"](i / max(1, number - 1) * 0.92) for i in range(number)]
+    shades = [colormaps["viridis"](i / max(1, number - 1) * 0.92) for i in range(number)]
+    lines = ("-",) if number < 8 else ("-", "--", ":")
+    return [{"color": c, "linestyle": lines[i % len(lines)]} for i, c in enumerate(shades)]

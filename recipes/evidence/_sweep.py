@@ -97,6 +97,7 @@ def _parser(claims: tuple[Claim, ...], script: str) -> argparse.ArgumentParser:
         description="\n".join(
             f"({claim.letter}) {claim.about}. Claim: {claim.says}" for claim in claims
         ),
+        usage=f"{script} [LETTER ...] [options]" if script == "several.py" else None,
         epilog=EXAMPLES.format(script=script),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

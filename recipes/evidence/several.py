@@ -37,12 +37,16 @@ TOGETHER = (
     students,
 )
 MODULES = (*TOGETHER[:8], step_time, *TOGETHER[8:], settings)  # in the page's order
-LETTERS = {module.CLAIM.letter for module in TOGETHER}
+LETTERS = tuple(dict.fromkeys(module.CLAIM.letter for module in TOGETHER))
 
 if __name__ == "__main__":
     words = sys.argv[1:]
     letters = []
     while words and words[0] in LETTERS:
         letters.append(words.pop(0))
+    if words and not words[0].startswith("-"):
+        legal = " ".join(LETTERS)
+        print(f"several.py: error: LETTER must be of {legal}; got {words[0]!r}", file=sys.stderr)
+        sys.exit(2)
     chosen = [module.CLAIM for module in TOGETHER if module.CLAIM.letter in (letters or LETTERS)]
     sys.exit(main(chosen, "several.py", words))

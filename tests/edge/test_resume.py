@@ -173,6 +173,26 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, st
 }
 
 
+def test_other_settings_than_those_saved_are_told(tmp_path: Path) -> None:
+    content = healthy()
+    saved = {"ep_distill_weight": 0.5, "ep_teacher": "t", "moe_router_topk": 2, "ep_gemm": "loop"}
+    vars(content.common["args"]).update(saved)
+    content.common["optimizer"] = SHARDED
+    folder = write(content, tmp_path)
+    same = run_args(folder, **saved)
+    assert check_resumable(same) is None
+    other = {"ep_distill_weight": 1.0, "ep_teacher": None, "moe_router_topk": 1, "ep_gemm": "auto"}
+    said = check_resumable(run_args(folder, **saved | other))
+    assert said is not None
+    told = said.partition(": ")[2].split("; ")
+    assert sorted(told) == [
+        "--ep-distill-weight 0.5, here 1.0",
+        "--ep-teacher 't', here None",
+        "--moe-router-topk 2, here 1",
+    ]
+    assert check_resumable(run_args(folder, **saved | other, finetune=True)) is None
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_resumed_is_refused(case: str, tmp_path: Path) -> None:
     """And what the sentence says to use is taken."""

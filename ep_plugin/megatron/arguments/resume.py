@@ -16,6 +16,7 @@ from ep_plugin.checkpoint.formats.megatron_dist import TRACKER
 from ep_plugin.checkpoint.open import is_hf
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.other_class import check_class
+from ep_plugin.megatron.arguments.other_settings import other_settings
 
 BY_PARAMETER, BY_BUCKET = "fully_reshardable", "dp_reshardable"
 SHARDING = "param_state_sharding_type"  # in the state of a distributed optimizer alone
@@ -62,19 +63,20 @@ def note_vocabulary(args: Any) -> None:
         args.ep_vocab_size = tokenizer.vocab_size
 
 
-def check_resumable(args: Any) -> None:
+def check_resumable(args: Any) -> str | None:
     """Raise ConfigError for a checkpoint that this run cannot load, before Megatron tries.
 
-    Asks what --load names, or --pretrained-checkpoint where that has none. The size of the
-    vocabulary in it goes along, as `args.ep_vocab_size`.
+    Returns what it has set otherwise than the run that saved; None where it is nothing. Asks what
+    --load names, or --pretrained-checkpoint where that has none. The size of the vocabulary in it
+    goes along, as `args.ep_vocab_size`.
     """
     folder, goes_on, release = _loaded(args)
     if folder is None:
-        return  # Megatron starts afresh
+        return None  # Megatron starts afresh
     common, is_dist = _beside_the_weights(folder)
     saved = common.get("args")
     if not isinstance(saved, argparse.Namespace):
-        return  # of another format, or not whole: Megatron has words for it
+        return None  # of another format, or not whole: Megatron has words for it
     if getattr(saved, "ep_vocab_size", None) is not None:
         args.ep_vocab_size = saved.ep_vocab_size
     _check_experts(args, folder, saved)
@@ -82,14 +84,16 @@ def check_resumable(args: Any) -> None:
     other = check_class(args, folder, saved, common.get("content_metadata"), optimizer)
     trains = (args.train_iters or args.train_samples) and not args.skip_train
     if not (trains and is_dist) or args.no_load_optim:
-        return
+        return None
     goes_on = goes_on and not args.finetune
     translated = other and optimizer  # which Megatron does to begin anew, too
     if translated or goes_on:
         _check_optimizer(args, folder, saved, common, translated)
         _check_buckets(args, folder, saved, common)
-    if goes_on:
-        _check_schedule(args, folder, common)
+    if not goes_on:
+        return None
+    _check_schedule(args, folder, common)
+    return other_settings(args, saved)
 
 
 def loaded_model(args: Any) -> tuple[Path | None, argparse.Namespace | None]:

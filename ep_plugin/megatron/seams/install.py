@@ -248,9 +248,9 @@ def _with_our_checks(
         check_arguments(args, layer_class.settings)
         said = choose_format(args)
         validated = original(args, *rest, **kwargs)
-        check_resumable(args)
+        otherwise = check_resumable(args)
         check_teacher(args)
-        for line in (said, at_start(args)):
+        for line in (said, otherwise, at_start(args)):
             if line is not None:
                 _print(line)
         for line in about_speed:
