@@ -58,6 +58,7 @@ def _models_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "run_model", run_model)
     monkeypatch.setattr(compare, "run_source", run_model)
     monkeypatch.setattr(compare, "import_module", lambda _: None)
+    monkeypatch.setattr(compare, "worker", lambda: None)
 
 
 def convert(source: Path, target: Path, *flags: str) -> tuple[int, str]:

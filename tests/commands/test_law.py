@@ -89,7 +89,10 @@ LINES = [
     *(f"bench {name} --backends megatron" for name in ("layer", "overlap")),
     *("apply plain.py applied.py", "doctor", "presets", "presets qwen3-nano"),
     *("recipes", "recipes qwen3-nano", "report --run run"),
-    "parity script.py --num-layers 2 --hidden-size 512 --num-experts 4 --lr 1 --layouts ep=2",
+    *(
+        f"parity script.py --num-layers 2 --hidden-size 512 --num-experts 4 --lr 1 {more}"
+        for more in ("--layouts ep=2", "--use-distributed-optimizer --layouts ep=2")
+    ),
 ]
 
 

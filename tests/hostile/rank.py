@@ -26,7 +26,7 @@ class InThisProcess:
 
     def __init__(self, command: list[str], stderr: BinaryIO, env: Mapping[str, str]) -> None:
         *known, job = command
-        if known != [sys.executable, "-m", start.WORKER] or env["WORLD_SIZE"] != "1":
+        if known != [sys.executable, "-m", start.LOADER, start.WORKER] or env["WORLD_SIZE"] != "1":
             raise AssertionError(f"generate starts {command}")
         before = dict(os.environ)
         os.environ.update(env)

@@ -19,7 +19,7 @@ from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, TokenBatch, draw, fill
 from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.request import Request
-from ep_plugin.commands.convert.run_model import aside, run_model, run_source
+from ep_plugin.commands.convert.run_model import aside, run_model, run_source, worker
 from ep_plugin.errors import BackendUnavailable, ConfigError
 
 REPORT = "parity.json"
@@ -144,7 +144,7 @@ def load_compare(request: Request, target: Target) -> Comparison | None:
             if hf:
                 import_module("transformers")
             if megatron:
-                import_module("ep_plugin.megatron.workers.load").load("model_run", on_cpu=True)
+                worker()
     except ImportError as error:
         extras = ",".join(["hf"] * hf + ["megatron"] * megatron)
         raise BackendUnavailable(

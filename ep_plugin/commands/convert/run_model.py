@@ -30,15 +30,17 @@ class Outputs:
 def run_model(folder: Path, tokens: Tensor, seed: int) -> Outputs:
     """Return what the model in a Hugging Face or an iteration folder makes of `tokens` [B, S]."""
     if not is_hf(folder):
-        worker = _worker()
+        megatron = worker()
         if hybrid_pattern(read_common(folder).get("args")):  # read as the GPT that it is
-            return _outputs(worker.trace_foreign(folder, tokens, seed, None))
-        return _outputs(worker.trace(folder, tokens, seed))
+            return _outputs(megatron.trace_foreign(folder, tokens, seed, None))
+        return _outputs(megatron.trace(folder, tokens, seed))
     return Outputs(*import_module("ep_plugin.commands.convert.run_hf").trace(folder, tokens))
 
 
-def _worker() -> Any:
-    return import_module("ep_plugin.megatron.workers.load").load("model_run", on_cpu=True)
+def worker() -> Any:
+    """Return the module that runs a model of Megatron's; raises ImportError, and ConfigError."""
+    load = import_module("ep_plugin.megatron.workers.load").load
+    return load("ep_plugin.megatron.workers.model_run", on_cpu=True)
 
 
 def _outputs(trace: Any) -> Outputs:
@@ -55,8 +57,7 @@ def run_source(folder: Path, tokens: Tensor, seed: int, router: str | None) -> O
     """
     if is_hf(folder):
         return run_model(folder, tokens, seed)
-    worker = _worker()
-    return _outputs(worker.trace_foreign(folder, tokens, seed, router))
+    return _outputs(worker().trace_foreign(folder, tokens, seed, router))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 from ep_plugin.errors import ConfigError
 
 LOADER = "ep_plugin.megatron.workers.load"
-WORKER = "generate_run"
+WORKER = "ep_plugin.megatron.workers.generate_run"
 ERROR = re.compile(r"^ep_plugin(?:\.run)?: error: (.*)$", re.MULTILINE)
 UNREAD = 141  # code of a rank whose output nobody reads any more
 TAIL = 30  # lines of a failed rank that are shown

@@ -11,14 +11,14 @@ from ep_plugin.megatron.cpu import gpu_packages
 from ep_plugin.megatron.cpu import mode as cpu_mode
 
 
-def load(worker: str, on_cpu: bool = False) -> Any:
-    """Return a module of this package; `on_cpu`: it takes the CPU where there is a GPU, too.
+def load(module: str, on_cpu: bool = False) -> Any:
+    """Return a worker's module; `on_cpu`: it takes the CPU where there is a GPU, too.
 
     Raises ConfigError where Megatron was imported before with what the CPU cannot run.
     """
     if on_cpu or cpu_mode.wanted():
         gpu_packages.hide()
-    return import_module(f"ep_plugin.megatron.workers.{worker}")
+    return import_module(module)
 
 
 if __name__ == "__main__":
