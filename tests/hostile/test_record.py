@@ -15,6 +15,7 @@ KINDS = (
     "safetensors headers",
     "settings",
     "command lines",
+    "metadata of models",
 )
 
 
