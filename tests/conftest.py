@@ -1,6 +1,11 @@
-"""What is slow, and is left out by `tests/run.sh --quick`."""
+"""What is slow, and is left out by `tests/run.sh --quick`; no test has a deadline."""
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# What a test says counts, not how long a busy machine takes for it.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # A file, or one test of a file with all its cases. To see what belongs here:
 # pytest --durations=40 --durations-min=3
