@@ -51,6 +51,11 @@ class Size:
     router: str = ""  # flags of every top-1 router at this size, after its common ones
 
     @property
+    def file_name(self) -> str:
+        """What it is called in names of files."""
+        return self.name.replace("-", "_")
+
+    @property
     def half(self) -> int:
         """Half of the feed-forward block."""
         return self.ffn // 2

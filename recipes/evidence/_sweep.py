@@ -119,7 +119,7 @@ def _parser(claims: tuple[Claim, ...], script: str) -> argparse.ArgumentParser:
 def _main(claims: tuple[Claim, ...], args: argparse.Namespace) -> int:
     size = shrunk(SIZES[args.size]) if args.shrink else SIZES[args.size]
     kept = args.runs / size.name if args.shrink else ROOT / "benchmarks" / "results"
-    file = args.results or kept / f"evidence_{size.name.replace('-', '_')}.json"
+    file = args.results or kept / f"evidence_{size.file_name}.json"
     plots = args.plots or (kept if args.shrink else ROOT / "benchmarks" / "evidence")
     variants = _chosen(claims, args.only, size)
     args.data = args.data or ROOT / "data" / size.corpus
@@ -261,6 +261,6 @@ def show(claims: tuple[Claim, ...], results: Results, size: Size, plots: Path) -
         if len(own) < 2:
             continue
         plots.mkdir(parents=True, exist_ok=True)
-        path = plots / f"{claim.name}_{size.name.replace('-', '_')}.png"
+        path = plots / f"{claim.name}_{size.file_name}.png"
         claim.plot(own, path)
         print(f"plot: {path}")

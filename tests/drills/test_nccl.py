@@ -12,24 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from fault import COMBINE, HERE, ROOT, Fault
-from loop import MOE, RUN, SCRIPT, SHAPE
+from loop import LOCAL, MOE, RUN, SCRIPT, SHAPE
 
 pytestmark = [
     *(pytest.mark.multi_gpu, pytest.mark.megatron),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
 ]
 FAR = 20  # the iteration of the fault
-PLAIN = (
-    *("--transformer-impl", "local", "--no-masked-softmax-fusion", "--no-persist-layer-norm"),
-    *("--no-rope-fusion", "--no-gradient-accumulation-fusion"),
-)
 
 
 @pytest.mark.parametrize("watch", [(), ("--ep-watch-ranks", "10")])
 def test_the_sentence_comes_before_the_watchdog(watch: tuple[str, ...], tmp_path: Path) -> None:
     fault = Fault("stop_for_good", COMBINE, FAR)
     flags = ("--train-iters", "40", "--expert-model-parallel-size", "2", "--eval-iters", "0")
-    flags += ("--bf16", "--distributed-timeout-minutes", "1", *PLAIN)
+    flags += ("--bf16", "--distributed-timeout-minutes", "1", *LOCAL)
     script = [str(HERE / "faulty.py"), SCRIPT, *RUN, *SHAPE, *MOE, *flags, *watch]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     drill = {"DRILL": json.dumps(asdict(fault)), "DRILL_FOLDER": str(tmp_path)}

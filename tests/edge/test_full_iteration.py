@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop import MODEL, MOE, NEWEST, OURS, RUN, SCRIPT, SHAPE
+from loop import LOCAL, MODEL, MOE, NEWEST, OURS, RUN, SCRIPT, SHAPE
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer import TransformerConfig
 
@@ -31,7 +31,6 @@ CAPTURE = (
     *("--cuda-graph-warmup-steps", "3"),
 )
 PER_LAYER = ("--ep-experts-per-layer", "4,3", "--moe-layer-freq", "[1]*2")  # 3: whole on a rank
-PLAIN = "--transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm"
 
 
 def test_sums_stay_where_a_replay_adds_to_them() -> None:
@@ -136,8 +135,8 @@ def test_graphs_are_freed_before_nccl_s_groups_wait_for_them(
 def train_on_gpus(folder: Path, *flags: str, ep: int = 2) -> Run:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(*OURS, SCRIPT, *SHAPE, *RUN, *MOE, *PLAIN.split(), "--no-rope-fusion", "--bf16"),
-        *("--no-gradient-accumulation-fusion", "--use-distributed-optimizer"),
+        *(*OURS, SCRIPT, *SHAPE, *RUN, *MOE, *LOCAL, "--bf16"),
+        "--use-distributed-optimizer",
         *("--expert-model-parallel-size", str(ep)),
         *("--train-iters", str(ITERATIONS), "--tensorboard-dir", str(folder), *flags),
     ]

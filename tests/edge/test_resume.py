@@ -14,8 +14,8 @@ from stored import E, healthy, write
 
 from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
-from ep_plugin.megatron.arguments.other_class import TRANSLATION
 from ep_plugin.megatron.arguments.resume import check_resumable
+from ep_plugin.megatron.cpu.local_layers import TRANSLATION
 from ep_plugin.megatron.seams import upcycling_by_hand
 from ep_plugin.megatron.seams.chained import dealt
 from ep_plugin.megatron.seams.patches import Patches

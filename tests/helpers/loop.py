@@ -31,6 +31,13 @@ RUN = shlex.split(
     """
 )
 MODEL = [*SHAPE, *RUN]
+# Layers of Megatron's own on a GPU, without what needs Transformer Engine or apex.
+LOCAL = shlex.split(
+    """
+    --transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion
+    --no-gradient-accumulation-fusion
+    """
+)
 MOE = shlex.split(
     """
     --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-aux-loss-coeff 1e-2

@@ -13,10 +13,10 @@ from typing import Any
 from ep_plugin.checkpoint.layer_pairs import natural, pairs_of
 from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.cpu.local_layers import TRANSLATION
 from ep_plugin.untrusted import shown
 
 BY_PARAMETER = ("fully_reshardable", "fully_sharded_model_space")
-TRANSLATION = "megatron.core.dist_checkpointing.gpt_checkpoint_interop"
 PATTERN = "--hybrid-layer-pattern"
 
 

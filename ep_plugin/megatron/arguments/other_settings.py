@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ep_plugin.megatron.arguments.table import TABLE, Argument
+from ep_plugin.megatron.arguments.table import TABLE
 from ep_plugin.untrusted import shown
 
 COMPUTED = ("routing", "capacity", "losses", "experts", "fp8")  # groups of what is computed
@@ -25,7 +25,7 @@ def other_settings(args: Any, saved: argparse.Namespace) -> str | None:
     if args.num_experts is None:
         return None
     found = [
-        f"{_flag(row)} {before}, here {now}"
+        f"{row.usual_flag} {before}, here {now}"
         for row in TELLING
         if hasattr(saved, row.dest) and hasattr(args, row.dest)
         if (before := shown(getattr(saved, row.dest))) != (now := shown(getattr(args, row.dest)))
@@ -33,7 +33,3 @@ def other_settings(args: Any, saved: argparse.Namespace) -> str | None:
     if not found:
         return None
     return f"this run goes on with other settings than it was saved with: {'; '.join(found)}"
-
-
-def _flag(row: Argument) -> str:
-    return row.twin_flag or row.flag

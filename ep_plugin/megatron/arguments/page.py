@@ -104,7 +104,7 @@ def _needs(row: Argument) -> str:
 
 
 def _way_out(row: Argument, sentence: str) -> str:
-    own = (row.flag, row.twin_flag or row.flag)
+    own = (row.flag, row.usual_flag)
     _, use, rest = sentence.partition("; use ")
     kept = [
         way

@@ -65,6 +65,11 @@ class Argument:
         return None if self.twin is None else f"--{self.twin.replace('_', '-')}"
 
     @property
+    def usual_flag(self) -> str:
+        """How it is typed by who knows Megatron: its flag where there is one."""
+        return self.twin_flag or self.flag
+
+    @property
     def dest(self) -> str:
         """The attribute of the parsed arguments, and of those in a checkpoint."""
         return self.twin or f"ep_{self.name}"

@@ -59,15 +59,15 @@ def install(settings: Any = None) -> None:
     global _patches
     if _patches.active:
         return
-    had_cpu_mode = cpu_mode.active()
+    had_cpu_mode, on_cpu = cpu_mode.active(), cpu_mode.wanted()
     try:
-        if cpu_mode.wanted():
+        if on_cpu:
             gpu_packages.hide()  # before the first import of Megatron, which its version takes
         foreign = apex.foreign_apex()
         if foreign is not None:
             raise ConfigError(foreign)
         release = touchpoints.release_for(touchpoints.installed_version())
-        if cpu_mode.wanted():
+        if on_cpu:
             cpu_mode.enable()
         patches = Patches()
         checked = touchpoints.verify()
