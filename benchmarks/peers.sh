@@ -3,6 +3,7 @@
 #
 #     ./benchmarks/peers.sh rates             what this GPU reaches, and the terms of all floors
 #     ./benchmarks/peers.sh layer cutlass     every way of Megatron, then those by CUTLASS
+#     ./benchmarks/peers.sh liger             Liger's, which compiles for minutes at each shape
 #     ./benchmarks/peers.sh graph             in a CUDA graph; Megatron's with drop-and-pad alone
 #     ./benchmarks/peers.sh titan             torchtitan's minimal_async_ep, each shape in its own process
 #     ./benchmarks/peers.sh many wide         gpt-oss-120b and Qwen3-Next; GLM, OLMoE, DeepSeek, Mixtral
@@ -11,7 +12,7 @@
 #
 # Rows go to benchmarks/results/{peers,gemm_peers}_$GPU.json; GPU=h200 by default. A peer that cannot run
 # is named with the reason ("not measured: ..."), and the others go on. A step that is cut at its
-# limit keeps the shapes that it has measured; started again it goes on from there.
+# limit keeps the rows that it has; started again it goes on from there.
 # To see that it works without a GPU: SHAPES=tiny REPEATS=2 OUT=runs/peers ./benchmarks/peers.sh layer
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,7 +42,8 @@ run_rates() {
     read -ra shapes <<<"${SHAPES:-$five $many $wide}"
     timeout "$LIMIT" "$PYTHON" -m ep_plugin.cli bench layer --explain --shapes "${shapes[@]}"
 }
-run_layer() { bench layer "$layers" "$five"; }
+run_layer() { bench layer "$layers" "$five" --skip liger; }
+run_liger() { bench layer "$layers" "$five" --precision bf16 --backends liger; }
 run_cutlass() {
     with_cutlass bench layer "$layers" "$five $many" --backends megatron --precision bf16
 }
@@ -53,8 +55,8 @@ run_titan() {
         SHAPES="$shape" bench layer "$layers" "$shape" --backends torchtitan --precision bf16
     done
 }
-run_many() { bench layer "$layers" "$many"; }
-run_wide() { bench layer "$layers" "$wide"; }
+run_many() { bench layer "$layers" "$many" --skip liger; }
+run_wide() { bench layer "$layers" "$wide" --skip liger; }
 run_skew() {
     bench layer "$layers" "q3-30b gpt-oss-120b" --routing zipf1.2 recorded --backends ep_plugin torch
 }
@@ -69,9 +71,9 @@ if (($# == 0)); then
 fi
 for step in "$@"; do
     case "$step" in
-    rates | layer | cutlass | graph | titan | many | wide | skew | gemm | gemm_cutlass) "run_$step" ;;
+    rates | layer | cutlass | liger | graph | titan | many | wide | skew | gemm | gemm_cutlass) "run_$step" ;;
     *)
-        echo "error: steps are rates, layer, cutlass, graph, titan, many, wide, skew, gemm, gemm_cutlass; got '$step'" >&2
+        echo "error: steps are rates, layer, cutlass, liger, graph, titan, many, wide, skew, gemm, gemm_cutlass; got '$step'" >&2
         exit 2
         ;;
     esac

@@ -18,7 +18,8 @@ FLAGS = {
     "audit": "CKPT --json",
     "bench": (
         "BENCH --backends --cuda-graph --dispatchers --explain --gradients --json --output --plot "
-        "--precision --recipes --repeats --resume --routing --shapes --trace --trace-plot --warm"
+        "--precision --recipes --repeats --resume --routing --shapes --skip --trace --trace-plot "
+        "--warm"
     ),
     "convert": (
         "--check --drop-optimizer --drop-ratio --dry-run --ep --family --format --from "

@@ -66,6 +66,7 @@ VALUES = {
         **{"--routing": "half", "--recipes": "rowwise", "--dispatchers": "deepep"},
         **{"--repeats": "2", "--warm": "1", "--output": "rows.json", "--plot": "rows.png"},
         **{"--trace": "trace.json", "--trace-plot": "trace.png", "--gradients": "added"},
+        **{"--skip": "torch"},
     },
     "parity": {
         **{"--iterations": "2", "--tolerance": "0.5", "--device": "cuda", "--output": "out.json"},

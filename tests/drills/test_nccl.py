@@ -32,15 +32,17 @@ def test_the_sentence_comes_before_the_watchdog(watch: tuple[str, ...], tmp_path
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, **drill}
     environment |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *launcher, "-m", "ep_plugin.run", *script],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    log = tmp_path / "log.txt"  # a file: also there where this test is ended
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, "-m", "ep_plugin.run", *script],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     try:
-        text, _ = process.communicate(timeout=300)
+        process.wait(timeout=300)
+        text = log.read_text(errors="replace")
         assert (tmp_path / "sessions").is_file(), text[-6000:]
     finally:
         sessions = tmp_path / "sessions"

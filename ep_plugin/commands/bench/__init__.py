@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ and, where they are named, all experts of
   tiny         for a quick look, on any machine
 """
 MOST_ROUNDS = 1_000_000
-BENCHES: dict[str, Callable[[Contest, Shape, str], list[Row]]] = {
+BENCHES: dict[str, Callable[[Contest, Shape, str], Iterable[Row]]] = {
     "layer": whole_layer.measure,
     "gemm": products_alone.measure,
     "kernels": steps_alone.measure,
@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, summary in (
         ("shapes", "sizes, listed below (default: the first five; without a GPU tiny)"),
         ("backends", "ep_plugin or peers; one asked for by name runs, or the command fails"),
+        ("skip", "backends to leave out"),
         ("precision", f"{', '.join(PRECISIONS)} (default: both)"),
         ("routing", f"{', '.join(ROUTINGS)} (default: balanced)"),
         ("gradients", f"{', '.join(GRADIENTS)} (default: both)"),
@@ -141,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
         tuple(args.dispatchers),
         tuple(args.gradients) or GRADIENTS,
         rates(protocol),
+        tuple(args.skip),
     )
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # some peers print
         rows, kept = _measure(args, contest, shapes, kept)
@@ -210,12 +212,13 @@ def _check(args: argparse.Namespace) -> None:
                 f"--{name} must be at least {least}; got {value}; use --{name} {least}"
             )
     legal_backends = BACKENDS[args.bench]
-    for value in args.backends:
-        if value not in legal_backends:
-            raise ConfigError(
-                f"--backends must be among {', '.join(legal_backends)}; got {shown(value)}; use "
-                f"--backends {OURS}"
-            )
+    for flag, fit in (("backends", OURS), ("skip", legal_backends[-1])):
+        for value in getattr(args, flag):
+            if value not in legal_backends:
+                raise ConfigError(
+                    f"--{flag} must be among {', '.join(legal_backends)}; got {shown(value)}; use "
+                    f"--{flag} {fit}"
+                )
 
 
 def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -238,11 +241,11 @@ def _measure(
     rows = contest.kept
     for shape in shapes:
         for routing in args.routing or ["balanced"]:
-            made = BENCHES[args.bench](contest, shape, routing)
-            rows, kept = merge(rows, made), merge(kept, made)
-            if args.output is not None and os.environ.get("RANK", "0") == "0":
-                with contextlib.suppress(ConfigError):
-                    write(args.output, kept)
+            for row in BENCHES[args.bench](contest, shape, routing):
+                rows, kept = merge(rows, [row]), merge(kept, [row])
+                if args.output is not None and os.environ.get("RANK", "0") == "0":
+                    with contextlib.suppress(ConfigError):
+                        write(args.output, kept)
     return rows, kept
 
 

@@ -53,11 +53,13 @@ class Contest:
     dispatchers: tuple[str, ...] = ()
     gradients: tuple[Gradients, ...] = GRADIENTS
     rates: Rates = H100  # of the device, for floors
+    skip: tuple[str, ...] = ()  # backends to leave out
     absent: dict[tuple[str, str], list[Precision]] = field(default_factory=dict)  # with reason
 
     def entries(self, names: Iterable[str]) -> list[tuple[str, Precision]]:
         """Return name and precision of each of `names` that takes part."""
-        chosen = [name for name in names if not self.backends or name in self.backends]
+        asked = [name for name in names if not self.backends or name in self.backends]
+        chosen = [name for name in asked if name not in self.skip]
         return [(name, precision) for name in chosen for precision in self.precisions]
 
     @contextmanager

@@ -1,5 +1,6 @@
 """Each grouped product of a layer's linear maps alone, operands already quantised."""
 
+from collections.abc import Iterator
 from functools import partial
 
 from torch import Tensor
@@ -17,9 +18,9 @@ PEERS = ("grouped_mm", "deepgemm", "transformer_engine")
 CHECKED = 64  # rows of the first expert whose product is compared with fp32
 
 
-def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
-    """Return a row for each product that is not measured yet."""
-    case, rows = make_case(shape, routing, contest.protocol.device), []
+def measure(contest: Contest, shape: Shape, routing: str) -> Iterator[Row]:
+    """Yield a row for each product that is not measured yet."""
+    case = make_case(shape, routing, contest.protocol.device)
     for linear in shape.linears:
         problem = products.make_problem(case, linear)
         found = {
@@ -45,8 +46,7 @@ def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
         )
         for name, product in found.items():
             row = _row(contest, shape, problem, product, times[name], errors[name])
-            rows.append(row | {"routing": routing, "gpu": gpu})
-    return rows
+            yield row | {"routing": routing, "gpu": gpu}
 
 
 def _products(contest: Contest, problem: Problem) -> list[Product]:

@@ -1,6 +1,8 @@
 """Contenders of a layer bench, made and checked: as many at a time as the GPU's memory holds."""
 
 import gc
+import sys
+import time
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +17,7 @@ from ep_plugin.commands.bench.floors import Gradients, Precision
 # No host sync in steps; of Megatron with drop-and-pad alone.
 CAPTURABLE = (OURS, "torch", "megatron", "torchtitan")
 CROWDED = 0.45  # of the memory; as much again is left for gradients, their sums and a step
+SLOW = 5.0  # seconds of a first step that are said
 WRONG = 0.2  # relative error of another layer than the wanted one; e4m3 stays below 0.1
 
 
@@ -68,12 +71,16 @@ def ready(
     """
     found = []
     for backend, make in makers.items():
+        began = time.perf_counter()
         with contest.attempt(backend, precision):
             contender = make()
             train_step(case, contender)(0)  # kernels are compiled
             if wanted is not None and DROPPING not in backend:
                 _check(errors(case, contender, wanted))
             found.append(contender)
+        seconds = time.perf_counter() - began
+        if seconds > SLOW:
+            print(f"{case.shape.name}: {backend} took {seconds:.0f} s to compile", file=sys.stderr)
     return found
 
 

@@ -28,7 +28,7 @@ NEEDS = (
         "--explain is for layer; got {args.bench}; use bench layer --explain",
     ),
     Need(
-        "--backends --routing --repeats --warm --resume --output --plot --json --cuda-graph",
+        "--backends --skip --routing --repeats --warm --resume --output --plot --json --cuda-graph",
         lambda args: not args.explain,
         "{flag} is for a run that measures, and --explain prints the floors alone; use {flag} "
         "without --explain",
@@ -62,6 +62,29 @@ NEEDS = (
         "kernels without --backends",
     ),
     Need(
+        "--skip",
+        lambda args: args.bench != "kernels" and not (args.bench == "overlap" and args.cuda_graph),
+        "--skip has nothing to leave out: bench {args.bench} has ep_plugin alone here; use bench "
+        "{args.bench} without --skip",
+    ),
+    Need(
+        "--skip",
+        lambda args: not args.backends,
+        "--skip leaves backends out of all there are, and --backends names some; use --skip "
+        "without --backends",
+    ),
+    Need(
+        "--skip",
+        lambda args: bool(set(BACKENDS[args.bench]) - set(args.skip)),
+        "--skip leaves out all that bench {args.bench} has; use --skip {args.skip[0]}",
+    ),
+    Need(
+        "--cuda-graph",
+        lambda args: args.bench != "layer" or not set(rounds.CAPTURABLE) <= set(args.skip),
+        "--cuda-graph has nothing to capture: --skip leaves out all that it can; use --cuda-graph "
+        "without --skip",
+    ),
+    Need(
         "--backends",
         lambda args: args.bench != "overlap" or not args.cuda_graph,
         "--backends has no choice beside --cuda-graph, which overlap has for ep_plugin alone; use "
@@ -69,8 +92,8 @@ NEEDS = (
     ),
     Need(
         "--recipes --dispatchers",
-        lambda args: _any_of(args.backends, (OURS,)),
-        "{flag} is for ep_plugin, and --backends leaves it out; use --backends ep_plugin",
+        lambda args: _any_of(args.backends, (OURS,)) and OURS not in args.skip,
+        "{flag} is for ep_plugin, which is left out; use --backends ep_plugin",
     ),
     Need(
         "--recipes",

@@ -4,6 +4,7 @@ The weights are quantised once in eight steps, as in an optimizer step of eight 
 step is timed with the weights kept, their quantisation by itself, and `ms` has an eighth of it.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,13 +27,11 @@ from ep_plugin.commands.bench.shapes import Shape
 PEERS = ("torch", "megatron", "sonicmoe", "liger", "veomni", "torchtitan", "deepspeed")
 
 
-def measure(contest: Contest, shape: Shape, routing: str) -> list[Row]:
-    """Return a row for each contender, and each kind of gradients, that is not measured yet."""
+def measure(contest: Contest, shape: Shape, routing: str) -> Iterator[Row]:
+    """Yield a row for each contender, and each kind of gradients, that is not measured yet."""
     case = make_case(shape, routing, contest.protocol.device)
-    rows: list[Row] = []
     for contenders in rounds(contest, case, (OURS, *PEERS)):
-        rows += _measure_round(contest, case, contenders)
-    return rows
+        yield from _measure_round(contest, case, contenders)
 
 
 def _measure_round(contest: Contest, case: Case, contenders: list[Contender]) -> list[Row]:
