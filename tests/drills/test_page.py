@@ -40,6 +40,10 @@ def test_the_page_has_the_figures_of_two_gpus() -> None:
     first, second = stop["said_after_s"]
     assert f"after {first} s and again after {second} s" in page
     assert f"watchdog aborts after {stop['watchdog_after_s']} s" in page
+    combine = results["drills"]["stop_in_combine"]
+    named = [combine["said_after_s"][watch][0] for watch in ("default", "--ep-watch-ranks 10")]
+    assert f"names it {named[0]} s later, with `--ep-watch-ranks 10` {named[1]} s later" in page
+    assert f"still there {combine['still_there_after_watchdog_s']} s after" in page
     said, ended = kill["said_after_s"][0], kill["ended_after_s"]
     assert f"the sentence comes after {said} s and torchrun ends the job after {ended} s" in page
     assert f"torch {results['versions']['torch']}" in page

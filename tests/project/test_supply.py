@@ -1,5 +1,6 @@
 """SECURITY.md, licences and the weekly audit: each command and each dependency has its row."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -66,3 +67,20 @@ def test_what_the_audit_covers_is_what_the_tests_run_with() -> None:
     for word in project["dependencies"]:
         name = re.split(r"[^\w-]", word)[0]
         assert re.search(rf"^{name}==", constraints, re.M), name
+
+
+def test_the_last_output_is_of_the_versions_tested_and_security_says_what_it_says() -> None:
+    kept = json.loads((ROOT / "docs" / "pip-audit.json").read_text())
+    audited, other = kept["audited"], kept["not_audited"]
+    pins = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert pins
+    for name, version in pins:
+        assert (audited | other)[name] == version, f"{name}: run pip-audit again"
+    text = " ".join(SECURITY.split())
+    for figure in (
+        f"is of {kept['date']}: of {len(audited) + len(other)} packages",
+        f"{len(audited)} were audited, with no known weakness",
+        f"The other {len(other)}, ",
+    ):
+        assert figure in text, figure
+    assert kept["known_weaknesses"] == 0
