@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Megatron's loop beside ours, both with all that is fast, on two GPUs; qwen3-30b-a3b's layers.
-# Each step ends below nine minutes:
+# Each step ends below nine minutes. On two H200 a side takes some 75 seconds, most of them to start: `one` and `two`
+# are cut, and go on where they are started again.
 #
 #     ./benchmarks/loop.sh one two four     sequences a micro-batch, 4 layers: ours, Megatron's ways
 #     ./benchmarks/loop.sh deep             12 layers, two sequences: what a layer costs

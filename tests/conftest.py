@@ -1,5 +1,7 @@
 """What is slow, and is left out by `tests/run.sh --quick`; no test has a deadline."""
 
+import importlib
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -89,6 +91,10 @@ SLOW = (
     "test_weights",
     "test_workers_end",
 )
+
+
+def pytest_configure() -> None:
+    importlib.import_module("cpu_only")  # of tests/helpers, which is on the path by now
 
 
 def is_slow(file: str, test: str) -> bool:

@@ -8,6 +8,7 @@ python tests/helpers/hybrid_order.py before|after
 import importlib
 import sys
 
+import cpu_only  # noqa: F401  before Megatron
 import torch
 from core_model import LENGTH, VOCAB, Case, build, fill, transformer_config
 from forked import one_rank

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-_preloaded = ["torch.distributed", "ep_plugin.moe.layer"]
+_preloaded = ["cpu_only", "torch.distributed", "ep_plugin.moe.layer"]
 
 
 def preload(*modules: str) -> None:

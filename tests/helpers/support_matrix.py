@@ -12,6 +12,7 @@ import platform
 import sys
 from typing import Any
 
+import cpu_only  # noqa: F401  before Megatron
 import torch
 from core_model import Case
 from layouts import CASES, CHECKS, difference, results

@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+import cpu_only  # noqa: F401  before Megatron
 from loop import MODEL
 
 from ep_plugin.megatron.arguments.theirs import BY_FIELD
