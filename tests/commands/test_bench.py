@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ep_plugin.cli import main
 from ep_plugin.commands import bench as command
-from ep_plugin.commands.bench import contest, ours, rounds, whole_layer
+from ep_plugin.commands.bench import contest, ours, rounds, which_flags, whole_layer
 from ep_plugin.commands.bench.accumulate import train_step
 from ep_plugin.commands.bench.case import (
     ROUTINGS,
@@ -211,6 +211,37 @@ def test_resume_keeps_what_is_there(capsys: pytest.CaptureFixture[str], tmp_path
     assert replaced[0]["ms"] != first[0]["ms"]
 
 
+def test_rows_are_kept_as_they_come(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, measure = tmp_path / "rows.json", whole_layer.measure
+    kept = []
+
+    def cut(*arguments: Any) -> Any:
+        for row in measure(*arguments):
+            yield row
+            kept.append(row)
+            if len(kept) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setitem(command.BENCHES, "layer", cut)
+    words = ["layer", "--precision", "bf16", "--output", str(output)]
+    assert main(["bench", *words, *FAST]) == 130
+    capsys.readouterr()
+    assert json.loads(output.read_text()) == json.loads(json.dumps(kept))
+    monkeypatch.setitem(command.BENCHES, "layer", measure)
+    assert bench(capsys, *words, "--resume")[:2] == kept
+
+
+@pytest.mark.parametrize("left", ["torch", "ep_plugin"])
+def test_a_backend_is_left_out(left: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["layer", "--precision", "bf16", "--gradients", "anew"]
+    whole = bench(capsys, *words)
+    rows = bench(capsys, *words, "--skip", left)
+    names = [str(row["backend"]) for row in whole]
+    assert [row["backend"] for row in rows] == [n for n in names if n.partition("+")[0] != left]
+
+
 @pytest.mark.parametrize("name", contest.INSTALL)
 def test_absent_peers_are_named(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -315,6 +346,16 @@ def test_a_recipe_that_cannot_take_a_shape_leaves_the_others_their_rows(
         (["layer", "--explain", "--json"], "--json is for a run that measures, .* --explain"),
         (["kernels", "--gradients", "anew"], "--gradients has no choice in bench kernels"),
         (["layer", "--resume"], "--resume needs --output, .*"),
+        (["layer", "--skip", "apex"], "--skip must be among ep_plugin, torch, .*'apex'; use .*"),
+        (["kernels", "--skip", "ep_plugin"], "--skip has nothing to leave out: bench kernels .*"),
+        (
+            ["layer", "--skip", "torch", "--backends", "ep_plugin"],
+            "--skip leaves backends out of all there are, and --backends names some; .*",
+        ),
+        (
+            ["gemm", "--skip", *which_flags.BACKENDS["gemm"]],
+            "--skip leaves out all that bench gemm has; use --skip ep_plugin",
+        ),
         (["gemm", "--cuda-graph"], "--cuda-graph is for layer and overlap; got gemm; use .*"),
         (["layer", "--cuda-graph"], "--cuda-graph needs a CUDA device; this is cpu; use .*"),
         (["layer", "--output", "bad.json"], "bad.json cannot be read .*; use another --output"),
