@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_plugin.checkpoint.text import Numbers
-from ep_plugin.commands.generate import _texts
+from ep_plugin.checkpoint.text import Numbers, choose
+from ep_plugin.commands.generate import _tell, _texts
 from ep_plugin.commands.generate.layout import layout_of
 from ep_plugin.commands.generate.start import Killed
 from ep_plugin.errors import ConfigError
@@ -66,6 +66,22 @@ def test_what_a_refusal_says_to_use_is_taken(ep: int, experts: int, tp: int) -> 
             break
     assert found.ep * found.etp == typed["ep"]
     assert experts % found.ep == 0
+
+
+def test_what_may_take_a_minute_is_said_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there.model").touch()
+    for typed, says in (
+        ("no-such-name", "no-such-name is no file or folder here; transformers looks for"),
+        (str(tmp_path / "there.model"), None),
+        (str(tmp_path), None),
+        ("numbers", None),
+    ):
+        args = argparse.Namespace(tokenizer=typed, checkpoint=tmp_path)
+        _tell(choose(typed, argparse.Namespace(), tmp_path), args)
+        said = capsys.readouterr().err
+        assert said == "" if says is None else says in said, typed
 
 
 @pytest.mark.parametrize(

@@ -101,18 +101,14 @@ def run(args: argparse.Namespace) -> int:
     found = opened(args.checkpoint, args.router)
     layout = layout_of(args, found.args)
     where = text.choose(args.tokenizer, found.args, args.checkpoint)
-    if args.tokenizer is None and where.path not in ("", str(args.checkpoint)):
-        print(
-            f"ep-plugin generate: the tokenizer is {cut(where.path)}, which the run arguments of "
-            f"{args.checkpoint} name; --tokenizer takes another",
-            file=sys.stderr,
-        )
+    ranks = ranks_started(layout.world)
+    first = ranks is None or os.environ["RANK"] == "0"
+    if first:
+        _tell(where, args)
     tokenizer: text.Tokenizer = import_module(TOKENIZERS).load(where)
     prompts = [tokenizer.encode(each) for each in texts]
     size = min(found.vocab_size, tokenizer.size or found.vocab_size)
     _check_prompts(args, found.args, texts, prompts, size)
-    ranks = ranks_started(layout.world)
-    first = ranks is None or os.environ["RANK"] == "0"
     if layout.etp > 1 and not args.json and first:
         print(f"ep-plugin generate: {layout.sentence()}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="ep-generate-") as scratch:
@@ -155,6 +151,22 @@ def _check_megatron() -> None:
             "the model is built by megatron.training, which this Megatron lacks (a wheel of "
             "megatron-core 0.16 does); run pip install 'megatron-core[training]>=0.17', or put a "
             "Megatron-LM checkout into PYTHONPATH"
+        )
+
+
+def _tell(where: text.Place, args: argparse.Namespace) -> None:
+    """Say on stderr which tokenizer is taken unasked, and that a name may be looked up for long."""
+    if args.tokenizer is None and where.path not in ("", str(args.checkpoint)):
+        print(
+            f"ep-plugin generate: the tokenizer is {cut(where.path)}, which the run arguments of "
+            f"{args.checkpoint} name; --tokenizer takes another",
+            file=sys.stderr,
+        )
+    if where.kind == "file or name" and not Path(where.path).exists():
+        print(
+            f"ep-plugin generate: {cut(where.path)} is no file or folder here; transformers looks "
+            "for a tokenizer of that name, in the network too, which can take a minute",
+            file=sys.stderr,
         )
 
 
