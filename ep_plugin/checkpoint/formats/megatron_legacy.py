@@ -18,7 +18,7 @@ Tensor parallelism cuts a gated fc1 so that each rank has a piece of both halves
 import argparse
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ep_plugin.checkpoint.carried import engine_reads
 from ep_plugin.checkpoint.family import gated
-from ep_plugin.checkpoint.formats import _rank_arguments
+from ep_plugin.checkpoint.formats import _rank_arguments, _rank_files
 from ep_plugin.checkpoint.formats._iteration import inside, iteration_folder
 from ep_plugin.checkpoint.formats._mapped import map_state
 from ep_plugin.checkpoint.formats._metadata import MAX_NAME
@@ -60,17 +60,23 @@ Check = Callable[[Tensor], None]
 class RankPart:
     """A tensor-parallel rank's piece: an entry of a state dictionary, or one expert of it."""
 
-    values: Tensor  # mapped, not read
+    file: Path
     check: Check  # raises ConfigError where its bytes are not those that were written
+    values: Tensor  # mapped, not read
     expert: int | None = None
+    copies: list["RankPart"] = field(default_factory=list)  # of other expert-parallel ranks
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape if self.expert is None else self.values.shape[1:])
 
-    def read(self) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """Return its values; raises ConfigError where another rank has others in its place."""
         self.check(self.values)
-        return self.values if self.expert is None else self.values[self.expert]
+        values = self.values if self.expert is None else self.values[self.expert]
+        for copy in self.copies:
+            _rank_files.check_copy(name, self.file, values, copy.file, copy.read(name))
+        return values
 
 
 def open_checkpoint(path: Path) -> Source:
@@ -161,12 +167,14 @@ def _parts(folder: Path, args: argparse.Namespace) -> tuple[dict[str, list[RankP
         raise ConfigError(f"{folder} lacks {', '.join(missing)}; {_AGAIN}")
     loaded = {rank: _load(path) for rank, path in ranks.items()}
     states = {rank: state for rank, (state, _) in loaded.items()}
+    _rank_files.check_one_save({ranks[rank]: state for rank, state in states.items()})
     parts: dict[str, list[RankPart]] = {}
     unread: set[str] = set()
     for tp_rank in range(tp):
         first_layer = 0
         for chunk in _chunks(states[0, 0, 0]):  # interleaved: chunk by chunk over all ranks
             for pp_rank in range(pp):
+                dense: dict[str, RankPart] = {}  # of the first expert-parallel rank
                 for ep_rank in range(ep):
                     state = states[tp_rank, pp_rank, ep_rank].get(chunk)
                     if not isinstance(state, dict) or not all(type(name) is str for name in state):
@@ -182,10 +190,22 @@ def _parts(folder: Path, args: argparse.Namespace) -> tuple[dict[str, list[RankP
                             )
                     unread |= _unread(state, first_layer)
                     check = loaded[tp_rank, pp_rank, ep_rank][1]
-                    for name, part in _named(state, check, first_layer, ep_rank, ep, args):
-                        is_expert = ".experts.experts." in name
-                        if is_expert or ep_rank == 0:
+                    file = ranks[tp_rank, pp_rank, ep_rank]
+                    own: dict[str, RankPart] = {}
+                    part_of = partial(RankPart, file, check)
+                    for name, part in _named(state, part_of, first_layer, ep_rank, ep, args):
+                        if ".experts.experts." in name:
                             parts.setdefault(name, []).append(part)
+                        else:
+                            own[name] = part
+                    if ep_rank == 0:
+                        dense = own
+                    _rank_files.check_names(own, file, dense, ranks[tp_rank, pp_rank, 0])
+                    for name, part in own.items():
+                        if ep_rank == 0:
+                            parts.setdefault(name, []).append(part)
+                        else:
+                            dense[name].copies.append(part)
                 first_layer += _num_layers(states[tp_rank, pp_rank, 0][chunk])
     return parts, unread
 
@@ -222,7 +242,7 @@ def _num_layers(state: dict[str, Any]) -> int:
 
 def _named(
     state: dict[str, Any],
-    check: Check,
+    part_of: Callable[[Tensor], RankPart],
     first_layer: int,
     ep_rank: int,
     ep: int,
@@ -237,11 +257,11 @@ def _named(
             continue  # the last stage's copy of tied embeddings
         match = _LAYER.fullmatch(name)
         if match is None:
-            found.append((name, RankPart(value, check)))
+            found.append((name, part_of(value)))
             continue
         prefix = f"decoder.layers.{first_layer + int(match[1])}."
         experts = (getattr(args, "num_experts", None) or 0) // ep
-        whole = RankPart(value, check)
+        whole = part_of(value)
         for below, part in _experts(match[2], whole, ep_rank * experts, experts):
             found.append((prefix + _stored_norm(below, args), part))
     return found
@@ -289,6 +309,13 @@ def _cut_along(name: str, parts: list[RankPart], args: argparse.Namespace) -> in
 
 def _info(name: str, parts: list[RankPart], args: argparse.Namespace) -> TensorInfo:
     shape = list(parts[0].shape)
+    tp = args.tensor_model_parallel_size
+    dtypes = sorted({str(part.values.dtype) for part in parts})
+    if len(parts) != tp or len(dtypes) > 1:
+        raise ConfigError(
+            f"{cut(name)} is in {len(parts)} parts of {' and '.join(dtypes)}, where {tp} "
+            f"tensor-parallel ranks of one dtype have it; {_AGAIN}"
+        )
     dim = _cut_along(name, parts, args)
     if dim is not None and (len({part.shape for part in parts}) > 1 or dim >= len(shape)):
         raise ConfigError(
@@ -302,9 +329,13 @@ def _info(name: str, parts: list[RankPart], args: argparse.Namespace) -> TensorI
 
 def _whole(name: str, parts: list[RankPart], args: argparse.Namespace) -> Tensor:
     dim = _cut_along(name, parts, args)
-    if dim is None or len(parts) == 1:
-        return parts[0].read()
+    first, *others = (part.read(name) for part in parts)
+    if dim is None:
+        for part, values in zip(parts[1:], others, strict=True):
+            _rank_files.check_copy(name, parts[0].file, first, part.file, values)
+    if dim is None or not others:
+        return first
     if ".linear_fc1." in name and gated(name, args):
-        halves = zip(*(part.read().chunk(2) for part in parts), strict=True)
+        halves = zip(*(values.chunk(2) for values in (first, *others)), strict=True)
         return torch.cat([piece for half in halves for piece in half])
-    return torch.cat([part.read() for part in parts], dim=dim)
+    return torch.cat([first, *others], dim=dim)
