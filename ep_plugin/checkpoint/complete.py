@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Set
 
 from ep_plugin.checkpoint.required import absent
+from ep_plugin.checkpoint.sizes import wrong_sizes
 from ep_plugin.checkpoint.tensors import TensorInfo
 from ep_plugin.untrusted import cut
 
@@ -62,6 +63,7 @@ def incomplete(
     yield from _wrong_hidden(tensors, args)
     if getattr(args, "heterogeneous_layers_config_path", None):
         return
+    yield from wrong_sizes(tensors, args)
     yield from _lacking(layers)
     yield from _other_shapes(layers)
 
@@ -90,6 +92,8 @@ def _outside_layers(
         yield table, "is missing"
     if getattr(args, "untie_embeddings_and_output_weights", None) and output not in tensors:
         yield output, "is missing, and embedding and output are untied"
+    if getattr(args, "untie_embeddings_and_output_weights", None) is False and output in tensors:
+        yield output, "is there, and by the run arguments embedding and output are tied"
     if not any(name in tensors for name in _LAST_NORMS):
         yield _LAST_NORMS[0], "is missing"
 

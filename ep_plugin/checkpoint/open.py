@@ -159,7 +159,14 @@ def check_required(model: Opened) -> None:
     """Raise ConfigError where a parameter is missing that the model's run arguments ask for."""
     for name, wrong in not_there(model.source.tensors, model.args):
         raise ConfigError(f"{name} {wrong}, in {model.folder}; copy the checkpoint again")
+    number = getattr(model.args, "num_experts", None)
+    counts = getattr(model.args, "ep_experts_per_layer", None) or (number,)
     for name, info in model.source.tensors.items():
+        if name.endswith(".mlp.router.weight") and not {*info.shape[:1]} & {*counts}:
+            raise ConfigError(
+                f"{name} in {model.folder} has shape {list(info.shape)}, and the run arguments say "
+                f"{shown(number)} experts; copy the checkpoint again"
+            )
         router, at, _ = name.partition(".experts.experts.linear_")
         rows = model.source.tensors.get(f"{router}.router.weight") if at else None
         if rows is not None and info.shape[:1] != rows.shape[:1]:

@@ -16,7 +16,7 @@ from ep_plugin.errors import ConfigError
 MAX_LAYERS = 16384
 Names = tuple[str, ...]
 # What makes layers others than a GPT's.
-_OTHER_LAYERS = (
+OTHER_LAYERS = (
     *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
     *("experimental_attention_variant", "linear_attention_freq"),
 )
@@ -40,7 +40,7 @@ def absent(
     for names in _outside(args):
         if not any(name in outside for name in names):
             yield names[0]
-    if any(said(args, name) is not None for name in _OTHER_LAYERS):
+    if any(said(args, name) is not None for name in OTHER_LAYERS):
         return
     kinds = _kinds(args)
     for layer, there in layers.items():

@@ -237,6 +237,9 @@ def _check_layers(args: argparse.Namespace, folder: Path) -> None:
     if not is_list and (type(value) is not int or value < 1):
         wanted = f"a number of at least 1, or {args.num_layers} of 0 and 1"
         raise _wrong(folder, "moe_layer_freq", value, wanted)
+    topk = getattr(args, "moe_router_topk", None)
+    if topk is not None and not 1 <= topk <= args.num_experts:
+        raise _wrong(folder, "moe_router_topk", topk, f"a number from 1 to {args.num_experts}")
     counts = getattr(args, "ep_experts_per_layer", None)
     layers = sum(layers_of(args))
     if counts is not None and (

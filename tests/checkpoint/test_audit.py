@@ -161,6 +161,16 @@ FAULTS: dict[str, tuple[Callable[[Content], None], list[tuple[str, str, str]]]] 
         no_moments,
         [("optimizer", ROUTER, "the optimizer lacks its exp_avg_sq")],
     ),
+    "missing settings of the optimizer": (
+        lambda content: content.common.pop("optimizer"),
+        [
+            (
+                "optimizer",
+                "",
+                "its settings are missing (param_groups, with the step), and its states are there",
+            )
+        ],
+    ),
     "a missing expert, one key for each": (
         one_key_per_expert,
         [

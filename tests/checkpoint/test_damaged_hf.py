@@ -306,3 +306,22 @@ def test_files_beside_stay_in_the_model(copy: Callable[[str], Path], tmp_path: P
     (cache / "blobs" / "0").write_text("{}")
     (cache / "snapshots" / "1" / "tokenizer.json").symlink_to("../../blobs/0")
     assert open_source(cache / "snapshots" / "1", "hf").source.tensors
+
+
+@pytest.mark.parametrize("model_type", sorted(CASES))
+def test_two_saves_in_one_folder_are_not_chosen_from(
+    model_type: str, copy: Callable[[str], Path]
+) -> None:
+    """transformers loads the single file, and others the shards of the index."""
+    folder = copy(model_type)
+    save_file(hf_models.tensors(folder), folder / "model.safetensors", {"format": "pt"})
+    sentence = refused(folder)
+    assert "model.safetensors" in sentence
+    assert INDEX in sentence
+    (folder / INDEX).unlink()
+    open_source(folder, "megatron")
+    files = dict.fromkeys(hf_models.tensors(folder), "model.safetensors")
+    for path in folder.glob("model-*.safetensors"):
+        path.unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+    open_source(folder, "megatron")

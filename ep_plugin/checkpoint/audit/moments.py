@@ -39,6 +39,9 @@ def check(stored: Stored, facts: dict[str, Facts]) -> tuple[str, list[Finding]]:
         return "none", []
     wanted = _wanted(stored, states)
     findings = []
+    if states and "optimizer" not in stored.common:
+        text = "its settings are missing (param_groups, with the step), and its states are there"
+        findings.append(Finding("error", "optimizer", "", text))
     for key, shape in parameters.items():
         if lost := wanted - states[key].keys():
             text = f"the optimizer lacks its {', '.join(sorted(lost))}"

@@ -154,8 +154,9 @@ def _write_shard(shard: list[NewTensor], stream: HashedFile, on_bytes: OnBytes) 
 
 def _files(folder: Path) -> dict[str, set[str] | None]:
     """Return each file and the tensors that the index places in it; None without an index."""
-    if not (folder / INDEX).is_file():
-        if (folder / SINGLE).is_file():
+    has_index, is_single = (folder / INDEX).is_file(), (folder / SINGLE).is_file()
+    if not has_index:
+        if is_single:
             return {SINGLE: None}
         raise ConfigError(
             f"{folder} has a {CONFIG} but neither {SINGLE} nor {INDEX}; give a folder that "
@@ -174,6 +175,11 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
         names = files.setdefault(file, set())
         assert names is not None
         names.add(name)
+    if is_single and SINGLE not in files:
+        raise ConfigError(
+            f"{folder} has {SINGLE} and {INDEX}, which places nothing in it: these are two saves, "
+            "and programs differ in which they load; remove one of them"
+        )
     missing = [file for file in files if not (folder / file).exists()]
     if missing:
         listed = cut(", ".join(missing), 2000)
