@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Set
 
 from ep_plugin.checkpoint.required import absent
-from ep_plugin.checkpoint.sizes import wrong_sizes
+from ep_plugin.checkpoint.sizes_said import wrong_sizes
 from ep_plugin.checkpoint.tensors import TensorInfo
 from ep_plugin.untrusted import cut
 

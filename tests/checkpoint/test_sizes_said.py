@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ep_plugin.checkpoint.complete import incomplete
-from ep_plugin.checkpoint.sizes import wrong_sizes
+from ep_plugin.checkpoint.sizes_said import wrong_sizes
 from ep_plugin.checkpoint.tensors import TensorInfo
 
 MANY = settings(max_examples=100, deadline=None, database=None)
