@@ -474,7 +474,25 @@ def test_models_are_compared_where_ranks_must_hold_the_same() -> None:
     twin = holds("0 0 0 0", experts={"layers.0.experts": "[1]"})
     assert "at pp 0, ep 0, etp 0, layers.0.experts (rank 0" in models(*whole, twin).text
     other = holds("0 1 1 0", config={"config:hidden_size": "5"})
-    assert "hidden_size (ranks 0-2 have 4, rank 3 has 5)" in models(*whole[:3], other).text
+    text = models(*whole[:3], other).text
+    assert "hidden_size (ranks 0-2 have 4, rank 3 has 5)" in text
+    assert text.endswith("(TransformerConfig)")
+    late = holds("0 1 1 0", config={"config:hidden_size": "4", "switch:torch.set_x": "True"})
+    text = models(*whole[:3], late).text
+    assert "torch.set_x (ranks 0-2 have nothing, rank 3 has True)" in text
+    assert text.endswith("let every rank's script set torch alike")
+
+
+def test_switches_of_torch_that_are_set_after_the_start_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model, "_place", dict)  # there are no groups here
+    layer = torch.nn.Linear(2, 2)
+    before = model.held([layer]).config
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", not torch.backends.mkldnn.enabled)
+    name = "switch:torch.backends.mkldnn.enabled"
+    assert model.held([layer]).config == before | {name: str(torch.backends.mkldnn.enabled)}
+    assert before[name] != model.held([layer]).config[name]
 
 
 def test_layers_and_experts_add_up() -> None:

@@ -12,7 +12,7 @@ from ep_plugin.megatron.ranks import environment, versions
 from ep_plugin.megatron.ranks.answers import Answer, Subject
 from ep_plugin.megatron.ranks.contents import contents
 from ep_plugin.megatron.ranks.sentence import Flags, differences, sentence
-from ep_plugin.megatron.ranks.switches import switches
+from ep_plugin.megatron.ranks.switches import switch_facts
 
 Facts = dict[str, str]  # "kind:name" -> text
 
@@ -84,7 +84,7 @@ def host() -> str:
 
 def _with_software(size: int, must: Facts, **more: Any) -> Compared:
     must |= {f"variable:{name}": value for name, value in environment.must().items()}
-    must |= {f"switch:{name}": value for name, value in switches().items()}
+    must |= switch_facts()
     must |= {f"version:{name}": value for name, value in versions.versions().items()}
     must |= {f"files:{name}": value for name, value in versions.sources().items()}
     must["size:the number of ranks"] = str(size)

@@ -15,6 +15,7 @@ import torch
 from ep_plugin.megatron.arguments.digest import hash_of, text_of
 from ep_plugin.megatron.ranks.answers import Answer, Subject, ranges
 from ep_plugin.megatron.ranks.sentence import Difference, Flags, differences, said, sentence
+from ep_plugin.megatron.ranks.switches import switch_facts
 from ep_plugin.megatron.seams.model_family import family_of
 from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.parallel import degree
@@ -28,7 +29,7 @@ class Held:
 
     dense: Facts  # name -> shape and dtype
     experts: Facts
-    config: Facts  # field of TransformerConfig -> value
+    config: Facts  # field of TransformerConfig -> value; torch's switches, set since the start too
     place: Mapping[str, int]  # "tp", "pp", "ep", "etp" -> rank
     layers: Sequence[int]  # numbers of the decoder's layers here, from 1
     local_experts: Mapping[str, int]  # number of a layer -> its experts here
@@ -74,7 +75,7 @@ def held(chunks: Sequence[torch.nn.Module]) -> Held:
                     every[str(module.layer_number)] = part.config.num_experts
     config = _config(chunks)
     return Held(
-        *(dense, experts, _facts(config), _place()),
+        *(dense, experts, _facts(config) | switch_facts(), _place()),
         layers=layers if counted else [],
         local_experts=local if counted else {},
         all_experts=every if counted else {},
@@ -154,8 +155,9 @@ def _decide(records: Sequence[Any], wholes: dict[int, Any]) -> Answer:
                 parts.append(_of_parameters(found, where))
     found = differences(_kinds(records, "config", range(len(records)), wholes))
     if found:
-        text = sentence(found, Flags(), {})
-        parts.append(text.removeprefix("the ranks must be alike in ") + " (TransformerConfig)")
+        text = sentence(found, Flags(), {}).removeprefix("the ranks must be alike in ")
+        of_config = any(one.kind == "config" for one in found)
+        parts.append(f"{text} (TransformerConfig)" if of_config else text)
     parts += _sums(records)
     more = f"; and {len(parts) - 3} more" if len(parts) > 3 else ""
     return Answer(False, f"the ranks have built other models: {'; '.join(parts[:3])}{more}")

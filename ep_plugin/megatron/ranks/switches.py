@@ -33,3 +33,8 @@ _SWITCHES: dict[str, Callable[[], object]] = {
 def switches() -> dict[str, str]:
     """Return what each switch is at, as text, by how it is set."""
     return {name: str(value()) for name, value in _SWITCHES.items()}
+
+
+def switch_facts() -> dict[str, str]:
+    """Return them as facts that ranks must have alike."""
+    return {f"switch:{name}": value for name, value in switches().items()}
