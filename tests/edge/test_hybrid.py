@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from loop import MOE, NEWEST, OURS, ROOT, SHAPE, launch_with
+from parsed_hybrid import EXPERTS, parsed
 
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
 from ep_plugin.cli import main
@@ -25,7 +26,6 @@ from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
 from ep_plugin.megatron.arguments.in_flags import in_flags
-from ep_plugin.megatron.arguments.parser import add_ep_arguments
 from ep_plugin.megatron.arguments.table import has_dense_layer
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
@@ -106,17 +106,6 @@ def test_a_pattern_that_the_script_s_model_does_not_read_is_refused() -> None:
         check_pattern([Part(Part)], "*E")
 
 
-def parsed(*flags: str) -> Any:
-    from megatron.training import arguments
-
-    parser = add_ep_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser()))
-    shape = [*SHAPE[2:], "--micro-batch-size", "2", "--lr", "1e-3"]  # without --num-layers
-    args = parser.parse_args([*shape, *flags])
-    args.world_size = 2
-    return args
-
-
-EXPERTS = ("--num-experts", "4")
 WRONG = {
     "no experts": ((*PATTERN,), "has layers of experts, E; use --num-experts 8"),
     "no layer for them": (

@@ -4,10 +4,10 @@ from typing import Any
 
 from ep_plugin.checkpoint.moe_layers import hybrid_layers, hybrid_pattern
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.only_gpt import FLAG, check_only_gpt
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams import touchpoints
 
-FLAG = "--hybrid-layer-pattern"
 # Symbols without a layer on the CPU, and what they are made of.
 OF_GPUS = {
     "M": "Mamba layers need the package mamba-ssm",
@@ -38,6 +38,7 @@ def check_hybrid(args: Any, two_batch: bool) -> None:
     if args.num_experts is None:
         if "E" in pattern:
             raise ConfigError(f"{FLAG} ({pattern}) has layers of experts, E; use --num-experts 8")
+        _check_on_the_cpu(pattern)
         return
     if not release.HYBRID:
         raise ConfigError(
@@ -58,6 +59,11 @@ def check_hybrid(args: Any, two_batch: bool) -> None:
             f"{FLAG} ({pattern}) has experts in layers of multi-token prediction, which are not "
             f"served in a HybridModel; use {FLAG} '{dense}'"
         )
+    if args.moe_layer_freq != 1 and getattr(args, "ep_preset", None):
+        raise ConfigError(
+            f"--ep-preset ({args.ep_preset}) says which layers of a GPT have experts, and {FLAG} "
+            f"({pattern}) says it for a HybridModel; use --moe-layer-freq 1 beside them"
+        )
     if args.moe_layer_freq != 1:
         raise ConfigError(
             f"--moe-layer-freq ({args.moe_layer_freq}) is for a GPT; in a HybridModel each E of "
@@ -74,6 +80,7 @@ def check_hybrid(args: Any, two_batch: bool) -> None:
             f"HybridModel; use {FLAG} without --ep-teacher"
         )
     _check_on_the_cpu(pattern)
+    check_only_gpt(args, pattern)
 
 
 def _check_on_the_cpu(pattern: str) -> None:

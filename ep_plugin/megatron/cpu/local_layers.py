@@ -92,6 +92,7 @@ def _gpt_layer(config: Any, latent: bool) -> Any:
     specs = import_module("megatron.core.models.gpt.gpt_layer_specs")
     layer = specs.get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm,
+        qk_l2_norm=config.qk_l2_norm and not latent,  # of latent ones, Megatron refuses it
         multi_latent_attention=latent,
         normalization=config.normalization,
     )
