@@ -70,6 +70,14 @@ def hybrid_pattern(args: Any) -> Any:
     return None
 
 
+def has_dense_layer(args: Any) -> bool:
+    """Whether a layer is left without experts, by `--moe-layer-freq` or a HybridModel's pattern."""
+    if pattern := hybrid_pattern(args):
+        return "-" in pattern
+    frequency = getattr(args, "moe_layer_freq", 1)
+    return frequency > 1 if isinstance(frequency, int) else not all(frequency)
+
+
 def hybrid_layers(pattern: str) -> tuple[bool, ...]:
     """Return for each layer of a --hybrid-layer-pattern whether it has experts."""
     return tuple(symbol == "E" for symbol in _decoder(pattern))

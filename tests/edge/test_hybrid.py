@@ -18,6 +18,7 @@ from loop import MOE, NEWEST, OURS, ROOT, SHAPE, launch_with
 from parsed_hybrid import EXPERTS, parsed
 
 from ep_plugin.checkpoint.formats.megatron_dist import open_checkpoint
+from ep_plugin.checkpoint.moe_layers import has_dense_layer
 from ep_plugin.cli import main
 from ep_plugin.commands import plan
 from ep_plugin.commands.plan.hybrid_flags import read_sizes
@@ -26,7 +27,6 @@ from ep_plugin.commands.report.events import read_run
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.checks import check_arguments, settings_from_args
 from ep_plugin.megatron.arguments.in_flags import in_flags
-from ep_plugin.megatron.arguments.table import has_dense_layer
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.megatron.seams.served import check_pattern

@@ -243,6 +243,13 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         {"recompute_activations": True, "recompute_modules": ["moe_act"], "add_bias_linear": True},
         r"--recompute-modules \(moe_act\) has moe_act, and experts with biases",
     ),
+    "a dense block of biases": (
+        {
+            **{"recompute_activations": True, "recompute_modules": ["mlp", "core_attn"]},
+            **{"add_bias_linear": True, "moe_layer_freq": [0, 1]},
+        },
+        r"--recompute-modules \(mlp core_attn\) has mlp, .* never ends; use --disable-bias-linear",
+    ),
     "a shared expert alone": (
         {**SHARED, "recompute_granularity": "selective", "recompute_modules": ["shared_experts"]},
         r"has shared_experts, .*; use --recompute-modules moe",
@@ -286,6 +293,18 @@ def test_a_part_within_the_whole_layer_is_recomputed_with_it() -> None:
             **SHARED,
         )
     )
+
+
+@pytest.mark.parametrize(
+    "without",
+    [{"add_bias_linear": False}, {"moe_layer_freq": 1}, {"recompute_modules": ["moe"]}],
+)
+def test_dense_blocks_are_recomputed_where_they_end(without: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"recompute_activations": True, "recompute_modules": ["mlp"]}
+    given |= {"add_bias_linear": True, "moe_layer_freq": [0, 1]}
+    with pytest.raises(ConfigError, match="never ends"):
+        check(SimpleNamespace(num_experts=4, **given))
+    check(SimpleNamespace(num_experts=4, **given | without))
 
 
 def test_an_activation_has_its_name_in_the_error() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ep_plugin.checkpoint.moe_layers import hybrid_pattern
+from ep_plugin.checkpoint.moe_layers import has_dense_layer
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.moe.config import MoEConfig
@@ -211,14 +211,6 @@ def expert_ranks(args: Any) -> int:
     """Return ep*etp, the ranks that hold one copy of all experts."""
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     return int(args.expert_model_parallel_size * etp)
-
-
-def has_dense_layer(args: Any) -> bool:
-    """Whether a layer is left without experts, by `--moe-layer-freq` or a HybridModel's pattern."""
-    if pattern := hybrid_pattern(args):
-        return "-" in pattern
-    frequency = args.moe_layer_freq
-    return frequency > 1 if isinstance(frequency, int) else not all(frequency)
 
 
 TABLE: tuple[Argument, ...] = (

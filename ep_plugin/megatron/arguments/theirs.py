@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ep_plugin.checkpoint.moe_layers import has_dense_layer
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.theirs_next import NEXT
 from ep_plugin.megatron.arguments.theirs_table import THEIRS, Theirs
@@ -101,6 +102,16 @@ def _is_not_grouped(given: Given) -> bool:
 def _loses_layernorm(given: Given) -> bool:
     size, parts = given.moe_shared_expert_intermediate_size, given.recomputed
     return bool(given.fp8 and size) and "layernorm" in parts
+
+
+def _recomputes_biases(given: Given) -> bool:
+    """Whether a dense block that returns a bias is recomputed: its backward calls itself for ever.
+
+    Megatron's recomputed block returns the bias parameter itself, which then is its own result.
+    With `--fp8-format` Transformer Engine recomputes.
+    """
+    recomputed = "mlp" in given.recomputed and not given.fp8
+    return bool(recomputed and given.add_bias_linear and has_dense_layer(given.theirs))
 
 
 def _mixes(types: list[str]) -> bool:
@@ -211,6 +222,12 @@ BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
         "recompute_modules",
         _is_not_grouped,
         "has moe_act, which Megatron takes beside --moe-grouped-gemm alone; use --moe-grouped-gemm",
+    ),
+    (
+        "recompute_modules",
+        _recomputes_biases,
+        "has mlp, and in Megatron the backward of a recomputed dense block with biases never ends; "
+        "use --disable-bias-linear, or --recompute-modules without mlp",
     ),
     (
         "recompute_modules",
