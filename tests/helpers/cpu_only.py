@@ -10,6 +10,7 @@ from ep_plugin.megatron.cpu import gpu_packages
 from ep_plugin.megatron.seams.patches import Patches
 
 hidden = Patches()  # apart from CPU mode's own, which a test may end
-if gpu_packages.installed() and not torch.cuda.is_available():
-    gpu_packages.changes(hidden)
+if not torch.cuda.is_available():
+    for name in gpu_packages.installed():
+        hidden.hide(name, gpu_packages.WHY)
     hidden.apply()
