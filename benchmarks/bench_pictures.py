@@ -52,8 +52,9 @@ def _layer(found: list[Found], bench: str, ranks: int) -> list[Any]:
         f
         for f in found
         if is_like(f.row, bench=bench, ep=ranks, routing="balanced", gradients="anew")
+        and f.floor() is not None
     ]
-    with_peers = [f for f in shown if megatron("bf16")(f.row) and f.floor() is not None]
+    with_peers = [f for f in shown if megatron("bf16")(f.row)]
     shown = [f for f in shown if f.row["device"] in {m.row["device"] for m in _newest(with_peers)}]
     ways = [ours(p, g) for p in ("bf16", "fp8") for g in (False, True)]
     ways += [megatron("bf16"), megatron("fp8"), peers("bf16", ("torch",))]
@@ -104,8 +105,8 @@ def _loop(found: list[Found]) -> Any:
 
 
 def _fp8(found: list[Found]) -> Any:
-    rows = [f for f in found if one_layer(f) and f.row["gradients"] == "anew"]
-    last = _newest(f for f in rows if megatron("fp8")(f.row) and f.floor() is not None)
+    rows = [f for f in found if one_layer(f) and f.row["gradients"] == "anew" and f.floor()]
+    last = _newest(f for f in rows if ours("fp8", True)(f.row))
     rows = [f for f in rows if f.row["device"] == last[0].row["device"]]
     all_gains = {shape: gains([f for f in rows if f.row["shape"] == shape]) for shape in SHAPES}
     kept = {shape: found for shape, found in all_gains.items() if found["ours, in a graph"]}

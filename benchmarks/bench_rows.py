@@ -59,7 +59,7 @@ def load(folder: Path = RESULTS) -> list[Found]:
 
 
 def newest(found: list[Found]) -> list[Found]:
-    """Return the rows of one file for each bench, card, number of ranks and kind of gradients.
+    """Return the rows of one file for each bench, card, number of ranks, gradients, graph or not.
 
     All variants of a file ran in turn on one card: of several files the newest counts, then the one
     with more rows.
@@ -68,7 +68,7 @@ def newest(found: list[Found]) -> list[Found]:
     for each in found:
         row = each.row
         model = row["shape"] if row["bench"] == "train" else ""
-        key = row["bench"], row["device"], row["ep"], row["gradients"], model
+        key = row["bench"], row["device"], row["ep"], row["gradients"], row["graph"], model
         groups.setdefault(key, {}).setdefault(each.file, []).append(each)
     return [each for files in groups.values() for each in max(files.values(), key=_freshness)]
 
@@ -99,7 +99,8 @@ def tokens_per_second(each: Found) -> float:
 
 def floor(found: Iterable[Found], precision: str) -> float | None:
     """Return the floor of a shape, where any of its rows has one."""
-    return next((f.floor() for f in found if f.row["precision"] == precision), None)
+    floors = (f.floor() for f in found if f.row["precision"] == precision)
+    return next((each for each in floors if each is not None), None)
 
 
 def gains(found: list[Found]) -> dict[str, float | None]:

@@ -10,7 +10,8 @@ nothing is rounded twice, but for values that fall below the smallest normal num
 By blocks there is one for each 128 values that a product sums over, and weights have one for each
 128 x 128. Rows that are to be read along columns are moved to the largest scale of 128 rows and 128
 columns, so those are blocks like a weight's, and again nothing is rounded twice but for values
-below the smallest normal number.
+below the smallest normal number. A size that is no multiple of 128 is padded with zeros in e4m3: X
+below is then the next multiple.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 BLOCK = 128  # values that share a scale, by blocks
+
+
+def whole_blocks(size: int) -> int:
+    """Return `size` padded to a multiple of 128."""
+    return -(-size // BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class WeightBlocks8:
 
     data: Tensor  # [e, b, a] e4m3
     scale: Tensor  # [e, b / 128, a / 128] fp32, powers of two
+    width: int  # of a product: b, or less, where what is padding shall not be written
 
 
 @dataclass(frozen=True)

@@ -270,8 +270,8 @@ LATE = {  # what used to be found while a layer was built
         "--ep-overlap-chunks 1",
     ),
     "fp8": (
-        ("--disable-bias-linear", "--ep-fp8", "blockwise", "--moe-ffn-hidden-size", "96"),
-        "--ep-fp8 (blockwise) needs",
+        ("--disable-bias-linear", "--ep-fp8", "rowwise", "--moe-ffn-hidden-size", "72"),
+        "--ep-fp8 (rowwise) needs",
     ),
 }
 

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from ep_plugin.moe.config import GATED
-from ep_plugin.moe.e4m3 import E4M3, Blocks8, Rows8, Values8, Weight8, WeightBlocks8
+from ep_plugin.moe.e4m3 import (
+    E4M3,
+    Blocks8,
+    Rows8,
+    Values8,
+    Weight8,
+    WeightBlocks8,
+    whole_blocks,
+)
 from ep_plugin.moe.kernels import _on_any as twins
 from ep_plugin.moe.kernels import _on_cuda as kernels
 from ep_plugin.moe.kernels import blocks_torch
@@ -38,7 +46,8 @@ def values(matrix: Any) -> Tensor:
     if isinstance(matrix, Blocks8):
         return blocks_torch.dequantize_blocks(matrix)
     if isinstance(matrix, WeightBlocks8):
-        return blocks_torch.dequantize_weight_blocks(matrix)
+        whole = blocks_torch.dequantize_weight_blocks(matrix)
+        return whole[:, : matrix.width]
     wide: Tensor = matrix.float()
     return wide
 
@@ -189,11 +198,19 @@ def check_blocks(tokens: int, experts: int, choices: int, width: int, device: st
 
 
 def check_weights_by_blocks(device: str) -> None:
-    weight = uneven(3 * 256, 384, device).view(3, 256, 384)
-    for dtype in (torch.float32, torch.bfloat16):
-        pairs = (m.quantize_weight_blocks(weight.to(dtype)) for m in (kernels, twins))
-        for found, expected in zip(*pairs, strict=True):
-            assert_rounded(found, expected, "quantize_weight_blocks")
+    """Also of sizes that are padded; what is padding are zeros, in each part."""
+    for rows, width, parts in ((256, 384, 1), (256, 384, 2), (160, 200, 1), (160, 40, 2)):
+        weight = uneven(3 * rows, width, device).view(3, rows, width)
+        for dtype in (torch.float32, torch.bfloat16):
+            pairs = (m.quantize_weight_blocks(weight.to(dtype), parts) for m in (kernels, twins))
+            for found, expected in zip(*pairs, strict=True):
+                assert_rounded(found, expected, "quantize_weight_blocks")
+                assert found.width == expected.width == found.data.shape[1]
+        straight, _ = twins.quantize_weight_blocks(weight, parts)
+        whole = blocks_torch.dequantize_weight_blocks(straight).unflatten(1, (parts, -1))
+        own = whole[:, :, : rows // parts, :width]
+        assert float((own.flatten(1, 2) - weight).norm() / weight.float().norm()) < 0.05
+        assert whole.count_nonzero() == own.count_nonzero()
 
 
 def check_activations(
@@ -284,7 +301,8 @@ OPS: dict[str, tuple[str, ...]] = {
 def check_products(narrow: str, rows: int, b: int, a: int, device: str) -> None:
     """The products in e4m3: rows by weights, weight gradients alone and added; float64 too.
 
-    The interpreter multiplies no e4m3, so there the same kernels are given fp16.
+    The interpreter multiplies no e4m3, so there the same kernels are given fp16. By blocks, b and a
+    may be padded, b in two parts if it is even; weight gradients are of `size`, without padding.
     """
     ends = torch.tensor([rows // 3, rows // 3, rows - 2], dtype=torch.int32, device=device)
     inside, order = rows - 2, torch.arange(rows, dtype=torch.int32, device=device)
@@ -292,11 +310,19 @@ def check_products(narrow: str, rows: int, b: int, a: int, device: str) -> None:
     quantize_weight, quantize, transpose = (getattr(twins, name) for name in OPS[narrow][:3])
     weight = torch.randn(3, b, a, device=device)
     weight8, _ = quantize_weight(weight)
+    if narrow == "blocks":  # outputs without what is padding
+        weight8 = replace(weight8, width=b)
     matrices = [torch.randn(rows, size, device=device) for size in (b, a)]
     for matrix in matrices:
         matrix *= torch.exp2(torch.arange(matrix.shape[1], device=device) // 128 % 3 * 2)
         matrix[inside:] = torch.nan  # nobody may read these
-    left, right = map(quantize, matrices)
+    halves = 2 if narrow == "blocks" and b % 2 == 0 else 1
+    padded = matrices
+    if halves == 2:  # as the gradients of gate and up come
+        gap = whole_blocks(b // 2) - b // 2
+        parts_of_left = matrices[0].unflatten(1, (2, -1))
+        padded = [torch.nn.functional.pad(parts_of_left, (0, gap)).flatten(1), matrices[1]]
+    left, right = map(quantize, padded)
 
     def cast(narrow8: Any) -> Any:
         return replace(narrow8, data=narrow8.data.to(dtype))
@@ -312,13 +338,17 @@ def check_products(narrow: str, rows: int, b: int, a: int, device: str) -> None:
     planned: tuple[Any, ...] = ends, tiles
     blocks = torch.tensor_split(values(right).double(), ends.tolist())[:-1]
     oracle = torch.cat([x @ w.T for x, w in zip(blocks, values(weight8).double(), strict=True)])
+    assert oracle.shape[1] == b
     for name, product in both(multiply, right, weight8):
         difference = (product[:inside] - oracle).norm() / oracle.norm()
         assert float(difference) < 4e-3, f"{multiply}, {name}"
     planned = (tiles,)
     columns = [transpose(m, tiles, order, ends, 0) for m in (left, right)]
-    parts = [torch.tensor_split(values(m).double(), ends.tolist())[:-1] for m in (left, right)]
+    wide = [values(left).unflatten(1, (halves, -1))[:, :, : b // halves].flatten(1), values(right)]
+    parts = [torch.tensor_split(m.double(), ends.tolist())[:-1] for m in (wide[0], wide[1][:, :a])]
     oracle = torch.stack([x.T @ y for x, y in zip(*parts, strict=True)])
+    of_blocks: tuple[Any, ...] = ((b, a), halves) if narrow == "blocks" else ()
+    planned = tiles, *of_blocks
     for name, product in both(multiply_columns, *columns):
         difference = (product - oracle).norm() / oracle.norm()
         assert float(difference) < 4e-3, f"{multiply_columns}, {name}"
@@ -332,7 +362,7 @@ def check_products(narrow: str, rows: int, b: int, a: int, device: str) -> None:
         ("twin", twins, columns),
     ):
         total = before.clone()
-        getattr(module, add)(total, *operands, tiles)
+        getattr(module, add)(total, *operands, tiles, *of_blocks[1:])
         # Tensor cores keep 14 bits of a sum of e4m3 products.
         difference = (total - before - oracle).norm() / oracle.norm()
         assert float(difference) < 1e-3, f"{add}, {name}"
@@ -351,6 +381,8 @@ def parts(result: Any) -> list[Tensor]:
     """Return the tensors of a result: of a tensor, a record, or several of both."""
     if isinstance(result, Tensor):
         return [result]
+    if isinstance(result, int):
+        return []
     inside = result if isinstance(result, tuple) else vars(result).values()
     return [tensor for each in inside for tensor in parts(each)]
 
@@ -407,9 +439,12 @@ def check_all(device: str) -> None:
         check_products("rows", rows, b, a, device)
     for rows, b, a in ((40, 128, 128), (300, 384, 256), (300, 256, 384)):
         check_products("blocks", rows, b, a, device)
+    for rows, b, a in ((40, 80, 48), (300, 320, 200), (300, 129, 272), (40, 33, 15)):  # padded
+        check_products("blocks", rows, b, a, device)
     for tokens, experts, choices, width in ((13, 4, 3, 48), (200, 16, 2, 40), (1, 5, 1, 16)):
         check_moves(tokens, experts, choices, width, device)
-    for tokens, experts, width in ((30, 3, 128), (150, 2, 256), (140, 1, 384), (1, 8, 256)):
+    shapes = (30, 3, 128), (150, 2, 256), (140, 1, 384), (1, 8, 256), (9, 2, 200)
+    for tokens, experts, width in shapes:
         check_blocks(tokens, experts, min(2, experts), width, device)
     for width in (16, 200):
         check_rounding(width, device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ep_plugin import ExpertGroups, MoEConfig, MoELayer
 from ep_plugin.moe.interfaces import Routing
 
-SIZES = {"off": (16, 32), "rowwise": (16, 32), "blockwise": (128, 256)}  # fp8 -> H, F
+SIZES = {"off": (16, 32), "rowwise": (16, 32), "blockwise": (200, 80)}  # fp8 -> H, F
 
 
 def routings() -> dict[str, list[Tensor]]:

@@ -10,6 +10,7 @@ from tolerance import assert_close, error
 from torch import Tensor
 
 from ep_plugin import ConfigError, MoEConfig
+from ep_plugin.moe.e4m3 import whole_blocks
 from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.experts.fused import Bf16, FusedExperts
 from ep_plugin.moe.groups import ExpertGroups
@@ -271,11 +272,64 @@ def test_fp8_refuses_biases() -> None:
 
 
 def test_fp8_refuses_sizes_it_has_no_product_for() -> None:
-    for fp8, legal in (("rowwise", 48), ("blockwise", 128)):
-        config = replace(CONFIG, hidden_size=128, ffn_hidden_size=40, fp8=fp8)  # type: ignore[arg-type]
-        message = rf"ffn_hidden_size on each rank \(40\).*use {legal} on each rank or fp8='off'"
-        with pytest.raises(ConfigError, match=message):
-            Experts(config, ExpertGroups())
+    config = replace(CONFIG, hidden_size=128, ffn_hidden_size=40, fp8="rowwise")
+    message = (
+        r"ffn_hidden_size on each rank \(40\).*use 48 on each rank, fp8='blockwise', which takes "
+        "any size, or fp8='off'"
+    )
+    with pytest.raises(ConfigError, match=message):
+        Experts(config, ExpertGroups())
+
+
+@pytest.mark.parametrize(("width", "ffn"), [(200, 72), (64, 128), (256, 180), (33, 7)])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "geglu_tanh", "gelu", "relu"])
+@pytest.mark.parametrize("wgrad", ["fp8", "bf16"])
+def test_blocks_of_any_size_are_those_of_padded_experts(
+    width: int, ffn: int, activation: Any, wgrad: Any
+) -> None:
+    """Bit for bit: as if the weights and tokens had been padded with zeros by the user."""
+    generator = torch.Generator().manual_seed(6)
+    config = MoEConfig(
+        hidden_size=width, ffn_hidden_size=ffn, num_experts=E, activation=activation,
+        fp8="blockwise", fp8_wgrad=wgrad,
+    )  # fmt: skip
+    large, more = whole_blocks(width), whole_blocks(ffn)
+    experts = make_experts(config, torch.bfloat16, generator)
+    padded = Experts(
+        replace(config, hidden_size=large, ffn_hidden_size=more),
+        ExpertGroups(),
+        dtype=torch.bfloat16,
+    )
+    parts = 2 if config.gated else 1
+
+    def cut(whole: list[Tensor]) -> list[Tensor]:
+        output, d_tokens, d_probs, d_fc1, d_fc2 = whole
+        d_fc1 = d_fc1.unflatten(1, (parts, more))[:, :, :ffn, :width].flatten(1, 2)
+        return [output[:, :width], d_tokens[:, :width], d_probs, d_fc1, d_fc2[:, :width, :ffn]]
+
+    with torch.no_grad():
+        for parameter in padded.parameters():
+            parameter.zero_()
+        fc1 = padded.linear_fc1.weight.unflatten(1, (parts, more))
+        fc1[:, :, :ffn, :width] = experts.linear_fc1.weight.unflatten(1, (parts, ffn))
+        padded.linear_fc2.weight[:, :width, :ffn] = experts.linear_fc2.weight
+    inbox = make_inbox(generator, torch.bfloat16, True, 150, width)
+    tokens = torch.nn.functional.pad(inbox.tokens.detach(), (0, large - width)).requires_grad_()
+    wide = replace(inbox, tokens=tokens)
+    seed = torch.randn(150, width, generator=generator)
+    whole_seed = torch.nn.functional.pad(seed, (0, large - width))
+    found = gradients(experts(inbox), inbox, experts, seed)
+    expected = cut(gradients(padded(wide), wide, padded, whole_seed))
+    for name, x, y in zip(NAMES, found, expected, strict=True):
+        assert torch.equal(x, y), name
+        assert x.any(), name
+    sums = experts.totals, padded.totals = Sums(experts), Sums(padded)
+    gradients(experts(inbox), inbox, experts, seed)
+    gradients(padded(wide), wide, padded, whole_seed)
+    whole = cut([*(torch.zeros(1, large), torch.zeros(1, large), wide.probs), *sums[1].pair])
+    for x, y in zip(sums[0].pair, whole[3:], strict=True):
+        # In bf16, sizes that are no multiples of 8 are rounded before they are added.
+        assert torch.equal(x, y) if wgrad == "fp8" else error(x, y) < 2**-16
 
 
 @pytest.mark.parametrize("fp8", LINES)

@@ -66,15 +66,15 @@ def sent_on_the_way_out(fp8: str, dtype: str, dispatcher: str) -> list[tuple[str
 
 
 @pytest.mark.parametrize(
-    ("fp8", "hidden", "scales", "dispatcher", "legs"),
+    ("fp8", "hidden", "values", "scales", "dispatcher", "legs"),
     [
-        ("rowwise", 16, 4, "alltoall", 1),
-        ("blockwise", 128, 4, "alltoall", 1),
-        ("rowwise", 16, 4, "hierarchical", 2),
+        ("rowwise", 16, 16, 4, "alltoall", 1),
+        ("blockwise", 200, 256, 8, "alltoall", 1),  # padded to two blocks
+        ("rowwise", 16, 16, 4, "hierarchical", 2),
     ],
 )
 def test_bytes_of_a_token_are_one_a_value_and_its_scales(
-    fp8: str, hidden: int, scales: int, dispatcher: str, legs: int
+    fp8: str, hidden: int, values: int, scales: int, dispatcher: str, legs: int
 ) -> None:
     for wide, narrow in zip(
         run_ranks(2, sent_on_the_way_out, fp8, "bf16", dispatcher),
@@ -83,7 +83,7 @@ def test_bytes_of_a_token_are_one_a_value_and_its_scales(
     ):
         moved = [count for _, count, width in wide if width == 2 * hidden][:legs]
         assert [item for item in narrow if item[0] == "torch.uint8"] == [
-            ("torch.uint8", rows, hidden) for rows in moved
+            ("torch.uint8", rows, values) for rows in moved
         ]
         assert all(("torch.float32", rows, scales) in narrow for rows in moved)
         tokens = [item for item in narrow if item[0] == "torch.bfloat16"]

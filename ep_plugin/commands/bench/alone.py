@@ -10,6 +10,7 @@ from ep_plugin.commands.bench.accumulate import WeightGradients
 from ep_plugin.commands.bench.case import SETS, Case
 from ep_plugin.commands.bench.covered import spans_of
 from ep_plugin.commands.bench.measure import Protocol
+from ep_plugin.moe.e4m3 import whole_blocks
 from ep_plugin.moe.interfaces import Dispatched, Routing, combine, dispatch
 from ep_plugin.moe.layer import MoELayer
 from ep_plugin.moe.schedule.chunked import exchange_alone
@@ -88,7 +89,8 @@ class Alone:
         hidden = config.hidden_size
         there = 2.0 * hidden
         if config.dispatch_dtype == "fp8":
-            there = hidden + 4.0 * (hidden // 128 if config.fp8 == "blockwise" else 1)
+            whole = whole_blocks(hidden)
+            there = whole + whole / 32 if config.fp8 == "blockwise" else hidden + 4.0
         return rows * (there + 3 * 2.0 * hidden)
 
     @torch.no_grad()

@@ -10,8 +10,10 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,21 +101,39 @@ def timing(values: list[float]) -> Timing:
     )
 
 
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def to_capture() -> Iterator[None]:
+    """Run what is inside on the stream that `captured` captures.
+
+    A step that will be captured runs there from its first time on: autograd keeps the stream of a
+    leaf's first use for as long as anything holds that use's graph, as Megatron's layer does, and
+    the default stream cannot be captured.
+    """
+    stream = _capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def captured(step: Step, pool: Any) -> Step:
     """Return `step` as CUDA graphs, one for each set of buffers.
 
     Nothing of a step is read after it, so all graphs of a run can share the memory of `pool`.
     """
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with to_capture():
         for index in range(SETS):
             step(index)
-    torch.cuda.current_stream().wait_stream(side)
     graphs: list[torch.cuda.CUDAGraph] = []
     for index in range(SETS):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        where: dict[str, Any] = {"pool": pool, "stream": _capture_stream()}
+        with torch.cuda.graph(graph, **where, capture_error_mode="thread_local"):
             step(index)
         graphs.append(graph)
     return lambda index: graphs[index].replay()

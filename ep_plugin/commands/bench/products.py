@@ -1,7 +1,7 @@
 """Operands of one linear map's three grouped products, and the products of this package."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from ep_plugin.commands.bench.case import SETS, Case
 from ep_plugin.commands.bench.floors import Direction, Gradients, Precision
 from ep_plugin.errors import BackendUnavailable, ConfigError
-from ep_plugin.moe.e4m3 import BLOCK
 from ep_plugin.moe.kernels import select
 from ep_plugin.moe.kernels.types import Tiles
 from ep_plugin.registry import available, resolve
@@ -155,9 +154,7 @@ def by_rows(problem: Problem) -> Operands8:
 
 def by_blocks(problem: Problem) -> Operands8:
     """Return operands with one for each 128 of a sum; see `ep_plugin.moe.experts.fp8.blockwise`."""
-    ops, (_, outputs, inputs) = select(problem.weight), problem.weight.shape
-    if inputs % BLOCK or outputs % BLOCK:
-        raise ConfigError(f"fp8 blockwise needs multiples of {BLOCK}, not {inputs}, {outputs}")
+    ops = select(problem.weight)
     return _operands8(
         problem, ops.quantize_weight_blocks, ops.quantize_blocks, ops.transpose_blocks
     )
@@ -171,8 +168,15 @@ def _rowwise(problem: Problem) -> list[Product]:
 
 def _blockwise(problem: Problem) -> list[Product]:
     ops = select(problem.weight)
-    products = ops.multiply_blocks, ops.multiply_column_blocks, ops.add_wgrad_blocks
-    return _recipe("blockwise", problem, by_blocks(problem), *products)
+    _, outputs, inputs = problem.weight.shape
+    operands = by_blocks(problem)
+    operands = replace(  # results without what is padding
+        operands,
+        straight=replace(operands.straight, width=outputs),
+        turned=replace(operands.turned, width=inputs),
+    )
+    wgrad = partial(ops.multiply_column_blocks, size=(outputs, inputs))
+    return _recipe("blockwise", problem, operands, ops.multiply_blocks, wgrad, ops.add_wgrad_blocks)
 
 
 def _recipe(

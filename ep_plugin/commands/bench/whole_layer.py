@@ -5,6 +5,7 @@ step is timed with the weights kept, their quantisation by itself, and `ms` has 
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ep_plugin.commands.bench.floors import (
     floor_ms,
     layer_flops,
 )
-from ep_plugin.commands.bench.measure import Step, Timing, captured
+from ep_plugin.commands.bench.measure import Step, Timing, captured, to_capture
 from ep_plugin.commands.bench.rounds import can_capture, errors, missing, rounds
 from ep_plugin.commands.bench.shapes import Shape
 
@@ -73,11 +74,13 @@ def _steps(case: Case, contender: Contender, kinds: list[Gradients], pool: Any) 
     if not kinds:
         return {}
     train = {f"step {kind}": train_step(case, contender, kind) for kind in kinds}
-    for step in train.values():
-        step(0)
+    capture = pool is not None and can_capture(contender.backend)
+    with to_capture() if capture else nullcontext():
+        for step in train.values():
+            step(0)
     steps = {**train, "forward": _forward(case, contender)}
     weights = weight_step(contender, train[f"step {kinds[0]}"])
-    if pool is not None and can_capture(contender.backend):
+    if capture:
         if contender.quantize is not None:
             weights = {"weights": captured(weights["weights"], pool)}
             contender.quantize()  # what the graphs quantise lies in memory that all of them share

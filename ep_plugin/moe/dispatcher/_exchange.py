@@ -85,7 +85,7 @@ class Exchange8(Exchange):
         data = self.start(sent.data.view(torch.uint8), self.splits)  # not all backends have e4m3
         scale = self.start(sent.scale, self.splits)
         self.record = type(sent)(data.view(sent.data.dtype), scale)
-        return rows.new_zeros(()).expand(data.shape)
+        return rows.new_zeros(()).expand(len(data), *rows.shape[1:])
 
 
 class Start(torch.autograd.Function):

@@ -4,6 +4,9 @@ The tensor cores sum 128 products of e4m3 values. That partial sum is scaled and
 outside of them, as in DeepSeek-V3 (arXiv:2412.19437, section 3.3.2). The tensor cores would idle
 during the addition, so two programs share a multiprocessor and take turns. Each has half of the
 registers. Therefore a 128 x 128 tile is multiplied in two halves, `near` and `far`.
+
+Operands are padded with zeros to multiples of 128. Results are not: what only padding gives is not
+written, except where the result is an operand again.
 """
 
 import torch
@@ -31,7 +34,7 @@ def _more(sums, x, y, scale):
 @jit
 def _multiply_blocks_kernel(
     rows, weight, row_scale, weight_scale, ends, expert_of, row_of, tile_ends, out,
-    num_experts, IN, OUT,
+    num_experts, IN, OUT, WIDTH,
     TILE: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     down, across, steps = tl.load(tile_ends + num_experts - 1), OUT // BLOCK, IN // BLOCK
@@ -55,26 +58,28 @@ def _multiply_blocks_kernel(
             near = _more(near, x, y, scale)
             far = _more(far, x, z, scale)
         column = tile_column * BLOCK + tl.arange(0, PART)
-        target = out + row.to(tl.int64)[:, None] * OUT + column[None, :]
-        tl.store(target, near.to(out.dtype.element_ty), mask=mine[:, None])
-        tl.store(target + PART, far.to(out.dtype.element_ty), mask=mine[:, None])
+        target = out + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        owned = mine[:, None] & (column < WIDTH)[None, :]
+        tl.store(target, near.to(out.dtype.element_ty), mask=owned)
+        owned = mine[:, None] & (column + PART < WIDTH)[None, :]
+        tl.store(target + PART, far.to(out.dtype.element_ty), mask=owned)
 
 
 def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: Tiles) -> Tensor:
-    """Return each row of `rows` [R, a] times its expert's `weight` [e, b, a].T: [R, b] bf16.
+    """Return each row of `rows` [R, a] times its expert's `weight` [e, b, a].T: [R, width] bf16.
 
-    `ends` [e] int32 is the row after each expert's last. Rows past the last expert's are not
-    written. a and b are multiples of 128.
+    `width` is that of `weight`, b or less. `ends` [e] int32 is the row after each expert's last.
+    Rows past the last expert's are not written.
     """
     (num_experts, out_features, in_features), num_rows = weight.data.shape, len(rows.data)
-    out = torch.empty(num_rows, out_features, dtype=torch.bfloat16, device=ends.device)
+    out = torch.empty(num_rows, weight.width, dtype=torch.bfloat16, device=ends.device)
     if out.numel():
         num_tiles = len(tiles.expert) * (out_features // BLOCK)
         matrix = weight.data.view(num_experts * out_features, in_features)
         _multiply_blocks_kernel[(num_programs(ends.device, num_tiles, each=2),)](
             *(tiled(rows.data, TILE, BLOCK), tiled(matrix, PART, BLOCK)),
             *(rows.scale, weight.scale, ends, tiles.expert, tiles.row, tiles.ends, out),
-            *(num_experts, in_features, out_features),
+            *(num_experts, in_features, out_features, weight.width),
             TILE=TILE,
             PART=PART,
             BLOCK=BLOCK,
@@ -86,9 +91,9 @@ def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: T
 
 @jit
 def _wgrad_blocks_kernel(
-    left, right, left_scale, right_scale, tile_ends, out, B, A,
-    ADD: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
-    BAND: tl.constexpr,
+    left, right, left_scale, right_scale, tile_ends, out, B, A, OWN_B, OWN_A,
+    PARTS: tl.constexpr, ADD: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
+    BLOCK: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
     start, end = span(tile_ends, expert)
@@ -107,33 +112,41 @@ def _wgrad_blocks_kernel(
         z = right.load([first_a + PART, step * TILE])
         near = _more(near, x, y, scale)
         far = _more(far, x, z, scale)
-    store_tile(out, near, expert, first_b, first_a, B, A, ADD, BLOCK, PART)
-    store_tile(out, far, expert, first_b, first_a + PART, B, A, ADD, BLOCK, PART)
+    part = first_b // (B // PARTS)
+    own_b, end_b = first_b - part * (B - OWN_B) // PARTS, (part + 1) * OWN_B // PARTS
+    store_tile(out, near, expert, own_b, first_a, end_b, OWN_B, OWN_A, ADD, BLOCK, PART)
+    store_tile(out, far, expert, own_b, first_a + PART, end_b, OWN_B, OWN_A, ADD, BLOCK, PART)
 
 
-def multiply_column_blocks(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
-    """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, b, a] bf16."""
-    size = len(tiles.ends), len(left.data), len(right.data)
-    out = torch.empty(size, dtype=torch.bfloat16, device=tiles.ends.device)
-    _columns(out, left, right, tiles, add=False)
+def multiply_column_blocks(
+    left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles, size: tuple[int, int], parts: int = 1
+) -> Tensor:
+    """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, *size] bf16.
+
+    `size` is b and a without padding; b is padded in each of `parts` equal parts.
+    """
+    whole = len(tiles.ends), *size
+    out = torch.empty(whole, dtype=torch.bfloat16, device=tiles.ends.device)
+    _columns(out, left, right, tiles, parts, add=False)
     return out
 
 
 def add_wgrad_blocks(
-    total: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles
+    total: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles, parts: int = 1
 ) -> None:
-    """Add each expert's `left` [b, P] @ `right` [a, P].T to its part of `total` [e, b, a] fp32."""
-    _columns(total, left, right, tiles, add=True)
+    """Add what `multiply_column_blocks` returns to `total` [e, b, a] fp32, which has no padding."""
+    _columns(total, left, right, tiles, parts, add=True)
 
 
 def _columns(
-    out: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles, add: bool
+    out: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles, parts: int, add: bool
 ) -> None:
     if out.numel():
-        num_experts, b, a = out.shape
+        num_experts, b, a = len(out), len(left.data), len(right.data)
         _wgrad_blocks_kernel[(b // BLOCK * (a // BLOCK), num_experts)](
             *(tiled(left.data, BLOCK, TILE), tiled(right.data, PART, TILE)),
-            *(left.scale, right.scale, tiles.ends, out, b, a),
+            *(left.scale, right.scale, tiles.ends, out, b, a, *out.shape[1:]),
+            PARTS=parts,
             ADD=add,
             TILE=TILE,
             PART=PART,

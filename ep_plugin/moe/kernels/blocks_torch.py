@@ -1,9 +1,17 @@
 """FP8 with block scales in plain torch: the twins of `kernels.blocks` and `block_product`."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ep_plugin.moe.e4m3 import BLOCK, E4M3, Blocks8, ColumnBlocks8, WeightBlocks8
+from ep_plugin.moe.e4m3 import (
+    BLOCK,
+    E4M3,
+    Blocks8,
+    ColumnBlocks8,
+    WeightBlocks8,
+    whole_blocks,
+)
 from ep_plugin.moe.kernels._columns_torch import products, sources
 from ep_plugin.moe.kernels.quantize_torch import power_of_two_scale
 from ep_plugin.moe.kernels.types import TILE, Tiles
@@ -11,7 +19,9 @@ from ep_plugin.moe.kernels.types import TILE, Tiles
 
 def quantize_blocks(matrix: Tensor) -> Blocks8:
     """Return `matrix` [R, X] in e4m3, with one scale for each 128 columns of a row."""
-    blocks = matrix.float().unflatten(1, (-1, BLOCK))  # [R, X / 128, 128]
+    width = matrix.shape[1]
+    whole = F.pad(matrix.float(), (0, whole_blocks(width) - width))
+    blocks = whole.unflatten(1, (-1, BLOCK))  # [R, X / 128, 128]
     scale = power_of_two_scale(blocks.abs().amax(dim=2))
     return Blocks8((blocks / scale.unsqueeze(2)).to(E4M3).flatten(1), scale)
 
@@ -22,13 +32,21 @@ def dequantize_blocks(blocks: Blocks8) -> Tensor:
     return wide.flatten(1)
 
 
-def quantize_weight_blocks(weight: Tensor) -> tuple[WeightBlocks8, WeightBlocks8]:
-    """Return `weight` [e, b, a] and its transpose [e, a, b] in e4m3, one scale per 128 x 128."""
-    blocks = weight.float().unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
+def quantize_weight_blocks(weight: Tensor, parts: int = 1) -> tuple[WeightBlocks8, WeightBlocks8]:
+    """Return `weight` [e, b, a] and its transpose [e, a, b] in e4m3, one scale per 128 x 128.
+
+    b and a are padded with zeros to multiples of 128; b in each of `parts` equal parts, as gate and
+    up of a gated activation.
+    """
+    rows, width = weight.shape[1] // parts, weight.shape[2]
+    missing = (0, whole_blocks(width) - width, 0, whole_blocks(rows) - rows)
+    whole = F.pad(weight.float().unflatten(1, (parts, rows)), missing).flatten(1, 2)
+    blocks = whole.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
     scale = power_of_two_scale(blocks.abs().amax(dim=(2, 4)))  # [e, b / 128, a / 128]
     data = (blocks / scale[:, :, None, :, None]).to(E4M3).flatten(3, 4).flatten(1, 2)
     turned = data.transpose(1, 2).contiguous(), scale.transpose(1, 2).contiguous()
-    return WeightBlocks8(data, scale), WeightBlocks8(*turned)
+    _, rows, width = whole.shape
+    return WeightBlocks8(data, scale, rows), WeightBlocks8(*turned, width)
 
 
 def dequantize_weight_blocks(weight: WeightBlocks8) -> Tensor:
@@ -67,25 +85,39 @@ def dequantize_columns(columns: ColumnBlocks8) -> Tensor:
 
 
 def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: Tiles) -> Tensor:
-    """Return each row of `rows` [R, a] times its expert's `weight` [e, b, a].T: [R, b] bf16."""
+    """Return each row of `rows` [R, a] times its expert's `weight` [e, b, a].T: [R, width] bf16.
+
+    `width` is that of `weight`, b or less.
+    """
     parts = torch.tensor_split(dequantize_blocks(rows), ends.tolist())
-    weights = dequantize_weight_blocks(weight)
+    weights = dequantize_weight_blocks(weight)[:, : weight.width]
     products = [part @ w.T for part, w in zip(parts[:-1], weights, strict=True)]
     rest = parts[-1].new_zeros(len(parts[-1]), weights.shape[1])
     return torch.cat([*products, rest]).bfloat16()
 
 
-def multiply_column_blocks(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
-    """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, b, a] bf16."""
-    return _columns_product(left, right, tiles).bfloat16()
+def multiply_column_blocks(
+    left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles, size: tuple[int, int], parts: int = 1
+) -> Tensor:
+    """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, *size] bf16.
+
+    `size` is b and a without padding; b is padded in each of `parts` equal parts.
+    """
+    return _columns_product(left, right, tiles, size, parts).bfloat16()
 
 
 def add_wgrad_blocks(
-    total: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles
+    total: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles, parts: int = 1
 ) -> None:
-    """Add each expert's `left` [b, P] @ `right` [a, P].T to its part of `total` [e, b, a] fp32."""
-    total += _columns_product(left, right, tiles)
+    """Add what `multiply_column_blocks` returns to `total` [e, b, a] fp32, which has no padding."""
+    _, b, a = total.shape
+    total += _columns_product(left, right, tiles, (b, a), parts)
 
 
-def _columns_product(left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles) -> Tensor:
-    return products(dequantize_columns(left), dequantize_columns(right), tiles)
+def _columns_product(
+    left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles, size: tuple[int, int], parts: int
+) -> Tensor:
+    whole = products(dequantize_columns(left), dequantize_columns(right), tiles)
+    rows, width = size
+    apart = whole.view(len(whole), parts, -1, whole.shape[2])
+    return apart[:, :, : rows // parts, :width].flatten(1, 2)

@@ -33,13 +33,16 @@ def corner(B, A, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr):
 
 @triton.jit
 def store_tile(
-    out, sums, expert, first_b, first_a, B, A,
+    out, sums, expert, first_b, first_a, end_b, B, A,
     ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write `sums`, a tile of an expert's matrix, to `out` [e, B, A], or add it with ADD."""
+    """Write `sums`, a tile of an expert's matrix, to `out` [e, B, A], or add it with ADD.
+
+    Rows from `end_b` on, and columns from A on, are not written.
+    """
     b = first_b + tl.arange(0, TILE)
     a = first_a + tl.arange(0, WIDE)
-    owned = (b < B)[:, None] & (a < A)[None, :]
+    owned = (b < end_b)[:, None] & (a < A)[None, :]
     target = out + (expert.to(tl.int64) * B + b)[:, None] * A + a[None, :]
     if ADD:
         sums += tl.load(target, mask=owned, other=0.0)
@@ -54,8 +57,8 @@ def _deliver(
     # In halves: the registers do not hold a whole tile of sums and the totals to add them to.
     halves = tl.permute(tl.reshape(sums, (TILE, 2, WIDE // 2)), (0, 2, 1))
     left, right = tl.split(halves)
-    store_tile(out, left, expert, first_b, first_a, B, A, ADD, TILE, WIDE // 2)
-    store_tile(out, right, expert, first_b, first_a + WIDE // 2, B, A, ADD, TILE, WIDE // 2)
+    store_tile(out, left, expert, first_b, first_a, B, B, A, ADD, TILE, WIDE // 2)
+    store_tile(out, right, expert, first_b, first_a + WIDE // 2, B, B, A, ADD, TILE, WIDE // 2)
 
 
 @jit

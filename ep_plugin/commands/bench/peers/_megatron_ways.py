@@ -3,7 +3,7 @@
 A switch is written as the flag of Megatron's arguments that sets it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ep_plugin.commands.bench.contest import DROPPING
@@ -27,6 +27,7 @@ class Way:
     precision: Precision
     settings: dict[str, Any] = field(default_factory=dict)
     dispatcher: str = "alltoall"
+    experimental: bool = False  # Megatron's switch for what it calls so
 
     @property
     def drops(self) -> bool:
@@ -40,8 +41,9 @@ class Way:
         for name, value in self.settings.items():
             flag = f"--{_FLAGS.get(name, name).replace('_', '-')}"
             flags.append(flag if value is True else f"{flag} {value}")
-        drops = ["(drops rows)"] if self.drops else []
-        return " ".join([*flags, *drops])
+        flags += ["--enable-experimental"] if self.experimental else []
+        flags += ["(drops rows)"] if self.drops else []
+        return " ".join(flags)
 
 
 _FLAGS = {"fp8": "fp8_format"}
@@ -65,8 +67,9 @@ def ways(precision: Precision, ranks: int) -> list[Way]:
 
 
 def _recipes() -> list[Way]:
-    padded: list[tuple[dict[str, Any], str]] = [({}, ""), (PADDED, "padding")]
-    return [_fp8(name, FUSED | more, suffix) for name in RECIPES for more, suffix in padded]
+    # Without the switch, padding changes in place what the fused router keeps for its backward.
+    padded = [replace(_fp8(name, FUSED | PADDED, "padding"), experimental=True) for name in RECIPES]
+    return [*(_fp8(name, FUSED, "") for name in RECIPES), *padded]
 
 
 def _fp8(recipe: str, settings: dict[str, Any], suffix: str) -> Way:

@@ -4,7 +4,8 @@ As its users get it (`+defaults`), and with each switch that its documents name 
 `WAYS`. What Transformer Engine reads from the environment is in the name too, as `+cutlass`.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformer_engine.pytorch  # noqa: F401  Megatron without it is another, slower layer
 from megatron.core import parallel_state
+from megatron.core.config import set_experimental_flag
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -82,7 +84,7 @@ def _contender(case: Case, way: Way) -> Contender:
 
     def forward(tokens: Tensor) -> Tensor:
         context: AbstractContextManager[None] = get_fp8_context(config, 0)
-        with context:
+        with context, _experimental(way.experimental):
             output: Tensor = layer(tokens.unsqueeze(1))[0]
         return output.squeeze(1)
 
@@ -103,6 +105,14 @@ def _contender(case: Case, way: Way) -> Contender:
         dispatcher=way.dispatcher,
         switches=", ".join(filter(None, (way.switches, _te_switches.told()))),
     )
+
+
+@contextmanager
+def _experimental(on: bool) -> Iterator[None]:
+    """Set Megatron's switch, which it reads in each forward."""
+    set_experimental_flag(on)
+    yield
+    set_experimental_flag(False)
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ def check_recipe(
         if size % multiple:
             raise ConfigError(
                 f"<fp8> ({recipe}) needs <{name}> on each rank ({size}) to be a multiple of "
-                f"{multiple}; use {-(-size // multiple) * multiple} on each rank or <fp8=off>"
+                f"{multiple}; use {-(-size // multiple) * multiple} on each rank, "
+                "<fp8=blockwise>, which takes any size, or <fp8=off>"
             )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         raise ConfigError(

@@ -8,7 +8,7 @@ scales. Weight gradients in bf16 need the values before rounding, so then those 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +19,14 @@ from ep_plugin.moe.kernels.types import Scales
 from ep_plugin.moe.rows import ExpertRows
 
 
+class Size(NamedTuple):
+    """The features of one weight as it is trained."""
+
+    outputs: int
+    inputs: int
+    parts: int  # of the outputs: 2 for gate and up, else 1
+
+
 @dataclass(frozen=True)
 class Weights:
     """Both weights in e4m3, in the layouts that forward and data gradient read."""
@@ -27,6 +35,8 @@ class Weights:
     fc1_transposed: Weight8 | WeightBlocks8  # [e, H, 2F or F]
     fc2: Weight8 | WeightBlocks8  # [e, H, F]
     fc2_transposed: Weight8 | WeightBlocks8  # [e, F, H]
+    first: Size  # of fc1
+    second: Size  # of fc2
 
 
 class Fp8(ABC):
@@ -58,8 +68,12 @@ class Fp8(ABC):
         """
 
     @abstractmethod
-    def _wgrad8(self, grads: Any, rows: Any, into: Tensor | None) -> Tensor | None:
+    def _wgrad8(self, grads: Any, rows: Any, size: Size, into: Tensor | None) -> Tensor | None:
         """Return the weight gradient of two results of `_transpose`, or add it to `into`."""
+
+    def _unpadded(self, matrix: Tensor, parts: int) -> Tensor:
+        """Return `matrix` [R, F or 2F], of so many `parts`, without columns that are padding."""
+        return matrix
 
     def keep(self, tokens: Tensor) -> Any:
         return self._quantize(tokens) if self.wgrad8 else tokens.bfloat16()
@@ -92,8 +106,10 @@ class Fp8(ABC):
     def fc2_grads(self, incoming: Any, active: Any, into: Tensor | None) -> Tensor | None:
         if not self.wgrad8:
             grads = self.rows.spread(incoming.bfloat16())
+            active = self._unpadded(active, self.weights.second.parts)
             return self.rows.wgrad(self.gemm, grads, active, into)
-        return self._wgrad8(self._tokens(incoming), self._transpose(active, 0), into)
+        columns = self._tokens(incoming), self._transpose(active, 0)
+        return self._wgrad8(*columns, self.weights.second, into)
 
     def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
         grads = d_hidden if self.wgrad8 else self._quantize(d_hidden)
@@ -101,8 +117,10 @@ class Fp8(ABC):
 
     def fc1_grads(self, d_hidden: Any, kept: Any, into: Tensor | None) -> Tensor | None:
         if not self.wgrad8:
+            d_hidden = self._unpadded(d_hidden, self.weights.first.parts)
             return self.rows.wgrad(self.gemm, d_hidden, self.rows.spread(kept), into)
-        return self._wgrad8(self._transpose(d_hidden, 0), self._tokens(kept), into)
+        columns = self._transpose(d_hidden, 0), self._tokens(kept)
+        return self._wgrad8(*columns, self.weights.first, into)
 
     def _spread(self, tokens: Any) -> Any:
         rows = self.rows
@@ -110,3 +128,9 @@ class Fp8(ABC):
 
     def _tokens(self, tokens: Any) -> Any:
         return self._transpose(tokens, self.rows.place.shape[1])
+
+
+def sizes(fc1: Tensor, fc2: Tensor) -> tuple[Size, Size]:
+    """Return the sizes of the weights fc1 [e, F or 2F, H] and fc2 [e, H, F]."""
+    (_, outputs, hidden), (_, _, ffn) = fc1.shape, fc2.shape
+    return Size(outputs, hidden, outputs // ffn), Size(hidden, ffn, 1)

@@ -9,26 +9,34 @@ This is the recipe of DeepSeek-V3 (arXiv:2412.19437, section 3.3.2) with powers 
 For the last, DeepSeek-V3 has one scale per 128 rows and single feature. With powers of two, scales
 only decide which values fall below the smallest normal number. So the bytes of the forward can be
 read again and need no second rounding.
+
+Sizes that are no multiples of 128 are padded with zeros in e4m3, and the pre-activations [R, F or
+2F] with them, gate and up apart. Zeros stay zeros through every activation, forward and backward.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ep_plugin.moe.e4m3 import BLOCK, Blocks8, ColumnBlocks8, WeightBlocks8
+from ep_plugin.moe.e4m3 import Blocks8, ColumnBlocks8, WeightBlocks8
 from ep_plugin.moe.experts.fp8._check import check_recipe
-from ep_plugin.moe.experts.fp8._recipe import Fp8, Weights
+from ep_plugin.moe.experts.fp8._recipe import Fp8, Size, Weights, sizes
 from ep_plugin.moe.kernels import select
 
 
 def check(hidden_size: int, ffn_hidden_size: int, device: torch.device) -> None:
     """Raise ConfigError if this recipe cannot compute these sizes or on this device."""
-    check_recipe("blockwise", BLOCK, hidden_size, ffn_hidden_size, device)
+    check_recipe("blockwise", 1, hidden_size, ffn_hidden_size, device)
 
 
 def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
     """Return both weights [e, out, in] in e4m3; needed again only after an optimizer step."""
-    ops = select(fc1)
-    return Weights(*ops.quantize_weight_blocks(fc1), *ops.quantize_weight_blocks(fc2))
+    first, second = sizes(fc1, fc2)
+    straight1, turned1 = select(fc1).quantize_weight_blocks(fc1, first.parts)
+    straight2, turned2 = select(fc2).quantize_weight_blocks(fc2)
+    turned1, straight2 = (replace(w, width=first.inputs) for w in (turned1, straight2))
+    return Weights(straight1, turned1, straight2, turned2, first, second)
 
 
 class Blockwise(Fp8):
@@ -51,10 +59,17 @@ class Blockwise(Fp8):
         return columns
 
     def _wgrad8(
-        self, grads: ColumnBlocks8, rows: ColumnBlocks8, into: Tensor | None
+        self, grads: ColumnBlocks8, rows: ColumnBlocks8, size: Size, into: Tensor | None
     ) -> Tensor | None:
+        ops, tiles = self.rows.ops, self.rows.tiles
         if into is None:
-            gradient: Tensor = self.rows.ops.multiply_column_blocks(grads, rows, self.rows.tiles)
+            gradient: Tensor = ops.multiply_column_blocks(grads, rows, tiles, size[:2], size.parts)
             return gradient
-        self.rows.ops.add_wgrad_blocks(into, grads, rows, self.rows.tiles)
+        ops.add_wgrad_blocks(into, grads, rows, tiles, size.parts)
         return None
+
+    def _unpadded(self, matrix: Tensor, parts: int) -> Tensor:
+        ffn = self.weights.second.inputs
+        if matrix.shape[1] == parts * ffn:
+            return matrix
+        return matrix.view(len(matrix), parts, -1)[:, :, :ffn].flatten(1)

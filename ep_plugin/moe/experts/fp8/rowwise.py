@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ep_plugin.moe.e4m3 import Columns8, Rows8, Weight8
 from ep_plugin.moe.experts.fp8._check import check_recipe
-from ep_plugin.moe.experts.fp8._recipe import Fp8, Weights
+from ep_plugin.moe.experts.fp8._recipe import Fp8, Size, Weights, sizes
 from ep_plugin.moe.kernels import select
 
 MULTIPLE = 16  # of every dimension, so that rows start at multiples of 16 bytes
@@ -24,7 +24,8 @@ def check(hidden_size: int, ffn_hidden_size: int, device: torch.device) -> None:
 def prepare(fc1: Tensor, fc2: Tensor) -> Weights:
     """Return both weights [e, out, in] in e4m3; needed again only after an optimizer step."""
     ops = select(fc1)
-    return Weights(*ops.quantize_weight(fc1), *ops.quantize_weight(fc2))
+    (straight1, turned1), (straight2, turned2) = map(ops.quantize_weight, (fc1, fc2))
+    return Weights(straight1, turned1, straight2, turned2, *sizes(fc1, fc2))
 
 
 class Rowwise(Fp8):
@@ -45,7 +46,9 @@ class Rowwise(Fp8):
         columns: Columns8 = self.rows.ops.transpose_rows(rows, *planned, choices)
         return columns
 
-    def _wgrad8(self, grads: Columns8, rows: Columns8, into: Tensor | None) -> Tensor | None:
+    def _wgrad8(
+        self, grads: Columns8, rows: Columns8, size: Size, into: Tensor | None
+    ) -> Tensor | None:
         if into is None:
             gradient: Tensor = self.rows.ops.multiply_columns(grads, rows, self.rows.tiles)
             return gradient
