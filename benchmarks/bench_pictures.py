@@ -14,12 +14,15 @@ from bench_rows import (
     is_like,
     megatron,
     one_layer,
+    others,
     ours,
     peers,
     tokens_per_second,
 )
 from matplotlib import pyplot as plt
 
+from ep_plugin.commands.bench.contest import OURS as OURS_NAME
+from ep_plugin.commands.bench.floors import Gradients
 from ep_plugin.commands.bench.plot import draw
 from ep_plugin.commands.bench.shapes import SHAPES
 from ep_plugin.written import write_picture
@@ -31,8 +34,8 @@ Bars = dict[str, list[float | None]]
 def write(found: list[Found], folder: Path) -> None:
     """Draw all: bench_layer.png, bench_ranks.png, bench_loop.png and bench_fp8.png."""
     for name, figure in (
-        ("layer", draw(_layer(found, "layer", 1))),
-        ("ranks", draw(_layer(found, "overlap", 2))),
+        ("layer", draw(_layer(found, "layer", 1, "added"))),
+        ("ranks", draw(_layer(found, "overlap", 2, "anew"))),
         ("loop", _loop(found)),
         ("fp8", _fp8(found)),
     ):
@@ -46,21 +49,23 @@ def _newest(found: Iterable[Found]) -> list[Found]:
     return [f for f in found if f.row["device"] == last.row["device"]]
 
 
-def _layer(found: list[Found], bench: str, ranks: int) -> list[Any]:
-    """Return the rows of a picture: each side's fastest, gradients anew."""
+def _layer(found: list[Found], bench: str, ranks: int, gradients: Gradients) -> list[Any]:
+    """Return the rows of a picture: each side's fastest, of shapes with ours."""
     shown = [
         f
         for f in found
-        if is_like(f.row, bench=bench, ep=ranks, routing="balanced", gradients="anew")
+        if is_like(f.row, bench=bench, ep=ranks, routing="balanced", gradients=gradients)
         and f.floor() is not None
     ]
     with_peers = [f for f in shown if megatron("bf16")(f.row)]
     shown = [f for f in shown if f.row["device"] in {m.row["device"] for m in _newest(with_peers)}]
     ways = [ours(p, g) for p in ("bf16", "fp8") for g in (False, True)]
-    ways += [megatron("bf16"), megatron("fp8"), peers("bf16", ("torch",))]
+    ways += [megatron("bf16"), megatron("fp8"), peers("bf16", ("torch",)), others]
     picked = []
     for shape in SHAPES:
         own = [f for f in shown if f.row["shape"] == shape]
+        if best(own, lambda row: row["backend"].startswith(OURS_NAME)) is None:
+            continue
         picked += [each for way in ways if (each := best(own, way)) is not None]
     return [{**each.row, "floor_ms": each.floor()} for each in picked]
 

@@ -82,7 +82,10 @@ class Sooner:
 
 @dataclass(frozen=True)
 class AtMost:
-    """All values of a variant are at most `most`; where only some are, nothing is told."""
+    """All values of a variant are at most `most`; where only some are, or one is, nothing is told.
+
+    One round cannot tell what the machine did beside it.
+    """
 
     name: str
     most: float
@@ -93,8 +96,9 @@ class AtMost:
         found = self.values(results, self.name)
         if not found:
             return Judged(ABSENT, "")
-        figures = f"{statistics.median(found):.2f} in {len(found)} rounds"
-        if min(found) <= self.most < max(found):
+        rounds = "1 round" if len(found) == 1 else f"{len(found)} rounds"
+        figures = f"{statistics.median(found):.2f} in {rounds}"
+        if len(found) == 1 or min(found) <= self.most < max(found):
             return Judged(UNSURE, figures)
         return Judged(SUPPORTS if max(found) <= self.most else CONTRADICTS, figures)
 

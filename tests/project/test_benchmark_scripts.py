@@ -300,6 +300,8 @@ def test_megatron_s_config_has_the_settings_of_every_way(precision: Precision, r
         assert set(way.settings) <= set(known)
         assert way.drops == ("moe_expert_capacity_factor" in way.settings)
         flags = {word for word in way.switches.split() if word.startswith("--")}
+        assert ("--enable-experimental" in flags) == way.experimental == ("padding" in way.name)
+        flags -= {"--enable-experimental"}
         assert flags == {f"--{n.replace('_', '-')}" for n in way.settings if n != "fp8"} | (
             {"--fp8-format"} if precision == "fp8" else set()
         )
