@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import forecast_errors
+import several_nodes
 from bench_rows import (
     RESULTS,
     Found,
@@ -43,8 +44,9 @@ from ep_plugin.commands.bench.shapes import SHAPES
 from ep_plugin.written import write_whole
 
 ROOT = Path(__file__).parents[1]
-PAGE, ROWS, NETWORK = (
-    ROOT / "docs" / name for name in ("benchmarks.md", "benchmark-rows.md", "communication.md")
+PAGE, ROWS, NETWORK, NODES = (
+    ROOT / "docs" / f"{name}.md"
+    for name in ("benchmarks", "benchmark-rows", "communication", "several-nodes")
 )
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 Column = tuple[str, Callable[[list[Found]], Found | None]]
@@ -266,7 +268,8 @@ def main() -> int:
     names = ("floors", "layer", "two_gpus", "loop", "fp8", "absent")
     tables = {name: getattr(page, name)() for name in names}
     tables["forecast"] = forecast_errors.table()
-    texts = {path: made(path.read_text(), tables) for path in (PAGE, NETWORK)}
+    tables["nodes"] = several_nodes.table()
+    texts = {path: made(path.read_text(), tables) for path in (PAGE, NETWORK, NODES)}
     texts[ROWS] = page.rows()
     stale = [p.name for p, text in texts.items() if not p.exists() or p.read_text() != text]
     if args.check:
