@@ -27,9 +27,9 @@ from ep_plugin.commands.bench.case import (
     relative_error,
 )
 from ep_plugin.commands.bench.contest import Contest
-from ep_plugin.commands.bench.figures import EMPTY, Row
+from ep_plugin.commands.bench.figures import EMPTY, Row, make_row, table
 from ep_plugin.commands.bench.floors import H100, Precision
-from ep_plugin.commands.bench.measure import timing
+from ep_plugin.commands.bench.measure import Taken, timing
 from ep_plugin.commands.bench.peers import torch as torch_peer
 from ep_plugin.commands.bench.rounds import errors
 from ep_plugin.commands.bench.shapes import SHAPES, Shape
@@ -458,8 +458,19 @@ def test_weights_are_quantised_once_for_all_steps() -> None:
 
 
 def test_median_and_deciles() -> None:
-    found = timing([float(value) for value in range(100, -1, -1)])
-    assert (found.median, found.p10, found.p90) == (50.0, 10.0, 90.0)
+    found = timing([Taken(float(value), None) for value in range(100, -1, -1)])
+    assert (found.median, found.p10, found.p90, found.host) == (50.0, 10.0, 90.0, None)
+
+
+def test_the_host_s_time_has_a_median_of_its_own_and_a_place_in_the_row() -> None:
+    """As a GPU's calls have it: they return long before the GPU is done."""
+    found = timing([Taken(9.0, 1.0), Taken(5.0, 3.0), Taken(7.0, 2.0)])
+    assert (found.median, found.host) == (7.0, 2.0)
+    whole = whole_layer.with_weights(found, 8.0)
+    assert (whole.median, whole.host) == (8.0, 2.0)
+    row = make_row(CPU, whole, bench="layer", shape="tiny", backend="torch", host_ms=whole.host)
+    row |= {"device": "a GPU", "floor_ms": 1.0, "precision": "bf16", "routing": "balanced"}
+    assert "2.00 ms host" in table([row])
 
 
 def test_every_peer_has_a_way_to_install_it() -> None:

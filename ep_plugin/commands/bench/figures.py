@@ -27,7 +27,7 @@ EMPTY: Row = {
     **dict.fromkeys(("ms", "p10_ms", "p90_ms", "fwd_ms", "weight_quant_ms", "floor_ms")),
     **dict.fromkeys(("saved_mib", "tflops", "gbps", "error", "grad_error", "gpu")),
     **dict.fromkeys(("dispatcher", "schedule", "exchange_ms", "compute_ms", "wire_ms")),
-    **dict.fromkeys(("hidden_share", "covered_share", "rates")),
+    **dict.fromkeys(("hidden_share", "covered_share", "rates", "host_ms")),
     "gradients": "anew",  # weight gradients; of rows that do not say so
 }
 OF_SOME = {
@@ -44,7 +44,7 @@ OF_SOME = {
 TEXTS = "bench shape op backend precision routing device dispatcher schedule gradients switches run"
 NUMBERS = (
     "ms p10_ms p90_ms fwd_ms weight_quant_ms floor_ms saved_mib tflops gbps exchange_ms "
-    "compute_ms hidden_share covered_share"
+    "compute_ms hidden_share covered_share host_ms"
 )
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(TEXTS.split(), (str,)),
@@ -236,7 +236,13 @@ def _line(row: Row, base: float | None) -> str:
         return f"  {name:46}{ratio}   floor {row['floor_ms']:.3g} ms"
     parts = [f"  {name:46}{row['ms']:9.3f} ms   floor {row['floor_ms']:8.3f}"]
     parts.append(f"({row['p10_ms']:.3f} .. {row['p90_ms']:.3f}){ratio}")
-    for field, unit in (("fwd_ms", "ms forward"), ("tflops", "TFLOPS"), ("gbps", "GB/s")):
+    fields = (
+        ("fwd_ms", "ms forward"),
+        ("host_ms", "ms host"),
+        ("tflops", "TFLOPS"),
+        ("gbps", "GB/s"),
+    )
+    for field, unit in fields:
         if row[field] is not None:
             parts.append(f"{row[field]:8.2f} {unit}")
     if row["saved_mib"] is not None:

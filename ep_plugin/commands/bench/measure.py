@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -35,6 +35,14 @@ class Timing:
     median: float
     p10: float
     p90: float
+    host: float | None = None  # median until a call returned, all of it launched; on GPUs
+
+
+class Taken(NamedTuple):
+    """Milliseconds of one call."""
+
+    whole: float
+    host: float | None  # until it returned, with work left for the GPU; None on the CPU
 
 
 @dataclass(frozen=True)
@@ -51,36 +59,38 @@ class Protocol:
         self, steps: Mapping[str, Step], title: str = ""
     ) -> tuple[dict[str, Timing], dict[str, float]]:
         """Return each step's timing, and the GPU's state meanwhile (empty where unknown)."""
-        seen: dict[str, list[float]] = {name: [] for name in steps}
+        seen: dict[str, list[Taken]] = {name: [] for name in steps}
         states: list[dict[str, float]] = []
         for turn in tqdm(range(self.warm + self.repeats), desc=title, leave=False, disable=None):
             for name, step in steps.items():
-                milliseconds = self.once(step, turn % SETS)
+                taken = self.once(step, turn % SETS)
                 if turn >= self.warm:
-                    seen[name].append(milliseconds)
+                    seen[name].append(taken)
             if turn >= self.warm and (turn - self.warm) % 25 == 0:
                 states.append(gpu_state(self.device))
         times = {name: timing(values) for name, values in seen.items()}
         known = [state for state in states if state]
         return times, {k: statistics.median(s[k] for s in known) for k in STATE if known}
 
-    def once(self, step: Step, index: int) -> float:
+    def once(self, step: Step, index: int) -> Taken:
         """Return the milliseconds of one call."""
         if self.align is not None:
             self.align()
         if self.device.type != "cuda":
             began = time.perf_counter()
             step(index)
-            return 1e3 * (time.perf_counter() - began)
+            return Taken(1e3 * (time.perf_counter() - began), None)
         start, end = (_event() for _ in range(2))
         torch.cuda.synchronize()
         if self.hide_launch:
             torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
+        began = time.perf_counter()
         step(index)
+        host = 1e3 * (time.perf_counter() - began)
         end.record()
         torch.cuda.synchronize()
-        return float(start.elapsed_time(end))
+        return Taken(float(start.elapsed_time(end)), host)
 
 
 def _event() -> torch.cuda.Event:
@@ -92,12 +102,14 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def timing(values: list[float]) -> Timing:
-    """Return median and deciles of `values`."""
-    ordered = sorted(values)
+def timing(calls: list[Taken]) -> Timing:
+    """Return median and deciles of `calls`."""
+    ordered = sorted(call.whole for call in calls)
+    hosts = [call.host for call in calls if call.host is not None]
     last = len(ordered) - 1
     return Timing(
-        statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+        *(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]),
+        statistics.median(hosts) if hosts else None,
     )
 
 

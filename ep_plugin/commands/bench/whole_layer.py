@@ -119,7 +119,7 @@ def weight_ms(times: dict[str, Timing]) -> float:
 def with_weights(step: Timing, weights: float) -> Timing:
     """Return a step's milliseconds with its share of quantising the weights."""
     share = weights / STEPS_PER_WEIGHT
-    return Timing(step.median + share, step.p10 + share, step.p90 + share)
+    return Timing(step.median + share, step.p10 + share, step.p90 + share, step.host)
 
 
 def _row(
@@ -143,6 +143,7 @@ def _row(
         gradients=gradients,
         switches=contender.switches,
         fwd_ms=times["forward"].median,
+        host_ms=whole.host,
         weight_quant_ms=weights,
         floor_ms=floor_ms(Work(shape, contender.precision, gradients), contest.rates),
         rates=contest.rates.facts(),
