@@ -9,11 +9,14 @@ numbers                   token ids, separated by spaces; also Megatron's NullTo
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ep_plugin.checkpoint import byte_pairs
 from ep_plugin.checkpoint.hf_tokenizer import MOST_BYTES, as_transformers_loads
@@ -236,6 +239,7 @@ def hugging_face(
     Raises BackendUnavailable, which says what was `asked`, without transformers; and ConfigError
     for what it cannot load, which is `called` so, and says what to use `instead`.
     """
+    reachable = local or hub_is_reachable()
     try:
         tokenizer: Any = import_module("transformers").AutoTokenizer
         if local:
@@ -244,7 +248,9 @@ def hugging_face(
                     view, local_files_only=True, trust_remote_code=False
                 )
         else:  # False, not its default: that asks on stdin whether to run the folder's own code
-            model = tokenizer.from_pretrained(where, trust_remote_code=False)
+            model = tokenizer.from_pretrained(
+                where, local_files_only=not reachable, trust_remote_code=False
+            )
         return _HuggingFace(model, called, instead)
     except ConfigError:
         raise
@@ -254,11 +260,31 @@ def hugging_face(
         ) from error
     except BaseException as error:  # of any kind, for a damaged file
         _only_of_files(error)
+        if not reachable:
+            raise ConfigError(
+                f"{called} is no folder or file here, transformers has no copy of a tokenizer of "
+                f"that name, and the network cannot be reached; {instead}"
+            ) from error
         own = "trust_remote_code" in str(error)
         why = "it needs Python code of its own, which is not run" if own else cut(str(error))
         raise ConfigError(
             f"{called} has no tokenizer that transformers can load ({why}); {instead}"
         ) from error
+
+
+def hub_is_reachable() -> bool:
+    """Whether the name of Hugging Face's hub, or of HF_ENDPOINT's, is known; True behind a proxy.
+
+    Without a network its client would try again for half a minute.
+    """
+    if getproxies():
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname or "huggingface.co"
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _only_of_files(error: BaseException) -> None:

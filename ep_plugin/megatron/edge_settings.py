@@ -16,7 +16,7 @@ from ep_plugin.moe.config import (
     SharedExpert,
 )
 from ep_plugin.moe.parallel import RanksOfNode
-from ep_plugin.moe.routing_config import RoutingConfig, Tokens
+from ep_plugin.moe.routing_config import Factor, RoutingConfig, Tokens
 from ep_plugin.typed import Typed, check_value
 
 
@@ -39,6 +39,7 @@ class EdgeSettings(Typed):
     fp8: Fp8 | None = None
     fp8_wgrad: Fp8Wgrad | None = None
     save: Save | None = None
+    rank_capacity: Factor | None = None
     deterministic: bool | None = None
     dispatch_dtype: DispatchDtype | None = None
     dispatch_dedup: bool | None = None

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.moe.routing_config import MOST_EXPERTS, RoutingConfig, Tokens
+from ep_plugin.moe.routing_config import MOST_EXPERTS, Factor, RoutingConfig, Tokens
 from ep_plugin.moe.rules import check_needs
 from ep_plugin.typed import Named, Typed, Within
 
@@ -47,6 +47,8 @@ class MoEConfig(Typed):
     fp8: Fp8 = "off"  # recipe of the experts' products
     fp8_wgrad: Fp8Wgrad = "fp8"  # of their weight gradients, where fp8 is not off
     save: Save = "bf16"  # how the experts' pre-activations are kept for the backward
+    # of how many rows, times those of a rank in balance; the others' are computed again; None: all
+    rank_capacity: Factor | None = None
     deterministic: bool = False  # equal bits in every run: no kernel is chosen by measuring
     router: Option = "topk"
     dispatcher: Option = "auto"

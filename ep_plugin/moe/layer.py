@@ -119,6 +119,8 @@ class MoELayer(nn.Module):
         else:
             check_padding(padding_mask, hidden, self.router, self.config.router)
             routing = self.router(tokens, num_sequences, padding=padding_mask.reshape(-1))
+        # If every rank of ep has as many tokens, and every expert is chosen as often.
+        self.experts.rows_in_balance = routing.expert_ids.numel() * self.groups.etp_size
         if not self._routing_checked:
             check_routing(routing, len(tokens), self.config.num_experts)
             self._routing_checked = True

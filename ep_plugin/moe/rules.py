@@ -121,6 +121,17 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             "keeps less of experts without bias, and these have one; use <bias=False>",
         ),
     ),
+    "moe.rank_capacity": (
+        Need(
+            lambda c: not c.bias,
+            "keeps less of experts without bias, and these have one; use <bias=False>",
+        ),
+        Need(
+            lambda c: c.save != "recompute",
+            "bounds the pre-activations that are kept, and with <save=recompute> none are; use "
+            "<save=bf16>",
+        ),
+    ),
     "moe.dispatch_dedup": (
         Need(
             _through("alltoall"),

@@ -3,6 +3,7 @@
 The claims are those of recipes/evidence/several.py.
 """
 
+import argparse
 import sys
 
 from _run import ROOT
@@ -28,8 +29,10 @@ difference, or half a percent (of an imbalance 5 %) where fewer than two seeds r
 An evaluation reads as many tokens as the held-out files have, from where the one before it ended in
 files that are shuffled anew each time: bumps that all curves of a plot share are of that reading,
 which is the same in every run of a seed.
-At the GPU size top-1 trains with a balancing loss of 1e-3, the better one in (s), and all else with
-1e-2. Aimed at and not there yet: three seeds of 1, 8 and 64 experts and of (e) over 100M tokens.
+Gates of top-1 are multiplied by the number of experts (`--moe-router-topk-scaling-factor E`), as a
+bare one starts at 1/E; (s) has both. At the GPU size top-1 trains with a balancing loss of 1e-3,
+the better one in (s), and all else with 1e-2. Aimed at and not there yet: three seeds of 1, 8 and
+64 experts and of (e) over 100M tokens.
 "After 1/1.5 of the tokens" compares where two curves come down to a loss, the dense model's final
 one, and stay there. Both are read off in one way, as the dense model's own curve is there before
 its end, where an evaluation reads other samples. Learning rates fall to their end only with the
@@ -103,4 +106,5 @@ def _table(claim: Claim, results: Results, size: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     sys.stdout.write(page())

@@ -40,7 +40,7 @@ def shown(results: Results) -> str:
         if runs and found:
             step = statistics.median(1000 * run["step_seconds"] for run in runs)
             low, high = min(found), max(found)
-            spread = f"{low:.2f} to {high:.2f}"
+            spread = f"{low:.2f} to {high:.2f}" if len(found) > 1 else "-"
             middle = f"{statistics.median(found):.2f}"
             size = millions(runs[0]["parameters"])
             rows.append([label, size, str(len(found)), f"{step:.1f}", middle, spread])

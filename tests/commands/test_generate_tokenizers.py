@@ -12,6 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ep_plugin.checkpoint import text as text_module
 from ep_plugin.checkpoint.text import Place, choose
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.workers.tokenizer import load
@@ -134,3 +135,21 @@ def test_a_gpt2_tokenizer_without_its_files_is_refused(tmp_path: Path) -> None:
 def test_a_place_is_of_plain_values(folder: Path) -> None:
     place = choose(None, tiktoken(folder), folder)
     assert Place(**json.loads(json.dumps(vars(place)))) == place
+
+
+def test_a_name_is_not_asked_for_where_there_is_no_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One sentence at once; behind a proxy, which alone may know the hub, it is asked for."""
+
+    def no_such_host(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(text_module.socket, "getaddrinfo", no_such_host)
+    monkeypatch.setattr(text_module, "getproxies", dict)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"'gpt22' is no folder or file here.* network cannot"):
+        load(Place("file or name", "gpt22"))
+    assert not text_module.hub_is_reachable()
+    monkeypatch.setattr(text_module, "getproxies", lambda: {"https": "http://proxy"})
+    assert text_module.hub_is_reachable()

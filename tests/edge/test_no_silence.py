@@ -88,7 +88,7 @@ OBSERVERS = {  # row -> what must differ
     **dict.fromkeys(("aux_loss_coeff", "aux_loss_counts", "aux_loss_scope"), "gradients"),
     **dict.fromkeys(("aux_loss_layers", "z_loss_coeff", "fp8_wgrad"), "gradients"),
     **dict.fromkeys(("dense_activation", "expert_activation", "fp8", "shared_expert"), "output"),
-    "save": "kept",
+    **dict.fromkeys(("save", "rank_capacity"), "kept"),
     **dict.fromkeys(("gemm", "deterministic"), "products"),
     **dict.fromkeys(("dispatcher", "dispatch_dedup", "dispatch_dtype"), "exchanges"),
     **dict.fromkeys(("overlap", "ranks_per_node"), "exchanges"),

@@ -34,6 +34,7 @@ SAMPLES: dict[str, tuple[Any, Any]] = {
     "quantile_ema": (0.5, 0.0),
     "further_losses": ("sequence:0.25", "global:0.25"),
     "comm_sms": (8, 32),
+    "rank_capacity": (0.25, 100.0),
     "ranks_per_node": (1, 2),
     "overlap_chunks": (1, 3),
     "experts_per_layer": ("4,8", "8,8"),

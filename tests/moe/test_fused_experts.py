@@ -12,7 +12,7 @@ from torch import Tensor
 from ep_plugin import ConfigError, MoEConfig
 from ep_plugin.moe.e4m3 import whole_blocks
 from ep_plugin.moe.experts.experts import Experts
-from ep_plugin.moe.experts.fused import Bf16, FusedExperts
+from ep_plugin.moe.experts.fused import Bf16, FusedExperts, Keep
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched
 from ep_plugin.moe.rows import expert_rows
@@ -54,7 +54,7 @@ def fused(experts: Experts, inbox: Dispatched, save: Any) -> Tensor:
     recipe = Bf16(rows, experts.linear_fc1.pick_gemm(len(rows.order)))
     weights = (experts.linear_fc1.weight, experts.linear_fc2.weight)
     output: Tensor = FusedExperts.apply(
-        inbox.tokens, inbox.probs, *weights, recipe, save, None, None
+        inbox.tokens, inbox.probs, *weights, recipe, Keep(save), None, None
     )
     return output
 
@@ -187,6 +187,44 @@ def test_saving_less_changes_gradients_alone(save: Any, bound: float, fp8: Any) 
     assert torch.equal(found[0], expected[0])
     for name, x, y in zip(NAMES, found, expected, strict=True):
         assert error(x, y) ** 0.5 <= bound, name
+
+
+@pytest.mark.parametrize("fp8", ["off", *LINES])
+@pytest.mark.parametrize("save", ["bf16", "fp8"])
+@pytest.mark.parametrize("rows", [0, 128, 256, 10**6])
+def test_rows_beyond_the_capacity_of_a_rank_are_computed_again(
+    rows: int, save: Any, fp8: Any
+) -> None:
+    """Whatever is kept, results are equal; what is kept is bounded, and rounded where it was."""
+    generator = torch.Generator().manual_seed(2)
+    count, width, ffn = 150, 64, 48  # 300 rows
+    config = MoEConfig(
+        hidden_size=width, ffn_hidden_size=ffn, num_experts=E, fp8=fp8, save=save,
+        dispatcher="symm_mem", rank_capacity=1.0,
+    )  # fmt: skip
+    experts = make_experts(config, torch.bfloat16, generator)
+    inbox = make_inbox(generator, torch.bfloat16, False, count, width)
+    seed = torch.randn(count, width, generator=generator)
+    kept: list[torch.Size] = []
+
+    def at_most(number: int | None) -> list[Tensor]:
+        experts.keep = lambda share=1.0: Keep(save, number)  # type: ignore[method-assign]
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor
+        ):
+            output = experts(inbox)
+        return gradients(output, inbox, experts, seed)
+
+    whole = at_most(None)
+    kept.clear()
+    found = at_most(rows)
+    held = [shape[0] for shape in kept if shape[-1] in (2 * ffn, 2 * whole_blocks(ffn))]
+    assert held[-1] == min(rows, C * count)
+    assert torch.equal(found[0], whole[0])
+    for name, x, y in zip(NAMES, found, whole, strict=True):
+        if save == "bf16" or rows >= C * count:
+            assert torch.equal(x, y), name
+        assert error(x, y) < 0.05**2, name  # of what is computed again nothing is rounded
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

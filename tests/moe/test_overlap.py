@@ -85,6 +85,66 @@ def test_two_legs_give_the_bits_of_one() -> None:
     assert run_ranks(4, check_two_legs) == [9] * 4
 
 
+ON_ONE_RANK = [torch.tensor([[0, 1], [1, -1]]).repeat(100, 1) for _ in range(4)]
+WAYS: list[dict[str, Any]] = [
+    {"dispatcher": "alltoall"},
+    {"dispatcher": "symm_mem"},
+    {"dispatcher": "symm_mem", "overlap": "chunked"},
+]
+
+
+def check_capacity(ep: int, etp: int) -> int:
+    """With rows kept of none but few choices, of some, or of all: the bits of all kept."""
+    groups = create_expert_groups(ParallelConfig(world_size=ep * etp, ep=ep, etp=etp))
+    checked = 0
+    some = {case: routings()[case] for case in ("a rank without tokens", "top-4")}
+    for case, ids in {"all on one rank": ON_ONE_RANK, **some}.items():
+        for variant in ({}, {"fp8": "rowwise"}, {"fp8": "blockwise", "fp8_wgrad": "bf16"}):
+            for way in WAYS:
+                config = sized(BASE, **variant, **way)
+                expected = run(config, groups, ids, whole=True)
+                for capacity in (0.01, 1.0, 100.0) if case == "all on one rank" else (0.5,):
+                    bounded = replace(config, rank_capacity=capacity)
+                    found = run(bounded, groups, ids, whole=True)
+                    for name, value in expected.items():
+                        what = f"{case}, {variant}, {way}, {capacity}: {name}"
+                        assert torch.equal(found[name], value), what
+                    checked += 1
+    return checked
+
+
+@pytest.mark.parametrize(("ep", "etp"), [(2, 1), (2, 2)])
+def test_what_is_kept_does_not_change_results(ep: int, etp: int) -> None:
+    cases = 3 * len(WAYS) * (3 + 2)
+    assert run_ranks(ep * etp, check_capacity, ep, etp) == [cases] * ep * etp
+
+
+def kept_bytes(capacity: float | None, way: dict[str, Any]) -> int:
+    """Return the bytes that a layer keeps for the backward."""
+    groups = create_expert_groups(ParallelConfig(world_size=2, ep=2))
+    config = sized(BASE, activation="swiglu", save="fp8", rank_capacity=capacity, **way)
+    kept = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run(config, groups, ON_ONE_RANK, whole=False)
+    return kept
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_kept_is_bounded(way: dict[str, Any]) -> None:
+    """Two ranks of 200 tokens: 600 choices on one of them, and kept are 400 (or twice 208)."""
+    whole = run_ranks(2, kept_bytes, None, way)
+    bounded = run_ranks(2, kept_bytes, 1.0, way)
+    row = 2 * sized(BASE).ffn_hidden_size + 4  # of gate and up in e4m3, and a scale
+    beyond = 600 - (416 if "overlap" in way else 400)
+    assert [a - b for a, b in zip(whole, bounded, strict=True)] == [beyond * row, 0]
+
+
 def check_random(schedule: str) -> int:
     groups = create_expert_groups(ParallelConfig(world_size=4, ep=4))
     checked = 0

@@ -198,6 +198,8 @@ UNFOUNDED = [  # settings that would do nothing, and what the message says to ad
     ({"dispatch_dedup": True, "dispatcher": "symm_mem"}, {"dispatcher": "alltoall"}),
     ({"check_splits": "off", "dispatcher": "deepep"}, {"dispatcher": "alltoall"}),
     ({"comm_sms": 16}, {"dispatcher": "symm_mem"}),
+    ({"rank_capacity": 1.25, "bias": True}, {"bias": False}),
+    ({"rank_capacity": 1.0, "save": "recompute"}, {"save": "bf16"}),
     ({"gemm": "loop", "fp8": "rowwise"}, {"gemm": "auto"}),
     ({"force_expert_choice": True, "capacity_factor": 1.0}, {"router": "expert_choice"}),
 ]

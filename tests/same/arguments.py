@@ -67,6 +67,7 @@ LEGAL = table(
     --ep-dispatch-dedup on off
     --ep-check-splits first always off
     --ep-comm-sms 16
+    --ep-rank-capacity 1.25
     --ep-ranks-per-node 2 3
     --ep-overlap-chunks 2
     --ep-shared-expert sum learned
@@ -98,6 +99,7 @@ WRONG = table(
     --ep-group-tokens 0
     --ep-fp8 e5m2
     --ep-comm-sms 0
+    --ep-rank-capacity 0
     --ep-overlap-chunks 0
     --ep-experts-per-layer 4*3 8*2 4*
     """

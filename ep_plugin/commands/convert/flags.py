@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_formats(parser)
     add(
         "--keep-layers", metavar="LAYERS",
-        help="make a student of these layers of a Megatron checkpoint, counted from 0, such as "
-        "0-19,23, in this order; its optimizer starts afresh",
+        help="make a student of these layers of a Megatron GPT, counted from 0, such as 0-19,23, "
+        "in this order; its optimizer starts afresh",
     )  # fmt: skip
     add(
         "--model-class", choices=get_args(ModelClass),

@@ -131,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
             "size": size,
             "json": args.json,
         }
+        if first:
+            print(f"ep-plugin generate: loading {args.checkpoint} ...", file=sys.stderr)
         try:
             with reading(found, Path(scratch), alone=ranks is None) as folder:
                 start(job | {"folder": str(folder)}, layout.world, ranks, Path(scratch))

@@ -391,6 +391,13 @@ TABLE: tuple[Argument, ...] = (
         comparable=False,
     ),
     _block(
+        "rank_capacity",
+        "experts",
+        "keep pre-activations of so many times the rows of a rank in balance, and compute the "
+        "others' again in the backward; default: keep all",
+        comparable=False,
+    ),
+    _block(
         "deterministic",
         "run",
         "equal bits in every run: no kernel is chosen by measuring",
@@ -428,7 +435,12 @@ TABLE: tuple[Argument, ...] = (
         "number of parts that the other ranks' tokens come in, for --ep-overlap chunked",
     ),
     _block("shared_expert", "experts", "add the shared expert, or weigh it by a learned softmax"),
-    _edge("experts_per_layer", "experts", "experts of each MoE layer (a pyramid): N*LAYERS,..."),
+    _edge(
+        "experts_per_layer",
+        "experts",
+        "experts of each MoE layer (a pyramid): 4,8,8 or 4*10,8*2; in a GPT beside "
+        "--moe-layer-freq as a list, such as '[1]*12'",
+    ),
     # checkpoints
     Argument(
         "--ep-optimizer-format",

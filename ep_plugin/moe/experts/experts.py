@@ -3,6 +3,7 @@
 Shapes: N tokens, H hidden size, F FFN size of this rank, e local experts, R rows of experts.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from ep_plugin.moe.config import Activation, MoEConfig
 from ep_plugin.moe.experts import autotune
 from ep_plugin.moe.experts.fits import FP8, check_capturable, check_sizes, uses_gemm
-from ep_plugin.moe.experts.fused import Bf16, FusedExperts, Recipe, Totals
+from ep_plugin.moe.experts.fused import Bf16, FusedExperts, Keep, Recipe, Totals
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched, GroupedGemm
 from ep_plugin.moe.rows import ExpertRows, expert_rows, permute, rows_of, unpermute
 from ep_plugin.registry import resolve
+
+ALIGNED = 16  # rows; slices from there on start at multiples of 16 bytes
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -129,6 +132,7 @@ class Experts(nn.Module):
         self.weights_change_every_call = True
         self.is_first_microbatch = True
         self._weights8: Any = None
+        self.rows_in_balance: int | None = None  # of a call; set by the layer with each routing
         self.totals: Totals | None = None  # set by a training loop with fp32 sums of gradients
         self.etp_size = etp
         shard = ffn // etp
@@ -155,13 +159,13 @@ class Experts(nn.Module):
         """
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         fc1_weight, fc2_weight = fc1(), fc2()
-        saves_less = self.config.save != "bf16"
+        saves_less = self.config.save != "bf16" or self.config.rank_capacity is not None
         if fc1.bias is None and (self.fp8 or saves_less or inbox.tokens.is_cuda):
             choices = inbox.expert_ids, inbox.tokens_per_expert
             where = expert_rows(*choices, self.config.activation, inbox.num_rows)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
-                *(self.recipes(len(where.order))(where), self.config.save, self.totals),
+                *(self.recipes(len(where.order))(where), self.keep(), self.totals),
                 inbox.tokens8,
             )
             return output
@@ -180,6 +184,14 @@ class Experts(nn.Module):
             bias = _ShareOfSum.apply(fc2.bias[expert], self.etp_size)
             rows = rows + (bias * probs).to(rows.dtype)
         return unpermute(rows, moves)
+
+    def keep(self, share: float = 1.0) -> Keep:
+        """Return what is kept of a call, or of such a share of one."""
+        capacity = self.config.rank_capacity
+        if capacity is None or self.rows_in_balance is None:
+            return Keep(self.config.save)
+        rows = math.ceil(capacity * share * self.rows_in_balance)
+        return Keep(self.config.save, -(-rows // ALIGNED) * ALIGNED)
 
     def recipes(self, num_rows: int) -> Callable[[ExpertRows], Recipe]:
         """Return a function that makes the recipe for all of a call's `num_rows` rows, or some."""

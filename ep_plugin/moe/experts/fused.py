@@ -15,6 +15,8 @@ besides those of the grouped GEMM.
 Shapes: N tokens, C choices each, H hidden size, F FFN size of this rank, e local experts, R rows.
 """
 
+from copy import copy
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from ep_plugin.moe.config import Save
 from ep_plugin.moe.interfaces import GroupedGemm
-from ep_plugin.moe.rows import ExpertRows
+from ep_plugin.moe.rows import ExpertRows, InTwo
 
 Into = tuple[Tensor | None, Tensor | None]  # totals of fc1, fc2 to add gradients to
 
@@ -134,6 +136,34 @@ class Bf16:
         return self.rows.wgrad(self.gemm, d_hidden, self.rows.spread(kept), into)
 
 
+@dataclass(frozen=True)
+class Keep:
+    """What of the pre-activations is kept for the backward, and how the rest comes back."""
+
+    save: Save
+    rows: int | None = None  # of how many rows at most; None: of all
+
+    def hold(self, recipe: Recipe, hidden: Tensor) -> Any:
+        """Return what is kept of `hidden` [R, F or 2F]."""
+        if self.save == "recompute":
+            return None
+        if self.rows is not None and self.rows < len(hidden):
+            hidden = hidden[: self.rows]
+            hidden = hidden.clone() if self.save == "bf16" else hidden  # not a view of all
+        return hidden if self.save == "bf16" else recipe.held(hidden)
+
+    def again(self, recipe: Recipe, held: Any, kept: Any, fc1: Tensor) -> Any:
+        """Return the pre-activations of all rows, of what `hold` and `Recipe.keep` returned."""
+        if held is None:
+            return recipe.first(kept, fc1)
+        count = len(held.data)
+        if count == len(recipe.rows.order):
+            return held
+        others = copy(recipe)
+        others.rows = recipe.rows.beyond(count)
+        return InTwo(held, others.first(kept, fc1))
+
+
 class FusedExperts(torch.autograd.Function):
     """tokens [N, H], probs [N, C], weights [e, out, in] -> experts' outputs per token [N, H].
 
@@ -148,14 +178,15 @@ class FusedExperts(torch.autograd.Function):
         fc1: Tensor,
         fc2: Tensor,
         recipe: Recipe,
-        save: Save,
+        keep: Keep,
         totals: Totals | None,
         tokens8: Any,
     ) -> Tensor:
         probs, kept = probs.contiguous(), recipe.keep(tokens) if tokens8 is None else tokens8
         hidden = recipe.first(kept, fc1)
-        output, held = recipe.second(hidden, probs, fc2), hold(recipe, hidden, save)
-        ctx.recipe, ctx.totals, ctx.kinds = recipe, totals, (type(kept), type(held))
+        output, held = recipe.second(hidden, probs, fc2), keep.hold(recipe, hidden)
+        ctx.recipe, ctx.keep, ctx.totals = recipe, keep, totals
+        ctx.kinds = type(kept), type(held)
         ctx.num_kept = len(parts_of(kept))
         ctx.save_for_backward(probs, fc1, fc2, *parts_of(kept), *parts_of(held))
         return output.to(tokens.dtype)
@@ -165,14 +196,13 @@ class FusedExperts(torch.autograd.Function):
         recipe: Recipe = ctx.recipe
         probs, fc1, fc2, *parts = ctx.saved_tensors
         kept = whole_of(ctx.kinds[0], parts[: ctx.num_kept])
-        hidden = whole_of(ctx.kinds[1], parts[ctx.num_kept :])
-        if hidden is None:
-            hidden = recipe.first(kept, fc1)
+        held = whole_of(ctx.kinds[1], parts[ctx.num_kept :])
+        hidden = ctx.keep.again(recipe, held, kept, fc1)
         into = take(ctx.totals)
         incoming = recipe.incoming(grads[0].contiguous())
         d_hidden, active, d_probs = recipe.hidden_grads(incoming, hidden, probs, fc2)
         d_fc2 = delivered(recipe.fc2_grads(incoming, active, into[1]), fc2)
-        del incoming, active, hidden
+        del incoming, active, hidden, held
         d_tokens = recipe.token_grads(d_hidden, fc1)
         d_fc1 = delivered(recipe.fc1_grads(d_hidden, kept, into[0]), fc1)
         return d_tokens, d_probs.to(probs.dtype), d_fc1, d_fc2, None, None, None, None
@@ -190,13 +220,6 @@ def delivered(grad: Tensor | None, weight: Tensor) -> Tensor:
     autograd, to know that there was one. It never reads its values.
     """
     return torch.empty_like(weight) if grad is None else grad.to(weight.dtype)
-
-
-def hold(recipe: Recipe, hidden: Tensor, save: Save) -> Any:
-    """Return what `save` holds of the pre-activations."""
-    if save == "recompute":
-        return None
-    return hidden if save == "bf16" else recipe.held(hidden)
 
 
 def parts_of(value: Any) -> list[Tensor]:

@@ -54,7 +54,7 @@ def chunked(
     recipes = experts.recipes(ids.numel())
     call = Call(
         *(trip, ids, probs.detach(), inbox.tokens_per_expert, config.activation, recipes),
-        *(config.save, experts.totals, dispatcher.wire_format),
+        *(experts.keep, experts.totals, dispatcher.wire_format),
     )
     wanted = probs if packed.probs is None else packed.probs
     returned: Tensor = ChunkedExperts.apply(packed.outgoing, wanted, *weights, call)

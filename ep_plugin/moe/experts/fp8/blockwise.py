@@ -72,4 +72,4 @@ class Blockwise(Fp8):
         ffn = self.weights.second.inputs
         if matrix.shape[1] == parts * ffn:
             return matrix
-        return matrix.view(len(matrix), parts, -1)[:, :, :ffn].flatten(1)
+        return matrix.view(len(matrix), parts, matrix.shape[1] // parts)[:, :, :ffn].flatten(1)
