@@ -77,9 +77,9 @@ class Page:
         """One layer on one GPU: a table for each card and kind of gradients."""
         columns: list[Column] = [
             ("ours bf16", lambda f: best(f, ours("bf16", False))),
-            ("in a graph", lambda f: best(f, ours("bf16", True))),
+            ("ours bf16, graph", lambda f: best(f, ours("bf16", True))),
             ("ours FP8", lambda f: best(f, ours("fp8", False))),
-            ("in a graph", lambda f: best(f, ours("fp8", True))),
+            ("ours FP8, graph", lambda f: best(f, ours("fp8", True))),
             ("torch bf16", lambda f: best(f, peers("bf16", ("torch",)))),
             ("Megatron bf16, as it comes", lambda f: best(f, megatron("bf16", True))),
             ("Megatron bf16, fastest", lambda f: best(f, megatron("bf16"))),

@@ -65,9 +65,11 @@ def _figures(sizes: tuple[int, int, int, int], ep: int, compute: float, eight: b
     wide, narrow = Traffic(*sizes), Traffic(*sizes, dispatch_bytes=1.0)
     ways = [(wide, "flat"), (wide, "dedup"), (wide, "hierarchical")]
     ways += [(narrow, "hierarchical")] if eight else []
+    # `hierarchical` has no chunks: it cannot exchange with some ranks at a time.
+    in_chunks = [(narrow if eight else wide, how) for how in ("flat", "dedup")]
     whole, parts = (
-        [forecast(traffic, NETWORK, ep, how, compute, chunks) for traffic, how in ways]
-        for chunks in (1, CHUNKS)
+        [forecast(traffic, NETWORK, ep, how, compute, chunks) for traffic, how in tried]
+        for tried, chunks in ((ways, 1), (in_chunks, CHUNKS))
     )
     step, chunked = (min(each.step_ms for each in found) for found in (whole, parts))
     times = [f"{each.exchange_ms:.1f}" for each in whole] + ([] if eight else ["-"])

@@ -239,7 +239,7 @@ def hugging_face(
     Raises BackendUnavailable, which says what was `asked`, without transformers; and ConfigError
     for what it cannot load, which is `called` so, and says what to use `instead`.
     """
-    reachable = local or hub_is_reachable()
+    reachable = True
     try:
         tokenizer: Any = import_module("transformers").AutoTokenizer
         if local:
@@ -248,6 +248,7 @@ def hugging_face(
                     view, local_files_only=True, trust_remote_code=False
                 )
         else:  # False, not its default: that asks on stdin whether to run the folder's own code
+            reachable = hub_is_reachable()
             model = tokenizer.from_pretrained(
                 where, local_files_only=not reachable, trust_remote_code=False
             )
@@ -260,12 +261,12 @@ def hugging_face(
         ) from error
     except BaseException as error:  # of any kind, for a damaged file
         _only_of_files(error)
-        if not reachable:
+        own = "trust_remote_code" in str(error)
+        if isinstance(error, OSError) and not (reachable or own):
             raise ConfigError(
                 f"{called} is no folder or file here, transformers has no copy of a tokenizer of "
                 f"that name, and the network cannot be reached; {instead}"
             ) from error
-        own = "trust_remote_code" in str(error)
         why = "it needs Python code of its own, which is not run" if own else cut(str(error))
         raise ConfigError(
             f"{called} has no tokenizer that transformers can load ({why}); {instead}"
@@ -277,12 +278,12 @@ def hub_is_reachable() -> bool:
 
     Without a network its client would try again for half a minute.
     """
-    if getproxies():
+    if getproxies().keys() - {"no"}:
         return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname or "huggingface.co"
     try:
+        host = urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname or "huggingface.co"
         socket.getaddrinfo(host, 443)
-    except OSError:
+    except (OSError, ValueError):  # the latter: no name of a host
         return False
     return True
 

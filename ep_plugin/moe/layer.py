@@ -119,13 +119,21 @@ class MoELayer(nn.Module):
         else:
             check_padding(padding_mask, hidden, self.router, self.config.router)
             routing = self.router(tokens, num_sequences, padding=padding_mask.reshape(-1))
-        # If every rank of ep has as many tokens, and every expert is chosen as often.
-        self.experts.rows_in_balance = routing.expert_ids.numel() * self.groups.etp_size
+        self.experts.rows_in_balance = self._rows_in_balance(routing)
         if not self._routing_checked:
             check_routing(routing, len(tokens), self.config.num_experts)
             self._routing_checked = True
         self.place.enter(Phase.DISPATCH)
         return routing
+
+    def _rows_in_balance(self, routing: Routing) -> int:
+        """Return the rows of a rank where all have as many tokens and all experts are chosen alike.
+
+        Ranks of tp that hold the same tokens send a part each.
+        """
+        replicas = self.groups.replicas
+        sent = -(-len(routing.expert_ids) // (1 if replicas is None else replicas.size()))
+        return sent * routing.expert_ids.shape[1] * self.groups.etp_size
 
     def onward(self, hidden: Tensor, routing: Routing) -> Tensor:
         """Return `hidden`, which was routed, as the layer is to go on with it.

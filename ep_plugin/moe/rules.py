@@ -129,7 +129,12 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         Need(
             lambda c: c.save != "recompute",
             "bounds the pre-activations that are kept, and with <save=recompute> none are; use "
-            "<save=bf16>",
+            "<save=bf16> or <save=fp8>",
+        ),
+        Need(
+            lambda c: c.router != "expert_choice",
+            "bounds what skew costs, and with <router=expert_choice> every expert takes as many "
+            "tokens; use <router=topk>",
         ),
     ),
     "moe.dispatch_dedup": (

@@ -149,7 +149,7 @@ def whole(answers: Iterable[str]) -> str:
         rest = "" if len(told) == len(set(answers)) else " as far as it can tell"
         return f"{told.pop()} the claim{rest}"
     if UNSURE in answers:
-        return "cannot tell: differences are below the noise"
+        return "cannot tell: differences are below the noise, or of one round"
     return "cannot tell: not run"
 
 

@@ -1,6 +1,7 @@
 """A schedule never changes a result: outputs and all gradients are those of `serial`."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from spawn import run_ranks
 from symm_mem_cases import MULTICAST_OFF
 from tolerance import assert_close
 
-from ep_plugin import ConfigError, ParallelConfig, create_expert_groups
+from ep_plugin import ConfigError, MoELayer, ParallelConfig, RoutingConfig, create_expert_groups
+from ep_plugin.moe.interfaces import Routing
 from ep_plugin.registry import available
 
 # One call of two_batch is serial's; two are in test_two_batch.py.
@@ -143,6 +145,22 @@ def test_what_is_kept_is_bounded(way: dict[str, Any]) -> None:
     row = 2 * sized(BASE).ffn_hidden_size + 4  # of gate and up in e4m3, and a scale
     beyond = 600 - (416 if "overlap" in way else 400)
     assert [a - b for a, b in zip(whole, bounded, strict=True)] == [beyond * row, 0]
+
+
+def test_rows_in_balance_are_of_what_a_rank_sends() -> None:
+    """Four ranks of tp with the same 10 tokens send 3 each at most, to each of two ranks of etp."""
+    routing = Routing(torch.zeros(10, 2, dtype=torch.int64), torch.ones(10, 2), torch.ones(4))
+    alone = SimpleNamespace(replicas=None, etp_size=1)
+    alike = SimpleNamespace(replicas=SimpleNamespace(size=lambda: 4), etp_size=2)
+    for groups, rows in ((alone, 20), (alike, 12)):
+        layer: Any = SimpleNamespace(groups=groups)
+        assert MoELayer._rows_in_balance(layer, routing) == rows
+
+
+def test_where_experts_choose_there_is_no_skew_to_bound() -> None:
+    routing = RoutingConfig(capacity_factor=1.0, force_expert_choice=True)
+    with pytest.raises(ConfigError, match="every expert takes as many tokens; use router='topk'"):
+        replace(BASE, router="expert_choice", routing=routing, rank_capacity=1.25)
 
 
 def check_random(schedule: str) -> int:

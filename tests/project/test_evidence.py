@@ -176,10 +176,10 @@ def losses(evidence: Any, module: str, found: dict[str, list[float]]) -> dict[st
     [
         ([3.0], [3.1], "supports the claim"),
         ([3.1], [3.0], "contradicts the claim"),
-        ([3.0], [3.01], "cannot tell: differences are below the noise"),
+        ([3.0], [3.01], "cannot tell: differences are below the noise, or of one round"),
         ([3.0], [], "cannot tell: not run"),
         ([3.000, 3.001], [3.010, 3.011], "supports the claim"),
-        ([3.0, 3.2], [3.1, 3.3], "cannot tell: differences are below the noise"),
+        ([3.0, 3.2], [3.1, 3.3], "cannot tell: differences are below the noise, or of one round"),
     ],
 )
 def test_what_results_say_of_a_claim(

@@ -4,6 +4,7 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ep_plugin.commands.bench.accumulate import WeightGradients, train_step
 from ep_plugin.commands.bench.case import Case, Contender, Makers, reference, relative_error
 from ep_plugin.commands.bench.contest import DROPPING, OURS, Contest, peer
 from ep_plugin.commands.bench.floors import Gradients, Precision
+from ep_plugin.commands.bench.measure import to_capture
 
 # No host sync in steps; of Megatron with drop-and-pad alone.
 CAPTURABLE = (OURS, "torch", "megatron", "torchtitan")
@@ -73,10 +75,12 @@ def ready(
     for backend, make in makers.items():
         began = time.perf_counter()
         with contest.attempt(backend, precision):
-            contender = make()
-            train_step(case, contender)(0)  # kernels are compiled
-            if wanted is not None and DROPPING not in backend:
-                _check(errors(case, contender, wanted))
+            capture = contest.cuda_graph and can_capture(backend)
+            with to_capture() if capture else nullcontext():
+                contender = make()
+                train_step(case, contender)(0)  # kernels are compiled
+                if wanted is not None and DROPPING not in backend:
+                    _check(errors(case, contender, wanted))
             found.append(contender)
         seconds = time.perf_counter() - began
         if seconds > SLOW:

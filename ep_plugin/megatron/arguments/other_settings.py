@@ -8,7 +8,7 @@ from ep_plugin.untrusted import shown
 
 COMPUTED = ("routing", "capacity", "losses", "experts", "fp8")  # groups of what is computed
 OF_A_TEACHER = ("teacher", "distill_temperature", "distill_weight", "distill_stop")
-HOW_ALONE = ("gemm", "save", "rank_capacity")  # they compute the same
+HOW_ALONE = ("gemm", "save", "rank_capacity")  # they compute the same, but for rounding
 TELLING = tuple(
     row
     for row in TABLE

@@ -393,8 +393,8 @@ TABLE: tuple[Argument, ...] = (
     _block(
         "rank_capacity",
         "experts",
-        "keep pre-activations of so many times the rows of a rank in balance, and compute the "
-        "others' again in the backward; default: keep all",
+        "bound the pre-activations that a rank keeps: those of so many times the rows that it "
+        "gets in balance; the others' are computed again in the backward; default: keep all",
         comparable=False,
     ),
     _block(

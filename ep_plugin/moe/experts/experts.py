@@ -132,7 +132,8 @@ class Experts(nn.Module):
         self.weights_change_every_call = True
         self.is_first_microbatch = True
         self._weights8: Any = None
-        self.rows_in_balance: int | None = None  # of a call; set by the layer with each routing
+        # Of a call. The layer sets it with each routing; without a layer everything is kept.
+        self.rows_in_balance: int | None = None
         self.totals: Totals | None = None  # set by a training loop with fp32 sums of gradients
         self.etp_size = etp
         shard = ffn // etp
@@ -186,7 +187,9 @@ class Experts(nn.Module):
         return unpermute(rows, moves)
 
     def keep(self, share: float = 1.0) -> Keep:
-        """Return what is kept of a call, or of such a share of one."""
+        """Return what is kept of a call, or of such a share of one; without a backward nothing."""
+        if not torch.is_grad_enabled():
+            return Keep("recompute")
         capacity = self.config.rank_capacity
         if capacity is None or self.rows_in_balance is None:
             return Keep(self.config.save)

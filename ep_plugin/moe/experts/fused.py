@@ -1,8 +1,8 @@
 """The experts as one autograd function with few passes over memory and few saved tensors.
 
-Saved for the backward are the tokens (in e4m3 with FP8) and, depending on `save`, the
-pre-activations. The backward copies tokens to rows again, and recomputes the activation in the
-kernel of its derivative.
+Saved for the backward are the tokens (in e4m3 with FP8) and, depending on `save` and on the
+capacity of a rank, the pre-activations of all rows, of some, or of none. The backward copies tokens
+to rows again, and recomputes the activation in the kernel of its derivative.
 
     forward     tokens -> rows -> fc1 -> activation x routing weight -> fc2 -> sum per token
     backward    gradients -> rows -> fc2 -> derivative and activation -> fc1 -> sum per token
@@ -138,7 +138,7 @@ class Bf16:
 
 @dataclass(frozen=True)
 class Keep:
-    """What of the pre-activations is kept for the backward, and how the rest comes back."""
+    """What of the pre-activations is kept for the backward."""
 
     save: Save
     rows: int | None = None  # of how many rows at most; None: of all
@@ -151,17 +151,6 @@ class Keep:
             hidden = hidden[: self.rows]
             hidden = hidden.clone() if self.save == "bf16" else hidden  # not a view of all
         return hidden if self.save == "bf16" else recipe.held(hidden)
-
-    def again(self, recipe: Recipe, held: Any, kept: Any, fc1: Tensor) -> Any:
-        """Return the pre-activations of all rows, of what `hold` and `Recipe.keep` returned."""
-        if held is None:
-            return recipe.first(kept, fc1)
-        count = len(held.data)
-        if count == len(recipe.rows.order):
-            return held
-        others = copy(recipe)
-        others.rows = recipe.rows.beyond(count)
-        return InTwo(held, others.first(kept, fc1))
 
 
 class FusedExperts(torch.autograd.Function):
@@ -185,7 +174,7 @@ class FusedExperts(torch.autograd.Function):
         probs, kept = probs.contiguous(), recipe.keep(tokens) if tokens8 is None else tokens8
         hidden = recipe.first(kept, fc1)
         output, held = recipe.second(hidden, probs, fc2), keep.hold(recipe, hidden)
-        ctx.recipe, ctx.keep, ctx.totals = recipe, keep, totals
+        ctx.recipe, ctx.totals = recipe, totals
         ctx.kinds = type(kept), type(held)
         ctx.num_kept = len(parts_of(kept))
         ctx.save_for_backward(probs, fc1, fc2, *parts_of(kept), *parts_of(held))
@@ -197,15 +186,27 @@ class FusedExperts(torch.autograd.Function):
         probs, fc1, fc2, *parts = ctx.saved_tensors
         kept = whole_of(ctx.kinds[0], parts[: ctx.num_kept])
         held = whole_of(ctx.kinds[1], parts[ctx.num_kept :])
-        hidden = ctx.keep.again(recipe, held, kept, fc1)
+        hidden = again(recipe, held, kept, fc1)
         into = take(ctx.totals)
         incoming = recipe.incoming(grads[0].contiguous())
         d_hidden, active, d_probs = recipe.hidden_grads(incoming, hidden, probs, fc2)
         d_fc2 = delivered(recipe.fc2_grads(incoming, active, into[1]), fc2)
-        del incoming, active, hidden, held
+        del incoming, active, hidden
         d_tokens = recipe.token_grads(d_hidden, fc1)
         d_fc1 = delivered(recipe.fc1_grads(d_hidden, kept, into[0]), fc1)
         return d_tokens, d_probs.to(probs.dtype), d_fc1, d_fc2, None, None, None, None
+
+
+def again(recipe: Recipe, held: Any, kept: Any, fc1: Tensor) -> Any:
+    """Return the pre-activations of all rows, of what `Keep.hold` and `Recipe.keep` returned."""
+    if held is None:
+        return recipe.first(kept, fc1)
+    count = len(held.data)
+    if count == len(recipe.rows.order):
+        return held
+    others = copy(recipe)
+    others.rows = recipe.rows.beyond(count)
+    return InTwo(held, others.first(kept, fc1))
 
 
 def take(totals: Totals | None) -> Into:

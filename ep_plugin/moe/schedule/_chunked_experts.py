@@ -24,6 +24,7 @@ from ep_plugin.moe.experts.fused import (
     Keep,
     Recipe,
     Totals,
+    again,
     delivered,
     joined,
     parts_of,
@@ -46,7 +47,7 @@ class Call:
     tokens_per_expert: Tensor  # [e] int64
     activation: str
     recipes: Callable[[ExpertRows], Recipe]
-    keep: Callable[[float], Keep]  # of the share of all ranks whose tokens a leg has
+    keep: dict[Leg, Keep]
     totals: Totals | None
     wire_format: Callable[[Tensor], Any] | None  # to e4m3, sent and kept so; None: as they are
 
@@ -56,10 +57,6 @@ class Call:
         counts = count_choices(ids, len(self.tokens_per_expert))
         num_rows = self.trip.num_choices(leg)
         return self.recipes(expert_rows(ids, counts, self.activation, num_rows))
-
-    def kept_of(self, leg: Leg) -> Keep:
-        """Return what is kept of the leg's rows."""
-        return self.keep((len(leg.distances) or 1) / self.trip.size)
 
     def all_rows(self) -> ExpertRows:
         """Return the rows of all legs in the order of `serial`: by expert, then by source rank."""
@@ -96,7 +93,7 @@ class ChunkedExperts(torch.autograd.Function):
                 tokens = whole_of(type(came), [tensor.clone() for tensor in parts_of(came)])
             kept[leg] = tokens
             hidden = recipes[leg].first(tokens, fc1)
-            held[leg] = call.kept_of(leg).hold(recipes[leg], hidden)
+            held[leg] = call.keep[leg].hold(recipes[leg], hidden)
             return hidden
 
         def second(leg: Leg, hidden: Tensor) -> None:
@@ -126,7 +123,7 @@ class ChunkedExperts(torch.autograd.Function):
         for leg, own, tokens, hidden in zip(trip.legs, ctx.recipes, kept, held, strict=True):
             came.append(arrivals[leg].wait())
             incoming.append(own.incoming(came[-1]))
-            hidden = call.kept_of(leg).again(own, hidden, tokens, fc1)
+            hidden = again(own, hidden, tokens, fc1)
             aimed = call.recipes(sums.aimed(leg, own.rows))
             d_hidden, active, d_probs = aimed.hidden_grads(
                 incoming[-1], hidden, probs[leg.rows], fc2

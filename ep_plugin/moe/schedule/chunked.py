@@ -54,7 +54,8 @@ def chunked(
     recipes = experts.recipes(ids.numel())
     call = Call(
         *(trip, ids, probs.detach(), inbox.tokens_per_expert, config.activation, recipes),
-        *(experts.keep, experts.totals, dispatcher.wire_format),
+        {leg: experts.keep((len(leg.distances) or 1) / trip.size) for leg in trip.legs},
+        *(experts.totals, dispatcher.wire_format),
     )
     wanted = probs if packed.probs is None else packed.probs
     returned: Tensor = ChunkedExperts.apply(packed.outgoing, wanted, *weights, call)

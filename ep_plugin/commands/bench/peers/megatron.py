@@ -111,8 +111,10 @@ def _contender(case: Case, way: Way) -> Contender:
 def _experimental(on: bool) -> Iterator[None]:
     """Set Megatron's switch, which it reads in each forward."""
     set_experimental_flag(on)
-    yield
-    set_experimental_flag(False)
+    try:
+        yield
+    finally:
+        set_experimental_flag(False)
 
 
 @torch.no_grad()
