@@ -31,7 +31,7 @@ from ep_plugin.commands.bench.floors import (
 from ep_plugin.commands.bench.ours import as_contender, make_layer
 from ep_plugin.commands.bench.shapes import SHAPES, Shape
 from ep_plugin.moe.experts.fp8.rowwise import Rowwise, prepare
-from ep_plugin.moe.experts.fused import Bf16, FusedExperts
+from ep_plugin.moe.experts.fused import Bf16, FusedExperts, Keep
 from ep_plugin.moe.experts.gemm.torch_grouped import TorchGroupedGemm
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.kernels.types import TILE
@@ -196,7 +196,7 @@ def experts_step(case: Case, precision: Precision, added: bool) -> Recorder:
     tokens = case.tokens[0].detach().requires_grad_()
     probs = torch.full(ids.shape, 0.5, requires_grad=True)
     output = FusedExperts.apply(
-        tokens, probs, *weights, recipe, "bf16", Totals() if added else None, None
+        tokens, probs, *weights, recipe, Keep("bf16"), Totals() if added else None, None
     )
     torch.autograd.backward(output, case.grads[0])
     return recorder
