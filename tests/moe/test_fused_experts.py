@@ -200,7 +200,7 @@ def test_rows_beyond_the_capacity_of_a_rank_are_computed_again(
     count, width, ffn = 150, 64, 48  # 300 rows
     config = MoEConfig(
         hidden_size=width, ffn_hidden_size=ffn, num_experts=E, fp8=fp8, save=save,
-        dispatcher="symm_mem", rank_capacity=1.0,
+        rank_capacity=1.0,
     )  # fmt: skip
     experts = make_experts(config, torch.bfloat16, generator)
     inbox = make_inbox(generator, torch.bfloat16, False, count, width)
