@@ -119,13 +119,16 @@ def _capture_stream() -> torch.cuda.Stream:
 
 
 @contextmanager
-def to_capture() -> Iterator[None]:
-    """Run what is inside on the stream that `captured` captures.
+def to_capture(will_be: bool = True) -> Iterator[None]:
+    """Run what is inside on the stream that `captured` captures, if it will be captured.
 
     A step that will be captured runs there from its first time on: autograd keeps the stream of a
     leaf's first use for as long as anything holds that use's graph, as Megatron's layer does, and
     the default stream cannot be captured.
     """
+    if not will_be:
+        yield
+        return
     stream = _capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -4,7 +4,6 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -75,8 +74,7 @@ def ready(
     for backend, make in makers.items():
         began = time.perf_counter()
         with contest.attempt(backend, precision):
-            capture = contest.cuda_graph and can_capture(backend)
-            with to_capture() if capture else nullcontext():
+            with to_capture(contest.cuda_graph and can_capture(backend)):
                 contender = make()
                 train_step(case, contender)(0)  # kernels are compiled
                 if wanted is not None and DROPPING not in backend:

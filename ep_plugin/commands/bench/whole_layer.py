@@ -5,7 +5,6 @@ step is timed with the weights kept, their quantisation by itself, and `ms` has 
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ def _steps(case: Case, contender: Contender, kinds: list[Gradients], pool: Any) 
         return {}
     train = {f"step {kind}": train_step(case, contender, kind) for kind in kinds}
     capture = pool is not None and can_capture(contender.backend)
-    with to_capture() if capture else nullcontext():
+    with to_capture(capture):
         for step in train.values():
             step(0)
     steps = {**train, "forward": _forward(case, contender)}
