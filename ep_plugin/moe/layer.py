@@ -119,10 +119,10 @@ class MoELayer(nn.Module):
         else:
             check_padding(padding_mask, hidden, self.router, self.config.router)
             routing = self.router(tokens, num_sequences, padding=padding_mask.reshape(-1))
-        self.experts.rows_in_balance = self._rows_in_balance(routing)
         if not self._routing_checked:
             check_routing(routing, len(tokens), self.config.num_experts)
             self._routing_checked = True
+        self.experts.rows_in_balance = self._rows_in_balance(routing)
         self.place.enter(Phase.DISPATCH)
         return routing
 
@@ -133,7 +133,7 @@ class MoELayer(nn.Module):
         """
         replicas = self.groups.replicas
         sent = -(-len(routing.expert_ids) // (1 if replicas is None else replicas.size()))
-        return sent * routing.expert_ids.shape[1] * self.groups.etp_size
+        return sent * routing.expert_ids.shape[1] * self.experts.etp_size
 
     def onward(self, hidden: Tensor, routing: Routing) -> Tensor:
         """Return `hidden`, which was routed, as the layer is to go on with it.

@@ -1,6 +1,7 @@
 """Flags that act in a GPT are refused beside a pattern, or act in its HybridModel too."""
 
 import random
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from ep_plugin.megatron.cpu.local_layers import local_stack
 
 pytestmark = [
     pytest.mark.megatron,
+    pytest.mark.skipif(
+        find_spec("megatron.core.models.hybrid") is None, reason="HybridModels are of 0.18 on"
+    ),
     pytest.mark.skipif(
         not cpu_mode.wanted(), reason="a GPU is here and EP_PLUGIN_DEVICE is not cpu"
     ),
