@@ -13,8 +13,8 @@ arguments go to pytest.
   --quick           for every change: without the tests that train or take long, two at a time;
                     pytest's last lines name what is left out
   --releases WHICH  releases of Megatron to test in full beside the newest: all, newest (none
-                    beside it), turn (an older one, each day another) or one, such as 0.17.1;
-                    the others are tested where releases differ (turn)
+                    beside it) or one, such as 0.17.1; the others are tested where releases
+                    differ, and share the other tests: each is run on one of them (newest)
 
 from the environment:
   EP_RELEASES       as --releases
@@ -29,7 +29,7 @@ examples:
 EOF
 }
 
-quick=no releases="${EP_RELEASES:-turn}" arguments=()
+quick=no releases="${EP_RELEASES:-newest}" arguments=()
 while (($#)); do
     case "$1" in
         -h | --help)
@@ -38,7 +38,7 @@ while (($#)); do
             ;;
         --quick) quick=yes ;;
         --releases)
-            releases="${2:?"--releases needs all, newest, turn or a release; use --releases all"}"
+            releases="${2:?"--releases needs all, newest or a release; use --releases all"}"
             shift
             ;;
         --releases=*) releases="${1#*=}" ;;

@@ -46,6 +46,7 @@ def run(traps: Path, *words: str) -> str:
 
 
 @pytest.mark.megatron
+@pytest.mark.newest
 def test_no_package_of_gpus_is_imported(tmp_path: Path) -> None:
     traps, dense, experts = tmp_path / "traps", tmp_path / "dense", tmp_path / "experts"
     for name in gpu_packages.NAMES:

@@ -1,8 +1,9 @@
 """The edge's tests over the older releases that have Megatron's training loop.
 
-All of them on a release that is tested in full (EP_RELEASES, see releases.py), and on the others
-those of `SEAMS`: what the plugin hooks, its touch points, the parser, the log, saves and resuming.
-Megatron 0.16 has none in its wheel: `test_layouts.py` drives its own schedule.
+All of them on a release that is tested in full (EP_RELEASES, see releases.py). On the others those
+of `SEAMS`: what the plugin hooks, its touch points, the parser, the log, saves and resuming. Each
+of the other files is run on one of these releases. Megatron 0.16 has none in its wheel:
+`test_layouts.py` drives its own schedule.
 """
 
 import re
@@ -11,7 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from releases import OLDER_WITH_LOOP, ROOT, environment, in_full, installed
+from layouts import WITH_HYBRID
+from releases import (
+    NEWEST,
+    OLDER_WITH_LOOP,
+    ROOT,
+    VARIABLE,
+    environment,
+    in_full,
+    installed,
+    shared_out,
+)
 
 from ep_plugin.megatron.cpu import mode as cpu_mode
 
@@ -40,12 +51,22 @@ Running = dict[str, tuple[subprocess.Popen[str], Path]]  # release -> its tests,
 
 def files(version: str) -> list[str]:
     """Return the files of tests to run on a release."""
-    folder = Path(__file__).parent
-    if version not in in_full():
-        return [str(folder / f"{name}.py") for name in SEAMS]
+    full = in_full()
     return [
-        str(path) for path in sorted(folder.glob("test_*.py")) if path.stem not in RUN_ELSEWHERE
+        str(path)
+        for path in sorted(Path(__file__).parent.glob("test_*.py"))
+        if path.stem not in RUN_ELSEWHERE
+        and (
+            version in full
+            or path.stem in SEAMS
+            or version == shared_out(path.stem, OLDER_WITH_LOOP)
+        )
     ]
+
+
+def release_of(name: str) -> str:
+    """Return the release that runs a file which is not of `SEAMS`."""
+    return shared_out(name, OLDER_WITH_LOOP)
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +105,16 @@ def test_the_edge(version: str, running: Running) -> None:
     passed = re.search(r"(\d+) passed", said.read_text())
     assert passed is not None
     assert int(passed[1]) > (150 if version in in_full() else 60)
+
+
+def test_each_file_is_run_on_one_older_release_and_the_seams_on_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VARIABLE, NEWEST)
+    runs = {version: {Path(path).stem for path in files(version)} for version in OLDER_WITH_LOOP}
+    every = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    assert set.union(*runs.values()) == every - set(RUN_ELSEWHERE)
+    assert set.intersection(*runs.values()) == set(SEAMS)
+    assert release_of("test_only_gpt") in WITH_HYBRID  # it looks at HybridModels alone
+    monkeypatch.setenv(VARIABLE, "0.17.1")
+    assert {Path(path).stem for path in files("0.17.1")} == every - set(RUN_ELSEWHERE)

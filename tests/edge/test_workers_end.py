@@ -13,7 +13,7 @@ from releases import RELEASES, environment
 
 from ep_plugin.megatron.seams import workers_end
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.newest]  # its parameters are the releases
 PATIENCE = 60  # seconds; they end within one
 # A rank with a worker of every kind, Megatron's save workers among them; prints their ids.
 RANK = """

@@ -439,7 +439,7 @@ def check_all(device: str) -> None:
         check_products("rows", rows, b, a, device)
     for rows, b, a in ((40, 128, 128), (300, 384, 256), (300, 256, 384)):
         check_products("blocks", rows, b, a, device)
-    for rows, b, a in ((40, 80, 48), (300, 320, 200), (300, 129, 272), (40, 33, 15)):  # padded
+    for rows, b, a in ((40, 80, 48), (140, 320, 200), (140, 129, 272), (40, 33, 15)):  # padded
         check_products("blocks", rows, b, a, device)
     for tokens, experts, choices, width in ((13, 4, 3, 48), (200, 16, 2, 40), (1, 5, 1, 16)):
         check_moves(tokens, experts, choices, width, device)

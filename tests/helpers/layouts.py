@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core_model import Case
-from releases import NEWEST, RELEASES, ROOT, environment, in_full
+from releases import NEWEST, RELEASES, ROOT, environment, in_full, shared_out
 
 EVERYWHERE = (  # on every release that is tested in full
     Case("TP 2 with sequence parallelism, EP 4, ETP 1", 8, tp=2, ep=4),
@@ -88,7 +88,7 @@ LATENT = (  # not in the support matrix: CPU mode sums what Megatron's local lay
          latent="queries", sequence=False),
 )  # fmt: skip
 # On the other releases, where they differ: tags that tell experts apart, and the log of losses
-# over the stages of a pipeline.
+# over the stages of a pipeline. Each of the others is run on one of them.
 SEAMS = tuple(
     case
     for case in EVERYWHERE
@@ -130,7 +130,11 @@ def layouts_of(version: str) -> tuple[Case, ...]:
 
     `support_matrix.py` runs all on every release, with four.
     """
-    older = EVERYWHERE if version in in_full() else SEAMS
+    older = tuple(
+        case
+        for case in EVERYWHERE
+        if version in in_full() or case in SEAMS or version == shared_out(case.name, RELEASES[:-1])
+    )
     cases = (CASES + NEWEST_ALONE if version == NEWEST else older) + LATENT
     degrees = DEGREES if version == NEWEST else DEGREES[1:2]
     hybrids = HYBRID if version == NEWEST else HYBRID[3:5] if version in WITH_HYBRID else ()

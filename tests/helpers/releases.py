@@ -1,16 +1,17 @@
 """megatron-core releases side by side, each in a folder of its own under .venv/megatron.
 
-python tests/helpers/releases.py all|newest|turn|RELEASE
+python tests/helpers/releases.py all|newest|RELEASE
 
 installs what is missing (a test that needs one does so too) and prints the releases to test in
-full, for the variable EP_RELEASES. The others are tested where releases differ: layouts.py and
-test_older_releases.py say what that is. Without the variable all are tested in full.
+full, for the variable EP_RELEASES. The others are tested where releases differ (layouts.py and
+test_older_releases.py say where), and share the other tests: each is run on one of them, always the
+same. Without the variable all are tested in full.
 """
 
 import os
 import subprocess
 import sys
-import time
+import zlib
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -25,12 +26,9 @@ DEVELOPMENT = "main"
 
 
 def choose(words: str) -> tuple[str, ...]:
-    """Return the releases tested in full; raises ValueError for an unknown word.
-
-    The newest always is. `turn` adds an older one, each day another.
-    """
-    older = RELEASES[:-1]
-    meaning = {"all": older, "newest": (), "turn": (older[time.localtime().tm_yday % len(older)],)}
+    """Return the releases tested in full, always the newest; raises ValueError for an unknown
+    word."""
+    meaning = {"all": RELEASES, "newest": ()}
     found = {NEWEST}
     for word in words.split():
         if word not in meaning and word not in RELEASES:
@@ -43,6 +41,11 @@ def choose(words: str) -> tuple[str, ...]:
 def in_full() -> tuple[str, ...]:
     """Return the releases that EP_RELEASES names; all without it."""
     return choose(os.environ.get(VARIABLE) or "all")
+
+
+def shared_out(name: str, among: tuple[str, ...]) -> str:
+    """Return which of some releases runs what is called `name`; always the same one."""
+    return among[zlib.crc32(name.encode()) % len(among)]
 
 
 def installed(version: str) -> Path:
@@ -85,7 +88,7 @@ def main(words: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for release in RELEASES:
-        extent = "in full" if release in chosen else "where releases differ"
+        extent = "in full" if release in chosen else "where releases differ, and a share"
         print(f"megatron-core {release}: {extent} ({installed(release)})", file=sys.stderr)
     print(*chosen)
     return 0

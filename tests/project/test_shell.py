@@ -361,7 +361,7 @@ def test_releases_are_chosen_once_and_said(
 def test_an_unknown_release_ends_the_run_before_the_tests(tmp_path: Path) -> None:
     done = run_tests(tmp_path, "--releases", "0.17")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --releases must be one of all, newest, turn, 0.16.1, ")
+    assert done.stderr.startswith("error: --releases must be one of all, newest, 0.16.1, ")
     assert pytest_calls(tmp_path) == []
 
 
