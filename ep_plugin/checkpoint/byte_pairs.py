@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.extras import pip_install
 from ep_plugin.untrusted import cut, read_json, read_text, shown
 
 END = "<|endoftext|>"
@@ -53,7 +54,7 @@ def load(vocab: Path, merges: Path, instead: str) -> BytePairs:
         package: Any = import_module("tokenizers")
     except ImportError as error:
         raise BackendUnavailable(
-            f"the tokenizer {vocab} needs the package tokenizers ({error}); install 'ep-plugin[hf]'"
+            f"the tokenizer {vocab} needs the package tokenizers ({error}); use {pip_install('hf')}"
         ) from error
     try:
         model = package.Tokenizer(package.models.BPE(vocab=ids, merges=pairs))

@@ -34,6 +34,7 @@ from ep_plugin.checkpoint.run_args import check_counters, check_num_layers, chec
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, Source, TensorInfo, finite
 from ep_plugin.checkpoint.whole import problems
 from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.extras import pip_install
 from ep_plugin.registry import HOME
 from ep_plugin.untrusted import shown
 
@@ -312,5 +313,5 @@ def safetensors() -> Any:
         return import_module("ep_plugin.checkpoint.formats.hf_safetensors")
     except ImportError as error:
         raise BackendUnavailable(
-            f"Hugging Face folders need safetensors ({error}); install 'ep-plugin[hf]'"
+            f"Hugging Face folders need safetensors ({error}); use {pip_install('hf')}"
         ) from error

@@ -21,6 +21,7 @@ from urllib.request import getproxies
 from ep_plugin.checkpoint import byte_pairs
 from ep_plugin.checkpoint.hf_tokenizer import MOST_BYTES, as_transformers_loads
 from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.extras import pip_install
 from ep_plugin.untrusted import cut, read_bytes, shown
 
 GIVE = "give --tokenizer, a SentencePiece model or a Hugging Face folder, or numbers for token ids"
@@ -257,7 +258,7 @@ def hugging_face(
         raise
     except ImportError as error:
         raise BackendUnavailable(
-            f"{asked} needs transformers ({error}); install 'ep-plugin[hf]'"
+            f"{asked} needs transformers ({error}); use {pip_install('hf')}"
         ) from error
     except BaseException as error:  # of any kind, for a damaged file
         _only_of_files(error)

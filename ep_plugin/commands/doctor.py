@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from ep_plugin import __version__
@@ -169,13 +170,22 @@ def _megatron() -> list[Finding]:
         alone = "; ep_plugin.MoELayer needs torch alone" if missing else ""
         status: Status = "absent" if missing else "broken"
         return [Finding("megatron-core", status, f"{error}{alone}")]
-    version = touchpoints.installed_version()
-    text = f"{version}, all {len(table)} touch points match"
-    if (about := touchpoints.experimental(version)) is not None:
+    release = touchpoints.installed_version()
+    # Megatron adds the commit of the repository that it lies in; a wheel's would be a stranger's.
+    shown = release if _is_checkout() else release.partition("+")[0]
+    text = f"{shown}, all {len(table)} touch points match"
+    if (about := touchpoints.experimental(release)) is not None:
         text += f"; {about}"
     if not touchpoints.has_training():
         text += "; without megatron.training, for loops of your own: install(settings)"
     return [Finding("megatron-core", "ok", text), _helper()]
+
+
+def _is_checkout() -> bool:
+    """Return whether Megatron is a git checkout."""
+    spec = find_spec("megatron.core")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return any((Path(folder).parents[1] / ".git").exists() for folder in folders or [])
 
 
 def _helper() -> Finding:

@@ -70,7 +70,7 @@ def test_no_flag_is_silent(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Beside the base, and beside every other flag."""
+    """Beside the base, and beside every other flag: each pair on two of the four bases."""
     source, always = BASES[base]
     (tmp_path / "prompts.json").write_text("[[1, 2, 3]]")
     monkeypatch.setattr("os.fsync", lambda _: None)
@@ -97,8 +97,11 @@ def test_no_flag_is_silent(
         return (said.replace(str(target), "TARGET"), *hashes)
 
     taken, silent = 0, []
-    for value, other in itertools.combinations_with_replacement(VALUES, 2):
+    turn = [*BASES].index(base) % 2
+    for number, (value, other) in enumerate(itertools.combinations_with_replacement(VALUES, 2)):
         pair = tuple(dict.fromkeys((value, other)))
+        if value != other and number % 2 != turn:
+            continue
         if (value != other and flag(value) == flag(other)) or {*pair} & {*always}:
             continue
         with_both = seen(False, *pair)

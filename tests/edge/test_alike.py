@@ -239,12 +239,12 @@ def test_versions_and_sources_are_compared() -> None:
 
 
 def test_two_checkouts_of_one_version_are_seen(tmp_path: Path) -> None:
-    from ep_plugin.megatron.ranks.versions import _hash_of
+    from ep_plugin.sources import hash_of
 
     for name, line in (("a", "x = 1\n"), ("b", "x = 1\n"), ("c", "x = 2\n")):
         (tmp_path / name / "part").mkdir(parents=True)
         (tmp_path / name / "part" / "file.py").write_text(line)
-    a, b, c = (_hash_of(tmp_path / name, content=True) for name in "abc")
+    a, b, c = (hash_of(tmp_path / name, content=True) for name in "abc")
     assert a == b != c
 
 

@@ -19,6 +19,7 @@ from meetings import BASE, answer, facts, models, of, parse, together
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from ep_plugin import sources
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.digest import text_of
 from ep_plugin.megatron.ranks import environment, model, versions
@@ -219,7 +220,7 @@ def test_a_start_timeout_that_is_no_number_of_seconds_is_refused(
 
 def test_a_checkout_and_an_installed_package_have_one_hash(tmp_path: Path) -> None:
     """Recipes and patches are links in a checkout, and folders in a wheel."""
-    code = versions._PLUGIN
+    code = sources._PLUGIN
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(code, tmp_path / "checkout" / "ep_plugin", symlinks=True, ignore=skip)
     for name in ("recipes", "patches"):
@@ -228,7 +229,7 @@ def test_a_checkout_and_an_installed_package_have_one_hash(tmp_path: Path) -> No
     inside = tmp_path / "installed" / "commands" / "recipes" / "files" / "recipes"
     (inside / "a.py").write_text("x = 1\n")
     checkout, installed = (
-        versions._hash_of(tmp_path / name, content=True)
+        sources.hash_of(tmp_path / name, content=True)
         for name in ("checkout/ep_plugin", "installed")
     )
     assert checkout == installed

@@ -44,8 +44,8 @@ def test_with_all_that_is_needed_nothing_is_said(checkout: Path) -> None:
     [
         ("make", None, "make and a C++ compiler must be on PATH; use apt-get install make g++"),
         ("g++", None, "make and a C++ compiler must be on PATH; use apt-get install make g++"),
-        ("python3", "exit 1", "pybind11 of python3 must be on PATH; use pip install 'ep-plugin[ch"),
-        ("python3", None, "pybind11 of python3 must be on PATH; use pip install 'ep-plugin[check"),
+        ("python3", "exit 1", "pybind11 of python3 must be on PATH; use pip install pybind11"),
+        ("python3", None, "pybind11 of python3 must be on PATH; use pip install pybind11"),
         ("python3-config", "echo .cpython-27.so", "a python3-config of this Python must be on PA"),
     ],
 )

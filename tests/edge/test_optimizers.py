@@ -26,7 +26,7 @@ from ep_plugin.megatron.seams.patches import Patches
 
 muon_utils = pytest.importorskip(
     "emerging_optimizers.orthogonalized_optimizers.muon_utils",
-    reason="needs the package of Megatron's Muon: pip install 'ep-plugin[muon]'",
+    reason="needs the package of Megatron's Muon: pip install 'emerging-optimizers>=0.3'",
 )
 pytestmark = pytest.mark.megatron
 SHAPES = ((3, 6, 4), (3, 4, 6), (1, 5, 5))  # [e, out, in]

@@ -22,6 +22,7 @@ from ep_plugin.commands.bench.measure import Protocol, default_device, rates
 from ep_plugin.commands.bench.shapes import MODELS, TINY, Shape, pick
 from ep_plugin.commands.bench.which_flags import BACKENDS, NEEDS
 from ep_plugin.errors import BackendUnavailable, ConfigError, closest
+from ep_plugin.extras import pip_install
 from ep_plugin.untrusted import shown
 from ep_plugin.written import check_picture, check_place, write_picture, write_whole
 
@@ -254,5 +255,5 @@ def _load(module: str, flag: str) -> Any:
         return import_module(f"ep_plugin.commands.bench.{module}")
     except ImportError as error:
         raise BackendUnavailable(
-            f"{flag} needs matplotlib ({error}); run pip install 'ep-plugin[report]'"
+            f"{flag} needs matplotlib ({error}); use {pip_install('report')}"
         ) from error

@@ -10,18 +10,19 @@ from ep_plugin.commands.bench.figures import EMPTY, Row, device_name, identity
 from ep_plugin.commands.bench.floors import GRADIENTS, H100, Gradients, Precision, Rates
 from ep_plugin.commands.bench.measure import Protocol
 from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.extras import pip_install
 
 OURS = "ep_plugin"
 DROPPING = "drop_and_pad"  # in the name of a way of Megatron that drops rows: another layer
 INSTALL = {  # what a peer's file imports
-    "megatron": "pip install 'ep-plugin[megatron,te]'",
+    "megatron": pip_install("megatron", "te"),
     "sonicmoe": "pip install sonic-moe",
     "liger": "pip install liger-kernel",
     "veomni": "pip install veomni",
     "torchtitan": "pip install torchtitan",
     "deepspeed": "pip install deepspeed",
     "deepgemm": "pip install sgl-deep-gemm",
-    "transformer_engine": "pip install 'ep-plugin[te]'",
+    "transformer_engine": pip_install("te"),
 }
 # What a peer's code may raise: it is not ours, and one that breaks must not end the others' run.
 FAILURES = (

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from ep_plugin import __version__
 from ep_plugin.commands.bench.floors import told
 from ep_plugin.commands.bench.measure import Timing
 from ep_plugin.errors import ConfigError
+from ep_plugin.sources import of_plugin
 from ep_plugin.untrusted import read_json, shown
 from ep_plugin.written import write_whole
 
@@ -61,7 +63,7 @@ RATES: dict[str, tuple[type, ...]] = {
 }
 WITH_FLOOR = ("layer", "gemm", "kernels", "overlap")
 PACKAGES = (
-    *("ep-plugin", "torch", "triton", "megatron-core", "transformer-engine"),
+    *("torch", "triton", "megatron-core", "transformer-engine"),
     *("sonic-moe", "quack-kernels", "liger-kernel", "sgl-deep-gemm", "deep-gemm"),
     *("torchtitan", "deepspeed", "veomni"),
 )
@@ -73,8 +75,11 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the version of each package that plays a part and is installed."""
-    found = {"python": platform.python_version()}
+    """Return the version of each package that plays a part and is installed.
+
+    The plugin's own has a hash of its sources behind it, as they change between releases.
+    """
+    found = {"python": platform.python_version(), "ep-plugin": f"{__version__}+{of_plugin()}"}
     for name in PACKAGES:
         try:
             found[name] = version(name)

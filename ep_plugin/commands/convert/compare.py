@@ -21,6 +21,7 @@ from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.request import Request
 from ep_plugin.commands.convert.run_model import aside, run_model, run_source, worker
 from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.extras import pip_install
 
 REPORT = "parity.json"
 NUM_TOKENS = 512  # random ones, for a model of Hugging Face's
@@ -146,10 +147,10 @@ def load_compare(request: Request, target: Target) -> Comparison | None:
             if megatron:
                 worker()
     except ImportError as error:
-        extras = ",".join(["hf"] * hf + ["megatron"] * megatron)
+        extras = ["hf"] * hf + ["megatron"] * megatron
         raise BackendUnavailable(
-            f"the comparison needs {' and '.join(names)} ({error}); install 'ep-plugin[{extras}]', "
-            "or use --skip-parity"
+            f"the comparison needs {' and '.join(names)} ({error}); use {pip_install(*extras)}, "
+            "or --skip-parity"
         ) from error
     batch = _tokens(request, target)
     wanted = _need(request, target, batch)

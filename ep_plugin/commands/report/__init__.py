@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_plugin.errors import BackendUnavailable, ConfigError
+from ep_plugin.extras import pip_install
 from ep_plugin.written import cannot, write_picture, write_whole
 
 EXAMPLES = """examples:
@@ -111,8 +112,7 @@ def _load() -> tuple[Any, Any, Any, Any]:
         figures = import_module("ep_plugin.commands.report.pictures")
     except ImportError as error:
         raise BackendUnavailable(
-            f"reports need matplotlib and tensorboard ({error}); use "
-            "pip install 'ep-plugin[report]'"
+            f"reports need matplotlib and tensorboard ({error}); use {pip_install('report')}"
         ) from error
     page = import_module("ep_plugin.commands.report.html")
     summary = import_module("ep_plugin.commands.report.summary")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ep_plugin.checkpoint.formats.megatron_dist import open_stored
 from ep_plugin.errors import ConfigError
+from ep_plugin.extras import pip_install
 from ep_plugin.megatron.arguments.resume import experts_apart, size
 from ep_plugin.megatron.seams import touchpoints
 from ep_plugin.megatron.seams.matrices import PACKAGE, package_version
@@ -51,8 +52,7 @@ def _check_package(named: str, core: str, installed: tuple[int, int] | None) -> 
     got = "none is installed" if installed is None else f"got {_dotted(installed)}"
     if below is None:
         raise ConfigError(
-            f"{named} needs {PACKAGE} {_dotted(lowest)} or newer, {got}; "
-            "use pip install 'ep-plugin[muon]'"
+            f"{named} needs {PACKAGE} {_dotted(lowest)} or newer, {got}; use {pip_install('muon')}"
         )
     raise ConfigError(
         f"{named} needs {PACKAGE} older than {_dotted(below)} with megatron-core {core}, {got}; "

@@ -1,7 +1,6 @@
 """Which software a rank runs: versions, the plugin's sources and Megatron's files."""
 
 import hashlib
-import os
 import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ep_plugin import __version__
+from ep_plugin.sources import hash_of, of_plugin
 
 # Packages whose kernels a run may call, and what draws its samples. Those that are not installed
 # must be so everywhere.
@@ -23,9 +23,6 @@ PACKAGES = {
     "DeepEP": ("deep-ep",),
     "DeepGEMM": ("deep-gemm",),
 }
-_PLUGIN = Path(__file__).parents[2]
-# Files of users: links in a checkout, a folder in an installed package.
-_NOT_CODE = Path("commands", "recipes", "files")
 
 
 @cache
@@ -47,12 +44,12 @@ def versions() -> dict[str, str]:
 @cache
 def sources() -> dict[str, str]:
     """Return a hash of the plugin's sources, and one of the names and sizes of Megatron's."""
-    found = {"the files of ep_plugin": _hash_of(_PLUGIN, content=True)}
+    found = {"the files of ep_plugin": of_plugin()}
     spec = find_spec("megatron.core")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         root = Path(folder)
         parts = [part for part in (root, root.parent / "training") if part.is_dir()]
-        found["the files of Megatron"] = " ".join(_hash_of(p, content=False) for p in parts)
+        found["the files of Megatron"] = " ".join(hash_of(p, content=False) for p in parts)
     return found
 
 
@@ -76,16 +73,3 @@ def _version(names: tuple[str, ...]) -> str:
         except PackageNotFoundError:
             continue
     return "none"
-
-
-def _hash_of(folder: Path, content: bool) -> str:
-    """Return a hash of the Python files below a folder: their names with their bytes or sizes."""
-    found = hashlib.sha256()
-    for root, folders, names in os.walk(folder):
-        here = Path(root).relative_to(folder)
-        folders[:] = sorted(f for f in folders if f != "__pycache__" and here / f != _NOT_CODE)
-        for name in sorted(name for name in names if name.endswith(".py")):
-            file = Path(root) / name
-            found.update(f"{file.relative_to(folder)}\0".encode())
-            found.update(file.read_bytes() if content else str(file.stat().st_size).encode())
-    return found.hexdigest()[:12]

@@ -14,6 +14,7 @@ import sysconfig
 from pathlib import Path
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.extras import pip_install
 from ep_plugin.megatron.seams.patches import Patches
 
 DATASETS = "megatron.core.datasets.utils"
@@ -44,7 +45,7 @@ def check_helpers() -> None:
     if shutil.which("make") is None or shutil.which(os.environ.get("CXX", "g++")) is None:
         problem, remedy = "make and a C++ compiler", "apt-get install make g++"
     elif _says("python3", "-m", "pybind11", "--includes") is None:
-        problem, remedy = "pybind11 of python3", "pip install 'ep-plugin[checkout]'"
+        problem, remedy = "pybind11 of python3", pip_install("checkout")
     elif _says("python3-config", "--extension-suffix") != suffix:
         problem = "a python3-config of this Python"
         remedy = f"make -C {folder} LIBEXT={suffix}, once"
