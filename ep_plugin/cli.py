@@ -91,8 +91,10 @@ def _main(argv: list[str]) -> int:
     if argv[:1] == ["run"]:  # not by argparse, which would take a `--` out of the script's flags
         return int(import_module("ep_plugin.run").main(argv[1:], "ep-plugin run"))
     selected = next((word for word in argv if not word.startswith("-")), None)
-    args = build_parser(selected).parse_args(argv)
+    args, unknown = build_parser(selected).parse_known_args(argv)
     module = _module(args.command)
+    if unknown:
+        law.refuse_unknown(module, args.command, unknown)
     try:
         law.check(module, args, argv[argv.index(args.command) :])
         return int(module.run(args))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ep_plugin.errors import ConfigError, in_python
 from ep_plugin.typed import LARGEST_FLOAT, LARGEST_INT
+from ep_plugin.typed_words import WrongWord, number, one_of, sentence, unknown, whole
 from ep_plugin.untrusted import one_line, shown
 
 LARGEST_SEED = 2**63 - 1
@@ -37,10 +38,33 @@ class Parser(argparse.ArgumentParser):
     """Refuses a command line in one line, whatever was typed; says so where help has no output."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(one_line(message))
+        said = one_line(str(sentence(message)))
+        self.exit(2, f"{self.prog}: error: {said}; see {self.prog} --help\n")
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        try:
+            if action.type is int:
+                return whole(text, *_number_to_use(action, int))
+            if action.type is float:
+                return number(text, *_number_to_use(action, float))
+        except WrongWord as wrong:
+            raise argparse.ArgumentError(action, str(wrong)) from None
+        return super()._get_value(action, text)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            if action.choices is not None:
+                one_of(value, list(action.choices))
+        except WrongWord as wrong:
+            raise argparse.ArgumentError(action, str(wrong)) from None
 
     def _print_message(self, message: str, file: Any = None) -> None:
         (file or sys.stderr).write(message)  # argparse would hide that a disk is full
+
+
+def _number_to_use(action: argparse.Action, kind: type[Any]) -> list[Any]:
+    """Return the flag's default, where that is a number that says something."""
+    return [action.default] if type(action.default) is kind and action.default else []
 
 
 class _Counted(argparse.Namespace):
@@ -56,11 +80,18 @@ class _Counted(argparse.Namespace):
         super().__setattr__(name, value)
 
 
+def refuse_unknown(module: ModuleType, command: str, words: list[str]) -> NoReturn:
+    """End with what to type instead of `words`, which the command does not know."""
+    parser = Parser(f"ep-plugin {command}")
+    module.add_arguments(parser)
+    parser.error(unknown(words, parser._option_string_actions))
+
+
 def check(module: ModuleType, args: argparse.Namespace, argv: list[str]) -> None:
     """Raise ConfigError for a flag in `argv` that would do nothing; `args` is `argv`, parsed."""
     for name, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
-            _check_number(name, number)
+        for each in value if isinstance(value, list) else [value]:
+            _check_number(name, each)
     times = _times_typed(module, argv)
     for name, count in times.items():
         if count > 1 and argv[0] not in LAST_COUNTS:

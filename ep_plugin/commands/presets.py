@@ -5,6 +5,7 @@ import json
 import shlex
 from typing import Any
 
+from ep_plugin.commands.numbers import short_count
 from ep_plugin.megatron.arguments.spell import megatron_arguments
 from ep_plugin.presets import Preset, active_params, load, presets, total_params
 
@@ -54,20 +55,13 @@ def _record(preset: Preset) -> dict[str, Any]:
 def _table(records: list[dict[str, Any]]) -> str:
     rows = [("preset", "system", "total", "active", "source")]
     for record in records:
-        sizes = (short(record["total_params"]), short(record["active_params"]))
+        sizes = (short_count(record["total_params"]), short_count(record["active_params"]))
         rows.append((record["name"], record["system"], *sizes, record["source"]))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
         for row in rows
     )
-
-
-def short(count: int) -> str:
-    """Return a number of parameters in billions or millions, four digits at most."""
-    if count < 1e8:
-        return f"{count / 1e6:.2f}M"
-    return f"{count / 1e9:.4g}B" if count < 1e12 else f"{count / 1e9:.0f}B"
 
 
 def _lines(arguments: list[str]) -> list[str]:

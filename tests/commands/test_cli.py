@@ -111,14 +111,63 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert summary.split()[0] in shown
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["apply"], ["doctor", "--fast"]])
-def test_a_wrong_command_line_is_exit_code_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what argparse refuses a command line with: one line, behind the command."""
     with pytest.raises(SystemExit) as exited:
-        main(arguments)
+        main(words)
     assert exited.value.code == 2
-    assert capsys.readouterr().err.startswith("usage: ep-plugin")
+    said = capsys.readouterr()
+    assert said.out == ""
+    name = "ep-plugin" if not words or words[0] not in COMMANDS else f"ep-plugin {words[0]}"
+    found = re.fullmatch(rf"{name}: error: (.*); see {name} --help\n", said.err)
+    assert found is not None, said.err
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("fly", "COMMAND must be one of apply, .*, run; got 'fly'; use apply"),
+        ("plane", "COMMAND must be one of apply, .*, run; got 'plane'; use plan"),
+        ("apply", "the following arguments are required: SCRIPT"),
+        ("doctor --fast", "'--fast' is no flag here; leave it out"),
+        ("doctor --vebose", "'--vebose' is no flag here; use --verbose"),
+        ("audit a b c", "'b c' is more than it takes; leave it out"),
+        ("plan --tp two", "--tp must be a whole number; got 'two'; use --tp 1"),
+        ("plan --tp 2.0", "--tp must be a whole number; got '2.0'; use --tp 2"),
+        ("plan --tp <topk>", "--tp must be a whole number; got '<topk>'; use --tp 1"),
+        (f"plan --tp {'9' * 5000}", "--tp must be a whole number up to 2147483647; .*"),
+        ("plan --tp", "--tp needs a value; use --tp VALUE"),
+        ("plan --ep", "--ep needs a value; use --ep VALUE"),
+        ("plan --json=yes", "--json takes no value; use --json alone"),
+        ("plan --q 2", "ambiguous option: --q could match .*; use one of them"),
+        ("plan --network nvlink", "--network must be one of nvlink8, .*; use --network nvlink8"),
+        ("parity a.py --tiny --iterations x", "--iterations must .*; use --iterations 3"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(
+    line: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(line.split(), capsys)
+    assert re.fullmatch(sentence, said), said
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_a_wrong_word_behind_any_flag_is_answered_with_one_that_is_read(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actions = [a for a in command_parser(command)._actions if a.option_strings]
+    for action in actions:
+        if action.type not in (int, float) and action.choices is None:
+            continue
+        flag = action.option_strings[-1]
+        said = refused([command, flag, "two"], capsys)
+        found = re.fullmatch(rf"{flag} must be .*; got 'two'; use {flag} (\S+)", said)
+        assert found is not None, said
+        parser = argparse.ArgumentParser()
+        parser.add_argument(flag, type=action.type, choices=action.choices)
+        parser.parse_args([flag, found[1]])
 
 
 MISTAKES = {

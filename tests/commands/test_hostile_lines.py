@@ -40,7 +40,8 @@ def test_a_line_that_fails_is_seen() -> None:
     assert hostile.Ended(70, "", "").fault
     assert hostile.Ended(2, "", "two\nlines").fault
     assert hostile.Ended(2, "", "ep-plugin plan: error: a\nep-plugin plan: error: b").fault
-    assert not hostile.Ended(2, "", "usage: x\nep-plugin plan: error: b\n").fault
+    assert hostile.Ended(2, "", "usage: x\nep-plugin plan: error: b\n").fault
+    assert not hostile.Ended(2, "", "ep-plugin plan: error: b\n").fault
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ REFUSED: dict[str, str] = {
         "and the student one of 64; use a teacher"
     ),
     "--ep-teacher TEACHER --ep-distill-stop 1.5": "must be above 0 and at most 1; got '1.5'",
-    "--ep-teacher TEACHER --ep-teacher-layout tp=two": "must be parallel sizes, as tp=2,ep=2",
+    "--ep-teacher TEACHER --ep-teacher-layout tp=two": "must be parallel sizes; got 'tp=two'; use ",
 }
 
 

@@ -148,8 +148,7 @@ class Ended:
         said = [i for i, line in enumerate(lines) if ": error: " in line]
         if said != [len(lines) - 1] or len(lines[-1]) > 3000:
             return f"no one sentence: {self.err[-3000:]}"
-        usage = len(lines) == 1 or lines[0].startswith("usage: ")
-        return "" if usage else f"more than one sentence: {self.err[-3000:]}"
+        return "" if len(lines) == 1 else f"more than one sentence: {self.err[-3000:]}"
 
 
 def run(words: list[str]) -> Ended:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ep_plugin.cli import main
-from ep_plugin.commands.presets import short
+from ep_plugin.commands.numbers import short_count
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.spell import megatron_arguments
 from ep_plugin.presets import active_params, load, presets, total_params
@@ -224,7 +224,7 @@ def test_routing_is_one_the_plugin_accepts() -> None:
 
 
 def row(preset: Preset) -> str:
-    sizes = f"{short(total_params(preset))} | {short(active_params(preset))}"
+    sizes = f"{short_count(total_params(preset))} | {short_count(active_params(preset))}"
     return f"| `{preset.name}` | {preset.system} | {sizes} | {words(preset)} |"
 
 

@@ -20,6 +20,7 @@ from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, TokenBatch, draw, fill
 from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.request import Request
 from ep_plugin.commands.convert.run_model import aside, run_model, run_source, worker
+from ep_plugin.commands.numbers import rounded
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.extras import pip_install
 
@@ -48,8 +49,8 @@ class Need:
         """Return that for a reader."""
         return (
             f"then source and result are run on {self.on()}, one {self.at_a_time} in memory at a "
-            f"time, in float32: about {self.memory_bytes / 2**30:.2f} GiB; they must agree to "
-            f"{self.tolerance:g}; --skip-parity leaves it out"
+            f"time, in float32: about {rounded(self.memory_bytes / 2**30, 2)} GiB; they must agree "
+            f"to {self.tolerance:g}; --skip-parity leaves it out"
         )
 
     def on(self) -> str:

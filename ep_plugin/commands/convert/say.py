@@ -16,6 +16,7 @@ from ep_plugin.checkpoint.open import is_hf, safetensors, stored_tensors
 from ep_plugin.checkpoint.target import Target
 from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.request import Request
+from ep_plugin.commands.numbers import rounded
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.flags_file import unsaid
 from ep_plugin.megatron.arguments.spell_model import (
@@ -130,7 +131,7 @@ def made_hybrid(target: Target) -> bool:
 def say_summary(request: Request, target: Target, report: dict[str, Any] | None) -> int:
     """Print what was made and how to go on; returns exit code 0."""
     kind = ", ".join(filter(None, (request.format, family_of(target))))
-    size = f"{len(target.tensors)} tensors, {target.num_bytes / 2**20:.1f} MiB"
+    size = f"{len(target.tensors)} tensors, {rounded(target.num_bytes / 2**20, 1)} MiB"
     _print(f"wrote {request.target} ({kind}): {size}")
     settings, made = request.settings, target.model.upcycled
     if settings is not None and made is not None:

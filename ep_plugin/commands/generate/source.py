@@ -14,6 +14,7 @@ from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.checkpoint.open import Opened, kind_of, open_source
 from ep_plugin.checkpoint.staging import staged
 from ep_plugin.checkpoint.target import aim
+from ep_plugin.commands.numbers import rounded
 from ep_plugin.errors import ConfigError
 
 
@@ -70,7 +71,7 @@ def reading(source: Source, scratch: Path, alone: bool) -> Iterator[Path]:
     target = aim(source.model, "megatron", None)
     print(
         f"ep-plugin generate: converting into a temporary folder of {scratch.parent}, "
-        f"{target.num_bytes / 2**30:.2f} GiB (TMPDIR names another)",
+        f"{rounded(target.num_bytes / 2**30, 2)} GiB (TMPDIR names another)",
         file=sys.stderr,
     )
     folder = scratch / "model"

@@ -1,6 +1,5 @@
 """`--tiny`: the same kind of model and data, at a size that any machine can run."""
 
-import argparse
 from collections.abc import Sequence
 from math import lcm
 
@@ -8,6 +7,7 @@ from ep_plugin.checkpoint.moe_layers import moe_layers, parse_layers
 from ep_plugin.commands.parity.comparable import Arguments, is_number, value, without
 from ep_plugin.commands.parity.layouts import Layout
 from ep_plugin.errors import ConfigError
+from ep_plugin.typed_words import WrongWord, of_flag
 from ep_plugin.untrusted import shown
 
 HEAD = 16  # size of one attention head
@@ -176,8 +176,8 @@ def _counts(arguments: list[str], num_moe_layers: int, layouts: Sequence[Layout]
         return [even] * num_moe_layers
     try:
         given = experts_per_layer(text)
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"{PYRAMID} {error}; use {PYRAMID} {even}*{num_moe_layers}") from error
+    except WrongWord as error:
+        raise of_flag(PYRAMID, str(error)) from error
     last = _last(list(given), num_moe_layers)
     if len(set(last)) == 1:
         last[0] = min(given)

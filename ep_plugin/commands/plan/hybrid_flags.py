@@ -10,6 +10,7 @@ from ep_plugin.commands.plan.layers import Sizes
 from ep_plugin.commands.plan.pattern import FLAG, Pattern, parse
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.routing_config import MOST_EXPERTS
+from ep_plugin.typed_words import WrongWord, of_flag
 from ep_plugin.untrusted import shown
 
 
@@ -302,5 +303,5 @@ def _pyramid(text: str) -> list[int]:
 
     try:
         return list(experts_per_layer(text))
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"--ep-experts-per-layer {error}") from error
+    except WrongWord as error:
+        raise of_flag("--ep-experts-per-layer", str(error)) from error

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ep_plugin.commands.numbers import rounded, short_count
 from ep_plugin.commands.plan.network import HOWS, ONE_DOMAIN, Forecast
 from ep_plugin.errors import ConfigError
 from ep_plugin.written import check_picture, write_picture
@@ -21,8 +22,9 @@ def table(rows: list[Forecast]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"{row.ep:4} {row.how:13} {row.inside_mib:11.1f} {row.outside_mib:9.1f} "
-            f"{row.exchange_ms:12.2f} {row.hidden_share:7.0%} {row.step_ms:8.2f}"
+            f"{row.ep:4} {row.how:13} {rounded(row.inside_mib, 1):>11} "
+            f"{rounded(row.outside_mib, 1):>9} {rounded(row.exchange_ms, 2):>12} "
+            f"{row.hidden_share:7.0%} {rounded(row.step_ms, 2):>8}"
         )
     return "\n".join(lines)
 
@@ -36,10 +38,10 @@ def fit_table(rows: list["Fit"], gpu_gb: float) -> str:
     for row in rows:
         held = row.memory
         lines.append(
-            f"{row.ep:4} {row.edp:4} {held.stage:5} {held.dense_params / 1e9:7.2f}B "
-            f"{held.expert_params / 1e9:7.2f}B {held.weights / 1e9:11.1f} "
-            f"{held.optimizer / 1e9:8.1f} {held.activations / 1e9:15.1f} {row.total_gb:9.1f}  "
-            f"{'yes' if row.fits else 'no'}"
+            f"{row.ep:4} {row.edp:4} {held.stage:5} {short_count(held.dense_params):>8} "
+            f"{short_count(held.expert_params):>8} {rounded(held.weights / 1e9, 1):>11} "
+            f"{rounded(held.optimizer / 1e9, 1):>8} {rounded(held.activations / 1e9, 1):>15} "
+            f"{rounded(row.total_gb, 1):>9}  {'yes' if row.fits else 'no'}"
         )
     return "\n".join(lines)
 
@@ -64,8 +66,8 @@ def hybrid_tables(
     )
     for row in rows:
         lines.append(
-            f"{row.ep:4} {row.edp:4} {row.stage:5} {_bytes(row.kinds)} {row.total_gb:9.1f}  "
-            f"{'yes' if row.fits else 'no'}"
+            f"{row.ep:4} {row.edp:4} {row.stage:5} {_bytes(row.kinds)} "
+            f"{rounded(row.total_gb, 1):>9}  {'yes' if row.fits else 'no'}"
         )
     shown = next((row for row in rows if row.fits), rows[-1])
     lines += ["", f"one GPU of stage {shown.stage} at ep {shown.ep}:"]
@@ -78,10 +80,10 @@ def hybrid_tables(
 
 
 def _bytes(kinds: Iterable["hybrid_plan.Held"]) -> str:
-    widths = {"weights": "11.2f", "gradients": "13.2f", "optimizer": "8.2f", "activations": "15.2f"}
+    widths = {"weights": 11, "gradients": 13, "optimizer": 8, "activations": 15}
     every = list(kinds)
     sums = {name: sum(getattr(held, name) for held in every) / 1e9 for name in widths}
-    return " ".join(f"{sums[name]:{width}}" for name, width in widths.items())
+    return " ".join(f"{rounded(sums[name], 2):>{width}}" for name, width in widths.items())
 
 
 def draw(rows: list[Forecast], measured: list["Measured"], args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ep_plugin.commands.numbers import rounded, short_count
 from ep_plugin.commands.plan.layers import BACKWARD
 from ep_plugin.commands.plan.memory import WEIGHT, kept_in_layer
 from ep_plugin.commands.plan.teachers_model import Teacher
@@ -83,9 +84,9 @@ def table(rows: list[tuple[int, Taught]], stop: float) -> str:
     for ep, row in rows:
         layout = f"tp={row.tp},ep={row.ep},etp={row.etp}"
         lines.append(
-            f"{ep:4} {layout:20} {row.dense_params / 1e9:7.2f}B {row.expert_params / 1e9:7.2f}B "
-            f"{row.weights / 1e9:11.1f} {row.activations / 1e9:15.1f} {row.step:6.2f}x "
-            f"{row.run:6.2f}x"
+            f"{ep:4} {layout:20} {short_count(row.dense_params):>8} "
+            f"{short_count(row.expert_params):>8} {rounded(row.weights / 1e9, 1):>11} "
+            f"{rounded(row.activations / 1e9, 1):>15} {row.step:6.2f}x {row.run:6.2f}x"
         )
     lines.append(
         f"until {stop:g} of the run a teacher is in the total above, and a step computes so many "

@@ -6,9 +6,11 @@ None when not given.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
-from typing import Any, get_args
+from functools import partial
+from typing import Any, NoReturn, get_args
 
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
@@ -16,15 +18,16 @@ from ep_plugin.megatron.arguments.table import TABLE, TYPED, Argument, Group, au
 from ep_plugin.megatron.distill.teacher_layout import parse_layout
 from ep_plugin.registry import available
 from ep_plugin.typed import LARGEST_FLOAT
+from ep_plugin.typed_words import WrongWord, number, one_of, sentence, unknown, whole
+from ep_plugin.untrusted import shown
 
+_OURS = re.compile(r"(argument|ambiguous option:|unrecognized arguments:) --ep-")
 MOST_LAYERS = 1 << 16  # of a pyramid, each of which is an entry of a list
 
 
 def on_off(text: str) -> bool:
     """Read `on` or `off`."""
-    if text not in ("on", "off"):
-        raise argparse.ArgumentTypeError(f"must be on or off; got {text!r}")
-    return text == "on"
+    return one_of(text, ("on", "off")) == "on"
 
 
 def experts_per_layer(text: str) -> tuple[int, ...]:
@@ -35,18 +38,18 @@ def experts_per_layer(text: str) -> tuple[int, ...]:
             raise ValueError
         counts = tuple(int(n) for n, star, times in runs for _ in range(int(times) if star else 1))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"must be numbers of experts, as 32*10,64*2; got {text!r}"
+        raise WrongWord(
+            f"must be numbers of experts for layers; got {shown(text)}; use 32*10,64*2"
         ) from error
     if not counts or min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"must name at least 1 expert a layer; got {text!r}")
+        raise WrongWord(f"must name at least 1 expert a layer; got {shown(text)}; use 32*10,64*2")
     return counts
 
 
 def seconds(text: str) -> int:
     """Read a whole number of seconds, 0 or more."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be whole seconds, as 20, or 0; got {text!r}")
+        raise WrongWord(f"must be whole seconds, or 0; got {shown(text)}; use 20")
     return int(text)
 
 
@@ -55,20 +58,15 @@ def layout(text: str) -> str:
     try:
         parse_layout(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"must be parallel sizes, as tp=2,ep=2; got {text!r}"
-        ) from error
+        raise WrongWord(f"must be parallel sizes; got {shown(text)}; use tp=2,ep=2") from error
     return text
 
 
 def positive(text: str) -> float:
     """Read a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = number(text, 1.0)
     if not 0 < value < LARGEST_FLOAT:
-        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+        raise WrongWord(f"must be a number above 0; got {shown(text)}; use 1")
     return value
 
 
@@ -76,7 +74,7 @@ def part(text: str) -> float:
     """Read a part of a run: above 0 and up to 1."""
     value = positive(text)
     if value > 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1; got {text!r}")
+        raise WrongWord(f"must be above 0 and at most 1; got {shown(text)}; use 1")
     return value
 
 
@@ -92,8 +90,8 @@ def further_losses(text: str) -> tuple[tuple[str, float], ...]:
         pairs = [part.split(":") for part in text.split(",")]
         return tuple((_scope(scope), float(share)) for scope, share in pairs)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"must be scopes and coefficients, as sequence:1e-3,global:1e-4; got {text!r}"
+        raise WrongWord(
+            f"must be scopes and coefficients; got {shown(text)}; use sequence:1e-3,global:1e-4"
         ) from error
 
 
@@ -118,6 +116,7 @@ def add_ep_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         groups[row.group].add_argument(row.flag, **_settings(row))
     parser.add_argument("--ep-parity-dump", metavar="FOLDER", help=argparse.SUPPRESS)
     _note_what_is_typed(parser)
+    _refuse_ours_in_one_sentence(parser)
     return parser
 
 
@@ -148,8 +147,13 @@ def _settings(row: Argument) -> dict[str, Any]:
     if row.hint is bool:
         return found | {"type": on_off, "metavar": "{on,off}"}
     if row.legal is not None:
-        return found | {"choices": row.legal}
-    return found | {"type": row.hint}
+        names = f"{{{','.join(row.legal)}}}"
+        return found | {"type": partial(one_of, legal=row.legal), "metavar": names}
+    numbers: dict[Any, Callable[..., Any]] = {int: whole, float: number}
+    if row.hint not in numbers:
+        return found | {"type": row.hint}
+    use = {"use": row.field_default} if row.field_default else {}
+    return found | {"type": partial(numbers[row.hint], **use)}
 
 
 def _note_what_is_typed(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +171,26 @@ def _note_what_is_typed(parser: argparse.ArgumentParser) -> None:
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
+def _refuse_ours_in_one_sentence(parser: argparse.ArgumentParser) -> None:
+    """Refuse a wrong flag of ours once for all ranks; of Megatron's flags argparse says the rest.
+
+    It would print the usage, which is pages long, on every rank.
+    """
+    from ep_plugin.megatron.seams.refusal import refuse
+
+    original = parser.error
+
+    def error(message: str) -> NoReturn:
+        if _OURS.match(message):
+            rest = message.removeprefix("unrecognized arguments: ")
+            if rest != message:
+                message = unknown(rest.split(), parser._option_string_actions)
+            refuse(sentence(message))
+        original(message)
+
+    parser.error = error  # type: ignore[method-assign]
+
+
 def typed_in(words: list[str]) -> frozenset[str]:
     """Return the flags on a command line."""
     return frozenset(word.partition("=")[0] for word in words if word.startswith("--"))
@@ -176,6 +200,7 @@ def with_preset(arguments: list[str]) -> list[str]:
     """Return `arguments` behind those of the preset they name; exits for an unknown name."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--ep-preset")
+    _refuse_ours_in_one_sentence(finder)
     name = finder.parse_known_args(arguments)[0].ep_preset
     if name is None:
         return arguments

@@ -32,6 +32,7 @@ from ep_plugin.megatron.ranks.rendezvous import (
     store_of_group,
 )
 from ep_plugin.megatron.ranks.sentence import Flags, flags_of
+from ep_plugin.megatron.seams.for_torchrun import leave_for_torchrun
 from ep_plugin.megatron.seams.patches import Patches
 
 TRAINING = "megatron.training.training"
@@ -249,6 +250,7 @@ def _heed(state: _State, answer: Answer, rank: int) -> None:
 def _end(text: str) -> NoReturn:
     sys.stderr.write(f"ep_plugin: error: {text}\n")  # in one piece, between those of others
     sys.stderr.flush()
+    leave_for_torchrun(text)
     sys.exit(1)
 
 

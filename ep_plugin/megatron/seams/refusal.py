@@ -5,6 +5,7 @@ import sys
 from typing import NoReturn
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.seams.for_torchrun import leave_for_torchrun
 
 
 def refuse(error: ConfigError) -> NoReturn:
@@ -18,9 +19,13 @@ def refuse(error: ConfigError) -> NoReturn:
 
 
 def say(error: Exception, before: str) -> None:
-    """Print `error` behind the words `before`: rank 0, or a rank that rank 0 does not hear."""
+    """Print `error` behind the words `before`: rank 0, or a rank that rank 0 does not hear.
+
+    Every rank leaves it for torchrun's report, which ends with the rank that was seen first.
+    """
     from ep_plugin.megatron.seams import alike
 
+    leave_for_torchrun(str(error))
     first = os.environ.get("RANK", "0") == "0"
     if first:
         print(f"{before}{error}", file=sys.stderr, flush=True)
