@@ -92,6 +92,44 @@ def copies(counts: Iterable[int]) -> bool:
     return any(count % layout.parallel.ep for count in counts for layout in LAYOUTS)
 
 
+# what a pyramid of these numbers, at these layouts, becomes
+PYRAMIDS = {
+    ("2,4,8", "ep=2", "[1]*3"): "4,8,16",  # whole experts on each rank there, and here
+    ("2,4,8", "ep=4", "[1]*3"): "2,4,8",  # two copies of the first layer's
+    ("4*16,8*16", "ep=2", "1"): "4,8",
+    ("8*16,4*16", "ep=2", "1"): "8,4",
+    ("4,8,4,16,4,8", "ep=2", "1"): "16,4,8",
+    ("32*10,64*2", "pp=2,ep=2", "1"): "4,4,8,8",
+    ("2,4,8", "pp=2,ep=2", "[1]*3"): "4,8,16,16",
+    ("4,8,16", "ep=2", "[0,1]*3"): "4,8,16",
+    ("4*3", "ep=2", "1"): "4,4",
+}
+
+
+@pytest.mark.parametrize(("pyramid", "layout", "layers"), PYRAMIDS)
+def test_a_pyramid_keeps_all_its_sizes_and_their_order(
+    pyramid: str, layout: str, layers: str
+) -> None:
+    depth = len(experts_per_layer(pyramid)) * (2 if "0" in layers else 1)
+    flags = ["--num-layers", str(depth), "--moe-layer-freq", layers, "--num-experts", "64"]
+    parsed = [ONE_RANK, parse(layout)]
+    tiny = shrink([*flags, "--ep-experts-per-layer", pyramid], parsed).all
+    small = value(tiny, "--ep-experts-per-layer") or ""
+    assert small == PYRAMIDS[pyramid, layout, layers]
+    pattern = (value(tiny, "--moe-layer-freq") or "").strip("[]").split(",")
+    assert len(pattern) == int(value(tiny, "--num-layers") or 0)
+    assert len(pattern) % parsed[1].parallel.pp == 0
+    assert pattern.count("1") == len(small.split(","))
+    assert value(tiny, "--num-experts") == str(max(map(int, small.split(","))))
+
+
+def test_a_pyramid_with_more_sizes_than_are_kept_is_refused() -> None:
+    flags = ["--num-layers", "7", "--num-experts", "64", "--ep-experts-per-layer"]
+    with pytest.raises(ConfigError, match=r"6 different numbers .* has 7; use fewer, or leave out"):
+        shrink([*flags, "1,2,4,8,16,32,64"], [ONE_RANK])
+    assert shrink([*flags, "2,2,4,8,16,32,64"], [ONE_RANK]).all
+
+
 @pytest.mark.parametrize("layouts", [["ep=2"], ["tp=2", "pp=2"], ["tp=8,ep=8,etp=1", "dp=3"]])
 def test_tiny_describes_a_whole_run_without_any_flag(layouts: list[str]) -> None:
     tiny = shrink(comparable([], 3).all, [ONE_RANK, *map(parse, layouts)]).all

@@ -13,6 +13,7 @@ from ep_plugin.untrusted import shown
 HEAD = 16  # size of one attention head
 SEQUENCE = 32
 VOCABULARY = 512
+MOST_SIZES = 6  # of a pyramid, each twice as large as the one before
 FLAT = 128  # what Megatron pads a vocabulary to, times TP
 DATA_FLAGS = (
     *("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path", "--split"),
@@ -67,13 +68,15 @@ def shrink(arguments: list[str], layouts: Sequence[Layout]) -> Arguments:
     arguments = arguments + added
     words = {name: str(size) for name, size in _sizes(arguments, layouts).items()}
     depth = _number(arguments, "--num-layers", _number(arguments, "--encoder-num-layers", 2))
-    pattern = _layers(arguments, depth, lcm(*(layout.parallel.pp for layout in layouts)))
+    pyramid = _pyramid(arguments)
+    stages = lcm(*(layout.parallel.pp for layout in layouts))
+    pattern = _layers(arguments, depth, stages, len(set(pyramid)))
     words["--num-layers"] = str(len(pattern))
     if added or has_experts(arguments):
         words["--moe-layer-freq"] = _listed(pattern)
-        counts = _counts(arguments, sum(pattern), layouts)
+        counts = _counts(arguments, pyramid, sum(pattern), layouts)
         words[EXPERTS] = str(max(counts))
-        if value(arguments, PYRAMID) is not None:
+        if pyramid:
             words[PYRAMID] = ",".join(map(str, counts))
     for name in PER_LAYER:
         text = value(arguments, name)
@@ -131,19 +134,23 @@ def _sizes(arguments: list[str], layouts: Sequence[Layout]) -> dict[str, int | s
     return new | {name: size for name, size in smaller.items() if value(arguments, name)}
 
 
-def _layers(arguments: list[str], depth: int, pp: int) -> list[int]:
+def _layers(arguments: list[str], depth: int, pp: int, sizes: int) -> list[int]:
     """Return 0 or 1 for each layer that is kept: the model's last ones.
 
-    They are two a stage at most; of a pyramid so many that two have experts.
+    They are two a stage at most; of a pyramid so many that each of its `sizes` has a layer, and
+    two at least have experts.
     """
     whole = moe_layers(_frequency(arguments, "--moe-layer-freq", depth), depth)
+    needed = max(2, sizes) if sizes else 0
     wanted = pp * (2 if depth >= 2 * pp else 1)
+    while sum(whole[-wanted:]) < needed and wanted < depth:
+        wanted += pp
     kept = [int(moe) for moe in whole[-wanted:]]
     kept += [1] * (wanted - len(kept)) if any(kept) else []
     if not any(kept):
         kept = [0] * (wanted - 1) + [1]
-    if value(arguments, PYRAMID) is not None and sum(kept) < 2:
-        kept = [*kept, *kept] if pp == 1 else [1] * wanted
+    while sum(kept) < needed:
+        kept += [1] * pp
     return kept
 
 
@@ -161,31 +168,49 @@ def _frequency(arguments: list[str], name: str, depth: int) -> int | list[int]:
         ) from error
 
 
-def _counts(arguments: list[str], num_moe_layers: int, layouts: Sequence[Layout]) -> list[int]:
-    """Return the experts of each MoE layer: all as few as go, or a pyramid that doubles.
-
-    A pyramid keeps which of its last layers have more than others; where they have equally many
-    the first takes the smallest number of all. Where a layout gives a layer several copies of its
-    experts, so it does here.
-    """
+def _pyramid(arguments: list[str]) -> list[int]:
+    """Return the experts of each MoE layer of a pyramid; none where there is no pyramid."""
     from ep_plugin.megatron.arguments.parser import experts_per_layer
 
-    even = _experts(arguments, layouts)
     text = value(arguments, PYRAMID)
     if text is None:
-        return [even] * num_moe_layers
+        return []
     try:
-        given = experts_per_layer(text)
+        given = list(experts_per_layer(text))
     except WrongWord as error:
         raise of_flag(PYRAMID, str(error)) from error
-    last = _last(list(given), num_moe_layers)
-    if len(set(last)) == 1:
-        last[0] = min(given)
-    order = sorted(set(last))
+    if len(set(given)) > MOST_SIZES:
+        raise ConfigError(
+            f"--tiny keeps {MOST_SIZES} different numbers of experts at most, and {PYRAMID} has "
+            f"{len(set(given))}; use fewer, or leave out --tiny"
+        )
+    return given
+
+
+def _counts(
+    arguments: list[str], given: list[int], num_moe_layers: int, layouts: Sequence[Layout]
+) -> list[int]:
+    """Return the experts of each MoE layer: all as few as go, or a pyramid that doubles.
+
+    A pyramid, `given`, keeps all its sizes and their order: of each the last layer, and further
+    ones from the end. Where a layout gives a layer several copies of its experts, so it does here.
+    """
+    even = _experts(arguments, layouts)
+    if not given:
+        return [even] * num_moe_layers
+    order = sorted(set(given))
     copies = any(number % layout.parallel.ep for number in given for layout in layouts)
     halves = copies and len(order) > 1 and even % 2 == 0 and _groups(arguments) == 1
     smallest = even // 2 if halves else even
-    return [smallest * 2 ** order.index(count) for count in last]
+    return [smallest * 2 ** order.index(count) for count in _chosen(given, num_moe_layers)]
+
+
+def _chosen(given: list[int], wanted: int) -> list[int]:
+    """Return so many of the items, in their order: of each kind the last one, then the last."""
+    last = {item: place for place, item in enumerate(given)}
+    others = [place for place in reversed(range(len(given))) if place not in last.values()]
+    places = [*last.values(), *others][:wanted]
+    return _last([given[place] for place in sorted(places)], wanted)
 
 
 def _last(items: list[int], wanted: int) -> list[int]:
