@@ -61,8 +61,8 @@ def load(folder: Path = RESULTS) -> list[Found]:
 def newest(found: list[Found]) -> list[Found]:
     """Return the rows of one file for each bench, card, number of ranks, gradients, graph or not.
 
-    All variants of a file ran in turn on one card: of several files the newest counts, then the one
-    with more rows.
+    Rows of a file ran on cards of one kind, if not always in one process: of several files the
+    newest counts, then the one with more rows.
     """
     groups: dict[tuple[object, ...], dict[str, list[Found]]] = {}
     for each in found:
@@ -172,6 +172,7 @@ def repeat(row: Row) -> str:
         return _train(row, name, ways)
     words = ["--shapes", row["shape"], "--precision", row["precision"]]
     words += ["--routing", row["routing"], "--gradients", row["gradients"]]
+    words += ["--warm", "5", "--repeats", "20"]
     if row["bench"] == "layer":
         words = ["ep-plugin", "bench", "layer", *words, "--backends", name, *graph]
         return cutlass + shlex.join(words)

@@ -97,10 +97,10 @@ def test_no_flag_is_silent(
         return (said.replace(str(target), "TARGET"), *hashes)
 
     taken, silent = 0, []
-    turn = [*BASES].index(base) % 2
+    turn = source == "hf"
     for number, (value, other) in enumerate(itertools.combinations_with_replacement(VALUES, 2)):
         pair = tuple(dict.fromkeys((value, other)))
-        if value != other and number % 2 != turn:
+        if value != other and bool(number % 2) != turn:
             continue
         if (value != other and flag(value) == flag(other)) or {*pair} & {*always}:
             continue
