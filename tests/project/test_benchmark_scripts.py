@@ -218,7 +218,7 @@ def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
         assert train_run.start([sys.executable, "-c", "raise SystemExit(3)"], out, {}, None) == 3
 
 
-@pytest.mark.parametrize("name", ["eight_gpus", "two_gpus", "layer_h100", "gemm_h100"])
+@pytest.mark.parametrize("name", ["two_h100_loop", "two_gpus", "layer_h100", "gemm_h100"])
 def test_files_of_before_can_be_read_and_added_to(name: str) -> None:
     rows = read(ROOT / "benchmarks" / "results" / f"{name}.json")
     assert {row["gradients"] for row in rows if row["bench"] == "train"} <= {"added"}

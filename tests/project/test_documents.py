@@ -120,6 +120,9 @@ def test_the_tree_of_the_architecture_exists() -> None:
     for path in (ROOT / "ep_plugin").iterdir():
         if path.is_dir() and path.name != "__pycache__":
             assert f"\n  {path.name}/ " in tree, path.name
+    for path in (ROOT / "ep_plugin" / "megatron").iterdir():
+        if path.is_dir() and path.name != "__pycache__":
+            assert f"\n    {path.name}/ " in tree, path.name
     steps = re.findall(r"<!-- walk: token -->\n```text\n(.*?)```", text, re.DOTALL)[0]
     for line in steps.splitlines():
         assert (ROOT / "ep_plugin" / line.split()[0]).is_file(), line

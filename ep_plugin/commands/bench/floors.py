@@ -18,7 +18,6 @@ from ep_plugin.commands.bench.shapes import Shape
 Precision = Literal["bf16", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8")
 Direction = Literal["forward", "dgrad", "wgrad"]
-DIRECTIONS: tuple[Direction, ...] = ("forward", "dgrad", "wgrad")
 # Weight gradients in bf16 written once, or added to fp32 totals: `main_grad`, as training does.
 Gradients = Literal["anew", "added"]
 GRADIENTS: tuple[Gradients, ...] = ("anew", "added")
