@@ -11,7 +11,7 @@ computed until it is written, and then one tensor at a time.
 import argparse
 import copy
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +21,14 @@ from torch import Tensor
 from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt.against_config import check_counts, check_size
 from ep_plugin.checkpoint.adapt.hugging_face import arguments, left_out, to_megatron, with_dtype
-from ep_plugin.checkpoint.adapt.keep_layers import Kept
-from ep_plugin.checkpoint.adapt.model_class import Reclassed, as_class
-from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT, Upcycled
+from ep_plugin.checkpoint.adapt.model_class import as_class
+from ep_plugin.checkpoint.adapt.upcycle import EMBEDDING, OUTPUT
 from ep_plugin.checkpoint.carried import EXTRA_STATE, leave_out
 from ep_plugin.checkpoint.complete import incomplete, not_there
-from ep_plugin.checkpoint.family import Family
 from ep_plugin.checkpoint.formats import megatron_dist, megatron_legacy
 from ep_plugin.checkpoint.moe_layers import hybrid_pattern
 from ep_plugin.checkpoint.names import plain, stored_name
+from ep_plugin.checkpoint.opened import Opened, Origins
 from ep_plugin.checkpoint.run_args import check_counters, check_num_layers, checked
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, Source, TensorInfo, finite
 from ep_plugin.checkpoint.whole import problems
@@ -40,28 +39,7 @@ from ep_plugin.untrusted import shown
 
 Format = Literal["megatron", "hf"]
 Kind = Literal["hf", "per-rank", "torch_dist"]
-Spelling = Literal["stored", "plain"]
 TABLES = (EMBEDDING, OUTPUT)
-Origins = dict[str, tuple[str, ...]]  # name -> names in the folder that it is made of
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model: its tensors under names of one spelling, its arguments, and where it comes from."""
-
-    folder: Path  # that was read: of the iteration, or the Hugging Face model
-    source: Source
-    args: argparse.Namespace
-    spelling: Spelling
-    origins: Origins
-    family: Family | None = None  # of a Hugging Face model
-    left_out: tuple[str, ...] = ()
-    emptied: tuple[str, ...] = ()  # objects that are written without what they held
-    deviations: tuple[str, ...] = ()  # why the function is not kept; empty: it is
-    upcycled: Upcycled | None = None  # what gave it its experts
-    kept: Kept | None = None  # of a student: the teacher's layers that it has
-    reclassed: Reclassed | None = None  # of a model that was of the other class
-    cut_rows: int = 0  # of the vocabulary, which only padded it
 
 
 def is_hf(path: Path) -> bool:

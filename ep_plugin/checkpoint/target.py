@@ -15,14 +15,14 @@ from ep_plugin.checkpoint import family as families
 from ep_plugin.checkpoint.adapt import fold_gemma
 from ep_plugin.checkpoint.adapt.class_names import ONLY_HYBRID
 from ep_plugin.checkpoint.adapt.hugging_face import to_hf
-from ep_plugin.checkpoint.adapt.keep_layers import Kept
-from ep_plugin.checkpoint.adapt.model_class import ModelClass, Reclassed, as_hybrid
+from ep_plugin.checkpoint.adapt.model_class import as_hybrid
 from ep_plugin.checkpoint.adapt.silent_expert import with_silent_expert
-from ep_plugin.checkpoint.adapt.upcycle import KEPT, Upcycled
+from ep_plugin.checkpoint.adapt.upcycle import KEPT
 from ep_plugin.checkpoint.carried import check_carried
 from ep_plugin.checkpoint.formats.dist_writer import write_checkpoint
 from ep_plugin.checkpoint.names import stored, stored_name
-from ep_plugin.checkpoint.open import Format, Opened, is_hf, safetensors
+from ep_plugin.checkpoint.open import Format, is_hf, safetensors
+from ep_plugin.checkpoint.opened import Kept, ModelClass, Opened, Reclassed, Upcycled
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, NewObject, NewTensor, one_region
 from ep_plugin.checkpoint.writer import Journal, OnBytes
 from ep_plugin.untrusted import read_json

@@ -8,18 +8,14 @@ import argparse
 import copy
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from ep_plugin.checkpoint.adapt.renamed import LAYER, OF_THE_RUN, OPTIMIZER, content, renamed
 from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.opened import Kept, Opened
 from ep_plugin.checkpoint.run_args import said
-from ep_plugin.checkpoint.tensors import NewObject, NewTensor
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
-
-if TYPE_CHECKING:
-    from ep_plugin.checkpoint.open import Opened
 
 _LEGAL = "use numbers from 0 and ranges of them, such as --keep-layers 0-19,23"
 _PART = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
@@ -32,17 +28,6 @@ BY_NUMBER = (
     *("heterogeneous_layers_config_encoded_json", "experimental_attention_variant"),
     *("linear_attention_freq", "no_rope_freq", "window_attn_skip_freq"),
 )
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Which layers were kept, and under which names their tensors are now."""
-
-    layers: tuple[int, ...]  # of the teacher, in the student's order
-    of: int  # how many the teacher has
-    content: tuple[NewTensor | NewObject, ...]  # empty where names are spelled anew
-    name_map: tuple[tuple[str, str], ...]  # (the teacher's name, the student's)
-    dropped: int
 
 
 def parse_kept(text: str) -> tuple[int, ...]:
@@ -69,7 +54,7 @@ def parse_kept(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def keep_layers(model: "Opened", kept: tuple[int, ...] | None) -> "Opened":
+def keep_layers(model: Opened, kept: tuple[int, ...] | None) -> Opened:
     """Return the model with those of its layers alone; itself without any. Reads no tensor.
 
     Raises ConfigError for a layer that it has not, for a Mixture-of-Experts of which no MoE layer
@@ -110,7 +95,7 @@ def _stays(name: str) -> bool:
     return bool(OPTIMIZER.fullmatch(name) or OF_THE_RUN.fullmatch(name))
 
 
-def _student_args(model: "Opened", kept: tuple[int, ...]) -> argparse.Namespace:
+def _student_args(model: Opened, kept: tuple[int, ...]) -> argparse.Namespace:
     """Return the run arguments of the student."""
     teacher = model.args
     beyond = [layer for layer in kept if layer >= teacher.num_layers]
@@ -137,7 +122,7 @@ def _student_args(model: "Opened", kept: tuple[int, ...]) -> argparse.Namespace:
 
 
 def _keep_experts(
-    args: argparse.Namespace, teacher: argparse.Namespace, kept: tuple[int, ...], model: "Opened"
+    args: argparse.Namespace, teacher: argparse.Namespace, kept: tuple[int, ...], model: Opened
 ) -> None:
     """Set which layers of the student have experts, and how many each."""
     is_moe = pattern(teacher)

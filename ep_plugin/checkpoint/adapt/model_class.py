@@ -7,23 +7,20 @@ random-number and rerun state belong to the run that ends here.
 import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from ep_plugin.checkpoint.adapt.class_names import ONLY_HYBRID, Model, to_gpt, to_hybrid
 from ep_plugin.checkpoint.adapt.keep_layers import BY_NUMBER
 from ep_plugin.checkpoint.adapt.optimizer_state import by_parameter
 from ep_plugin.checkpoint.adapt.renamed import OF_THE_RUN, OPTIMIZER, content, renamed
 from ep_plugin.checkpoint.layer_pairs import Pairs, natural, pairs_of, parse
+from ep_plugin.checkpoint.opened import ModelClass, Opened, Reclassed
 from ep_plugin.checkpoint.run_args import said
-from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, NewObject, NewTensor
+from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, NewObject
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
 
-if TYPE_CHECKING:
-    from ep_plugin.checkpoint.open import Opened
-
-ModelClass = Literal["gpt", "hybrid"]
 _COUNTERS = ("optimizer", "opt_param_scheduler")
 # Megatron's layers of a HybridModel have no such norms, its rotary embedding no such scaling, and
 # its embedding no such factor.
@@ -47,21 +44,7 @@ SPLITS: dict[str, Any] = {
 _UNSAID = {"virtual_pipeline_model_parallel_size": None, "spec": None}  # Megatron works them out
 
 
-@dataclass(frozen=True)
-class Reclassed:
-    """A model of the other class."""
-
-    to: ModelClass
-    pattern: str  # of the HybridModel
-    content: tuple[NewTensor | NewObject, ...]
-    name_map: tuple[tuple[str, str], ...]  # (name before, name now)
-    dropped: int
-    optimizer: bool  # whether its state goes along
-
-
-def as_class(
-    model: "Opened", to: ModelClass, pattern: str | None, keep_optimizer: bool
-) -> "Opened":
+def as_class(model: Opened, to: ModelClass, pattern: str | None, keep_optimizer: bool) -> Opened:
     """Return the model as one of class `to`. Reads no tensor.
 
     `pattern` is the HybridModel's; None: the one without cuts. Raises ConfigError for a model of
@@ -93,13 +76,13 @@ def as_hybrid(model: Model, pattern: str | None) -> tuple[Callable[[str], str], 
 
 
 def _renamed(
-    model: "Opened",
+    model: Opened,
     to: ModelClass,
     pairs: Pairs,
     pattern: str,
     args: argparse.Namespace,
     keep_optimizer: bool,
-) -> "Opened":
+) -> Opened:
     source = model.source
     spell = to_hybrid(model, pairs) if to == "hybrid" else to_gpt(model, pairs)
     every = (*source.tensors, *sorted(source.objects))

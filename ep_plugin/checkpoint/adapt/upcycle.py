@@ -7,14 +7,14 @@ how all of it is computed in `ffn.py`. A state of the optimizer is named after i
 
 import argparse
 import copy
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 from ep_plugin.checkpoint.adapt import optimizer_state
 from ep_plugin.checkpoint.adapt.entries import EntryBuilder, new_states
 from ep_plugin.checkpoint.adapt.ffn import ExpertMaker, Mode
 from ep_plugin.checkpoint.adapt.upcycling import MODES, Upcycling, divide
 from ep_plugin.checkpoint.moe_layers import pattern
+from ep_plugin.checkpoint.opened import Opened, Upcycled
 from ep_plugin.checkpoint.patterns import (
     REQUIRED,
     check_complete,
@@ -26,32 +26,12 @@ from ep_plugin.checkpoint.tensors import NewObject, NewTensor, Source, TensorInf
 from ep_plugin.errors import ConfigError
 from ep_plugin.registry import resolve
 
-if TYPE_CHECKING:
-    from ep_plugin.checkpoint.open import Opened
-
 # What goes along from the run that ends, beside its arguments.
 KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-@dataclass(frozen=True)
-class Upcycled:
-    """The new checkpoint, not computed yet."""
-
-    content: tuple[NewTensor | NewObject, ...]
-    common: dict[str, Any]
-    name_map: tuple[tuple[str, str], ...]  # (dense name, new name); "" where there is none
-    dropped: int
-    moe_layers: tuple[bool, ...]
-    deviations: tuple[str, ...] = ()  # why the function is not kept; empty: it is
-    optimizer: bool = False  # whether optimizer state goes along
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(entry.info.num_bytes for entry in self.content if isinstance(entry, NewTensor))
-
-
-def add_experts(dense: "Opened", settings: Upcycling | None, keep_optimizer: bool) -> "Opened":
+def add_experts(dense: Opened, settings: Upcycling | None, keep_optimizer: bool) -> Opened:
     """Return the model that upcycling makes of a dense one, not computed yet; itself without
     settings. Raises ConfigError as `upcycle` does."""
     if settings is None:

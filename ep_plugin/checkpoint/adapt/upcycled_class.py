@@ -1,17 +1,14 @@
 """A model that has just got its experts, in the class that it is to have."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ep_plugin.checkpoint.adapt.class_names import ONLY_HYBRID, to_hybrid
 from ep_plugin.checkpoint.adapt.model_class import hybrid_args, pairs_of_gpt
+from ep_plugin.checkpoint.opened import Opened
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, NewObject
 
-if TYPE_CHECKING:
-    from ep_plugin.checkpoint.open import Opened
 
-
-def with_experts_as_hybrid(model: "Opened", pattern: str | None) -> "Opened":
+def with_experts_as_hybrid(model: Opened, pattern: str | None) -> Opened:
     """Return a GPT that `add_experts` made as a HybridModel. Reads no tensor.
 
     `pattern` is the HybridModel's; None: the one without cuts. Raises ConfigError for a pattern of

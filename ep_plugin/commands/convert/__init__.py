@@ -12,7 +12,8 @@ from ep_plugin.checkpoint.adapt.upcycle import add_experts
 from ep_plugin.checkpoint.adapt.upcycled_class import with_experts_as_hybrid
 from ep_plugin.checkpoint.manifest import seal
 from ep_plugin.checkpoint.moe_layers import hybrid_pattern
-from ep_plugin.checkpoint.open import Opened, check_required, open_source
+from ep_plugin.checkpoint.open import check_required, open_source
+from ep_plugin.checkpoint.opened import Opened
 from ep_plugin.checkpoint.staging import staged
 from ep_plugin.checkpoint.target import aim, fit_family
 from ep_plugin.commands.convert import as_json

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from ep_plugin.checkpoint.adapt.model_class import ModelClass
 from ep_plugin.checkpoint.adapt.upcycling import MODES, RouterInit, SharedFrom, Upcycling
 from ep_plugin.checkpoint.open import Format
+from ep_plugin.checkpoint.opened import ModelClass
 from ep_plugin.moe.routing_config import ScoreFunction
 from ep_plugin.registry import available
 

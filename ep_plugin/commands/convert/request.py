@@ -10,9 +10,9 @@ from typing import Any
 
 from ep_plugin import presets
 from ep_plugin.checkpoint.adapt.keep_layers import parse_kept
-from ep_plugin.checkpoint.adapt.model_class import ModelClass
 from ep_plugin.checkpoint.adapt.upcycling import GateSums, Losses, Upcycling
 from ep_plugin.checkpoint.open import Format, Kind, kind_of
+from ep_plugin.checkpoint.opened import ModelClass
 from ep_plugin.checkpoint.prompts import Prompts, read_prompts
 from ep_plugin.checkpoint.staging import sibling
 from ep_plugin.commands.convert.flags import TOLERANCE

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ep_plugin.checkpoint.adapt.model_class import as_class
 from ep_plugin.checkpoint.moe_layers import hybrid_pattern
-from ep_plugin.checkpoint.open import Opened, kind_of, open_source
+from ep_plugin.checkpoint.open import kind_of, open_source
+from ep_plugin.checkpoint.opened import Opened
 from ep_plugin.checkpoint.staging import staged
 from ep_plugin.checkpoint.target import aim
 from ep_plugin.commands.numbers import rounded

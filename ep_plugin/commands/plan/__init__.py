@@ -5,10 +5,10 @@ The model is a --preset, or a HybridModel by its --hybrid-layer-pattern.
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import lcm
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from ep_plugin.commands.law import Need
 from ep_plugin.commands.plan import fit, hybrid_flags, hybrid_plan
@@ -21,10 +21,9 @@ from ep_plugin.commands.plan.network import (
     forecast,
     goes,
 )
+from ep_plugin.commands.plan.row_types import Measured
 from ep_plugin.commands.plan.show import draw, table
 from ep_plugin.errors import ConfigError
-from ep_plugin.moe.parallel import Ranks
-from ep_plugin.typed import Typed, Within
 from ep_plugin.untrusted import cut, read_json
 
 SENT_AS = {"alltoall": "flat", "alltoall+dedup": "dedup", "hierarchical": "hierarchical"}
@@ -78,20 +77,6 @@ NEEDS = (
     *fit.NEEDS,
     *hybrid_flags.NEEDS,
 )
-
-
-Milliseconds = Annotated[float, Within(1e-9, 1e9, "positive and finite")]
-Share = Annotated[float, Within(-1e3, 1.0, "a share, 1 at most")]
-
-
-@dataclass(frozen=True)
-class Measured(Typed):
-    """An exchange of a step as it was measured."""
-
-    ep: Ranks
-    how: str
-    exchange_ms: Milliseconds
-    hidden_share: Share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

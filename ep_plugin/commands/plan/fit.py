@@ -2,16 +2,17 @@
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import lcm
 from typing import Any
 
 from ep_plugin.commands.law import Need
 from ep_plugin.commands.plan import teachers_model
-from ep_plugin.commands.plan.memory import USABLE, Memory, split_layers, stage_memory
+from ep_plugin.commands.plan.memory import USABLE, split_layers, stage_memory
+from ep_plugin.commands.plan.row_types import Fit
 from ep_plugin.commands.plan.show import fit_table
-from ep_plugin.commands.plan.taught import Taught, taught
 from ep_plugin.commands.plan.taught import table as teacher_table
+from ep_plugin.commands.plan.taught import taught
 from ep_plugin.commands.plan.teachers_model import Teacher, read_teacher
 from ep_plugin.errors import ConfigError, largest_divisor
 from ep_plugin.moe.auto import saves_rows
@@ -50,18 +51,6 @@ NEEDS = (
     ),
     *teachers_model.NEEDS,
 )
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The fullest stage of a layout."""
-
-    ep: int
-    edp: int
-    memory: Memory
-    total_gb: float
-    fits: bool
-    teacher: Taught | None = None  # counted in the total, until it is gone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,50 +24,12 @@ from ep_plugin.commands.plan.layers import (
 )
 from ep_plugin.commands.plan.memory import ADAM, GRADIENT, LOGIT, USABLE, WEIGHT
 from ep_plugin.commands.plan.pattern import NAMES, Pattern
+from ep_plugin.commands.plan.row_types import Held, HybridFit, Kind
+from ep_plugin.commands.plan.show import hybrid_tables
 from ep_plugin.moe.auto import saves_rows
 from ep_plugin.moe.parallel import ParallelConfig, degree
 
 EMBEDDING, HEAD, PREDICTION = "embedding", "output", "prediction"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """All layers of a kind in the whole model."""
-
-    symbol: str
-    name: str
-    layers: int
-    params: int
-    flops: float  # of a token's forward
-    trained_flops: float  # of its step: forward, backward, and what is recomputed
-
-
-@dataclass(frozen=True)
-class Held:
-    """What one GPU holds for a kind of layer: parameters, and bytes."""
-
-    symbol: str
-    params: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The fullest stage of a layout, kind by kind."""
-
-    ep: int
-    edp: int
-    stage: int
-    kinds: tuple[Held, ...]
-    total_gb: float
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -85,8 +47,6 @@ class HybridModel:
 
 def run(args: argparse.Namespace) -> int:
     """Print the kinds of layers, and a row for each --ep; raises ConfigError."""
-    from ep_plugin.commands.plan.show import hybrid_tables
-
     pattern, sizes, experts = read_sizes(args)
     model = HybridModel(pattern, sizes, experts, args.seq_length)
     ranks = check_layout(args, model.pattern, sizes, max(experts))
@@ -154,7 +114,7 @@ def _times(one: Layer, count: int) -> Layer:
     )
 
 
-def fit(model: HybridModel, args: argparse.Namespace, ep: int) -> Fit:
+def fit(model: HybridModel, args: argparse.Namespace, ep: int) -> HybridFit:
     """Return the fullest stage of a layout that `check_layout` has passed."""
     parallel = ParallelConfig(
         world_size=args.gpus, tp=args.tp, pp=args.pp, cp=args.cp, ep=ep, etp=args.etp
@@ -170,7 +130,9 @@ def fit(model: HybridModel, args: argparse.Namespace, ep: int) -> Fit:
     totals = [sum(held.total for held in stage) for stage in stages]
     stage = totals.index(max(totals))
     total = totals[stage] / 1e9
-    return Fit(ep, parallel.edp, stage, tuple(stages[stage]), total, total <= USABLE * args.gpu_gb)
+    return HybridFit(
+        ep, parallel.edp, stage, tuple(stages[stage]), total, total <= USABLE * args.gpu_gb
+    )
 
 
 def stage_held(

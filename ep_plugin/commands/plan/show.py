@@ -2,16 +2,12 @@
 
 import argparse
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from ep_plugin.commands.numbers import rounded, short_count
 from ep_plugin.commands.plan.network import HOWS, ONE_DOMAIN, Forecast
+from ep_plugin.commands.plan.row_types import Fit, Held, HybridFit, Kind, Measured
 from ep_plugin.errors import ConfigError
 from ep_plugin.written import check_picture, write_picture
-
-if TYPE_CHECKING:
-    from ep_plugin.commands.plan import Measured, hybrid_plan
-    from ep_plugin.commands.plan.fit import Fit
 
 
 def table(rows: list[Forecast]) -> str:
@@ -29,7 +25,7 @@ def table(rows: list[Forecast]) -> str:
     return "\n".join(lines)
 
 
-def fit_table(rows: list["Fit"], gpu_gb: float) -> str:
+def fit_table(rows: list[Fit], gpu_gb: float) -> str:
     """Return a line for each layout."""
     lines = [
         f"{'ep':>4} {'edp':>4} {'stage':>5} {'dense':>8} {'experts':>8} {'weights GB':>11} "
@@ -46,9 +42,7 @@ def fit_table(rows: list["Fit"], gpu_gb: float) -> str:
     return "\n".join(lines)
 
 
-def hybrid_tables(
-    kinds: list["hybrid_plan.Kind"], rows: list["hybrid_plan.Fit"], args: argparse.Namespace
-) -> str:
+def hybrid_tables(kinds: list[Kind], rows: list[HybridFit], args: argparse.Namespace) -> str:
     """Return a line for each kind of layer, for each layout, and for each kind on its GPU."""
     lines = [f"{'':18} {'layers':>6} {'parameters':>15} {'MFLOP of a token, forward':>27}"]
     for kind in kinds:
@@ -79,14 +73,14 @@ def hybrid_tables(
     return "\n".join(lines)
 
 
-def _bytes(kinds: Iterable["hybrid_plan.Held"]) -> str:
+def _bytes(kinds: Iterable[Held]) -> str:
     widths = {"weights": 11, "gradients": 13, "optimizer": 8, "activations": 15}
     every = list(kinds)
     sums = {name: sum(getattr(held, name) for held in every) / 1e9 for name in widths}
     return " ".join(f"{rounded(sums[name], 2):>{width}}" for name, width in widths.items())
 
 
-def draw(rows: list[Forecast], measured: list["Measured"], args: argparse.Namespace) -> None:
+def draw(rows: list[Forecast], measured: list[Measured], args: argparse.Namespace) -> None:
     """Write the picture, with what was `measured`; raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
