@@ -124,12 +124,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "moe.rank_capacity": (
         Need(
             lambda c: not c.bias,
-            "keeps less of experts without bias, and these have one; use <bias=False>",
-        ),
-        Need(
-            lambda c: c.save != "recompute",
-            "bounds the pre-activations that are kept, and with <save=recompute> none are; use "
-            "<save=bf16> or <save=fp8>",
+            "bounds the room of experts without bias, and these have one; use <bias=False>",
         ),
         Need(
             lambda c: c.router != "expert_choice",
