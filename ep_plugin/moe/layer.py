@@ -133,7 +133,7 @@ class MoELayer(nn.Module):
         """
         replicas = self.groups.replicas
         sent = -(-len(routing.expert_ids) // (1 if replicas is None else replicas.size()))
-        return sent * routing.expert_ids.shape[1] * self.groups.etp_size
+        return sent * routing.expert_ids.shape[1] * self.experts.etp_size
 
     def onward(self, hidden: Tensor, routing: Routing) -> Tensor:
         """Return `hidden`, which was routed, as the layer is to go on with it.

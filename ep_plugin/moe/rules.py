@@ -1,7 +1,8 @@
 """When a setting acts: giving one that would do nothing is refused. Nothing here imports torch.
 
 A setting acts, or is refused, or is idle by layout: what concerns exchanges does nothing on one
-rank, and must be legal there, since a laptop and a cluster share one command line.
+rank, and must be legal there, since a laptop and a cluster share one command line. So does
+`rank_capacity` from the number of ranks on that share experts: no skew brings a rank more rows.
 """
 
 from collections.abc import Callable, Iterator

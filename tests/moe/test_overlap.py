@@ -150,10 +150,10 @@ def test_what_is_kept_is_bounded(way: dict[str, Any]) -> None:
 def test_rows_in_balance_are_of_what_a_rank_sends() -> None:
     """Four ranks of tp with the same 10 tokens send 3 each at most, to each of two ranks of etp."""
     routing = Routing(torch.zeros(10, 2, dtype=torch.int64), torch.ones(10, 2), torch.ones(4))
-    alone = SimpleNamespace(replicas=None, etp_size=1)
-    alike = SimpleNamespace(replicas=SimpleNamespace(size=lambda: 4), etp_size=2)
-    for groups, rows in ((alone, 20), (alike, 12)):
-        layer: Any = SimpleNamespace(groups=groups)
+    alone = SimpleNamespace(replicas=None)
+    alike = SimpleNamespace(replicas=SimpleNamespace(size=lambda: 4))
+    for groups, etp, rows in ((alone, 1, 20), (alike, 2, 12)):
+        layer: Any = SimpleNamespace(groups=groups, experts=SimpleNamespace(etp_size=etp))
         assert MoELayer._rows_in_balance(layer, routing) == rows
 
 
