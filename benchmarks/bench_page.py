@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import forecast_errors
+import room
 import several_nodes
 from bench_rows import (
     RESULTS,
@@ -273,6 +274,7 @@ def main() -> int:
     tables = {name: getattr(page, name)() for name in names}
     tables["forecast"] = forecast_errors.table()
     tables["nodes"] = several_nodes.table()
+    tables["room"] = room.table()
     texts = {path: made(path.read_text(), tables) for path in (PAGE, NETWORK, NODES)}
     texts[ROWS] = page.rows()
     stale = [p.name for p, text in texts.items() if not p.exists() or p.read_text() != text]

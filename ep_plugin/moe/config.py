@@ -47,8 +47,9 @@ class MoEConfig(Typed):
     fp8: Fp8 = "off"  # recipe of the experts' products
     fp8_wgrad: Fp8Wgrad = "fp8"  # of their weight gradients, where fp8 is not off
     save: Save = "bf16"  # how the experts' pre-activations are kept for the backward
-    # Of how many rows they are kept, times those that a rank gets when all have as many tokens and
-    # all experts are chosen alike; the others' are computed again. None: of all.
+    # How many rows are computed at a time, times those that a rank gets when all have as many
+    # tokens and all experts are chosen alike; pre-activations are kept of the first so many.
+    # None: all rows, at once.
     rank_capacity: Factor | None = None
     deterministic: bool = False  # equal bits in every run: no kernel is chosen by measuring
     router: Option = "topk"

@@ -56,12 +56,12 @@ class ExpertRows(Rows):
         tiles: Tiles = self.ops.plan_tiles(len(self.order), self.ends)
         return tiles
 
-    def beyond(self, first: int) -> "ExpertRows":
-        """Return the rows from `first` on, as rows of their own."""
-        absent = len(self.order)  # a place behind every row
-        place = torch.where(self.place >= first, self.place - first, absent)
-        ends = (self.ends - first).clamp(min=0)
-        return replace(self, order=self.order[first:], place=place, ends=ends, target=None)
+    def part(self, first: int, last: int) -> "ExpertRows":
+        """Return the rows from `first` to before `last`, as rows of their own."""
+        behind = last - first  # a place behind every row
+        place = torch.where(self.place >= first, self.place - first, behind)
+        ends = (self.ends - first).clamp(0, behind)
+        return replace(self, order=self.order[first:last], place=place, ends=ends)
 
     def spread(self, tokens: Tensor | list[Tensor]) -> Tensor:
         """Return the token [R, X] of each row, of `tokens` [N, X], whole or in pieces."""
@@ -73,9 +73,9 @@ class ExpertRows(Rows):
         assert rows is not None
         return rows
 
-    def sum(self, rows: Tensor) -> Tensor:
-        """Return the sum [N, X] over each token's `rows` [R, X]."""
-        summed: Tensor = self.ops.sum_rows(rows, self.place, self.ends)
+    def sum(self, rows: Tensor, into: Tensor | None = None) -> Tensor:
+        """Return the sum [N, X] over each token's `rows` [R, X]; with `into` [N, X] added there."""
+        summed: Tensor = self.ops.sum_rows(rows, self.place, self.ends, into)
         return summed
 
     def wgrad(self, gemm: Any, grads: Tensor, rows: Tensor, into: Tensor | None) -> Tensor | None:
@@ -101,38 +101,10 @@ class ExpertRows(Rows):
         self, grads: Tensor, hidden: Any, probs: Tensor, scales: Scales | None = None
     ) -> tuple[Any, Any, Tensor]:
         """Return gradients of `hidden`, the activation again, gradients of `probs`."""
-        if isinstance(hidden, InTwo):
-            return self._backward_in_two(grads, hidden, probs, scales)
         found: tuple[Any, Any, Tensor] = self.ops.activate_backward(
             grads, hidden, probs, self.order, self.ends, self.activation, scales, self.target
         )
         return found
-
-    def _backward_in_two(
-        self, grads: Tensor, hidden: "InTwo", probs: Tensor, scales: Scales | None
-    ) -> tuple[Any, Any, Tensor]:
-        """Do what `activate_backward` does in two calls, which write into the same matrices."""
-        first, rows = len(hidden.kept.data), len(self.order)
-        target = self.target
-        if target is None:
-            at = torch.arange(rows, dtype=torch.int32, device=self.order.device)
-            target = Target(at, rows)
-        head = replace(self, order=self.order[:first], ends=self.ends.clamp(max=first))
-        tail = self.beyond(first)
-        head = replace(head, target=replace(target, at=target.at[:first]))
-        *matrices, d_probs = head.activate_backward(grads[:first], hidden.kept, probs, scales)
-        into = Target(target.at[first:], target.num_rows, tuple(matrices))
-        tail = replace(tail, target=into)
-        *matrices, rest = tail.activate_backward(grads[first:], hidden.again, probs, scales)
-        return matrices[0], matrices[1], d_probs + rest
-
-
-@dataclass(frozen=True)
-class InTwo:
-    """Pre-activations of rows: of the first as they were kept, of the others computed again."""
-
-    kept: Any  # Tensor, Rows8 or Blocks8
-    again: Tensor
 
 
 def rows_of(expert_ids: Tensor, counts: Tensor, num_rows: int | None = None) -> Rows:

@@ -1,7 +1,8 @@
 """When a setting acts: giving one that would do nothing is refused. Nothing here imports torch.
 
 A setting acts, or is refused, or is idle by layout: what concerns exchanges does nothing on one
-rank, and must be legal there, since a laptop and a cluster share one command line.
+rank, and must be legal there, since a laptop and a cluster share one command line. So does
+`rank_capacity` from the number of ranks on that share experts: no skew brings a rank more rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -124,12 +125,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "moe.rank_capacity": (
         Need(
             lambda c: not c.bias,
-            "keeps less of experts without bias, and these have one; use <bias=False>",
-        ),
-        Need(
-            lambda c: c.save != "recompute",
-            "bounds the pre-activations that are kept, and with <save=recompute> none are; use "
-            "<save=bf16> or <save=fp8>",
+            "bounds the room of experts without bias, and these have one; use <bias=False>",
         ),
         Need(
             lambda c: c.router != "expert_choice",

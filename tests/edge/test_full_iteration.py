@@ -116,7 +116,7 @@ def test_megatron_s_own_flags_are_read() -> None:
     with pytest.raises(ConfigError, match=r"\(local\) of moe would"):
         check_graphs(args, settings_from_args(args))
     args = parser.parse_args([*flags, "--moe-expert-rank-capacity-factor", "1.5"])
-    with pytest.raises(ConfigError, match=r"rank-capacity-factor \(1\.5\) limits the tokens"):
+    with pytest.raises(ConfigError, match=r"rank-capacity-factor \(1\.5\) drops the tokens"):
         check_theirs(args)
 
 

@@ -23,6 +23,13 @@ EXPERTS = "--num-experts 4"
         (f"{EXPERTS} --ep-dispatch-dedup on --expert-model-parallel-size 2", 0),
         (f"{EXPERTS} --ep-dispatch-dedup on --tensor-model-parallel-size 2", 0),
         (f"{EXPERTS} --ep-preset mixtral-8x7b", 0),
+        (f"{EXPERTS} --ep-rank-capacity 1", 1),
+        (f"{EXPERTS} --ep-rank-capacity 0.5", 0),
+        (f"{EXPERTS} --ep-rank-capacity 2 --expert-model-parallel-size 2", 1),
+        (f"{EXPERTS} --ep-rank-capacity 1.9 --expert-model-parallel-size 2", 0),
+        (f"{EXPERTS} --ep-rank-capacity 1 --tensor-model-parallel-size 2", 1),
+        (f"{EXPERTS} --ep-rank-capacity 3 --expert-model-parallel-size 4", 0),
+        (f"{EXPERTS} --expert-model-parallel-size 4 --ep-rank-capacity 2", 0),
         ("--ep-dispatch-dedup on", 0),
     ],
 )
@@ -43,9 +50,20 @@ def test_a_dispatcher_of_ours_has_no_work_on_one_rank() -> None:
 
 def test_a_cluster_s_command_line_runs_on_one_rank_and_says_what_is_idle() -> None:
     flags = "--ep-dispatcher symm_mem --ep-comm-sms 8 --ep-overlap chunked --ep-overlap-chunks 3"
+    flags += " --ep-rank-capacity 1.25"
     done = launch(1, OURS, *EXPERTS.split(), *flags.split(), "--train-iters", "1")
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if "idle at" in line]
     assert len(lines) == 1
     named = lines[0].partition("expert-parallel size 1: ")[2]
-    assert named == "--ep-dispatcher, --ep-overlap, --ep-comm-sms, --ep-overlap-chunks"
+    ours = ["--ep-dispatcher", "--ep-overlap", "--ep-comm-sms", "--ep-overlap-chunks"]
+    assert named == ", ".join([*ours, "--ep-rank-capacity"])
+
+
+def test_a_capacity_is_idle_where_no_layer_s_experts_are_on_more_ranks() -> None:
+    """Of 4 expert-parallel ranks 2 share the experts of a layer with 2, all those of one with 4."""
+    for experts, named in (("2,2", 1), ("2,4", 0)):
+        typed = f"--ep-rank-capacity 2 --ep-experts-per-layer {experts}"
+        flags = [*EXPERTS.split(), "--expert-model-parallel-size", "4", *typed.split()]
+        args = parser().parse_args(["--num-layers", "2", *flags])
+        assert len(idle(args, take_typed(args))) == named

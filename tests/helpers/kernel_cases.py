@@ -29,6 +29,7 @@ from ep_plugin.moe.kernels import _on_cuda as kernels
 from ep_plugin.moe.kernels import blocks_torch
 from ep_plugin.moe.kernels.move_rows import count_choices
 from ep_plugin.moe.kernels.types import TILE, Target
+from ep_plugin.moe.rows import ExpertRows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STEP = {
@@ -124,6 +125,76 @@ def check_moves(tokens: int, experts: int, choices: int, width: int, device: str
         twin = twins.transpose_rows(matrix, tiles, order, ends, count)
         assert_same([columns.scale], [twin.scale], "transpose_rows")
         assert_near(columns.data[:, :size], twin.data[:, :size], len(twin.data), "transpose_rows")
+
+
+def check_passes(ids: Tensor, ends: Tensor, width: int, size: int, device: str) -> None:
+    """Parts of `size` rows one after another: spread as the whole is, and added to sums in fp32.
+
+    The last parts have no rows. `ids` are [N, C], `ends` those of the experts' rows [e].
+    """
+    order, place = twins.sort_choices(ids, ends)
+    where = ExpertRows(order, place, ends, False, "relu")
+    tokens, rows = len(ids), int(ends[-1])
+    for dtype in (torch.float32, torch.bfloat16):
+        source = torch.randn(tokens, width, device=device).to(dtype)
+        matrix = torch.randn(len(order), width, device=device).to(dtype)
+        matrix[rows:] = torch.nan  # nobody may read these
+        spread = twins.spread_rows(source, place, ends)
+        before = torch.randn(tokens, width, device=device)
+        for wide in {torch.float32, dtype}:
+            sums = [before.to(wide, copy=True) for _ in range(2)]
+            for first in range(0, len(order) + 1, size):
+                part = where.part(first, min(first + size, len(order)))
+                planned = part.place, part.ends
+                mine = int(part.ends[-1])
+                assert mine == min(max(rows - first, 0), len(part.order))
+                found = kernels.spread_rows(source, *planned, len(part.order))
+                assert_same([found[:mine]], [spread[first : first + mine]], "spread_rows of a part")
+                unchanged = (part.place >= mine).all(1)
+                old = sums[0].clone()
+                for module, into in zip((kernels, twins), sums, strict=True):
+                    assert module.sum_rows(matrix[first:][:size], *planned, into) is into
+                assert_same([sums[0][unchanged]], [old[unchanged]], "sum_rows of no rows")
+                if wide == torch.float32:
+                    assert_near(sums[0], sums[1], tokens, "sum_rows of a part")
+            if wide == torch.float32:
+                exact = before + twins.sum_rows(matrix.float(), place, ends)
+                assert float((sums[0] - exact).abs().amax()) < 1e-4, "sum_rows of all parts"
+
+
+def check_no_rows(device: str) -> None:
+    """With no rows at all nothing is added, and gradients of probabilities are 0."""
+    rows, width, experts = 40, 256, 3
+    ends = torch.zeros(experts, dtype=torch.int32, device=device)
+    order = torch.arange(rows, dtype=torch.int32, device=device)
+    probs = torch.full((rows, 1), torch.nan, device=device)
+    garbage = torch.full((rows, width), torch.nan, device=device).bfloat16()
+    tiles = kernels.plan_tiles(rows, ends)
+    assert int(tiles.ends[-1]) == 0
+    gated = garbage.repeat(1, 2)
+    for scales in (None, "rows", "blocks"):
+        args = (probs, order, ends, "swiglu", scales)
+        assert len(kernels.activate(gated, *args).data) == rows
+        d_hidden, _, d_probs = kernels.activate_backward(garbage, gated, *args)
+        assert len(d_hidden.data) == rows
+        assert not bool(d_probs.any())
+    before = torch.randn(experts, width, width, device=device)
+    half = garbage.half() if INTERPRETED else garbage
+    totals = [before.clone() for _ in range(3)]
+    kernels.add_wgrad(totals[0], half, half, ends)
+    weight = torch.randn(experts, width, width, device=device)
+    dtype = torch.float16 if INTERPRETED else E4M3
+    for total, narrow in zip(totals[1:], OPS, strict=True):
+        quantize_weight, quantize, transpose, multiply, _, add = OPS[narrow]
+        rows8 = getattr(twins, quantize)(garbage)
+        columns = getattr(kernels, transpose)(rows8, tiles, order, ends, 0)
+        columns = replace(columns, data=columns.data.to(dtype))
+        getattr(kernels, add)(total, columns, columns, tiles)
+        weight8, _ = getattr(twins, quantize_weight)(weight)
+        operands = (replace(m, data=m.data.to(dtype)) for m in (rows8, weight8))
+        assert len(getattr(kernels, multiply)(*operands, ends, tiles)) == rows
+    for total in totals:
+        assert torch.equal(total, before)
 
 
 def check_spread8(tokens: Values8, place: Tensor, ends: Tensor) -> Values8:
@@ -443,6 +514,14 @@ def check_all(device: str) -> None:
         check_products("blocks", rows, b, a, device)
     for tokens, experts, choices, width in ((13, 4, 3, 48), (200, 16, 2, 40), (1, 5, 1, 16)):
         check_moves(tokens, experts, choices, width, device)
+    for tokens, experts, choices, width, size in ((13, 4, 3, 48, 16), (37, 16, 2, 1030, 32)):
+        ids, ends = random_choices(tokens, experts, choices, device)
+        check_passes(ids, ends, width, size, device)
+        one = torch.full_like(ids, 1)  # and the other experts get none
+        ends = torch.bincount(one.flatten(), minlength=experts).cumsum(0, dtype=torch.int32)
+        check_passes(one, ends, width, size, device)
+        check_passes(torch.full_like(ids, -1), torch.zeros_like(ends), width, size, device)
+    check_no_rows(device)
     shapes = (30, 3, 128), (150, 2, 256), (140, 1, 384), (1, 8, 256), (9, 2, 200)
     for tokens, experts, width in shapes:
         check_blocks(tokens, experts, min(2, experts), width, device)

@@ -191,11 +191,11 @@ def test_saving_less_changes_gradients_alone(save: Any, bound: float, fp8: Any) 
 
 @pytest.mark.parametrize("fp8", ["off", *LINES])
 @pytest.mark.parametrize("save", ["bf16", "fp8"])
-@pytest.mark.parametrize("rows", [0, 128, 256, 10**6])
-def test_rows_beyond_the_capacity_of_a_rank_are_computed_again(
+@pytest.mark.parametrize("rows", [16, 128, 256, 10**6])
+def test_rows_beyond_the_capacity_of_a_rank_are_computed_in_more_passes(
     rows: int, save: Any, fp8: Any
 ) -> None:
-    """Whatever is kept, results are equal; what is kept is bounded, and rounded where it was."""
+    """Results are alike but for the last bit, and for pre-activations that are kept in e4m3."""
     generator = torch.Generator().manual_seed(2)
     count, width, ffn = 150, 64, 48  # 300 rows
     config = MoEConfig(
@@ -220,11 +220,11 @@ def test_rows_beyond_the_capacity_of_a_rank_are_computed_again(
     found = at_most(rows)
     held = [shape[0] for shape in kept if shape[-1] in (2 * ffn, 2 * whole_blocks(ffn))]
     assert held[-1] == min(rows, C * count)
-    assert torch.equal(found[0], whole[0])
     for name, x, y in zip(NAMES, found, whole, strict=True):
-        if save == "bf16" or rows >= C * count:
+        if rows >= C * count:
             assert torch.equal(x, y), name
-        assert error(x, y) < 0.05**2, name  # of what is computed again nothing is rounded
+        exact = save == "bf16" or name == "output"
+        assert error(x, y) < (2**-9 if exact else 0.05) ** 2, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

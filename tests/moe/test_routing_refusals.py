@@ -199,7 +199,6 @@ UNFOUNDED = [  # settings that would do nothing, and what the message says to ad
     ({"check_splits": "off", "dispatcher": "deepep"}, {"dispatcher": "alltoall"}),
     ({"comm_sms": 16}, {"dispatcher": "symm_mem"}),
     ({"rank_capacity": 1.25, "bias": True}, {"bias": False}),
-    ({"rank_capacity": 1.0, "save": "recompute"}, {"save": "bf16"}),
     ({"gemm": "loop", "fp8": "rowwise"}, {"gemm": "auto"}),
     ({"force_expert_choice": True, "capacity_factor": 1.0}, {"router": "expert_choice"}),
 ]

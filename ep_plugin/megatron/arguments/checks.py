@@ -10,6 +10,7 @@ from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.layer_pattern import check_hybrid, pattern_of
 from ep_plugin.megatron.arguments.table import (
+    BY_NAME,
     KINDS,
     TABLE,
     TYPED,
@@ -157,8 +158,29 @@ _OF_ONE_RANK = ("local", "serial", False)  # what is done there anyway
 
 
 def idle(args: Any, typed: Collection[str]) -> list[str]:
-    """Return the flags that were typed and do nothing since one rank has all experts."""
-    if args.num_experts is None or expert_ranks(args) > 1:
+    """Return the flags that were typed and do nothing at this expert-parallel size."""
+    if args.num_experts is None:
+        return []
+    return [*_idle_at_one_rank(args, typed), *_never_full(args, typed)]
+
+
+def _never_full(args: Any, typed: Collection[str]) -> list[str]:
+    """Return the flag of a rank's capacity where no skew fills it.
+
+    At worst a rank gets the rows of all that share experts, `degree` times those in balance: ranks
+    of etp share them too, and all get as many.
+    """
+    row = BY_NAME["rank_capacity"]
+    factor = getattr(args, row.dest)
+    if row.flag not in typed or factor is None:
+        return []
+    sizes = getattr(args, "ep_experts_per_layer", None) or (args.num_experts,)
+    most = max(degree(args.expert_model_parallel_size, experts) for experts in sizes)
+    return [row.flag] if factor >= most else []
+
+
+def _idle_at_one_rank(args: Any, typed: Collection[str]) -> list[str]:
+    if expert_ranks(args) > 1:
         return []
     modules = {"dispatch": args.ep_dispatcher, "overlap": args.ep_overlap}
     return [

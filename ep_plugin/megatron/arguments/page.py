@@ -22,8 +22,9 @@ A flag that you give with another value than its default acts, or is refused, or
 
 - It acts: the run is another one than without it. With its default it is as if it were not given.
 - It is refused before anything is sent, in one sentence that says what to use instead.
-- It is idle by layout: what concerns exchanges has nothing to do on one rank. It is legal there, so
-  that a laptop and a cluster share one command line, and one line at the start names it.
+- It is idle by layout: what concerns exchanges has nothing to do on one rank, and no skew fills a
+  rank's capacity of the expert-parallel size or more. It is legal there, so that a laptop and a
+  cluster share one command line, and one line at the start names it.
 
 *Megatron's* is the flag of Megatron's with the same meaning, where the last one given wins, or one
 that also sets it in other words. *Where refused, use* is what the refusal says to add, for some
@@ -100,6 +101,8 @@ def _needs(row: Argument) -> str:
     ]
     if row.idle_at_one_rank:
         found.append("idle on one rank")
+    if row.name == "rank_capacity":
+        found.append("idle from the expert-parallel size on")
     return "; ".join(found)
 
 

@@ -393,8 +393,8 @@ TABLE: tuple[Argument, ...] = (
     _block(
         "rank_capacity",
         "experts",
-        "bound the pre-activations that a rank keeps: those of so many times the rows that it "
-        "gets in balance; the others' are computed again in the backward; default: keep all",
+        "bound the memory of a layer's experts: they compute so many times the rows that a rank "
+        "gets in balance, in as many passes as there are rows; default: all rows at once",
         comparable=False,
     ),
     _block(

@@ -288,7 +288,8 @@ REFUSED = (
     refused("save_tokens_per_expert_interval", f"needs Megatron's own experts{_LOADS}"),
     refused(
         "moe_expert_rank_capacity_factor",
-        "limits the tokens of a rank, and ours have a limit each; use --ep-capacity-factor 1.25",
+        "drops the tokens of a rank beyond so many, and ours drops none and bounds their memory; "
+        "use --ep-rank-capacity 1.25",
     ),
     refused(
         "moe_token_dropping",

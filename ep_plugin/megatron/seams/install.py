@@ -261,7 +261,7 @@ def _with_our_checks(
             check_graphs(args, layer_class.settings)
             check_block(args, layer_class.settings)
             _say_recipe(args, fp8_recipe(args, layer_class.settings))
-            _say_idle(idle(args, typed))
+            _say_idle(idle(args, typed), args.expert_model_parallel_size)
             settings = layer_class.settings
             for line in (spread(args, settings), unbalanced(args, settings)):
                 if line is not None:
@@ -348,9 +348,9 @@ def _say_recipe(args: Any, recipe: str) -> None:
         )
 
 
-def _say_idle(flags: list[str]) -> None:
+def _say_idle(flags: list[str], ranks: int) -> None:
     if flags:
-        _print(f"idle at expert-parallel size 1: {', '.join(flags)}")
+        _print(f"idle at expert-parallel size {ranks}: {', '.join(flags)}")
 
 
 def _say(what: str) -> None:

@@ -132,7 +132,7 @@ class Experts(nn.Module):
         self.weights_change_every_call = True
         self.is_first_microbatch = True
         self._weights8: Any = None
-        # Of a call. The layer sets it with each routing; without a layer everything is kept.
+        # Of a call. The layer sets it with each routing; without a layer there is no capacity.
         self.rows_in_balance: int | None = None
         self.totals: Totals | None = None  # set by a training loop with fp32 sums of gradients
         self.etp_size = etp
@@ -164,10 +164,11 @@ class Experts(nn.Module):
         if fc1.bias is None and (self.fp8 or saves_less or inbox.tokens.is_cuda):
             choices = inbox.expert_ids, inbox.tokens_per_expert
             where = expert_rows(*choices, self.config.activation, inbox.num_rows)
+            keep = self.keep()
+            recipe = self.recipes(keep.at_once(len(where.order)))(where)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
-                *(self.recipes(len(where.order))(where), self.keep(), self.totals),
-                inbox.tokens8,
+                *(recipe, keep, self.totals, inbox.tokens8),
             )
             return output
         self._check_capture()
@@ -187,17 +188,23 @@ class Experts(nn.Module):
         return unpermute(rows, moves)
 
     def keep(self, share: float = 1.0) -> Keep:
-        """Return what is kept of a call, or of such a share of one; without a backward nothing."""
-        if not torch.is_grad_enabled():
-            return Keep("recompute")
+        """Return how many rows of a call, or of such a share of one, are computed at a time.
+
+        And what is kept of them: without a backward nothing. A rank without tokens of its own
+        knows no balance, and computes all rows at once.
+        """
+        save = self.config.save if torch.is_grad_enabled() else "recompute"
         capacity = self.config.rank_capacity
-        if capacity is None or self.rows_in_balance is None:
-            return Keep(self.config.save)
+        if capacity is None or not self.rows_in_balance:
+            return Keep(save)
         rows = math.ceil(capacity * share * self.rows_in_balance)
-        return Keep(self.config.save, -(-rows // ALIGNED) * ALIGNED)
+        return Keep(save, -(-rows // ALIGNED) * ALIGNED)
 
     def recipes(self, num_rows: int) -> Callable[[ExpertRows], Recipe]:
-        """Return a function that makes the recipe for all of a call's `num_rows` rows, or some."""
+        """Return a function that makes the recipe for rows of a call.
+
+        `num_rows` is how many are computed at a time, which `auto` may choose a backend for.
+        """
         self._check_capture()
         gemm = self.linear_fc1.pick_gemm(num_rows if self.uses_gemm else 0)
         if not self.fp8:

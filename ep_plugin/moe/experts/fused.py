@@ -1,12 +1,18 @@
 """The experts as one autograd function with few passes over memory and few saved tensors.
 
-Saved for the backward are the tokens (in e4m3 with FP8) and, depending on `save` and on the
-capacity of a rank, the pre-activations of all rows, of some, or of none. The backward copies tokens
-to rows again, and recomputes the activation in the kernel of its derivative.
+Saved for the backward are the tokens (in e4m3 with FP8) and, depending on `save`, pre-activations.
+The backward copies tokens to rows again, and recomputes the activation in the kernel of its
+derivative.
 
     forward     tokens -> rows -> fc1 -> activation x routing weight -> fc2 -> sum per token
     backward    gradients -> rows -> fc2 -> derivative and activation -> fc1 -> sum per token
                 and both weight gradients, which may come last
+
+With a capacity of a rank, its rows are computed in as many passes as they need: the host's number
+of rows decides, so it waits for nothing. All of the above is done for one pass at a time, forward
+and backward, and each adds its rows to sums per token and per weight, in fp32. Pre-activations are
+saved of the first pass; those of the others are computed again. A pass that turns out to have no
+rows costs little more than its launches.
 
 A `Recipe` says in which precision the six products are computed: `Bf16` here, the FP8 recipes in
 `fp8/`. Rows past the last expert's, of absent choices, are neither read nor written. No host syncs
@@ -24,7 +30,7 @@ from torch import Tensor
 
 from ep_plugin.moe.config import Save
 from ep_plugin.moe.interfaces import GroupedGemm
-from ep_plugin.moe.rows import ExpertRows, InTwo
+from ep_plugin.moe.rows import ExpertRows
 
 Into = tuple[Tensor | None, Tensor | None]  # totals of fc1, fc2 to add gradients to
 
@@ -38,11 +44,15 @@ class Totals(Protocol):
 
 
 class Recipe(Protocol):
-    """How the products of the experts are computed, for the rows of one call.
+    """How the products of the experts are computed, for the rows of one call or of a part of it.
 
     What is kept for the backward is a tensor or a record of tensors. Weights are [e, out, in],
     `hidden` (pre-activations) is [R, F or 2F], `probs` (routing weights) [N, C]. A weight gradient
-    is returned; with `into` [e, out, in] fp32 it is added there and None is returned.
+    is returned; with `into` [e, out, in] fp32 it is added there and None is returned. Sums per
+    token [N, H] are returned; with `into` [N, H] they are added there, and it is returned.
+
+    What `keep`, `operand` and `incoming` return does not depend on `rows`: all parts of a call
+    share it.
     """
 
     takes_pieces: bool  # whether `fc1_grads` also takes a list of what `keep` returned for parts
@@ -52,11 +62,17 @@ class Recipe(Protocol):
         """Return `tokens` [N, H] in the form in which they are kept for the backward."""
         ...
 
-    def first(self, kept: Any, fc1: Tensor) -> Tensor:
-        """Return the pre-activations [R, F or 2F] of what `keep` returned."""
+    def operand(self, kept: Any) -> Any:
+        """Return what `keep` returned in the form that `first` reads."""
         ...
 
-    def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
+    def first(self, operand: Any, fc1: Tensor) -> Tensor:
+        """Return the pre-activations [R, F or 2F] of what `operand` returned."""
+        ...
+
+    def second(
+        self, hidden: Tensor, probs: Tensor, fc2: Tensor, into: Tensor | None = None
+    ) -> Tensor:
         """Return the experts' outputs, summed for each token: [N, H]."""
         ...
 
@@ -65,24 +81,28 @@ class Recipe(Protocol):
         ...
 
     def incoming(self, grads: Tensor) -> Any:
-        """Return the output's gradients `grads` [N, H] in the form that the methods below read."""
+        """Return the output's gradients `grads` [N, H] in the form that `arrived` reads."""
         ...
 
-    def all_incoming(self, grads: list[Tensor], pieces: list[Any]) -> Any:
-        """Return `incoming` of all `grads`, given in pieces; `pieces` are its result for each."""
+    def arrived(self, incoming: Any) -> Any:
+        """Return what `incoming` returned in the form that the methods below read."""
+        ...
+
+    def all_arrived(self, pieces: list[Any]) -> Any:
+        """Return `arrived` for `fc2_grads` of all rows, of what `incoming` returned in pieces."""
         ...
 
     def hidden_grads(
-        self, incoming: Any, hidden: Any, probs: Tensor, fc2: Tensor
+        self, arrived: Any, hidden: Any, probs: Tensor, fc2: Tensor
     ) -> tuple[Any, Any, Tensor]:
         """Return the gradient of `hidden`, the activation [R, F], the gradient of `probs`."""
         ...
 
-    def fc2_grads(self, incoming: Any, active: Any, into: Tensor | None) -> Tensor | None:
+    def fc2_grads(self, arrived: Any, active: Any, into: Tensor | None) -> Tensor | None:
         """Return the gradient of fc2 from the activation `active` [R, F]."""
         ...
 
-    def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
+    def token_grads(self, d_hidden: Any, fc1: Tensor, into: Tensor | None = None) -> Tensor:
         """Return the gradient of the tokens: [N, H]."""
         ...
 
@@ -102,33 +122,41 @@ class Bf16:
     def keep(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def first(self, kept: Tensor, fc1: Tensor) -> Tensor:
-        return self.gemm.forward(self.rows.spread(kept), fc1, self.rows.ends)
+    def operand(self, kept: Tensor) -> Tensor:
+        return kept
 
-    def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
+    def first(self, operand: Tensor, fc1: Tensor) -> Tensor:
+        return self.gemm.forward(self.rows.spread(operand), fc1, self.rows.ends)
+
+    def second(
+        self, hidden: Tensor, probs: Tensor, fc2: Tensor, into: Tensor | None = None
+    ) -> Tensor:
         active = self.rows.activate(hidden, probs)
-        return self.rows.sum(self.gemm.forward(active, fc2, self.rows.ends))
+        return self.rows.sum(self.gemm.forward(active, fc2, self.rows.ends), into)
 
     def held(self, hidden: Tensor) -> Any:
         return self.rows.ops.quantize_rows(hidden)
 
     def incoming(self, grads: Tensor) -> Tensor:
-        return self.rows.spread(grads)
+        return grads
 
-    def all_incoming(self, grads: list[Tensor], pieces: list[Tensor]) -> Tensor:
-        return self.rows.spread(grads)
+    def arrived(self, incoming: Tensor) -> Tensor:
+        return self.rows.spread(incoming)
+
+    def all_arrived(self, pieces: list[Tensor]) -> Tensor:
+        return self.rows.spread(pieces)
 
     def hidden_grads(
-        self, incoming: Tensor, hidden: Any, probs: Tensor, fc2: Tensor
+        self, arrived: Tensor, hidden: Any, probs: Tensor, fc2: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        d_active = self.gemm.dgrad(incoming, fc2, self.rows.ends)
+        d_active = self.gemm.dgrad(arrived, fc2, self.rows.ends)
         return self.rows.activate_backward(d_active, hidden, probs)
 
-    def fc2_grads(self, incoming: Tensor, active: Tensor, into: Tensor | None) -> Tensor | None:
-        return self.rows.wgrad(self.gemm, incoming, active, into)
+    def fc2_grads(self, arrived: Tensor, active: Tensor, into: Tensor | None) -> Tensor | None:
+        return self.rows.wgrad(self.gemm, arrived, active, into)
 
-    def token_grads(self, d_hidden: Tensor, fc1: Tensor) -> Tensor:
-        return self.rows.sum(self.gemm.dgrad(d_hidden, fc1, self.rows.ends))
+    def token_grads(self, d_hidden: Tensor, fc1: Tensor, into: Tensor | None = None) -> Tensor:
+        return self.rows.sum(self.gemm.dgrad(d_hidden, fc1, self.rows.ends), into)
 
     def fc1_grads(
         self, d_hidden: Tensor, kept: Tensor | list[Tensor], into: Tensor | None
@@ -138,18 +166,35 @@ class Bf16:
 
 @dataclass(frozen=True)
 class Keep:
-    """What of the pre-activations is kept for the backward."""
+    """How many rows a call computes at a time, and what it keeps of the first for the backward."""
 
     save: Save
-    rows: int | None = None  # of how many rows at most; None: of all
+    rows: int | None = None  # of a pass at most, 1 or more; None: all
+
+    def passes(self, recipe: Recipe) -> list[Recipe]:
+        """Return `recipe` for each pass: itself if one takes all rows of the call."""
+        if not self.several(recipe):
+            return [recipe]
+        num_rows, found = len(recipe.rows.order), []
+        size = self.at_once(num_rows)
+        for first in range(0, num_rows, size):
+            found.append(copy(recipe))
+            found[-1].rows = recipe.rows.part(first, min(first + size, num_rows))
+        return found
+
+    def several(self, recipe: Recipe) -> bool:
+        """Whether a call of `recipe` needs more than one pass."""
+        num_rows = len(recipe.rows.order)
+        return self.at_once(num_rows) < num_rows
+
+    def at_once(self, num_rows: int) -> int:
+        """Return how many of a call's `num_rows` rows are computed at a time."""
+        return num_rows if self.rows is None else min(num_rows, self.rows)
 
     def hold(self, recipe: Recipe, hidden: Tensor) -> Any:
-        """Return what is kept of `hidden` [R, F or 2F]."""
+        """Return what is kept of the first pass's `hidden` [R, F or 2F]."""
         if self.save == "recompute":
             return None
-        if self.rows is not None and self.rows < len(hidden):
-            hidden = hidden[: self.rows]
-            hidden = hidden.clone() if self.save == "bf16" else hidden  # not a view of all
         return hidden if self.save == "bf16" else recipe.held(hidden)
 
 
@@ -172,9 +217,14 @@ class FusedExperts(torch.autograd.Function):
         tokens8: Any,
     ) -> Tensor:
         probs, kept = probs.contiguous(), recipe.keep(tokens) if tokens8 is None else tokens8
-        hidden = recipe.first(kept, fc1)
-        output, held = recipe.second(hidden, probs, fc2), keep.hold(recipe, hidden)
-        ctx.recipe, ctx.totals = recipe, totals
+        first, *later = keep.passes(recipe)
+        operand, into = recipe.operand(kept), sums(recipe, fc1, tokens.dtype) if later else None
+        hidden = first.first(operand, fc1)
+        output, held = first.second(hidden, probs, fc2, into), keep.hold(first, hidden)
+        del hidden
+        for each in later:
+            each.second(each.first(operand, fc1), probs, fc2, into)
+        ctx.recipe, ctx.keep, ctx.totals = recipe, keep, totals
         ctx.kinds = type(kept), type(held)
         ctx.num_kept = len(parts_of(kept))
         ctx.save_for_backward(probs, fc1, fc2, *parts_of(kept), *parts_of(held))
@@ -182,45 +232,113 @@ class FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        recipe: Recipe = ctx.recipe
         probs, fc1, fc2, *parts = ctx.saved_tensors
         kept = whole_of(ctx.kinds[0], parts[: ctx.num_kept])
         held = whole_of(ctx.kinds[1], parts[ctx.num_kept :])
-        hidden = again(recipe, held, kept, fc1)
-        into = take(ctx.totals)
-        incoming = recipe.incoming(grads[0].contiguous())
-        d_hidden, active, d_probs = recipe.hidden_grads(incoming, hidden, probs, fc2)
-        d_fc2 = delivered(recipe.fc2_grads(incoming, active, into[1]), fc2)
-        del incoming, active, hidden
-        d_tokens = recipe.token_grads(d_hidden, fc1)
-        d_fc1 = delivered(recipe.fc1_grads(d_hidden, kept, into[0]), fc1)
-        return d_tokens, d_probs.to(probs.dtype), d_fc1, d_fc2, None, None, None, None
+        weights = WeightSums(ctx.totals, fc1, fc2, ctx.keep.several(ctx.recipe))
+        call = Backward(ctx.recipe, ctx.keep, kept, held, probs, weights)
+        d_tokens, d_probs = call.run(grads[0].contiguous())
+        return d_tokens, d_probs.to(probs.dtype), *weights.delivered(), *[None] * 4
 
 
-def again(recipe: Recipe, held: Any, kept: Any, fc1: Tensor) -> Any:
-    """Return the pre-activations of all rows, of what `Keep.hold` and `Recipe.keep` returned."""
-    if held is None:
-        return recipe.first(kept, fc1)
-    count = len(held.data)
-    if count == len(recipe.rows.order):
-        return held
-    others = copy(recipe)
-    others.rows = recipe.rows.beyond(count)
-    return InTwo(held, others.first(kept, fc1))
+def sums(recipe: Recipe, fc1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros [N, H] that the passes of `recipe` add to, for a result of `dtype`.
 
-
-def take(totals: Totals | None) -> Into:
-    """Return the totals that one backward adds its weight gradients to."""
-    return (None, None) if totals is None else totals.take()
-
-
-def delivered(grad: Tensor | None, weight: Tensor) -> Tensor:
-    """Return `grad` in the dtype of `weight`; if it is None, a placeholder of that shape.
-
-    It is None when it was added to the totals. The training loop still needs a gradient from
-    autograd, to know that there was one. It never reads its values.
+    They are in fp32 or wider, or of `dtype` where a token has one choice and nothing is added up.
     """
-    return torch.empty_like(weight) if grad is None else grad.to(weight.dtype)
+    num_tokens, choices = recipe.rows.place.shape
+    wide = dtype if choices == 1 else torch.promote_types(dtype, torch.float32)
+    return fc1.new_zeros(num_tokens, fc1.shape[2], dtype=wide)
+
+
+class WeightSums:
+    """The gradients of both weights [e, out, in] in one backward, of one pass or summed over some.
+
+    They are added to the totals. Without totals several passes add to fp32 of their own.
+    """
+
+    def __init__(
+        self, totals: Totals | None, fc1: Tensor, fc2: Tensor, several: bool = False
+    ) -> None:
+        self.fc1, self.fc2 = fc1, fc2
+        given: Into = (None, None) if totals is None else totals.take()
+        self.found: list[Tensor | None] = [None, None]  # gradients that are in no totals
+        for i, (total, weight) in enumerate(zip(given, (fc1, fc2), strict=True)):
+            if total is None and several:
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                self.found[i] = torch.zeros_like(weight, dtype=wide)
+        own = self.found
+        self.into = [own[i] if total is None else total for i, total in enumerate(given)]
+
+    def add_fc1(self, recipe: Recipe, d_hidden: Any, kept: Any) -> None:
+        """Add what `Recipe.fc1_grads` gives."""
+        gradient = recipe.fc1_grads(d_hidden, kept, self.into[0])
+        self.found[0] = self.found[0] if gradient is None else gradient
+
+    def add_fc2(self, recipe: Recipe, arrived: Any, active: Any) -> None:
+        """Add what `Recipe.fc2_grads` gives."""
+        gradient = recipe.fc2_grads(arrived, active, self.into[1])
+        self.found[1] = self.found[1] if gradient is None else gradient
+
+    def delivered(self) -> tuple[Tensor, Tensor]:
+        """Return the gradients of fc1 and fc2 in the weights' dtype.
+
+        In the place of one that is in the totals stands a tensor of that shape. The training loop
+        needs one from autograd, to know that there was a gradient. It never reads its values.
+        """
+        d_fc1, d_fc2 = self.found
+        return (
+            torch.empty_like(self.fc1) if d_fc1 is None else d_fc1.to(self.fc1.dtype),
+            torch.empty_like(self.fc2) if d_fc2 is None else d_fc2.to(self.fc2.dtype),
+        )
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The backward of a call, from what its forward kept."""
+
+    recipe: Recipe
+    keep: Keep
+    kept: Any  # what `Recipe.keep` returned
+    held: Any  # what `Keep.hold` returned
+    probs: Tensor
+    weights: WeightSums
+
+    def run(self, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of tokens [N, H] and `probs`; those of weights go to `weights`.
+
+        `grads` [N, H] are those of the output.
+        """
+        recipe, into, operand = self.recipe, None, None
+        first, *later = self.keep.passes(recipe)
+        if later:
+            into = sums(recipe, self.weights.fc1, grads.dtype)
+        if later or self.held is None:
+            operand = recipe.operand(self.kept)
+        incoming = recipe.incoming(grads)
+        d_tokens, d_probs = self._pass(first, self.held, operand, incoming, into)
+        for each in later:
+            d_probs = d_probs + self._pass(each, None, operand, incoming, into)[1]
+        return d_tokens.to(grads.dtype), d_probs
+
+    def hidden(self) -> Any:
+        """Return the pre-activations of a call of one pass."""
+        if self.held is not None:
+            return self.held
+        return self.recipe.first(self.recipe.operand(self.kept), self.weights.fc1)
+
+    def _pass(
+        self, recipe: Recipe, held: Any, operand: Any, incoming: Any, into: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        weights = self.weights
+        hidden = recipe.first(operand, weights.fc1) if held is None else held
+        arrived = recipe.arrived(incoming)
+        d_hidden, active, d_probs = recipe.hidden_grads(arrived, hidden, self.probs, weights.fc2)
+        weights.add_fc2(recipe, arrived, active)
+        del arrived, active, hidden
+        d_tokens = recipe.token_grads(d_hidden, weights.fc1, into)
+        weights.add_fc1(recipe, d_hidden, self.kept)
+        return d_tokens, d_probs
 
 
 def parts_of(value: Any) -> list[Tensor]:

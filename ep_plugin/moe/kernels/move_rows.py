@@ -8,6 +8,7 @@ int32 is the row of each choice. `ends` [e] int32 is the row after each expert's
 """
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -108,14 +109,26 @@ def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return order, place
 
 
+@triton.jit
+def _first_row(place, token, last, CHOICES: tl.constexpr):
+    """Return the first of a token's rows; `last` or more where none is before `last`."""
+    first = last
+    for choice in tl.static_range(CHOICES):
+        first = tl.minimum(first, tl.load(place + token * CHOICES + choice))
+    return first
+
+
 @jit
 def _spread_kernel(
     source, scales, place, ends, out, out_scales, num_experts, WIDTH, NUM_SCALES,
-    CHOICES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
+    SOME: tl.constexpr, CHOICES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program per token: it reads the token once and writes it to several rows.
     last = tl.load(ends + num_experts - 1)
     token = tl.program_id(0).to(tl.int64)
+    if SOME:  # noqa: SIM102
+        if _first_row(place, token, last, CHOICES) >= last:
+            return
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     values = tl.load(source + token * WIDTH + column, mask=inside)
@@ -160,6 +173,7 @@ def _spread(
                 out_scales,
             ),
             *(len(ends), moved.shape[1], each),
+            SOME=len(into) < place.numel(),  # a token may have no row
             CHOICES=choices,
             SCALES=next_power_of_2(each) if each else 0,
             BLOCK=block,
@@ -192,13 +206,19 @@ def spread_rows8(
 
 @jit
 def _sum_kernel(
-    rows, place, ends, out, num_experts, WIDTH, CHOICES: tl.constexpr, BLOCK: tl.constexpr
-):
+    rows, place, ends, out, num_experts, WIDTH,
+    ADD: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     last = tl.load(ends + num_experts - 1)
     token = tl.program_id(0).to(tl.int64)
+    if ADD:  # noqa: SIM102
+        if _first_row(place, token, last, CHOICES) >= last:
+            return
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     total = tl.zeros((BLOCK,), dtype=tl.float32)
+    if ADD:
+        total += tl.load(out + token * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     for choice in tl.static_range(CHOICES):
         row = tl.load(place + token * CHOICES + choice).to(tl.int64)
         values = tl.load(rows + row * WIDTH + column, mask=inside & (row < last), other=0.0)
@@ -206,18 +226,20 @@ def _sum_kernel(
     tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
+def sum_rows(rows: Tensor, place: Tensor, ends: Tensor, into: Tensor | None = None) -> Tensor:
     """Return for each token the sum of its rows of `rows` [R, X]: [N, X] in their dtype.
 
-    Sums are taken in fp32; absent choices add nothing.
+    Sums are taken in fp32; absent choices add nothing. With `into` [N, X], contiguous, they are
+    added to it, and it is returned; of a token without a row nothing is read or written there.
     """
     (num_tokens, choices), width = place.shape, rows.shape[1]
-    out = rows.new_empty(num_tokens, width)
+    out = rows.new_empty(num_tokens, width) if into is None else into
     if out.numel():
         block = min(1024, next_power_of_2(width))
         grid = (num_tokens, cdiv(width, block))
         _sum_kernel[grid](
             *(rows.contiguous(), place, ends, out, len(ends), width),
+            ADD=into is not None,
             CHOICES=choices,
             BLOCK=block,
         )

@@ -62,17 +62,18 @@ def spread_rows8(
     return type(tokens)(data, rows.view(len(rows), *scale.shape[1:]))
 
 
-def sum_rows(rows: Tensor, place: Tensor, ends: Tensor) -> Tensor:
+def sum_rows(rows: Tensor, place: Tensor, ends: Tensor, into: Tensor | None = None) -> Tensor:
     """Return for each token the sum of its rows of `rows` [R, X]: [N, X] in their dtype.
 
-    Sums are taken in fp32; absent choices add nothing.
+    Sums are taken in fp32; absent choices add nothing. With `into` [N, X], contiguous, they are
+    added to it, and it is returned; of a token without a row nothing is read or written there.
     """
     wide = rows if rows.dtype == torch.float64 else rows.float()
     absent = place >= ends[-1]
     if not len(rows):
-        return rows.new_zeros(len(place), rows.shape[1])
+        return rows.new_zeros(len(place), rows.shape[1]) if into is None else into
     chosen = wide[place.masked_fill(absent, 0)].masked_fill(absent.unsqueeze(-1), 0)  # [N, C, X]
-    return chosen.sum(dim=1).to(rows.dtype)
+    return chosen.sum(dim=1).to(rows.dtype) if into is None else into.add_(chosen.sum(dim=1))
 
 
 def sum_pieces(pieces: list[Tensor]) -> Tensor:

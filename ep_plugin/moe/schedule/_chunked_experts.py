@@ -4,6 +4,10 @@ A leg is the rows from some of the ranks (see `_trip.py`). The mathematics are t
 `experts/fused.py`. There is one `Recipe` for the rows of each leg. Another one, for all rows in the
 order of schedule `serial`, makes the weight gradients. So every result has the bits of `serial`.
 
+A leg with more rows than its share of a rank's capacity is computed in passes. Then the backward
+makes the weight gradients of each leg with its others: they are summed over legs in fp32, and no
+matrix is for more rows than a pass has.
+
 What this costs more than `FusedExperts`, as device memory traffic in bytes. Weight gradients read
 values of b bytes (2 in bf16, 1 in e4m3):
 
@@ -21,16 +25,17 @@ import torch
 from torch import Tensor
 
 from ep_plugin.moe.experts.fused import (
+    Backward,
     Keep,
     Recipe,
     Totals,
-    again,
-    delivered,
+    WeightSums,
     joined,
     parts_of,
-    take,
+    sums,
     whole_of,
 )
+from ep_plugin.moe.interfaces import Pending
 from ep_plugin.moe.rows import ExpertRows, count_choices, expert_rows
 from ep_plugin.moe.schedule._chunked_gradients import AtOnce, LegByLeg
 from ep_plugin.moe.schedule._trip import Leg, Trip, collected, set_out
@@ -83,27 +88,33 @@ class ChunkedExperts(torch.autograd.Function):
         sent = outgoing if call.wire_format is None else call.wire_format(outgoing)
         arrivals = set_out(trip, sent)
         recipes = {leg: call.recipe(leg) for leg in trip.legs}
+        passes = {leg: call.keep[leg].passes(recipes[leg]) for leg in trip.legs}
         kept, held, homes = {}, {}, {}
 
-        def first(leg: Leg) -> Tensor:
+        def first(leg: Leg) -> tuple[Any, Tensor]:
             came = arrivals[leg].wait()
             tokens = recipes[leg].keep(came) if call.wire_format is None else came
             # Cloned: they may lie in a shared buffer, or be a view of all rows sent.
             if tokens is came and bool(leg.distances) == trip.to_all:
                 tokens = whole_of(type(came), [tensor.clone() for tensor in parts_of(came)])
-            kept[leg] = tokens
-            hidden = recipes[leg].first(tokens, fc1)
-            held[leg] = call.keep[leg].hold(recipes[leg], hidden)
-            return hidden
+            kept[leg], operand = tokens, recipes[leg].operand(tokens)
+            hidden = passes[leg][0].first(operand, fc1)
+            held[leg] = call.keep[leg].hold(passes[leg][0], hidden)
+            return operand, hidden
 
-        def second(leg: Leg, hidden: Tensor) -> None:
-            output = recipes[leg].second(hidden, call.probs[leg.rows], fc2)
+        def second(leg: Leg, operand: Any, hidden: Tensor) -> None:
+            probs, (one, *later) = call.probs[leg.rows], passes.pop(leg)
+            into = sums(one, fc1, outgoing.dtype) if later else None
+            output = one.second(hidden, probs, fc2, into)
+            del hidden
+            for each in later:
+                each.second(each.first(operand, fc1), probs, fc2, into)
             homes[leg] = trip.home([output.to(outgoing.dtype)], leg)
 
         own = first(trip.own)
         for leg in trip.others:
-            second(leg, first(leg))
-        second(trip.own, own)
+            second(leg, *first(leg))
+        second(trip.own, *own)
         enter_other(ctx.place, Phase.COMBINE)
         ctx.call, ctx.recipes = call, [recipes[leg] for leg in trip.legs]
         records = [by_leg[leg] for by_leg in (kept, held) for leg in trip.legs]
@@ -114,30 +125,64 @@ class ChunkedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         call: Call = ctx.call
         trip, (probs, fc1, fc2), records = call.trip, *_saved(ctx)
-        kept, held = records[: len(trip.legs)], records[len(trip.legs) :]
         enter_other(ctx.place, Phase.BACKWARD_OF_COMBINE)
         arrivals = set_out(trip, grads[0].contiguous())
-        recipe = call.recipes(call.all_rows())
-        sums = (AtOnce if trip.to_all else LegByLeg)(trip, recipe, fc1, grads[0].dtype)
-        came, incoming = [], []
-        for leg, own, tokens, hidden in zip(trip.legs, ctx.recipes, kept, held, strict=True):
-            came.append(arrivals[leg].wait())
-            incoming.append(own.incoming(came[-1]))
-            hidden = again(own, hidden, tokens, fc1)
-            aimed = call.recipes(sums.aimed(leg, own.rows))
-            d_hidden, active, d_probs = aimed.hidden_grads(
-                incoming[-1], hidden, probs[leg.rows], fc2
-            )
-            sums.add(leg, own, d_hidden, active, d_probs.to(probs.dtype))
-        enter_other(ctx.place, Phase.BACKWARD_OF_DISPATCH)
-        d_hidden, active = sums.finish()
-        into = take(call.totals)
-        d_fc2 = recipe.fc2_grads(recipe.all_incoming(came, incoming), active, into[1])
-        d_fc1 = recipe.fc1_grads(d_hidden, kept if recipe.takes_pieces else joined(kept), into[0])
-        weights = delivered(d_fc1, fc1), delivered(d_fc2, fc2)
-        home = sums.came_home()
+        several = any(map(Keep.several, (call.keep[leg] for leg in trip.legs), ctx.recipes))
+        weights = WeightSums(call.totals, fc1, fc2, several)
+        kept, held = records[: len(trip.legs)], records[len(trip.legs) :]
+        legs = [
+            (leg, Backward(recipe, call.keep[leg], tokens, hidden, probs[leg.rows], weights))
+            for leg, recipe, tokens, hidden in zip(trip.legs, ctx.recipes, kept, held, strict=True)
+        ]
+        way = _weights_by_leg if several else _weights_last
+        home = way(call, legs, arrivals, grads[0].dtype, ctx.place)
         enter_other(ctx.place, Phase.PAST_BACKWARD)
-        return *home, *weights, None
+        return *home, *weights.delivered(), None
+
+
+def _weights_last(
+    call: Call,
+    legs: list[tuple[Leg, Backward]],
+    arrivals: dict[Leg, Pending[Any]],
+    dtype: torch.dtype,
+    place: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients that came home; those of weights are computed for all legs at once."""
+    trip, recipe, weights = call.trip, call.recipes(call.all_rows()), legs[0][1].weights
+    found = (AtOnce if trip.to_all else LegByLeg)(trip, recipe, weights.fc1, dtype)
+    incoming = []
+    for leg, own in legs:
+        incoming.append(own.recipe.incoming(arrivals[leg].wait()))
+        aimed = call.recipes(found.aimed(leg, own.recipe.rows))
+        arrived = aimed.arrived(incoming[-1])
+        hidden = own.hidden()
+        d_hidden, active, d_probs = aimed.hidden_grads(arrived, hidden, own.probs, weights.fc2)
+        found.add(leg, own.recipe, d_hidden, active, d_probs.to(own.probs.dtype))
+    enter_other(place, Phase.BACKWARD_OF_DISPATCH)
+    d_hidden, active = found.finish()
+    weights.add_fc2(recipe, recipe.all_arrived(incoming), active)
+    kept = [own.kept for _, own in legs]
+    weights.add_fc1(recipe, d_hidden, kept if recipe.takes_pieces else joined(kept))
+    return found.came_home()
+
+
+def _weights_by_leg(
+    call: Call,
+    legs: list[tuple[Leg, Backward]],
+    arrivals: dict[Leg, Pending[Any]],
+    dtype: torch.dtype,
+    place: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients that came home; each leg adds those of weights, in passes."""
+    trip, homes, probs = call.trip, {}, []
+    for leg, own in legs:
+        d_tokens, d_probs = own.run(arrivals[leg].wait())
+        probs.append(d_probs.to(own.probs.dtype))
+        sent = [d_tokens.to(dtype), probs[-1]]
+        homes[leg] = trip.home(sent if trip.to_all else sent[:1], leg)
+    enter_other(place, Phase.BACKWARD_OF_DISPATCH)
+    came_home = collected(trip, homes)
+    return came_home[0], came_home[1] if trip.to_all else torch.cat(probs)
 
 
 class ThereAndBack(torch.autograd.Function):

@@ -11,7 +11,8 @@ in chunks. For 3 ranks, with the two others in two chunks, forward and backward 
 
 In the backward the gradients of a chunk's rows are computed when the chunk arrives. The weight
 gradients are computed once, at the end, over all rows in the order of `serial`. No sum is taken in
-another order, so every result has the bits of `serial`.
+another order, so every result has the bits of `serial`. A chunk with more rows than its share of a
+rank's capacity is an exception: then each chunk adds its own weight gradients, in fp32.
 
 With dispatcher `alltoall` a chunk's token gradients are sent before the next chunk is computed.
 With `symm_mem` they are sent after all chunks: its copy engines are fast enough, and no rows need
@@ -51,7 +52,7 @@ def chunked(
     inbox = packed.complete(packed.outgoing.new_empty(0))
     ids, probs = (tensor.roll(-trip.shift, 0) for tensor in (inbox.expert_ids, inbox.probs))
     config = experts.config
-    recipes = experts.recipes(ids.numel())
+    recipes = experts.recipes(experts.keep().at_once(ids.numel()))
     call = Call(
         *(trip, ids, probs.detach(), inbox.tokens_per_expert, config.activation, recipes),
         {leg: experts.keep((len(leg.distances) or 1) / trip.size) for leg in trip.legs},

@@ -78,42 +78,52 @@ class Fp8(ABC):
     def keep(self, tokens: Tensor) -> Any:
         return self._quantize(tokens) if self.wgrad8 else tokens.bfloat16()
 
-    def first(self, kept: Any, fc1: Tensor) -> Tensor:
-        kept = kept if self.wgrad8 else self._quantize(kept)
-        return self._multiply(self._spread(kept), self.weights.fc1)
+    def operand(self, kept: Any) -> Any:
+        return kept if self.wgrad8 else self._quantize(kept)
 
-    def second(self, hidden: Tensor, probs: Tensor, fc2: Tensor) -> Tensor:
+    def first(self, operand: Any, fc1: Tensor) -> Tensor:
+        return self._multiply(self._spread(operand), self.weights.fc1)
+
+    def second(
+        self, hidden: Tensor, probs: Tensor, fc2: Tensor, into: Tensor | None = None
+    ) -> Tensor:
         active = self.rows.activate(hidden, probs, self.scales)
-        return self.rows.sum(self._multiply(active, self.weights.fc2))
+        return self.rows.sum(self._multiply(active, self.weights.fc2), into)
 
     def held(self, hidden: Tensor) -> Any:
         return self._quantize(hidden)
 
-    def incoming(self, grads: Tensor) -> Any:
-        return self._quantize(grads) if self.wgrad8 else grads
+    def incoming(self, grads: Tensor) -> tuple[Any, Any]:
+        """Return `grads` as the data gradient reads them, and as the weight gradient does."""
+        narrow = self._quantize(grads)
+        return narrow, narrow if self.wgrad8 else grads.bfloat16()
 
-    def all_incoming(self, grads: list[Tensor], pieces: list[Any]) -> Any:
-        return joined(pieces)
+    def arrived(self, incoming: tuple[Any, Any]) -> tuple[Any, Any]:
+        return incoming
+
+    def all_arrived(self, pieces: list[tuple[Any, Any]]) -> tuple[None, Any]:
+        return None, joined([of_weights for _, of_weights in pieces])
 
     def hidden_grads(
-        self, incoming: Any, hidden: Any, probs: Tensor, fc2: Tensor
+        self, arrived: tuple[Any, Any], hidden: Any, probs: Tensor, fc2: Tensor
     ) -> tuple[Any, Any, Tensor]:
-        incoming = incoming if self.wgrad8 else self._quantize(incoming)
-        d_active = self._multiply(self._spread(incoming), self.weights.fc2_transposed)
+        d_active = self._multiply(self._spread(arrived[0]), self.weights.fc2_transposed)
         scales = self.scales if self.wgrad8 else None
         return self.rows.activate_backward(d_active, hidden, probs, scales)
 
-    def fc2_grads(self, incoming: Any, active: Any, into: Tensor | None) -> Tensor | None:
+    def fc2_grads(
+        self, arrived: tuple[Any, Any], active: Any, into: Tensor | None
+    ) -> Tensor | None:
         if not self.wgrad8:
-            grads = self.rows.spread(incoming.bfloat16())
+            grads = self.rows.spread(arrived[1])
             active = self._unpadded(active, self.weights.second.parts)
             return self.rows.wgrad(self.gemm, grads, active, into)
-        columns = self._tokens(incoming), self._transpose(active, 0)
+        columns = self._tokens(arrived[1]), self._transpose(active, 0)
         return self._wgrad8(*columns, self.weights.second, into)
 
-    def token_grads(self, d_hidden: Any, fc1: Tensor) -> Tensor:
+    def token_grads(self, d_hidden: Any, fc1: Tensor, into: Tensor | None = None) -> Tensor:
         grads = d_hidden if self.wgrad8 else self._quantize(d_hidden)
-        return self.rows.sum(self._multiply(grads, self.weights.fc1_transposed))
+        return self.rows.sum(self._multiply(grads, self.weights.fc1_transposed), into)
 
     def fc1_grads(self, d_hidden: Any, kept: Any, into: Tensor | None) -> Tensor | None:
         if not self.wgrad8:
