@@ -22,8 +22,10 @@ without a flag. Ours are in [flags.md](flags.md).
 """
 ACTS = """## Served
 
-Our block, or Megatron around it, does what it says. *Ours* is the flag of ours that means the same,
-or that stands for it.
+Our block, or Megatron around it, does what it says, but for these: `--moe-expert-capacity-factor`
+drops in training alone ([routing](routing.md)), the experts' FP8 is in recipes of ours
+([FP8](fp8.md)), and of `--moe-flex-dispatcher-backend` hybridep and ncclep become `auto`. *Ours* is
+the flag of ours that means the same, or that stands for it.
 
 | flag | releases | values | ours | where it is refused: it ... |
 |---|---|---|---|---|
