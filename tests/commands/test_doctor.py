@@ -54,6 +54,19 @@ def test_a_release_without_a_table_is_broken(
     assert printed.endswith("\nnot usable: see what is broken\n")
 
 
+@pytest.mark.megatron
+@pytest.mark.parametrize(("checkout", "shown"), [(False, "0.19.2"), (True, "0.19.2+abc1234")])
+def test_a_commit_is_shown_where_it_is_megatron_s(
+    checkout: bool, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """megatron.core adds the commit of the repository that it lies in, also of a stranger's."""
+    monkeypatch.setattr(touchpoints, "installed_version", lambda: "0.19.2+abc1234")
+    monkeypatch.setattr(touchpoints, "verify", lambda: {"a": None})
+    monkeypatch.setattr(doctor, "_is_checkout", lambda: checkout)
+    said = by_name(doctor.examine())["megatron-core"].text
+    assert said.startswith(f"{shown}, all 1 touch points match")
+
+
 def test_without_megatron_the_rest_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (doctor, found):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
