@@ -38,12 +38,14 @@ RUN_ELSEWHERE = (
 )
 SEAMS = (
     "test_audit_save",
+    "test_cpu_flags",
     "test_initial_values",
     "test_install",
     "test_older_loop",
     "test_optimizers",
     "test_resume",
     "test_routing_flags",
+    "test_served",
     "test_touchpoints",
 )
 Running = dict[str, tuple[subprocess.Popen[str], Path]]  # release -> its tests, what they say

@@ -21,8 +21,8 @@ from torch import Tensor
 from ep_plugin import ExpertGroups, MoEConfig, MoELayer, ParallelConfig, create_expert_groups
 from ep_plugin.moe.dispatcher import symm_mem
 from ep_plugin.moe.e4m3 import BLOCK
-from ep_plugin.moe.experts.experts import ALIGNED, Experts
-from ep_plugin.moe.experts.fused import Keep
+from ep_plugin.moe.experts.experts import Experts
+from ep_plugin.moe.experts.fused import ALIGNED, Keep
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from counted import Counted, counted
@@ -209,10 +209,12 @@ def test_without_a_backward_it_bounds_too() -> None:
     assert run_ranks(2, check_without_backward) == [capacity(0.25)] * 2
 
 
-def test_a_rank_without_tokens_of_its_own_knows_no_balance() -> None:
+def test_a_rank_without_tokens_of_its_own_makes_no_more_passes_than_others() -> None:
     experts = Experts(replace(BASE, rank_capacity=1.0), ExpertGroups())
-    for rows, most in ((None, None), (0, None), (1, 16), (100, 112)):
+    for rows, keep in ((None, Keep("bf16")), (0, Keep("bf16", 0, 1.0)), (9, Keep("bf16", 9, 1.0))):
         experts.rows_in_balance = rows
-        assert experts.keep() == Keep("bf16", most)
+        assert experts.keep() == keep
     experts.rows_in_balance = 100
-    assert experts.keep(share=0.5) == Keep("bf16", 64)
+    assert experts.keep(share=0.5) == Keep("bf16", 50, 1.0)
+    for least, at_once in ((0.0, 16), (0.25, 32), (1.0, 100)):  # of 100 rows
+        assert Keep("bf16", 1, least).at_once(100) == at_once

@@ -151,7 +151,7 @@ def load_compare(request: Request, target: Target) -> Comparison | None:
         extras = ["hf"] * hf + ["megatron"] * megatron
         raise BackendUnavailable(
             f"the comparison needs {' and '.join(names)} ({error}); use {pip_install(*extras)}, "
-            "or --skip-parity"
+            "or use --skip-parity"
         ) from error
     batch = _tokens(request, target)
     wanted = _need(request, target, batch)

@@ -21,8 +21,6 @@ from ep_plugin.moe.interfaces import Dispatched, GroupedGemm
 from ep_plugin.moe.rows import ExpertRows, expert_rows, permute, rows_of, unpermute
 from ep_plugin.registry import resolve
 
-ALIGNED = 16  # rows; slices from there on start at multiples of 16 bytes
-
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """Return 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), of any shape.
@@ -190,15 +188,15 @@ class Experts(nn.Module):
     def keep(self, share: float = 1.0) -> Keep:
         """Return how many rows of a call, or of such a share of one, are computed at a time.
 
-        And what is kept of them: without a backward nothing. A rank without tokens of its own
-        knows no balance, and computes all rows at once.
+        And what is kept of them: without a backward nothing. A rank with fewer tokens than others
+        knows too small a balance; it makes no more passes than one of as many would need.
         """
         save = self.config.save if torch.is_grad_enabled() else "recompute"
         capacity = self.config.rank_capacity
-        if capacity is None or not self.rows_in_balance:
+        if capacity is None or self.rows_in_balance is None:
             return Keep(save)
-        rows = math.ceil(capacity * share * self.rows_in_balance)
-        return Keep(save, -(-rows // ALIGNED) * ALIGNED)
+        ranks = self.config.num_experts // self.num_local_experts
+        return Keep(save, math.ceil(capacity * share * self.rows_in_balance), capacity / ranks)
 
     def recipes(self, num_rows: int) -> Callable[[ExpertRows], Recipe]:
         """Return a function that makes the recipe for rows of a call.

@@ -21,6 +21,7 @@ besides those of the grouped GEMM.
 Shapes: N tokens, C choices each, H hidden size, F FFN size of this rank, e local experts, R rows.
 """
 
+import math
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from ep_plugin.moe.config import Save
 from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.moe.rows import ExpertRows
 
+ALIGNED = 16  # rows; slices from there on start at multiples of 16 bytes
 Into = tuple[Tensor | None, Tensor | None]  # totals of fc1, fc2 to add gradients to
 
 
@@ -169,7 +171,8 @@ class Keep:
     """How many rows a call computes at a time, and what it keeps of the first for the backward."""
 
     save: Save
-    rows: int | None = None  # of a pass at most, 1 or more; None: all
+    rows: int | None = None  # of a pass; None: all
+    least: float = 0.0  # of a call's rows a pass has at least this share
 
     def passes(self, recipe: Recipe) -> list[Recipe]:
         """Return `recipe` for each pass: itself if one takes all rows of the call."""
@@ -189,7 +192,10 @@ class Keep:
 
     def at_once(self, num_rows: int) -> int:
         """Return how many of a call's `num_rows` rows are computed at a time."""
-        return num_rows if self.rows is None else min(num_rows, self.rows)
+        if self.rows is None:
+            return num_rows
+        rows = max(1, self.rows, math.ceil(num_rows * self.least))
+        return min(num_rows, -(-rows // ALIGNED) * ALIGNED)
 
     def hold(self, recipe: Recipe, hidden: Tensor) -> Any:
         """Return what is kept of the first pass's `hidden` [R, F or 2F]."""
@@ -220,6 +226,7 @@ class FusedExperts(torch.autograd.Function):
         first, *later = keep.passes(recipe)
         operand, into = recipe.operand(kept), sums(recipe, fc1, tokens.dtype) if later else None
         hidden = first.first(operand, fc1)
+        operand = operand if later else None  # in e4m3 it may be a copy of its own
         output, held = first.second(hidden, probs, fc2, into), keep.hold(first, hidden)
         del hidden
         for each in later:
@@ -315,10 +322,13 @@ class Backward:
             into = sums(recipe, self.weights.fc1, grads.dtype)
         if later or self.held is None:
             operand = recipe.operand(self.kept)
-        incoming = recipe.incoming(grads)
-        d_tokens, d_probs = self._pass(first, self.held, operand, incoming, into)
-        for each in later:
-            d_probs = d_probs + self._pass(each, None, operand, incoming, into)[1]
+        # What all passes read lies in lists, from which the last takes it: it is freed in there.
+        operands, incoming = [operand], [recipe.incoming(grads)]
+        del operand
+        d_tokens, d_probs = self._pass(first, self.held, operands, incoming, into, not later)
+        for i, each in enumerate(later, 1):
+            last = i == len(later)
+            d_probs = d_probs + self._pass(each, None, operands, incoming, into, last)[1]
         return d_tokens.to(grads.dtype), d_probs
 
     def hidden(self) -> Any:
@@ -328,11 +338,20 @@ class Backward:
         return self.recipe.first(self.recipe.operand(self.kept), self.weights.fc1)
 
     def _pass(
-        self, recipe: Recipe, held: Any, operand: Any, incoming: Any, into: Tensor | None
+        self,
+        recipe: Recipe,
+        held: Any,
+        operands: list[Any],
+        incoming: list[Any],
+        into: Tensor | None,
+        last: bool,
     ) -> tuple[Tensor, Tensor]:
         weights = self.weights
-        hidden = recipe.first(operand, weights.fc1) if held is None else held
-        arrived = recipe.arrived(incoming)
+        hidden = recipe.first(operands[0], weights.fc1) if held is None else held
+        arrived = recipe.arrived(incoming[0])
+        if last:
+            operands.clear()
+            incoming.clear()
         d_hidden, active, d_probs = recipe.hidden_grads(arrived, hidden, self.probs, weights.fc2)
         weights.add_fc2(recipe, arrived, active)
         del arrived, active, hidden

@@ -111,10 +111,10 @@ class ChunkedExperts(torch.autograd.Function):
                 each.second(each.first(operand, fc1), probs, fc2, into)
             homes[leg] = trip.home([output.to(outgoing.dtype)], leg)
 
-        own = first(trip.own)
+        own = [first(trip.own)]
         for leg in trip.others:
             second(leg, *first(leg))
-        second(trip.own, *own)
+        second(trip.own, *own.pop())
         enter_other(ctx.place, Phase.COMBINE)
         ctx.call, ctx.recipes = call, [recipes[leg] for leg in trip.legs]
         records = [by_leg[leg] for by_leg in (kept, held) for leg in trip.legs]
