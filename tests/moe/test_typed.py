@@ -216,7 +216,7 @@ def test_values_are_shown_on_one_short_line() -> None:
 
 def test_every_dataclass_of_settings_is_checked() -> None:
     """Where users' settings lie, a dataclass that is not checked is a result, and stands here."""
-    results = {"LayerParams", "Load", "Forecast", "Fit", "Kind", "Held", "Gain"}
+    results = {"LayerParams", "Load", "Forecast", "Fit", "HybridFit", "Kind", "Held", "Gain"}
     homes = {owner.__module__ for owner in hostile.SETTINGS}
     for home in homes:
         for name, value in vars(__import__(home, fromlist=["_"])).items():
