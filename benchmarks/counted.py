@@ -4,6 +4,7 @@ A kernel of ours counts by what it returns: what its twin in plain torch makes o
 counted, since the kernel does not make it. Every other operation of torch counts by its results.
 """
 
+import gc
 import inspect
 import weakref
 from collections.abc import Iterator
@@ -68,9 +69,15 @@ class Counted(TorchDispatchMode):
 
 @contextmanager
 def counted() -> Iterator[Counted]:
-    """Count what is made inside."""
+    """Count what is made inside.
+
+    Python's collector is off meanwhile: what it frees, and when, differs from run to run.
+    """
     mode = Counted()
     with ExitStack() as stack:
+        if gc.isenabled():
+            gc.disable()
+            stack.callback(gc.enable)
         for module in (_on_any, peers_torch):
             for name, function in inspect.getmembers(module, inspect.isfunction):
                 if not name.startswith("_"):

@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import socket
 import sys
 import time
@@ -30,6 +29,7 @@ from counted import counted
 from torch import Tensor, nn
 
 from ep_plugin import MoEConfig, MoELayer, ParallelConfig, create_expert_groups
+from ep_plugin.commands.bench.figures import versions
 from ep_plugin.commands.bench.shapes import SHAPES
 from ep_plugin.moe.dispatcher import symm_mem
 from ep_plugin.moe.interfaces import Routing
@@ -132,12 +132,11 @@ def count() -> None:
     context.set_forkserver_preload(["room", "torch.distributed"])
     with context.Pool(RANKS) as pool:
         found = pool.starmap(rank_main, [(rank, port) for rank in range(RANKS)], chunksize=1)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
     sizes = {"tokens": SHAPE.tokens, "topk": SHAPE.topk, "hidden": SHAPE.hidden, "ffn": SHAPE.ffn}
     head = {
         "date": time.strftime("%Y-%m-%d"),
         "command": "python benchmarks/room.py",
-        "versions": versions,
+        "versions": versions(),
         "device": "cpu",
         "ranks": RANKS,
         "sizes": {**sizes, "experts": SHAPE.experts * RANKS},

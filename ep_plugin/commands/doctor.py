@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 from ep_plugin import __version__
@@ -161,7 +160,7 @@ def _device() -> Finding:
 
 
 def _megatron() -> list[Finding]:
-    from ep_plugin.megatron.seams import touchpoints
+    from ep_plugin.megatron.seams import found, touchpoints
 
     try:
         table = touchpoints.verify()
@@ -172,20 +171,15 @@ def _megatron() -> list[Finding]:
         return [Finding("megatron-core", status, f"{error}{alone}")]
     release = touchpoints.installed_version()
     # Megatron adds the commit of the repository that it lies in; a wheel's would be a stranger's.
-    shown = release if _is_checkout() else release.partition("+")[0]
+    spec = found.spec_of_core()
+    own = spec is not None and found.is_checkout(found.folder_of(spec))
+    shown = release if own else release.partition("+")[0]
     text = f"{shown}, all {len(table)} touch points match"
     if (about := touchpoints.experimental(release)) is not None:
         text += f"; {about}"
     if not touchpoints.has_training():
         text += "; without megatron.training, for loops of your own: install(settings)"
     return [Finding("megatron-core", "ok", text), _helper()]
-
-
-def _is_checkout() -> bool:
-    """Return whether Megatron is a git checkout."""
-    spec = find_spec("megatron.core")
-    folders = spec.submodule_search_locations if spec is not None else None
-    return any((Path(folder).parents[1] / ".git").exists() for folder in folders or [])
 
 
 def _helper() -> Finding:

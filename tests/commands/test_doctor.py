@@ -62,7 +62,7 @@ def test_a_commit_is_shown_where_it_is_megatron_s(
     """megatron.core adds the commit of the repository that it lies in, also of a stranger's."""
     monkeypatch.setattr(touchpoints, "installed_version", lambda: "0.19.2+abc1234")
     monkeypatch.setattr(touchpoints, "verify", lambda: {"a": None})
-    monkeypatch.setattr(doctor, "_is_checkout", lambda: checkout)
+    monkeypatch.setattr(found, "is_checkout", lambda _: checkout)
     said = by_name(doctor.examine())["megatron-core"].text
     assert said.startswith(f"{shown}, all 1 touch points match")
 

@@ -86,8 +86,11 @@ def outcome(
     with torch.no_grad():
         for weight in layer.experts.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[2] ** -0.5)
-        layer(hidden)  # what is made once
     hidden.requires_grad_()
+    with counted():
+        layer(hidden).sum().backward()  # what is made once
+    for tensor in (hidden, layer.router.probs, *layer.experts.parameters()):
+        tensor.grad = None
     if totals:
         layer.experts.totals = Sums(layer)
     cotangent = torch.randn(hidden.shape, generator=generator).to(dtype)

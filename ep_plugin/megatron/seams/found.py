@@ -61,7 +61,7 @@ def get(release: str, force: bool = False) -> str:
     if spec is None:
         return f"run {pip(release)}"
     folder = folder_of(spec)
-    if (folder / ".git").exists():
+    if is_checkout(folder):
         git = f"git -C {shlex.quote(str(folder))}"
         return f"run {git} fetch {REPOSITORY} core_r{release}.0 && {git} checkout FETCH_HEAD"
     if is_installed(folder):
@@ -72,6 +72,11 @@ def get(release: str, force: bool = False) -> str:
 def pip(release: str, *options: str) -> str:
     """Return the command that installs the wheel of a release."""
     return " ".join(["pip install", *options, f"'megatron-core[training]=={release}.*'"])
+
+
+def is_checkout(folder: Path) -> bool:
+    """Whether `folder` is that of a git checkout, and no package's in somebody else's."""
+    return (folder / ".git").exists()
 
 
 def is_installed(folder: Path) -> bool:
