@@ -105,12 +105,19 @@ def test_a_package_that_does_not_import_says_why() -> None:
     assert missing.text == "not installed; it is for tests"
 
 
+@pytest.fixture
+def unhidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU mode, wherever an earlier test of this process put it on, hides apex."""
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+
+
 def make_apex(folder: Path, *parts: str) -> None:
     for part in ("apex", *(f"apex/{part}" for part in parts)):
         (folder / part).mkdir()
         (folder / part / "__init__.py").write_text("raise RuntimeError('imported')\n")
 
 
+@pytest.mark.usefixtures("unhidden")
 @pytest.mark.parametrize(
     ("parts", "missing"),
     [
@@ -124,7 +131,6 @@ def test_another_apex_is_told_from_nvidias_without_importing_it(
 ) -> None:
     make_apex(tmp_path, *parts)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "apex", raising=False)
     problem = foreign_apex()
     finding = doctor._apex()
     if missing is None:
@@ -138,6 +144,7 @@ def test_another_apex_is_told_from_nvidias_without_importing_it(
     assert (finding.status, finding.text) == ("broken", problem)
 
 
+@pytest.mark.usefixtures("unhidden")
 def test_an_apex_of_one_file_is_another_apex(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +153,7 @@ def test_an_apex_of_one_file_is_another_apex(
     assert f"the apex in {tmp_path / 'apex.py'} is not NVIDIA's" in str(foreign_apex())
 
 
+@pytest.mark.usefixtures("unhidden")
 def test_no_apex_is_no_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert foreign_apex() is None
