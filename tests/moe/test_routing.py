@@ -313,14 +313,14 @@ def seeded(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_thousand_random_cases(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_cases(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, recorder = seeded(policy, 1, monkeypatch)
     dropped = 0
-    for _ in range(1000):
+    for _ in range(400):
         case = run_case(rng, POLICIES[policy], recorder, "fp64", training=rng.random() < 0.8)
         check_case(case, 1e-12)
         dropped += int((case.found.expert_ids < 0).sum())
-    assert (dropped > 500) == (policy != "drop none")
+    assert (dropped > 200) == (policy != "drop none")
 
 
 @pytest.mark.parametrize("policy", POLICIES)

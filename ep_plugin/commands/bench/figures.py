@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ def versions() -> dict[str, str]:
 
     The plugin's own has a hash of its sources behind it, as they change between releases.
     """
+    return dict(_versions())
+
+
+@cache  # a look at each package on disk, and a bench makes hundreds of rows
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "ep-plugin": f"{__version__}+{of_plugin()}"}
     for name in PACKAGES:
         try:

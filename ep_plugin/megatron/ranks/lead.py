@@ -42,11 +42,12 @@ class Leader:
 
     def stay(self, seconds: float) -> None:
         """After a refusal: show for a while that it is of this start, until all have read it."""
-        end = time.monotonic() + seconds
+        end, tick = time.monotonic() + seconds, pace.TICK
         with suppress(RuntimeError):  # who keeps the store may be gone
             while self.place.add("gone") < self.size and time.monotonic() < end:
                 self.place.add("beat", 1)
-                time.sleep(pace.SLOWEST_TICK)
+                time.sleep(tick)
+                tick = min(2 * tick, pace.SLOWEST_TICK)
 
     def _beat(self, now: bool = False) -> None:
         """Show the others now and then that rank 0 lives."""
