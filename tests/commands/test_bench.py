@@ -211,6 +211,21 @@ def test_resume_keeps_what_is_there(capsys: pytest.CaptureFixture[str], tmp_path
     assert replaced[0]["ms"] != first[0]["ms"]
 
 
+def test_rows_of_other_sources_that_are_kept_are_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "rows.json"
+    words = ["layer", "--precision", "bf16", "--gradients", "anew", "--output", str(output)]
+    rows = bench(capsys, *words, "--backends", "torch")
+    of_these = rows[0]["versions"]
+    for state, said in (({"ep-plugin": "0.1.0"}, True), ({}, True), (3, True), (of_these, False)):
+        rows[0]["versions"] = state
+        output.write_text(json.dumps(rows))
+        assert main(["bench", *words, "--backends", "torch", "--resume", *FAST]) == 0
+        about = f"not measured: 1 of the rows that --resume kept of {output}: sources of ep_plugin"
+        assert (about in capsys.readouterr().out) == said
+
+
 def test_rows_are_kept_as_they_come(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

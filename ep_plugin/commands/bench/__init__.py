@@ -16,7 +16,15 @@ from ep_plugin.commands.bench import over_ranks, products_alone, steps_alone, wh
 from ep_plugin.commands.bench.best import both_figures
 from ep_plugin.commands.bench.case import ROUTINGS, require_cuda
 from ep_plugin.commands.bench.contest import OURS, Contest
-from ep_plugin.commands.bench.figures import Row, merge, read, table, write
+from ep_plugin.commands.bench.figures import (
+    Row,
+    merge,
+    other_sources,
+    read,
+    table,
+    versions,
+    write,
+)
 from ep_plugin.commands.bench.floors import GRADIENTS, PRECISIONS, Work, explain, told
 from ep_plugin.commands.bench.measure import Protocol, default_device, rates
 from ep_plugin.commands.bench.shapes import MODELS, TINY, Shape, pick
@@ -156,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
         over_ranks.leave_ranks()
         if os.environ["RANK"] != "0":
             return code
-    for line in contest.absentees():
+    for line in (*_resumed_of_others(contest.kept, args.output), *contest.absentees()):
         print(f"not measured: {line}", file=sys.stderr if args.json else sys.stdout)
     # Before any file: a disk that is full loses no figures.
     lines = [table(rows), *both_figures(rows)]
@@ -248,6 +256,18 @@ def _measure(
                     with contextlib.suppress(ConfigError):
                         write(args.output, kept)
     return rows, kept
+
+
+def _resumed_of_others(kept: list[Row], output: Path | None) -> list[str]:
+    """Return a line about the rows that --resume kept and other sources measured, if any."""
+    others = other_sources(kept)
+    if not others:
+        return []
+    return [
+        f"{len(others)} of the rows that --resume kept of {output}: sources of ep_plugin "
+        f"{', '.join(sorted(set(others)))} measured them, and these are "
+        f"{versions()['ep-plugin']!r}; without --resume all are measured anew"
+    ]
 
 
 def _load(module: str, flag: str) -> Any:

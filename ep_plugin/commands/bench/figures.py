@@ -109,6 +109,13 @@ def make_row(device: torch.device, time: Timing, **fields: Any) -> Row:
     }
 
 
+def other_sources(rows: Iterable[Row]) -> list[str]:
+    """Return for each row that another state of the plugin's sources measured which one did."""
+    found = [row["versions"] if isinstance(row["versions"], dict) else {} for row in rows]
+    states = [held.get("ep-plugin", "of no version") for held in found]
+    return [shown(state) for state in states if state != versions()["ep-plugin"]]
+
+
 def identity(row: Row) -> tuple[Any, ...]:
     """Return what tells a row from every other."""
     return tuple(row.get(name) for name in IDENTITY)
