@@ -12,18 +12,18 @@ that an interrupted call wrote to `--output` are kept.
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from ep_plugin.commands.bench.figures import versions
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -116,17 +116,15 @@ def start(output: Path | None, iterations: int) -> dict[str, Any]:
         "iterations": iterations,
         "runs": {},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "megatron-core": version("megatron-core"),
-        },
+        "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
     }
     if output is not None and output.is_file():
         before = json.loads(output.read_text())
         if all(before[key] == record[key] for key in ("iterations", "device", "versions")):
             record["runs"] = before["runs"]
+        else:
+            print(f"{output} has other iterations, another device or versions: all runs start anew")
     return record
 
 

@@ -6,15 +6,17 @@ writes benchmarks/results/quickstart_cpu.json.
 """
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("ep-plugin", "torch", "megatron-core", "numpy", "sentencepiece")
+from ep_plugin.commands.bench.figures import versions
+
+PACKAGES = ("numpy", "sentencepiece")  # beside those of every file of figures
 
 
 def processor() -> str:
@@ -31,10 +33,7 @@ def record(run: Path) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "hardware": {"processor": processor(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        "versions": versions() | {name: version(name) for name in PACKAGES},
         "summary": json.loads((run / "summary.json").read_text()),
         "steps": {p.name.removesuffix(".usage.json"): json.loads(p.read_text()) for p in usage},
     }

@@ -5,7 +5,6 @@ python benchmarks/routing.py [--tokens 8192] [--experts 256] [--topk 8] [--hidde
 
 import argparse
 import json
-import platform
 import statistics
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from ep_plugin import ExpertGroups, MoEConfig, RoutingConfig
+from ep_plugin.commands.bench.figures import versions
 from ep_plugin.moe.kernels.gate import gate_logits
 from ep_plugin.moe.router._choice import Choice, choose
 from ep_plugin.moe.router.topk import TopKRouter
@@ -117,11 +116,7 @@ def main() -> None:
         "shape": {n: getattr(args, n) for n in ("tokens", "experts", "topk", "hidden")},
         "microseconds": {name: round(value, 1) for name, value in times.items()},
         "device": torch.cuda.get_device_name(),
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
     }
     if args.output is not None:
