@@ -51,6 +51,7 @@ _COUNTS = [
 _FLAGS = [
     "swiglu",
     "quick_geglu",
+    "squared_relu",
     "add_bias_linear",
     "add_qkv_bias",
     "qk_layernorm",
@@ -76,6 +77,8 @@ _NUMBERS = [
     "moe_z_loss_coeff",
     "moe_input_jitter_eps",
     "mup_embedding_mult",
+    "activation_func_clamp_value",
+    "glu_linear_offset",
     "attention_dropout",
     "hidden_dropout",
 ]
@@ -86,6 +89,7 @@ _WORDS = [
     "rope_type",
     "moe_router_score_function",
     "ep_dense_activation",
+    "ep_normalize",
     "ep_expert_activation",
     "ep_shared_expert",
     "ep_aux_loss_counts",

@@ -25,9 +25,10 @@ from ep_plugin.checkpoint.open import Format, is_hf, safetensors
 from ep_plugin.checkpoint.opened import Kept, ModelClass, Opened, Reclassed, Upcycled
 from ep_plugin.checkpoint.tensors import NO_EXTRA_STATE, NewObject, NewTensor, one_region
 from ep_plugin.checkpoint.writer import Journal, OnBytes
+from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import read_json
 
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEW = ("(new)",)  # the origin of what the source has no counterpart of
 
 Hashes = dict[str, dict[str, Any]]  # file -> {num_bytes, sha256}
@@ -151,6 +152,7 @@ def _hf_folder(model: Opened) -> Target:
     assert model.family is not None, "fit_family has chosen one"
     made = to_hf(model.source, model.family, model.args)
     config = _token_ids(model.folder) | made.common["config"]
+    check_padding_token(model.folder, config["vocab_size"])
     targets = {pair.megatron: pair.hf for pair in families.pairs(model.family, model.args)}
     content = [
         NewTensor(name, info, partial(one_region, info, partial(made.read_tensor, name)))
@@ -171,10 +173,34 @@ def _hf_folder(model: Opened) -> Target:
 
 def _token_ids(path: Path) -> dict[str, Any]:
     """Return what config.json says of special tokens: where generation begins and ends."""
+    config = _config(path)
+    return {name: config[name] for name in SPECIAL if config.get(name) is not None}
+
+
+def check_padding_token(path: Path, rows: int | None = None) -> None:
+    """Raise ConfigError where transformers could not load a model of so many rows; None: the
+    source's own.
+
+    It builds the table of embeddings with the row of that token marked. Other special tokens are
+    read by who generates alone.
+    """
+    config = _config(path)
+    token, own = config.get("pad_token_id"), config.get("vocab_size")
+    rows = own if rows is None else rows
+    if type(token) is int and type(rows) is int and token >= rows:
+        more = f"use --vocab-size {token + 1}, or " if type(own) is int and token < own else ""
+        raise ConfigError(
+            f"config.json has pad_token_id = {token}, and the vocabulary has {rows} rows; {more}"
+            "set pad_token_id in config.json"
+        )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Return config.json; nothing of a Megatron checkpoint."""
     if not is_hf(path):
         return {}
-    config = read_json(path / "config.json", "copy the model again", by_hand=True)
-    return {name: config[name] for name in _SPECIAL if config.get(name) is not None}
+    config: dict[str, Any] = read_json(path / "config.json", "copy the model again", by_hand=True)
+    return config
 
 
 def _name_map(model: Opened, targets: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:

@@ -7,6 +7,8 @@ five only for a Megatron from its wheel, and over torch's Adam):
         every MoE layer's spec is made of this name
     transformer_config:TransformerConfig.__post_init__
         an activation has to be set before this derives others from it; --ep-dense-activation
+    argument_utils:gpt_config_from_args
+        it takes --use-rope-scaling along and leaves --rope-scaling-factor at 8
     module:MegatronModule.set_is_first_microbatch
         Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew
     optimizer:ChainedOptimizer.load_state_dict

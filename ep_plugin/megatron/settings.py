@@ -37,12 +37,13 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
             f"<num_groups> ({config.moe_router_num_groups}) with softmax would rank groups by sums "
             "of raw logits, as Megatron does; use --moe-router-pre-softmax"
         )
+    scaling = config.moe_router_topk_scaling_factor
     normalized = not config.moe_router_pre_softmax if softmax else config.moe_router_topk > 1
     values = {
         "topk": config.moe_router_topk,
         "score_function": config.moe_router_score_function,
         "normalize": "before_drop" if normalized else "none",
-        "scaling_factor": config.moe_router_topk_scaling_factor or 1.0,
+        "scaling_factor": 1.0 if scaling is None else scaling,
         "router_dtype": config.moe_router_dtype or "fp32",
         "router_bias": config.add_bias_linear,
         "jitter_eps": config.moe_input_jitter_eps or 0.0,

@@ -602,6 +602,8 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
         (["--layers", "every:0"], r"needs N >= 1; got 'every:0'"),
         (["--layers", "__import__('os')"], r"cannot be read"),
         (["--parity-tolerance", "nan"], r"--parity-tolerance must be a number"),
+        (["--scaling-factor", "0"], r"--scaling-factor must .*; use --scaling-factor 1"),
+        (["--scaling-factor", "-1"], r"--scaling-factor must .*; use --scaling-factor 1"),
     ],
 )
 def test_bad_settings(
@@ -633,6 +635,23 @@ def test_arguments_that_do_not_fit_the_tensors(
     right = {"untie_embeddings_and_output_weights": False, "padded_vocab_size": V}
     save_dense(tmp_path / "right" / "dense", **right)
     assert convert(tmp_path / "right" / "dense", tmp_path / "right" / "moe") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("quick_geglu", True),
+        ("squared_relu", True),
+        ("activation_func_clamp_value", 0.01),
+        ("glu_linear_offset", 1.0),
+    ],
+)
+def test_an_activation_that_experts_do_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: Any
+) -> None:
+    """Also where nothing is compared."""
+    save_dense(tmp_path / "dense", **{name: value})
+    assert f"the dense model has {name}, which experts cannot" in refused(tmp_path, capsys)
 
 
 def test_without_megatron(

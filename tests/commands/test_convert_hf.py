@@ -477,6 +477,14 @@ def test_refusals_of_the_command(
         ("qwen2", "normalization", "LayerNorm"),
         ("qwen2", "ep_dense_activation", "geglu"),
         ("qwen2", "softmax_type", "off-by-one"),
+        ("llama", "activation_func_clamp_value", 0.01),
+        ("llama", "softmax_scale", 0.1),
+        ("qwen3_moe", "glu_linear_offset", 1.0),
+        ("qwen3_moe", "ep_normalize", "none"),
+        ("qwen3_moe", "ep_normalize", "after_drop"),
+        ("deepseek_v2", "ep_normalize", "before_drop"),
+        ("deepseek_v3", "ep_normalize", "none"),
+        ("deepseek_v3", "layernorm_epsilon", 1e-5),
         ("qwen3_moe", "ep_router", "expert_choice"),
         ("qwen3_moe", "moe_expert_capacity_factor", 1.25),
         ("deepseek_v3", "moe_router_group_topk", 2),
@@ -495,8 +503,66 @@ def test_what_config_json_cannot_say_is_refused(
     with pytest.raises(ConfigError, match=re.escape(str(value))):
         known.config(args)
     delattr(args, argument)  # as before there was such an argument
-    if argument in ("softmax_type", "ep_router"):
+    if argument not in ("normalization", "layernorm_epsilon", "moe_router_group_topk"):
         assert known.config(args)["model_type"] == case
+
+
+@pytest.mark.parametrize(
+    ("case", "value"),
+    [("mixtral", "before_drop"), ("deepseek_v2", "none"), ("deepseek_v3", "before_drop")],
+)
+def test_what_a_family_does_anyway_may_be_said(case: str, value: str, models: Any) -> None:
+    known = family.load(case)
+    args = arguments(hf_safetensors.open_folder(models(case)).common["config"], known)
+    plain = known.config(args)
+    args.ep_normalize = value
+    assert known.config(args) == plain
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (-1, -1)])
+def test_a_window_without_an_end_is_none(window: tuple[int, int], models: Any) -> None:
+    known = family.load("mixtral")
+    args = arguments(hf_safetensors.open_folder(models("mixtral")).common["config"], known)
+    args.window_size = window
+    assert known.config(args)["sliding_window"] is None
+
+
+@pytest.mark.parametrize("flags", [[], EXPERTS])
+def test_a_padding_token_beyond_the_vocabulary_is_refused(
+    flags: list[str], models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers builds no table of embeddings for it, and loads one with other special tokens
+    anywhere."""
+    source = shutil.copytree(models("llama"), tmp_path / "hf")
+    edit_config(source, pad_token_id=95, bos_token_id=97, eos_token_id=[96, 98])
+    cut = [*flags, "--format", "hf", "--vocab-size", "90"]
+    assert convert(source, tmp_path / "cut", *cut) == 2
+    assert "pad_token_id = 95, and the vocabulary has 90 rows; use --vocab-size 96, or set" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "cut").exists()
+    edit_config(source, pad_token_id=89)
+    assert convert(source, tmp_path / "cut", *cut) == 0
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    load(tmp_path / "cut")
+    edit_config(source, pad_token_id=96)
+    with pytest.raises(AssertionError, match="Padding_idx"):
+        load(source)
+    assert convert(source, tmp_path / "run", *flags, "--verify", "--dry-run") == 2
+    assert "has 96 rows; set pad_token_id in config.json" in capsys.readouterr().err
+    assert convert(source, tmp_path / "run", *flags) == 0  # Megatron does not keep it
+
+
+def test_special_tokens_that_megatron_does_not_keep_are_named(
+    models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(models("llama"), tmp_path / "run") == 0
+    assert convert(tmp_path / "run", tmp_path / "back", "--format", "hf") == 0
+    assert "config.json names no bos_token_id, eos_token_id and pad_token_id" in (
+        capsys.readouterr().out
+    )
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert not {"bos_token_id", "eos_token_id", "pad_token_id"} & config.keys()
 
 
 def test_every_family_has_a_case_and_a_row_in_the_document() -> None:

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from ep_plugin.checkpoint.text import Numbers, choose
 from ep_plugin.commands.generate import _tell, _texts
 from ep_plugin.commands.generate.layout import layout_of
+from ep_plugin.commands.generate.source import opened
 from ep_plugin.commands.generate.start import Killed
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.workers.generate_ranks import ORDER
@@ -210,3 +212,13 @@ def test_a_prompt_is_a_line_and_nothing_else_ends_one(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_are_refused(own: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="bytes that are not UTF-8"):
         _texts(typed(**own))
+
+
+@pytest.mark.parametrize("case", ["llama", "mixtral"])
+def test_a_hugging_face_model_was_trained_with_no_router_of_one_s_own(
+    case: str, tmp_path: Path
+) -> None:
+    folder = hf_models.save(case, tmp_path / "hf")
+    assert opened(folder, None).convert
+    with pytest.raises(ConfigError, match="is a Hugging Face model; leave --router out"):
+        opened(folder, "my_moe.router")

@@ -63,7 +63,7 @@ def test_a_shared_expert_differs_by_the_order_of_bf16_sums(tmp_path: Path) -> No
 
 
 def test_one_flag_of_ours_stands_for_megatron_s() -> None:
-    args = parse("--num-experts", "4", "--ep-overlap", "two_batch")
+    args = parse(*TWO_RANKS, "--ep-overlap", "two_batch")
     settings = settings_from_args(args)
     assert args.overlap_moe_expert_parallel_comm
     assert overlap_schedule(args, settings) == "two_batch"

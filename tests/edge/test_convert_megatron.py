@@ -31,7 +31,7 @@ from ep_plugin.megatron.arguments.table import BY_NAME
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.seams.install import install, uninstall
 from ep_plugin.megatron.settings import EdgeSettings, moe_config
-from ep_plugin.megatron.workers import saved_model
+from ep_plugin.megatron.workers import model_run, saved_model
 
 pytestmark = pytest.mark.megatron
 
@@ -356,3 +356,26 @@ def test_how_a_run_sent_and_multiplied_is_nothing_to_the_model_in_its_checkpoint
         config = megatron_arguments.core_transformer_config_from_args(plain)
         built.append(moe_config(config, settings_from_args(plain), 1))
     assert len({*built}) == 1
+
+
+def test_positions_are_those_that_the_run_had() -> None:
+    """A position that training divided by a factor is divided in the model that is built here."""
+    words = ["--padded-vocab-size", "128", "--position-embedding-type", "rope", "--no-rope-fusion"]
+    angles = []
+    for flags in ([], ["--rotary-seq-len-interpolation-factor", "4"]):
+        args = saved_model.plain(parser().parse_args([*PLAIN, *words, *flags]))
+        with model_run._one_rank(seed=1):
+            specs.MoELayer.settings = settings_from_args(args)
+            angles.append(saved_model.build(args).rotary_pos_emb(32))
+    assert torch.equal(angles[0][:8], angles[1][::4])
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (3, 0), None])
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_a_window_is_that_of_the_run_s_own_attention(
+    window: tuple[int, int] | None, implementation: str
+) -> None:
+    """Transformer Engine's -1 has no end; Megatron's own attention sees nothing with it."""
+    saved = argparse.Namespace(window_size=window, transformer_impl=implementation)
+    without_end = window is not None and window[0] < 0 and implementation != "local"
+    assert saved_model.plain(saved).window_size == (None if without_end else window)

@@ -23,6 +23,7 @@ from ep_plugin.megatron.arguments import flags_file, spell_model
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.arguments.spell import megatron_arguments
 from ep_plugin.megatron.arguments.table import BY_NAME, TABLE
+from ep_plugin.megatron.arguments.theirs_table import OUTSIDE
 from ep_plugin.presets import load as load_preset
 from ep_plugin.registry import available
 
@@ -225,6 +226,9 @@ def own_model(**changes: Any) -> argparse.Namespace:
     [
         (["--rotary-percent", "0.5"], {"rotary_percent": 0.5}),
         (["--squared-relu"], {"squared_relu": True}),
+        (["--quick-geglu"], {"quick_geglu": True}),
+        (["--glu-linear-offset", "1.0"], {"glu_linear_offset": 1.0}),
+        (["--activation-func-clamp-value", "0.01"], {"activation_func_clamp_value": 0.01}),
         (["--attention-dropout", "0.25"], {"attention_dropout": 0.25}),
         (["--moe-router-dtype", "fp64"], {"moe_router_dtype": "fp64"}),
         (["--moe-expert-capacity-factor", "1.5"], {"moe_expert_capacity_factor": 1.5}),
@@ -275,6 +279,59 @@ def test_what_no_flag_says_is_named() -> None:
     assert flags_file.unsaid(own_model()) == []
     assert flags_file.unsaid(own_model(mtp_num_layers=1)) == ["mtp_num_layers"]
     assert flags_file.unsaid(own_model(ep_router="my.router")) == ["--ep-router my.router"]
+
+
+# Beside attention and dense blocks, and read at a run's start, in its training, or by kernels.
+NOT_OF_THE_FUNCTION = """
+    apply_rope_fusion attention_backend attention_softmax_in_fp32 bias_dropout_fusion
+    cache_mla_latents clone_scatter_output_in_embedding cross_entropy_fusion_impl
+    cross_entropy_loss_fusion embedding_init_method_std flash_attention_version
+    fp32_residual_connection fp8_output_proj fused_residual_rmsnorm is_hybrid_model
+    kitchen_attention_backend log_max_attention_logit masked_softmax_fusion mla_down_proj_fusion
+    mup_width_mult qk_clip qk_clip_alpha qk_clip_threshold use_grouped_gemm_for_dense_mlp
+    use_kitchen_attention use_mamba_mem_eff_path
+"""
+# Read where an argument that no file can say is set, or by layers that a GPT does not have.
+WITH_ANOTHER = ("dsa_", "linear_", "mamba_", "mtp_")
+
+
+def other_values() -> dict[str, Any]:
+    """Return arguments about attention, norms, dense blocks and widths, each with another value."""
+    about = (
+        "attention, norms, embedding, output and dense blocks",
+        "Mamba, multi-token prediction",
+    )
+    names = " ".join(text for key, text in OUTSIDE.items() if key.startswith(about)).split()
+    beside = NOT_OF_THE_FUNCTION.split()
+    default = vars(own_model())
+    found: dict[str, Any] = {"quick_geglu": True, "squared_relu": True, "glu_linear_offset": 1.0}
+    found |= {"activation_func_clamp_value": 0.01, "softmax_scale": 0.1}
+    for name in names:
+        if name in default and name not in beside and not name.startswith(WITH_ANOTHER):
+            value = default[name]
+            if isinstance(value, bool):
+                found[name] = not value
+            elif isinstance(value, int | float):
+                found[name] = value + 1
+            else:
+                found[name] = 3 if value is None else "other"
+    return found
+
+
+@pytest.mark.megatron
+def test_what_changes_the_function_is_said_or_named() -> None:
+    """Each setting of Megatron's that a model can have, with another value than the usual."""
+    beside: dict[str, Any] = {"use_mup": True, "multi_latent_attention": True}
+    plain = spell_model.model_flags(own_model(**beside))
+    values = other_values() | dict.fromkeys(beside, False)
+    assert len(values) > 30
+    lost = [
+        name
+        for name, value in values.items()
+        if spell_model.model_flags(own_model(**{**beside, name: value})) == plain
+        and name not in flags_file.unsaid(own_model(**{**beside, name: value}))
+    ]
+    assert lost == []
 
 
 OF_THE_MODEL = [case for case in flag_values.CASES if BY_NAME[case[0]].flag in spell_model._OURS]

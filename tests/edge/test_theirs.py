@@ -256,7 +256,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no shared expert": (
         {"recompute_granularity": "selective", "recompute_modules": ["moe", "shared_experts"]},
-        r"has shared_experts, and this model has none; use --recompute-modules without",
+        r"has shared_experts, and this model has none; use --recompute-modules moe",
     ),
     "experts one by one": (
         {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
@@ -269,7 +269,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
             "recompute_granularity": "selective",
             "recompute_modules": ["core_attn", "layernorm"],
         },
-        r"\(core_attn layernorm\) has layernorm, .*; use --recompute-modules without layernorm",
+        r"\(core_attn layernorm\) has layernorm, .*; use --recompute-modules moe",
     ),
 }
 

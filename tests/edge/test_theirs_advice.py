@@ -35,6 +35,7 @@ CONTEXT = {  # what the refused flag stood beside
     "tensor_parallel_num_weight_shards": "--expert-model-parallel-size 1",
     "expert_tensor_parallel_num_weight_shards": "--expert-model-parallel-size 1",
     "fp8_wgrad": "--fp8-format e4m3",
+    "recompute_modules": "--recompute-granularity selective",
     "moe_shared_expert_gate": "--moe-shared-expert-intermediate-size 32",
     "moe_pad_expert_input_to_capacity": "--moe-pad-expert-input-to-capacity",
     "moe_shared_expert_overlap": "--moe-shared-expert-overlap",

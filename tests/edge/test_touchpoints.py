@@ -27,6 +27,7 @@ OPTIONAL = {
     "megatron.core.datasets.helpers_cpp",
     "megatron.legacy.model",
     "megatron.bridge",
+    "megatron.training.argument_utils",  # makes a GPT's configuration from 0.19 on
     "megatron.core.dist_checkpointing.gpt_checkpoint_interop",  # from 0.19 on, looked for first
     # for vocabularies of tiktoken; it loads transformers, which no run should wait for
     "megatron.core.tokenizers.text.libraries.tiktoken_tokenizer",

@@ -28,6 +28,13 @@ from ep_plugin.registry import resolve
 
 # What goes along from the run that ends, beside its arguments.
 KEPT = ("checkpoint_version", "iteration", "num_floating_point_operations_so_far")
+# Argument of a dense FFN that no expert has -> whether --ep-dense-activation takes its place.
+_NO_EXPERT_HAS = {
+    "quick_geglu": True,
+    "squared_relu": True,
+    "activation_func_clamp_value": False,
+    "glu_linear_offset": False,
+}
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -80,6 +87,7 @@ def upcycle(source: Source, settings: Upcycling, keep_optimizer: bool = True) ->
     it, or its optimizer state cannot be carried over and is not to be left out.
     """
     dense = _dense_args(source)
+    _check_activation(dense)
     _check_embeddings(source, dense)
     if dense.ffn_hidden_size % settings.granularity:
         raise ConfigError(
@@ -143,6 +151,17 @@ def _dense_args(source: Source) -> argparse.Namespace:
             "give a dense checkpoint"
         )
     return args
+
+
+def _check_activation(args: argparse.Namespace) -> None:
+    """Raise ConfigError where the dense FFN computes what no expert of ours does."""
+    own = getattr(args, "ep_dense_activation", None)  # takes the place of Megatron's
+    for name, theirs in _NO_EXPERT_HAS.items():
+        if getattr(args, name, None) and not (theirs and own):
+            raise ConfigError(
+                f"the dense model has {name}, which experts cannot compute; give a model with "
+                "SwiGLU, GeGLU, GELU or ReLU"
+            )
 
 
 def _check_embeddings(source: Source, args: argparse.Namespace) -> None:

@@ -67,6 +67,11 @@ class GateSums(Typed):
 
     def check(self, topk: int, num_experts: int) -> None:
         """Raise ConfigError for gates that no Megatron run can have."""
+        if not 0 < self.scaling_factor <= 1e6:
+            raise ConfigError(
+                f"--scaling-factor must be above 0 and at most 1e6; got {self.scaling_factor:g}; "
+                "use --scaling-factor 1"
+            )
         if self.score_function == "softmax" and topk == 1 and not self.pre_softmax:
             raise ConfigError(
                 "--topk 1 divided by its own sum leaves the router no gradient, so Megatron "

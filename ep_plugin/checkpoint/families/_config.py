@@ -9,6 +9,7 @@ from ep_plugin.checkpoint.families._rope import rope_args, rope_config
 from ep_plugin.checkpoint.family import Config, query_groups
 from ep_plugin.checkpoint.router_losses import whole_model_args, whole_model_config
 from ep_plugin.errors import ConfigError
+from ep_plugin.untrusted import shown
 
 FIELDS = {
     "hidden_size": "hidden_size",
@@ -65,6 +66,9 @@ FIXED: dict[str, Any] = {
     "window_attn_skip_freq": None,
     "use_mup": False,
     "ep_dense_activation": None,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "softmax_scale": None,
 }
 
 
@@ -139,8 +143,27 @@ def experts_args(config: Keys, normalized: bool, layers: Sequence[int]) -> dict[
     }
 
 
+def check_normalize(args: argparse.Namespace) -> None:
+    """Raise ConfigError where our own setting of it is not what Megatron's arguments say.
+
+    Those say whether a token's weights are divided by their sum before tokens are dropped.
+    """
+    ours = getattr(args, "ep_normalize", None)
+    if args.moe_router_score_function == "softmax":
+        divided = not args.moe_router_pre_softmax
+    else:
+        divided = args.moe_router_topk > 1
+    meant = "before_drop" if divided else "none"
+    if ours not in (None, meant):
+        raise ConfigError(
+            f"ep_normalize is {shown(ours)}, which config.json cannot say of this family; give a "
+            f"model trained with --ep-normalize {meant}"
+        )
+
+
 def experts_config(args: argparse.Namespace) -> Config:
     """Return what `experts_args` read. Raises ConfigError for another kind of routing."""
+    check_normalize(args)
     scale = getattr(args, "moe_router_topk_scaling_factor", None)
     if scale not in (None, 1.0):
         raise ConfigError(
@@ -174,9 +197,9 @@ def window_args(config: Keys) -> dict[str, Any]:
 
 
 def window_config(args: argparse.Namespace) -> Config:
-    """Return what `window_args` read."""
+    """Return what `window_args` read; a left side below 0 has no end."""
     window = getattr(args, "window_size", None)
-    return {"sliding_window": None if window is None else window[0] + 1}
+    return {"sliding_window": None if window is None or window[0] < 0 else window[0] + 1}
 
 
 MOE_FIELDS = {

@@ -132,6 +132,13 @@ def groups_of(config: Keys) -> tuple[int, int, int]:
 
 def latent_config(args: argparse.Namespace) -> Config:
     """Return what `latent_args` read."""
+    _config.check_normalize(args)
+    if args.layernorm_epsilon != _LATENT_EPSILON:
+        raise ConfigError(
+            f"layernorm_epsilon is {args.layernorm_epsilon}, and DeepSeek has {_LATENT_EPSILON} in "
+            "the norms of its latents; give a model trained with "
+            f"--norm-epsilon {_LATENT_EPSILON}"
+        )
     chosen = moe_layers(args.moe_layer_freq, args.num_layers)
     first = chosen.index(True)
     if not all(chosen[first:]):

@@ -17,7 +17,7 @@ from typing import Any
 
 from ep_plugin.checkpoint.moe_layers import pattern
 from ep_plugin.checkpoint.prompts import MAX_SEQUENCE, TokenBatch, draw, fill
-from ep_plugin.checkpoint.target import Target
+from ep_plugin.checkpoint.target import Target, check_padding_token
 from ep_plugin.commands.convert.request import Request
 from ep_plugin.commands.convert.run_model import aside, run_model, run_source, worker
 from ep_plugin.commands.numbers import rounded
@@ -71,10 +71,12 @@ class Comparison:
 def need(request: Request, target: Target) -> Need | None:
     """Return what the comparison takes, or None where there is to be none.
 
-    Raises ConfigError for prompts with tokens of another vocabulary.
+    Raises ConfigError for prompts with tokens of another vocabulary, and for a source that
+    transformers cannot load.
     """
     if not request.compare or request.renames:
         return None
+    check_padding_token(target.model.folder)
     return _need(request, target, _tokens(request, target))
 
 
@@ -153,6 +155,7 @@ def load_compare(request: Request, target: Target) -> Comparison | None:
             f"the comparison needs {' and '.join(names)} ({error}); use {pip_install(*extras)}, "
             "or use --skip-parity"
         ) from error
+    check_padding_token(target.model.folder)
     batch = _tokens(request, target)
     wanted = _need(request, target, batch)
     print(wanted.sentence(), file=sys.stderr)
@@ -181,7 +184,9 @@ def compare(
     if not report["passed"]:
         raise Differs(
             f"comparison failed: logits differ by {report['logits_max_abs_diff']:.3e}, more than "
-            f"--parity-tolerance {request.tolerance:.1e}; {request.target} was not written"
+            f"--parity-tolerance {request.tolerance:.1e}; {request.target} was not written; look "
+            "for a setting of the source that the result cannot have, or use --skip-parity to "
+            "write it all the same"
         )
     return report
 

@@ -13,7 +13,7 @@ from ep_plugin.checkpoint.adapt.model_class import OWN_SPEC
 from ep_plugin.checkpoint.carried import EXTRA_STATE
 from ep_plugin.checkpoint.manifest import manifest_problems, tensor_problems
 from ep_plugin.checkpoint.open import is_hf, safetensors, stored_tensors
-from ep_plugin.checkpoint.target import Target
+from ep_plugin.checkpoint.target import SPECIAL, Target
 from ep_plugin.commands.convert.compare import need
 from ep_plugin.commands.convert.request import Request
 from ep_plugin.commands.numbers import rounded
@@ -24,7 +24,6 @@ from ep_plugin.megatron.arguments.spell_model import (
     PATTERN,
     model_flags,
     padded_vocabulary,
-    run_flags,
     where_other,
 )
 from ep_plugin.untrusted import one_line, printable
@@ -104,10 +103,8 @@ def printed_flags(request: Request, target: Target) -> list[str]:
     """Return the flags of the model; where names stay, those beside a dense run's own."""
     model = target.model
     names_stay = model.upcycled is not None and model.spelling == "stored"
-    if not names_stay and (model.kept is not None or model.reclassed is not None):
-        return model_flags(target.args)
     if not names_stay or request.format == "hf":
-        return run_flags(target.args)
+        return model_flags(target.args)
     pattern = getattr(target.args, "hybrid_layer_pattern", None)
     return [*([PATTERN, pattern] if pattern else []), *where_other(target.args, BESIDE_DENSE)]
 
@@ -220,6 +217,11 @@ def tokenizer(request: Request, target: Target) -> str | None:
             said.append(
                 f"{source} has no tokenizer{whence}; copy {_FILES} from the model that it began "
                 f"with into {request.target}"
+            )
+        if not is_hf(source):
+            said.append(
+                f"config.json names no {', '.join(SPECIAL[:-1])} and {SPECIAL[-1]}, which Megatron "
+                "does not keep; set them to the tokenizer's"
             )
         return "; ".join(said)
     if has_one:

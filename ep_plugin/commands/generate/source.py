@@ -39,9 +39,15 @@ class Source:
 def opened(path: Path, router: str | None) -> Source:
     """Open a checkpoint; reads no tensor but tied ones.
 
-    Raises ConfigError for one that cannot be opened, and for a router that looks ahead.
+    Raises ConfigError for one that cannot be opened, for a router that looks ahead, and for one
+    that the model was not trained with.
     """
     kind = kind_of(path)
+    if kind == "hf" and router is not None:
+        raise ConfigError(
+            "--router is for a checkpoint that was trained with a router of your own; "
+            f"{path} is a Hugging Face model; leave --router out"
+        )
     model = open_source(path, "megatron", router=router, hybrid=kind == "torch_dist")
     if hybrid_pattern(model.args):
         model = as_class(model, "gpt", None, keep_optimizer=False)  # as which it is loaded

@@ -34,6 +34,7 @@ from ep_plugin.megatron.settings import (
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.fits import check_capturable, check_sizes
 from ep_plugin.moe.parallel import ParallelConfig, check_experts_over_ranks, degree
+from ep_plugin.moe.routing_config import RoutingConfig
 from ep_plugin.moe.rules import own, said
 from ep_plugin.moe.schedule.chunked import check_ranks
 from ep_plugin.registry import available, resolve
@@ -74,8 +75,10 @@ def settings_from_args(args: Any) -> EdgeSettings:
             f"--ep-normalize ({routing['normalize']}) and --moe-router-pre-softmax contradict each "
             "other; leave one of them out"
         )
-    if args.ep_overlap == "two_batch":
+    if args.ep_overlap == "two_batch" and args.expert_model_parallel_size > 1:  # else it is idle
         args.overlap_moe_expert_parallel_comm = True
+        if args.moe_token_dispatcher_type == "allgather":  # Megatron's default, which is not ours
+            args.moe_token_dispatcher_type = "alltoall"
     if args.ep_deterministic is False and args.deterministic_mode:
         raise ConfigError(
             "--ep-deterministic (off) and --deterministic-mode contradict each other; leave one of "
@@ -113,10 +116,17 @@ def _choose_scope(args: Any, scope: str) -> None:
 
 def _write_balancing(args: Any, routing: dict[str, Any]) -> None:
     """Write what else of ours balances into Megatron's type, whose counts and bias it keeps."""
-    main = several(args.moe_router_load_balancing_type)[0]
+    named = several(args.moe_router_load_balancing_type)
+    main = named[0]
     coefficient = several(args.moe_aux_loss_coeff)[0]
     further = routing.get("further_losses", ())
     types = [main, *(SCOPES[scope] for scope, _ in further)]
+    if further and named[1:] and named != types:
+        raise ConfigError(
+            f"--ep-further-losses ({','.join(f'{scope}:{share:g}' for scope, share in further)}) "
+            f"and --moe-router-load-balancing-type ({' '.join(named)}) both name further losses; "
+            "leave one of them out"
+        )
     if further and coefficient and len({*types}) == len(types):  # others are refused
         args.moe_router_load_balancing_type = types
         args.moe_aux_loss_coeff = [coefficient, *(share for _, share in further)]
@@ -232,6 +242,16 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
         return
     check(args, settings)
     pattern = args.moe_layer_freq
+    if isinstance(pattern, int) and pattern < 1:
+        raise ConfigError(
+            f"--moe-layer-freq must be at least 1, for every layer; got {pattern}; use "
+            "--moe-layer-freq 1"
+        )
+    if isinstance(pattern, list) and len(pattern) == args.num_layers and not any(pattern):
+        raise ConfigError(
+            f"--moe-layer-freq ({pattern}) leaves no layer for the experts of --num-experts "
+            f"({args.num_experts}); use --moe-layer-freq 1, or leave out --num-experts"
+        )
     if isinstance(pattern, list) and len(pattern) != args.num_layers:
         example = ([0, 1] * args.num_layers)[: args.num_layers]
         raise ConfigError(
@@ -240,9 +260,10 @@ def check_arguments(args: Any, settings: EdgeSettings) -> None:
             f"--moe-layer-freq '{example}'"
         )
     ranks_per_node(settings)
-    if overlap_schedule(args, settings) == "two_batch":
-        _check_combined_schedule()
+    if overlap_schedule(args, settings) == "two_batch" and expert_ranks(args) > 1:
+        _check_combined_schedule(args)
     routing = routing_config(args, settings)
+    _check_router(args, routing)
     layers = _experts(args, settings)
     check_experts_over_ranks(args.num_experts, parallel.ep)
     if any(degree(parallel.ep, number) < parallel.ep for number in layers):
@@ -330,11 +351,64 @@ def spread(args: Any, settings: EdgeSettings) -> str | None:
     return f"expert parallelism of {ep} ranks, by a layer's experts: {', '.join(parts)}"
 
 
-def _check_combined_schedule() -> None:
-    """Raise ConfigError for a Megatron whose schedule for two micro-batches is not ours to run."""
+def _check_router(args: Any, routing: RoutingConfig) -> None:
+    """Raise ConfigError for a router of ours that Megatron's own configuration refuses."""
+    if routing.score_function != "softmax":
+        return
+    if routing.expert_bias:
+        raise ConfigError(
+            "<expert_bias> is added to sigmoid scores alone in Megatron; use "
+            "<score_function=sigmoid>"
+        )
+    if routing.topk == 1 and not args.moe_router_pre_softmax:
+        raise ConfigError(
+            "<topk> (1) with softmax over the chosen alone makes every weight 1, which Megatron "
+            "refuses; use <normalize=none>"
+        )
+
+
+def _check_combined_schedule(args: Any) -> None:
+    """Raise ConfigError where Megatron's schedule for two micro-batches is not ours to run, and
+    for what it does not run with."""
     version = touchpoints.installed_version()
     if not touchpoints.release_for(version).COMBINED_1F1B:
         raise ConfigError(
             "--overlap-moe-expert-parallel-comm is tested from megatron-core 0.19 on; got "
             f"{version}; use --ep-overlap chunked"
         )
+    ours = args.ep_overlap == "two_batch"
+    flag = "--ep-overlap (two_batch)" if ours else "--overlap-moe-expert-parallel-comm"
+    stages = (
+        *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+        *("pipeline_model_parallel_layout", "virtual_pipeline_model_parallel_size"),
+    )
+    one_stage = not any(getattr(args, name, None) for name in stages)
+    for refused, sentence in (
+        (
+            args.expert_model_parallel_size == 1,
+            "runs experts of other ranks, and --expert-model-parallel-size is 1; use --ep-overlap "
+            "chunked",
+        ),
+        (
+            args.moe_token_dispatcher_type == "allgather",
+            "needs another --moe-token-dispatcher-type; use --moe-token-dispatcher-type alltoall",
+        ),
+        (not (args.bf16 or args.fp16), "needs bf16 or fp16; use --bf16 with it"),
+        (
+            args.recompute_granularity == "full",
+            "does not go with --recompute-granularity full; use --recompute-granularity selective, "
+            "or --ep-overlap chunked",
+        ),
+        (
+            "moe" in (args.recompute_modules or ()),
+            "does not go with moe among --recompute-modules; leave it out, or use --ep-overlap "
+            "chunked",
+        ),
+        (
+            args.pipeline_model_parallel_size > 1 and one_stage,
+            "needs virtual stages beside --pipeline-model-parallel-size "
+            f"({args.pipeline_model_parallel_size}); use --num-virtual-stages-per-pipeline-rank 2",
+        ),
+    ):
+        if refused:
+            raise ConfigError(f"{flag} {sentence}")

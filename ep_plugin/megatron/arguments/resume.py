@@ -40,7 +40,7 @@ def choose_format(args: Any) -> str | None:
     if args.ep_optimizer_format == BY_BUCKET:
         return None
     args.dist_ckpt_optim_fully_reshardable = True
-    if not args.save:
+    if not args.save or args.no_save_optim:
         return None
     return (
         "optimizer state is saved by parameter (--dist-ckpt-optim-fully-reshardable), to be "

@@ -40,6 +40,9 @@ _VALUES_WITH = {
     "use_rope_scaling": {"--rope-scaling-factor": "rope_scaling_factor"},
     "use_mup": {
         "--mup-embedding-mult": "mup_embedding_mult",
+        "--mup-output-mult": "mup_output_mult",
+        "--mup-base-hidden-size": "mup_base_hidden_size",
+        "--mup-base-head-dim": "mup_base_head_dim",
         "--mup-attn-scale-power": "mup_attn_scale_power",
     },
     "num_experts": {
@@ -93,9 +96,12 @@ _SWITCHES = {  # flag -> argument, given when the argument is true
 }
 _MORE_SWITCHES = {  # in flags.txt alone, as all below
     "--squared-relu": "squared_relu",
+    "--quick-geglu": "quick_geglu",
+    "--openai-gelu": "openai_gelu",
     "--rotary-interleaved": "rotary_interleaved",
     "--apply-query-key-layer-scaling": "apply_query_key_layer_scaling",
     "--qk-l2-norm": "qk_l2_norm",
+    "--apply-residual-connection-post-layernorm": "apply_residual_connection_post_layernorm",
 }
 PATTERN = "--hybrid-layer-pattern"
 _OF_A_GPT = ("--num-layers", "--moe-layer-freq")  # the pattern of a HybridModel says them
@@ -108,6 +114,8 @@ _OTHERS: Defaults = {
     "--softmax-type": ("softmax_type", "vanilla"),
     "--window-attn-skip-freq": ("window_attn_skip_freq", None),
     "--no-rope-freq": ("no_rope_freq", None),
+    "--activation-func-clamp-value": ("activation_func_clamp_value", None),
+    "--glu-linear-offset": ("glu_linear_offset", 0.0),
 }
 _OF_EXPERTS: Defaults = {
     "--moe-router-dtype": ("moe_router_dtype", None),
@@ -146,7 +154,8 @@ UNSAID = (
     *("mtp_num_layers", "mtp_hybrid_override_pattern", "hybrid_override_pattern"),
     *("spec", "heterogeneous_layers_config_path"),
     *("heterogeneous_layers_config_encoded_json", "moe_latent_size"),
-    *("experimental_attention_variant", "attention_output_gate"),
+    *("experimental_attention_variant", "attention_output_gate", "softmax_scale"),
+    "mrope_section",
 )
 # Each flag that can describe a model -> whether a value follows it: ours, and those of Megatron's
 # that are printed here.

@@ -451,6 +451,10 @@ TABLE: tuple[Argument, ...] = (
         needs=(
             _SAVES,
             Need(
+                lambda args: not args.no_save_optim,
+                "is about the optimizer's state, and --no-save-optim saves none; leave one out",
+            ),
+            Need(
                 lambda args: args.use_distributed_optimizer and args.ckpt_format == "torch_dist",
                 "is about the distributed optimizer in --ckpt-format torch_dist; use "
                 "--use-distributed-optimizer with --ckpt-format torch_dist",

@@ -130,6 +130,16 @@ def _drops_by_quantile(given: Given) -> bool:
     return factor is not None and factor >= 0 and quantile
 
 
+def _recomputes_nothing(given: Given) -> bool:
+    """Whether parts were named that nothing recomputes; a config has core_attn as its default."""
+    named = several(given.recompute_modules)
+    return (
+        given.is_arguments
+        and named not in ([], ["core_attn"])
+        and not (given.selective or given.recompute_granularity)
+    )
+
+
 def _has_capacity(given: Given) -> bool:
     ours = given.own("capacity_factor"), given.own("eval_capacity_factor")
     return (given.moe_expert_capacity_factor, *ours) != (None, None, None)
@@ -157,8 +167,8 @@ BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
     (
         "moe_expert_capacity_factor",
         _drops_by_quantile,
-        "does not go with --moe-router-load-balancing-type quantile_balancing in Megatron; use "
-        "--moe-router-load-balancing-type none with --moe-router-enable-expert-bias",
+        "does not go with quantile balancing in Megatron; use --ep-capacity-factor 1.25 in its "
+        "place",
     ),
     (
         "moe_pad_expert_input_to_capacity",
@@ -204,6 +214,12 @@ BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
     ),
     (
         "recompute_modules",
+        _recomputes_nothing,
+        "is read with --recompute-granularity selective alone; use --recompute-granularity "
+        "selective beside it",
+    ),
+    (
+        "recompute_modules",
         _keeps_activation,
         "has moe_act, and experts with biases keep their activation; use --recompute-modules moe",
     ),
@@ -215,8 +231,7 @@ BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
     (
         "recompute_modules",
         _has_no_shared_expert,
-        "has shared_experts, and this model has none; use --recompute-modules without "
-        "shared_experts",
+        "has shared_experts, and this model has none; use --recompute-modules moe",
     ),
     (
         "recompute_modules",
@@ -227,13 +242,13 @@ BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
         "recompute_modules",
         _recomputes_biases,
         "has mlp, and in Megatron the backward of a recomputed dense block with biases never ends; "
-        "use --disable-bias-linear, or --recompute-modules without mlp",
+        "use --disable-bias-linear, or --recompute-modules moe",
     ),
     (
         "recompute_modules",
         _loses_layernorm,
         "has layernorm, which --fp8-format with a shared expert cannot recompute; use "
-        "--recompute-modules without layernorm",
+        "--recompute-modules moe",
     ),
 )
 

@@ -56,7 +56,8 @@ def _no_own_fp8(given: Any) -> bool:
 
 
 def _fp8_experts(given: Any) -> bool:
-    return bool(given.fp8) and given.own("fp8") != "off"
+    own = given.own("fp8")
+    return bool(given.fp8) if own is None else own != "off"
 
 
 def _graphs(given: Any) -> bool:
@@ -111,7 +112,10 @@ _SOME_GRAPHS = (
     "would capture parts of an MoE layer that ep_plugin's does not have; use attn, mlp and "
     "mamba alone, or --cuda-graph-impl full_iteration"
 )
-_KEPT = "; use --ep-save fp8 or recompute, or --recompute-modules moe"
+_KEPT = (
+    "; use --ep-save fp8 or recompute, or --recompute-granularity selective with "
+    "--recompute-modules moe"
+)
 
 SOME_VALUES = (
     _some(
@@ -187,7 +191,7 @@ SOME_VALUES = (
         ("e4m3", "hybrid"),
         "is a format that the experts do not have",
         flag="--fp8-format",
-        when=_fp8_experts,
+        when=lambda given: bool(given.fp8) and _fp8_experts(given),
     ),
     _some(
         "fp8_recipe",

@@ -26,6 +26,7 @@ from ep_plugin.megatron.seams import (
     expert_bias,
     failed_save,
     hybrid,
+    rope_factor,
     served,
     sharded,
     torch_adam,
@@ -157,6 +158,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         layout_run.changes(patches, release.losses.WRITERS)
         served.changes(patches, layer_class)
         attention.changes(patches, _print)
+        rope_factor.changes(patches)
         watch_ranks.changes(patches)
         distillation.changes(patches)
     for place in release.losses.WRITERS:

@@ -169,7 +169,7 @@ COMMON = (
         (
             *("config", "transformer_layer_spec", "vocab_size", "max_sequence_length"),
             *("share_embeddings_and_output_weights", "position_embedding_type"),
-            *("rotary_percent", "rotary_base", "rope_scaling"),
+            *("rotary_percent", "rotary_base", "rope_scaling", "seq_len_interpolation_factor"),
         ),
     ),
     Touchpoint(

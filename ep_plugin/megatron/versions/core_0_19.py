@@ -43,6 +43,7 @@ TOUCHPOINTS = (
     ),
     *HYBRID_MODEL,
     Touchpoint(f"{ARGUMENTS}:parse_and_validate_args", ("extra_args_provider", "args_defaults")),
+    Touchpoint("megatron.training.argument_utils:gpt_config_from_args", ("args",)),
     # the layer's steps, as the combined 1F1B schedule calls them
     Touchpoint(f"{GPT}.fine_grained_callables:build_transformer_layer_callables", ("layer",)),
     Touchpoint(f"{MOE}.moe_layer:MoELayer.shared_experts_compute", ("hidden_states",)),

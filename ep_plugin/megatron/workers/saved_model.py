@@ -88,7 +88,11 @@ def plain(args: argparse.Namespace) -> argparse.Namespace:
     """Return the run arguments, defaults where there are none, for one plain rank."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     megatron_arguments.add_megatron_arguments(parser)  # with ours: the plugin is installed
-    return argparse.Namespace(**(vars(parser.parse_args([])) | vars(args) | _PLAIN))
+    values = vars(parser.parse_args([])) | vars(args)
+    window = values["window_size"]
+    if window and window[0] < 0 and values["transformer_impl"] == "transformer_engine":
+        values["window_size"] = None  # no end on the left, where local attention would see nothing
+    return argparse.Namespace(**(values | _PLAIN))
 
 
 def build(args: argparse.Namespace) -> Any:
@@ -123,6 +127,7 @@ def of_layers(spec: Any, config: Any, args: argparse.Namespace) -> Any:
             rotary_base=args.rotary_base,
             rope_scaling=args.use_rope_scaling,
             rope_scaling_factor=args.rope_scaling_factor,
+            seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         )
 
 
