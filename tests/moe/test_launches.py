@@ -1,0 +1,71 @@
+"""What a layer's forward and backward have the host do: launches, other operations, tensors made.
+
+A step outside of a CUDA graph can take no less time than the host. Counts do not depend on the
+machine, so they are exact; a change that lowers one of them changes the table with it.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from fake_gpu import counting, fake_gpu
+
+from ep_plugin import MoEConfig
+from ep_plugin.moe.layer import MoELayer
+from ep_plugin.moe.routing_config import RoutingConfig
+
+ROUTING = RoutingConfig(topk=2, aux_loss_coeff=0.01)
+SIZES: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 64, "num_experts": 8}
+BF16: dict[str, Any] = {"gemm": "torch_grouped"}
+FP8: dict[str, Any] = {"fp8": "rowwise"}
+
+# Settings, whether gradients are added to fp32 totals -> kernels of ours and products; other
+# kernels of torch's; allocations and views.
+COUNTS: dict[str, tuple[dict[str, Any], bool, tuple[int, int, int]]] = {
+    "bf16": (BF16, False, (23, 8, 68)),
+    "bf16, added": (BF16, True, (23, 8, 66)),
+    "bf16, recomputed": ({**BF16, "save": "recompute"}, False, (25, 8, 74)),
+    "rowwise": (FP8, False, (37, 10, 98)),
+    "rowwise, added": (FP8, True, (37, 10, 98)),
+    "blockwise": ({"fp8": "blockwise"}, False, (31, 8, 92)),
+}
+
+
+class Sums:
+    """Totals of both weights, as a training loop has them."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        weights = (layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight)
+        self.fc1, self.fc2 = (torch.zeros_like(w, dtype=torch.float32) for w in weights)
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.fc1, self.fc2
+
+
+def make_layer(settings: dict[str, Any], added: bool) -> MoELayer:
+    layer = MoELayer(MoEConfig(**SIZES, routing=ROUTING, **settings), dtype=torch.bfloat16)
+    layer._routing_checked = True  # by values, which there are none of
+    if added:
+        layer.experts.totals = Sums(layer)
+    return layer
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_a_step_launches_and_makes_no_more_than_this(case: str) -> None:
+    settings, added, expected = COUNTS[case]
+    layer = make_layer(settings, added)
+    tokens = torch.randn(16, 2, 64, dtype=torch.bfloat16, requires_grad=True)  # [S, B, H]
+    with fake_gpu() as gpu:
+        layer(tokens).sum().backward()  # compiles
+        for leaf in (tokens, *layer.parameters()):
+            leaf.grad = None
+        with counting(gpu):
+            output = layer(tokens)
+        forward = gpu.numbers()
+        with counting(gpu):
+            output.backward(torch.empty_like(output))
+        backward = gpu.numbers()
+    found = tuple(a + b for a, b in zip(forward, backward, strict=True))
+    assert found == expected, f"{case}: {found} now: forward {forward}, backward {backward}"
