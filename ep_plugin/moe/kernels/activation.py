@@ -150,13 +150,13 @@ def activate(
     128 features (F is then a multiple of 128). See the top of `kernels.activation` for shapes.
     """
     gated = activation in GATED
-    num_rows, width = len(hidden), hidden.shape[1] // (2 if gated else 1)
+    num_rows, width = hidden.shape[0], hidden.shape[1] // (2 if gated else 1)
     active = _empty(num_rows, width, scales, hidden)
-    if active.data.numel():
+    data, scale = _parts(active, ends)
+    if data.numel():
         block = next_power_of_2(width)
         _activate_kernel[(num_rows,)](
-            *(hidden.contiguous(), probs, order, ends, len(ends)),
-            *(active.data, ends if isinstance(active, Tensor) else active.scale, width),
+            *(hidden.contiguous(), probs, order, ends, ends.shape[0], data, scale, width),
             ACT=ACTIVATIONS[activation],
             IS_GATED=gated,
             ROWS8=scales == "rows",
@@ -254,22 +254,21 @@ def activate_backward(
     """
     gated = activation in GATED
     num_rows, width = grads.shape
-    kept, kept_scale = (hidden, None) if isinstance(hidden, Tensor) else (hidden.data, hidden.scale)
+    kept, kept_scale = _parts(hidden, ends)
     if target is not None and target.matrices is not None:
         found = target.matrices
     else:
         rows = num_rows if target is None else target.num_rows
         found = tuple(_empty(rows, like.shape[1], scales, grads) for like in (kept, grads))
-    d_hidden, out = (matrix.data for matrix in found)
-    d_scales, out_scales = (matrix.scale if scales else ends for matrix in found)
+    (d_hidden, d_scales), (out, out_scales) = (_parts(matrix, ends) for matrix in found)
     make = torch.empty if num_rows == probs.numel() else torch.zeros  # absent choices have no row
     d_probs = make(probs.shape, dtype=torch.float32, device=grads.device)
     if grads.numel():
         block = next_power_of_2(width)
         warps = _warps(block)
         _activate_backward_kernel[(num_rows,)](
-            *(grads.contiguous(), kept.contiguous(), ends if kept_scale is None else kept_scale),
-            *(probs, order, order if target is None else target.at, ends, len(ends)),
+            *(grads.contiguous(), kept.contiguous(), kept_scale, probs, order),
+            *(order if target is None else target.at, ends, ends.shape[0]),
             *(d_hidden, d_scales, out, out_scales, d_probs, width),
             ACT=ACTIVATIONS[activation],
             IS_GATED=gated,
@@ -283,6 +282,11 @@ def activate_backward(
             maxnreg=_registers(warps, hidden),
         )
     return *found, d_probs
+
+
+def _parts(matrix: Tensor | Rows8 | Blocks8, without: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values of `matrix` and its scales, `without` where it has none."""
+    return (matrix, without) if isinstance(matrix, Tensor) else (matrix.data, matrix.scale)
 
 
 def _empty(rows: int, width: int, scales: Scales | None, like: Tensor) -> Tensor | Rows8 | Blocks8:

@@ -71,13 +71,12 @@ def multiply_blocks(rows: Blocks8, weight: WeightBlocks8, ends: Tensor, tiles: T
     `width` is that of `weight`, b or less. `ends` [e] int32 is the row after each expert's last.
     Rows past the last expert's are not written.
     """
-    (num_experts, out_features, in_features), num_rows = weight.data.shape, len(rows.data)
+    (num_experts, out_features, in_features), num_rows = weight.data.shape, rows.data.shape[0]
     out = torch.empty(num_rows, weight.width, dtype=torch.bfloat16, device=ends.device)
     if out.numel():
-        num_tiles = len(tiles.expert) * (out_features // BLOCK)
-        matrix = weight.data.view(num_experts * out_features, in_features)
+        num_tiles = tiles.expert.shape[0] * (out_features // BLOCK)
         _multiply_blocks_kernel[(num_programs(ends.device, num_tiles, each=2),)](
-            *(tiled(rows.data, TILE, BLOCK), tiled(matrix, PART, BLOCK)),
+            *(tiled(rows.data, TILE, BLOCK), tiled(weight.data, PART, BLOCK)),
             *(rows.scale, weight.scale, ends, tiles.expert, tiles.row, tiles.ends, out),
             *(num_experts, in_features, out_features, weight.width),
             TILE=TILE,
@@ -125,7 +124,7 @@ def multiply_column_blocks(
 
     `size` is b and a without padding; b is padded in each of `parts` equal parts.
     """
-    whole = len(tiles.ends), *size
+    whole = tiles.ends.shape[0], *size
     out = torch.empty(whole, dtype=torch.bfloat16, device=tiles.ends.device)
     _columns(out, left, right, tiles, parts, add=False)
     return out
@@ -142,7 +141,7 @@ def _columns(
     out: Tensor, left: ColumnBlocks8, right: ColumnBlocks8, tiles: Tiles, parts: int, add: bool
 ) -> None:
     if out.numel():
-        num_experts, b, a = len(out), len(left.data), len(right.data)
+        num_experts, b, a = out.shape[0], left.data.shape[0], right.data.shape[0]
         _wgrad_blocks_kernel[(b // BLOCK * (a // BLOCK), num_experts)](
             *(tiled(left.data, BLOCK, TILE), tiled(right.data, PART, TILE)),
             *(left.scale, right.scale, tiles.ends, out, b, a, *out.shape[1:]),

@@ -57,13 +57,12 @@ def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor
     `ends` [e] int32 is the row after each expert's last. Rows past the last expert's are not
     written. a is a multiple of 16.
     """
-    (num_experts, out_features, in_features), num_rows = weight.data.shape, len(rows.data)
+    (num_experts, out_features, in_features), num_rows = weight.data.shape, rows.data.shape[0]
     out = torch.empty(num_rows, out_features, dtype=torch.bfloat16, device=ends.device)
     if out.numel():
         across = cdiv(out_features, WIDE)
-        matrix = weight.data.view(num_experts * out_features, in_features)
-        _multiply_kernel[(num_programs(ends.device, len(tiles.expert) * across),)](
-            *(tiled(rows.data, TILE, DEPTH), tiled(matrix, WIDE, DEPTH)),
+        _multiply_kernel[(num_programs(ends.device, tiles.expert.shape[0] * across),)](
+            *(tiled(rows.data, TILE, DEPTH), tiled(weight.data, WIDE, DEPTH)),
             *(rows.scale, weight.scale, ends, tiles.expert, tiles.row, tiles.ends, out),
             *(num_experts, in_features, out_features),
             TILE=TILE,

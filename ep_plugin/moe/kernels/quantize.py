@@ -117,8 +117,8 @@ def transpose_rows(
     are rows of the experts; otherwise they are tokens with `choices` choices each, and `order`
     [R] int32 is the flat choice of each row.
     """
-    largest = torch.empty(len(ends), dtype=torch.float32, device=ends.device)
-    _largest_kernel[(len(ends),)](
+    largest = torch.empty(ends.shape[0], dtype=torch.float32, device=ends.device)
+    _largest_kernel[(ends.shape[0],)](
         *(rows.scale, order, ends, largest, choices), TOKENS=choices > 0, BLOCK=4096, num_warps=16
     )
     return Columns8(_transposed(rows, largest, tiles, order, ends, choices), largest)
@@ -133,7 +133,7 @@ def transpose_blocks(
     rows of the experts; otherwise they are tokens with `choices` choices each, and `order` [R]
     int32 is the flat choice of each row.
     """
-    size = len(tiles.expert), rows.scale.shape[1]
+    size = tiles.expert.shape[0], rows.scale.shape[1]
     largest = torch.empty(size, dtype=torch.float32, device=ends.device)
     return ColumnBlocks8(_transposed(rows, largest, tiles, order, ends, choices), largest)
 
@@ -147,7 +147,7 @@ def _transposed(
     choices: int,
 ) -> Tensor:
     """Return the columns [X, P] e4m3, for the scales `largest`; block scales are written there."""
-    width, num_tiles = rows.data.shape[1], len(tiles.expert)
+    width, num_tiles = rows.data.shape[1], tiles.expert.shape[0]
     out = rows.data.new_empty(width, num_tiles * TILE)
     if out.numel():
         _transpose_kernel[(num_tiles, cdiv(width, BLOCK))](

@@ -1,6 +1,7 @@
 """Tiles of grouped products: which rows form a tile, the order of tiles, how they are loaded."""
 
 from functools import cache
+from math import prod
 
 import torch
 import triton
@@ -38,10 +39,9 @@ def _plan_kernel(
 
 def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:
     """Return the tiles of at most `num_rows` rows; each expert's end at `ends` [e] int32."""
-    num_experts = len(ends)
+    num_experts = ends.shape[0]
     num_tiles = num_rows // TILE + num_experts  # enough for any counts
-    expert, row = torch.empty(2, num_tiles, dtype=torch.int32, device=ends.device)
-    tile_ends = torch.empty_like(ends)
+    expert, row, tile_ends = (ends.new_empty(n) for n in (num_tiles, num_tiles, num_experts))
     _plan_kernel[(cdiv(num_tiles, BLOCK),)](
         *(ends, expert, row, tile_ends, num_experts, num_tiles),
         TILE=TILE,
@@ -75,9 +75,12 @@ def span(ends, expert):
 def tiled(matrix: Tensor, height: int, width: int) -> TensorDescriptor:
     """Return a TMA descriptor of `matrix` [X, Y] for tiles of [height, width].
 
-    Rows must start at multiples of 16 bytes. Outside of the matrix zeros are read.
+    Matrices [e, X, Y], contiguous, are taken as one below the other. Rows must start at multiples
+    of 16 bytes. Outside of the matrix zeros are read.
     """
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [height, width])
+    *outer, columns = matrix.shape
+    *_, row, column = matrix.stride()
+    return TensorDescriptor(matrix, [prod(outer), columns], [row, column], [height, width])
 
 
 def num_programs(device: torch.device, num_tiles: int, each: int = 1) -> int:

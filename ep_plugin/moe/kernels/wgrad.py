@@ -83,7 +83,7 @@ def _wgrad8_kernel(
 
 def multiply_columns(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
     """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, b, a] bf16."""
-    size = len(tiles.ends), len(left.data), len(right.data)
+    size = tiles.ends.shape[0], left.data.shape[0], right.data.shape[0]
     out = torch.empty(size, dtype=torch.bfloat16, device=tiles.ends.device)
     _columns(out, left, right, tiles, add=False)
     return out
