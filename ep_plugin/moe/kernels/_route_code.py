@@ -13,6 +13,10 @@ from ep_plugin.moe.kernels.capacity import RANDOM, place_of, queue_key, serve
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # divisors are at least this
 NOBODY = tl.constexpr(-(2**31))  # less than `_ordered` of any logit
+# Rows [E] int64 of the counts, in one matrix as each argument of a launch costs the host time: the
+# choices; those that the balancing loss counts, if they are others; those with room; in the first
+# number of a row the programs that have finished; and from there on the lengths of queues.
+CHOSEN, OTHERS, SENT, ARRIVED, QUEUES = map(tl.constexpr, range(5))
 
 
 @triton.jit
@@ -63,13 +67,18 @@ def _inside_best_groups(
 
 @jit
 def route_kernel(
-    logits, bias, draws, ids, sent_ids, weights, totals, normalizers, chosen, counted, partials,
-    keys, waiting, num_tokens, num_sequences, EXPERTS, TILES, room, place_bits,
+    logits, bias, draws, ids, sent_ids, weights, per_token, counts, partials, keys,
+    num_tokens, num_sequences, EXPERTS, TILES, room, place_bits,
     K: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALIZE: tl.constexpr,
     COUNT_TOP1: tl.constexpr, COUNT_PLAIN: tl.constexpr, POLICY: tl.constexpr,
     NUM_GROUPS: tl.constexpr, GROUP_TOPK: tl.constexpr, EACH: tl.constexpr,
     BLOCK: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
+    totals, normalizers = per_token, per_token + num_tokens
+    counted = counts
+    if COUNT_TOP1 or COUNT_PLAIN:
+        counted = counts + OTHERS * EXPERTS
+    waiting = counts + QUEUES * EXPERTS
     expert = tl.arange(0, E)
     inside = expert < EXPERTS
     column = tl.broadcast_to(expert[None, :], (BLOCK, E))
@@ -182,7 +191,7 @@ def route_kernel(
     tl.store(row + EXPERTS + 1, tl.sum(entropies))
     tl.store(row + EXPERTS + 2, tl.sum(confidences))
     there = inside & (chosen_here > 0)
-    tl.atomic_add(chosen + expert, chosen_here.to(tl.int64), mask=there, sem="relaxed")
+    tl.atomic_add(counts + expert, chosen_here.to(tl.int64), mask=there, sem="relaxed")
     if COUNT_TOP1 or COUNT_PLAIN:
         there = inside & (counted_here > 0)
         tl.atomic_add(counted + expert, counted_here.to(tl.int64), mask=there, sem="relaxed")
@@ -190,11 +199,10 @@ def route_kernel(
 
 @jit
 def finish_kernel(
-    partials, counted, sums, losses, arrived, keys, waiting, sent, sent_ids, weights, num_rows,
-    num_tokens, num_sequences, EXPERTS, ADDERS, GROUPS, room, limit, last_limit, place_bits,
-    key_bits,
+    partials, counts, sums, balancing_loss, z_loss, keys, sent_ids, weights, num_rows, num_tokens,
+    num_sequences, EXPERTS, ADDERS, GROUPS, room, limit, last_limit, place_bits, key_bits,
     K: tl.constexpr, COLUMNS: tl.constexpr, ADDED: tl.constexpr, E: tl.constexpr,
-    SERVED: tl.constexpr,
+    SERVED: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """Add up the partial sums of `route_kernel`, and serve the queues of experts.
 
@@ -203,9 +211,9 @@ def finish_kernel(
     """
     if tl.program_id(0) >= ADDERS:
         serve(
-            tl.program_id(0) - ADDERS, keys, waiting, sent_ids, weights, sent, num_tokens,
-            num_sequences, EXPERTS, GROUPS, room, limit, last_limit, place_bits, key_bits, K,
-            SERVED,
+            tl.program_id(0) - ADDERS, keys, counts + QUEUES * EXPERTS, sent_ids, weights,
+            counts + SENT * EXPERTS, num_tokens, num_sequences, EXPERTS, GROUPS, room, limit,
+            last_limit, place_bits, key_bits, K, SERVED,
         )  # fmt: skip
         return
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -218,23 +226,25 @@ def finish_kernel(
         total += tl.sum(tl.load(at, mask=there, other=0.0), axis=0)
     tl.store(sums + column, total, mask=inside)
     tl.debug_barrier()  # all sums of this program are stored before it counts as finished
-    if tl.atomic_add(arrived, 1) == ADDERS - 1:
+    if tl.atomic_add(counts + ARRIVED * EXPERTS, 1) == ADDERS - 1:
         expert = tl.arange(0, E)
         exists = expert < EXPERTS
-        number = tl.load(counted + expert, mask=exists, other=0).to(tl.float32)
+        number = tl.load(counts + COUNTED * EXPERTS + expert, mask=exists, other=0)
+        number = number.to(tl.float32)
         score = tl.load(sums + expert, mask=exists, other=0.0)
         choices = tl.maximum(tl.sum(number), 1.0)
-        tl.store(losses, tl.sum(number * score) * EXPERTS / choices / num_tokens)
-        tl.store(losses + 1, tl.load(sums + EXPERTS) / num_tokens)
+        tl.store(balancing_loss, tl.sum(number * score) * EXPERTS / choices / num_tokens)
+        tl.store(z_loss, tl.load(sums + EXPERTS) / num_tokens)
 
 
 @jit
 def route_backward_kernel(
-    logits, ids, sent_ids, counted, totals, normalizers, d_weights, d_sums, d_balancing, d_z,
-    d_logits, num_tokens, EXPERTS,
+    logits, ids, sent_ids, counted, per_token, d_weights, d_sums, d_balancing, d_z, d_logits,
+    num_tokens, EXPERTS,
     K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr,
     BALANCING: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
+    totals, normalizers = per_token, per_token + num_tokens
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.arange(0, E)
     real = token < num_tokens

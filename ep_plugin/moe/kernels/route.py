@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from ep_plugin.moe.kernels._launch import cdiv, next_power_of_2
-from ep_plugin.moe.kernels._route_code import finish_kernel, route_backward_kernel, route_kernel
+from ep_plugin.moe.kernels._route_code import (
+    CHOSEN,
+    OTHERS,
+    QUEUES,
+    SENT,
+    finish_kernel,
+    route_backward_kernel,
+    route_kernel,
+)
 from ep_plugin.moe.kernels.capacity import MAX_TOKENS, POLICIES, SERVED, Capacity
 from ep_plugin.moe.routing_config import RoutingConfig
 
@@ -31,19 +39,39 @@ COLUMNS, ADDED = 16, 1024  # columns, and rows of partial sums, that a program a
 
 @dataclass(frozen=True)
 class Routed:
-    """What `route` returns. Both losses, `weights`, `score_sums` and `z_sum` are differentiable."""
+    """What `route` returns. Both losses, `weights`, `score_sums` and `z_sum` are differentiable.
+
+    Parts of `sums` are taken when they are asked for: few losses and metrics read any.
+    """
 
     expert_ids: Tensor  # [T, K] int64, best first
     sent_ids: Tensor  # [T, K] int64, -1 for choices that found no room
     weights: Tensor  # [T, K] fp32, divided by their sum if before_drop, then 0 where not sent
-    score_sums: Tensor  # [1, E] fp32, scores summed over tokens
-    z_sum: Tensor  # [] fp32, sum over tokens of logsumexp^2
+    sums: Tensor  # [E + 3] fp32, the four below
     sent: Tensor  # [E] int64, choices that found room
     counted: Tensor  # [E] int64, the choices that the balancing loss counts
-    entropy: Tensor  # [] fp32, entropy of the scores, summed over tokens
-    confidence: Tensor  # [] fp32, sum over tokens of the largest score
     balancing_loss: Tensor  # [] fp32, of the tokens given, without coefficient
     z_loss: Tensor  # [] fp32, mean of logsumexp^2 over the tokens given
+
+    @property
+    def score_sums(self) -> Tensor:
+        """[1, E] fp32, scores summed over tokens."""
+        return self.sums[:-3].unsqueeze(0)
+
+    @property
+    def z_sum(self) -> Tensor:
+        """[] fp32, sum over tokens of logsumexp^2."""
+        return self.sums[-3]
+
+    @property
+    def entropy(self) -> Tensor:
+        """[] fp32, entropy of the scores, summed over tokens."""
+        return self.sums[-2].detach()
+
+    @property
+    def confidence(self) -> Tensor:
+        """[] fp32, sum over tokens of the largest score."""
+        return self.sums[-1].detach()
 
 
 class _Route(torch.autograd.Function):
@@ -66,19 +94,19 @@ class _Route(torch.autograd.Function):
         weights = torch.empty(num_tokens, topk, dtype=torch.float32, device=device)
         per_token = torch.empty(2, num_tokens, dtype=torch.float32, device=device)
         queues = 0 if capacity is None else capacity.num_groups(num_tokens)
-        zeros = torch.zeros(4 + queues, experts, dtype=torch.int64, device=device)
-        *counts, arrived = zeros[:4]
+        rows = QUEUES.value + queues
+        counts = torch.zeros(rows, experts, dtype=torch.int64, device=device)
         plain = bias is not None or routing.num_groups is not None
         top1 = routing.aux_loss_counts == "top1"
-        counted = counts[1] if plain or top1 else counts[0]
-        sent = counts[0] if capacity is None else counts[2]
+        sent = counts[CHOSEN.value if capacity is None else SENT.value]
+        counted = counts[OTHERS.value if plain or top1 else CHOSEN.value]
         partials = torch.empty(num_rows, experts + 3, dtype=torch.float32, device=device)
         results = partials.new_empty if num_tokens else partials.new_zeros
-        sums, losses = results(experts + 3), results(2)
+        sums, balancing_loss, z_loss = results(experts + 3), results(()), results(())
         rules = (1, 1, 0, 0, 0, 0)  # without a capacity neither these nor the next are read
-        keys, waiting, draws = ids, counts[0], logits
+        keys, draws = ids, logits
         if capacity is not None:
-            rules, waiting = capacity.rules(num_tokens), zeros[4:]
+            rules = capacity.rules(num_tokens)
             keys = torch.empty(queues, experts, rules[1], dtype=torch.int64, device=device)
             draws = logits if capacity.draws is None else capacity.draws
         sequences, room, limit, last_limit, place_bits, key_bits = rules
@@ -92,8 +120,8 @@ class _Route(torch.autograd.Function):
         }
         if num_tokens:
             route_kernel[(num_rows,)](
-                *(logits, counts[0] if bias is None else bias, draws, ids, sent_ids, weights),
-                *(*per_token, counts[0], counted, partials, keys, waiting),
+                *(logits, counts if bias is None else bias, draws, ids, sent_ids, weights),
+                *(per_token, counts, partials, keys),
                 *(num_tokens, sequences, experts, tiles, room, place_bits),
                 BIASED=bias is not None,
                 COUNT_TOP1=top1,
@@ -106,20 +134,21 @@ class _Route(torch.autograd.Function):
             )
             adders = cdiv(experts + 3, COLUMNS)
             finish_kernel[(adders + queues * experts,)](
-                *(partials, counted, sums, losses, arrived, keys, waiting, sent, sent_ids),
-                *(weights, num_rows, num_tokens, sequences, experts, adders, queues, room),
+                *(partials, counts, sums, balancing_loss, z_loss, keys, sent_ids, weights),
+                *(num_rows, num_tokens, sequences, experts, adders, queues, room),
                 *(limit, last_limit, place_bits, key_bits),
                 K=topk,
                 COLUMNS=COLUMNS,
                 ADDED=ADDED,
                 E=width,
                 SERVED=SERVED,
+                COUNTED=OTHERS.value if plain or top1 else CHOSEN.value,
             )
         ctx.save_for_backward(logits, ids, sent_ids, counted, per_token)
         ctx.settings = settings
         ctx.mark_non_differentiable(ids, sent_ids, sent, counted)
         ctx.set_materialize_grads(False)
-        return weights, sums, losses[0], losses[1], ids, sent_ids, sent, counted
+        return weights, sums, balancing_loss, z_loss, ids, sent_ids, sent, counted
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
@@ -132,7 +161,7 @@ class _Route(torch.autograd.Function):
             block = max(1, min(16, HELD_BACKWARD // ctx.settings["E"]))
             optional = [logits if g is None else g.contiguous() for g in (d_sums, d_balancing, d_z)]
             route_backward_kernel[(cdiv(num_tokens, block),)](
-                *(logits, ids, sent_ids, counted, *per_token, d_weights.contiguous(), *optional),
+                *(logits, ids, sent_ids, counted, per_token, d_weights.contiguous(), *optional),
                 *(d_logits, num_tokens, experts),
                 SUMS=d_sums is not None,
                 BALANCING=d_balancing is not None,
@@ -178,20 +207,7 @@ def route(
     `expert_bias` [E] fp32 is added to the scores when experts are chosen. `fits` says what can be
     routed here.
     """
-    experts = logits.shape[1]
     weights, sums, balancing, z, ids, sent_ids, sent, counted = _Route.apply(
         logits, expert_bias, routing, capacity
     )
-    return Routed(
-        ids,
-        sent_ids,
-        weights,
-        sums[:experts].unsqueeze(0),
-        sums[experts],
-        sent,
-        counted,
-        sums[experts + 1].detach(),
-        sums[experts + 2].detach(),
-        balancing,
-        z,
-    )
+    return Routed(ids, sent_ids, weights, sums, sent, counted, balancing, z)
