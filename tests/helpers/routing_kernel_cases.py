@@ -16,6 +16,8 @@ from ep_plugin.moe.kernels.gate import (
     add_product,
     add_product_torch,
     gate_logits,
+    join,
+    join_torch,
     split,
     split_torch,
 )
@@ -250,9 +252,23 @@ def check_add_product(device: str) -> None:
             assert_close(found, exact, torch.bfloat16, "sum")
 
 
+def check_join(device: str) -> None:
+    """Three blocks in one, of more than a program's numbers too: the same bits as the twin's."""
+    for rows, columns in ((1, 1), (8, 100), (3, 700), (0, 8)):
+        parts = torch.randn(3 * rows, columns, device=device)
+        exact = parts.double().view(3, rows, columns).sum(0)
+        # The interpreter cuts bf16, which fp32 and fp16 show nothing of.
+        for dtype in (torch.float32, torch.float16 if device == "cpu" else torch.bfloat16):
+            found = join(parts, dtype)
+            assert found.dtype == dtype
+            assert torch.equal(found, join_torch(parts, dtype))
+            assert error(found, exact) < 1e-5
+
+
 def check_all(device: str) -> None:
     torch.manual_seed(0)
     check_add_product(device)
+    check_join(device)
     for case in CASES:
         check(*case, device)
     check_ties(device)
