@@ -53,7 +53,7 @@ class ExpertRows(Rows):
     @cached_property
     def tiles(self) -> Tiles:
         """The rows as products in e4m3 take them, and rounding by blocks."""
-        tiles: Tiles = self.ops.plan_tiles(len(self.order), self.ends)
+        tiles: Tiles = self.ops.plan_tiles(self.order.shape[0], self.ends)
         return tiles
 
     def part(self, first: int, last: int) -> "ExpertRows":
@@ -65,11 +65,13 @@ class ExpertRows(Rows):
 
     def spread(self, tokens: Tensor | list[Tensor]) -> Tensor:
         """Return the token [R, X] of each row, of `tokens` [N, X], whole or in pieces."""
-        pieces = [tokens] if isinstance(tokens, Tensor) else tokens
-        places = torch.split(self.place, [len(piece) for piece in pieces])
         rows: Tensor | None = None
-        for piece, place in zip(pieces, places, strict=True):
-            rows = self.ops.spread_rows(piece, place, self.ends, len(self.order), rows)
+        if isinstance(tokens, Tensor):
+            rows = self.ops.spread_rows(tokens, self.place, self.ends, self.order.shape[0])
+        else:
+            places = torch.split(self.place, [len(piece) for piece in tokens])
+            for piece, place in zip(tokens, places, strict=True):
+                rows = self.ops.spread_rows(piece, place, self.ends, self.order.shape[0], rows)
         assert rows is not None
         return rows
 
@@ -112,9 +114,10 @@ def rows_of(expert_ids: Tensor, counts: Tensor, num_rows: int | None = None) -> 
 
     R is `num_rows`, the choices that are present, where the host knows them; else N * C.
     """
-    ends = counts.cumsum(0, dtype=torch.int32)
-    order, place = select(expert_ids).sort_choices(expert_ids, ends)
-    return Rows(order[:num_rows], place, ends, exact=num_rows is not None)
+    order, place, ends = select(expert_ids).sort_choices(expert_ids, counts)
+    if num_rows is None:
+        return Rows(order, place, ends, exact=False)
+    return Rows(order[:num_rows], place, ends, exact=True)
 
 
 def expert_rows(

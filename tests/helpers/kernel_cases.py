@@ -85,13 +85,21 @@ def random_choices(tokens: int, experts: int, choices: int, device: str) -> tupl
     return ids, counts.cumsum(0, dtype=torch.int32)
 
 
+def sort(ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order and the places of choices `ids` [N, C]; `ends` [e] of experts' rows."""
+    counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+    return twins.sort_choices(ids, counts)[:2]
+
+
 def check_moves(tokens: int, experts: int, choices: int, width: int, device: str) -> None:
     """Sorting, spreading, summing, padding and transposing: nothing is rounded, so all is equal."""
     ids, ends = random_choices(tokens, experts, choices, device)
     counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
     assert_same([count_choices(ids, experts)], [counts], "count_choices")
-    order, place = kernels.sort_choices(ids, ends)
-    assert_same((order, place), twins.sort_choices(ids, ends), "sort_choices")
+    order, place, sorted_ends = kernels.sort_choices(ids, counts)
+    found = (order, place, sorted_ends)
+    assert_same(found, twins.sort_choices(ids, counts), "sort_choices")
+    assert_same([sorted_ends], [ends], "sort_choices, ends")
     rows = int(ends[-1])
     for dtype in (torch.float32, torch.bfloat16):
         source = torch.randn(tokens, width, device=device).to(dtype)
@@ -132,7 +140,7 @@ def check_passes(ids: Tensor, ends: Tensor, width: int, size: int, device: str) 
 
     The last parts have no rows. `ids` are [N, C], `ends` those of the experts' rows [e].
     """
-    order, place = twins.sort_choices(ids, ends)
+    order, place = sort(ids, ends)
     where = ExpertRows(order, place, ends, False, "relu")
     tokens, rows = len(ids), int(ends[-1])
     for dtype in (torch.float32, torch.bfloat16):
@@ -246,7 +254,7 @@ def uneven(rows: int, width: int, device: str) -> Tensor:
 def check_blocks(tokens: int, experts: int, choices: int, width: int, device: str) -> None:
     """Rounding by blocks, spreading and transposing, of rows and of tokens."""
     ids, ends = random_choices(tokens, experts, choices, device)
-    order, place = twins.sort_choices(ids, ends)
+    order, place = sort(ids, ends)
     tiles = twins.plan_tiles(len(order), ends)
     source = uneven(tokens, width, device)
     for dtype in (torch.float32, torch.bfloat16):
@@ -292,7 +300,7 @@ def check_activations(
 ) -> None:
     tokens = 4 if INTERPRETED else 11  # it takes its time for each row
     ids, ends = random_choices(tokens, 4, 3, device)
-    order, _ = twins.sort_choices(ids, ends)
+    order, _ = sort(ids, ends)
     num_rows, rows = 3 * tokens, int(ends[-1])
     quantize = {"rows": twins.quantize_rows, "blocks": twins.quantize_blocks}
     for activation in activations:
@@ -462,7 +470,7 @@ def check_layouts(device: str) -> None:
     """What is given lies in memory as its maker left it: every layout has the same bits."""
     tokens, experts, choices, width = 12, 4, 2, 128
     ids, ends = random_choices(tokens, experts, choices, device)
-    order, place = twins.sort_choices(ids, ends)
+    order, place = sort(ids, ends)
     rows = tokens * choices
     probs = torch.rand(tokens, choices, device=device)
     gated = torch.randn(rows, 2 * width, device=device).bfloat16()

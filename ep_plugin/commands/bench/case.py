@@ -45,8 +45,11 @@ class Case:
 
     def ends(self, index: int) -> Tensor:
         """Return the row behind each expert's last [e] int32, for the set `index`."""
-        counts = torch.bincount(self.choices[index].flatten(), minlength=self.shape.experts)
-        return counts.cumsum(0, dtype=torch.int32)
+        return self.counts(index).cumsum(0, dtype=torch.int32)
+
+    def counts(self, index: int) -> Tensor:
+        """Return how many choices are each expert's [e] int64, for the set `index`."""
+        return torch.bincount(self.choices[index].flatten(), minlength=self.shape.experts)
 
     def experts_of(self, rank: int, ranks: int) -> slice:
         """Return which experts a rank has where `ranks` share them."""

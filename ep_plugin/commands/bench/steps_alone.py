@@ -106,13 +106,13 @@ def _steps(case: Case) -> dict[tuple[str, str], Step]:
 
 def _arguments(case: Case, index: int) -> dict[tuple[str, str], Arguments]:
     """Return the arguments of each kernel on one set, as a step of the layer has them."""
-    shape, ops, choices, ends = (
+    shape, ops, choices, counts = (
         case.shape,
         select(case.router),
         case.choices[index],
-        case.ends(index),
+        case.counts(index),
     )
-    order, place = ops.sort_choices(choices, ends)
+    order, place, ends = ops.sort_choices(choices, counts)
     tokens, hidden = case.tokens[index].detach(), _normal(case, index, 2 * shape.ffn)
     probs = torch.rand(choices.shape, device=case.device)
     grads, tokens8 = _normal(case, index, shape.ffn), ops.quantize_rows(tokens)
@@ -124,7 +124,7 @@ def _arguments(case: Case, index: int) -> dict[tuple[str, str], Arguments]:
     return {
         ("route", "bf16"): (logits,),
         ("add_gate", "bf16"): (tokens, d_logits, router),
-        ("sort", "bf16"): (choices, ends),
+        ("sort", "bf16"): (choices, counts),
         ("spread", "bf16"): (tokens, place, ends),
         ("spread rows8", "fp8"): (tokens8, place, ends),
         ("quantise, tokens", "fp8"): (tokens,),

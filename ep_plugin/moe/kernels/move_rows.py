@@ -56,8 +56,18 @@ def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
 
 
 @jit
-def _scan_kernel(counts, num_blocks, NUM_EXPERTS, BLOCK: tl.constexpr):
-    """Replace the counts of one bucket in all blocks by their exclusive prefix sums."""
+def _scan_kernel(
+    counts, of_experts, ends, num_blocks, NUM_EXPERTS, BLOCK: tl.constexpr, E: tl.constexpr
+):
+    """Replace the counts of one bucket in all blocks by their exclusive prefix sums.
+
+    And write the row after its last.
+    """
+    expert = tl.arange(0, E)
+    mine = expert <= tl.program_id(0)
+    until = tl.load(of_experts + expert, mask=mine & (expert < NUM_EXPERTS), other=0)
+    if tl.program_id(0) < NUM_EXPERTS:
+        tl.store(ends + tl.program_id(0), tl.sum(until).to(tl.int32))
     cell = tl.arange(0, BLOCK) * (NUM_EXPERTS + 1) + tl.program_id(0)
     inside = tl.arange(0, BLOCK) < num_blocks
     values = tl.load(counts + cell, mask=inside, other=0)
@@ -82,31 +92,34 @@ def _place_kernel(
     tl.store(place + choice, row, mask=inside)
 
 
-def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `order` [N * C], the flat choice of each row, and `place` [N, C]; both int32.
+def sort_choices(expert_ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `order` [N * C], the flat choice of each row; `place` [N, C]; `ends` [e]; all int32.
 
-    `place` is the row of each choice. It is a stable counting sort of `expert_ids` [N, C]; absent
-    choices, -1, come last. `ends` [e] int32 is the row after each expert's last.
+    `place` is the row of each choice, `ends` the row after each expert's last. It is a stable
+    counting sort of `expert_ids` [N, C]; absent choices, -1, come last. `counts` [e] int64 says how
+    many are each expert's.
     """
-    num_choices, num_experts = expert_ids.numel(), len(ends)
+    num_choices, num_experts = expert_ids.numel(), counts.shape[0]
     order = torch.empty(num_choices, dtype=torch.int32, device=expert_ids.device)
-    place = torch.empty(expert_ids.shape, dtype=torch.int32, device=expert_ids.device)
-    if num_choices:
-        block = 128
-        num_blocks = cdiv(num_choices, block)
-        counts = order.new_empty(num_blocks, num_experts + 1)
-        ids = expert_ids.contiguous()
-        buckets = next_power_of_2(num_experts + 1)
-        _count_kernel[(num_blocks,)](
-            *(ids, counts, num_choices, num_experts), BLOCK=block, E=buckets
-        )
-        _scan_kernel[(num_experts + 1,)](
-            *(counts, num_blocks, num_experts), BLOCK=next_power_of_2(num_blocks)
-        )
-        _place_kernel[(num_blocks,)](
-            *(ids, counts, ends, order, place, num_choices, num_experts), BLOCK=block
-        )
-    return order, place
+    place = order.new_empty(expert_ids.shape)
+    if not num_choices:
+        return order, place, order.new_zeros(num_experts)
+    ends = order.new_empty(num_experts)
+    block = 128
+    num_blocks = cdiv(num_choices, block)
+    before = order.new_empty(num_blocks, num_experts + 1)
+    ids = expert_ids.contiguous()
+    buckets = next_power_of_2(num_experts + 1)
+    _count_kernel[(num_blocks,)](*(ids, before, num_choices, num_experts), BLOCK=block, E=buckets)
+    _scan_kernel[(num_experts + 1,)](
+        *(before, counts.contiguous(), ends, num_blocks, num_experts),
+        BLOCK=next_power_of_2(num_blocks),
+        E=buckets,
+    )
+    _place_kernel[(num_blocks,)](
+        *(ids, before, ends, order, place, num_choices, num_experts), BLOCK=block
+    )
+    return order, place, ends
 
 
 @triton.jit
@@ -122,8 +135,13 @@ def _first_row(place, token, last, CHOICES: tl.constexpr):
 def _spread_kernel(
     source, scales, place, ends, out, out_scales, num_experts, WIDTH, NUM_SCALES,
     SOME: tl.constexpr, CHOICES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    # One program per token: it reads the token once and writes it to several rows.
+    # One program per token: it reads the token once and writes it to several rows. WIDTH is in
+    # units of 8 bytes with WIDE, else of 1: a view of another dtype costs the host a tensor.
+    unit: tl.constexpr = tl.pointer_type(tl.int64 if WIDE else tl.uint8)
+    source = source.to(unit, bitcast=True)
+    out = out.to(unit, bitcast=True)
     last = tl.load(ends + num_experts - 1)
     token = tl.program_id(0).to(tl.int64)
     if SOME:  # noqa: SIM102
@@ -157,26 +175,22 @@ def _spread(
         into = tokens.new_empty(num_tokens * choices if num_rows is None else num_rows, width)
     each, out_scales = 0, ends  # scales of a token
     if scales is not None:
-        each, out_scales = scales[:1].numel(), scales.new_empty(len(into), *scales.shape[1:])
+        shape = scales.shape[1:]
+        each, out_scales = shape.numel(), scales.new_empty(into.shape[0], *shape)
     if into.numel() and num_tokens:
         # Rows are moved as bytes, so any dtype works; eight at a time if the row size allows it.
-        unit = torch.int64 if width * tokens.element_size() % 8 == 0 else torch.uint8
-        moved, target = tokens.contiguous().view(unit), into.view(unit)
-        block = next_power_of_2(moved.shape[1])
+        size = width * tokens.element_size()
+        wide = size % 8 == 0
+        units = size // 8 if wide else size
+        block = next_power_of_2(units)
         _spread_kernel[(num_tokens,)](
-            *(
-                moved,
-                ends if scales is None else scales.contiguous(),
-                place,
-                ends,
-                target,
-                out_scales,
-            ),
-            *(len(ends), moved.shape[1], each),
-            SOME=len(into) < place.numel(),  # a token may have no row
+            *(tokens.contiguous(), ends if scales is None else scales.contiguous(), place, ends),
+            *(into, out_scales, ends.shape[0], units, each),
+            SOME=into.shape[0] < place.numel(),  # a token may have no row
             CHOICES=choices,
             SCALES=next_power_of_2(each) if each else 0,
             BLOCK=block,
+            WIDE=wide,
             num_warps=max(1, min(8, block // 256)),
         )
     return into, out_scales
@@ -238,7 +252,7 @@ def sum_rows(rows: Tensor, place: Tensor, ends: Tensor, into: Tensor | None = No
         block = min(1024, next_power_of_2(width))
         grid = (num_tokens, cdiv(width, block))
         _sum_kernel[grid](
-            *(rows.contiguous(), place, ends, out, len(ends), width),
+            *(rows.contiguous(), place, ends, out, ends.shape[0], width),
             ADD=into is not None,
             CHOICES=choices,
             BLOCK=block,

@@ -17,17 +17,19 @@ def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add(0, bucket, torch.ones_like(bucket))[:-1]
 
 
-def sort_choices(expert_ids: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `order` [N * C], the flat choice of each row, and `place` [N, C]; both int32.
+def sort_choices(expert_ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `order` [N * C], the flat choice of each row; `place` [N, C]; `ends` [e]; all int32.
 
-    `place` is the row of each choice. It is a stable counting sort of `expert_ids` [N, C]; absent
-    choices, -1, come last. `ends` [e] int32 is the row after each expert's last.
+    `place` is the row of each choice, `ends` the row after each expert's last. It is a stable
+    counting sort of `expert_ids` [N, C]; absent choices, -1, come last. `counts` [e] int64 says how
+    many are each expert's.
     """
     flat = expert_ids.flatten()
-    order = flat.where(flat >= 0, len(ends)).argsort(stable=True)
+    order = flat.where(flat >= 0, len(counts)).argsort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
-    return order.int(), place.view_as(expert_ids).int()
+    ends = counts.cumsum(0, dtype=torch.int32)
+    return order.int(), place.view_as(expert_ids).int(), ends
 
 
 def spread_rows(
