@@ -16,7 +16,15 @@ from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.experts.fits import check_memory
 from ep_plugin.moe.groups import ExpertGroups
-from ep_plugin.moe.interfaces import Dispatched, Dispatcher, Router, Routing, Schedule, tell_failure
+from ep_plugin.moe.interfaces import (
+    Dispatched,
+    Dispatcher,
+    Router,
+    Routing,
+    Schedule,
+    tell_failure,
+    tokens_of,
+)
 from ep_plugin.moe.parallel import check_experts_over_ranks
 from ep_plugin.moe.replicas import OncePerReplica
 from ep_plugin.moe.watch.place import Layer, Phase
@@ -122,7 +130,8 @@ class MoELayer(nn.Module):
         if not self._routing_checked:
             check_routing(routing, len(tokens), self.config.num_experts)
             self._routing_checked = True
-        self.experts.rows_in_balance = self._rows_in_balance(routing)
+        if self.config.rank_capacity is not None:  # nothing else reads it, and to set it costs time
+            self.experts.rows_in_balance = self._rows_in_balance(routing)
         self.place.enter(Phase.DISPATCH)
         return routing
 
@@ -144,7 +153,7 @@ class MoELayer(nn.Module):
 
     def in_order(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
         """Dispatch, compute, combine, and then the shared expert: what a schedule returns."""
-        tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
+        tokens = tokens_of(hidden, routing)
         inbox = self.dispatcher.start_dispatch(tokens, routing).wait()
         routed = self.dispatcher.start_combine(self.compute(inbox), inbox).wait()
         return routed, None if self.shared_expert is None else self.shared_expert(hidden)

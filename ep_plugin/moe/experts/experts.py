@@ -163,7 +163,7 @@ class Experts(nn.Module):
             choices = inbox.expert_ids, inbox.tokens_per_expert
             where = expert_rows(*choices, self.config.activation, inbox.num_rows)
             keep = self.keep()
-            recipe = self.recipes(keep.at_once(len(where.order)))(where)
+            recipe = self.recipes(keep.at_once(where.order.shape[0]))(where)
             output: Tensor = FusedExperts.apply(
                 *(inbox.tokens, inbox.probs, fc1_weight, fc2_weight),
                 *(recipe, keep, self.totals, inbox.tokens8),
@@ -224,7 +224,8 @@ class Experts(nn.Module):
             with torch.no_grad():
                 prepare = FP8[self.config.fp8][0].prepare
                 self._weights8 = prepare(self.linear_fc1.weight, self.linear_fc2.weight)
-            self.is_first_microbatch = self.weights_change_every_call
+            if self.is_first_microbatch != self.weights_change_every_call:  # setting it takes time
+                self.is_first_microbatch = self.weights_change_every_call
         return self._weights8
 
     def _activate(self, hidden: Tensor) -> Tensor:

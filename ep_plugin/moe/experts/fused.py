@@ -178,7 +178,7 @@ class Keep:
         """Return `recipe` for each pass: itself if one takes all rows of the call."""
         if not self.several(recipe):
             return [recipe]
-        num_rows, found = len(recipe.rows.order), []
+        num_rows, found = recipe.rows.order.shape[0], []
         size = self.at_once(num_rows)
         for first in range(0, num_rows, size):
             found.append(copy(recipe))
@@ -187,7 +187,7 @@ class Keep:
 
     def several(self, recipe: Recipe) -> bool:
         """Whether a call of `recipe` needs more than one pass."""
-        num_rows = len(recipe.rows.order)
+        num_rows = recipe.rows.order.shape[0]
         return self.at_once(num_rows) < num_rows
 
     def at_once(self, num_rows: int) -> int:

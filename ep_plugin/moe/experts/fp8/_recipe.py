@@ -134,7 +134,7 @@ class Fp8(ABC):
 
     def _spread(self, tokens: Any) -> Any:
         rows = self.rows
-        return rows.ops.spread_rows8(tokens, rows.place, rows.ends, len(rows.order))
+        return rows.ops.spread_rows8(tokens, rows.place, rows.ends, rows.order.shape[0])
 
     def _tokens(self, tokens: Any) -> Any:
         return self._transpose(tokens, self.rows.place.shape[1])
