@@ -246,15 +246,6 @@ def tell_failure(dispatcher: Dispatcher) -> None:
     getattr(dispatcher, "fail", lambda: None)()
 
 
-def tokens_of(hidden: Tensor, routing: Routing) -> Tensor:
-    """Return `hidden` [S, B, H] or [T, H], which was routed, as tokens [T, H].
-
-    They are those that the router handed on, if it did: no views to there and back are recorded.
-    """
-    handed_on = routing.hidden
-    return hidden.reshape(-1, hidden.shape[-1]) if handed_on is None else handed_on
-
-
 def dispatch(dispatcher: Dispatcher, hidden: Tensor, routing: Routing) -> Dispatched:
     """Start and wait: the serial form of `Dispatcher.start_dispatch`."""
     return dispatcher.start_dispatch(hidden, routing).wait()

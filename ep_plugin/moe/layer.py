@@ -16,15 +16,7 @@ from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import Experts
 from ep_plugin.moe.experts.fits import check_memory
 from ep_plugin.moe.groups import ExpertGroups
-from ep_plugin.moe.interfaces import (
-    Dispatched,
-    Dispatcher,
-    Router,
-    Routing,
-    Schedule,
-    tell_failure,
-    tokens_of,
-)
+from ep_plugin.moe.interfaces import Dispatched, Dispatcher, Router, Routing, Schedule, tell_failure
 from ep_plugin.moe.parallel import check_experts_over_ranks
 from ep_plugin.moe.replicas import OncePerReplica
 from ep_plugin.moe.watch.place import Layer, Phase
@@ -153,7 +145,9 @@ class MoELayer(nn.Module):
 
     def in_order(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
         """Dispatch, compute, combine, and then the shared expert: what a schedule returns."""
-        tokens = tokens_of(hidden, routing)
+        tokens = routing.hidden  # [T, H] as the router handed them on: no views there and back
+        if tokens is None:
+            tokens = hidden.reshape(-1, hidden.shape[-1])
         inbox = self.dispatcher.start_dispatch(tokens, routing).wait()
         routed = self.dispatcher.start_combine(self.compute(inbox), inbox).wait()
         return routed, None if self.shared_expert is None else self.shared_expert(hidden)

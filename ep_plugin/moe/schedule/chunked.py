@@ -29,14 +29,7 @@ from torch import Tensor
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts.experts import Experts
-from ep_plugin.moe.interfaces import (
-    Block,
-    Dispatched,
-    PeerDispatcher,
-    Routing,
-    Schedule,
-    tokens_of,
-)
+from ep_plugin.moe.interfaces import Block, Dispatched, PeerDispatcher, Routing, Schedule
 from ep_plugin.moe.schedule._chunked_experts import Call, ChunkedExperts, ThereAndBack
 from ep_plugin.moe.schedule._trip import Trip
 
@@ -53,7 +46,7 @@ def chunked(
     """
     dispatcher = cast(PeerDispatcher, block.dispatcher)  # `build` has checked
     experts = cast(Experts, block.experts)
-    packed = dispatcher.pack(tokens_of(hidden, routing), routing)
+    packed = dispatcher.pack(hidden.reshape(-1, hidden.shape[-1]), routing)
     trip = Trip(dispatcher, packed, num_chunks)
     weights = experts.linear_fc1(), experts.linear_fc2()
     inbox = packed.complete(packed.outgoing.new_empty(0))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
-from ep_plugin.moe.interfaces import Block, Routing, Schedule, combine, tokens_of
+from ep_plugin.moe.interfaces import Block, Routing, Schedule, combine
 
 
 def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
@@ -23,7 +23,7 @@ def beside_dispatch(block: Block, hidden: Tensor, routing: Routing) -> tuple[Ten
     the shape of `hidden`.
     """
     assert block.shared_expert is not None
-    tokens = tokens_of(hidden, routing)
+    tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
     pending = block.dispatcher.start_dispatch(tokens, routing)
     shared = block.shared_expert(hidden)
     inbox = pending.wait()

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ep_plugin.moe.config import MoEConfig
-from ep_plugin.moe.interfaces import Block, Dispatched, Pending, RoutedBlock, Schedule, tokens_of
+from ep_plugin.moe.interfaces import Block, Dispatched, Pending, RoutedBlock, Schedule
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def depart(
     """Route `hidden` and start its dispatch; the shared expert runs while tokens travel."""
     routing = layer.route(hidden, padding_mask)
     hidden = layer.onward(hidden, routing)
-    tokens = tokens_of(hidden, routing)
+    tokens = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
     pending = layer.dispatcher.start_dispatch(tokens, routing)
     shared = None if layer.shared_expert is None else layer.shared_expert(hidden)
     return UnderWay(hidden, shared, pending)
