@@ -92,6 +92,13 @@ def one_layer(each: Found) -> bool:
     return is_like(each.row, bench="layer", ep=1, routing="balanced")
 
 
+def case_of(each: Found) -> str:
+    """Return what a row of the loop is a case of: model, layout, routing, cards."""
+    row = each.row
+    forced = ", forced balance" if row["routing"] == "forced balance" else ""
+    return f"{row['shape']}, {row['op']}{forced}, {row['ep']} x {row['device']}"
+
+
 def tokens_per_second(each: Found) -> float:
     """Return the speed of a row of the loop."""
     return float(each.row["tokens_per_second"])
@@ -124,10 +131,11 @@ def best(found: Iterable[Found], wanted: Wanted) -> Found | None:
     return min((each for each in found if wanted(each.row)), key=lambda e: e.ms, default=None)
 
 
-def ours(precision: str, graph: bool, **more: object) -> Wanted:
-    """Return what finds our rows: bf16, or FP8 by rows."""
+def ours(precision: str, graph: bool | None = None, **more: object) -> Wanted:
+    """Return what finds our rows: bf16, or FP8 by rows; in a graph, not in one, or both."""
     backend = OURS if precision == "bf16" else f"{OURS}+rowwise"
-    whole = {"backend": backend, "precision": precision, "graph": graph, **more}
+    whole = {"backend": backend, "precision": precision, **more}
+    whole |= {} if graph is None else {"graph": graph}
     return lambda row: is_like(row, **whole)
 
 
@@ -147,12 +155,18 @@ def megatron(precision: str, as_it_is: bool = False) -> Wanted:
     return wanted
 
 
+def dropping(row: Row) -> bool:
+    """Whether a row is of Megatron with a capacity, which drops rows where loads are uneven."""
+    name, *ways = row["backend"].split("+")
+    return name == "megatron" and DROPPING in ways and row["precision"] == "bf16"
+
+
 def peers(precision: str, names: tuple[str, ...]) -> Wanted:
-    """Return what finds rows of these peers, launched by the host."""
+    """Return what finds rows of these peers."""
 
     def wanted(row: Row) -> bool:
         name = row["backend"].split("+")[0]
-        return name in names and row["precision"] == precision and not row["graph"]
+        return name in names and row["precision"] == precision
 
     return wanted
 

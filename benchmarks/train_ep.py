@@ -42,6 +42,7 @@ from ep_plugin.commands.bench.figures import (
     EMPTY,
     Row,
     device_name,
+    hosts_differ,
     identity,
     make_row,
     merge,
@@ -198,7 +199,12 @@ def beside(row: Row, other: Row) -> str:
         loss += f" (standard error {statistics.stdev(percent) / len(percent) ** 0.5:.2f})"
     ratio = row["tokens_per_second"] / other["tokens_per_second"]
     speed = "" if row["device"] == "cpu" else f"{ratio:.2f} x tokens per second, "
-    return f"{speed}{loss} beside"
+    return f"{speed}{loss}{_of_two_hosts(row, other)} beside"
+
+
+def _of_two_hosts(row: Row, other: Row) -> str:
+    differ = row["device"] != "cpu" and hosts_differ(row, other)
+    return " (speeds may be of two hosts, and not compare)" if differ else ""
 
 
 def print_layers(found: dict[Case, dict[tuple[str, str], Row]], args: argparse.Namespace) -> None:
@@ -215,7 +221,7 @@ def print_layers(found: dict[Case, dict[tuple[str, str], Row]], args: argparse.N
                 cost = layer_cost(row, other, deep - shallow, tokens, args.ranks)
                 print(
                     f"{case.title(args)} to {deep} layers, {case.layout} {' '.join(name)}: a layer "
-                    f"costs {cost:.3f} microseconds a token and GPU"
+                    f"costs {cost:.3f} microseconds a token and GPU{_of_two_hosts(row, other)}"
                 )
 
 

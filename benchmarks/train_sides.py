@@ -112,10 +112,13 @@ def fp8_flags(side: Side, recipe: str) -> str:
 
 def own_flags(side: Side, over_ranks: bool, engine: bool, recipe: str | None) -> str:
     """Return the flags that a side alone gets; `recipe` is None in bf16."""
+    fused = side.fused if engine else ""
+    if recipe is not None and side.is_peer:  # rows that its router pads are counted by the host
+        fused = fused.replace(" moe_preprocess", "")
     parts = [
         side.flags,
         side.over_ranks if over_ranks else "",
-        side.fused if engine else "",
+        fused,
         fp8_flags(side, recipe) if recipe is not None else "",
     ]
     return " ".join(filter(None, parts))
