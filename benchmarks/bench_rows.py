@@ -219,7 +219,7 @@ def _train(row: Row, name: str, ways: list[str]) -> str:
     """Return the command of benchmarks/train_ep.py; Megatron's sides are named as its ways are."""
     recipes = [way for way in ways if way in ("delayed", "blockwise")]
     side = "-".join([name, *(way for way in ways if way not in recipes)])
-    side = "graph" if row["graph"] else side
+    side = "graph" if row["graph"] and name == OURS else side
     model, *rest = str(row["shape"]).split(", ")
     words = ["--ranks", str(row["ep"]), "--model", model, "--layouts", str(row["op"])]
     for part in rest:
