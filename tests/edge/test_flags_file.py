@@ -210,6 +210,7 @@ def test_what_megatron_itself_takes_from_a_checkpoint_is_said_or_refused() -> No
     assert restored <= said | {*spell_model.UNSAID} | RESTORED_BESIDE
 
 
+YARN = {"position_embedding_type": "yarn"}
 FURTHER = (("sequence", 0.25), ("global", 1e-5))
 
 
@@ -237,6 +238,18 @@ def own_model(**changes: Any) -> argparse.Namespace:
         (["--moe-z-loss-coeff", "0.001"], {"moe_z_loss_coeff": 0.001}),
         (["--ep-router", "expert_choice"], {"ep_router": "expert_choice"}),
         (["--no-rope-freq", "[0,1,0,1]"], {"no_rope_freq": [0, 1, 0, 1]}),
+        *(
+            ([f"--{name.replace('_', '-')}", str(value)], {**YARN, name: value})
+            for name, value in (
+                *(("rotary_scaling_factor", 32.0), ("mscale", 0.7), ("mscale_all_dim", 0.3)),
+                *(("yarn_beta_fast", 3.0), ("yarn_beta_slow", 0.5)),
+                ("yarn_original_max_position_embeddings", 1024),
+            )
+        ),
+        (
+            ["--no-yarn-correction-range-round-to-int"],
+            {**YARN, "yarn_correction_range_round_to_int": False},
+        ),
         (["--ep-further-losses", "sequence:0.25,global:1e-05"], {"ep_further_losses": FURTHER}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
