@@ -42,6 +42,10 @@ PATHS = ("/etc/passwd", "../x", "a/b", "~", "my_package.my_router", "os.system",
 BYTES = ("a\tb", "a\rb", "\x00", "\x1b[2J", "\u2028", "\u0661", "a\vb", " 1", "1 ", "", "-x", "-")
 OPENS = re.compile(r"path|file|dir\b|--load|-save\b|module|config|tokenizer|spec\b|cfg")
 CASES = [*SHELL, *PATHS, *BYTES]
+LATER = {  # flags of Megatron 0.19, which older runs cannot have set
+    *("--yarn-original-max-position-embeddings", "--yarn-beta-fast", "--yarn-beta-slow"),
+    "--no-yarn-correction-range-round-to-int",
+}
 
 
 def refusal(path: Path, lines: list[str], kind: str = "model") -> str:
@@ -91,7 +95,7 @@ def test_every_other_flag_of_megatron_s_is_refused_by_name(tmp_path: Path) -> No
     """All flags of its parser, those that open files or load code among them."""
     legal = flags_file.FLAGS["model"]
     actions = {flag: a for a in megatron_parser()._actions for flag in a.option_strings}
-    assert legal.keys() <= actions.keys()
+    assert legal.keys() - actions.keys() <= LATER
     dangerous = {"--load", "--save", "--data-path", "--spec", "--tokenizer-model", "--yaml-cfg"}
     dangerous |= {"--ep-parity-dump", "--heterogeneous-layers-config-path", "--tensorboard-dir"}
     others = actions.keys() - legal.keys()
@@ -100,6 +104,8 @@ def test_every_other_flag_of_megatron_s_is_refused_by_name(tmp_path: Path) -> No
         with pytest.raises(ConfigError, match=f"got '{flag[:60]}"):
             flags_file.check([*GOOD, flag, "1"], "model", tmp_path)
     for flag, takes_value in legal.items():
+        if flag not in actions:
+            continue
         assert takes_value is (actions[flag].nargs != 0), flag
         assert flag in ("--ep-audit-save", "--ep-check-save", "--ep-save") or not OPENS.search(flag)
 
@@ -257,6 +263,10 @@ def own_model(**changes: Any) -> argparse.Namespace:
 def test_settings_of_one_s_own_run_go_along(
     flags: list[str], changes: dict[str, Any], tmp_path: Path
 ) -> None:
+    if flags[0] in LATER and flags[0] not in {
+        flag for action in megatron_parser()._actions for flag in action.option_strings
+    }:
+        pytest.skip(f"this Megatron has no {flags[0]}")
     plain, words = (spell_model.model_flags(own_model(**c)) for c in ({}, changes))
     found = " ".join(words)
     assert " ".join(flags) in found
