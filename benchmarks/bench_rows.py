@@ -94,7 +94,8 @@ def one_layer(each: Found) -> bool:
 
 def host_of(each: Found) -> str:
     """Return what stands for the host of a row: the start of its machine, or else its date."""
-    return str(each.row["start"] or each.row["date"])
+    start, date = each.row["start"], each.row["date"]
+    return f"{date}" if start is None else f"{date}, start {start}"
 
 
 def case_of(each: Found) -> str:
@@ -105,14 +106,14 @@ def case_of(each: Found) -> str:
 
 
 def cases(found: Iterable[Found]) -> dict[str, list[Found]]:
-    """Return the rows of the loop by case; a case over several hosts is one of each, by date."""
+    """Return the rows of the loop by case; a case over several hosts is one of each."""
     groups: dict[str, dict[str, list[Found]]] = {}
     for each in found:
         groups.setdefault(case_of(each), {}).setdefault(host_of(each), []).append(each)
     return {
-        case if len(hosts) == 1 else f"{case}, {own[0].row['date']}": own
+        case if len(hosts) == 1 else f"{case}, {host}": own
         for case, hosts in groups.items()
-        for own in hosts.values()
+        for host, own in hosts.items()
     }
 
 
