@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import forecast_errors
@@ -24,6 +25,8 @@ from bench_rows import (
     RESULTS,
     Found,
     best,
+    cases,
+    dropping,
     floor,
     gains,
     is_like,
@@ -75,20 +78,23 @@ class Page:
         self.used[json.dumps([*identity(each.row), each.file])] = each
 
     def layer(self) -> str:
-        """One layer on one GPU: a table for each card and kind of gradients."""
+        """One layer on one GPU: a table for each card, kind of gradients, and in a graph or not."""
         columns: list[Column] = [
-            ("ours bf16", lambda f: best(f, ours("bf16", False))),
-            ("ours bf16, graph", lambda f: best(f, ours("bf16", True))),
-            ("ours FP8", lambda f: best(f, ours("fp8", False))),
-            ("ours FP8, graph", lambda f: best(f, ours("fp8", True))),
+            ("ours bf16", lambda f: best(f, ours("bf16"))),
+            ("ours FP8", lambda f: best(f, ours("fp8"))),
             ("torch bf16", lambda f: best(f, peers("bf16", ("torch",)))),
             ("Megatron bf16, as it comes", lambda f: best(f, megatron("bf16", True))),
             ("Megatron bf16, fastest of those run", lambda f: best(f, megatron("bf16"))),
             ("Megatron FP8, fastest of those run", lambda f: best(f, megatron("fp8"))),
+            ("Megatron bf16, drop-and-pad", lambda f: best(f, dropping)),
             ("best other, bf16", lambda f: best(f, others)),
         ]
         rows = [f for f in self.found if one_layer(f)]
-        return self._tables(rows, columns, _floors)
+        tables = [
+            self._tables([f for f in rows if f.row["graph"] is graph], columns, _floors, launched)
+            for graph, launched in ((False, ", launched by the host"), (True, ", in a CUDA graph"))
+        ]
+        return "\n\n".join(tables)
 
     def two_gpus(self) -> str:
         """The layer over ranks: a table for each card, number of ranks and kind of gradients."""
@@ -111,6 +117,7 @@ class Page:
         rows: list[Found],
         columns: list[Column],
         last: Callable[[list[Found]], tuple[str, str]],
+        launched: str = "",
     ) -> str:
         """Return a table for each group of rows; columns without a figure are left out."""
         groups: dict[tuple[str, int, str, str], list[Found]] = {}
@@ -134,12 +141,12 @@ class Page:
             body = [[r[0], *(r[i + 1] for i in kept), r[-1]] for r in table]
             ranks = f", EP {ep}" if ep > 1 else ""
             link = f"[{file}](../benchmarks/results/{file})"
-            title = f"{device}{ranks}, {GRADIENTS[gradients]}, ms ({link}):"
+            title = f"{device}{ranks}{launched}, {GRADIENTS[gradients]}, ms ({link}):"
             out.append(f"{title}\n\n{_markdown(head, body)}")
         return "\n\n".join(out)
 
     def loop(self) -> str:
-        """Megatron's loop: tokens per second of all GPUs."""
+        """Megatron's loop: tokens per second of all GPUs, a line for each host."""
         rows = [f for f in self.found if f.row["bench"] == "train"]
         head = ["model, layout, card", "ours", "in a graph", "ours FP8", "in a graph"]
         head += [
@@ -149,8 +156,7 @@ class Page:
         ]
         head += ["ours over it, bf16"]
         body = []
-        for key in dict.fromkeys(_case(f) for f in rows):
-            own = [f for f in rows if _case(f) == key]
+        for key, own in cases(rows).items():
             picked = [
                 best(own, partial(is_like, **_ours_in_the_loop(precision), graph=graph))
                 for precision in ("bf16", "fp8")
@@ -198,6 +204,27 @@ class Page:
         ]
         return _markdown(head, body)
 
+    def over(self) -> str:
+        """Our layer over its floor, where the run that measured it measured the rates too."""
+        ways = list(product(("added", "anew"), (False, True)))
+        head = [
+            "shape, card",
+            *(f"{kind}, {'in a graph' if g else 'launched'}" for kind, g in ways),
+        ]
+        rows = [f for f in self.found if one_layer(f) and f.row["rates"]]
+        body = []
+        for device, shape in product(sorted({f.row["device"] for f in rows}), SHAPES):
+            cells = []
+            for gradients, graph in ways:
+                same = {"device": device, "shape": shape, "gradients": gradients}
+                own = [f for f in rows if is_like(f.row, **same)]
+                mine = [best(own, ours(precision, graph)) for precision in PRECISIONS]
+                ratios = [f"{f.ms / at:.2f}" if f and (at := f.floor()) else "-" for f in mine]
+                cells.append(" / ".join(ratios))
+            if any(cell != "- / -" for cell in cells):
+                body.append([f"{shape}, {device}", *cells])
+        return _markdown(head, body)
+
     def absent(self) -> str:
         """Peers without a row, their own figures, and why."""
         rows = json.loads((RESULTS / "published.json").read_text())
@@ -212,6 +239,7 @@ class Page:
         for each in sorted(self.used.values(), key=lambda e: (e.row["bench"], repeat(e.row))):
             row = each.row
             way = [row["backend"], row["dispatcher"], row["schedule"], "graph" * row["graph"]]
+            way += [row["routing"]] if row["routing"] not in ("balanced", "natural") else []
             name = " ".join(filter(None, (row["bench"], row["shape"], row["op"], *way)))
             figure = f"{each.ms:.2f} ms"
             if row["bench"] == "train":
@@ -225,12 +253,6 @@ class Page:
 
 def _ours_in_the_loop(precision: str) -> dict[str, object]:
     return {"backend": "ep_plugin", "precision": precision}
-
-
-def _case(each: Found) -> str:
-    row = each.row
-    forced = ", forced balance" if row["routing"] == "forced balance" else ""
-    return f"{row['shape']}, {row['op']}{forced}, {row['ep']} x {row['device']}"
 
 
 def _floors(own: list[Found]) -> tuple[str, str]:
@@ -270,7 +292,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     page = Page(load())
-    names = ("floors", "layer", "two_gpus", "loop", "fp8", "absent")
+    names = ("floors", "over", "layer", "two_gpus", "loop", "fp8", "absent")
     tables = {name: getattr(page, name)() for name in names}
     tables["forecast"] = forecast_errors.table()
     tables["nodes"] = several_nodes.table()

@@ -1,6 +1,7 @@
 """The four pictures of docs/benchmarks.md, one for each question."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ matplotlib.use("Agg")
 from bench_rows import (
     Found,
     best,
+    cases,
+    dropping,
     gains,
     is_like,
     megatron,
@@ -60,7 +63,7 @@ def _layer(found: list[Found], bench: str, ranks: int, gradients: Gradients) -> 
     with_peers = [f for f in shown if megatron("bf16")(f.row)]
     shown = [f for f in shown if f.row["device"] in {m.row["device"] for m in _newest(with_peers)}]
     ways = [ours(p, g) for p in ("bf16", "fp8") for g in (False, True)]
-    ways += [megatron("bf16"), megatron("fp8"), peers("bf16", ("torch",)), others]
+    ways += [megatron("bf16"), dropping, megatron("fp8"), peers("bf16", ("torch",)), others]
     picked = []
     for shape in SHAPES:
         own = [f for f in shown if f.row["shape"] == shape]
@@ -91,20 +94,23 @@ def _bars(title: str, labels: list[str], bars: Bars, colors: list[str], unit: st
 
 def _loop(found: list[Found]) -> Any:
     rows = [f for f in found if f.row["bench"] == "train"]
-    cases = list(dict.fromkeys((f.row["shape"], f.row["op"], f.row["device"]) for f in rows))
     ways = {
-        "ours bf16": lambda r: r["backend"] == "ep_plugin" and r["precision"] == "bf16",
-        "ours FP8": lambda r: r["backend"] == "ep_plugin" and r["precision"] == "fp8",
+        "ours bf16": partial(is_like, backend=OURS_NAME, precision="bf16"),
+        "ours FP8": partial(is_like, backend=OURS_NAME, precision="fp8"),
         "Megatron bf16": megatron("bf16"),
         "Megatron FP8": megatron("fp8"),
     }
     bars: Bars = {name: [] for name in ways}
-    for case in cases:
-        own = [f for f in rows if (f.row["shape"], f.row["op"], f.row["device"]) == case]
+    both = {
+        case: own
+        for case, own in cases(rows).items()
+        if len({f.row["backend"] == OURS_NAME for f in own}) == 2  # a side alone shows nothing
+    }
+    for own in both.values():
         for name, way in ways.items():
             each = best(own, way)
             bars[name].append(tokens_per_second(each) / 1e3 if each else None)
-    labels = [f"{shape}\n{op}, {device}" for shape, op, device in cases]
+    labels = [case.replace(", ep=", "\nep=").replace(", tp=", "\ntp=") for case in both]
     title = "Megatron's loop: the fastest way of each side that was measured"
     return _bars(title, labels, bars, [*OURS, *THEIRS], "thousand tokens per second, all GPUs")
 

@@ -42,6 +42,7 @@ from ep_plugin.commands.bench.figures import (
     EMPTY,
     Row,
     device_name,
+    hosts_differ,
     identity,
     make_row,
     merge,
@@ -76,7 +77,7 @@ def train(name: str, precision: str, args: argparse.Namespace, case: Case) -> Ro
         "shape": case.title(args),
         "op": case.layout,
         "backend": backend(name, recipe, has_engine()),
-        "graph": name == "graph",
+        "graph": SIDES[name].in_graph,
         "precision": precision,
         "routing": "forced balance" if args.force_balance else "natural",
         "gradients": "added",
@@ -175,7 +176,8 @@ def print_peer(at: str, precision: str, rows: dict[str, Row]) -> None:
     theirs = {side: row for side, row in rows.items() if SIDES[side].is_peer}
     if not theirs or next(iter(theirs.values()))["device"] == "cpu":
         return
-    best = max(theirs.values(), key=lambda row: float(row["tokens_per_second"]))
+    whole = [row for side, row in theirs.items() if not SIDES[side].drops] or [*theirs.values()]
+    best = max(whole, key=lambda row: float(row["tokens_per_second"]))
     for told, row in (("as its users get it", theirs.get("megatron-defaults")), ("best", best)):
         figure = "not measured" if row is None else f"{row['tokens_per_second']:.0f} tokens/s"
         which = "" if row is None else f" ({row.get('switches') or 'no switch'})"
@@ -198,7 +200,12 @@ def beside(row: Row, other: Row) -> str:
         loss += f" (standard error {statistics.stdev(percent) / len(percent) ** 0.5:.2f})"
     ratio = row["tokens_per_second"] / other["tokens_per_second"]
     speed = "" if row["device"] == "cpu" else f"{ratio:.2f} x tokens per second, "
-    return f"{speed}{loss} beside"
+    return f"{speed}{loss}{_of_two_hosts(row, other)} beside"
+
+
+def _of_two_hosts(row: Row, other: Row) -> str:
+    differ = row["device"] != "cpu" and hosts_differ(row, other)
+    return " (speeds may be of two hosts, and not compare)" if differ else ""
 
 
 def print_layers(found: dict[Case, dict[tuple[str, str], Row]], args: argparse.Namespace) -> None:
@@ -215,7 +222,7 @@ def print_layers(found: dict[Case, dict[tuple[str, str], Row]], args: argparse.N
                 cost = layer_cost(row, other, deep - shallow, tokens, args.ranks)
                 print(
                     f"{case.title(args)} to {deep} layers, {case.layout} {' '.join(name)}: a layer "
-                    f"costs {cost:.3f} microseconds a token and GPU"
+                    f"costs {cost:.3f} microseconds a token and GPU{_of_two_hosts(row, other)}"
                 )
 
 

@@ -17,6 +17,7 @@ import torch
 
 from ep_plugin.cli import build_parser
 from ep_plugin.commands import bench, law
+from ep_plugin.commands.bench import figures
 from ep_plugin.commands.bench.best import both_figures
 from ep_plugin.commands.bench.figures import make_row, merge, read, table
 from ep_plugin.commands.bench.floors import PRECISIONS, Precision
@@ -68,10 +69,18 @@ def test_the_fastest_way_at_each_ep_counts_beside_one_rank(tmp_path: Path) -> No
 
 
 def test_losses_are_compared_seed_by_seed() -> None:
-    ours = {"losses": [1.01, 2.06], "tokens_per_second": 300.0, "device": "a GPU"}
-    theirs = {"losses": [1.00, 2.00], "tokens_per_second": 100.0, "device": "a GPU"}
+    where = {"device": "a GPU", "start": "0" * 8, "graph": False}
+    ours = {"losses": [1.01, 2.06], "tokens_per_second": 300.0, **where}
+    theirs = {"losses": [1.00, 2.00], "tokens_per_second": 100.0, **where}
     told = train_ep.beside(ours, theirs)
     assert told == "3.00 x tokens per second, loss +2.00 % (standard error 1.00) beside"
+    for start in ("1" * 8, None):
+        two = [each | {"start": start} for each in (ours, theirs)]
+        pairs = [(ours, two[1]), (two[0], theirs), *([tuple(two)] if start is None else [])]
+        said = [train_ep.beside(*pair) for pair in pairs]
+        assert all("may be of two hosts, and not compare) beside" in line for line in said)
+        captured = [{**each, "graph": True} for each in (ours, two[1])]
+        assert "hosts" not in train_ep.beside(*captured)
     one = [{**side, "losses": side["losses"][:1], "device": "cpu"} for side in (ours, theirs)]
     assert train_ep.beside(*one) == "loss +1.00 % beside"
 
@@ -121,7 +130,7 @@ def test_megatron_has_the_flags_of_every_side(
     everything = side == "megatron-all"
     assert known.delay_wgrad_compute == (everything or side == "megatron-overlap")
     graphs = [module.name for module in known.cuda_graph_modules]
-    wanted = ["attn", "moe_router", "moe_preprocess"]
+    wanted = ["attn", "moe_router", *(["moe_preprocess"] if recipe is None else [])]
     assert graphs == (wanted if everything or "graphs" in side else [])
 
 
@@ -354,6 +363,51 @@ def test_a_row_of_the_loop_is_repeated_with_its_size(monkeypatch: pytest.MonkeyP
         assert getattr(again, name) == getattr(args, name)
     told = again.depths, again.micro_batch, again.fp8_recipe, again.force_balance
     assert told == ([4], [1], "delayed", True)
+
+
+def test_a_picture_of_the_loop_keeps_routing_apart_and_needs_both_sides() -> None:
+    pytest.importorskip("matplotlib")
+    import bench_pictures
+
+    here = {"bench": "train", "device": "a GPU", "op": "ep=2", "ep": 2}
+    made = [
+        row(2, 1.0, routing=routing, backend=backend, shape=shape, tokens_per_second=1000.0 * speed)
+        for routing, backend, shape, speed in (
+            ("natural", "ep_plugin", "m", 2),
+            ("natural", "megatron (te)", "m", 1),
+            ("forced balance", "ep_plugin", "m", 9),
+            ("natural", "ep_plugin", "alone", 5),
+        )
+    ]
+    figure = bench_pictures._loop([bench_rows.Found(each | here, "f.json") for each in made])
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["m\nep=2, 2 x a GPU"]
+    assert sorted(bar.get_width() for bar in axes.patches) == [0, 0, 1, 2]
+
+
+def test_no_row_of_the_loop_is_lost_where_two_machines_ran_a_case_on_one_day() -> None:
+    here = {"bench": "train", "op": "ep=2", "routing": "natural"}
+    made = [row(2, 1.0, backend=name) | here for name in ("ep_plugin", "megatron (te)")]
+    found = [
+        bench_rows.Found(each | {"start": start}, "f.json")
+        for each in made
+        for start in ("a" * 8, "b" * 8, None)
+    ]
+    by_case = bench_rows.cases(found)
+    assert sorted(map(len, by_case.values())) == [2, 2, 2]
+    assert all(len({each.row["start"] for each in own}) == 1 for own in by_case.values())
+    assert len(bench_rows.cases(found[::3])) == 1
+
+
+def test_a_start_is_told_by_a_hash(tmp_path: Path) -> None:
+    boots = [tmp_path / name for name in "ab"]
+    for path in boots:
+        path.write_text(path.name)
+    starts = [figures.this_start(path) for path in (*boots, tmp_path / "none")]
+    assert starts[2] is None
+    assert len(set(starts)) == 3
+    assert all(len(start) == 8 for start in starts[:2] if start is not None)
+    assert make_row(torch.device("cpu"), Timing(1, 1, 1))["start"] == figures.this_start()
 
 
 def test_the_newest_file_of_a_card_counts_and_a_floor_is_of_its_own_card() -> None:

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ EMPTY: Row = {
     **dict.fromkeys(("ms", "p10_ms", "p90_ms", "fwd_ms", "weight_quant_ms", "floor_ms")),
     **dict.fromkeys(("saved_mib", "tflops", "gbps", "error", "grad_error", "gpu")),
     **dict.fromkeys(("dispatcher", "schedule", "exchange_ms", "compute_ms", "wire_ms")),
-    **dict.fromkeys(("hidden_share", "covered_share", "rates", "host_ms")),
+    **dict.fromkeys(("hidden_share", "covered_share", "rates", "host_ms", "start")),
     "gradients": "anew",  # weight gradients; of rows that do not say so
 }
 OF_SOME = {
@@ -44,7 +45,10 @@ OF_SOME = {
     "losses",
 }  # benches
 # What a row must have to be printed and drawn: the types of each name, and which are never None.
-TEXTS = "bench shape op backend precision routing device dispatcher schedule gradients switches run"
+TEXTS = (
+    "bench shape op backend precision routing device dispatcher schedule gradients switches run "
+    "start"
+)
 NUMBERS = (
     "ms p10_ms p90_ms fwd_ms weight_quant_ms floor_ms saved_mib tflops gbps exchange_ms "
     "compute_ms hidden_share covered_share host_ms"
@@ -95,6 +99,22 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@cache
+def this_start(path: Path = Path("/proc/sys/kernel/random/boot_id")) -> str | None:
+    """Return eight hex digits that tell this start of this machine from others; None off Linux.
+
+    What the host launches depends on it: such rows compare within one start alone.
+    """
+    return sha256(path.read_bytes()).hexdigest()[:8] if path.exists() else None
+
+
+def hosts_differ(row: Row, other: Row) -> bool:
+    """Return whether two rows may be of two hosts, and one of them depends on its host."""
+    launched = not (row["graph"] and other["graph"])
+    known = row["start"] is not None and row["start"] == other["start"]
+    return launched and not known
+
+
 def make_row(device: torch.device, time: Timing, **fields: Any) -> Row:
     """Return a row with every key; what has no meaning for its bench is None."""
     unknown = set(fields) - set(EMPTY) - OF_SOME
@@ -105,6 +125,7 @@ def make_row(device: torch.device, time: Timing, **fields: Any) -> Row:
         **{k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()},
         "device": device_name(device),
         "versions": versions(),
+        "start": this_start(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
