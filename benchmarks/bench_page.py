@@ -25,7 +25,7 @@ from bench_rows import (
     RESULTS,
     Found,
     best,
-    case_of,
+    cases,
     dropping,
     floor,
     gains,
@@ -146,7 +146,7 @@ class Page:
         return "\n\n".join(out)
 
     def loop(self) -> str:
-        """Megatron's loop: tokens per second of all GPUs."""
+        """Megatron's loop: tokens per second of all GPUs, a line for each host."""
         rows = [f for f in self.found if f.row["bench"] == "train"]
         head = ["model, layout, card", "ours", "in a graph", "ours FP8", "in a graph"]
         head += [
@@ -156,8 +156,7 @@ class Page:
         ]
         head += ["ours over it, bf16"]
         body = []
-        for key in dict.fromkeys(case_of(f) for f in rows):
-            own = [f for f in rows if case_of(f) == key]
+        for key, own in cases(rows).items():
             picked = [
                 best(own, partial(is_like, **_ours_in_the_loop(precision), graph=graph))
                 for precision in ("bf16", "fp8")
@@ -240,6 +239,7 @@ class Page:
         for each in sorted(self.used.values(), key=lambda e: (e.row["bench"], repeat(e.row))):
             row = each.row
             way = [row["backend"], row["dispatcher"], row["schedule"], "graph" * row["graph"]]
+            way += [row["routing"]] if row["routing"] not in ("balanced", "natural") else []
             name = " ".join(filter(None, (row["bench"], row["shape"], row["op"], *way)))
             figure = f"{each.ms:.2f} ms"
             if row["bench"] == "train":

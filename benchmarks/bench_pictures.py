@@ -11,7 +11,8 @@ matplotlib.use("Agg")
 from bench_rows import (
     Found,
     best,
-    case_of,
+    cases,
+    dropping,
     gains,
     is_like,
     megatron,
@@ -62,7 +63,7 @@ def _layer(found: list[Found], bench: str, ranks: int, gradients: Gradients) -> 
     with_peers = [f for f in shown if megatron("bf16")(f.row)]
     shown = [f for f in shown if f.row["device"] in {m.row["device"] for m in _newest(with_peers)}]
     ways = [ours(p, g) for p in ("bf16", "fp8") for g in (False, True)]
-    ways += [megatron("bf16"), megatron("fp8"), peers("bf16", ("torch",)), others]
+    ways += [megatron("bf16"), dropping, megatron("fp8"), peers("bf16", ("torch",)), others]
     picked = []
     for shape in SHAPES:
         own = [f for f in shown if f.row["shape"] == shape]
@@ -93,7 +94,6 @@ def _bars(title: str, labels: list[str], bars: Bars, colors: list[str], unit: st
 
 def _loop(found: list[Found]) -> Any:
     rows = [f for f in found if f.row["bench"] == "train"]
-    cases = {case: [f for f in rows if case_of(f) == case] for case in map(case_of, rows)}
     ways = {
         "ours bf16": partial(is_like, backend=OURS_NAME, precision="bf16"),
         "ours FP8": partial(is_like, backend=OURS_NAME, precision="fp8"),
@@ -103,7 +103,7 @@ def _loop(found: list[Found]) -> Any:
     bars: Bars = {name: [] for name in ways}
     both = {
         case: own
-        for case, own in cases.items()
+        for case, own in cases(rows).items()
         if len({f.row["backend"] == OURS_NAME for f in own}) == 2  # a side alone shows nothing
     }
     for own in both.values():

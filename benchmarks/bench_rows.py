@@ -92,11 +92,29 @@ def one_layer(each: Found) -> bool:
     return is_like(each.row, bench="layer", ep=1, routing="balanced")
 
 
+def host_of(each: Found) -> str:
+    """Return what stands for the host of a row: the start of its machine, or else its date."""
+    start, date = each.row["start"], each.row["date"]
+    return f"{date}" if start is None else f"{date}, start {start}"
+
+
 def case_of(each: Found) -> str:
     """Return what a row of the loop is a case of: model, layout, routing, cards."""
     row = each.row
     forced = ", forced balance" if row["routing"] == "forced balance" else ""
     return f"{row['shape']}, {row['op']}{forced}, {row['ep']} x {row['device']}"
+
+
+def cases(found: Iterable[Found]) -> dict[str, list[Found]]:
+    """Return the rows of the loop by case; a case over several hosts is one of each."""
+    groups: dict[str, dict[str, list[Found]]] = {}
+    for each in found:
+        groups.setdefault(case_of(each), {}).setdefault(host_of(each), []).append(each)
+    return {
+        case if len(hosts) == 1 else f"{case}, {host}": own
+        for case, hosts in groups.items()
+        for host, own in hosts.items()
+    }
 
 
 def tokens_per_second(each: Found) -> float:
@@ -202,7 +220,7 @@ def _train(row: Row, name: str, ways: list[str]) -> str:
     """Return the command of benchmarks/train_ep.py; Megatron's sides are named as its ways are."""
     recipes = [way for way in ways if way in ("delayed", "blockwise")]
     side = "-".join([name, *(way for way in ways if way not in recipes)])
-    side = "graph" if row["graph"] else side
+    side = "graph" if row["graph"] and name == OURS else side
     model, *rest = str(row["shape"]).split(", ")
     words = ["--ranks", str(row["ep"]), "--model", model, "--layouts", str(row["op"])]
     for part in rest:
@@ -219,7 +237,7 @@ def versions(row: Row) -> str:
     """Return the versions that matter to a row."""
     kept = row["versions"]
     peer = str(row["backend"]).replace(" (te)", "").split("+")[0]
-    names = ["torch", "triton"]
+    names = ["torch", "triton", *(["ep-plugin"] if peer == OURS else [])]
     if peer == "megatron" or row["bench"] == "train":
         names += ["megatron-core", "transformer-engine"]
     elif peer not in ("torch", OURS):

@@ -29,8 +29,8 @@ if ! "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; 
     ours=(ep_plugin) # whole iterations are captured on GPUs alone
 fi
 # The two figures that are published first, should a step be cut.
-theirs=(megatron-defaults megatron-graphs-cutlass megatron-graphs megatron-all megatron-cutlass
-    megatron-overlap megatron)
+theirs=(megatron-defaults megatron-graphs-cutlass megatron-graphs megatron-drop_and_pad megatron-all
+    megatron-cutlass megatron-overlap megatron)
 
 train() { # FLAG ...
     timeout "$LIMIT" "$PYTHON" benchmarks/train_ep.py --ranks "$RANKS" "${model[@]}" \
@@ -49,10 +49,12 @@ run_two() {
     train --micro-batch 2 --num-layers "$shallow" --sides "${ours[@]}" "${theirs[@]}"
 }
 run_four() {
-    train --micro-batch 4 --num-layers "$shallow" --sides "${ours[@]}" megatron-graphs-cutlass megatron-all
+    train --micro-batch 4 --num-layers "$shallow" --sides "${ours[@]}" megatron-graphs \
+        megatron-graphs-cutlass megatron-all
 }
 run_deep() {
-    train --micro-batch 2 --num-layers "$shallow" "$deep" --sides "${ours[@]}" megatron-graphs-cutlass
+    train --micro-batch 2 --num-layers "$shallow" "$deep" --sides "${ours[@]}" megatron-graphs \
+        megatron-graphs-cutlass
 }
 run_fp8() {
     train --micro-batch 2 --num-layers "$shallow" --precision fp8 --sides "${ours[@]}"
@@ -63,7 +65,7 @@ run_fp8() {
 }
 run_balanced() {
     train --micro-batch 2 --num-layers "$shallow" --force-balance --sides "${ours[@]}" \
-        megatron-graphs-cutlass megatron-all
+        megatron-graphs megatron-graphs-cutlass megatron-all
 }
 
 if (($# == 0)); then

@@ -4,7 +4,7 @@
 #     ./benchmarks/peers.sh rates             what this GPU reaches, and the terms of all floors
 #     ./benchmarks/peers.sh layer cutlass     every way of Megatron, then those by CUTLASS
 #     ./benchmarks/peers.sh liger             Liger's, which compiles for minutes at each shape
-#     ./benchmarks/peers.sh graph             in a CUDA graph; Megatron's with drop-and-pad alone
+#     ./benchmarks/peers.sh graph             in a CUDA graph; Megatron's with drop-and-pad alone, by CUTLASS too
 #     ./benchmarks/peers.sh titan             torchtitan's minimal_async_ep, each shape in its own process
 #     ./benchmarks/peers.sh many wide         gpt-oss-120b and Qwen3-Next; GLM, OLMoE, DeepSeek, Mixtral
 #     ./benchmarks/peers.sh skew              balanced beside zipf1.2 and recorded routing
@@ -53,6 +53,8 @@ run_graph() { # a capture that fails ends its process: each peer has its own
         bench layer "$layers" "$five" --cuda-graph --backends "$peer" ||
             echo "not measured in a graph: $peer; the reason is above" >&2
     done
+    with_cutlass bench layer "$layers" "$five" --cuda-graph --backends megatron --precision bf16 ||
+        echo "not measured in a graph: megatron with CUTLASS; the reason is above" >&2
 }
 run_titan() {
     local shapes shape

@@ -77,7 +77,7 @@ def train(name: str, precision: str, args: argparse.Namespace, case: Case) -> Ro
         "shape": case.title(args),
         "op": case.layout,
         "backend": backend(name, recipe, has_engine()),
-        "graph": name == "graph",
+        "graph": SIDES[name].in_graph,
         "precision": precision,
         "routing": "forced balance" if args.force_balance else "natural",
         "gradients": "added",
@@ -176,7 +176,8 @@ def print_peer(at: str, precision: str, rows: dict[str, Row]) -> None:
     theirs = {side: row for side, row in rows.items() if SIDES[side].is_peer}
     if not theirs or next(iter(theirs.values()))["device"] == "cpu":
         return
-    best = max(theirs.values(), key=lambda row: float(row["tokens_per_second"]))
+    whole = [row for side, row in theirs.items() if not SIDES[side].drops] or [*theirs.values()]
+    best = max(whole, key=lambda row: float(row["tokens_per_second"]))
     for told, row in (("as its users get it", theirs.get("megatron-defaults")), ("best", best)):
         figure = "not measured" if row is None else f"{row['tokens_per_second']:.0f} tokens/s"
         which = "" if row is None else f" ({row.get('switches') or 'no switch'})"

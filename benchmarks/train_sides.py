@@ -64,12 +64,23 @@ class Side(NamedTuple):
     def is_peer(self) -> bool:
         return self.runner == THEIRS
 
+    @property
+    def in_graph(self) -> bool:
+        """Whether its whole iteration is in a CUDA graph."""
+        return GRAPH in f"{self.flags} {self.fused}"
+
+    @property
+    def drops(self) -> bool:
+        """Whether it trains another model, whose experts drop rows."""
+        return FIXED in self.fused
+
 
 OURS = ("-m", "ep_plugin.run")
 THEIRS = (str(ROOT / "tests" / "helpers" / "stock_run.py"),)
 GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 FUSIONS = "--moe-permute-fusion --moe-router-fusion"
 PARTIAL = "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router moe_preprocess"
+FIXED = "--moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity"
 HIDDEN = "--overlap-moe-expert-parallel-comm --delay-wgrad-compute"
 CUTLASS = (("NVTE_USE_CUTLASS_GROUPED_GEMM", "1"),)
 
@@ -99,6 +110,8 @@ SIDES = {
     "megatron-overlap": _theirs(overlap=True),
     "megatron-graphs-cutlass": _theirs(PARTIAL, cutlass=True),
     "megatron-all": _theirs(PARTIAL, cutlass=True, overlap=True),
+    # The whole iteration, as ours: its experts' sizes must be fixed, so rows are dropped.
+    "megatron-drop_and_pad": _theirs(FIXED, GRAPH),
 }
 
 

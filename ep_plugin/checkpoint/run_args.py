@@ -47,6 +47,8 @@ _COUNTS = [
     "vocab_size",
     "ep_vocab_size",
     "tiktoken_num_special_tokens",
+    "original_max_position_embeddings",
+    "yarn_original_max_position_embeddings",
 ]
 _FLAGS = [
     "swiglu",
@@ -73,6 +75,12 @@ _NUMBERS = [
     "rotary_base",
     "rope_scaling_factor",
     "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+    "beta_fast",
+    "beta_slow",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
     "moe_router_topk_scaling_factor",
     "moe_z_loss_coeff",
     "moe_input_jitter_eps",

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ep_plugin.checkpoint.moe_layers import layers_of
+from ep_plugin.checkpoint.normalized import normalize_of
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import speed
@@ -38,11 +39,10 @@ def routing_config(config: Any, settings: EdgeSettings) -> RoutingConfig:
             "of raw logits, as Megatron does; use --moe-router-pre-softmax"
         )
     scaling = config.moe_router_topk_scaling_factor
-    normalized = not config.moe_router_pre_softmax if softmax else config.moe_router_topk > 1
     values = {
         "topk": config.moe_router_topk,
         "score_function": config.moe_router_score_function,
-        "normalize": "before_drop" if normalized else "none",
+        "normalize": normalize_of(config),
         "scaling_factor": 1.0 if scaling is None else scaling,
         "router_dtype": config.moe_router_dtype or "fp32",
         "router_bias": config.add_bias_linear,

@@ -37,6 +37,7 @@ from ep_plugin.checkpoint.tensors import NewTensor
 from ep_plugin.cli import build_parser, main
 from ep_plugin.commands.convert.request import settings_from
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.theirs import check
 
 L, H, F, V, E = 4, 8, 12, 32, 4
 ITERATION = 30
@@ -652,6 +653,21 @@ def test_an_activation_that_experts_do_not_have(
     """Also where nothing is compared."""
     save_dense(tmp_path / "dense", **{name: value})
     assert f"the dense model has {name}, which experts cannot" in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["quick_geglu", "squared_relu"])
+@pytest.mark.parametrize("ours", ["relu", "gelu"])
+def test_an_activation_that_ours_takes_the_place_of_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, ours: str
+) -> None:
+    """The run with experts would refuse it, and it says nothing of the model."""
+    dense, moe = tmp_path / "dense", tmp_path / "moe"
+    save_dense(dense, **{name: True, "ep_dense_activation": ours})
+    assert convert(dense, moe) == 0
+    args = open_checkpoint(moe).common["args"]
+    assert (getattr(args, name), args.ep_dense_activation) == (False, ours)
+    check(args)
+    assert f"--{name.replace('_', '-')}" not in capsys.readouterr().out
 
 
 def test_without_megatron(

@@ -519,6 +519,23 @@ def test_what_a_family_does_anyway_may_be_said(case: str, value: str, models: An
     assert known.config(args) == plain
 
 
+@pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("beta_fast", 8), ("beta_slow", 2.5), ("original_max_position_embeddings", 1024)],
+)
+def test_what_a_script_set_of_scaled_positions_is_written(
+    case: str, name: str, value: float, models: Any
+) -> None:
+    """Megatron takes them from its arguments, and has no flag for them beside latent attention."""
+    known = family.load(case)
+    args = arguments(hf_safetensors.open_folder(models(case)).common["config"], known)
+    args.rope_type, args.rotary_scaling_factor, args.mscale = "yarn", 4.0, 1.0
+    usual = known.config(args)["rope_scaling"]
+    setattr(args, name, value)
+    assert known.config(args)["rope_scaling"] == usual | {name: value}
+
+
 @pytest.mark.parametrize("window", [(-1, 0), (-1, -1)])
 def test_a_window_without_an_end_is_none(window: tuple[int, int], models: Any) -> None:
     known = family.load("mixtral")

@@ -48,6 +48,18 @@ REFUSED = {
     "--recompute-modules moe": "--recompute-granularity selective --recompute-modules moe",
     "--recompute-modules moe_act": "--recompute-granularity selective --recompute-modules moe_act "
     "--moe-grouped-gemm",
+    "--moe-flex-dispatcher-backend hybridep": "--moe-flex-dispatcher-backend hybridep "
+    "--moe-token-dispatcher-type flex",
+    "--moe-flex-dispatcher-backend ncclep --moe-token-dispatcher-type alltoall": ""
+    "--moe-flex-dispatcher-backend ncclep --moe-token-dispatcher-type flex",
+    "--moe-flex-dispatcher-backend deepep": "--moe-flex-dispatcher-backend deepep "
+    "--moe-token-dispatcher-type flex",
+    "--moe-enable-deepep --moe-flex-dispatcher-backend hybridep": "--moe-token-dispatcher-type "
+    "flex --moe-flex-dispatcher-backend hybridep",
+    "--offload-modules core_attn attn_proj": "--offload-modules core_attn attn_proj "
+    "--fine-grained-activation-offloading",
+    "--moe-shared-expert-gate --disable-bias-linear": "--moe-shared-expert-gate "
+    "--disable-bias-linear --moe-shared-expert-intermediate-size 2048",
     "--moe-router-topk-scaling-factor 0": "--moe-router-topk-scaling-factor 1",
     "--save D --use-distributed-optimizer --no-save-optim --ep-optimizer-format dp_reshardable": ""
     "--save D --use-distributed-optimizer --no-save-optim",
@@ -58,6 +70,11 @@ ROUTING = (
     ("", "--moe-router-topk 1", "--moe-router-topk 3"),
     ("", "--ep-normalize none", "--moe-router-pre-softmax"),
     ("", "--moe-aux-loss-coeff 0.01", "--ep-quantile-balancing on --ep-capacity-factor 1.25"),
+)
+QUIET = (  # what is said, and would end in Megatron's configuration
+    "--moe-deepep-num-sms 8 --moe-hybridep-num-sms 9",
+    "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
+    "--moe-router-pre-softmax --moe-router-score-function sigmoid",
 )
 OVERLAP = (
     (TWO_BATCH, "--bf16 --overlap-moe-expert-parallel-comm"),
@@ -79,7 +96,7 @@ def test_what_is_accepted_is_taken() -> None:
     """Lines at random, read and checked whole by a process of its own, over two ranks."""
     draw = random.Random(0)
     ways = [" ".join(words) for parts in (ROUTING, OVERLAP) for words in itertools.product(*parts)]
-    lines = draw.sample(ways[:-8], 16) + ways[-8:]
+    lines = [*draw.sample(ways[:-8], 16), *ways[-8:], *QUIET]
     accepted = [
         shlex.split(line) for line in lines if isinstance(read(*shlex.split(line)), Accepted)
     ]

@@ -21,7 +21,7 @@ from spawn import run_ranks
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments.in_flags import THEIRS, in_flags
-from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE
+from ep_plugin.megatron.arguments.table import BY_NAME, HOMES, TABLE, Argument
 from ep_plugin.megatron.distill import seam as distillation
 from ep_plugin.megatron.distill.teacher_layout import layout_of
 from ep_plugin.megatron.edge_settings import EdgeSettings
@@ -268,6 +268,18 @@ def test_a_dispatcher_of_the_user_s_own_is_told_the_ranks_of_a_node() -> None:
     own = EdgeSettings(dispatcher="users.dispatcher", ranks_per_node=4)
     assert ranks_per_node(own) == 4
     assert ranks_per_node(EdgeSettings(dispatcher="users.dispatcher")) is None
+
+
+DEFAULTS = [row for row in TABLE if row.needs and row.default not in (None, False)]
+
+
+@pytest.mark.parametrize("row", DEFAULTS, ids=lambda row: row.flag)
+def test_a_default_that_is_typed_is_as_if_it_were_not_given(row: Argument) -> None:
+    """Whatever it belongs to is not there: nothing is saved, there is no teacher."""
+    found, plain = read(*given(row.name, row.default)), read()
+    assert isinstance(found, Accepted), found
+    assert isinstance(plain, Accepted)
+    assert (vars(found.args), found.said) == (vars(plain.args), plain.said)
 
 
 def test_what_is_observed_is_the_same_twice() -> None:

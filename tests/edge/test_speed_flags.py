@@ -57,6 +57,54 @@ def test_what_is_about_the_inside_of_megatron_s_layer_changes_nothing(flags: str
     assert not without.said
 
 
+ALLGATHER = "--moe-token-dispatcher-type allgather"
+ALLTOALL = "--moe-token-dispatcher-type alltoall"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (ALLGATHER, f"{ALLGATHER}: changes speed alone; tokens travel by --ep-dispatcher auto"),
+        (
+            f"{ALLGATHER} --ep-dispatcher symm_mem",
+            f"{ALLGATHER}: changes speed alone; tokens travel by --ep-dispatcher symm_mem",
+        ),
+        (
+            f"{ALLTOALL} --ep-dispatcher deepep",
+            f"{ALLTOALL}: changes speed alone; tokens travel by --ep-dispatcher deepep",
+        ),
+        (ALLTOALL, None),
+        (f"{ALLTOALL} --ep-dispatcher alltoall", None),
+        ("--ep-dispatcher alltoall", None),  # Megatron's default, which nobody typed
+    ],
+)
+def test_a_dispatcher_of_megatron_s_that_is_not_ours_is_said(typed: str, said: str | None) -> None:
+    found = read(*typed.split())
+    assert isinstance(found, Accepted), found
+    assert found.said == (() if said is None else (said,))
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ("--moe-router-score-function sigmoid", "before_drop"),
+        ("--ep-score-function sigmoid --ep-topk 1", "none"),
+        ("--moe-router-score-function sigmoid --ep-normalize none", None),
+        ("", None),
+    ],
+)
+def test_softmax_beside_sigmoid_is_said(beside: str, said: str | None) -> None:
+    """Many command lines have it, and in Megatron too it changes nothing."""
+    found, without = read("--moe-router-pre-softmax", *beside.split()), read(*beside.split())
+    assert isinstance(found, Accepted), found
+    assert isinstance(without, Accepted), without
+    assert len(found.said) == (said is not None)
+    for line in found.said:
+        assert line.startswith("--moe-router-pre-softmax: without effect beside --moe-router-score")
+        assert line.endswith(f"weights run by --ep-normalize {said}")
+        assert found.config == without.config
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [

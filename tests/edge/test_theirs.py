@@ -51,7 +51,7 @@ SOME_LEGAL = [row for row in THEIRS if row.effect == "acts" and row.legal]
 def of(kind: str, row: Theirs, value: Any, **more: Any) -> SimpleNamespace:
     """Return settings of an MoE model with one value, as arguments or as a configuration."""
     experts = "num_experts" if kind == "arguments" else "num_moe_experts"
-    asked = {name: ASKED[name] for name in NEEDS.get(row.field, ())}
+    asked = {name: ASKED[name] for name in NEEDS.get(row.field, ()) if value is not None}
     return SimpleNamespace(**{experts: 4, **asked, row.field: value, **more})
 
 
@@ -236,8 +236,39 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
         "--moe-shared-expert-gate needs linear layers without bias; use --disable-bias-linear",
     ),
     "mixed rows beside biases": (
-        {"moe_shared_expert_glu_interleave_size": 32, "add_bias_linear": True},
+        {**SHARED, "moe_shared_expert_glu_interleave_size": 32, "add_bias_linear": True},
         r"size \(32\) needs linear layers without bias; use --disable-bias-linear",
+    ),
+    **{
+        f"{field} without a shared expert": (
+            {field: value},
+            f"^--{field.replace('_', '-')} .*, and there is none; use --moe-shared-expert-interm",
+        )
+        for field, value in (
+            *(("moe_shared_expert_overlap", True), ("moe_shared_expert_gate", True)),
+            ("use_grouped_gemm_for_shared_expert", True),
+            ("moe_shared_expert_glu_interleave_size", 32),
+        )
+    },
+    "parts to move and none that moves them": (
+        {"offload_modules": ["core_attn", "attn_norm"]},
+        r"--offload-modules \(core_attn attn_norm\) is read with --fine-.*; use --fine-grained",
+    ),
+    "moving without parts": (
+        {"fine_grained_activation_offloading": True, "offload_modules": []},
+        "^--fine-grained-activation-offloading moves what .*; use --offload-modules core_attn",
+    ),
+    "a stream for exchanges of one micro-batch": (
+        {"high_priority_a2a_comm_stream": True},
+        "^--high-priority-a2a-comm-stream is about two .*; use --ep-overlap two_batch",
+    ),
+    "two backends": (
+        {"moe_enable_deepep": True, "moe_flex_dispatcher_backend": "hybridep"},
+        "^--moe-enable-deepep and another --moe-flex-dispatcher-backend contradict",
+    ),
+    "a mean of no quantiles": (
+        {"moe_router_quantile_balancing_ema": 0.5, "moe_router_load_balancing_type": "aux_loss"},
+        r"ema \(0.5\) is about the bias of quantile balancing, and there is none; use --moe-router",
     ),
     "the activation of experts with biases": (
         {"recompute_activations": True, "recompute_modules": ["moe_act"], "add_bias_linear": True},

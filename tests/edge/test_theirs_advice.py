@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import re
+import shlex
 from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
@@ -39,6 +40,12 @@ CONTEXT = {  # what the refused flag stood beside
     "moe_shared_expert_gate": "--moe-shared-expert-intermediate-size 32",
     "moe_pad_expert_input_to_capacity": "--moe-pad-expert-input-to-capacity",
     "moe_shared_expert_overlap": "--moe-shared-expert-overlap",
+    "use_grouped_gemm_for_shared_expert": "--use-grouped-gemm-for-shared-expert",
+    "moe_router_quantile_balancing_ema": "--moe-router-quantile-balancing-ema 0.5",
+    "offload_modules": "--offload-modules core_attn --fine-grained-activation-offloading",
+    "moe_flex_dispatcher_backend": "--moe-token-dispatcher-type flex",
+    "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+    "high_priority_a2a_comm_stream": "--high-priority-a2a-comm-stream",
 }
 COMMAND = re.compile(r"ep-plugin (\w+) ([^,;]*)")
 ADVICE = [
@@ -102,6 +109,46 @@ def test_every_value_is_refused_in_flags_or_makes_a_layer(flags: list[str]) -> N
         assert not re.search(r"<\w+|0x", found)
     elif flags[-1] != "full_iteration":  # which asks for a GPU's products, in a check of its own
         build(found.config)
+
+
+# Rows that act, and say nothing to our block: Megatron around it reads them, or it is so anyway
+# (alltoall, fp32, a type of loss without a coefficient, a recipe of FP8 that is off).
+AROUND = frozenset(
+    shlex.split(
+        """
+        --sequence-parallel --no-initialization
+        --use-cpu-initialization --fp16 --bf16 --mtp-num-layers
+        --init-method-std --calculate-per-token-loss --recompute-granularity
+        --recompute-activations --moe-layer-recompute --moe-per-layer-logging --enable-cuda-graph
+        --external-cuda-graph --cuda-graph-impl --mlp-chunks-for-prefill
+        --mlp-chunks-for-training --transformer-impl --optimizer
+        --moe-shared-expert-intermediate-size --moe-router-load-balancing-type
+        --moe-token-dispatcher-type --moe-router-dtype --fp8-recipe
+        """
+    )
+)
+
+
+def test_what_is_taken_alone_changes_the_layer_or_is_said() -> None:
+    """A flag that belongs to another one, which is not there, is none that is taken."""
+    plain = read()
+    assert isinstance(plain, Accepted)
+    quiet = set()
+    for action in parser()._actions:
+        flag, row = (*action.option_strings, "")[0], BY_FIELD.get(action.dest)
+        if not flag.startswith("--") or flag.startswith("--ep-") or row is None:
+            continue
+        taken = row.effect == "acts" and getattr(plain.args, action.dest) == action.default
+        for value in (values_of(action) or [["2"]]) if taken else []:
+            if value == [str(action.default)]:
+                continue  # what is so anyway
+            try:
+                found = read(flag, *value)
+            except KeyError:  # a list of names, which no number is
+                continue
+            if isinstance(found, Accepted) and not found.said and found.config == plain.config:
+                quiet.add(flag)
+    assert quiet == AROUND
 
 
 FUNCTIONS = [

@@ -21,7 +21,7 @@ from tests.hostile import trees
 
 pytestmark = [pytest.mark.megatron, pytest.mark.newest]
 ROOT = Path(__file__).parents[2]
-CASES = 70
+CASES = 40
 
 
 @dataclass(frozen=True)

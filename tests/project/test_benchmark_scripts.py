@@ -385,6 +385,20 @@ def test_a_picture_of_the_loop_keeps_routing_apart_and_needs_both_sides() -> Non
     assert sorted(bar.get_width() for bar in axes.patches) == [0, 0, 1, 2]
 
 
+def test_no_row_of_the_loop_is_lost_where_two_machines_ran_a_case_on_one_day() -> None:
+    here = {"bench": "train", "op": "ep=2", "routing": "natural"}
+    made = [row(2, 1.0, backend=name) | here for name in ("ep_plugin", "megatron (te)")]
+    found = [
+        bench_rows.Found(each | {"start": start}, "f.json")
+        for each in made
+        for start in ("a" * 8, "b" * 8, None)
+    ]
+    by_case = bench_rows.cases(found)
+    assert sorted(map(len, by_case.values())) == [2, 2, 2]
+    assert all(len({each.row["start"] for each in own}) == 1 for own in by_case.values())
+    assert len(bench_rows.cases(found[::3])) == 1
+
+
 def test_a_start_is_told_by_a_hash(tmp_path: Path) -> None:
     boots = [tmp_path / name for name in "ab"]
     for path in boots:

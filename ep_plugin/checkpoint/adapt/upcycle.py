@@ -96,6 +96,7 @@ def upcycle(source: Source, settings: Upcycling, keep_optimizer: bool = True) ->
         )
     maker = make_experts(settings, _is_gated(source.tensors, dense.ffn_hidden_size))
     args = settings.arguments(dense)
+    _leave_unread(args)
     chosen = pattern(args)
     content_metadata = source.common.get("content_metadata") or {}
     table = rules(
@@ -162,6 +163,14 @@ def _check_activation(args: argparse.Namespace) -> None:
                 f"the dense model has {name}, which experts cannot compute; give a model with "
                 "SwiGLU, GeGLU, GELU or ReLU"
             )
+
+
+def _leave_unread(args: argparse.Namespace) -> None:
+    """Leave out activations that --ep-dense-activation took the place of: beside experts the run
+    would refuse them, where nothing says the experts' own."""
+    for name, theirs in _NO_EXPERT_HAS.items():
+        if theirs and getattr(args, name, None):
+            setattr(args, name, False)
 
 
 def _check_embeddings(source: Source, args: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ep_plugin.checkpoint.moe_layers import parse_layers
+from ep_plugin.checkpoint.normalized import divided
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError, check_choice, largest_divisor
 from ep_plugin.moe.routing_config import AuxLossCounts, RoutingConfig, ScoreFunction
@@ -93,7 +94,7 @@ class GateSums(Typed):
 
     def normalized(self, topk: int) -> bool:
         """Whether a token's weights are divided by their sum."""
-        return topk > 1 if self.score_function == "sigmoid" else not self.pre_softmax
+        return divided(self.score_function, self.pre_softmax, topk)
 
     def sum(self, topk: int, num_experts: int) -> float:
         """Return G, exact or about."""

@@ -7,6 +7,7 @@ from typing import Any
 from ep_plugin.checkpoint.config_keys import Keys, refusal
 from ep_plugin.checkpoint.families._rope import rope_args, rope_config
 from ep_plugin.checkpoint.family import Config, query_groups
+from ep_plugin.checkpoint.normalized import normalize_of
 from ep_plugin.checkpoint.router_losses import whole_model_args, whole_model_config
 from ep_plugin.errors import ConfigError
 from ep_plugin.untrusted import shown
@@ -148,12 +149,7 @@ def check_normalize(args: argparse.Namespace) -> None:
 
     Those say whether a token's weights are divided by their sum before tokens are dropped.
     """
-    ours = getattr(args, "ep_normalize", None)
-    if args.moe_router_score_function == "softmax":
-        divided = not args.moe_router_pre_softmax
-    else:
-        divided = args.moe_router_topk > 1
-    meant = "before_drop" if divided else "none"
+    ours, meant = getattr(args, "ep_normalize", None), normalize_of(args)
     if ours not in (None, meant):
         raise ConfigError(
             f"ep_normalize is {shown(ours)}, which config.json cannot say of this family; give a "

@@ -36,7 +36,7 @@ _YARN = {  # key of config.json -> argument
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
 }
-# Megatron has no flag for these.
+# Megatron has no flag for these beside latent attention: those of --yarn-* are for other models.
 _YARN_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 
 
@@ -188,4 +188,7 @@ def _rope_config(args: argparse.Namespace) -> Config:
     if args.rope_type != "yarn":
         return {}
     values = {key: getattr(args, name) for key, name in _YARN.items()}
-    return {"rope_scaling": {"rope_type": "yarn", **values, **_YARN_FIXED}}
+    for key, usual in _YARN_FIXED.items():  # a script may set them
+        value = getattr(args, key, None)
+        values[key] = usual if value is None else value
+    return {"rope_scaling": {"rope_type": "yarn", **values}}

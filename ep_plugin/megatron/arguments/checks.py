@@ -159,7 +159,8 @@ def check_typed(args: Any, typed: Collection[str]) -> None:
                 )
             continue
         for need in row.needs:
-            if (not need.values or value in need.values) and not need.when(args):
+            asked = value in need.values if need.values else value != row.field_default
+            if asked and not need.when(args):
                 raise ConfigError(f"{row.flag} ({said(value)}) {need.sentence}")
     check_together(args, typed)
 

@@ -6,6 +6,7 @@ Results do not depend on them. Imports neither torch nor Megatron.
 from collections.abc import Mapping
 from typing import Any
 
+from ep_plugin.checkpoint.normalized import normalize_of
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.megatron.arguments.table import expert_ranks
 from ep_plugin.megatron.arguments.theirs import BY_FIELD, check
@@ -13,6 +14,9 @@ from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.registry import resolve
 
 FLEX = {"deepep": "deepep", "hybridep": "auto", "ncclep": "auto"}  # flex backend -> dispatcher
+
+TYPE, BACKEND = "--moe-token-dispatcher-type", "--moe-flex-dispatcher-backend"
+_BY = ": changes speed alone; tokens travel by --ep-dispatcher"
 
 
 def flex_dispatcher(config: Any) -> str | None:
@@ -25,8 +29,7 @@ def flex_dispatcher(config: Any) -> str | None:
     backend = _backend(config)
     if backend not in FLEX:
         raise ConfigError(
-            f"--moe-flex-dispatcher-backend must be one of {', '.join(FLEX)}; got {backend!r}; "
-            "use --moe-flex-dispatcher-backend deepep"
+            f"{BACKEND} must be one of {', '.join(FLEX)}; got {backend!r}; use {BACKEND} deepep"
         )
     return FLEX[backend]
 
@@ -56,14 +59,28 @@ def take_speed(args: Any, typed: Mapping[str, str]) -> list[str]:
     if args.num_experts is None:
         return []
     check(args)
-    return [*_take_flex(args, typed), *_take_overlap(args, typed), *_take_the_rest(args, typed)]
+    flex, overlap = _take_flex(args, typed), _take_overlap(args, typed)
+    return [*flex, *overlap, *_take_the_rest(args, typed), *_unread_softmax(args, typed)]
+
+
+def _unread_softmax(args: Any, typed: Mapping[str, str]) -> list[str]:
+    """Return the line on a flag about softmax that many command lines have beside sigmoid."""
+    ours = getattr(args, "ep_normalize", None)
+    softmax = getattr(args, "moe_router_score_function", "softmax") == "softmax"
+    if "--moe-router-pre-softmax" not in typed or ours is not None or softmax:
+        return []
+    return [
+        "--moe-router-pre-softmax: without effect beside --moe-router-score-function "
+        f"{args.moe_router_score_function}, in Megatron too; weights run by --ep-normalize "
+        f"{normalize_of(args)}"
+    ]
 
 
 def _take_flex(args: Any, typed: Mapping[str, str]) -> list[str]:
     ours = flex_dispatcher(args)
     if ours is None:
-        return []
-    flex = f"--moe-token-dispatcher-type flex ({_backend(args)})"
+        return _without_flex(args, typed)
+    flex = f"{TYPE} flex ({_backend(args)})"
     said = flex if _is_flex(args) else "--moe-enable-deepep"
     args.moe_token_dispatcher_type, args.moe_enable_deepep = "alltoall", False
     if hasattr(args, "moe_flex_dispatcher_backend"):
@@ -78,7 +95,23 @@ def _take_flex(args: Any, typed: Mapping[str, str]) -> list[str]:
                 f"{said} needs the package deep_ep, which is not here or does not load; use "
                 "--ep-dispatcher auto beside it"
             ) from error
-    return [f"{said}: changes speed alone; tokens travel by --ep-dispatcher {args.ep_dispatcher}"]
+    return [f"{said}{_BY} {args.ep_dispatcher}"]
+
+
+def _without_flex(args: Any, typed: Mapping[str, str]) -> list[str]:
+    """Return the line on the type of dispatcher that was typed, where ours is another.
+
+    Raises ConfigError for a backend of the flex dispatcher, which is not used.
+    """
+    kind = args.moe_token_dispatcher_type
+    if BACKEND in typed or _backend(args) != "deepep":
+        raise ConfigError(
+            f"{BACKEND} ({_backend(args)}) is about --moe-token-dispatcher-type flex, and this run "
+            f"has {kind}; use --moe-token-dispatcher-type flex beside it"
+        )
+    if TYPE not in typed or (kind == "alltoall" and args.ep_dispatcher in ("auto", kind)):
+        return []
+    return [f"{TYPE} {kind}{_BY} {args.ep_dispatcher}"]
 
 
 def _take_overlap(args: Any, typed: Mapping[str, str]) -> list[str]:
@@ -96,6 +129,8 @@ def _take_overlap(args: Any, typed: Mapping[str, str]) -> list[str]:
 def _take_the_rest(args: Any, typed: Mapping[str, str]) -> list[str]:
     """Return a line on the typed flags that have no effect in our MoE layers."""
     args.moe_pad_expert_input_to_capacity = False
+    if hasattr(args, "moe_flex_dispatcher_num_sms"):  # from 0.19 on it refuses two that differ
+        args.moe_deepep_num_sms = args.moe_hybridep_num_sms = None
     rows = {flag: BY_FIELD[dest] for flag, dest in typed.items() if dest in BY_FIELD}
     idle = sorted(flag for flag, row in rows.items() if row.effect == "no effect")
     if not idle:

@@ -117,6 +117,15 @@ _OTHERS: Defaults = {
     "--activation-func-clamp-value": ("activation_func_clamp_value", None),
     "--glu-linear-offset": ("glu_linear_offset", 0.0),
 }
+_YARN: Defaults = {  # of models without latent attention; Megatron 0.19 has the last ones
+    "--rotary-scaling-factor": ("rotary_scaling_factor", 1.0),
+    "--mscale": ("mscale", 1.0),
+    "--mscale-all-dim": ("mscale_all_dim", 0.0),
+    "--yarn-original-max-position-embeddings": ("yarn_original_max_position_embeddings", None),
+    "--yarn-beta-fast": ("yarn_beta_fast", None),
+    "--yarn-beta-slow": ("yarn_beta_slow", None),
+}
+_UNROUNDED = "--no-yarn-correction-range-round-to-int"
 _OF_EXPERTS: Defaults = {
     "--moe-router-dtype": ("moe_router_dtype", None),
     "--moe-expert-capacity-factor": ("moe_expert_capacity_factor", None),
@@ -155,14 +164,14 @@ UNSAID = (
     *("spec", "heterogeneous_layers_config_path"),
     *("heterogeneous_layers_config_encoded_json", "moe_latent_size"),
     *("experimental_attention_variant", "attention_output_gate", "softmax_scale"),
-    "mrope_section",
+    *("mrope_section", "original_max_position_embeddings", "beta_fast", "beta_slow"),
 )
 # Each flag that can describe a model -> whether a value follows it: ours, and those of Megatron's
 # that are printed here.
 LEGAL: Mapping[str, bool] = {
     **dict.fromkeys([*_VALUES, *(flag for more in _VALUES_WITH.values() for flag in more)], True),
-    **dict.fromkeys([*_SWITCHES, *_MORE_SWITCHES, "--disable-bias-linear"], False),
-    **dict.fromkeys([*_OTHERS, *_OF_EXPERTS, *_DROPOUTS, PATTERN], True),
+    **dict.fromkeys([*_SWITCHES, *_MORE_SWITCHES, "--disable-bias-linear", _UNROUNDED], False),
+    **dict.fromkeys([*_OTHERS, *_YARN, *_OF_EXPERTS, *_DROPOUTS, PATTERN], True),
     **{row.flag: row.default is not False for row in TABLE},
 }
 
@@ -177,10 +186,18 @@ def model_flags(args: argparse.Namespace) -> list[str]:
     flags = run_flags(args)
     flags += [flag for flag, name in _MORE_SWITCHES.items() if getattr(args, name, False)]
     flags += [word for flag in _DROPOUTS if flag not in flags for word in (flag, "0.0")]
-    flags += where_other(args, _OTHERS)
+    flags += where_other(args, _OTHERS) + _yarn(args)
     if getattr(args, "num_experts", None):
         flags += where_other(args, {**_OF_EXPERTS, **_OURS})
     return flags
+
+
+def _yarn(args: argparse.Namespace) -> list[str]:
+    latent = getattr(args, "multi_latent_attention", False)
+    if latent or getattr(args, "position_embedding_type", None) != "yarn":
+        return []
+    rounded = getattr(args, "yarn_correction_range_round_to_int", None)
+    return where_other(args, _YARN) + ([_UNROUNDED] if rounded is False else [])
 
 
 def run_flags(args: argparse.Namespace) -> list[str]:

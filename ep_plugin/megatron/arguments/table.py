@@ -33,7 +33,7 @@ class Need:
 
     when: Callable[[Any], bool]  # of Megatron's arguments
     sentence: str
-    values: tuple[Any, ...] = ()  # that need it; (): all
+    values: tuple[Any, ...] = ()  # that need it; (): all but the default
 
 
 @dataclass(frozen=True)
@@ -542,9 +542,8 @@ TABLE: tuple[Argument, ...] = (
         comparable=False,
         needs=(
             Need(
-                lambda args: args.ep_watch_ranks <= 45 * args.distributed_timeout_minutes,
-                "is longer than three quarters of --distributed-timeout-minutes, after which the "
-                "process is ended and says nothing; use --ep-watch-ranks 20 or a longer timeout",
+                lambda args: args.num_experts is not None or args.ep_watch_ranks == 0,
+                "is for models with experts, and this one has none; use --num-experts 8",
             ),
         ),
     ),

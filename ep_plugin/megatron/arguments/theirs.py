@@ -145,11 +145,34 @@ def _has_capacity(given: Given) -> bool:
     return (given.moe_expert_capacity_factor, *ours) != (None, None, None)
 
 
+def _without_shared_expert(field: str) -> Callable[[Given], bool]:
+    return lambda given: bool(
+        getattr(given, field) and not given.moe_shared_expert_intermediate_size
+    )
+
+
+def _without_schedule(given: Given) -> bool:
+    both = given.overlap_moe_expert_parallel_comm or given.own("overlap") == "two_batch"
+    return bool(given.high_priority_a2a_comm_stream and not both)
+
+
+def _offloads_nothing(given: Given) -> bool:
+    on = given.fine_grained_activation_offloading
+    return given.is_arguments and bool(several(given.offload_modules)) and not on
+
+
+def _keeps_no_quantile(given: Given) -> bool:
+    types, own = several(given.moe_router_load_balancing_type), given.own("quantile_balancing")
+    asked = given.moe_router_quantile_balancing_ema and given.own("quantile_ema") is None
+    return bool(asked and types != ["quantile_balancing"] and not own)
+
+
 def _drops_nothing(given: Given) -> bool:
     policy = given.moe_token_drop_policy
     return policy not in (None, "probs") and not _has_capacity(given)  # probs: the default
 
 
+_SHARED = "--moe-shared-expert-intermediate-size 2048 beside it"
 # Legal values that are refused beside another setting: field, when, the rest of the sentence.
 BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
     (
@@ -176,13 +199,48 @@ BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
         "pads experts to a capacity, and there is none; use --moe-expert-capacity-factor 1.25 "
         "beside it",
     ),
+    *(
+        (field, _without_shared_expert(field), f"{what}, and there is none; use {_SHARED}")
+        for field, what in (
+            ("moe_shared_expert_overlap", "computes a shared expert while tokens travel"),
+            ("moe_shared_expert_gate", "weighs a shared expert"),
+            ("moe_shared_expert_glu_interleave_size", "is about the rows of a shared expert"),
+            ("use_grouped_gemm_for_shared_expert", "is about the products of a shared expert"),
+        )
+    ),
     (
-        "moe_shared_expert_overlap",
+        "high_priority_a2a_comm_stream",
+        _without_schedule,
+        "is about two micro-batches at once, and this run has one at a time; use --ep-overlap "
+        "two_batch with --bf16, or leave it out",
+    ),
+    (
+        "moe_enable_deepep",
         lambda given: (
-            given.moe_shared_expert_overlap and not given.moe_shared_expert_intermediate_size
+            given.moe_enable_deepep and given.moe_flex_dispatcher_backend not in (None, "deepep")
         ),
-        "computes a shared expert while tokens travel, and there is none; use "
-        "--moe-shared-expert-intermediate-size 2048 beside it",
+        "and another --moe-flex-dispatcher-backend contradict each other; use "
+        "--moe-token-dispatcher-type flex in its place",
+    ),
+    (
+        "moe_router_quantile_balancing_ema",
+        _keeps_no_quantile,
+        "is about the bias of quantile balancing, and there is none; use "
+        "--moe-router-load-balancing-type quantile_balancing beside it",
+    ),
+    (
+        "offload_modules",
+        _offloads_nothing,
+        "is read with --fine-grained-activation-offloading alone; use "
+        "--fine-grained-activation-offloading with it",
+    ),
+    (
+        "fine_grained_activation_offloading",
+        lambda given: (
+            given.fine_grained_activation_offloading and not several(given.offload_modules)
+        ),
+        "moves what --offload-modules names, and it names nothing; use --offload-modules core_attn "
+        "beside it",
     ),
     (
         "moe_shared_expert_overlap",

@@ -234,6 +234,7 @@ def _with_our_checks(
     from ep_plugin.megatron.arguments.speed import take_speed
     from ep_plugin.megatron.arguments.theirs import check
     from ep_plugin.megatron.arguments.unbalanced import unbalanced
+    from ep_plugin.megatron.arguments.watched import watch
     from ep_plugin.megatron.block.graphs import check_graphs
     from ep_plugin.megatron.distill.fits_student import check_teacher
     from ep_plugin.megatron.seams.refusal import refuse
@@ -250,11 +251,11 @@ def _with_our_checks(
         layer_class.minutes = args.distributed_timeout_minutes
         layer_class.log_interval = args.tensorboard_log_interval
         check_arguments(args, layer_class.settings)
-        said = choose_format(args)
+        said, of_watch = choose_format(args), watch(args)
         validated = original(args, *rest, **kwargs)
         otherwise = check_resumable(args)
         check_teacher(args)
-        for line in (said, otherwise, at_start(args)):
+        for line in (said, of_watch, otherwise, at_start(args)):
             if line is not None:
                 _print(line)
         for line in about_speed:

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from ep_plugin.megatron.arguments.watched import room
 from ep_plugin.megatron.seams.patches import Patches
 from ep_plugin.moe import watch
 from ep_plugin.moe.watch.place import Phase, here
@@ -24,7 +25,7 @@ def changes(patches: Patches) -> None:
         args = training.get_args()
         if args.num_experts is not None:
             # A long save is told of before the timeout of its exchanges, if at all.
-            watch.start(args.ep_watch_ranks, slow=45.0 * args.distributed_timeout_minutes)
+            watch.start(args.ep_watch_ranks, slow=room(args))
         return result
 
     def with_end(original: Callable[..., Any], *rest: Any, **settings: Any) -> Any:

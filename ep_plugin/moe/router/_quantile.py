@@ -5,51 +5,41 @@ The threshold of a token is its best logit, less the bias, that was not chosen. 
 logits less these thresholds, the bias is the quantile that leaves it its fair share of tokens.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ep_plugin.moe.router.topk import TopKRouter
-
 
 @torch.no_grad()
-def collect(router: "TopKRouter", logits: Tensor) -> None:
-    """Add the quantile of this micro-batch's `logits` [T, E], of all ranks of `groups.tp_cp`."""
-    assert router.qb_beta is not None
-    assert router.qb_beta_accum is not None
-    assert router.qb_beta_count is not None
-    whole, group = logits.detach().float().contiguous(), router.groups.tp_cp
+def quantile(
+    logits: Tensor, bias: Tensor, topk: int, group: dist.ProcessGroup | None
+) -> Tensor | None:
+    """Return the quantile [E] fp32 of a micro-batch's `logits` [T, E], of all ranks of `group`.
+
+    `bias` [E] is that of the step before. None where there is no token.
+    """
+    whole = logits.detach().float().contiguous()
     if group is not None:
         tokens, experts = whole.shape
-        shape = (tokens * dist.get_world_size(group), experts)
-        gathered = whole.new_empty(shape)
+        gathered = whole.new_empty(tokens * dist.get_world_size(group), experts)
         dist.all_gather_into_tensor(gathered, whole, group=group)
         whole = gathered
     tokens, experts = whole.shape
     if tokens == 0:
-        return
-    topk = router.routing.topk
-    thresholds = (whole - router.qb_beta).topk(topk + 1, dim=1).values[:, -1:]  # [T, 1]
+        return None
+    thresholds = (whole - bias).topk(topk + 1, dim=1).values[:, -1:]  # [T, 1]
     share = tokens * topk // experts
-    router.qb_beta_accum += (whole - thresholds).topk(share + 1, dim=0).values[-1]  # [E]
-    router.qb_beta_count += 1
+    return (whole - thresholds).topk(share + 1, dim=0).values[-1]
 
 
 @torch.no_grad()
-def update(router: "TopKRouter") -> None:
-    """Blend the mean quantile of the step with the bias so far, about a mean of 0; start anew."""
-    assert router.qb_beta is not None
-    assert router.qb_beta_accum is not None
-    assert router.qb_beta_count is not None
-    mean, group = router.qb_beta_accum / router.qb_beta_count.clamp(min=1), router.groups.tp_dp_cp
+def moved(bias: Tensor, mean: Tensor, ema: float, group: dist.ProcessGroup | None) -> Tensor:
+    """Return `ema` of the `bias` [E] so far and the rest of a step's mean quantile, about 0.
+
+    `mean` [E] is this rank's; that of all ranks of `group` counts.
+    """
     if group is not None:
         dist.all_reduce(mean, group=group)
         mean /= dist.get_world_size(group)
-    ema = router.routing.quantile_ema
-    moved = ema * router.qb_beta + (1 - ema) * mean
-    router.qb_beta.copy_(moved - moved.mean())
-    router.qb_beta_accum.zero_()
-    router.qb_beta_count.zero_()
+    blended = ema * bias + (1 - ema) * mean
+    return blended - blended.mean()

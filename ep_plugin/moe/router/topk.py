@@ -99,7 +99,7 @@ class TopKRouter(Gate):
                     "quantile balancing takes no padding mask; give no padding_mask, or balance by "
                     "<aux_loss_coeff=0.01>"
                 )
-            _quantile.collect(self, logits)
+            self._collect_quantile(logits)
         expert_ids, probs = self._drop(choice, num_sequences, padding)
         if in_model_dtype is not None:
             probs = probs.to(in_model_dtype).to(probs.dtype)  # as Megatron rounds them
@@ -243,7 +243,25 @@ class TopKRouter(Gate):
 
         All ranks of `groups.tp_dp_cp` must call it. Megatron moves the buffers by itself.
         """
-        _quantile.update(self)
+        assert self.qb_beta is not None
+        assert self.qb_beta_accum is not None
+        assert self.qb_beta_count is not None
+        mean = self.qb_beta_accum / self.qb_beta_count.clamp(min=1)
+        ema, group = self.routing.quantile_ema, self.groups.tp_dp_cp
+        self.qb_beta.copy_(_quantile.moved(self.qb_beta, mean, ema, group))
+        self.qb_beta_accum.zero_()
+        self.qb_beta_count.zero_()
+
+    def _collect_quantile(self, logits: Tensor) -> None:
+        """Add a micro-batch's quantile to what the next update takes."""
+        assert self.qb_beta is not None
+        assert self.qb_beta_accum is not None
+        assert self.qb_beta_count is not None
+        group = self.groups.tp_cp
+        found = _quantile.quantile(logits, self.qb_beta, self.routing.topk, group)
+        if found is not None:
+            self.qb_beta_accum += found
+            self.qb_beta_count += 1
 
 
 def build(
