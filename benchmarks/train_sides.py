@@ -100,6 +100,9 @@ def _theirs(*flags: str, cutlass: bool = False, overlap: bool = False) -> Side:
 SIDES = {
     "ep_plugin": Side(OURS, over_ranks="--ep-dispatcher symm_mem"),
     "graph": Side(OURS, GRAPH, over_ranks="--ep-dispatcher symm_mem --ep-overlap chunked"),
+    "layers": Side(
+        OURS, "--cuda-graph-impl transformer_engine", over_ranks="--ep-dispatcher symm_mem"
+    ),
     "megatron-defaults": Side(THEIRS, fp8=""),  # as its users get it: grouped GEMM alone
     "megatron": Side(THEIRS, fused=FUSIONS, fp8=""),
     "megatron-cutlass": _theirs(cutlass=True),

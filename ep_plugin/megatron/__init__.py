@@ -11,6 +11,8 @@ five only for a Megatron from its wheel, and over torch's Adam):
         it takes --use-rope-scaling along and leaves --rope-scaling-factor at 8
     module:MegatronModule.set_is_first_microbatch
         Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew
+    cuda_graphs:TECudaGraphHelper.create_cudagraphs
+        layers are captured here, with tokens of no meaning, which our tracker would count
     optimizer:ChainedOptimizer.load_state_dict
         here Megatron refuses the state of another number of optimizers
     finalize_model_grads:_update_router_expert_bias

@@ -9,7 +9,7 @@ from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import speed
 from ep_plugin.megatron.arguments.table import feeding
 from ep_plugin.megatron.arguments.theirs import check, several
-from ep_plugin.megatron.block.graphs import captures_iteration
+from ep_plugin.megatron.block.graphs import captures_blocks
 from ep_plugin.megatron.edge_settings import EdgeSettings as EdgeSettings
 from ep_plugin.moe.config import GATED, Activation, Fp8, MoEConfig
 from ep_plugin.moe.experts import experts
@@ -132,7 +132,7 @@ def moe_config(config: Any, settings: EdgeSettings, layer_number: int | None = N
         "dispatcher": speed.dispatcher(config, settings),
         "gemm": settings.gemm,
         "overlap": overlap_schedule(config, settings),
-        "in_graph": captures_iteration(config),
+        "in_graph": captures_blocks(config),
         "tokens": settings.tokens,
     }
     given = {row.name: getattr(settings, row.name) for row in feeding("moe")}

@@ -1,8 +1,9 @@
 """Megatron's CUDA graphs over our blocks: what can be captured, and what never waits for the host.
 
-Megatron captures whole iterations (`--cuda-graph-impl full_iteration`) or parts of a layer. In a
-whole iteration a block must not wait for the host, which leaves `symm_mem`, or one rank of ep and
-etp; and grouped GEMMs that do not wait (`moe/experts/fits.py`). Parts that Megatron cuts its
+Megatron captures whole iterations (`--cuda-graph-impl full_iteration`), whole layers
+(`transformer_engine` without modules; one graph for each micro-batch under way), or parts of a
+layer. In the first two a block must not wait for the host, which leaves `symm_mem`, or one rank of
+ep and etp; and grouped GEMMs that do not wait (`moe/experts/fits.py`). Parts that Megatron cuts its
 own MoE layer into do not exist in ours.
 """
 
@@ -26,18 +27,28 @@ def check_graphs(config: Any, settings: EdgeSettings) -> None:
     if cpu_mode.active():
         raise ConfigError(f"--cuda-graph-impl ({impl}) needs a GPU; use --cuda-graph-impl none")
     modules = _modules(config)
-    if captures_iteration(config):
-        _check_iteration(config, settings)
+    if captures_blocks(config):
+        _check_captured(config, settings, impl)
     elif not modules or not set(modules) <= set(OUTSIDE):
         raise ConfigError(
             f"--cuda-graph-impl ({impl}) of {', '.join(modules) or 'whole layers'} would capture "
             f"parts of an MoE layer that ep_plugin's does not have; name attn, mlp and mamba "
-            "alone, or use --cuda-graph-impl full_iteration"
+            "alone, or use --cuda-graph-impl full_iteration, or transformer_engine without modules"
         )
 
 
-def captures_iteration(config: Any) -> bool:
-    """Whether a TransformerConfig, or arguments, put whole iterations into CUDA graphs."""
+def captures_blocks(config: Any) -> bool:
+    """Whether a TransformerConfig, or arguments, put our blocks into CUDA graphs."""
+    return _captures_iteration(config) or captures_layers(config)
+
+
+def captures_layers(config: Any) -> bool:
+    """Whether a TransformerConfig, or arguments, put whole layers into graphs of their own."""
+    impl = getattr(config, "cuda_graph_impl", None) or "none"
+    return impl == "transformer_engine" and not _modules(config)
+
+
+def _captures_iteration(config: Any) -> bool:
     impl = getattr(config, "cuda_graph_impl", None) or "none"
     return impl == "full_iteration" or (impl != "none" and "full_iteration" in _modules(config))
 
@@ -64,20 +75,22 @@ def _modules(config: Any) -> list[str]:
     return [str(getattr(each, "name", each)) for each in several]
 
 
-def _check_iteration(config: Any, settings: EdgeSettings) -> None:
+def _check_captured(config: Any, settings: EdgeSettings, impl: str) -> None:
     etp = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
     ranks = config.expert_model_parallel_size * etp
     sent = ranks > 1 and not own(settings.dispatcher)
     if sent and settings.dispatcher not in ("auto", "symm_mem"):
         raise ConfigError(
-            f"--cuda-graph-impl full_iteration needs a dispatcher that does not wait for the host; "
+            f"--cuda-graph-impl {impl} needs a dispatcher that does not wait for the host; "
             f"got {settings.dispatcher}; use --ep-dispatcher symm_mem"
         )
     if sent and ranks > GRAPH_RANKS:
         raise ConfigError(
-            f"--cuda-graph-impl full_iteration needs at most {GRAPH_RANKS} ranks of ep and etp; "
+            f"--cuda-graph-impl {impl} needs at most {GRAPH_RANKS} ranks of ep and etp; "
             f"got {ranks}; use --cuda-graph-impl none"
         )
+    if captures_layers(config):
+        return
     if config.calculate_per_token_loss and config.pipeline_model_parallel_size > 1:
         raise ConfigError(
             "--cuda-graph-impl full_iteration cannot hold --calculate-per-token-loss over several "

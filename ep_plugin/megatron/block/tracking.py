@@ -102,6 +102,13 @@ class RoutingTracker:
         if wandb_writer is not None:
             wandb_writer.log(scalars, iteration)
 
+    def forget(self) -> None:
+        """Begin anew, in the same memory: what was recorded was of no training step."""
+        for totals in self._totals.values():
+            for by_row in (totals.rows, totals.sums, *totals.losses.values()):
+                for values in by_row.values():
+                    values.zero_()
+
     def _agree(self) -> tuple[list[Key], tuple[int, int]]:
         """Return the models that any rank has, in one order, and the most layers and experts.
 

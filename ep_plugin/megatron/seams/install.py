@@ -20,6 +20,7 @@ from ep_plugin.megatron.seams import (
     attention,
     audit_save,
     built,
+    captured,
     chained,
     check_save,
     copies,
@@ -158,6 +159,7 @@ def changes(patches: Patches, release: Any, settings: Any = None) -> None:
         layout_run.changes(patches, release.losses.WRITERS)
         served.changes(patches, layer_class)
         attention.changes(patches, _print)
+        captured.changes(patches, layer_class)
         rope_factor.changes(patches)
         watch_ranks.changes(patches)
         distillation.changes(patches)

@@ -126,6 +126,7 @@ COMMON = (
         ("layout", "pipeline_model_parallel_size"),
     ),
     Touchpoint("megatron.core.transformer.module:MegatronModule.set_is_first_microbatch"),
+    Touchpoint("megatron.core.transformer.cuda_graphs:TECudaGraphHelper.create_cudagraphs"),
     # initial values and recomputation
     Touchpoint(
         f"{_TENSOR_PARALLEL}.layers:_initialize_affine_weight_cpu",

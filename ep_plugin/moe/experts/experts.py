@@ -130,6 +130,7 @@ class Experts(nn.Module):
         self.weights_change_every_call = True
         self.is_first_microbatch = True
         self._weights8: Any = None
+        self._weights8_captured = False
         # Of a call. The layer sets it with each routing; without a layer there is no capacity.
         self.rows_in_balance: int | None = None
         self.totals: Totals | None = None  # set by a training loop with fp32 sums of gradients
@@ -219,11 +220,17 @@ class Experts(nn.Module):
             check_capturable(config, self.etp_size, weight.device, weight.dtype)
 
     def weights8(self) -> Any:
-        """Return the weights in e4m3, quantised again if they may have changed."""
-        if self._weights8 is None or self.is_first_microbatch:
+        """Return the weights in e4m3, quantised again if they may have changed.
+
+        A graph takes none from outside: its replays, or those of an earlier one, make them anew.
+        """
+        inside = captured(self.linear_fc1.weight)
+        outside_only = inside and not self._weights8_captured
+        if self._weights8 is None or self.is_first_microbatch or outside_only:
             with torch.no_grad():
                 prepare = FP8[self.config.fp8][0].prepare
                 self._weights8 = prepare(self.linear_fc1.weight, self.linear_fc2.weight)
+            self._weights8_captured = inside
             if self.is_first_microbatch != self.weights_change_every_call:  # setting it takes time
                 self.is_first_microbatch = self.weights_change_every_call
         return self._weights8
