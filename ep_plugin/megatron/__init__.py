@@ -12,7 +12,7 @@ five only for a Megatron from its wheel, and over torch's Adam):
     module:MegatronModule.set_is_first_microbatch
         Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew
     cuda_graphs:TECudaGraphHelper.create_cudagraphs
-        layers are captured here, with tokens of no meaning, which our tracker would count
+        layers are captured here, with tokens of no meaning, which our routers would count
     optimizer:ChainedOptimizer.load_state_dict
         here Megatron refuses the state of another number of optimizers
     finalize_model_grads:_update_router_expert_bias

@@ -33,6 +33,7 @@ from ep_plugin.commands.bench.measure import Taken, timing
 from ep_plugin.commands.bench.peers import torch as torch_peer
 from ep_plugin.commands.bench.rounds import errors
 from ep_plugin.commands.bench.shapes import SHAPES, Shape
+from ep_plugin.moe.experts import experts
 
 PACKAGES = {
     "megatron": "transformer_engine",
@@ -470,6 +471,20 @@ def test_weights_are_quantised_once_for_all_steps() -> None:
     layer = contender.forward
     assert layer.experts._weights8 is kept  # type: ignore[attr-defined]
     assert contender.quantize() is not kept
+
+
+def test_a_graph_takes_no_e4m3_weights_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(SHAPES["tiny"], "balanced", CPU)
+    layer = ours.build(case, "fp8")["ep_plugin+rowwise"]().forward.experts  # type: ignore[attr-defined]
+    layer.weights_change_every_call = False
+    launched = layer.weights8()
+    assert layer.weights8() is launched
+    monkeypatch.setattr(experts, "captured", lambda tensor: True)
+    inside = layer.weights8()
+    assert inside is not launched  # a replay makes these anew
+    assert layer.weights8() is inside  # as the graphs of later micro-batches do not
+    layer.is_first_microbatch = True
+    assert layer.weights8() is not inside
 
 
 def test_median_and_deciles() -> None:

@@ -1,9 +1,10 @@
-"""Whole iterations in a CUDA graph: Megatron captures its loop, and our blocks do not wait."""
+"""Whole iterations, or layers, in CUDA graphs: Megatron captures, and our blocks do not wait."""
 
 import argparse
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,15 +21,22 @@ from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.arguments.parser import add_ep_arguments
 from ep_plugin.megatron.arguments.theirs import check as check_theirs
 from ep_plugin.megatron.block.graphs import check_graphs, end_graphs
-from ep_plugin.megatron.block.tracking import _accumulate
+from ep_plugin.megatron.block.tracking import RoutingTracker, _accumulate, _Totals
 from ep_plugin.megatron.cpu import mode as cpu_mode
+from ep_plugin.megatron.seams.captured import _with_our_sums_as_before
 from ep_plugin.megatron.settings import EdgeSettings
 
 pytestmark = pytest.mark.megatron
 ITERATIONS = 10
+WARM = ("--cuda-graph-warmup-steps", "3")
 CAPTURE = (
     *("--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad"),
-    *("--cuda-graph-warmup-steps", "3"),
+    *WARM,
+)
+CAPTURE_LAYERS = ("--cuda-graph-impl", "transformer_engine", *WARM)
+BIASED = (
+    *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
+    *("--moe-router-bias-update-rate", "0.01"),
 )
 PER_LAYER = ("--ep-experts-per-layer", "4,3", "--moe-layer-freq", "[1]*2")  # 3: whole on a rank
 
@@ -62,6 +70,21 @@ ITERATION = (
     {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []},
     {"cuda_graph_impl": "local", "cuda_graph_scope": ["full_iteration"]},  # until 0.17
 )
+LAYERS = (
+    {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": []},
+    {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "full"},  # until 0.17
+)
+ITERATION_ALONE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (
+        {"calculate_per_token_loss": True, "pipeline_model_parallel_size": 2},
+        {},
+        "--calculate-per-token-loss over several",
+    ),
+]
+LAYERS_ALONE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"overlap_moe_expert_parallel_comm": True}, {}, "takes layers apart; use --cuda-graph-impl"),
+    ({}, {"overlap": "two_batch"}, "takes layers apart; use --cuda-graph-impl none"),
+]
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {"expert_model_parallel_size": 2},
@@ -74,18 +97,21 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "wait for the host; got hierarchical; use --ep-dispatcher symm_mem",
     ),
     ({"expert_model_parallel_size": 16}, {}, "at most 8 ranks .* got 16"),
-    (
-        {"calculate_per_token_loss": True, "pipeline_model_parallel_size": 2},
-        {},
-        "--calculate-per-token-loss over several",
-    ),
     ({"expert_model_parallel_size": 16}, {"dispatcher": "symm_mem"}, "at most 8 ranks .* got 16"),
+    (
+        {"expert_model_parallel_size": 2, "cuda_graph_warmup_steps": 0},
+        {},
+        "before any step .* use --cuda-graph-warmup-steps 1",
+    ),
+]
+CASES = [
+    *((graph, *case) for graph in ITERATION for case in (*REFUSED, *ITERATION_ALONE)),
+    *((graph, *case) for graph in LAYERS for case in (*REFUSED, *LAYERS_ALONE)),
 ]
 
 
-@pytest.mark.parametrize("graph", ITERATION)
-@pytest.mark.parametrize(("fields", "settings", "message"), REFUSED)
-def test_an_iteration_that_waits_for_the_host_is_refused(
+@pytest.mark.parametrize(("graph", "fields", "settings", "message"), CASES)
+def test_what_waits_for_the_host_is_refused(
     graph: dict[str, Any], fields: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -104,6 +130,39 @@ def test_parts_of_megatron_s_moe_layer_are_refused() -> None:
             check_graphs(config, EdgeSettings())
     for others in (["attn"], ["attn", "mlp", "mamba"]):
         check_graphs(config_of(cuda_graph_impl="local", cuda_graph_scope=others), EdgeSettings())
+
+
+class _Block(torch.nn.Module):
+    """Stands for one of our blocks: it counts in a buffer, and its class has a tracker."""
+
+    tracker = RoutingTracker(lambda *_args, **_groups: None)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counted", torch.zeros(3))
+
+
+def test_what_is_counted_while_layers_are_captured_counts_for_nothing() -> None:
+    block, other = _Block(), torch.nn.BatchNorm1d(3)
+    totals = _Totals()
+    _Block.tracker._totals[("model", 0)] = totals  # type: ignore[index]
+    block.counted += 5
+    _accumulate(totals.rows, 1, torch.tensor([1, 2]))
+    places = [block.counted.data_ptr(), totals.rows[1].data_ptr()]
+
+    def capture(helper: Any) -> str:
+        block.counted += 7
+        other.running_mean += 1  # Megatron's own
+        _accumulate(totals.rows, 1, torch.tensor([10, 20]))
+        _accumulate(totals.rows, 2, torch.tensor([3, 4]))
+        return "made"
+
+    helper = SimpleNamespace(model=[torch.nn.Sequential(block, other)])
+    assert _with_our_sums_as_before(_Block, capture, helper) == "made"
+    assert block.counted.tolist() == [5, 5, 5]
+    assert other.running_mean.tolist() == [1, 1, 1]
+    assert {row: values.tolist() for row, values in totals.rows.items()} == {1: [1, 2], 2: [0, 0]}
+    assert places == [block.counted.data_ptr(), totals.rows[1].data_ptr()]
 
 
 @pytest.mark.skipif(not NEWEST, reason="the flags of 0.19")
@@ -132,9 +191,10 @@ def test_graphs_are_freed_before_nccl_s_groups_wait_for_them(
     assert FullCudaGraphWrapper.cuda_graph == {"training": None, "validation": None}
 
 
-def train_on_gpus(folder: Path, *flags: str, ep: int = 2) -> Run:
+def train_on_gpus(folder: Path, *flags: str, ep: int = 2, ranks: int = 2) -> Run:
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(ranks)),
         *(*OURS, SCRIPT, *SHAPE, *RUN, *MOE, *LOCAL, "--bf16"),
         "--use-distributed-optimizer",
         *("--expert-model-parallel-size", str(ep)),
@@ -178,14 +238,39 @@ def test_layers_of_other_degrees_train_as_without_expert_parallelism(tmp_path: P
         equal(spread, whole, tag, bound)
 
 
-@pytest.mark.multi_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-@pytest.mark.parametrize("flags", ON_GPUS)
-def test_captured_iterations_train_as_launched_ones(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    launched = train_on_gpus(tmp_path / "launched", *flags)
-    captured = train_on_gpus(tmp_path / "captured", *flags, *CAPTURE)
+GRAPHS = {"iterations": CAPTURE, "layers": CAPTURE_LAYERS}
+NO_ENGINE = find_spec("transformer_engine") is None
+
+
+def same_training(folder: Path, graph: str, *flags: str, ranks: int) -> None:
+    if graph == "layers" and NO_ENGINE:
+        pytest.skip("no Transformer Engine")
+    launched = train_on_gpus(folder / "launched", *flags, ep=ranks, ranks=ranks)
+    captured = train_on_gpus(folder / "captured", *flags, *GRAPHS[graph], ep=ranks, ranks=ranks)
     for tag, bound in (("lm loss", 2e-3), ("load_balancing_loss", 1e-2), ("grad-norm", 5e-2)):
         equal(captured, launched, tag, bound)
     loads = [captured.series(f"ep/tokens_per_expert/layer_1/expert_{e}") for e in range(4)]
-    for values in zip(*loads, strict=True):
+    expected = [launched.series(f"ep/tokens_per_expert/layer_1/expert_{e}") for e in range(4)]
+    assert len(loads[0]) == ITERATIONS
+    for values, others in zip(zip(*loads, strict=True), zip(*expected, strict=True), strict=True):
         assert sum(value for _, value in values) == pytest.approx(1)
+        for (_, value), (_, other) in zip(values, others, strict=True):
+            assert value == pytest.approx(other, abs=0.05)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("flags", ON_GPUS)
+def test_captured_steps_train_as_launched_ones(
+    tmp_path: Path, flags: tuple[str, ...], graph: str
+) -> None:
+    same_training(tmp_path, graph, *flags, ranks=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("flags", [(), ("--ep-fp8", "rowwise"), BIASED])
+def test_on_one_gpu_too(tmp_path: Path, flags: tuple[str, ...], graph: str) -> None:
+    same_training(tmp_path, graph, *flags, ranks=1)

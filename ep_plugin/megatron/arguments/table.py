@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ep_plugin.checkpoint.moe_layers import has_dense_layer
 from ep_plugin.checkpoint.scopes import SCOPES
+from ep_plugin.megatron.block.graphs import captures_blocks
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.routing_config import RoutingConfig
@@ -176,9 +177,9 @@ _TAUGHT = (
         "--ep-overlap serial, and leave --overlap-moe-expert-parallel-comm out",
     ),
     Need(
-        lambda args: getattr(args, "cuda_graph_impl", None) != "full_iteration",
-        "is asked anew in each micro-batch, and a graph of the iteration would keep what was asked "
-        "first; use --cuda-graph-impl none",
+        lambda args: not captures_blocks(args),
+        "is asked anew in each micro-batch, and a graph of the iteration, or of layers, would keep "
+        "what was asked first; use --cuda-graph-impl none",
     ),
     Need(
         lambda args: (

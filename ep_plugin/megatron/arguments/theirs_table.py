@@ -212,7 +212,11 @@ SOME_VALUES = (
     ),
     *(
         _some(
-            field, ("attn", "mlp", "mamba", "full_iteration"), _SOME_GRAPHS, flag=flag, when=_graphs
+            field,
+            ("attn", "mlp", "mamba", "full_iteration", "full"),
+            _SOME_GRAPHS,
+            flag=flag,
+            when=_graphs,
         )
         for field, flag in (
             ("cuda_graph_modules", None),

@@ -72,7 +72,8 @@ def _modules(config: Any) -> list[str]:
     """Return the names of the parts of a layer that are asked for; none: all of it."""
     asked = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None)
     several = asked if isinstance(asked, list | tuple) else [asked] if asked else []
-    return [str(getattr(each, "name", each)) for each in several]
+    names = [str(getattr(each, "name", each)) for each in several]
+    return [name for name in names if name != "full"]  # Megatron's older word for no name
 
 
 def _check_captured(config: Any, settings: EdgeSettings, impl: str) -> None:
@@ -89,7 +90,19 @@ def _check_captured(config: Any, settings: EdgeSettings, impl: str) -> None:
             f"--cuda-graph-impl {impl} needs at most {GRAPH_RANKS} ranks of ep and etp; "
             f"got {ranks}; use --cuda-graph-impl none"
         )
+    if sent and getattr(config, "cuda_graph_warmup_steps", 1) == 0:
+        raise ConfigError(
+            f"--cuda-graph-warmup-steps (0) beside --cuda-graph-impl {impl} captures before any "
+            "step has shown how many tokens ranks exchange; use --cuda-graph-warmup-steps 1"
+        )
     if captures_layers(config):
+        combined = getattr(config, "overlap_moe_expert_parallel_comm", False)
+        if combined or settings.overlap == "two_batch":
+            raise ConfigError(
+                f"--cuda-graph-impl {impl} of whole layers cannot be beside the schedule for two "
+                "micro-batches, which takes layers apart; use --cuda-graph-impl none, or "
+                "--ep-overlap serial without --overlap-moe-expert-parallel-comm"
+            )
         return
     if config.calculate_per_token_loss and config.pipeline_model_parallel_size > 1:
         raise ConfigError(

@@ -102,12 +102,13 @@ class RoutingTracker:
         if wandb_writer is not None:
             wandb_writer.log(scalars, iteration)
 
-    def forget(self) -> None:
-        """Begin anew, in the same memory: what was recorded was of no training step."""
+    def sums(self) -> list[Tensor]:
+        """Return what was summed since the last log: memory that stays, to be changed in place."""
+        found: list[Tensor] = []
         for totals in self._totals.values():
             for by_row in (totals.rows, totals.sums, *totals.losses.values()):
-                for values in by_row.values():
-                    values.zero_()
+                found.extend(by_row.values())
+        return found
 
     def _agree(self) -> tuple[list[Key], tuple[int, int]]:
         """Return the models that any rank has, in one order, and the most layers and experts.

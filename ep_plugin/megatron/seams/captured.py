@@ -1,11 +1,14 @@
-"""Graphs of whole layers: what they counted while they were made counts for nothing.
+"""Graphs of whole layers: what is counted while they are made counts for nothing.
 
-Megatron runs each layer some times before it captures it, with tokens of no meaning.
+Megatron runs each layer some times before it captures it, with tokens of no meaning. Its own sums
+it clears afterwards; ours are put back as they were.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from ep_plugin.megatron.seams.patches import Patches
 
@@ -13,17 +16,26 @@ MADE = "megatron.core.transformer.cuda_graphs:TECudaGraphHelper.create_cudagraph
 
 
 def changes(patches: Patches, layer_class: Any) -> None:
-    """Note the change that forgets what was routed while layers were captured."""
+    """Note the change that puts back what capturing layers counted."""
     patches.wrap(
         MADE,
-        functools.partial(_with_our_counts_forgotten, layer_class),
-        "layers are captured here, with tokens of no meaning, which our tracker would count",
+        functools.partial(_with_our_sums_as_before, layer_class),
+        "layers are captured here, with tokens of no meaning, which our routers would count",
     )
 
 
-def _with_our_counts_forgotten(
-    layer_class: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
+def _with_our_sums_as_before(
+    layer_class: Any, original: Callable[..., Any], helper: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    result = original(*args, **kwargs)
-    layer_class.tracker.forget()
+    blocks = [m for chunk in helper.model for m in chunk.modules() if isinstance(m, layer_class)]
+    buffers = [buffer for block in blocks for buffer in block.buffers()]
+    tracker = layer_class.tracker
+    summed = tracker.sums if tracker is not None else list
+    before = [(tensor, tensor.clone()) for tensor in (*buffers, *summed())]
+    result = original(helper, *args, **kwargs)
+    with torch.no_grad():
+        for tensor in summed():  # there may be new ones, which no step has added to
+            tensor.zero_()
+        for tensor, values in before:
+            tensor.copy_(values)
     return result
