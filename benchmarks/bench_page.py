@@ -35,6 +35,7 @@ from bench_rows import (
     newest,
     one_layer,
     others,
+    our_loop,
     ours,
     peers,
     repeat,
@@ -148,7 +149,10 @@ class Page:
     def loop(self) -> str:
         """Megatron's loop: tokens per second of all GPUs, a line for each host."""
         rows = [f for f in self.found if f.row["bench"] == "train"]
-        head = ["model, layout, card", "ours", "in a graph", "ours FP8", "in a graph"]
+        ways = ("launched", "a graph of each layer", "one graph")
+        kinds = [("bf16", way) for way in ways] + [("fp8", way) for way in ways]
+        names = {"bf16": "ours", "fp8": "ours FP8"}
+        head = ["model, layout, card", *(f"{names[kind]}, {way}" for kind, way in kinds)]
         head += [
             "Megatron bf16, as it comes",
             "Megatron bf16, fastest of those run",
@@ -158,16 +162,15 @@ class Page:
         body = []
         for key, own in cases(rows).items():
             picked = [
-                best(own, partial(is_like, **_ours_in_the_loop(precision), graph=graph))
-                for precision in ("bf16", "fp8")
-                for graph in (False, True)
+                best(own, our_loop(precision, layers=way == ways[1], graph=way == ways[2]))
+                for precision, way in kinds
             ]
             theirs = [best(own, megatron("bf16", True)), best(own, megatron("bf16"))]
             picked += [*theirs, best(own, megatron("fp8"))]
             for each in filter(None, picked):
                 self.remember(each)
             speeds = [f"{tokens_per_second(each):,.0f}" if each else "-" for each in picked]
-            mine = best(own, partial(is_like, **_ours_in_the_loop("bf16")))
+            mine = best(own, our_loop("bf16"))
             ratio = (
                 f"{tokens_per_second(mine) / tokens_per_second(theirs[1]):.2f}"
                 if mine and theirs[1]
@@ -249,10 +252,6 @@ class Page:
             body.append([name, figure, row["device"], each.file, row["date"], *told])
         title = "# Rows behind the tables\n\nBy `python benchmarks/bench_page.py`; see "
         return f"{title}[benchmarks.md](benchmarks.md).\n\n{_markdown(head, body)}\n"
-
-
-def _ours_in_the_loop(precision: str) -> dict[str, object]:
-    return {"backend": "ep_plugin", "precision": precision}
 
 
 def _floors(own: list[Found]) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """The four pictures of docs/benchmarks.md, one for each question."""
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from bench_rows import (
     megatron,
     one_layer,
     others,
+    our_loop,
     ours,
     peers,
     tokens_per_second,
@@ -95,8 +95,8 @@ def _bars(title: str, labels: list[str], bars: Bars, colors: list[str], unit: st
 def _loop(found: list[Found]) -> Any:
     rows = [f for f in found if f.row["bench"] == "train"]
     ways = {
-        "ours bf16": partial(is_like, backend=OURS_NAME, precision="bf16"),
-        "ours FP8": partial(is_like, backend=OURS_NAME, precision="fp8"),
+        "ours bf16": our_loop("bf16"),
+        "ours FP8": our_loop("fp8"),
         "Megatron bf16": megatron("bf16"),
         "Megatron FP8": megatron("fp8"),
     }
@@ -104,7 +104,8 @@ def _loop(found: list[Found]) -> Any:
     both = {
         case: own
         for case, own in cases(rows).items()
-        if len({f.row["backend"] == OURS_NAME for f in own}) == 2  # a side alone shows nothing
+        if len({f.row["backend"].split("+")[0] == OURS_NAME for f in own})
+        == 2  # a side alone shows nothing
     }
     for own in both.values():
         for name, way in ways.items():

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from train_sides import LAYERS
+
 from ep_plugin.commands.bench.contest import DROPPING, OURS
 from ep_plugin.commands.bench.figures import Row, read
 from ep_plugin.commands.bench.floors import H100, PRECISIONS, Work, floor_ms
@@ -157,6 +159,18 @@ def ours(precision: str, graph: bool | None = None, **more: object) -> Wanted:
     return lambda row: is_like(row, **whole)
 
 
+def our_loop(precision: str, **more: object) -> Wanted:
+    """Return what finds our rows of Megatron's loop; `layers` are those with a graph of each."""
+    layers = more.pop("layers", None)
+
+    def wanted(row: Row) -> bool:
+        name, *ways = row["backend"].split("+")
+        asked = layers is None or (LAYERS in ways) is layers
+        return name == OURS and asked and is_like(row, precision=precision, **more)
+
+    return wanted
+
+
 def megatron(precision: str, as_it_is: bool = False) -> Wanted:
     """Return what finds Megatron's rows that drop nothing."""
 
@@ -220,7 +234,8 @@ def _train(row: Row, name: str, ways: list[str]) -> str:
     """Return the command of benchmarks/train_ep.py; Megatron's sides are named as its ways are."""
     recipes = [way for way in ways if way in ("delayed", "blockwise")]
     side = "-".join([name, *(way for way in ways if way not in recipes)])
-    side = "graph" if row["graph"] and name == OURS else side
+    if name == OURS:
+        side = "graph" if row["graph"] else LAYERS if LAYERS in ways else name
     model, *rest = str(row["shape"]).split(", ")
     words = ["--ranks", str(row["ep"]), "--model", model, "--layouts", str(row["op"])]
     for part in rest:

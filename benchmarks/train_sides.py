@@ -97,11 +97,15 @@ def _theirs(*flags: str, cutlass: bool = False, overlap: bool = False) -> Side:
     )
 
 
+LAYERS = "layers"  # ours, with a CUDA graph of each layer
 SIDES = {
     "ep_plugin": Side(OURS, over_ranks="--ep-dispatcher symm_mem"),
     "graph": Side(OURS, GRAPH, over_ranks="--ep-dispatcher symm_mem --ep-overlap chunked"),
-    "layers": Side(
-        OURS, "--cuda-graph-impl transformer_engine", over_ranks="--ep-dispatcher symm_mem"
+    LAYERS: Side(
+        OURS,
+        "--cuda-graph-impl transformer_engine",
+        over_ranks="--ep-dispatcher symm_mem",
+        needs_engine=True,
     ),
     "megatron-defaults": Side(THEIRS, fp8=""),  # as its users get it: grouped GEMM alone
     "megatron": Side(THEIRS, fused=FUSIONS, fp8=""),
@@ -159,7 +163,7 @@ def switches(side: Side, flags: str, without: Iterable[str] = ()) -> str:
 def backend(name: str, recipe: str | None, engine: bool) -> str:
     """Return a row's backend for a side."""
     if not SIDES[name].is_peer:
-        return "ep_plugin"
+        return "ep_plugin+layers" if name == LAYERS else "ep_plugin"
     kind = "te" if engine else "sequential experts"
     ways = [*name.split("-")[1:], *([recipe] if recipe not in (None, "tensorwise") else [])]
     return "+".join(["megatron", *map(str, ways)]) + f" ({kind})"

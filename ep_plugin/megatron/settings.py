@@ -7,9 +7,9 @@ from ep_plugin.checkpoint.normalized import normalize_of
 from ep_plugin.checkpoint.scopes import SCOPES
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import speed
+from ep_plugin.megatron.arguments.captures import captures_blocks
 from ep_plugin.megatron.arguments.table import feeding
 from ep_plugin.megatron.arguments.theirs import check, several
-from ep_plugin.megatron.block.graphs import captures_blocks
 from ep_plugin.megatron.edge_settings import EdgeSettings as EdgeSettings
 from ep_plugin.moe.config import GATED, Activation, Fp8, MoEConfig
 from ep_plugin.moe.experts import experts

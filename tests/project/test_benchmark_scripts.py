@@ -152,7 +152,7 @@ def test_sides_differ_by_what_their_rows_say(monkeypatch: pytest.MonkeyPatch) ->
         )
     assert len(shared) == 1
     names = [train_sides.backend(name, None, True) for name in train_sides.SIDES]
-    assert len(set(names)) == len(names) - 1  # ours have one name, and a graph is a field
+    assert len(set(names)) == len(names) - 1  # whole iterations in a graph are a field
     assert train_sides.backend("megatron", "tensorwise", True) == "megatron (te)"
     delayed = train_sides.backend("megatron-graphs-cutlass", "delayed", True)
     assert delayed == "megatron+graphs+cutlass+delayed (te)"

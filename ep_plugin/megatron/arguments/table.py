@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ep_plugin.checkpoint.moe_layers import has_dense_layer
 from ep_plugin.checkpoint.scopes import SCOPES
-from ep_plugin.megatron.block.graphs import captures_blocks
+from ep_plugin.megatron.arguments.captures import captures_blocks
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.routing_config import RoutingConfig

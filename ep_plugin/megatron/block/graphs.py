@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments import captures
 from ep_plugin.megatron.cpu import mode as cpu_mode
 from ep_plugin.megatron.edge_settings import EdgeSettings
 from ep_plugin.moe.config import GRAPH_RANKS
@@ -26,8 +27,8 @@ def check_graphs(config: Any, settings: EdgeSettings) -> None:
         return
     if cpu_mode.active():
         raise ConfigError(f"--cuda-graph-impl ({impl}) needs a GPU; use --cuda-graph-impl none")
-    modules = _modules(config)
-    if captures_blocks(config):
+    modules = captures.modules(config)
+    if captures.captures_blocks(config):
         _check_captured(config, settings, impl)
     elif not modules or not set(modules) <= set(OUTSIDE):
         raise ConfigError(
@@ -35,22 +36,6 @@ def check_graphs(config: Any, settings: EdgeSettings) -> None:
             f"parts of an MoE layer that ep_plugin's does not have; name attn, mlp and mamba "
             "alone, or use --cuda-graph-impl full_iteration, or transformer_engine without modules"
         )
-
-
-def captures_blocks(config: Any) -> bool:
-    """Whether a TransformerConfig, or arguments, put our blocks into CUDA graphs."""
-    return _captures_iteration(config) or captures_layers(config)
-
-
-def captures_layers(config: Any) -> bool:
-    """Whether a TransformerConfig, or arguments, put whole layers into graphs of their own."""
-    impl = getattr(config, "cuda_graph_impl", None) or "none"
-    return impl == "transformer_engine" and not _modules(config)
-
-
-def _captures_iteration(config: Any) -> bool:
-    impl = getattr(config, "cuda_graph_impl", None) or "none"
-    return impl == "full_iteration" or (impl != "none" and "full_iteration" in _modules(config))
 
 
 def end_graphs() -> None:
@@ -66,14 +51,6 @@ def end_graphs() -> None:
         if graph is not None:
             graph.reset()
             graphs[stage] = None
-
-
-def _modules(config: Any) -> list[str]:
-    """Return the names of the parts of a layer that are asked for; none: all of it."""
-    asked = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None)
-    several = asked if isinstance(asked, list | tuple) else [asked] if asked else []
-    names = [str(getattr(each, "name", each)) for each in several]
-    return [name for name in names if name != "full"]  # Megatron's older word for no name
 
 
 def _check_captured(config: Any, settings: EdgeSettings, impl: str) -> None:
@@ -95,7 +72,7 @@ def _check_captured(config: Any, settings: EdgeSettings, impl: str) -> None:
             f"--cuda-graph-warmup-steps (0) beside --cuda-graph-impl {impl} captures before any "
             "step has shown how many tokens ranks exchange; use --cuda-graph-warmup-steps 1"
         )
-    if captures_layers(config):
+    if captures.captures_layers(config):
         combined = getattr(config, "overlap_moe_expert_parallel_comm", False)
         if combined or settings.overlap == "two_batch":
             raise ConfigError(
