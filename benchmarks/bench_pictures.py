@@ -104,8 +104,8 @@ def _loop(found: list[Found]) -> Any:
     both = {
         case: own
         for case, own in cases(rows).items()
-        if len({f.row["backend"].split("+")[0] == OURS_NAME for f in own})
-        == 2  # a side alone shows nothing
+        # a side alone shows nothing
+        if len({f.row["backend"].split("+")[0] == OURS_NAME for f in own}) == 2
     }
     for own in both.values():
         for name, way in ways.items():

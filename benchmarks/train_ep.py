@@ -10,10 +10,10 @@ the cost of a layer is printed). All sides get the same flags, data, seeds and i
 with Transformer Engine the fusions and overlaps that are good for all; `train_sides.py` has them,
 and those of each side. `megatron-defaults` is Megatron's as its users get it, `megatron-all` has
 all of its switches; `graph` is our side with whole iterations in a CUDA graph, `layers` with a
-graph of each layer. A side's tokens per second are those of its median iteration after the first tenth of each run. A side that
-cannot run is named with the reason. Rows are as `ep-plugin bench` writes them, with
-`first_losses`, of each seed before any step, which equal values make equal but for rounding, and
-`losses`, the mean of the last tenth. Without a GPU only losses mean anything.
+graph of each layer. A side's tokens per second are those of its median iteration after the first
+tenth of each run. A side that cannot run is named with the reason. Rows are as `ep-plugin bench`
+writes them, with `first_losses`, of each seed before any step, which equal values make equal but
+for rounding, and `losses`, the mean of the last tenth. Without a GPU only losses mean anything.
 """
 
 import argparse
