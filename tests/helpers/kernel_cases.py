@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import sends_cases
 import torch
 from torch import Tensor
 
@@ -541,6 +542,7 @@ def check_all(device: str) -> None:
         check_activations(width, ("rows",), device, ["swiglu"])
     check_weights_by_blocks(device)
     check_layouts(device)
+    sends_cases.check_all(device)
 
 
 if __name__ == "__main__":

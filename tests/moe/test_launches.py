@@ -4,7 +4,9 @@ A step outside of a CUDA graph can take no less time than the host. Counts do no
 machine, so they are exact; a change that lowers one of them changes the table with it.
 """
 
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ pytest.importorskip("triton")
 from fake_gpu import counting, fake_gpu
 
 from ep_plugin import MoEConfig
+from ep_plugin.moe.dispatcher import symm_mem
 from ep_plugin.moe.layer import MoELayer
 from ep_plugin.moe.routing_config import RoutingConfig
 
@@ -69,3 +72,33 @@ def test_a_step_launches_and_makes_no_more_than_this(case: str) -> None:
         backward = gpu.numbers()
     found = tuple(a + b for a, b in zip(forward, backward, strict=True))
     assert found == expected, f"{case}: {found} now: forward {forward}, backward {backward}"
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_symm_mem_plans_and_receives_with_few_launches(captured: bool) -> None:
+    """All but the exchange: what goes where; then what is this rank's, and its backward."""
+    buffer: Any = SimpleNamespace(rank=1, ranks=4)
+    groups: Any = SimpleNamespace(ep_etp=buffer, ep_size=4, ep_rank=1, etp_size=1)
+    ids = torch.zeros(16, 2, dtype=torch.int64)
+    probs = torch.rand(16, 2, requires_grad=True)
+    found = []
+    with (
+        fake_gpu() as gpu,
+        patch.object(symm_mem, "shared_buffer", lambda groups: buffer),
+        patch.object(symm_mem, "all_gather_single", lambda *args, group: None),
+        patch.object(symm_mem, "_captured", lambda tensor: captured),
+    ):
+        dispatcher = symm_mem.SymmetricMemoryDispatcher(8, groups, comm_sms=1)
+        for _ in range(2):  # the first compiles
+            dispatcher.most_tokens, probs.grad = len(ids), None
+            with counting(gpu):
+                sends = dispatcher._plan(ids)
+            found.append(gpu.numbers())
+            with counting(gpu):
+                own = dispatcher._own(ids, probs, sends.came)
+            found.append(gpu.numbers())
+            grads = torch.empty_like(probs)
+            with counting(gpu):
+                own[1].backward(grads)
+            found.append(gpu.numbers())
+    assert found[3:] == [(3, 0, 7 if captured else 6), (1, 1, 2), (1, 0, 1)]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ep_plugin.moe.kernels.sends_torch import hosted
 from ep_plugin.moe.rows import Rows, count_choices, rows_of
 
 
@@ -21,9 +22,7 @@ class Hosts(NamedTuple):
 
     def hosted(self, expert_ids: Tensor) -> Tensor:
         """Return [T, K, G] bool: which ranks host each of `expert_ids` [T, K]; -1 = none."""
-        host = expert_ids // self.experts  # [T, K] ep rank, -1 for none
-        ranks = torch.arange(self.ep_size, device=host.device)
-        return (host.unsqueeze(2) == ranks).repeat_interleave(self.etp_size, dim=2)
+        return hosted(expert_ids, *self)
 
     def local(self, expert_ids: Tensor, rank: Tensor) -> Tensor:
         """Return `expert_ids` [P, K] as local ids of each row's `rank` [P]; -1 = elsewhere."""

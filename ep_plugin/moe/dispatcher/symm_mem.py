@@ -27,6 +27,7 @@ group at most 8 ranks; buffers of such a group always have room for all.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from ep_plugin.moe.dispatcher._once_per_rank import Hosts
 from ep_plugin.moe.dispatcher._shared_buffer import shared_buffer
 from ep_plugin.moe.groups import ExpertGroups, all_gather_single
 from ep_plugin.moe.interfaces import Dispatched, Packed, Pending, Routing
-from ep_plugin.moe.rows import count_choices
+from ep_plugin.moe.kernels import select
 
 
 def _captured(tensor: Tensor) -> bool:
@@ -70,22 +71,22 @@ class SymmetricMemoryDispatcher:
 
         def wait() -> Dispatched:
             finish()
-            here = self._is_here(chosen)
-            if sends.came is not None:  # there may be rows that nobody wrote
-                rows = torch.arange(len(here), device=here.device)
-                here &= (rows < sends.came).unsqueeze(1)
-            own = self._own(chosen, probs, here)
+            own = self._own(chosen, probs, sends.came)
             return Dispatched(tokens, *own, handle=sends, num_rows=sends.choices)
 
         return Pending(wait)
 
-    def _is_here(self, chosen: Tensor) -> Tensor:
-        return (chosen >= self.first) & (chosen < self.first + self.experts)
+    def _own(
+        self, chosen: Tensor, probs: Tensor, came: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return local experts, probabilities and tokens of each expert, of the choices here.
 
-    def _own(self, chosen: Tensor, probs: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return local experts, probabilities and tokens of each expert, of the choices `here`."""
-        ids = (chosen - self.first).where(here, -1)
-        return ids, probs.where(here, 0), count_choices(ids, self.experts)
+        With `came` there may be rows behind that nobody wrote.
+        """
+        own: tuple[Tensor, Tensor, Tensor] = _Own.apply(
+            probs, chosen, came, self.first, self.experts
+        )
+        return own
 
     def start_combine(self, outbox: Tensor, inbox: Dispatched) -> Pending[Tensor]:
         sends: Sends = inbox.handle
@@ -118,7 +119,7 @@ class SymmetricMemoryDispatcher:
 
         def complete(tokens: Tensor) -> Dispatched:
             finish()
-            own = self._own(chosen, all_probs, self._is_here(chosen))
+            own = self._own(chosen, all_probs, None)
             return Dispatched(tokens, *own, handle=num_tokens)
 
         counts = [most] * ranks
@@ -141,38 +142,28 @@ class SymmetricMemoryDispatcher:
         if _captured(expert_ids):
             self._check_capture(len(expert_ids))
             return self.most_tokens, None
-        chosen = self.hosts.hosted(expert_ids).sum((0, 1))  # [G]
-        own = torch.cat([chosen, chosen.new_full((1,), len(expert_ids))])
+        own, _ = select(expert_ids).count_sends(expert_ids, *self.hosts)
         of_ranks = self._of_ranks(own).tolist()  # the host sync
-        most = max(tokens for *_, tokens in of_ranks)
+        most = max(tokens[0] for _, _, tokens in of_ranks)
         self.most_tokens = max(self.most_tokens, most)
-        return most, [row[self.link.buffer.rank] for row in of_ranks]
+        return most, [choices[self.link.buffer.rank] for _, choices, _ in of_ranks]
 
     def _plan(self, expert_ids: Tensor) -> Sends:
         """Tell all ranks how many rows go where; return where this rank's do."""
         captured = _captured(expert_ids)
         if captured:
             self._check_capture(len(expert_ids))
-        hosted = self.hosts.hosted(expert_ids)  # [T, K, G]
-        sent = hosted.any(1)
-        rows = sent.sum(0)
-        own = torch.stack([rows, hosted.sum((0, 1)), torch.full_like(rows, len(sent))])  # [3, G]
+        ops, rank, ranks = select(expert_ids), self.link.buffer.rank, self.link.buffer.ranks
+        own, before = ops.count_sends(expert_ids, *self.hosts)
         table = self._of_ranks(own)  # [from, 3, to]
-        rank, counts = self.link.buffer.rank, table[:, 0]
-        # Along rows that lie in memory: torch sums down columns one after another on a GPU.
-        earlier = sent.T.contiguous().cumsum(1).T - 1
-        place = counts[:rank].sum(0) + earlier
-        place = place.where(sent, -1).to(torch.int32)  # [T, G]
-        came = counts[:, rank].sum()
+        place, numbers = ops.place_sends(expert_ids, before, table, rank, *self.hosts)
         if captured:
-            most = self.most_tokens * len(counts)
-            return Sends(place, most, most, None, came)
-        busiest = counts.sum(0).max()
-        numbers = torch.stack([came, table[:, 1, rank].sum(), table[:, 2].max(), busiest])
+            most = self.most_tokens * ranks
+            return Sends(place, most, most, None, came=numbers[0])
         received, choices, tokens_of_a_rank, most = numbers.tolist()  # the host sync
         self.most_tokens = max(self.most_tokens, tokens_of_a_rank)
         # Routing changes, and growing stops all ranks: a quarter more than this call needs.
-        room = self.most_tokens * len(counts) if len(counts) <= GRAPH_RANKS else most + most // 4
+        room = self.most_tokens * ranks if ranks <= GRAPH_RANKS else most + most // 4
         return Sends(place, received, room, choices)
 
     def _of_ranks(self, own: Tensor) -> Tensor:
@@ -195,6 +186,28 @@ class SymmetricMemoryDispatcher:
                 f"call ({self.most_tokens} on any rank); got {num_tokens}; first run a step of "
                 "as many tokens without a CUDA graph"
             )
+
+
+class _Own(torch.autograd.Function):
+    """`kernels.sends_torch.take_own`, with gradients of the probabilities."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, probs: Tensor, chosen: Tensor, came: Tensor | None, first: int, experts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        own: tuple[Tensor, Tensor, Tensor]
+        own = select(chosen).take_own(chosen, probs, came, first, experts)
+        ids, _, counts = own
+        ctx.save_for_backward(ids)
+        ctx.mark_non_differentiable(ids, counts)
+        ctx.set_materialize_grads(False)  # of ids and counts there are none
+        return own
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        (ids,), (_, of_probs, _) = ctx.saved_tensors, grads
+        kept = None if of_probs is None else select(ids).zero_absent(of_probs, ids)
+        return kept, None, None, None, None
 
 
 def buffer_bytes(config: MoEConfig, ranks: int) -> int:

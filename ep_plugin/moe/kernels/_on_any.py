@@ -27,6 +27,7 @@ from ep_plugin.moe.kernels.rows_torch import (
     sum_pieces,
     sum_rows,
 )
+from ep_plugin.moe.kernels.sends_torch import count_sends, place_sends, take_own, zero_absent
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
 __all__ = [  # re-exported from the modules above
@@ -34,8 +35,10 @@ __all__ = [  # re-exported from the modules above
     "activate_backward",
     "add_wgrad_blocks",
     "count_choices",
+    "count_sends",
     "multiply_blocks",
     "multiply_column_blocks",
+    "place_sends",
     "quantize_blocks",
     "quantize_rows",
     "quantize_weight_blocks",
@@ -44,7 +47,9 @@ __all__ = [  # re-exported from the modules above
     "spread_rows8",
     "sum_pieces",
     "sum_rows",
+    "take_own",
     "transpose_blocks",
+    "zero_absent",
 ]
 
 

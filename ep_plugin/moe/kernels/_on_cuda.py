@@ -25,6 +25,7 @@ from ep_plugin.moe.kernels.quantize import (
     transpose_blocks,
     transpose_rows,
 )
+from ep_plugin.moe.kernels.sends import count_sends, place_sends, take_own, zero_absent
 from ep_plugin.moe.kernels.tiles import plan_tiles
 from ep_plugin.moe.kernels.wgrad import add_wgrad, add_wgrad8, multiply_columns
 
@@ -36,10 +37,12 @@ __all__ = [
     "add_wgrad8",
     "add_wgrad_blocks",
     "count_choices",
+    "count_sends",
     "multiply",
     "multiply_blocks",
     "multiply_column_blocks",
     "multiply_columns",
+    "place_sends",
     "plan_tiles",
     "quantize_blocks",
     "quantize_rows",
@@ -50,6 +53,8 @@ __all__ = [
     "spread_rows8",
     "sum_pieces",
     "sum_rows",
+    "take_own",
     "transpose_blocks",
     "transpose_rows",
+    "zero_absent",
 ]
