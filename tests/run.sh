@@ -49,6 +49,8 @@ done
 
 source recipes/_setup.sh
 setup_project || exit $?
+# Each test starts processes, and each compiles what no other may keep.
+unset PYTHONDONTWRITEBYTECODE
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .

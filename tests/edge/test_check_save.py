@@ -98,6 +98,7 @@ def run(folder: Path, spoil: str, *flags: str) -> Done:
     return launch(2, (*OURS, str(script)), *RUN, "--save", saved, "--load", saved, *flags)
 
 
+@pytest.mark.newest
 def test_what_holds_inf_is_not_saved_and_the_next_start_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +222,7 @@ def test_it_is_found_wherever_it_is(flags: tuple[str, ...], tmp_path: Path) -> N
     assert "planted in" in done.stdout
 
 
+@pytest.mark.newest
 def test_the_layer_wise_optimizer_of_muon_too(tmp_path: Path) -> None:
     pytest.importorskip("emerging_optimizers")
     done = run(tmp_path, EVERYWHERE, "--optimizer", "dist_muon", "--bf16")

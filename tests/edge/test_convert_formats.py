@@ -88,6 +88,7 @@ def test_through_the_loop_and_back(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.newest
 def test_the_printed_flags_fit_every_tensor_parallel_size() -> None:
     """For models of sizes drawn at random, Megatron itself builds what it builds with a vocabulary
     that every number divides."""

@@ -158,6 +158,7 @@ def test_sequence_parallel_equals_one_rank(tmp_path: Path) -> None:
 RUN = [sys.executable, "-m", "ep_plugin.run"]
 
 
+@pytest.mark.newest
 def test_run_refuses_a_missing_script_once_for_all_ranks() -> None:
     for rank, lines in (("0", 1), ("1", 0)):
         done = subprocess.run(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from loop import OURS, ROOT, SCRIPT
+from releases import shared_out_here
 from warm import run_script
 
 from ep_plugin.commands.parity.comparable import expand_preset, without
@@ -118,6 +119,8 @@ def run(*flags: str) -> str:
 
 @pytest.mark.parametrize("name", REST)
 def test_every_preset_takes_a_step(name: str) -> None:
+    if not shared_out_here(name):
+        pytest.skip("another older release takes it")
     assert " iteration        1/" in step(["--ep-preset", name])
 
 
@@ -139,6 +142,8 @@ def recipe(model: str, layout: str, folder: Path) -> list[str]:
 def test_every_recipe_takes_a_step(number: int, tmp_path: Path) -> None:
     """Each file of models/ and of layouts/ at least once, with all that the launcher adds."""
     model, layout = RECIPES[number % len(RECIPES)], LAYOUTS[number % len(LAYOUTS)]
+    if not shared_out_here(f"{model} {layout}"):
+        pytest.skip("another older release takes it")
     assert " iteration        1/" in step(recipe(model, layout, tmp_path))
 
 

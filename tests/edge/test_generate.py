@@ -301,6 +301,7 @@ def test_the_command_starts_ranks_and_shows_lines(
     assert {line["reason"] for line in lines} == {"length"}
 
 
+@pytest.mark.newest
 def test_torchrun_starts_ranks_of_its_own(folders: Any, one_rank: dict[str, Any]) -> None:
     _, megatron = folders["mixtral"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -47,6 +47,11 @@ MORE = (
          dense_layers=3),
 )  # fmt: skip
 CASES = EVERYWHERE + MORE
+# Left out of a test run on the newest: each pair of their settings is in another layout there.
+IN_PAIRS = (
+    "TP 2, PP 2, EP 4, ETP 1, distributed optimizer",
+    "per-token loss, PP 2, EP 2, distributed optimizer",
+)
 NEWEST_ALONE = (
     Case("per-token loss under the combined schedule, PP 2 x 2 virtual stages, EP 2", 4,
          sequences=8, pp=2, vpp=2, ep=2, per_token=True, masked=0.8, combined=True),
@@ -136,7 +141,8 @@ def layouts_of(version: str) -> tuple[Case, ...]:
         for case in EVERYWHERE
         if version in in_full() or case in SEAMS or version == shared_out(case.name, RELEASES[:-1])
     )
-    cases = (CASES + NEWEST_ALONE if version == NEWEST else older) + LATENT
+    newest = tuple(case for case in CASES if case.name not in IN_PAIRS) + NEWEST_ALONE
+    cases = (newest if version == NEWEST else older) + LATENT
     degrees = DEGREES if version == NEWEST else DEGREES_OF_OLDER[version]
     hybrids = HYBRID if version == NEWEST else HYBRID[3:5] if version in WITH_HYBRID else ()
     return (

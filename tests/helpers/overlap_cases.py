@@ -114,8 +114,18 @@ VARIANTS: list[dict[str, Any]] = [
     {"fp8": "blockwise", "fp8_wgrad": "bf16"},
 ]
 SOME = ("different counts", "a rank without tokens", "top-4")
-ALL: list[tuple[str, dict[str, Any]]] = [
-    *((case, {"fp8": fp8}) for case in routings() for fp8 in ("off", "rowwise")),
-    *((case, variant) for case in SOME for variant in VARIANTS),
-]
+
+
+def cases_of(layout: int) -> list[tuple[str, dict[str, Any]]]:
+    """Return the cases of one of three layouts.
+
+    All routings, and each variant with one of `SOME`, another at each layout: together the layouts
+    have every pair.
+    """
+    return [
+        *((case, {"fp8": fp8}) for case in routings() for fp8 in ("off", "rowwise")),
+        *((SOME[(i + layout) % len(SOME)], variant) for i, variant in enumerate(VARIANTS)),
+    ]
+
+
 assert NUM_RANKS == 4

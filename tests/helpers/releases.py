@@ -48,6 +48,20 @@ def shared_out(name: str, among: tuple[str, ...]) -> str:
     return among[zlib.crc32(name.encode()) % len(among)]
 
 
+def shared_out_here(name: str) -> bool:
+    """Return whether this process's release runs what is called `name`.
+
+    One of the older releases does that are not tested in full; any other release runs everything.
+    """
+    from megatron.core import __version__ as version
+
+    return (
+        version not in OLDER_WITH_LOOP
+        or version in in_full()
+        or version == shared_out(name, OLDER_WITH_LOOP)
+    )
+
+
 def installed(version: str) -> Path:
     """Return a folder to put on Python's path for this release, or for `DEVELOPMENT`.
 

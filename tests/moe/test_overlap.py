@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from overlap_cases import ALL, BASE, SOME, VARIANTS, routings, run, sized
+from overlap_cases import BASE, SOME, VARIANTS, cases_of, routings, run, sized
 from routings import NUM_EXPERTS
 from spawn import run_ranks
 from symm_mem_cases import MULTICAST_OFF
@@ -39,7 +39,7 @@ def check_bits(ranks: int, ep: int, etp: int) -> dict[str, int]:
     """Compare every schedule with one run of `serial`; return how often each was."""
     groups = create_expert_groups(ParallelConfig(world_size=ranks, ep=ep, etp=etp))
     checked = dict.fromkeys(SCHEDULES, 0)
-    for case, variant in ALL:
+    for case, variant in cases_of(LAYOUTS.index((ranks, ep, etp))):
         for dedup in (False, True):
             config = sized(BASE, dispatch_dedup=dedup, **variant)
             expected = run(config, groups, routings()[case], whole=True)
@@ -59,13 +59,22 @@ def test_whole_numbers_give_equal_bits(ranks: int, ep: int, etp: int) -> None:
     cases = {
         schedule: sum(
             len(changes_of(schedule, ranks, dedup, variant))
-            for _, variant in ALL
+            for _, variant in cases_of(LAYOUTS.index((ranks, ep, etp)))
             for dedup in (False, True)
         )
         for schedule in SCHEDULES
     }
     assert all(cases.values())
     assert run_ranks(ranks, check_bits, ranks, ep, etp) == [cases] * ranks
+
+
+def test_every_variant_meets_every_routing() -> None:
+    cases = [(i, case, str(v)) for i in range(len(LAYOUTS)) for case, v in cases_of(i)]
+    for variant in map(str, VARIANTS):
+        assert {case for _, case, v in cases if v == variant} == set(SOME)
+        assert {i for i, _, v in cases if v == variant} == {*range(len(LAYOUTS))}
+    for case in SOME:
+        assert {i for i, c, v in cases if c == case and v in map(str, VARIANTS)} == {0, 1, 2}
 
 
 def check_two_legs() -> int:
