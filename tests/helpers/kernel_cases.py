@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import sends_cases
 import torch
@@ -27,7 +28,7 @@ from ep_plugin.moe.e4m3 import (
 )
 from ep_plugin.moe.kernels import _on_any as twins
 from ep_plugin.moe.kernels import _on_cuda as kernels
-from ep_plugin.moe.kernels import blocks_torch
+from ep_plugin.moe.kernels import blocks_torch, wgrad
 from ep_plugin.moe.kernels.move_rows import count_choices
 from ep_plugin.moe.kernels.types import TILE, Target
 from ep_plugin.moe.rows import ExpertRows
@@ -517,6 +518,9 @@ def check_all(device: str) -> None:
     for rows, b, a in ((40, 48, 32), (300, 160, 272), (300, 272, 160)):
         check_wgrad(rows, b, a, device)
         check_products("rows", rows, b, a, device)
+    with mock.patch.object(wgrad, "MANY_ROWS", 0):  # as of many rows: totals in wide tiles
+        check_wgrad(300, 160, 272, device)
+        check_products("rows", 300, 160, 272, device)
     for rows, b, a in ((40, 128, 128), (300, 384, 256), (300, 256, 384)):
         check_products("blocks", rows, b, a, device)
     for rows, b, a in ((40, 80, 48), (140, 320, 200), (140, 129, 272), (40, 33, 15)):  # padded

@@ -20,6 +20,10 @@ from ep_plugin.moe.kernels.tiles import in_bands, span, tiled
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
 WIDE = 256  # columns of a tile; it has TILE rows
+# With few rows of each expert a tile's sums take less time than its totals take to be read and
+# written. Narrow tiles are two to a multiprocessor: one computes while the other waits for memory.
+NARROW = 128
+MANY_ROWS = 1024  # of an expert on average: from here on tiles are wide
 BAND = 8  # rows of tiles in a band, see `tiles.in_bands`
 
 
@@ -96,15 +100,16 @@ def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> 
 
 def _columns(out: Tensor, left: Columns8, right: Columns8, tiles: Tiles, add: bool) -> None:
     if out.numel():
-        _wgrad8_kernel[_grid(out)](
-            *(tiled(left.data, TILE, TILE), tiled(right.data, WIDE, TILE)),
+        wide = _wide(out, left.data.shape[1]) if add else WIDE
+        _wgrad8_kernel[_grid(out, wide)](
+            *(tiled(left.data, TILE, TILE), tiled(right.data, wide, TILE)),
             *(left.scale, right.scale, tiles.ends, out, *out.shape[1:]),
             ADD=add,
             TILE=TILE,
-            WIDE=WIDE,
+            WIDE=wide,
             BAND=BAND,
-            num_warps=8,
-            num_stages=4,
+            num_warps=wide // 32,
+            num_stages=4 if wide == WIDE else 3,
         )
 
 
@@ -139,19 +144,24 @@ def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
     expert's last.
     """
     if total.numel() and left.numel():
-        depth = 64
-        _wgrad_kernel[_grid(total)](
-            *(tiled(left.contiguous(), depth, TILE), tiled(right.contiguous(), depth, WIDE)),
+        depth, wide = 64, _wide(total, left.shape[0])
+        _wgrad_kernel[_grid(total, wide)](
+            *(tiled(left.contiguous(), depth, TILE), tiled(right.contiguous(), depth, wide)),
             *(ends, total, *total.shape[1:]),
             TILE=TILE,
-            WIDE=WIDE,
+            WIDE=wide,
             DEPTH=depth,
             BAND=BAND,
-            num_warps=8,
+            num_warps=wide // 32,
             num_stages=3,
         )
 
 
-def _grid(out: Tensor) -> tuple[int, int]:
+def _wide(total: Tensor, num_rows: int) -> int:
+    """Return the columns of a tile of `total` [e, b, a], to which products of rows are added."""
+    return WIDE if num_rows >= MANY_ROWS * total.shape[0] else NARROW
+
+
+def _grid(out: Tensor, wide: int) -> tuple[int, int]:
     num_experts, b, a = out.shape
-    return cdiv(b, TILE) * cdiv(a, WIDE), num_experts
+    return cdiv(b, TILE) * cdiv(a, wide), num_experts
