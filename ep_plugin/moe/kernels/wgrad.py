@@ -20,8 +20,9 @@ from ep_plugin.moe.kernels.tiles import in_bands, span, tiled
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
 WIDE = 256  # columns of a tile; it has TILE rows
-# With few rows of each expert a tile's sums take less time than its totals take to be read and
-# written. Narrow tiles are two to a multiprocessor: one computes while the other waits for memory.
+# With few rows of each expert a tile's sums take less time than it takes to write them, or to read
+# and write its totals. Narrow tiles are two to a multiprocessor: one computes while the other waits
+# for memory.
 NARROW = 128
 MANY_ROWS = 1024  # of an expert on average: from here on tiles are wide
 BAND = 8  # rows of tiles in a band, see `tiles.in_bands`
@@ -100,7 +101,7 @@ def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> 
 
 def _columns(out: Tensor, left: Columns8, right: Columns8, tiles: Tiles, add: bool) -> None:
     if out.numel():
-        wide = _wide(out, left.data.shape[1]) if add else WIDE
+        wide = _wide(out, left.data.shape[1])
         _wgrad8_kernel[_grid(out, wide)](
             *(tiled(left.data, TILE, TILE), tiled(right.data, wide, TILE)),
             *(left.scale, right.scale, tiles.ends, out, *out.shape[1:]),
@@ -157,9 +158,9 @@ def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
         )
 
 
-def _wide(total: Tensor, num_rows: int) -> int:
-    """Return the columns of a tile of `total` [e, b, a], to which products of rows are added."""
-    return WIDE if num_rows >= MANY_ROWS * total.shape[0] else NARROW
+def _wide(out: Tensor, num_rows: int) -> int:
+    """Return the columns of a tile of `out` [e, b, a], which is of `num_rows` rows."""
+    return WIDE if num_rows >= MANY_ROWS * out.shape[0] else NARROW
 
 
 def _grid(out: Tensor, wide: int) -> tuple[int, int]:
