@@ -83,6 +83,7 @@ ITERATION_ALONE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 LAYERS_ALONE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"overlap_moe_expert_parallel_comm": True}, {}, "takes layers apart; use --cuda-graph-impl"),
+    ({"calculate_per_token_loss": True}, {}, "whole layers cannot hold --calculate-per-token-loss"),
     ({}, {"overlap": "two_batch"}, "takes layers apart; use --cuda-graph-impl none"),
 ]
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [

@@ -171,6 +171,9 @@ def test_figures_of_the_readme_are_those_measured() -> None:
         "{:.1f}, which wait for the host, with drop-and-pad in a graph {:.2f} "
     ).format(*small) in text
 
+    nearest = [layer(shape, "torchtitan", True)[0] for shape in ("dsv3", "q3-30b")]
+    assert "torchtitan's compiled layer, {:.1f} and {:.2f} in a graph.".format(*nearest) in text
+
     def ratio(micro_batch: int, graph: bool, day: str = "") -> str:
         """Return our speed over that of Megatron's fastest way, of one day or of all."""
         ours, theirs = (

@@ -80,6 +80,12 @@ def _check_captured(config: Any, settings: EdgeSettings, impl: str) -> None:
                 "micro-batches, which takes layers apart; use --cuda-graph-impl none, or "
                 "--ep-overlap serial without --overlap-moe-expert-parallel-comm"
             )
+        if config.calculate_per_token_loss:
+            raise ConfigError(
+                f"--cuda-graph-impl {impl} of whole layers cannot hold --calculate-per-token-loss: "
+                "auxiliary losses weigh by a micro-batch's number of tokens, which a graph of one "
+                "layer would keep from its capture; use --cuda-graph-impl full_iteration, or none"
+            )
         return
     if config.calculate_per_token_loss and config.pipeline_model_parallel_size > 1:
         raise ConfigError(
