@@ -17,9 +17,11 @@ from megatron.core.transformer import TransformerConfig
 
 from ep_plugin.commands.report.events import Run, read_run
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.captures import captures_layers
 from ep_plugin.megatron.arguments.checks import settings_from_args
 from ep_plugin.megatron.arguments.parser import add_ep_arguments
 from ep_plugin.megatron.arguments.theirs import check as check_theirs
+from ep_plugin.megatron.block.adapter import EPMoELayer
 from ep_plugin.megatron.block.graphs import check_graphs, end_graphs
 from ep_plugin.megatron.block.tracking import RoutingTracker, _accumulate, _Totals
 from ep_plugin.megatron.cpu import mode as cpu_mode
@@ -74,6 +76,12 @@ LAYERS = (
     {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": []},
     {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "full"},  # until 0.17
 )
+UNTRANSLATED = [  # what Megatron's parser has before its own check
+    ({"cuda_graph_impl": "none", "external_cuda_graph": True}, True),
+    ({"cuda_graph_impl": "transformer_engine", "cuda_graph_scope_deprecated": ["attn"]}, False),
+    ({"cuda_graph_impl": "transformer_engine", "cuda_graph_scope_deprecated": None}, True),
+    ({"cuda_graph_impl": "local", "cuda_graph_modules": []}, False),
+]
 ITERATION_ALONE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {"calculate_per_token_loss": True, "pipeline_model_parallel_size": 2},
@@ -83,6 +91,12 @@ ITERATION_ALONE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 LAYERS_ALONE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"overlap_moe_expert_parallel_comm": True}, {}, "takes layers apart; use --cuda-graph-impl"),
+    ({"cuda_graph_warmup_steps": 0}, {}, "how losses are scaled; use --cuda-graph-warmup-steps 1"),
+    (
+        {"mtp_num_layers": 2, "mtp_use_repeated_layer": True},
+        {},
+        "--mtp-use-repeated-layer passes it several times",
+    ),
     ({"calculate_per_token_loss": True}, {}, "whole layers cannot hold --calculate-per-token-loss"),
     ({}, {"overlap": "two_batch"}, "takes layers apart; use --cuda-graph-impl none"),
 ]
@@ -103,6 +117,20 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"expert_model_parallel_size": 2, "cuda_graph_warmup_steps": 0},
         {},
         "before any step .* use --cuda-graph-warmup-steps 1",
+    ),
+    (
+        {"expert_model_parallel_size": 2, "micro_batch_size": 1, "eval_micro_batch_size": 4},
+        {},
+        r"--eval-micro-batch-size \(4\) above .* use --eval-micro-batch-size 1,",
+    ),
+    *(
+        ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, drawn, said)
+        for drawn, said in (
+            ({"routing": {"drop_policy": "random"}}, "--ep-drop-policy random draws"),
+            ({"routing": {"second_expert": "random"}}, "--ep-second-expert random draws"),
+            ({"routing": {"noise": "rsample"}}, "--ep-noise rsample draws"),
+            ({"routing": {"force_load_balancing": True}}, "force-load-balancing draws"),
+        )
     ),
 ]
 CASES = [
@@ -133,6 +161,31 @@ def test_parts_of_megatron_s_moe_layer_are_refused() -> None:
         check_graphs(config_of(cuda_graph_impl="local", cuda_graph_scope=others), EdgeSettings())
 
 
+def test_a_mask_of_padding_that_a_captured_layer_would_not_see_is_refused() -> None:
+    layer = SimpleNamespace(training=True, config=config_of(**LAYERS[0]))
+    with pytest.raises(ConfigError, match="hands no padding_mask to a captured layer"):
+        EPMoELayer.forward(layer, torch.zeros(2, 1, 4), padding_mask=torch.zeros(1, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("fields", "layers"), UNTRANSLATED)
+def test_older_names_say_the_same(fields: dict[str, Any], layers: bool) -> None:
+    assert captures_layers(config_of(**fields)) is layers
+
+
+class _Helper:
+    """Stands for Megatron's TECudaGraphHelper."""
+
+    def __init__(self, *model: torch.nn.Module) -> None:
+        self.model, self.graphs = model, 0
+
+    def graphs_created(self) -> bool:
+        return self.graphs > 0
+
+    def delete_cuda_graphs(self) -> None:
+        assert self.graphs > 0
+        self.graphs = 0
+
+
 class _Block(torch.nn.Module):
     """Stands for one of our blocks: it counts in a buffer, and its class has a tracker."""
 
@@ -156,14 +209,18 @@ def test_what_is_counted_while_layers_are_captured_counts_for_nothing() -> None:
         other.running_mean += 1  # Megatron's own
         _accumulate(totals.rows, 1, torch.tensor([10, 20]))
         _accumulate(totals.rows, 2, torch.tensor([3, 4]))
+        helper.graphs = 2
         return "made"
 
-    helper = SimpleNamespace(model=[torch.nn.Sequential(block, other)])
+    helper = _Helper(torch.nn.Sequential(block, other))
     assert _with_our_sums_as_before(_Block, capture, helper) == "made"
     assert block.counted.tolist() == [5, 5, 5]
     assert other.running_mean.tolist() == [1, 1, 1]
     assert {row: values.tolist() for row, values in totals.rows.items()} == {1: [1, 2], 2: [0, 0]}
     assert places == [block.counted.data_ptr(), totals.rows[1].data_ptr()]
+    end_graphs()
+    end_graphs()
+    assert helper.graphs == 0
 
 
 @pytest.mark.skipif(not NEWEST, reason="the flags of 0.19")

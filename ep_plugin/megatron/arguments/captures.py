@@ -10,7 +10,8 @@ def captures_blocks(config: Any) -> bool:
 
 def captures_layers(config: Any) -> bool:
     """Whether a TransformerConfig, or arguments, put whole layers into graphs of their own."""
-    impl = getattr(config, "cuda_graph_impl", None) or "none"
+    old = getattr(config, "external_cuda_graph", False)  # until Megatron has translated it
+    impl = "transformer_engine" if old else getattr(config, "cuda_graph_impl", None)
     return impl == "transformer_engine" and not modules(config)
 
 
@@ -21,7 +22,8 @@ def _captures_iteration(config: Any) -> bool:
 
 def modules(config: Any) -> list[str]:
     """Return the names of the parts of a layer that are asked for; none: all of it."""
-    asked = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None)
+    fields = ("cuda_graph_modules", "cuda_graph_scope", "cuda_graph_scope_deprecated")
+    asked = next(filter(None, (getattr(config, field, None) for field in fields)), None)
     several = asked if isinstance(asked, list | tuple) else [asked] if asked else []
     names = [str(getattr(each, "name", each)) for each in several]
     return [name for name in names if name != "full"]  # Megatron's older word for no name

@@ -178,8 +178,8 @@ _TAUGHT = (
     ),
     Need(
         lambda args: not captures_blocks(args),
-        "is asked anew in each micro-batch, and a graph of the iteration, or of layers, would keep "
-        "what was asked first; use --cuda-graph-impl none",
+        "is asked anew in each micro-batch: a graph of the iteration would keep what was asked "
+        "first, and graphs of layers have not been tried beside it; use --cuda-graph-impl none",
     ),
     Need(
         lambda args: (

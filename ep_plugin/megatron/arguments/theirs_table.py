@@ -110,7 +110,7 @@ _ACTIVATION = (
 )
 _SOME_GRAPHS = (
     "would capture parts of an MoE layer that ep_plugin's does not have; use attn, mlp and "
-    "mamba alone, or --cuda-graph-impl full_iteration"
+    "mamba alone, or --cuda-graph-impl full_iteration, or transformer_engine without modules"
 )
 _KEPT = (
     "; use --ep-save fp8 or recompute, or --recompute-granularity selective with "

@@ -20,6 +20,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.megatron.arguments.captures import captures_layers
 from ep_plugin.megatron.arguments.in_flags import refusal
 from ep_plugin.megatron.block import choice, combined
 from ep_plugin.megatron.block.adopt_groups import adopt_groups
@@ -173,7 +174,14 @@ class EPMoELayer(MegatronMoELayer):  # type: ignore[misc]
 
         `padding_mask` [B, S] is true for padding, which goes to no expert and counts for nothing.
         """
-        mask = None if padding_mask is None else self._mask(padding_mask, hidden_states)
+        mask = None
+        if padding_mask is not None:
+            if self.training and captures_layers(self.config):
+                raise ConfigError(
+                    "--cuda-graph-impl transformer_engine hands no padding_mask to a captured "
+                    "layer; use --cuda-graph-impl none, or give no padding_mask"
+                )
+            mask = self._mask(padding_mask, hidden_states)
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._compute, False, hidden_states, mask), None
         return self._compute(hidden_states, mask), None

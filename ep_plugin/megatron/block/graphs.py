@@ -9,6 +9,7 @@ own MoE layer into do not exist in ours.
 
 import sys
 from typing import Any
+from weakref import WeakSet
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.megatron.arguments import captures
@@ -18,6 +19,7 @@ from ep_plugin.moe.config import GRAPH_RANKS
 from ep_plugin.moe.rules import own
 
 OUTSIDE = ("attn", "mlp", "mamba")  # modules of Megatron's layers that are not ours
+_LAYERS: WeakSet[Any] = WeakSet()  # Megatron's helpers that have captured layers
 
 
 def check_graphs(config: Any, settings: EdgeSettings) -> None:
@@ -38,11 +40,20 @@ def check_graphs(config: Any, settings: EdgeSettings) -> None:
         )
 
 
-def end_graphs() -> None:
-    """Free the graphs of whole iterations: until then NCCL's groups cannot end, and Python waits.
+def note_layers(helper: Any) -> None:
+    """Note the TECudaGraphHelper whose graphs `end_graphs` is to free."""
+    _LAYERS.add(helper)
 
-    Megatron keeps them for as long as the process lives.
+
+def end_graphs() -> None:
+    """Free graphs: until then NCCL's groups cannot end, and Python waits.
+
+    Megatron keeps those of whole iterations for as long as the process lives, and those of layers
+    where its loop ends by an exception.
     """
+    for helper in _LAYERS:
+        if helper.graphs_created():
+            helper.delete_cuda_graphs()
     module = sys.modules.get("megatron.core.full_cuda_graph")
     if module is None:
         return
@@ -67,29 +78,74 @@ def _check_captured(config: Any, settings: EdgeSettings, impl: str) -> None:
             f"--cuda-graph-impl {impl} needs at most {GRAPH_RANKS} ranks of ep and etp; "
             f"got {ranks}; use --cuda-graph-impl none"
         )
-    if sent and getattr(config, "cuda_graph_warmup_steps", 1) == 0:
+    by_layer = captures.captures_layers(config)
+    if (sent or by_layer) and getattr(config, "cuda_graph_warmup_steps", 1) == 0:
         raise ConfigError(
             f"--cuda-graph-warmup-steps (0) beside --cuda-graph-impl {impl} captures before any "
-            "step has shown how many tokens ranks exchange; use --cuda-graph-warmup-steps 1"
+            "step has shown how many tokens ranks exchange, and how losses are scaled; use "
+            "--cuda-graph-warmup-steps 1"
         )
-    if captures.captures_layers(config):
-        combined = getattr(config, "overlap_moe_expert_parallel_comm", False)
-        if combined or settings.overlap == "two_batch":
-            raise ConfigError(
-                f"--cuda-graph-impl {impl} of whole layers cannot be beside the schedule for two "
-                "micro-batches, which takes layers apart; use --cuda-graph-impl none, or "
-                "--ep-overlap serial without --overlap-moe-expert-parallel-comm"
-            )
-        if config.calculate_per_token_loss:
-            raise ConfigError(
-                f"--cuda-graph-impl {impl} of whole layers cannot hold --calculate-per-token-loss: "
-                "auxiliary losses weigh by a micro-batch's number of tokens, which a graph of one "
-                "layer would keep from its capture; use --cuda-graph-impl full_iteration, or none"
-            )
-        return
-    if config.calculate_per_token_loss and config.pipeline_model_parallel_size > 1:
+    tokens, evaluated = (
+        getattr(config, f"{kind}micro_batch_size", None) or 0 for kind in ("", "eval_")
+    )
+    if sent and evaluated > tokens > 0:
+        raise ConfigError(
+            f"--eval-micro-batch-size ({evaluated}) above --micro-batch-size ({tokens}) needs "
+            "larger buffers for the exchange than those that a graph was captured with; use "
+            f"--eval-micro-batch-size {tokens}, or --cuda-graph-impl none"
+        )
+    _check_draws(config, settings)
+    if by_layer:
+        _check_layers(config, settings, impl)
+    elif config.calculate_per_token_loss and config.pipeline_model_parallel_size > 1:
         raise ConfigError(
             "--cuda-graph-impl full_iteration cannot hold --calculate-per-token-loss over several "
             "pipeline stages, which tell each other the number of tokens through the host; use "
             "--cuda-graph-impl none"
         )
+
+
+def _check_layers(config: Any, settings: EdgeSettings, impl: str) -> None:
+    """Raise ConfigError for what graphs of whole layers cannot hold."""
+    if getattr(config, "mtp_use_repeated_layer", False) and (config.mtp_num_layers or 0) > 1:
+        raise ConfigError(
+            f"--cuda-graph-impl {impl} of whole layers has one graph of a layer, and "
+            "--mtp-use-repeated-layer passes it several times before its backward; use "
+            "--cuda-graph-impl full_iteration, or none"
+        )
+    combined = getattr(config, "overlap_moe_expert_parallel_comm", False)
+    if combined or settings.overlap == "two_batch":
+        raise ConfigError(
+            f"--cuda-graph-impl {impl} of whole layers cannot be beside the schedule for two "
+            "micro-batches, which takes layers apart; use --cuda-graph-impl none, or "
+            "--ep-overlap serial without --overlap-moe-expert-parallel-comm"
+        )
+    if config.calculate_per_token_loss:
+        raise ConfigError(
+            f"--cuda-graph-impl {impl} of whole layers cannot hold --calculate-per-token-loss: "
+            "auxiliary losses weigh by a micro-batch's number of tokens, which a graph of one "
+            "layer would keep from its capture; use --cuda-graph-impl full_iteration, or none"
+        )
+
+
+def _check_draws(config: Any, settings: EdgeSettings) -> None:
+    """Raise ConfigError where a captured router would draw anew when it is computed again."""
+    again = getattr(config, "recompute_granularity", None) == "selective" and "moe" in (
+        getattr(config, "recompute_modules", None) or ()
+    )
+    routing = settings.routing
+    second = routing.get("second_expert", "all")
+    forced = getattr(config, "moe_router_force_load_balancing", False)
+    drawn = {
+        "--ep-drop-policy random": routing.get("drop_policy") == "random",
+        f"--ep-second-expert {second}": second in ("random", "sampling"),
+        "--ep-noise rsample": routing.get("noise", "none") != "none",
+        "--moe-router-force-load-balancing": forced or routing.get("force_load_balancing", False),
+    }
+    for flag, given in drawn.items():
+        if again and given:
+            raise ConfigError(
+                f"{flag} draws, and in a CUDA graph a router that --recompute-modules moe computes "
+                "again would draw otherwise; use --ep-save recompute in place of "
+                "--recompute-modules moe, or --cuda-graph-impl none"
+            )

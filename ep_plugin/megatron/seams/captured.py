@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ep_plugin.megatron.block.graphs import note_layers
 from ep_plugin.megatron.seams.patches import Patches
 
 MADE = "megatron.core.transformer.cuda_graphs:TECudaGraphHelper.create_cudagraphs"
@@ -27,6 +28,7 @@ def changes(patches: Patches, layer_class: Any) -> None:
 def _with_our_sums_as_before(
     layer_class: Any, original: Callable[..., Any], helper: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    note_layers(helper)
     blocks = [m for chunk in helper.model for m in chunk.modules() if isinstance(m, layer_class)]
     buffers = [buffer for block in blocks for buffer in block.buffers()]
     tracker = layer_class.tracker
