@@ -120,7 +120,7 @@ AROUND = frozenset(
         --use-cpu-initialization --fp16 --bf16 --mtp-num-layers
         --init-method-std --calculate-per-token-loss --recompute-granularity
         --recompute-activations --moe-layer-recompute --moe-per-layer-logging --enable-cuda-graph
-        --external-cuda-graph --cuda-graph-impl --mlp-chunks-for-prefill
+        --cuda-graph-impl --mlp-chunks-for-prefill
         --mlp-chunks-for-training --transformer-impl --optimizer
         --moe-shared-expert-intermediate-size --moe-router-load-balancing-type
         --moe-token-dispatcher-type --moe-router-dtype --fp8-recipe
