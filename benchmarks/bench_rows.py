@@ -159,9 +159,11 @@ def ours(precision: str, graph: bool | None = None, **more: object) -> Wanted:
     return lambda row: is_like(row, **whole)
 
 
-def our_loop(precision: str, **more: object) -> Wanted:
-    """Return what finds our rows of Megatron's loop; `layers` are those with a graph of each."""
-    layers = more.pop("layers", None)
+def our_loop(precision: str, layers: bool | None = None, **more: object) -> Wanted:
+    """Return what finds our rows of Megatron's loop: with a graph of each layer, without, or both.
+
+    `more` are fields and values of the rows.
+    """
 
     def wanted(row: Row) -> bool:
         name, *ways = row["backend"].split("+")

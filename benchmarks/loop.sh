@@ -26,7 +26,7 @@ if [[ -n "${SMALL:-}" ]]; then
 fi
 ours=(graph layers ep_plugin)
 if ! "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-    ours=(ep_plugin) # whole iterations are captured on GPUs alone
+    ours=(ep_plugin) # graphs are captured on GPUs alone
 fi
 # The two figures that are published first, should a step be cut.
 theirs=(megatron-defaults megatron-graphs-cutlass megatron-graphs megatron-drop_and_pad megatron-all

@@ -85,14 +85,13 @@ def _check_captured(config: Any, settings: EdgeSettings, impl: str) -> None:
             "step has shown how many tokens ranks exchange, and how losses are scaled; use "
             "--cuda-graph-warmup-steps 1"
         )
-    tokens, evaluated = (
-        getattr(config, f"{kind}micro_batch_size", None) or 0 for kind in ("", "eval_")
-    )
-    if sent and evaluated > tokens > 0:
+    trained = getattr(config, "micro_batch_size", None) or 0  # 0: not of arguments
+    evaluated = getattr(config, "eval_micro_batch_size", None) or 0
+    if sent and evaluated > trained > 0:
         raise ConfigError(
-            f"--eval-micro-batch-size ({evaluated}) above --micro-batch-size ({tokens}) needs "
+            f"--eval-micro-batch-size ({evaluated}) above --micro-batch-size ({trained}) needs "
             "larger buffers for the exchange than those that a graph was captured with; use "
-            f"--eval-micro-batch-size {tokens}, or --cuda-graph-impl none"
+            f"--eval-micro-batch-size {trained}, or --cuda-graph-impl none"
         )
     _check_draws(config, settings)
     if by_layer:
