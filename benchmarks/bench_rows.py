@@ -64,12 +64,12 @@ def newest(found: list[Found]) -> list[Found]:
     """Return the rows of one file for each bench, card, number of ranks, gradients, graph or not.
 
     Rows of a file ran on cards of one kind, if not always in one process: of several files the
-    newest counts, then the one with more rows.
+    newest counts, then the one with more rows. The loop depends on its host, so each host's count.
     """
     groups: dict[tuple[object, ...], dict[str, list[Found]]] = {}
     for each in found:
         row = each.row
-        model = row["shape"] if row["bench"] == "train" else ""
+        model = (row["shape"], host_of(each)) if row["bench"] == "train" else ""
         key = row["bench"], row["device"], row["ep"], row["gradients"], row["graph"], model
         groups.setdefault(key, {}).setdefault(each.file, []).append(each)
     return [each for files in groups.values() for each in max(files.values(), key=_freshness)]
@@ -191,7 +191,7 @@ def megatron(precision: str, as_it_is: bool = False) -> Wanted:
 
 def dropping(row: Row) -> bool:
     """Whether a row is of Megatron with a capacity, which drops rows where loads are uneven."""
-    name, *ways = row["backend"].split("+")
+    name, *ways = row["backend"].replace(" (te)", "").split("+")
     return name == "megatron" and DROPPING in ways and row["precision"] == "bf16"
 
 

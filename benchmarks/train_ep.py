@@ -55,7 +55,7 @@ from ep_plugin.errors import ConfigError
 PAIRS = (  # whose rows are compared
     *(
         ((ours, precision), (theirs, precision))
-        for ours in ("ep_plugin", "graph", "layers")
+        for ours in ("ep_plugin", "graph", "graph-serial", "layers")
         for theirs in SIDES
         if SIDES[theirs].is_peer
         for precision in ("bf16", "fp8")

@@ -98,9 +98,11 @@ def _theirs(*flags: str, cutlass: bool = False, overlap: bool = False) -> Side:
 
 
 LAYERS = "layers"  # ours, with a CUDA graph of each layer
+SERIAL = "graph-serial"  # ours in one graph, where rows do not travel beside their products
 SIDES = {
     "ep_plugin": Side(OURS, over_ranks="--ep-dispatcher symm_mem"),
     "graph": Side(OURS, GRAPH, over_ranks="--ep-dispatcher symm_mem --ep-overlap chunked"),
+    SERIAL: Side(OURS, GRAPH, over_ranks="--ep-dispatcher symm_mem --ep-overlap serial"),
     LAYERS: Side(
         OURS,
         "--cuda-graph-impl transformer_engine",
@@ -163,7 +165,7 @@ def switches(side: Side, flags: str, without: Iterable[str] = ()) -> str:
 def backend(name: str, recipe: str | None, engine: bool) -> str:
     """Return a row's backend for a side."""
     if not SIDES[name].is_peer:
-        return "ep_plugin+layers" if name == LAYERS else "ep_plugin"
+        return {LAYERS: "ep_plugin+layers", SERIAL: "ep_plugin+serial"}.get(name, "ep_plugin")
     kind = "te" if engine else "sequential experts"
     ways = [*name.split("-")[1:], *([recipe] if recipe not in (None, "tensorwise") else [])]
     return "+".join(["megatron", *map(str, ways)]) + f" ({kind})"

@@ -13,6 +13,8 @@ five only for a Megatron from its wheel, and over torch's Adam):
         Megatron's schedules call it when a step begins, which is when e4m3 weights are made anew
     cuda_graphs:TECudaGraphHelper.create_cudagraphs
         layers are captured here, with tokens of no meaning, which our routers would count
+    cuda_graphs:TECudaGraphHelper._get_cuda_graph_input_data
+        how layers are captured is decided here, copies of the gradients that come back included
     optimizer:ChainedOptimizer.load_state_dict
         here Megatron refuses the state of another number of optimizers
     finalize_model_grads:_update_router_expert_bias

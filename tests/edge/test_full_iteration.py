@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from loop import LOCAL, MODEL, MOE, NEWEST, OURS, RUN, SCRIPT, SHAPE
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import TransformerConfig, cuda_graphs
 
 from ep_plugin.commands.report.events import Run, read_run
 from ep_plugin.errors import ConfigError
@@ -25,7 +26,7 @@ from ep_plugin.megatron.block.adapter import EPMoELayer
 from ep_plugin.megatron.block.graphs import check_graphs, end_graphs
 from ep_plugin.megatron.block.tracking import RoutingTracker, _accumulate, _Totals
 from ep_plugin.megatron.cpu import mode as cpu_mode
-from ep_plugin.megatron.seams.captured import _with_our_sums_as_before
+from ep_plugin.megatron.seams.captured import _with_our_sums_as_before, _without_copies
 from ep_plugin.megatron.settings import EdgeSettings
 
 pytestmark = pytest.mark.megatron
@@ -194,6 +195,31 @@ class _Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("counted", torch.zeros(3))
+
+
+def _older(layers: Any, samples: Any, num_warmup_iters: int = 3) -> None:
+    """Stands for Transformer Engine's make_graphed_callables."""
+
+
+def _newer(layers: Any, samples: Any, clone_param_grads_on_return: bool = True) -> None:
+    """Stands for that of a newer release."""
+
+
+@pytest.mark.parametrize("engine", [_older, _newer])
+@pytest.mark.parametrize("wrapped", [(True,), (True, True), (False,), (True, False)])
+def test_gradients_that_ddp_takes_at_once_are_not_copied_first(
+    engine: Any, wrapped: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "make_graphed_callables", engine, raising=False)
+    ddp = DistributedDataParallel.__new__(DistributedDataParallel)
+    helper = _Helper(*(ddp if whether else torch.nn.Identity() for whether in wrapped))
+    made, samples = {"_order": [1, -1]}, ((torch.zeros(2),),)
+    spared = engine is _newer and all(wrapped)
+    expected = {**made, **({"clone_param_grads_on_return": False} if spared else {})}
+    found = _without_copies(lambda _: (samples, dict(made)), helper)
+    assert found == (samples, expected)
+    asked = {"clone_param_grads_on_return": True}  # Megatron's own word stays
+    assert _without_copies(lambda _: (samples, dict(asked)), helper) == (samples, asked)
 
 
 def test_what_is_counted_while_layers_are_captured_counts_for_nothing() -> None:

@@ -26,9 +26,11 @@ from ep_plugin.moe.e4m3 import (
     WeightBlocks8,
     whole_blocks,
 )
+from ep_plugin.moe.experts.gemm.loop import LoopGemm
 from ep_plugin.moe.kernels import _on_any as twins
 from ep_plugin.moe.kernels import _on_cuda as kernels
-from ep_plugin.moe.kernels import blocks_torch, wgrad
+from ep_plugin.moe.kernels import bf16_product, blocks_torch, wgrad
+from ep_plugin.moe.kernels import product as product8
 from ep_plugin.moe.kernels.move_rows import count_choices
 from ep_plugin.moe.kernels.types import TILE, Target
 from ep_plugin.moe.rows import ExpertRows
@@ -367,6 +369,28 @@ def check_wgrad(rows: int, b: int, a: int, device: str) -> None:
     assert torch.equal(found[1], before[1]), "add_wgrad of no rows"
 
 
+def check_bf16_products(rows: int, b: int, a: int, device: str) -> None:
+    """Forward and data gradient beside the loop's, and float64."""
+    ends = torch.tensor([rows // 3, rows // 3, rows - 2], dtype=torch.int32, device=device)
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    inputs, grads = (torch.randn(rows, size, device=device).to(dtype) for size in (a, b))
+    weight = torch.randn(3, b, a, device=device).to(dtype)
+    weight[1] = torch.nan  # of an expert without rows: nobody may read it
+    inputs[rows - 2 :], grads[rows - 2 :] = torch.nan, torch.nan
+    loop = LoopGemm()
+    calls: dict[str, tuple[Any, Any, Tensor]] = {
+        "multiply_rows": (bf16_product.multiply_rows, loop.forward, inputs),
+        "multiply_grads": (bf16_product.multiply_grads, loop.dgrad, grads),
+    }
+    for name, (kernel, twin, matrix) in calls.items():
+        oracle = twin(matrix.double(), weight.double(), ends)[: rows - 2]
+        for kind, multiply in (("kernel", kernel), ("twin", twin)):
+            found = multiply(matrix, weight, ends)
+            assert (found.dtype, len(found)) == (dtype, rows)
+            difference = (found[: rows - 2].double() - oracle).norm() / oracle.norm()
+            assert float(difference) < 4e-3, f"{name}, {kind}"
+
+
 OPS: dict[str, tuple[str, ...]] = {
     "rows": (
         *("quantize_weight", "quantize_rows", "transpose_rows"),
@@ -517,7 +541,17 @@ def check_all(device: str) -> None:
     torch.manual_seed(0)
     for rows, b, a in ((40, 48, 32), (300, 160, 272), (300, 272, 160)):
         check_wgrad(rows, b, a, device)
+        check_bf16_products(rows, b, a, device)
         check_products("rows", rows, b, a, device)
+    check_bf16_products(140, 200, 88, device)  # sizes end inside of a step, and of a tile
+    for rows in (100, 200):  # as of more rows: higher tiles, of which some have a step more
+        with mock.patch.multiple(bf16_product, FEW_ROWS=0, SOME_ROWS=rows):
+            check_bf16_products(300, 160, 272, device)
+    with (  # and weight gradients by programs that go on
+        mock.patch.object(product8, "FEW_ROWS", 0),
+        mock.patch.object(wgrad, "MANY_EXPERTS", 0),
+    ):
+        check_products("rows", 300, 160, 272, device)
     with mock.patch.object(wgrad, "MANY_ROWS", 0):  # as of many rows: totals in wide tiles
         check_wgrad(300, 160, 272, device)
         check_products("rows", 300, 160, 272, device)

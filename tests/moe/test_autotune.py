@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts import autotune
 from ep_plugin.moe.experts.autotune import _times, candidates, choose
@@ -17,6 +18,7 @@ from ep_plugin.moe.experts.gemm.loop import LoopGemm
 from ep_plugin.moe.experts.gemm.torch_grouped import TorchGroupedGemm
 from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.moe.layer import MoELayer
+from ep_plugin.registry import resolve
 
 FAST, SLOW = LoopGemm(), TorchGroupedGemm()
 MILLISECONDS = {id(FAST): 1.5, id(SLOW): 3.0}
@@ -164,6 +166,37 @@ def test_on_the_cpu_it_is_the_loop_settled_once(monkeypatch: pytest.MonkeyPatch)
     assert calls == [(torch.float32, 5), (torch.bfloat16, 7)]
 
 
+def test_a_measurement_is_kept_for_calls_that_cannot_measure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(autotune, "pick", lambda weight, rows: FAST if rows else SLOW)
+    linear = GroupedLinear(2, 8, 16, bias=False, gemm="auto")
+    assert linear.pick_gemm(0) is SLOW
+    assert linear.pick_gemm(5) is FAST
+    assert linear.pick_gemm(0) is FAST
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("features", [(128, 256), (128, 132), (132, 128)])
+def test_without_a_measurement_our_own_products_are_taken_on_hopper(
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    grouped = capability is not None and dtype == torch.bfloat16 and features == (128, 256)
+    expected = ("triton" if capability == (9, 0) else "torch_grouped") if grouped else "loop"
+    assert autotune.rule(*features, dtype, capability is not None) == expected
+    if expected == "triton":
+        assert not resolve("gemm", "triton")(*features, dtype).waits_for_host
+    else:
+        with pytest.raises(ConfigError, match=r"gemm='triton' needs"):
+            resolve("gemm", "triton")(*features, dtype)
+
+
 def test_candidates_take_the_sizes() -> None:
     assert "torch_grouped" in candidates(torch.empty(2, 16, 8))
     assert "loop" not in candidates(torch.empty(2, 16, 8))  # it waits for the host
@@ -181,7 +214,7 @@ def test_on_a_gpu_it_measures_and_then_reads(
     state = torch.cuda.get_rng_state()
     first, second = autotune.pick(weight, 1000), autotune.pick(weight, 1024)
     assert type(first) is type(second)
-    assert "1024 rows" in log.messages[0]
+    assert "1024 random rows" in log.messages[0]
     assert "measured in" in log.messages[0]
     assert str(_times.path()) in log.messages[1]
     assert torch.equal(torch.cuda.get_rng_state(), state)
@@ -193,8 +226,14 @@ def test_nothing_is_measured_while_a_graph_is_captured(cache: Path) -> None:
     linear = GroupedLinear(4, 128, 256, False, "auto", device="cuda", dtype=torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        assert isinstance(linear.pick_gemm(1000), TorchGroupedGemm)
+        taken = linear.pick_gemm(1000)
+    name = autotune.rule(128, 256, torch.bfloat16, cuda=True)
+    assert type(taken) is type(resolve("gemm", name)(128, 256, torch.bfloat16))
     assert not cache.exists()
+    measured = linear.pick_gemm(1000)
+    assert cache.exists()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert linear.pick_gemm(1000) is measured
 
 
 def test_deterministic_layers_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,7 @@ def test_sides_that_cannot_run_here_are_named() -> None:
         for name, side in train_sides.SIDES.items()
     }
     able = {name for name, reason in why.items() if not reason}
-    assert able == {"ep_plugin", "graph", "megatron-defaults", "megatron"}
+    assert able == {"ep_plugin", "graph", "graph-serial", "megatron-defaults", "megatron"}
     alone = train_sides.why_not(train_sides.SIDES["megatron-all"], False, True, None)
     assert alone == "its overlap needs experts on more than one rank"
 

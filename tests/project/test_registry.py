@@ -36,7 +36,8 @@ def test_every_option_builds_or_names_its_package(kind: str, name: str) -> None:
 
 def test_unknown_name_lists_the_legal_ones() -> None:
     with pytest.raises(
-        ConfigError, match="unknown gemm 'fast'; choose from deepgemm, loop, te, torch_grouped"
+        ConfigError,
+        match="unknown gemm 'fast'; choose from deepgemm, loop, te, torch_grouped, triton",
     ):
         resolve("gemm", "fast")
 

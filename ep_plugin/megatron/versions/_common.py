@@ -127,6 +127,9 @@ COMMON = (
     ),
     Touchpoint("megatron.core.transformer.module:MegatronModule.set_is_first_microbatch"),
     Touchpoint("megatron.core.transformer.cuda_graphs:TECudaGraphHelper.create_cudagraphs"),
+    Touchpoint(
+        "megatron.core.transformer.cuda_graphs:TECudaGraphHelper._get_cuda_graph_input_data"
+    ),
     # initial values and recomputation
     Touchpoint(
         f"{_TENSOR_PARALLEL}.layers:_initialize_affine_weight_cpu",

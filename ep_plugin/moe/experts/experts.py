@@ -78,17 +78,19 @@ class GroupedLinear(nn.Module):
         """Return the backend for a call with `num_rows` rows.
 
         `auto` measures at the first call with rows, and again if the layer moves to another device
-        or dtype. Without rows, or while a CUDA graph is captured, it cannot measure and takes the
-        backend of `autotune.rule`.
+        or dtype. Before that, without rows or while a CUDA graph is captured, it cannot measure and
+        takes the backend of `autotune.rule`.
         """
         if self._gemm is not None:
             return self._gemm
         weight = self.weight
+        where = weight.device, weight.dtype
+        if (*where, True) in self._picked:
+            return self._picked[*where, True]
         measured = self.measures and num_rows > 0 and not captured(weight)
-        where = weight.device, weight.dtype, measured
-        if where not in self._picked:
-            self._picked[where] = autotune.pick(weight, num_rows if measured else 0)
-        return self._picked[where]
+        if (*where, measured) not in self._picked:
+            self._picked[*where, measured] = autotune.pick(weight, num_rows if measured else 0)
+        return self._picked[*where, measured]
 
     def forward(self) -> Tensor:
         """Return the weight [e, out, in]."""

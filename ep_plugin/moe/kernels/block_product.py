@@ -99,7 +99,7 @@ def _wgrad_blocks_kernel(
     if ADD:  # noqa: SIM102
         if start >= end:
             return
-    first_b, first_a = corner(B, A, BLOCK, BLOCK, BAND)
+    first_b, first_a = corner(tl.program_id(0), B, A, BLOCK, BLOCK, BAND)
     of_left = left_scale + first_b // BLOCK
     of_right = right_scale + first_a // BLOCK
     near = tl.zeros((BLOCK, PART), tl.float32)

@@ -3,7 +3,8 @@
 Both operands reach shared memory through TMA (Hopper and newer). A GPU at its power limit is faster
 the fewer bytes it moves per operation. Therefore tiles are 128 x 256, and the tiles in work at one
 time lie close together, in a band, so that they share operands in L2. Sums are those of torch's
-scaled grouped GEMM, bit for bit.
+scaled grouped GEMM, bit for bit. With few rows of each expert tiles are 64 x 256: fewer of their
+rows are another expert's, and more steps of the sum are under way.
 """
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from ep_plugin.moe.e4m3 import Rows8, Weight8
 from ep_plugin.moe.kernels._launch import cdiv, jit
-from ep_plugin.moe.kernels.tiles import in_bands, num_programs, tiled
+from ep_plugin.moe.kernels.tiles import in_bands, num_programs, planned, tiled
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
 WIDE = 256  # columns of a tile; it has TILE rows
 DEPTH = 128  # of one step along the sum
+LOW = 64  # rows of a tile of few
+FEW_ROWS = 112  # per expert on average; below it tiles have LOW rows
 MANY_ROWS = 1024  # per expert on average; from here on the tiles of a band mostly share a weight
 
 
@@ -60,16 +63,19 @@ def multiply(rows: Rows8, weight: Weight8, ends: Tensor, tiles: Tiles) -> Tensor
     (num_experts, out_features, in_features), num_rows = weight.data.shape, rows.data.shape[0]
     out = torch.empty(num_rows, out_features, dtype=torch.bfloat16, device=ends.device)
     if out.numel():
-        across = cdiv(out_features, WIDE)
+        across, tile, warps, stages = cdiv(out_features, WIDE), TILE, 8, 3
+        if num_rows < FEW_ROWS * num_experts:
+            tile, warps, stages = LOW, 4, 4
+            tiles = planned(num_rows, ends, tile)
         _multiply_kernel[(num_programs(ends.device, tiles.expert.shape[0] * across),)](
-            *(tiled(rows.data, TILE, DEPTH), tiled(weight.data, WIDE, DEPTH)),
+            *(tiled(rows.data, tile, DEPTH), tiled(weight.data, WIDE, DEPTH)),
             *(rows.scale, weight.scale, ends, tiles.expert, tiles.row, tiles.ends, out),
             *(num_experts, in_features, out_features),
-            TILE=TILE,
+            TILE=tile,
             WIDE=WIDE,
             DEPTH=DEPTH,
             BAND=16 if num_rows >= MANY_ROWS * num_experts else 8,
-            num_warps=8,
-            num_stages=3,
+            num_warps=warps,
+            num_stages=stages,
         )
     return out

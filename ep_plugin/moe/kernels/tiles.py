@@ -2,17 +2,20 @@
 
 from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ep_plugin.moe.kernels._launch import cdiv, jit, next_power_of_2
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
 BLOCK = 64  # tiles that one program plans
+_PLANNED: Any = WeakTensorKeyDictionary()  # tiles of rows, by their ends
 
 
 @jit
@@ -37,18 +40,31 @@ def _plan_kernel(
         tl.store(tile_ends + expert, behind, mask=inside)
 
 
-def plan_tiles(num_rows: int, ends: Tensor) -> Tiles:
-    """Return the tiles of at most `num_rows` rows; each expert's end at `ends` [e] int32."""
+def plan_tiles(num_rows: int, ends: Tensor, height: int = TILE) -> Tiles:
+    """Return the tiles, of `height` rows, of at most `num_rows` rows.
+
+    `ends` [e] int32 is the row after each expert's last.
+    """
     num_experts = ends.shape[0]
-    num_tiles = num_rows // TILE + num_experts  # enough for any counts
+    num_tiles = num_rows // height + num_experts  # enough for any counts
     expert, row, tile_ends = (ends.new_empty(n) for n in (num_tiles, num_tiles, num_experts))
     _plan_kernel[(cdiv(num_tiles, BLOCK),)](
         *(ends, expert, row, tile_ends, num_experts, num_tiles),
-        TILE=TILE,
+        TILE=height,
         BLOCK=BLOCK,
         EXPERTS=next_power_of_2(num_experts),
     )
     return Tiles(expert, row, tile_ends)
+
+
+def planned(num_rows: int, ends: Tensor, height: int) -> Tiles:
+    """Return `plan_tiles`, planned once for all products over the same rows, which share `ends`."""
+    found = _PLANNED.get(ends)
+    if found is None or found[:2] != (num_rows, height):
+        found = num_rows, height, plan_tiles(num_rows, ends, height)
+        _PLANNED[ends] = found
+    tiles: Tiles = found[2]
+    return tiles
 
 
 @triton.jit

@@ -13,7 +13,7 @@ Scales = Literal["rows", "blocks"]  # e4m3 with one scale per row, or per 128 co
 
 @dataclass(frozen=True)
 class Tiles:
-    """Each expert's rows in tiles of 128; the last tile of an expert may be shorter."""
+    """Each expert's rows in tiles of 128 or 64; the last tile of an expert may be shorter."""
 
     expert: Tensor  # [n] int32, the expert whose rows they are; -1 after the last tile
     row: Tensor  # [n] int32, the first row of each tile; -1 after the last tile

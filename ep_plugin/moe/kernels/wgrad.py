@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ep_plugin.moe.e4m3 import Columns8
 from ep_plugin.moe.kernels._launch import cdiv, jit
-from ep_plugin.moe.kernels.tiles import in_bands, span, tiled
+from ep_plugin.moe.kernels.tiles import in_bands, num_programs, span, tiled
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
 WIDE = 256  # columns of a tile; it has TILE rows
@@ -25,14 +26,18 @@ WIDE = 256  # columns of a tile; it has TILE rows
 # for memory.
 NARROW = 128
 MANY_ROWS = 1024  # of an expert on average: from here on tiles are wide
+# From here on a program goes on with the next tile where nothing is added, and does not end.
+MANY_EXPERTS = 64
 BAND = 8  # rows of tiles in a band, see `tiles.in_bands`
+DEPTH = 64  # rows of bf16 in one step along the sum
+PARTS = {WIDE: 4, NARROW: 2}  # columns of a tile in which its sums are written, where none is added
 
 
 @triton.jit
-def corner(B, A, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr):
-    """Return the first row and column of this program's tile in its expert's matrix."""
+def corner(tile, B, A, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr):
+    """Return the first row and column of a tile in its expert's matrix."""
     down, across = (B + TILE - 1) // TILE, (A + WIDE - 1) // WIDE
-    tile_b, tile_a = in_bands(tl.program_id(0), down, across, BAND)
+    tile_b, tile_a = in_bands(tile, down, across, BAND)
     return tile_b * TILE, tile_a * WIDE
 
 
@@ -55,75 +60,120 @@ def store_tile(
 
 
 @triton.jit
-def _deliver(
-    out, sums, expert, first_b, first_a, B, A,
-    ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def _halves(sums, TILE: tl.constexpr, WIDE: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(sums, (TILE, 2, WIDE // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _add(total, sums, expert, first_b, first_a, B, A, TILE: tl.constexpr, WIDE: tl.constexpr):
     # In halves: the registers do not hold a whole tile of sums and the totals to add them to.
-    halves = tl.permute(tl.reshape(sums, (TILE, 2, WIDE // 2)), (0, 2, 1))
-    left, right = tl.split(halves)
-    store_tile(out, left, expert, first_b, first_a, B, B, A, ADD, TILE, WIDE // 2)
-    store_tile(out, right, expert, first_b, first_a + WIDE // 2, B, B, A, ADD, TILE, WIDE // 2)
+    left, right = _halves(sums, TILE, WIDE)
+    store_tile(total, left, expert, first_b, first_a, B, B, A, True, TILE, WIDE // 2)
+    store_tile(total, right, expert, first_b, first_a + WIDE // 2, B, B, A, True, TILE, WIDE // 2)
 
 
-@jit
-def _wgrad8_kernel(
-    left, right, left_scale, right_scale, tile_ends, out, B, A,
-    ADD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr,
+@triton.jit
+def _write(
+    out, sums, expert, first_b, first_a,
+    TILE: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(1)
-    start, end = span(tile_ends, expert)
-    if ADD:  # noqa: SIM102
-        if start >= end:
-            return
-    first_b, first_a = corner(B, A, TILE, WIDE, BAND)
+    # By TMA, which leaves out what is outside: addresses would take the registers of the sums.
+    left, right = _halves(sums, TILE, WIDE)
+    half: tl.constexpr = WIDE // 2
+    if PARTS == 2:
+        place = [expert, first_b, first_a]
+        out.store(place, left.to(out.dtype).reshape(1, TILE, half))
+        place = [expert, first_b, first_a + half]
+        out.store(place, right.to(out.dtype).reshape(1, TILE, half))
+    else:
+        _write(out, left, expert, first_b, first_a, TILE, half, PARTS // 2)
+        _write(out, right, expert, first_b, first_a + half, TILE, half, PARTS // 2)
+
+
+@triton.jit
+def _columns_sum(
+    left, right, left_scale, right_scale, expert, start, end, first_b, first_a,
+    TILE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     sums = tl.zeros((TILE, WIDE), tl.float32)
     for step in range(start, end):  # an expert's columns are whole tiles
         x = left.load([first_b, step * TILE])
         y = right.load([first_a, step * TILE])
         sums = tl.dot(x, y.T, sums)
-    sums *= tl.load(left_scale + expert) * tl.load(right_scale + expert)
-    _deliver(out, sums, expert, first_b, first_a, B, A, ADD, TILE, WIDE)
+    return sums * tl.load(left_scale + expert) * tl.load(right_scale + expert)
+
+
+@jit
+def _add_columns_kernel(
+    left, right, left_scale, right_scale, tile_ends, total, B, A,
+    TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    start, end = span(tile_ends, expert)
+    if start >= end:
+        return
+    first_b, first_a = corner(tl.program_id(0), B, A, TILE, WIDE, BAND)
+    scales = left_scale, right_scale
+    sums = _columns_sum(left, right, *scales, expert, start, end, first_b, first_a, TILE, WIDE)
+    _add(total, sums, expert, first_b, first_a, B, A, TILE, WIDE)
+
+
+@jit
+def _multiply_columns_kernel(
+    left, right, left_scale, right_scale, tile_ends, out, num_experts, B, A,
+    TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    each = ((B + TILE - 1) // TILE) * ((A + WIDE - 1) // WIDE)
+    for tile in range(tl.program_id(0), each * num_experts, tl.num_programs(0)):
+        expert = tile // each
+        start, end = span(tile_ends, expert)
+        first_b, first_a = corner(tile % each, B, A, TILE, WIDE, BAND)
+        scales = left_scale, right_scale
+        sums = _columns_sum(left, right, *scales, expert, start, end, first_b, first_a, TILE, WIDE)
+        _write(out, sums, expert, first_b, first_a, TILE, WIDE, PARTS)
 
 
 def multiply_columns(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
-    """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, b, a] bf16."""
+    """Return for each expert `left` [b, P] @ `right` [a, P].T over its columns: [e, b, a] bf16.
+
+    a is a multiple of 8.
+    """
     size = tiles.ends.shape[0], left.data.shape[0], right.data.shape[0]
     out = torch.empty(size, dtype=torch.bfloat16, device=tiles.ends.device)
-    _columns(out, left, right, tiles, add=False)
+    if out.numel():
+        wide = _wide(out, left.data.shape[1])
+        _multiply_columns_kernel[_programs(out, wide)](
+            *(tiled(left.data, TILE, TILE), tiled(right.data, wide, TILE)),
+            *(left.scale, right.scale, tiles.ends, _in_parts(out, wide), *out.shape),
+            PARTS=PARTS[wide],
+            num_stages=4 if wide == WIDE else 3,
+            **_sizes(wide),
+        )
     return out
 
 
 def add_wgrad8(total: Tensor, left: Columns8, right: Columns8, tiles: Tiles) -> None:
     """Add each expert's `left` [b, P] @ `right` [a, P].T to its part of `total` [e, b, a] fp32."""
-    _columns(total, left, right, tiles, add=True)
-
-
-def _columns(out: Tensor, left: Columns8, right: Columns8, tiles: Tiles, add: bool) -> None:
-    if out.numel():
-        wide = _wide(out, left.data.shape[1])
-        _wgrad8_kernel[_grid(out, wide)](
+    if total.numel():
+        wide = _wide(total, left.data.shape[1])
+        _add_columns_kernel[_grid(total, wide)](
             *(tiled(left.data, TILE, TILE), tiled(right.data, wide, TILE)),
-            *(left.scale, right.scale, tiles.ends, out, *out.shape[1:]),
-            ADD=add,
-            TILE=TILE,
-            WIDE=wide,
-            BAND=BAND,
-            num_warps=wide // 32,
+            *(left.scale, right.scale, tiles.ends, total, *total.shape[1:]),
             num_stages=4 if wide == WIDE else 3,
+            **_sizes(wide),
         )
 
 
 @jit
-def _wgrad_kernel(
+def _add_rows_kernel(
     left, right, ends, total, B, A,
-    TILE: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
+    TILE: tl.constexpr, WIDE: tl.constexpr, BAND: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
     start, end = span(ends, expert)
     if start >= end:
         return
-    first_b, first_a = corner(B, A, TILE, WIDE, BAND)
+    first_b, first_a = corner(tl.program_id(0), B, A, TILE, WIDE, BAND)
     sums = tl.zeros((TILE, WIDE), tl.float32)
     rest = start + (end - start) // DEPTH * DEPTH
     for row in range(start, rest, DEPTH):
@@ -135,7 +185,7 @@ def _wgrad_kernel(
         x = tl.where(mine, left.load([rest, first_b]), 0.0)
         y = tl.where(mine, right.load([rest, first_a]), 0.0)
         sums = tl.dot(x.T, y, sums)
-    _deliver(total, sums, expert, first_b, first_a, B, A, True, TILE, WIDE)
+    _add(total, sums, expert, first_b, first_a, B, A, TILE, WIDE)
 
 
 def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
@@ -145,22 +195,37 @@ def add_wgrad(total: Tensor, left: Tensor, right: Tensor, ends: Tensor) -> None:
     expert's last.
     """
     if total.numel() and left.numel():
-        depth, wide = 64, _wide(total, left.shape[0])
-        _wgrad_kernel[_grid(total, wide)](
-            *(tiled(left.contiguous(), depth, TILE), tiled(right.contiguous(), depth, wide)),
+        wide = _wide(total, left.shape[0])
+        _add_rows_kernel[_grid(total, wide)](
+            *(tiled(left.contiguous(), DEPTH, TILE), tiled(right.contiguous(), DEPTH, wide)),
             *(ends, total, *total.shape[1:]),
-            TILE=TILE,
-            WIDE=wide,
-            DEPTH=depth,
-            BAND=BAND,
-            num_warps=wide // 32,
+            DEPTH=DEPTH,
             num_stages=3,
+            **_sizes(wide),
         )
 
 
 def _wide(out: Tensor, num_rows: int) -> int:
     """Return the columns of a tile of `out` [e, b, a], which is of `num_rows` rows."""
     return WIDE if num_rows >= MANY_ROWS * out.shape[0] else NARROW
+
+
+def _sizes(wide: int) -> dict[str, int]:
+    return {"TILE": TILE, "WIDE": wide, "BAND": BAND, "num_warps": wide // 32}
+
+
+def _in_parts(out: Tensor, wide: int) -> TensorDescriptor:
+    """Return a TMA descriptor of `out` [e, b, a] for the parts of tiles of `wide` columns."""
+    box = [1, TILE, wide // PARTS[wide]]
+    return TensorDescriptor(out, list(out.shape), list(out.stride()), box)
+
+
+def _programs(out: Tensor, wide: int) -> tuple[int]:
+    """Return how many programs share the tiles of all experts."""
+    tiles, num_experts = _grid(out, wide)
+    if num_experts < MANY_EXPERTS:
+        return (tiles * num_experts,)
+    return (num_programs(out.device, tiles * num_experts, 1 if wide == WIDE else 2),)
 
 
 def _grid(out: Tensor, wide: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from ep_plugin import __version__
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.moe.experts.autotune import _times
 from ep_plugin.moe.experts.autotune._clock import time_on_gpu
+from ep_plugin.moe.experts.gemm._fits import ALIGNED, on_hopper
 from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.registry import available, resolve
 
@@ -38,10 +39,13 @@ def pick(weight: Tensor, num_rows: int) -> GroupedGemm:
 def rule(in_features: int, out_features: int, dtype: torch.dtype, cuda: bool) -> str:
     """Return the backend to take without measuring.
 
-    It is `torch_grouped` for bf16 on CUDA with sizes that are multiples of 8, else `loop`.
+    For bf16 on CUDA with sizes that are multiples of 8 it is `triton` on Hopper and `torch_grouped`
+    elsewhere, else `loop`.
     """
-    aligned = in_features % 8 == out_features % 8 == 0
-    return "torch_grouped" if cuda and dtype == torch.bfloat16 and aligned else "loop"
+    aligned = in_features % ALIGNED == out_features % ALIGNED == 0
+    if not (cuda and dtype == torch.bfloat16 and aligned):
+        return "loop"
+    return "triton" if on_hopper() else "torch_grouped"
 
 
 def rule_for(weight: Tensor) -> str:
@@ -73,7 +77,7 @@ def describe(weight: Tensor, rows: int) -> str:
             software.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    shape = f"{experts} experts {in_features} -> {out_features}, {rows} rows, {weight.dtype}"
+    shape = f"{experts} experts {in_features} -> {out_features}, {rows} random rows, {weight.dtype}"
     return f"{shape} on {torch.cuda.get_device_name(weight.device)}, {', '.join(software)}"
 
 

@@ -15,16 +15,18 @@ REPEATS = 5
 def time_on_gpu(gemm: GroupedGemm, weight: Tensor, rows: int) -> float:
     """Return the median milliseconds of forward, dgrad and wgrad for `weight` [e, out, in].
 
-    `rows` random rows are spread evenly over the experts. If a backend makes the host wait, the
-    time in which the GPU then idles counts too.
+    Each of `rows` random rows goes to an expert at random, so that experts' rows end where they do
+    in training. The host launches them while earlier ones are computed: its time counts where it is
+    longer. If a backend makes the host wait, the time in which the GPU then idles counts too.
     """
     experts, out_features, in_features = weight.shape
     # An own generator, so that measuring does not change the random numbers of the run.
     generator = torch.Generator(weight.device).manual_seed(0)
     inputs = weight.new_empty(rows, in_features).normal_(generator=generator)
     grads = weight.new_empty(rows, out_features).normal_(generator=generator)
-    ends = torch.arange(1, experts + 1, device=weight.device) * rows // experts
-    ends = ends.to(torch.int32)
+    chosen = torch.rand(rows, device=weight.device, generator=generator) * experts
+    counts = torch.bincount(chosen.long(), minlength=experts)
+    ends = counts.cumsum(0).to(torch.int32)
 
     def products() -> None:
         gemm.forward(inputs, weight, ends)
@@ -39,6 +41,7 @@ def time_on_gpu(gemm: GroupedGemm, weight: Tensor, rows: int) -> float:
 def _milliseconds(work: Callable[[], None]) -> float:
     event: Any = torch.cuda.Event
     start, stop = event(enable_timing=True), event(enable_timing=True)
+    work()
     start.record()
     work()
     stop.record()

@@ -1,0 +1,10 @@
+"""What our own kernels for the grouped GEMM run on."""
+
+import torch
+
+ALIGNED = 8  # features in bf16; rows that TMA reads start at multiples of 16 bytes
+
+
+def on_hopper() -> bool:
+    """Whether the current device is a GPU for which these kernels were measured."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
