@@ -365,24 +365,35 @@ def test_a_row_of_the_loop_is_repeated_with_its_size(monkeypatch: pytest.MonkeyP
     assert told == ([4], [1], "delayed", True)
 
 
-def test_a_picture_of_the_loop_keeps_routing_apart_and_needs_both_sides() -> None:
+def test_a_picture_of_the_loop_has_each_side_at_its_best_on_any_host() -> None:
+    """Routing is kept apart, a side alone is left out, and what drops rows has bars of its own."""
     pytest.importorskip("matplotlib")
     import bench_pictures
 
     here = {"bench": "train", "device": "a GPU", "op": "ep=2", "ep": 2}
     made = [
-        row(2, 1.0, routing=routing, backend=backend, shape=shape, tokens_per_second=1000.0 * speed)
-        for routing, backend, shape, speed in (
-            ("natural", "ep_plugin", "m", 2),
-            ("natural", "megatron (te)", "m", 1),
-            ("forced balance", "ep_plugin", "m", 9),
-            ("natural", "ep_plugin", "alone", 5),
+        row(2, 1 / speed, routing=routing, backend=backend, shape=shape, start=start)
+        | {"tokens_per_second": 1000.0 * speed}
+        for routing, backend, shape, speed, start in (
+            ("natural", "ep_plugin", "m", 2, "a"),
+            ("natural", "ep_plugin+layers", "m", 6, "a"),
+            ("natural", "megatron+graphs (te)", "m", 1, "a"),
+            ("natural", "megatron+graphs (te)", "m", 3, "b"),
+            ("natural", "megatron+drop_and_pad (te)", "m", 4, "b"),
+            ("forced balance", "ep_plugin", "m", 9, "a"),
+            ("natural", "ep_plugin", "alone", 5, "a"),
         )
     ]
     figure = bench_pictures._loop([bench_rows.Found(each | here, "f.json") for each in made])
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["m\nep=2, 2 x a GPU"]
-    assert sorted(bar.get_width() for bar in axes.patches) == [0, 0, 1, 2]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    drawn = dict(zip(legend, [bar.get_width() for bar in axes.patches], strict=True))
+    assert {name: width for name, width in drawn.items() if width} == {
+        "ours bf16": 6,
+        "Megatron bf16": 3,
+        "Megatron bf16, drop-and-pad": 4,
+    }
 
 
 def test_no_row_of_the_loop_is_lost_where_two_machines_ran_a_case_on_one_day() -> None:

@@ -18,7 +18,7 @@ from ep_plugin import __version__
 from ep_plugin.errors import BackendUnavailable, ConfigError
 from ep_plugin.moe.experts.autotune import _times
 from ep_plugin.moe.experts.autotune._clock import time_on_gpu
-from ep_plugin.moe.experts.gemm._fits import ALIGNED, on_hopper
+from ep_plugin.moe.experts.hopper import ALIGNED, on_hopper
 from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.registry import available, resolve
 

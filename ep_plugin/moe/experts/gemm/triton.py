@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ep_plugin.errors import ConfigError
-from ep_plugin.moe.experts.gemm._fits import ALIGNED, on_hopper
+from ep_plugin.moe.experts.hopper import ALIGNED, on_hopper
 from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.moe.kernels.bf16_product import multiply_grads, multiply_rows
 

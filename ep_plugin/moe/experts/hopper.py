@@ -1,4 +1,4 @@
-"""What our own kernels for the grouped GEMM run on."""
+"""What our own kernels for the grouped products in bf16 run on."""
 
 import torch
 
