@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from train_sides import LAYERS
+from train_sides import LAYERS, SERIAL
 
 from ep_plugin.commands.bench.contest import DROPPING, OURS
 from ep_plugin.commands.bench.figures import Row, read
@@ -237,7 +237,8 @@ def _train(row: Row, name: str, ways: list[str]) -> str:
     recipes = [way for way in ways if way in ("delayed", "blockwise")]
     side = "-".join([name, *(way for way in ways if way not in recipes)])
     if name == OURS:
-        side = "graph" if row["graph"] else LAYERS if LAYERS in ways else name
+        names = {"layers": LAYERS, "serial": SERIAL}
+        side = next((names[way] for way in ways if way in names), "graph" if row["graph"] else name)
     model, *rest = str(row["shape"]).split(", ")
     words = ["--ranks", str(row["ep"]), "--model", model, "--layouts", str(row["op"])]
     for part in rest:
