@@ -369,26 +369,69 @@ def check_wgrad(rows: int, b: int, a: int, device: str) -> None:
     assert torch.equal(found[1], before[1]), "add_wgrad of no rows"
 
 
-def check_bf16_products(rows: int, b: int, a: int, device: str) -> None:
-    """Forward and data gradient beside the loop's, and float64."""
-    ends = torch.tensor([rows // 3, rows // 3, rows - 2], dtype=torch.int32, device=device)
+def check_bf16_products(counts: tuple[int, ...], b: int, a: int, device: str) -> None:
+    """Forward and data gradient beside the loop's, and float64.
+
+    Two rows behind the last expert's are NaN, as are the matrix of an expert without rows and the
+    last row of each expert: none of them may reach another expert's rows.
+    """
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
-    inputs, grads = (torch.randn(rows, size, device=device).to(dtype) for size in (a, b))
-    weight = torch.randn(3, b, a, device=device).to(dtype)
-    weight[1] = torch.nan  # of an expert without rows: nobody may read it
-    inputs[rows - 2 :], grads[rows - 2 :] = torch.nan, torch.nan
+    ends = torch.tensor(counts, device=device).cumsum(0).int()
+    rows, last = int(ends[-1]) + 2, [end - 1 for end in ends.tolist() if end]
+    inputs, grads = (
+        torch.randn(rows, 2 * size, device=device).to(dtype)[:, ::2] for size in (a, b)
+    )
+    weight = torch.randn(len(counts), b, a, device=device).to(dtype)
+    weight[[count == 0 for count in counts]] = torch.nan
+    for matrix in (inputs, grads):
+        matrix[[*last, rows - 2, rows - 1]] = torch.nan
+    whole = torch.ones(rows, dtype=torch.bool, device=device)
+    whole[[*last, rows - 2, rows - 1]] = False
     loop = LoopGemm()
     calls: dict[str, tuple[Any, Any, Tensor]] = {
         "multiply_rows": (bf16_product.multiply_rows, loop.forward, inputs),
         "multiply_grads": (bf16_product.multiply_grads, loop.dgrad, grads),
     }
     for name, (kernel, twin, matrix) in calls.items():
-        oracle = twin(matrix.double(), weight.double(), ends)[: rows - 2]
+        oracle = twin(matrix.double(), weight.double(), ends)[whole]
         for kind, multiply in (("kernel", kernel), ("twin", twin)):
             found = multiply(matrix, weight, ends)
             assert (found.dtype, len(found)) == (dtype, rows)
-            difference = (found[: rows - 2].double() - oracle).norm() / oracle.norm()
-            assert float(difference) < 4e-3, f"{name}, {kind}"
+            if not len(oracle):
+                continue
+            difference = (found[whole].double() - oracle).norm() / oracle.norm()
+            assert float(difference) < 4e-3, f"{name} of {counts}, {kind}"
+
+
+def check_planned(device: str) -> None:
+    """Ends that are changed in place, other numbers of rows and other heights are planned anew."""
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    matrix, weight = torch.randn(200, 32, device=device), torch.randn(3, 40, 32, device=device)
+    matrix, weight = matrix.to(dtype), weight.to(dtype)
+    ends = torch.tensor([20, 20, 150], dtype=torch.int32, device=device)
+    for changed, rows, few in (
+        ([20, 20, 150], 200, 48),
+        ([90, 140, 150], 200, 48),
+        ([90, 140, 150], 200, 100),
+        ([90, 140, 150], 150, 100),
+    ):
+        ends.copy_(torch.tensor(changed))
+        with mock.patch.object(bf16_product, "FEW_ROWS", few):
+            found = bf16_product.multiply_rows(matrix[:rows], weight, ends)[:150]
+        expected = LoopGemm().forward(matrix[:rows].double(), weight.double(), ends)[:150]
+        assert float((found.double() - expected).norm() / expected.norm()) < 4e-3, changed
+    ends.copy_(torch.tensor([20, 20, 150]))
+    if device == "cuda":
+        before = ends.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            product = bf16_product.multiply_rows(matrix, weight, ends)
+        bf16_product.multiply_rows(matrix, weight, ends)
+        for refilled in ([90, 140, 150], before):
+            ends.copy_(torch.as_tensor(refilled))
+            graph.replay()
+            expected = LoopGemm().forward(matrix.double(), weight.double(), ends)[:150]
+            assert float((product[:150].double() - expected).norm() / expected.norm()) < 4e-3
 
 
 OPS: dict[str, tuple[str, ...]] = {
@@ -541,12 +584,19 @@ def check_all(device: str) -> None:
     torch.manual_seed(0)
     for rows, b, a in ((40, 48, 32), (300, 160, 272), (300, 272, 160)):
         check_wgrad(rows, b, a, device)
-        check_bf16_products(rows, b, a, device)
         check_products("rows", rows, b, a, device)
-    check_bf16_products(140, 200, 88, device)  # sizes end inside of a step, and of a tile
-    for rows in (100, 200):  # as of more rows: higher tiles, of which some have a step more
-        with mock.patch.multiple(bf16_product, FEW_ROWS=0, SOME_ROWS=rows):
-            check_bf16_products(300, 160, 272, device)
+    check_planned(device)
+    for counts, b, a in (
+        ((13, 0, 25), 48, 32),
+        ((0, 140, 0), 200, 88),  # sizes end inside of a step, and of a tile
+        ((0, 0, 0), 64, 64),
+        ((130,), 64, 64),
+        ((70, 3, 0, 90, 1, 5, 64, 65, 1, 2), 520, 40),  # more than a band of tiles, three columns
+    ):
+        check_bf16_products(counts, b, a, device)
+    for some in (1, 1024):  # as of more rows: higher tiles, of which some have a step more
+        with mock.patch.multiple(bf16_product, FEW_ROWS=0, SOME_ROWS=some):
+            check_bf16_products((100, 0, 200), 160, 272, device)
     with (  # and weight gradients by programs that go on
         mock.patch.object(product8, "FEW_ROWS", 0),
         mock.patch.object(wgrad, "MANY_EXPERTS", 0),
@@ -555,6 +605,8 @@ def check_all(device: str) -> None:
     with mock.patch.object(wgrad, "MANY_ROWS", 0):  # as of many rows: totals in wide tiles
         check_wgrad(300, 160, 272, device)
         check_products("rows", 300, 160, 272, device)
+        with mock.patch.object(wgrad, "MANY_EXPERTS", 0):
+            check_products("rows", 300, 160, 272, device)
     for rows, b, a in ((40, 128, 128), (300, 384, 256), (300, 256, 384)):
         check_products("blocks", rows, b, a, device)
     for rows, b, a in ((40, 80, 48), (140, 320, 200), (140, 129, 272), (40, 33, 15)):  # padded

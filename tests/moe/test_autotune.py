@@ -12,7 +12,7 @@ import torch
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.config import MoEConfig
 from ep_plugin.moe.experts import autotune
-from ep_plugin.moe.experts.autotune import _times, candidates, choose
+from ep_plugin.moe.experts.autotune import _clock, _times, candidates, choose
 from ep_plugin.moe.experts.experts import GroupedLinear
 from ep_plugin.moe.experts.gemm.loop import LoopGemm
 from ep_plugin.moe.experts.gemm.torch_grouped import TorchGroupedGemm
@@ -97,19 +97,26 @@ def test_a_later_start_with_a_single_backend_imports_none(cache: Path) -> None:
     assert json.loads(cache.read_text()) == {"key": {"slow": 3.0}}
 
 
-def failing(gemms: list[GroupedGemm]) -> Callable[[GroupedGemm], float]:
+class CompilationError(Exception):
+    """Stands for Triton's errors, which are no RuntimeErrors."""
+
+
+def failing(
+    gemms: list[GroupedGemm], error: type[Exception] = RuntimeError
+) -> Callable[[GroupedGemm], float]:
     def time(gemm: GroupedGemm) -> float:
         if gemm in gemms:
-            raise RuntimeError("out of memory")
+            raise error("out of memory")
         return clock(gemm)
 
     return time
 
 
+@pytest.mark.parametrize("error", [RuntimeError, CompilationError, AssertionError])
 def test_a_backend_that_fails_is_left_out_and_tried_again(
-    cache: Path, log: pytest.LogCaptureFixture
+    error: type[Exception], cache: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    assert choose("key", backends, failing([FAST]), "fast") == "slow"
+    assert choose("key", backends, failing([FAST], error), "fast") == "slow"
     assert "fast fails and is left out (out of memory)" in log.text
     assert not cache.exists()
     assert choose("key", backends, failing([FAST, SLOW]), "default") == "default"
@@ -195,6 +202,44 @@ def test_without_a_measurement_our_own_products_are_taken_on_hopper(
     else:
         with pytest.raises(ConfigError, match=r"gemm='triton' needs"):
             resolve("gemm", "triton")(*features, dtype)
+
+
+@pytest.mark.parametrize(("experts", "rows"), [(4, 1000), (1, 5), (64, 32)])
+def test_rows_are_timed_with_experts_at_random(experts: int, rows: int) -> None:
+    ends = _clock.random_ends(experts, rows, torch.Generator().manual_seed(0))
+    assert (ends.dtype, len(ends), int(ends[-1])) == (torch.int32, experts, rows)
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    assert int(counts.min()) >= 0
+    assert experts == 1 or len(set(counts.tolist())) > 1
+
+
+def test_the_host_is_ahead_when_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.name = "stop" if "made" in seen else "start"
+            seen.append("made")
+
+        def record(self) -> None:
+            seen.append(self.name)
+
+        def synchronize(self) -> None:
+            seen.append("waits")
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert _clock._milliseconds(lambda: seen.append("work")) == 2.5
+    assert seen[2:] == ["work", "start", "work", "stop", "waits"]
+
+
+def test_the_backend_of_both_products_takes_the_sizes_of_both() -> None:
+    for ffn, picks in ((16, "linear_fc1"), (12, "linear_fc2")):
+        config = MoEConfig(hidden_size=16, ffn_hidden_size=ffn, num_experts=4, activation="swiglu")
+        experts = MoELayer(config).experts
+        assert experts._picks is getattr(experts, picks)
 
 
 def test_candidates_take_the_sizes() -> None:

@@ -16,6 +16,7 @@ from ep_plugin.moe.config import Activation, MoEConfig
 from ep_plugin.moe.experts import autotune
 from ep_plugin.moe.experts.fits import FP8, check_capturable, check_sizes, uses_gemm
 from ep_plugin.moe.experts.fused import Bf16, FusedExperts, Keep, Recipe, Totals
+from ep_plugin.moe.experts.hopper import ALIGNED
 from ep_plugin.moe.groups import ExpertGroups
 from ep_plugin.moe.interfaces import Dispatched, GroupedGemm
 from ep_plugin.moe.rows import ExpertRows, expert_rows, permute, rows_of, unpermute
@@ -153,6 +154,8 @@ class Experts(nn.Module):
 
         self.linear_fc1 = linear(config.hidden_size, shard * (2 if config.gated else 1))
         self.linear_fc2 = linear(shard, config.hidden_size)
+        # Both products go through one backend: where F has no alignment, one that takes its sizes.
+        self._picks = self.linear_fc2 if shard % ALIGNED else self.linear_fc1
 
     def forward(self, inbox: Dispatched) -> Tensor:
         """Return for each token the sum of its experts' outputs: [N, H], the dtype of the tokens.
@@ -207,7 +210,7 @@ class Experts(nn.Module):
         `num_rows` is how many are computed at a time, which `auto` may choose a backend for.
         """
         self._check_capture()
-        gemm = self.linear_fc1.pick_gemm(num_rows if self.uses_gemm else 0)
+        gemm = self._picks.pick_gemm(num_rows if self.uses_gemm else 0)
         if not self.fp8:
             return lambda rows: Bf16(rows, gemm)
         wgrad8 = self.config.fp8_wgrad == "fp8"

@@ -3,7 +3,7 @@
 Both operands reach shared memory through TMA (Hopper and newer). With few rows of each expert the
 matrices are most of what is read: tiles of 64 rows hold fewer rows of other experts, and more steps
 of the sum are under way. Every element is summed along the same steps whatever the tile, so its
-bits do not depend on how many rows there are; they are those of torch's grouped_mm.
+bits do not depend on how many rows there are.
 """
 
 import torch
@@ -20,6 +20,7 @@ WIDE = 256  # columns of a tile
 DEPTH = 64  # of one step along the sum
 BAND = 8  # rows of tiles in a band, see `tiles.in_bands`
 # Rows of an expert on average: from here on tiles are high, four steps are under way, three are.
+# Absent choices count too where the host does not know how many there are: it costs speed alone.
 FEW_ROWS, SOME_ROWS, MANY_ROWS = 48, 192, 1024
 
 

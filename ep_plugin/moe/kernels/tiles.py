@@ -15,7 +15,8 @@ from ep_plugin.moe.kernels._launch import cdiv, jit, next_power_of_2
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
 BLOCK = 64  # tiles that one program plans
-_PLANNED: Any = WeakTensorKeyDictionary()  # tiles of rows, by their ends
+# Tiles of rows, by their ends; they belong to the stream on which they were planned.
+_PLANNED: Any = WeakTensorKeyDictionary()
 
 
 @jit
@@ -58,12 +59,18 @@ def plan_tiles(num_rows: int, ends: Tensor, height: int = TILE) -> Tiles:
 
 
 def planned(num_rows: int, ends: Tensor, height: int) -> Tiles:
-    """Return `plan_tiles`, planned once for all products over the same rows, which share `ends`."""
-    found = _PLANNED.get(ends)
-    if found is None or found[:2] != (num_rows, height):
-        found = num_rows, height, plan_tiles(num_rows, ends, height)
+    """Return `plan_tiles`, planned once for products over the same rows, which share `ends`.
+
+    It is planned anew when torch has changed `ends`, and for each product that a CUDA graph
+    captures: its replays, which may find other ends in the same place, are to plan too.
+    """
+    if ends.is_inference() or (ends.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return plan_tiles(num_rows, ends, height)  # those of inference do not say when they change
+    key, found = (num_rows, height, ends._version), _PLANNED.get(ends)
+    if found is None or found[0] != key:
+        found = key, plan_tiles(num_rows, ends, height)
         _PLANNED[ends] = found
-    tiles: Tiles = found[2]
+    tiles: Tiles = found[1]
     return tiles
 
 

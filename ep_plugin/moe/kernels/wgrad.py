@@ -5,8 +5,8 @@ writes bf16, the training loop adds it to its fp32 totals afterwards: 12 bytes o
 weight. Adding in the epilogue moves 8. With many experts of few rows each, a weight gradient costs
 this traffic, not arithmetic.
 
-One program owns one tile of one expert's matrix and adds it once. There are no atomics, so every
-run gives the same bits.
+Each tile of an expert's matrix is one program's, which adds or writes it once. There are no
+atomics, so every run gives the same bits.
 """
 
 import torch
@@ -30,7 +30,7 @@ MANY_ROWS = 1024  # of an expert on average: from here on tiles are wide
 MANY_EXPERTS = 64
 BAND = 8  # rows of tiles in a band, see `tiles.in_bands`
 DEPTH = 64  # rows of bf16 in one step along the sum
-PARTS = {WIDE: 4, NARROW: 2}  # columns of a tile in which its sums are written, where none is added
+PARTS = {WIDE: 4, NARROW: 2}  # of a tile, side by side, that are written one after the other
 
 
 @triton.jit

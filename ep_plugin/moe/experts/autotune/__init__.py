@@ -23,7 +23,8 @@ from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.registry import available, resolve
 
 MAX_ROWS = 32768  # most rows measured: with more the order stays the same, and memory runs out
-PACKAGES = ("transformer-engine", "deep-gemm", "sgl-deep-gemm")  # their versions are in the key
+# Their versions are in the key.
+PACKAGES = ("triton", "transformer-engine", "deep-gemm", "sgl-deep-gemm")
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,6 @@ def _measure(
     for name, gemm in found.items():
         try:
             times[name] = time(gemm)
-        except RuntimeError as error:  # from CUDA, or out of memory
+        except Exception as error:  # from CUDA, out of memory, or a kernel that does not compile
             logger.warning("gemm auto: %s fails and is left out (%s)", name, error)
     return times

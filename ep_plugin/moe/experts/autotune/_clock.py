@@ -24,11 +24,10 @@ def time_on_gpu(gemm: GroupedGemm, weight: Tensor, rows: int) -> float:
     generator = torch.Generator(weight.device).manual_seed(0)
     inputs = weight.new_empty(rows, in_features).normal_(generator=generator)
     grads = weight.new_empty(rows, out_features).normal_(generator=generator)
-    chosen = torch.rand(rows, device=weight.device, generator=generator) * experts
-    counts = torch.bincount(chosen.long(), minlength=experts)
-    ends = counts.cumsum(0).to(torch.int32)
+    counted = random_ends(experts, rows, generator)
 
     def products() -> None:
+        ends = counted.view(-1)  # a tensor of its own, as each step's: what is kept for one is not
         gemm.forward(inputs, weight, ends)
         gemm.dgrad(grads, weight, ends)
         gemm.wgrad(grads, inputs, ends)
@@ -36,6 +35,12 @@ def time_on_gpu(gemm: GroupedGemm, weight: Tensor, rows: int) -> float:
     with torch.no_grad():
         products()  # compiles and warms up
         return median(_milliseconds(products) for _ in range(REPEATS))
+
+
+def random_ends(experts: int, rows: int, generator: torch.Generator) -> Tensor:
+    """Return the row after each expert's last, [e] int32, where each row's expert is random."""
+    chosen = torch.rand(rows, device=generator.device, generator=generator) * experts
+    return torch.bincount(chosen.long(), minlength=experts).cumsum(0).to(torch.int32)
 
 
 def _milliseconds(work: Callable[[], None]) -> float:
