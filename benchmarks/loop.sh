@@ -24,7 +24,7 @@ model=(--model qwen3-30b-a3b --sequence 4096) shallow=4 deep=12
 if [[ -n "${SMALL:-}" ]]; then
     model=(--model qwen3-nano --sequence 32) shallow=1 deep=2 ITERATIONS=3
 fi
-ours=(graph layers ep_plugin)
+ours=(layers graph graph-serial ep_plugin)
 if ! "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     ours=(ep_plugin) # graphs are captured on GPUs alone
 fi

@@ -2,6 +2,7 @@
 # One layer beside its peers at their best, on one GPU, in steps that each end below nine minutes:
 #
 #     ./benchmarks/peers.sh rates             what this GPU reaches, and the terms of all floors
+#     ./benchmarks/peers.sh ours              ours alone, all shapes: in a graph, then launched
 #     ./benchmarks/peers.sh layer cutlass     every way of Megatron, then those by CUTLASS
 #     ./benchmarks/peers.sh liger             Liger's, which compiles for minutes at each shape
 #     ./benchmarks/peers.sh graph             in a CUDA graph; Megatron's with drop-and-pad alone, by CUTLASS too
@@ -42,6 +43,15 @@ run_rates() {
     read -ra shapes <<<"${SHAPES:-$five $many $wide}"
     timeout "$LIMIT" "$PYTHON" -m ep_plugin.cli bench layer --explain --shapes "${shapes[@]}"
 }
+run_ours() { # kernels of several shapes are compiled side by side first, and kept by Triton
+    local shape
+    for shape in q3-30b mixtral-256 qwen3-next; do
+        SHAPES="$shape" REPEATS=1 bench layer "$(mktemp -u)" "$shape" --cuda-graph --backends ep_plugin >/dev/null &
+    done
+    wait
+    bench layer "$layers" "$five $many $wide" --cuda-graph --backends ep_plugin
+    bench layer "$layers" "$five $many $wide" --backends ep_plugin
+}
 run_layer() { bench layer "$layers" "$five" --skip liger; }
 run_liger() { bench layer "$layers" "$five" --precision bf16 --backends liger; }
 run_cutlass() {
@@ -79,9 +89,9 @@ if (($# == 0)); then
 fi
 for step in "$@"; do
     case "$step" in
-    rates | layer | cutlass | liger | graph | titan | many | wide | skew | gemm | gemm_cutlass) "run_$step" ;;
+    rates | ours | layer | cutlass | liger | graph | titan | many | wide | skew | gemm | gemm_cutlass) "run_$step" ;;
     *)
-        echo "error: steps are rates, layer, cutlass, liger, graph, titan, many, wide, skew, gemm, gemm_cutlass; got '$step'" >&2
+        echo "error: steps are rates, ours, layer, cutlass, liger, graph, titan, many, wide, skew, gemm, gemm_cutlass; got '$step'" >&2
         exit 2
         ;;
     esac

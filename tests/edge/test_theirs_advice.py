@@ -36,6 +36,7 @@ CONTEXT = {  # what the refused flag stood beside
     "tensor_parallel_num_weight_shards": "--expert-model-parallel-size 1",
     "expert_tensor_parallel_num_weight_shards": "--expert-model-parallel-size 1",
     "fp8_wgrad": "--fp8-format e4m3",
+    "fp8_recipe": "--fp8-format hybrid --fp8-recipe tensorwise",
     "recompute_modules": "--recompute-granularity selective",
     "moe_shared_expert_gate": "--moe-shared-expert-intermediate-size 32",
     "moe_pad_expert_input_to_capacity": "--moe-pad-expert-input-to-capacity",
@@ -123,7 +124,7 @@ AROUND = frozenset(
         --cuda-graph-impl --mlp-chunks-for-prefill
         --mlp-chunks-for-training --transformer-impl --optimizer
         --moe-shared-expert-intermediate-size --moe-router-load-balancing-type
-        --moe-token-dispatcher-type --moe-router-dtype --fp8-recipe
+        --moe-token-dispatcher-type --moe-router-dtype
         """
     )
 )
@@ -170,3 +171,12 @@ def test_every_activation_of_a_configuration_is_one_of_ours_or_refused_by_name(
             check(config)
         assert "use --ep-expert-activation" in str(refusal.value)
         assert "0x" not in str(refusal.value)
+
+
+def test_a_recipe_of_fp8_needs_a_format() -> None:
+    for recipe in ("tensorwise", "blockwise", "mxfp8"):
+        assert isinstance(read("--fp8-recipe", recipe), str)
+        assert isinstance(read("--fp8-recipe", recipe, "--ep-fp8", "rowwise"), str)
+    for recipe in ("tensorwise", "blockwise"):
+        assert isinstance(read("--fp8-recipe", recipe, "--fp8-format", "e4m3"), Accepted)
+    assert isinstance(read("--fp8-recipe", "delayed"), Accepted)  # Megatron's default

@@ -229,6 +229,13 @@ BESIDE: tuple[tuple[str, Callable[[Given], bool], str], ...] = (
         "--moe-router-load-balancing-type quantile_balancing beside it",
     ),
     (
+        "fp8_recipe",
+        lambda given: (
+            given.is_arguments and given.fp8_recipe not in (None, "delayed") and not given.fp8
+        ),
+        "is read with --fp8-format alone; use --fp8-format hybrid beside it",
+    ),
+    (
         "offload_modules",
         _offloads_nothing,
         "is read with --fine-grained-activation-offloading alone; use "
