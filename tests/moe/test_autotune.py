@@ -235,11 +235,19 @@ def test_the_host_is_ahead_when_the_clock_starts(monkeypatch: pytest.MonkeyPatch
     assert seen[2:] == ["work", "start", "work", "stop", "waits"]
 
 
-def test_the_backend_of_both_products_takes_the_sizes_of_both() -> None:
-    for ffn, picks in ((16, "linear_fc1"), (12, "linear_fc2")):
+def test_the_backend_of_both_products_takes_the_sizes_of_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(autotune, "pick", lambda w, _: asked.append(tuple(w.shape)) or LoopGemm())
+    for ffn in (16, 12):
         config = MoEConfig(hidden_size=16, ffn_hidden_size=ffn, num_experts=4, activation="swiglu")
-        experts = MoELayer(config).experts
-        assert experts._picks is getattr(experts, picks)
+        layer = MoELayer(config)
+        layer.experts.recipes(8)
+        assert sorted(layer.state_dict()) == [
+            *("experts.linear_fc1.weight", "experts.linear_fc2.weight", "router.weight")
+        ]
+    assert asked == [(4, 32, 16), (4, 16, 12)]
 
 
 def test_candidates_take_the_sizes() -> None:

@@ -154,8 +154,6 @@ class Experts(nn.Module):
 
         self.linear_fc1 = linear(config.hidden_size, shard * (2 if config.gated else 1))
         self.linear_fc2 = linear(shard, config.hidden_size)
-        # Both products go through one backend: where F has no alignment, one that takes its sizes.
-        self._picks = self.linear_fc2 if shard % ALIGNED else self.linear_fc1
 
     def forward(self, inbox: Dispatched) -> Tensor:
         """Return for each token the sum of its experts' outputs: [N, H], the dtype of the tokens.
@@ -210,7 +208,9 @@ class Experts(nn.Module):
         `num_rows` is how many are computed at a time, which `auto` may choose a backend for.
         """
         self._check_capture()
-        gemm = self._picks.pick_gemm(num_rows if self.uses_gemm else 0)
+        # Both products go through one backend: where F has no alignment, one that takes its sizes.
+        decides = self.linear_fc2 if self.linear_fc2.weight.shape[2] % ALIGNED else self.linear_fc1
+        gemm = decides.pick_gemm(num_rows if self.uses_gemm else 0)
         if not self.fp8:
             return lambda rows: Bf16(rows, gemm)
         wgrad8 = self.config.fp8_wgrad == "fp8"
