@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from train_sides import LAYERS, SERIAL
+from train_sides import LAYERS, OUR_WAYS
 
 from ep_plugin.commands.bench.contest import DROPPING, OURS
 from ep_plugin.commands.bench.figures import Row, read
@@ -89,6 +89,11 @@ def is_like(row: Row, **wanted: object) -> bool:
     return all(row[name] == value for name, value in wanted.items())
 
 
+def parts_of(row: Row) -> list[str]:
+    """Return the name of a row's backend and its ways."""
+    return str(row["backend"]).replace(" (te)", "").split("+")
+
+
 def one_layer(each: Found) -> bool:
     """Whether a row is of one layer on one GPU with balanced routing."""
     return is_like(each.row, bench="layer", ep=1, routing="balanced")
@@ -167,7 +172,7 @@ def our_loop(precision: str, layers: bool | None = None, **more: object) -> Want
 
     def wanted(row: Row) -> bool:
         name, *ways = row["backend"].split("+")
-        asked = layers is None or (LAYERS in ways) is layers
+        asked = layers is None or (OUR_WAYS[LAYERS] in ways) is layers
         return name == OURS and asked and is_like(row, precision=precision, **more)
 
     return wanted
@@ -177,7 +182,7 @@ def megatron(precision: str, as_it_is: bool = False) -> Wanted:
     """Return what finds Megatron's rows that drop nothing."""
 
     def wanted(row: Row) -> bool:
-        name, *ways = row["backend"].replace(" (te)", "").split("+")
+        name, *ways = parts_of(row)
         plain = "defaults" in ways and "cutlass" not in ways
         return (
             name == "megatron"
@@ -191,7 +196,7 @@ def megatron(precision: str, as_it_is: bool = False) -> Wanted:
 
 def dropping(row: Row) -> bool:
     """Whether a row is of Megatron with a capacity, which drops rows where loads are uneven."""
-    name, *ways = row["backend"].replace(" (te)", "").split("+")
+    name, *ways = parts_of(row)
     return name == "megatron" and DROPPING in ways and row["precision"] == "bf16"
 
 
@@ -213,7 +218,7 @@ def others(row: Row) -> bool:
 
 def repeat(row: Row) -> str:
     """Return the command that measures a row again."""
-    name, *ways = str(row["backend"]).replace(" (te)", "").split("+")
+    name, *ways = parts_of(row)
     cutlass = "NVTE_USE_CUTLASS_GROUPED_GEMM=1 " if "cutlass" in ways else ""
     graph = ["--cuda-graph"] if row["graph"] else []
     if row["bench"] == "train":
@@ -237,8 +242,8 @@ def _train(row: Row, name: str, ways: list[str]) -> str:
     recipes = [way for way in ways if way in ("delayed", "blockwise")]
     side = "-".join([name, *(way for way in ways if way not in recipes)])
     if name == OURS:
-        names = {"layers": LAYERS, "serial": SERIAL}
-        side = next((names[way] for way in ways if way in names), "graph" if row["graph"] else name)
+        plain = "graph" if row["graph"] else name
+        side = next((side for side, way in OUR_WAYS.items() if way in ways), plain)
     model, *rest = str(row["shape"]).split(", ")
     words = ["--ranks", str(row["ep"]), "--model", model, "--layouts", str(row["op"])]
     for part in rest:
@@ -254,7 +259,7 @@ def _train(row: Row, name: str, ways: list[str]) -> str:
 def versions(row: Row) -> str:
     """Return the versions that matter to a row."""
     kept = row["versions"]
-    peer = str(row["backend"]).replace(" (te)", "").split("+")[0]
+    peer = parts_of(row)[0]
     names = ["torch", "triton", *(["ep-plugin"] if peer == OURS else [])]
     if peer == "megatron" or row["bench"] == "train":
         names += ["megatron-core", "transformer-engine"]

@@ -44,11 +44,13 @@ run_rates() {
     timeout "$LIMIT" "$PYTHON" -m ep_plugin.cli bench layer --explain --shapes "${shapes[@]}"
 }
 run_ours() { # kernels of several shapes are compiled side by side first, and kept by Triton
-    local shape
+    local shape unread
+    unread="$(mktemp -d)"
     for shape in q3-30b mixtral-256 qwen3-next; do
-        SHAPES="$shape" REPEATS=1 bench layer "$(mktemp -u)" "$shape" --cuda-graph --backends ep_plugin >/dev/null &
+        SHAPES="$shape" REPEATS=1 bench layer "$unread/$shape.json" "$shape" --cuda-graph --backends ep_plugin >/dev/null &
     done
     wait
+    rm -r "$unread"
     bench layer "$layers" "$five $many $wide" --cuda-graph --backends ep_plugin
     bench layer "$layers" "$five $many $wide" --backends ep_plugin
 }

@@ -99,6 +99,7 @@ def _theirs(*flags: str, cutlass: bool = False, overlap: bool = False) -> Side:
 
 LAYERS = "layers"  # ours, with a CUDA graph of each layer
 SERIAL = "graph-serial"  # ours in one graph, where rows do not travel beside their products
+OUR_WAYS = {LAYERS: "layers", SERIAL: "serial"}  # side -> what its rows' backend says beside ours
 SIDES = {
     "ep_plugin": Side(OURS, over_ranks="--ep-dispatcher symm_mem"),
     "graph": Side(OURS, GRAPH, over_ranks="--ep-dispatcher symm_mem --ep-overlap chunked"),
@@ -165,7 +166,7 @@ def switches(side: Side, flags: str, without: Iterable[str] = ()) -> str:
 def backend(name: str, recipe: str | None, engine: bool) -> str:
     """Return a row's backend for a side."""
     if not SIDES[name].is_peer:
-        return {LAYERS: "ep_plugin+layers", SERIAL: "ep_plugin+serial"}.get(name, "ep_plugin")
+        return "+".join(["ep_plugin", *filter(None, [OUR_WAYS.get(name)])])
     kind = "te" if engine else "sequential experts"
     ways = [*name.split("-")[1:], *([recipe] if recipe not in (None, "tensorwise") else [])]
     return "+".join(["megatron", *map(str, ways)]) + f" ({kind})"

@@ -199,4 +199,4 @@ def test_figures_of_the_readme_are_those_measured() -> None:
     ]
     launched.append(speed(2, own, graphs) / speed(2, megatron, graphs))
     least, most = (f"{edge(launched):.1f}" for edge in (min, max))
-    assert f"Launched, beside its graphs on the same host, {least} to {most} (" in text
+    assert f"Launched by the host it is {least} to {most} times as fast as Megatron's" in text

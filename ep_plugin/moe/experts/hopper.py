@@ -1,4 +1,4 @@
-"""What our own kernels for the grouped products in bf16 run on."""
+"""Hopper GPUs, and the sizes that our own kernels for bf16 take there."""
 
 import torch
 
@@ -6,5 +6,5 @@ ALIGNED = 8  # features in bf16; rows that TMA reads start at multiples of 16 by
 
 
 def on_hopper() -> bool:
-    """Whether the current device is a GPU for which these kernels were measured."""
+    """Whether the current device is a Hopper GPU, for which those kernels were measured."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9

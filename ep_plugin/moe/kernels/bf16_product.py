@@ -9,10 +9,9 @@ bits do not depend on how many rows there are.
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ep_plugin.moe.kernels._launch import cdiv, jit
-from ep_plugin.moe.kernels.tiles import in_bands, num_programs, planned, tiled
+from ep_plugin.moe.kernels.tiles import in_bands, num_programs, planned, tiled, tiled_each
 from ep_plugin.moe.kernels.types import TILE
 
 LOW = 64  # rows of a tile of few
@@ -86,11 +85,9 @@ def _multiply(
         stages = 4
     tiles = planned(num_rows, ends, tile)
     rows, weight = rows.contiguous(), weight.contiguous()
-    # A matrix's columns and rows end where TMA reads zeros, not where the next expert's begin.
-    box = [1, DEPTH, WIDE] if back else [1, WIDE, DEPTH]
+    box = (DEPTH, WIDE) if back else (WIDE, DEPTH)
     _multiply_kernel[(num_programs(ends.device, tiles.expert.shape[0] * cdiv(out_size, WIDE)),)](
-        tiled(rows, tile, DEPTH),
-        TensorDescriptor(weight, list(weight.shape), list(weight.stride()), box),
+        *(tiled(rows, tile, DEPTH), tiled_each(weight, *box)),
         *(ends, tiles.expert, tiles.row, tiles.ends, out, num_experts, in_size, out_size),
         TILE=tile,
         WIDE=WIDE,

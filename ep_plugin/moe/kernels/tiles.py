@@ -106,6 +106,16 @@ def tiled(matrix: Tensor, height: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, [prod(outer), columns], [row, column], [height, width])
 
 
+def tiled_each(matrices: Tensor, height: int, width: int) -> TensorDescriptor:
+    """Return a TMA descriptor of `matrices` [e, X, Y] for tiles of [1, height, width].
+
+    As `tiled`, but outside of its own matrix a tile reads zeros, not the next matrix, and writes
+    nothing.
+    """
+    size, strides = list(matrices.shape), list(matrices.stride())
+    return TensorDescriptor(matrices, size, strides, [1, height, width])
+
+
 def num_programs(device: torch.device, num_tiles: int, each: int = 1) -> int:
     """Return how many programs share `num_tiles` tiles: at most `each` per multiprocessor."""
     return min(each * _processors(device), num_tiles)

@@ -13,11 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ep_plugin.moe.e4m3 import Columns8
 from ep_plugin.moe.kernels._launch import cdiv, jit
-from ep_plugin.moe.kernels.tiles import in_bands, num_programs, span, tiled
+from ep_plugin.moe.kernels.tiles import in_bands, num_programs, span, tiled, tiled_each
 from ep_plugin.moe.kernels.types import TILE, Tiles
 
 WIDE = 256  # columns of a tile; it has TILE rows
@@ -144,7 +143,8 @@ def multiply_columns(left: Columns8, right: Columns8, tiles: Tiles) -> Tensor:
         wide = _wide(out, left.data.shape[1])
         _multiply_columns_kernel[_programs(out, wide)](
             *(tiled(left.data, TILE, TILE), tiled(right.data, wide, TILE)),
-            *(left.scale, right.scale, tiles.ends, _in_parts(out, wide), *out.shape),
+            *(left.scale, right.scale, tiles.ends),
+            *(tiled_each(out, TILE, wide // PARTS[wide]), *out.shape),
             PARTS=PARTS[wide],
             num_stages=4 if wide == WIDE else 3,
             **_sizes(wide),
@@ -212,12 +212,6 @@ def _wide(out: Tensor, num_rows: int) -> int:
 
 def _sizes(wide: int) -> dict[str, int]:
     return {"TILE": TILE, "WIDE": wide, "BAND": BAND, "num_warps": wide // 32}
-
-
-def _in_parts(out: Tensor, wide: int) -> TensorDescriptor:
-    """Return a TMA descriptor of `out` [e, b, a] for the parts of tiles of `wide` columns."""
-    box = [1, TILE, wide // PARTS[wide]]
-    return TensorDescriptor(out, list(out.shape), list(out.stride()), box)
 
 
 def _programs(out: Tensor, wide: int) -> tuple[int]:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ep_plugin.errors import ConfigError
 from ep_plugin.moe.experts.gemm._blocks import BLOCK, place_rows, spread
+from ep_plugin.moe.experts.gemm._sizes import check_multiples
+from ep_plugin.moe.experts.hopper import on_hopper
 from ep_plugin.moe.interfaces import GroupedGemm
 
 try:
@@ -56,13 +58,8 @@ def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGem
     """Return the backend; raises ConfigError for a dtype, size or GPU DeepGEMM does not take."""
     if dtype != torch.bfloat16:
         raise ConfigError(f"<gemm=deepgemm> needs bf16; got {dtype}; use <gemm=loop>")
-    for name, features in (("in_features", in_features), ("out_features", out_features)):
-        if features % ALIGNMENT:
-            raise ConfigError(
-                f"<gemm=deepgemm> needs <{name}> ({features}) to be a multiple of {ALIGNMENT}; use "
-                "<gemm=loop>"
-            )
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    check_multiples("deepgemm", in_features, out_features, ALIGNMENT)
+    if not on_hopper():
         raise ConfigError("<gemm=deepgemm> needs a Hopper GPU; use <gemm=loop>")
     return DeepGemm()
 

@@ -9,14 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.moe.experts.gemm._sizes import check_multiples
 from ep_plugin.moe.interfaces import GroupedGemm
 
 ALIGNMENT = 16  # bytes
-
-
-def aligned(features: int, dtype: torch.dtype) -> bool:
-    """Whether rows of `features` elements of `dtype` have the alignment grouped_mm needs."""
-    return features * dtype.itemsize % ALIGNMENT == 0
 
 
 class TorchGroupedGemm:
@@ -40,10 +36,6 @@ def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGem
         raise ConfigError(
             f"<gemm=torch_grouped> needs fp32, bf16 or fp16; got {dtype}; use <gemm=loop>"
         )
-    for name, features in (("in_features", in_features), ("out_features", out_features)):
-        if not aligned(features, dtype):
-            raise ConfigError(
-                f"<gemm=torch_grouped> needs <{name}> ({features}) to be a multiple of "
-                f"{ALIGNMENT // dtype.itemsize} in {dtype}; use <gemm=loop>"
-            )
+    unit = ALIGNMENT // dtype.itemsize
+    check_multiples("torch_grouped", in_features, out_features, unit, f" in {dtype}")
     return TorchGroupedGemm()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ep_plugin.errors import ConfigError
+from ep_plugin.moe.experts.gemm._sizes import check_multiples
 from ep_plugin.moe.experts.hopper import ALIGNED, on_hopper
 from ep_plugin.moe.interfaces import GroupedGemm
 from ep_plugin.moe.kernels.bf16_product import multiply_grads, multiply_rows
@@ -33,12 +34,7 @@ def build(in_features: int, out_features: int, dtype: torch.dtype) -> GroupedGem
     """Return the backend; raises ConfigError for a dtype, size or GPU it has no kernel for."""
     if dtype != torch.bfloat16:
         raise ConfigError(f"<gemm=triton> needs bf16; got {dtype}; use <gemm=loop>")
-    for name, features in (("in_features", in_features), ("out_features", out_features)):
-        if features % ALIGNED:
-            raise ConfigError(
-                f"<gemm=triton> needs <{name}> ({features}) to be a multiple of {ALIGNED}; use "
-                "<gemm=loop>"
-            )
+    check_multiples("triton", in_features, out_features, ALIGNED)
     if not on_hopper():
         raise ConfigError("<gemm=triton> needs a Hopper GPU; use <gemm=torch_grouped>")
     return TritonGemm()
